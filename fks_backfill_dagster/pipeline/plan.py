@@ -1,0 +1,133 @@
+"""What is missing from a range, and how it is cut into batches: known before anything is asked.
+
+missing  = the range - before listing - not closed yet - synced, plus its open gaps
+batch    = at most `batch_size_days` of it: one transaction
+span     = neighbouring batches that one request can answer together: one fetch
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fks_backfill_dagster.domain.grid import Grid
+from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_SECOND, to_datetime, to_micros
+from fks_backfill_dagster.store.ledger import Known
+
+# How long after its close a candle is asked for: providers need a moment to settle it.
+GRACE = 10 * MICROS_PER_SECOND
+
+# From this size on batches are whole calendar months, as archives and Dagster's partitions are.
+_MONTH_DAYS = 28
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One transaction's worth: a window, the parts of it to ask for, and the candles expected in them."""
+
+    window: TimeRange
+    wanted: RangeSet
+    candles: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a sync of `window` will do.
+
+    `window` is the asked range without what lies before listing or is not closed yet. `expected`
+    counts all candles of it, `missing` those that are neither stored nor explained; they lie in
+    `missing_ranges`.
+    """
+
+    series: Series
+    window: TimeRange
+    expected: int
+    missing: int
+    missing_ranges: RangeSet
+    batches: tuple[Batch, ...]
+    refetch: bool = False
+
+    def spans(self, page_size: int) -> tuple[tuple[Batch, ...], ...]:
+        """Neighbouring batches in groups that a page of `page_size` candles can answer."""
+        groups: list[list[Batch]] = []
+        for batch in self.batches:
+            last = groups[-1] if groups else None
+            if (
+                last
+                and last[-1].window.end == batch.window.start
+                and sum(b.candles for b in last) + batch.candles <= page_size
+            ):
+                last.append(batch)
+            else:
+                groups.append([batch])
+        return tuple(tuple(group) for group in groups)
+
+
+def closed_window(window: TimeRange, grid: Grid, now: int, listed_at: int | None) -> TimeRange:
+    """The part of `window` in which candles can exist: listed, and closed by `now` less the grace.
+
+    The first candle is the one that contains the listing: Binance's first day began at 04:00.
+    """
+    start = window.start
+    if listed_at is not None and listed_at > start:
+        before = grid.opens(TimeRange(max(start, listed_at - 8 * MICROS_PER_DAY), listed_at + 1))
+        start = int(before[-1]) if len(before) and int(grid.closes(before[-1:])[0]) > listed_at else listed_at
+    end = min(window.end, grid.closed_end(now - GRACE))
+    return TimeRange(min(start, window.end), max(min(start, window.end), end))
+
+
+def make_plan(
+    series: Series,
+    window: TimeRange,
+    known: Known,
+    grid: Grid,
+    *,
+    batch_size_days: int,
+    refetch: bool = False,
+) -> Plan:
+    """Plans a sync of `window`, which `closed_window` has cut. Pure: asks nobody."""
+    missing = known.missing(window)
+    wanted = RangeSet([window]) if refetch else missing
+    batches = []
+    for piece in _cut(wanted, batch_size_days):
+        parts = wanted & RangeSet([piece])
+        candles = sum(grid.count(part) for part in parts)
+        if candles:
+            batches.append(Batch(piece, parts, candles))
+    return Plan(
+        series=series,
+        window=window,
+        expected=grid.count(window),
+        missing=sum(grid.count(part) for part in missing),
+        missing_ranges=missing,
+        batches=tuple(batches),
+        refetch=refetch,
+    )
+
+
+def _cut(wanted: RangeSet, batch_size_days: int) -> Sequence[TimeRange]:
+    """The hulls of what is wanted within each cell of the batch calendar, ascending."""
+    if not wanted:
+        return []
+    edges = _edges(wanted.hull, batch_size_days)
+    cells = (TimeRange(a, b) for a, b in itertools.pairwise(edges))
+    return [(wanted & RangeSet([cell])).hull for cell in cells if wanted & RangeSet([cell])]
+
+
+def _edges(hull: TimeRange, batch_size_days: int) -> list[int]:
+    """Where batches may be cut: month starts, or every `batch_size_days` from the first day on."""
+    if batch_size_days < _MONTH_DAYS:
+        step = batch_size_days * MICROS_PER_DAY
+        first = hull.start // MICROS_PER_DAY * MICROS_PER_DAY
+        return [*range(first, hull.end, step), first + -(-(hull.end - first) // step) * step]
+    months = max(1, batch_size_days // 30)
+    day = to_datetime(hull.start).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    edges = [to_micros(day)]
+    while edges[-1] < hull.end:
+        year, month = divmod(day.year * 12 + day.month - 1 + months, 12)
+        day = day.replace(year=year, month=month + 1)
+        edges.append(to_micros(day))
+    return edges

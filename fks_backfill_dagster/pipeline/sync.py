@@ -1,0 +1,341 @@
+"""sync(series, range): plan -> fetch -> verify -> commit. Every backfill, refresh and refill is this.
+
+    spans ──> fetcher threads ──> verified batches ──> this thread commits, in order
+              (at most a few spans ahead: memory does not grow with the range)
+
+Fetching, parsing and writing overlap: the fetchers wait for the network and parse while this
+thread waits for the database. Fallback is per candle: what the first provider leaves missing, the
+next one is asked for, and so on down the priority.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.grid import Grid, grid_of
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import iso
+from fks_backfill_dagster.pipeline.events import BatchDone, Listener, Planned, Warned, silent
+from fks_backfill_dagster.pipeline.fetch import Chain, Fetched, Tally
+from fks_backfill_dagster.pipeline.plan import Batch, Plan, closed_window, make_plan
+from fks_backfill_dagster.providers.base import Estimate, PermanentError, Provider, ProviderError
+from fks_backfill_dagster.store import ledger
+from fks_backfill_dagster.store.commit import BatchWrite, Brought, Refused, commit_batch
+from fks_backfill_dagster.store.database import Database
+
+# A lease outlives a missed heartbeat or two, and is over soon after a kill -9.
+LEASE_SECONDS = 30.0
+_HEARTBEAT_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a sync works with; the faces make it once and hand it to every verb.
+
+    `providers` by name; `clock` gives the present in microseconds.
+    """
+
+    database: Database
+    providers: Mapping[str, Provider]
+    clock: Callable[[], int]
+    batch_size_days: int = 30
+    max_concurrent_requests: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What one sync did.
+
+    `missing` is what the range still lacks, `unexplained` the part of it for which the ledger has
+    no explanation. `total_candles` were inserted or changed by this call.
+    """
+
+    series: Series
+    window: TimeRange
+    total_batches: int = 0
+    successful_batches: int = 0
+    failed_batches: int = 0
+    total_candles: int = 0
+    expected: int = 0
+    missing: int = 0
+    unexplained: int = 0
+    requests: int = 0
+    seconds: float = 0.0
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    providers: Mapping[str, Tally] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Nothing failed, and every expected candle of the range is there or its absence is explained."""
+        return not self.errors and self.unexplained == 0
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a sync would do, per provider in the order in which they would be asked."""
+
+    plan: Plan
+    estimates: tuple[tuple[str, Estimate], ...]
+    warnings: tuple[str, ...]
+
+
+def sync(
+    context: Context,
+    series: Series,
+    window: TimeRange,
+    priority: Sequence[str],
+    *,
+    refetch: bool = False,
+    run_id: str | None = None,
+    listen: Listener = silent,
+) -> SyncReport:
+    """Brings every candle of `window` that should exist and is not stored, from `priority` in order.
+
+    `refetch` asks for the whole window again and corrects what differs. Provider errors end up in
+    the report; a StoreError (the database is gone or full) is raised, and what was committed stays.
+    """
+    began = time.monotonic()
+    chain = Chain(context.providers, series, priority, context.clock)
+    plan, grid = _plan(context, series, window, chain, refetch)
+    for message in chain.warnings:
+        listen(Warned(series, message))
+    listen(Planned(series, plan, chain.names))
+    work = _Work(context, series, grid, chain, run_id, listen)
+    if plan.batches and chain.names:
+        work.run(plan)
+    return work.report(plan, time.monotonic() - began)
+
+
+def dry_run(
+    context: Context, series: Series, window: TimeRange, priority: Sequence[str], *, refetch: bool = False
+) -> DryRun:
+    """Plans without fetching a candle. May ask once for a listing time that is not known yet."""
+    chain = Chain(context.providers, series, priority, context.clock)
+    plan, _ = _plan(context, series, window, chain, refetch)
+    estimates = tuple((name, chain.estimate(name, plan)) for name in chain.names)
+    return DryRun(plan, estimates, (*chain.warnings, *chain.dropped))
+
+
+def _plan(
+    context: Context, series: Series, window: TimeRange, chain: Chain, refetch: bool
+) -> tuple[Plan, Grid]:
+    grid = grid_of(series)
+    listed_at = _listing(context, series, chain)
+    possible = closed_window(window, grid, context.clock(), listed_at)
+    if window and not possible:
+        chain.warnings.append(_nothing_possible(series, window, listed_at))
+    with context.database.begin() as connection:
+        known = ledger.known(connection, ledger.series_id(connection, series), possible)
+    plan = make_plan(series, possible, known, grid, batch_size_days=context.batch_size_days, refetch=refetch)
+    return plan, grid
+
+
+def _nothing_possible(series: Series, window: TimeRange, listed_at: int | None) -> str:
+    if listed_at is not None and window.end <= listed_at:
+        return f"nothing is expected of {series} in {window}: it was listed at {iso(listed_at)}"
+    return f"nothing is expected of {series} in {window}: no candle of it is closed yet"
+
+
+def _listing(context: Context, series: Series, chain: Chain) -> int | None:
+    """Since when the symbol exists: the earliest word of the providers asked; found once and kept."""
+    with context.database.begin() as connection:
+        found = ledger.listings(connection, series.symbol)
+    for name in chain.names:
+        if name in found:
+            continue
+        try:
+            listed_at = context.providers[name].listed_at(series)
+        except PermanentError as error:
+            chain.drop(name, error)
+            continue
+        except ProviderError:
+            continue  # asked again at the next sync; the fetch itself will tell what is wrong
+        if listed_at is not None:
+            found[name] = listed_at
+            with context.database.begin() as connection:
+                ledger.remember_listing(connection, name, series.symbol, listed_at)
+    return min((found[name] for name in chain.names if name in found), default=None)
+
+
+def _nobody(series: Series, priority: Sequence[str]) -> str:
+    asked = ", ".join(priority) or "none"
+    return (
+        f"no provider can serve {series} (asked for: {asked}); see `fks-backfill series providers`"
+        " and provider_priority in the settings"
+    )
+
+
+class _Work:
+    """One running sync: the threads, the lease, the sums. Lives as long as `run`."""
+
+    def __init__(
+        self,
+        context: Context,
+        series: Series,
+        grid: Grid,
+        chain: Chain,
+        run_id: str | None,
+        listen: Listener,
+    ) -> None:
+        self.context, self.series, self.grid, self.chain = context, series, grid, chain
+        self.run_id, self.listen = run_id, listen
+        self.identity: int | None = None
+        self.succeeded = self.failed = self.candles = self.requests = 0
+        # Sets that keep the order in which they came.
+        self.errors: dict[str, None] = {}
+        self.warnings: dict[str, None] = dict.fromkeys(chain.warnings)
+        self.told: set[str] = set()
+
+    def run(self, plan: Plan) -> None:
+        with self.context.database.begin() as connection:
+            self.identity = identity = ledger.register(connection, self.series)
+        with _lease(self.context.database, identity) as owner:
+            error: str | None = "interrupted"
+            try:
+                for batches, fetched in self._fetched(plan, plan.spans(self.chain.page_size)):
+                    self._commit(identity, batches, fetched)
+                error = "; ".join(self.errors) if self.failed else None
+            finally:
+                with self.context.database.begin() as connection:
+                    ledger.end_sync(connection, identity, owner, error)
+
+    def _fetched(
+        self, plan: Plan, spans: Sequence[tuple[Batch, ...]]
+    ) -> Iterator[tuple[tuple[Batch, ...], Fetched]]:
+        """The spans' answers in order, a few of them fetched ahead."""
+        ahead = self.context.max_concurrent_requests
+        waiting: deque[tuple[tuple[Batch, ...], Future[Fetched]]] = deque()
+        rest = iter(spans)
+        pool = ThreadPoolExecutor(ahead, thread_name_prefix="fetch")
+        try:
+            for batches in rest:
+                waiting.append((batches, pool.submit(self.chain.fetch, batches, plan)))
+                if len(waiting) > ahead:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        finally:
+            self.chain.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _commit(self, identity: int, batches: Sequence[Batch], fetched: Fetched) -> None:
+        self.requests += fetched.requests
+        for message in (*fetched.warnings, *fetched.errors):
+            if message not in self.told:
+                self.told.add(message)
+                self.listen(Warned(self.series, message))
+        self.warnings.update(dict.fromkeys(fetched.warnings))
+        self.errors.update(dict.fromkeys(fetched.errors))
+        for batch in batches:
+            if not fetched.recordable:
+                self._count(batch, 0, batch.candles, (), fetched)
+                continue
+            write = _batch_write(batch, fetched, self.run_id)
+            done = commit_batch(self.context.database, self.series, identity, write, self.grid)
+            self.candles += done.inserted + done.updated
+            names = tuple(dict.fromkeys(b.provider for b in write.brought if len(b.candles)))
+            self._count(batch, done.inserted + done.updated, done.missing, names, fetched)
+
+    def _count(
+        self, batch: Batch, candles: int, missing: int, names: tuple[str, ...], fetched: Fetched
+    ) -> None:
+        error = fetched.errors[0] if fetched.failed and fetched.errors else None
+        if fetched.failed:
+            self.failed += 1
+        else:
+            self.succeeded += 1
+        self.listen(BatchDone(self.series, batch.window, candles, missing, names, error))
+
+    def report(self, plan: Plan, seconds: float) -> SyncReport:
+        """An error after which another provider filled in is a warning: nothing failed by it."""
+        failed = self.failed
+        if plan.batches and self.identity is None:  # nobody to ask
+            failed = len(plan.batches)
+            self.errors.update(dict.fromkeys(self.chain.dropped or [self._nobody()]))
+        with self.context.database.begin() as connection:
+            identity = ledger.series_id(connection, self.series)
+            known = ledger.known(connection, identity, plan.window)
+        errors = tuple(self.errors)
+        return SyncReport(
+            series=self.series,
+            window=plan.window,
+            total_batches=len(plan.batches),
+            successful_batches=self.succeeded,
+            failed_batches=failed,
+            total_candles=self.candles,
+            expected=plan.expected,
+            missing=sum(self.grid.count(part) for part in known.absent(plan.window)),
+            unexplained=sum(self.grid.count(part) for part in known.missing(plan.window)),
+            requests=self.requests,
+            seconds=seconds,
+            errors=errors if failed else (),
+            warnings=(*self.warnings, *(() if failed else errors)),
+            providers=self.chain.tallies(),
+        )
+
+    def _nobody(self) -> str:
+        return (
+            f"no provider can serve {self.series}; see `fks-backfill series providers`"
+            " and provider_priority in the settings"
+        )
+
+
+def _batch_write(batch: Batch, fetched: Fetched, run_id: str | None) -> BatchWrite:
+    """The part of a span's answer that belongs to one batch."""
+
+    def part(candles: Candles) -> Candles:
+        return candles.within(batch.window)
+
+    return BatchWrite(
+        window=batch.window,
+        brought=tuple(
+            Brought(b.provider, b.transport, b.source, b.sha256, b.fetched_at, part(b.candles))
+            for b in fetched.brought
+        ),
+        refused=tuple(
+            Refused(r.provider, r.source, r.reason, part(r.candles))
+            for r in fetched.refused
+            if len(part(r.candles))
+        ),
+        evidence=fetched.evidence,
+        run_id=run_id,
+    )
+
+
+@contextmanager
+def _lease(database: Database, identity: int) -> Iterator[str]:
+    """Shows the series as syncing for as long as the block runs, and not much longer if it is killed."""
+    owner = uuid.uuid4().hex
+    over = threading.Event()
+
+    def renew() -> None:
+        with database.begin() as connection:
+            ledger.hold_lease(connection, identity, owner, LEASE_SECONDS)
+
+    def beat() -> None:
+        while not over.wait(_HEARTBEAT_SECONDS):
+            try:
+                renew()
+            except Exception:  # the commit will meet the same database and tell what is wrong
+                continue
+
+    renew()
+    heart = threading.Thread(target=beat, name="lease", daemon=True)
+    heart.start()
+    try:
+        yield owner
+    finally:
+        over.set()
+        heart.join()

@@ -1,0 +1,159 @@
+"""The contract of a provider, and its exceptions.
+
+ProviderError                  something a provider said or failed to say
+  PermanentError               asking again will not help: ask the next provider
+    UnknownSymbol              it does not know the symbol
+    NotEntitled                key missing, wrong, or without the right to this data
+  TransientError               asking again may help: wait as told, retry within a budget
+    RateLimited                too many requests; `retry_after` tells how long
+    BadAnswer                  the answer is garbage: HTML, truncated JSON, another shape
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import Timeframe
+
+
+class ProviderError(Exception):
+    """Base of all that can go wrong with a provider. The text never contains a key."""
+
+    def __init__(self, provider: str, message: str) -> None:
+        super().__init__(f"{provider}: {message}")
+        self.provider = provider
+
+
+class PermanentError(ProviderError):
+    """Asking again will not help."""
+
+
+class UnknownSymbol(PermanentError):
+    """The provider does not know the symbol."""
+
+
+class NotEntitled(PermanentError):
+    """A key is missing, wrong, or does not cover this data."""
+
+
+class TransientError(ProviderError):
+    """Asking again may help. `retry_after` is in seconds, None where the provider told nothing."""
+
+    def __init__(self, provider: str, message: str, retry_after: float | None = None) -> None:
+        super().__init__(provider, message)
+        self.retry_after = retry_after
+
+
+class RateLimited(TransientError):
+    """Too many requests, or a ban."""
+
+
+class BadAnswer(TransientError):
+    """An answer that cannot be one: HTML with status 200, truncated JSON, a wrong shape or checksum."""
+
+
+class Transport(StrEnum):
+    REST = "rest"
+    ARCHIVE = "archive"
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a provider can give.
+
+    `page_size` is the most candles one request brings. `needs_key` names the environment variable
+    of the key, None for a keyless provider.
+    """
+
+    timeframes: Mapping[AssetClass, frozenset[Timeframe]]
+    page_size: int
+    needs_key: str | None = None
+    has_volume: bool = True
+
+    def serve(self, series: Series) -> bool:
+        return series.timeframe in self.timeframes.get(series.asset_class, frozenset())
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Candles with their origin: what one lineage row describes.
+
+    `source` is the request's path or the archive's, without any key. `sha256` is the archive's
+    checksum, verified; None for REST. `candles` are as the provider gave them, opens ascending
+    not promised, forming candle already taken out where the provider can tell.
+    """
+
+    candles: Candles
+    transport: Transport
+    source: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """All that a provider brought for one range.
+
+    Deliveries do not overlap each other. `requests` counts HTTP requests, retries included.
+    `warnings` are sentences for the log (an archive that failed its checksum and was passed over).
+    """
+
+    deliveries: tuple[Delivery, ...]
+    requests: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a fetch would cost: HTTP requests, and seconds at the provider's rate limit."""
+
+    requests: int
+    seconds: float
+
+
+class Provider(Protocol):
+    """One source of candles. Implementations are safe to call from several threads."""
+
+    name: str
+    capabilities: Capabilities
+
+    def fetch(self, series: Series, window: TimeRange) -> Answer:
+        """Asks for the candles that open in `window`, however many requests that takes.
+
+        Returns what there is; rows outside the window may come along and are ignored by the
+        caller. Nothing there is an empty answer. Raises PermanentError or TransientError when the
+        window could not be answered as a whole, after the provider's own retries.
+        """
+        ...
+
+    def estimate(self, series: Series, window: TimeRange) -> Estimate:
+        """What `fetch` of the same window would cost; asks nobody."""
+        ...
+
+    def listed_at(self, series: Series) -> int | None:
+        """The open of the first candle the provider ever had; None when it cannot tell cheaply.
+
+        Raises UnknownSymbol where the provider does not know the symbol.
+        """
+        ...
+
+    def missing_key(self) -> str | None:
+        """The name of the environment variable whose absence keeps this provider out; else None."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderOptions:
+    """The settings of one provider, as the faces hand them down."""
+
+    base_url: str
+    archive_url: str | None = None
+    requests_per_minute: int | None = None
+    timeout_seconds: float = 30.0
+    retry_budget_seconds: float = 120.0
+    key: str | None = field(default=None, repr=False)

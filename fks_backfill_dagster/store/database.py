@@ -1,0 +1,162 @@
+"""Opening the database: the engine, the schema's version, and what to tell when either is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import psycopg
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from fks_backfill_dagster.store import timescale
+from fks_backfill_dagster.store.errors import DatabaseUnavailable, SchemaTooNew, SchemaTooOld, translated
+from fks_backfill_dagster.store.schema import SCHEMA
+
+# TimescaleDB's oldest supported server; multiranges and UNIQUE NULLS NOT DISTINCT need it too.
+OLDEST_SERVER = 15
+
+_MIGRATION_LOCK = 4613731
+
+
+class Database:
+    """A PostgreSQL or TimescaleDB with (or about to have) the schema `fks`.
+
+    `url` is a libpq URL; any `postgresql[+driver]://` or `postgres://` form is taken. Nothing is
+    connected until it is used. Safe to share between threads; close it with `dispose`.
+    """
+
+    def __init__(self, url: str, *, pool_size: int = 8) -> None:
+        self.url = _with_driver(url)
+        self.where = self.url.render_as_string(hide_password=True).replace("+psycopg", "", 1)
+        self._engine = sa.create_engine(
+            self.url,
+            pool_size=pool_size,
+            pool_pre_ping=True,
+            connect_args={
+                "connect_timeout": 10,
+                "application_name": "fks-backfill",
+                "options": "-c timezone=UTC",
+            },
+        )
+
+    def dispose(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def begin(self) -> Iterator[sa.Connection]:
+        """A transaction: committed at the end of the block, rolled back by an exception."""
+        with translated(self.where), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def autocommit(self) -> Iterator[sa.Connection]:
+        """A connection on which every statement commits by itself."""
+        with translated(self.where), self._engine.connect() as connection:
+            yield connection.execution_options(isolation_level="AUTOCOMMIT")
+
+    # The schema -----------------------------------------------------------------------------------
+
+    def revision(self) -> str | None:
+        """The schema's revision; None where there is no schema yet."""
+        with self.begin() as connection:
+            return _revision(connection)
+
+    def check(self) -> None:
+        """Raises a StoreError unless the schema is exactly what this program was written for."""
+        self._judge(self.revision())
+
+    def ensure(self) -> None:
+        """Makes the schema where there is none; otherwise as `check`. An upgrade is asked for, never done."""
+        if self.revision() is None:
+            self.upgrade()
+        self.check()
+
+    def upgrade(self) -> None:
+        """Brings the schema to this program's revision. Several processes may call it at once."""
+        with self.begin() as connection:
+            self._refuse_old_server(connection)
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+            found = _revision(connection)
+            if found is not None and found not in _known_revisions():
+                self._judge(found)
+            connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+            config = _alembic_config()
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            if timescale.install(connection):
+                timescale.make_hypertables(connection)
+
+    def _judge(self, found: str | None) -> None:
+        head = _head()
+        if found == head:
+            return
+        if found is None:
+            raise SchemaTooOld(
+                f"The database {self.where} has no schema {SCHEMA} yet: run `fks-backfill db init`."
+            )
+        if found in _known_revisions():
+            raise SchemaTooOld(
+                f"The database {self.where} has schema revision {found}, this program needs {head}:"
+                " run `fks-backfill db upgrade`."
+            )
+        raise SchemaTooNew(
+            f"The database {self.where} has schema revision {found}, made by a newer fks-backfill"
+            f" (this one knows up to {head}): upgrade this program."
+        )
+
+    def _refuse_old_server(self, connection: sa.Connection) -> None:
+        version = connection.scalar(sa.text("SELECT current_setting('server_version_num')::int / 10000")) or 0
+        if version < OLDEST_SERVER:
+            raise DatabaseUnavailable(
+                f"The database {self.where} is PostgreSQL {version}; {OLDEST_SERVER} or newer is needed."
+                " Upgrade the server or point FKS_DATABASE_URL at another one."
+            )
+
+    def has_timescale(self) -> bool:
+        with self.begin() as connection:
+            query = "SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'timescaledb')"
+            return bool(connection.scalar(sa.text(query)))
+
+
+def cursor_of(connection: sa.Connection) -> psycopg.Cursor[Any]:
+    """A psycopg cursor in the same transaction: COPY is not in SQLAlchemy's vocabulary."""
+    raw = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
+    return raw.cursor()
+
+
+def _with_driver(url: str) -> sa.URL:
+    # SQLAlchemy would pick a driver by its own default, which changed between versions: name it.
+    parsed = sa.make_url(url.replace("postgres://", "postgresql://", 1))
+    return parsed.set(drivername="postgresql+psycopg")
+
+
+def _revision(connection: sa.Connection) -> str | None:
+    context = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA})
+    return context.get_current_revision()
+
+
+def _alembic_config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_alembic_config())
+
+
+def _head() -> str:
+    head = _scripts().get_current_head()
+    assert head is not None
+    return head
+
+
+def _known_revisions() -> set[str]:
+    return {script.revision for script in _scripts().walk_revisions()}

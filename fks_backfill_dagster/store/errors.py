@@ -1,0 +1,83 @@
+"""What can go wrong with the database, in words for its user.
+
+StoreError                 one sentence with the remedy
+  DatabaseUnavailable      it does not answer, does not exist, or refuses the login
+  SchemaTooOld             made by an older fks-backfill
+  SchemaTooNew             made by a newer fks-backfill
+  DatabaseFull             no space left, or a quota is used up
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+import sqlalchemy as sa
+
+
+class StoreError(Exception):
+    """Base of all database errors that a user can do something about."""
+
+
+class DatabaseUnavailable(StoreError):
+    pass
+
+
+class SchemaTooOld(StoreError):
+    pass
+
+
+class SchemaTooNew(StoreError):
+    pass
+
+
+class DatabaseFull(StoreError):
+    pass
+
+
+@contextmanager
+def translated(where: str) -> Iterator[None]:
+    """Turns the driver's errors into StoreErrors. `where` is the database without its password."""
+    try:
+        yield
+    except sa.exc.DBAPIError as error:
+        raise _translate(error.orig if error.orig is not None else error, where) from error
+    except psycopg.Error as error:
+        raise _translate(error, where) from error
+
+
+def _translate(error: BaseException, where: str) -> StoreError:
+    state = getattr(error, "sqlstate", None) or ""
+    said = " ".join(str(error).split())
+    if state.startswith("53") and state not in ("53300",):
+        return DatabaseFull(
+            f"The database {where} has no room left ({said}). What was committed is kept;"
+            " free space and run the same command again."
+        )
+    if state == "53300":
+        return DatabaseUnavailable(
+            f"The database {where} has no connection left ({said}). Raise max_connections or stop other clients."
+        )
+    if state == "3D000":
+        return DatabaseUnavailable(
+            f"The database {where} does not exist. Create it, or correct FKS_DATABASE_URL."
+        )
+    if state.startswith("28"):
+        return DatabaseUnavailable(
+            f"The database {where} refused the login ({said}). Correct the user or password in FKS_DATABASE_URL."
+        )
+    if state == "42501":
+        return StoreError(
+            f"The database {where} does not allow this ({said}). Grant the role the right to its schema fks."
+        )
+    if state == "25006":
+        return DatabaseUnavailable(
+            f"The database {where} is read-only ({said}). Point FKS_DATABASE_URL at the primary server."
+        )
+    if isinstance(error, psycopg.OperationalError) or state.startswith(("08", "57P")):
+        return DatabaseUnavailable(
+            f"The database {where} does not answer ({said}). Start it or correct FKS_DATABASE_URL;"
+            " what was committed is kept, run the same command again."
+        )
+    return StoreError(f"The database {where} reported an error: {said}")

@@ -1,0 +1,222 @@
+"""What is known of a series before anything is fetched: coverage, open gaps, listing, status.
+
+Coverage is the set of ranges once synced. Inside it every expected candle is either stored or in a
+gap, so what is missing from a range follows from a few rows, never from a scan of candles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from psycopg.types.multirange import TimestamptzMultirange
+from psycopg.types.range import TimestamptzRange
+
+from fks_backfill_dagster.domain.gaps import GapStatus
+from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
+from fks_backfill_dagster.store import schema
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What one provider said of a missing candle when it was last asked. `asked_at` in microseconds."""
+
+    provider: str
+    asked_at: int
+    outcome: str  # "absent": it answered without the candle; "error": it did not answer
+    detail: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        found = {
+            "provider": self.provider,
+            "asked_at": to_datetime(self.asked_at).isoformat(),
+            "outcome": self.outcome,
+        }
+        return found | {"detail": self.detail} if self.detail else found
+
+    @classmethod
+    def from_json(cls, found: dict[str, str]) -> Evidence:
+        asked_at = to_micros(datetime.fromisoformat(found["asked_at"]))
+        return cls(found["provider"], asked_at, found["outcome"], found.get("detail", ""))
+
+
+def latest(evidence: Iterable[Evidence]) -> tuple[Evidence, ...]:
+    """The newest word of every provider, in the order in which they were first named."""
+    newest: dict[str, Evidence] = {}
+    for item in evidence:
+        known = newest.get(item.provider)
+        if known is None or item.asked_at >= known.asked_at:
+            newest[item.provider] = item
+    return tuple(newest.values())
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerGap:
+    """One row of the ledger. `start` is the first missing open, `end` the close of the last one."""
+
+    start: int
+    end: int
+    missing: int
+    status: GapStatus
+    attempts: int = 0
+    evidence: tuple[Evidence, ...] = ()
+    found_at: int | None = None
+    next_attempt_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the ledger says of one window."""
+
+    synced: RangeSet
+    gaps: tuple[LedgerGap, ...]
+
+    def ranges(self, *statuses: GapStatus) -> RangeSet:
+        return RangeSet([TimeRange(g.start, g.end) for g in self.gaps if g.status in statuses])
+
+    def missing(self, window: TimeRange) -> RangeSet:
+        """Where candles can be missing that nothing explains: never synced, or an open gap."""
+        return (RangeSet([window]) - self.synced) | (self.ranges(GapStatus.OPEN) & RangeSet([window]))
+
+    def absent(self, window: TimeRange) -> RangeSet:
+        """Where no candle is stored: never synced, or any gap, explained or not."""
+        return (RangeSet([window]) - self.synced) | (self.ranges(*GapStatus) & RangeSet([window]))
+
+
+def series_id(connection: sa.Connection, series: Series) -> int | None:
+    """The id of a series that was synced before, else None."""
+    table = schema.series
+    query = sa.select(table.c.id).where(
+        table.c.symbol == series.symbol, table.c.timeframe == series.timeframe.value
+    )
+    return connection.scalar(query)
+
+
+def register(connection: sa.Connection, series: Series) -> int:
+    """The id of a series, made on its first use."""
+    found = series_id(connection, series)
+    if found is not None:
+        return found
+    table = schema.series
+    insert = (
+        sa.dialects.postgresql.insert(table)
+        .values(
+            symbol=series.symbol,
+            timeframe=series.timeframe.value,
+            asset_class=series.asset_class.value,
+            calendar=series.calendar,
+        )
+        .on_conflict_do_nothing()
+    )
+    connection.execute(insert)
+    made = series_id(connection, series)
+    assert made is not None
+    connection.execute(
+        sa.dialects.postgresql.insert(schema.sync_state).values(series_id=made).on_conflict_do_nothing()
+    )
+    return made
+
+
+def known(connection: sa.Connection, identity: int | None, window: TimeRange) -> Known:
+    """Coverage and unfilled gaps that touch `window`; nothing for a series that was never synced."""
+    if identity is None:
+        return Known(RangeSet(), ())
+    table = schema.gap
+    synced = connection.scalar(
+        sa.text(
+            "SELECT synced * tstzmultirange(tstzrange(:start, :end)) FROM fks.sync_state WHERE series_id = :id"
+        ),
+        {"start": to_datetime(window.start), "end": to_datetime(window.end), "id": identity},
+    )
+    rows = connection.execute(
+        sa.select(table)
+        .where(
+            table.c.series_id == identity,
+            table.c.status != GapStatus.FILLED.value,
+            table.c.gap_start < to_datetime(window.end),
+            table.c.gap_end > to_datetime(window.start),
+        )
+        .order_by(table.c.gap_start)
+    )
+    return Known(from_multirange(synced), tuple(_gap(row) for row in rows))
+
+
+def _gap(row: sa.Row[Any]) -> LedgerGap:
+    return LedgerGap(
+        start=to_micros(row.gap_start),
+        end=to_micros(row.gap_end),
+        missing=row.missing_candles,
+        status=GapStatus(row.status),
+        attempts=row.attempts,
+        evidence=tuple(Evidence.from_json(found) for found in row.evidence),
+        found_at=to_micros(row.found_at),
+        next_attempt_at=None if row.next_attempt_at is None else to_micros(row.next_attempt_at),
+    )
+
+
+def from_multirange(found: Sequence[Any] | None) -> RangeSet:
+    """A tstzmultirange as a RangeSet; every range of ours is half-open and bounded."""
+    if not found:
+        return RangeSet()
+    edges = np.array([(to_micros(r.lower), to_micros(r.upper)) for r in found], dtype=np.int64)
+    return RangeSet.from_arrays(edges[:, 0], edges[:, 1])
+
+
+def to_multirange(ranges: RangeSet) -> TimestamptzMultirange:
+    return TimestamptzMultirange([TimestamptzRange(to_datetime(r.start), to_datetime(r.end)) for r in ranges])
+
+
+# Listings ---------------------------------------------------------------------------------------------
+
+
+def listings(connection: sa.Connection, symbol: str) -> dict[str, int]:
+    """Since when each provider has the symbol, as far as that was found out: {provider: instant}."""
+    table = schema.listing
+    rows = connection.execute(sa.select(table).where(table.c.symbol == symbol))
+    return {row.provider: to_micros(row.listed_at) for row in rows}
+
+
+def remember_listing(connection: sa.Connection, provider: str, symbol: str, listed_at: int) -> None:
+    connection.execute(
+        sa.dialects.postgresql.insert(schema.listing)
+        .values(provider=provider, symbol=symbol, listed_at=to_datetime(listed_at))
+        .on_conflict_do_nothing()
+    )
+
+
+# Leases and the outcome of a sync ------------------------------------------------------------------------
+
+
+def hold_lease(connection: sa.Connection, identity: int, owner: str, seconds: float) -> None:
+    """Says that `owner` is syncing the series for the next `seconds`, by the database's clock."""
+    connection.execute(
+        sa.text(
+            "INSERT INTO fks.lease (series_id, owner, expires_at)"
+            " VALUES (:id, :owner, clock_timestamp() + make_interval(secs => :seconds))"
+            " ON CONFLICT (series_id, owner) DO UPDATE SET expires_at = excluded.expires_at"
+        ),
+        {"id": identity, "owner": owner, "seconds": seconds},
+    )
+
+
+def end_sync(connection: sa.Connection, identity: int, owner: str, error_message: str | None) -> None:
+    """Gives the lease back and keeps how the sync ended; expired leases of the dead go with it."""
+    connection.execute(
+        sa.text(
+            "DELETE FROM fks.lease WHERE series_id = :id AND (owner = :owner OR expires_at < clock_timestamp())"
+        ),
+        {"id": identity, "owner": owner},
+    )
+    connection.execute(
+        sa.text(
+            "UPDATE fks.sync_state SET last_sync_time = clock_timestamp(), error_message = :error"
+            " WHERE series_id = :id"
+        ),
+        {"id": identity, "error": error_message},
+    )

@@ -1,0 +1,189 @@
+"""The tables, as SQLAlchemy sees them. The migrations make them; a test holds the two together.
+
+    series ─┬─ candles_<timeframe>   one table a timeframe: a chunk may grow with the timeframe
+            ├─ batch                 lineage: what one source brought in one commit
+            ├─ revision              what a candle was before it was changed or taken back
+            ├─ gap                   the ledger: every missing candle inside what was synced
+            ├─ sync_state            coverage and totals, kept in the writing transaction
+            ├─ lease                 who is syncing now
+            └─ quarantine            rows that broke a rule, with the rule
+    listing                          since when a provider has a symbol
+
+A candle points to its batch by a bare integer: a foreign key would cost a lookup a row.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB, TSTZMULTIRANGE
+
+from fks_backfill_dagster.domain.timeframe import Timeframe
+
+SCHEMA = "fks"
+metadata = sa.MetaData(schema=SCHEMA)
+
+_now = sa.text("now()")
+_instant = sa.DateTime(timezone=True)
+
+
+def _series_id(*, primary_key: bool = False) -> sa.Column[int]:
+    owner = sa.ForeignKey("fks.series.id", ondelete="CASCADE")
+    return sa.Column("series_id", sa.Integer, owner, primary_key=primary_key, nullable=False)
+
+
+def _prices() -> list[sa.Column[float]]:
+    return [sa.Column(name, sa.Double, nullable=False) for name in ("open", "high", "low", "close")]
+
+
+series = sa.Table(
+    "series",
+    metadata,
+    sa.Column("id", sa.Integer, sa.Identity(), primary_key=True),
+    sa.Column("symbol", sa.Text, nullable=False),
+    sa.Column("timeframe", sa.Text, nullable=False),
+    sa.Column("asset_class", sa.Text, nullable=False),
+    sa.Column("calendar", sa.Text, nullable=False),
+    sa.Column("created_at", _instant, nullable=False, server_default=_now),
+    sa.UniqueConstraint("symbol", "timeframe"),
+)
+
+candles = {
+    timeframe: sa.Table(
+        f"candles_{timeframe}",
+        metadata,
+        sa.Column("series_id", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("ts", _instant, primary_key=True),
+        sa.Column("batch_id", sa.Integer, nullable=False),
+        *_prices(),
+        sa.Column("volume", sa.Double),
+    )
+    for timeframe in Timeframe
+}
+
+batch = sa.Table(
+    "batch",
+    metadata,
+    sa.Column("id", sa.Integer, sa.Identity(), primary_key=True),
+    _series_id(),
+    sa.Column("provider", sa.Text, nullable=False),
+    sa.Column("transport", sa.Text, nullable=False),
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("sha256", sa.Text),
+    sa.Column("range_start", _instant, nullable=False),
+    sa.Column("range_end", _instant, nullable=False),
+    sa.Column("run_id", sa.Text),
+    sa.Column("fetched_at", _instant, nullable=False),
+    sa.Column("committed_at", _instant, nullable=False),
+    sa.Column("inserted", sa.Integer, nullable=False),
+    sa.Column("updated", sa.Integer, nullable=False),
+    sa.Column("undoes", sa.Integer, sa.ForeignKey("fks.batch.id", ondelete="CASCADE")),
+    sa.Index("batch_by_series", "series_id", "id"),
+    sa.Index("batch_by_commit", "committed_at"),
+)
+
+revision = sa.Table(
+    "revision",
+    metadata,
+    _series_id(primary_key=True),
+    sa.Column("ts", _instant, primary_key=True),
+    sa.Column("replaced_by", sa.Integer, sa.ForeignKey("fks.batch.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("batch_id", sa.Integer, nullable=False),
+    *_prices(),
+    sa.Column("volume", sa.Double),
+    sa.Column("open_after", sa.Double),
+    sa.Column("high_after", sa.Double),
+    sa.Column("low_after", sa.Double),
+    sa.Column("close_after", sa.Double),
+    sa.Column("volume_after", sa.Double),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Index("revision_by_batch", "replaced_by"),
+)
+
+sync_state = sa.Table(
+    "sync_state",
+    metadata,
+    _series_id(primary_key=True),
+    sa.Column("synced", TSTZMULTIRANGE, nullable=False, server_default=sa.text("'{}'")),
+    sa.Column("total_candles", sa.BigInteger, nullable=False, server_default=sa.text("0")),
+    sa.Column("oldest", _instant),
+    sa.Column("newest", _instant),
+    sa.Column("last_sync_time", _instant),
+    sa.Column("error_message", sa.Text),
+)
+
+gap = sa.Table(
+    "gap",
+    metadata,
+    sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
+    _series_id(),
+    sa.Column("gap_start", _instant, nullable=False),
+    sa.Column("gap_end", _instant, nullable=False),
+    sa.Column("missing_candles", sa.Integer, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("next_attempt_at", _instant),
+    sa.Column("evidence", JSONB, nullable=False),
+    sa.Column("found_at", _instant, nullable=False, server_default=_now),
+    sa.Column("changed_at", _instant, nullable=False, server_default=_now),
+    sa.CheckConstraint(
+        "status IN ('open', 'filled', 'no_trade', 'unavailable', 'tolerated')", name="gap_status"
+    ),
+    sa.CheckConstraint("gap_start < gap_end AND missing_candles > 0", name="gap_not_empty"),
+    sa.Index(
+        "gap_missing",
+        "series_id",
+        "gap_start",
+        unique=True,
+        postgresql_where=sa.text("status <> 'filled'"),
+    ),
+)
+
+lease = sa.Table(
+    "lease",
+    metadata,
+    _series_id(primary_key=True),
+    sa.Column("owner", sa.Text, primary_key=True),
+    sa.Column("expires_at", _instant, nullable=False),
+)
+
+quarantine = sa.Table(
+    "quarantine",
+    metadata,
+    sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
+    _series_id(),
+    sa.Column("ts", _instant, nullable=False),
+    # The row as it came: NULL stands for what was no number.
+    sa.Column("open", sa.Double),
+    sa.Column("high", sa.Double),
+    sa.Column("low", sa.Double),
+    sa.Column("close", sa.Double),
+    sa.Column("volume", sa.Double),
+    sa.Column("provider", sa.Text, nullable=False),
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("first_seen_at", _instant, nullable=False, server_default=_now),
+    sa.Column("last_seen_at", _instant, nullable=False, server_default=_now),
+    sa.Column("seen", sa.Integer, nullable=False, server_default=sa.text("1")),
+    sa.UniqueConstraint(
+        "series_id",
+        "ts",
+        "provider",
+        "reason",
+        "open",
+        "high",
+        "low",
+        "close",
+        "volume",
+        name="quarantine_once",
+        postgresql_nulls_not_distinct=True,
+    ),
+)
+
+listing = sa.Table(
+    "listing",
+    metadata,
+    sa.Column("provider", sa.Text, primary_key=True),
+    sa.Column("symbol", sa.Text, primary_key=True),
+    sa.Column("listed_at", _instant, nullable=False),
+    sa.Column("found_at", _instant, nullable=False, server_default=_now),
+)
