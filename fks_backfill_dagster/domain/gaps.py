@@ -1,0 +1,59 @@
+"""The arithmetic of gaps: which expected candles are absent, and how they cluster.
+
+Belongs here: set difference, grouping, the names of a gap's states.
+Does not belong here: why a gap is there, when it is asked for again, where it is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from fks_backfill_dagster.domain.grid import Grid
+from fks_backfill_dagster.domain.ranges import Instants
+
+
+class GapStatus(StrEnum):
+    """Everything but `open` (and `filled`, which is none any more) is an explained gap."""
+
+    OPEN = "open"
+    FILLED = "filled"
+    NO_TRADE = "no_trade"  # a complete answer left the quiet interval out, with bars on both sides
+    UNAVAILABLE = "unavailable"  # every capable provider was asked, none has it
+    TOLERATED = "tolerated"  # asked for once, and short enough to live with
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Gap:
+    """Candles that are neighbours in the grid and all absent.
+
+    `start` is the open of the first, `end` the close of the last, `missing` how many they are. A
+    gap may span a night or a weekend, so `missing` cannot be had from its length.
+    """
+
+    start: int
+    end: int
+    missing: int
+
+    @property
+    def duration(self) -> int:
+        """From the first open to the last close, closed hours included; microseconds."""
+        return self.end - self.start
+
+
+def missing_of(expected: Instants, present: Instants) -> Instants:
+    """The elements of `expected` that are not in `present`; both ascending and unique, as is the result."""
+    return np.setdiff1d(expected, present, assume_unique=True)
+
+
+def find_gaps(missing: Instants, grid: Grid) -> tuple[Gap, ...]:
+    """Groups missing opens into gaps. `missing` are expected opens of `grid`, ascending and unique."""
+    if len(missing) == 0:
+        return ()
+    jumps = np.diff(grid.rank(missing)) != 1
+    first = np.flatnonzero(np.concatenate([[True], jumps]))
+    last = np.flatnonzero(np.concatenate([jumps, [True]]))
+    columns = (missing[first], grid.closes(missing[last]), last - first + 1)
+    return tuple(Gap(*row) for row in zip(*(column.tolist() for column in columns), strict=True))
