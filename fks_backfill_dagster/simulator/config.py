@@ -1,0 +1,94 @@
+"""The settings of the sandbox, and the written forms of what can be set: instants, outages."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.timeframe import to_micros
+
+PROVIDERS = ("binance", "polygon")
+
+
+def instant(text: str) -> int:
+    """ISO 8601 as microseconds, UTC where no zone is given. Raises ValueError."""
+    moment = datetime.fromisoformat(text)
+    return to_micros(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+
+
+def plain_symbol(symbol: str) -> str:
+    """`BTC/USDT`, `BTC_USDT`, `btcusdt` and `X:BTCUSD` without prefix and separators, upper case."""
+    return re.sub(r"[/_:-]", "", symbol.upper().removeprefix("X:"))
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """Minutes a provider does not have; `symbol` None means all of its symbols."""
+
+    provider: str
+    window: TimeRange
+    symbol: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.provider not in PROVIDERS:
+            raise ValueError(f"outage of {self.provider!r}: the provider is one of {', '.join(PROVIDERS)}")
+        if not self.window:
+            raise ValueError("an outage needs an end after its start")
+
+    @classmethod
+    def parse(cls, text: str) -> Outage:
+        """`PROVIDER[@SYMBOL]=START/END`, such as `binance@BTC/USDT=2024-01-05T03:00/2024-01-05T07:30`.
+
+        Raises ValueError with a sentence that shows the form.
+        """
+        match = re.fullmatch(r"(\w+)(?:@([^=]+))?=([^/]+)/([^/]+)", text)
+        try:
+            if match is None:
+                raise ValueError("it has another form")
+            provider, symbol, start, end = match.groups()
+            window = TimeRange(instant(start), instant(end))
+            return cls(provider, window, plain_symbol(symbol) if symbol else None)
+        except ValueError as error:
+            raise ValueError(f"outage {text!r} is not PROVIDER[@SYMBOL]=START/END: {error}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarketConfig:
+    """All that a sandbox can be told at its start; what can change later has a route under /sim.
+
+    replay: directory of real candles to serve instead of the synthetic market.
+    host, port: where to listen; port 0 takes a free one.
+    latency: seconds added to every provider answer.
+    limits: whether Binance's weight limit is kept. weight_per_minute, ban_after (refusals in a
+        minute before the ban) and ban_seconds say how.
+    polygon_per_minute: Polygon's request limit; None for none (its free plan has 5).
+    now: the market's clock stands here (microseconds); with clock_runs it starts here and goes on.
+    outages: planted from the start.
+    seed, listed: of the synthetic market; `listed` are pairs (BTCUSDT, microseconds).
+    archive_header_from: archives of periods from this instant on have a header line.
+    polygon_offset_ppm: Polygon's prices against Binance's, in millionths.
+    bad_keys: Polygon keys that are refused.
+    access_log: whether the server prints a line for every request.
+    """
+
+    replay: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = 0
+    latency: float = 0.0
+    limits: bool = True
+    weight_per_minute: int = 6000
+    ban_after: int = 10
+    ban_seconds: float = 120.0
+    polygon_per_minute: int | None = None
+    now: int | None = None
+    clock_runs: bool = False
+    outages: tuple[Outage, ...] = ()
+    seed: int = 1
+    listed: tuple[tuple[str, int], ...] = ()
+    archive_header_from: int | None = None
+    polygon_offset_ppm: int = 0
+    bad_keys: tuple[str, ...] = ("bad-key",)
+    access_log: bool = False

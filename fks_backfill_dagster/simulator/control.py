@@ -1,0 +1,244 @@
+"""The sandbox's own routes under /sim: truth, outages, faults, clock, limits, requests, prepare.
+
+They are how a test or a user moves the market; no provider has them, and they are not journalled.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import csv, ipc
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.timeframe import Timeframe, iso
+from fks_backfill_dagster.simulator.archive import Archives
+from fks_backfill_dagster.simulator.bars import Bars, Step
+from fks_backfill_dagster.simulator.binance import MAX_LIMIT, Binance
+from fks_backfill_dagster.simulator.config import PROVIDERS, Outage, instant, plain_symbol
+from fks_backfill_dagster.simulator.faults import Fault, Kind
+from fks_backfill_dagster.simulator.polygon import Polygon
+from fks_backfill_dagster.simulator.state import Sandbox
+
+_FAULT_FIELDS = frozenset(f.name for f in fields(Fault)) - {"id", "window"} | {"start", "end"}
+
+_NUMBERS = frozenset({"count", "probability", "status", "seconds", "rows"})
+
+
+class Refused(ValueError):
+    """A control request that makes no sense; the text says what would."""
+
+
+class Control:
+    """The handlers, over one sandbox and its wire formats."""
+
+    def __init__(self, sandbox: Sandbox, binance: Binance, archives: Archives, polygon: Polygon) -> None:
+        self._sandbox = sandbox
+        self._binance = binance
+        self._archives = archives
+        self._polygon = polygon
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/sim/truth/{provider}/{symbol:path}/{timeframe}", self._guard(self.truth)),
+            Route("/sim/outages", self._guard(self.outages), methods=["GET", "POST", "DELETE"]),
+            Route("/sim/faults", self._guard(self.faults), methods=["GET", "POST", "DELETE"]),
+            Route("/sim/requests", self._guard(self.requests), methods=["GET", "DELETE"]),
+            Route("/sim/clock", self._guard(self.clock), methods=["GET", "POST"]),
+            Route("/sim/limits", self._guard(self.limits), methods=["GET", "POST"]),
+            Route("/sim/prepare", self._guard(self.prepare), methods=["POST"]),
+        ]
+
+    def _guard(self, handler: Callable[..., Any]) -> Callable[[Request], Any]:
+        """Runs a handler off the event loop; what it refuses becomes a 400 with its sentence."""
+
+        async def guarded(request: Request) -> Response:
+            try:
+                document = await request.json() if request.method == "POST" else {}
+                if not isinstance(document, dict):
+                    raise Refused("the body must be a JSON object")
+                response: Response = await run_in_threadpool(handler, request, document)
+                return response
+            except (ValueError, TypeError, KeyError) as error:
+                return JSONResponse({"error": _sentence(error)}, status_code=400)
+
+        return guarded
+
+    def truth(self, request: Request, _: dict[str, Any]) -> Response:
+        """The closed candles of [start, end): CSV, or Arrow IPC with `format=arrow`."""
+        provider = _provider(request.path_params["provider"])
+        symbol = self._symbol(provider, request.path_params["symbol"])
+        timeframe = _timeframe(request.path_params["timeframe"])
+        listing = self._sandbox.markets[provider].listing(symbol)
+        step = Step.of(timeframe)
+        start = _optional(request.query_params.get("start"), step.floor(listing.start))
+        end = _optional(request.query_params.get("end"), self._sandbox.clock.now())
+        bars = self._sandbox.closed(provider, symbol, step, TimeRange(start, end))
+        sink = io.BytesIO()
+        if request.query_params.get("format", "csv") == "arrow":
+            table = _arrow(bars)
+            with ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+            return Response(sink.getvalue(), media_type="application/vnd.apache.arrow.stream")
+        csv.write_csv(_texts(bars), sink, csv.WriteOptions(quoting_style="none"))
+        body = sink.getvalue().replace(b'"', b"", 12)  # pyarrow quotes the header whatever it is told
+        return Response(body, media_type="text/csv")
+
+    def outages(self, request: Request, document: dict[str, Any]) -> Response:
+        if request.method == "DELETE":
+            self._sandbox.clear_outages()
+        elif request.method == "POST":
+            symbol = document.get("symbol")
+            window = TimeRange(instant(document["start"]), instant(document["end"]))
+            planted = Outage(document["provider"], window, plain_symbol(symbol) if symbol else None)
+            self._sandbox.plant_outage(planted)
+        return JSONResponse(
+            [
+                {
+                    "provider": o.provider,
+                    "symbol": o.symbol,
+                    "start": iso(o.window.start),
+                    "end": iso(o.window.end),
+                }
+                for o in self._sandbox.outages()
+            ]
+        )
+
+    def faults(self, request: Request, document: dict[str, Any]) -> Response:
+        if request.method == "DELETE":
+            self._sandbox.faults.clear()
+        elif request.method == "POST":
+            build = self._fault_builder(document)
+            return JSONResponse({"id": self._sandbox.faults.plant(build).id})
+        return JSONResponse(
+            [
+                {"id": f.id, "provider": f.provider, "kind": f.kind, "count": f.count, "hits": hits}
+                for f, hits in self._sandbox.faults.planted()
+            ]
+        )
+
+    def _fault_builder(self, document: dict[str, Any]) -> Callable[[int], Fault]:
+        options = dict(document)
+        if unknown := options.keys() - _FAULT_FIELDS:
+            raise Refused(
+                f"unknown {', '.join(sorted(unknown))}; a fault has {', '.join(sorted(_FAULT_FIELDS))}"
+            )
+        provider, kind = options.pop("provider"), Kind(options.pop("kind"))
+        if provider not in (*PROVIDERS, "archive"):
+            raise Refused(f"no provider {provider!r}; there are binance, archive and polygon")
+        start, end = options.pop("start", None), options.pop("end", None)
+        window = TimeRange(_optional(start, 0), _optional(end, 2**62)) if start or end else None
+        if symbol := options.pop("symbol", None):
+            options["symbol"] = _wire_symbol(provider, symbol)
+        for name, number in options.items():
+            if name in _NUMBERS and not (
+                isinstance(number, int | float) or (name == "count" and number is None)
+            ):
+                raise Refused(f"{name} of a fault is a number, not {number!r}")
+        market = "binance" if provider == "archive" else provider
+        if kind is Kind.OTHER_SYMBOL and len(self._sandbox.markets[market].symbols()) < 2:
+            raise Refused("this replay has one symbol of that provider only, so no other one can be served")
+        return lambda number: Fault(number, provider, kind, window=window, **options)
+
+    def requests(self, request: Request, _: dict[str, Any]) -> Response:
+        if request.method == "DELETE":
+            self._sandbox.journal.reset()
+        return JSONResponse(self._sandbox.journal.summary(int(request.query_params.get("last", "20"))))
+
+    def clock(self, request: Request, document: dict[str, Any]) -> Response:
+        """POST {"now": ISO or null, "runs": bool} or {"advance": seconds}."""
+        clock = self._sandbox.clock
+        if request.method == "POST":
+            if "advance" in document:
+                later = clock.now() + int(float(document["advance"]) * 1_000_000)
+                self._sandbox.set_clock(later, runs=clock.runs)
+            else:
+                now = None if document["now"] is None else instant(document["now"])
+                self._sandbox.set_clock(now, runs=bool(document.get("runs", now is None)))
+        return JSONResponse({"now": iso(clock.now()), "runs": clock.runs})
+
+    def limits(self, request: Request, document: dict[str, Any]) -> Response:
+        """POST {"binance": weight a minute or null, "polygon": requests a minute or null}; forgets bans."""
+        for provider, limit in document.items():
+            if provider not in self._sandbox.meters or not (limit is None or isinstance(limit, int)):
+                raise Refused('limits are {"binance": number or null, "polygon": number or null}')
+            self._sandbox.meters[provider].reset(limit)
+        meters = self._sandbox.meters.items()
+        return JSONResponse({name: {"limit": meter.limit, "used": meter.used} for name, meter in meters})
+
+    def prepare(self, request: Request, document: dict[str, Any]) -> Response:
+        """POST {provider: binance|archive|polygon, symbol, timeframe, start, end, limit}."""
+        began = time.perf_counter()
+        provider, timeframe = document["provider"], _timeframe(document["timeframe"])
+        window = TimeRange(instant(document["start"]), instant(document["end"]))
+        symbol = self._symbol("binance" if provider == "archive" else _provider(provider), document["symbol"])
+        if provider == "archive":
+            count, size = self._archives.prepare(symbol, timeframe, window)
+        elif provider == "binance":
+            count, size = self._binance.prepare(
+                symbol, timeframe, window, int(document.get("limit", MAX_LIMIT))
+            )
+        else:
+            base_url = f"{str(request.base_url).rstrip('/')}/polygon"
+            ticker = _wire_symbol("polygon", document["symbol"])
+            count, size = self._polygon.prepare(ticker, timeframe, window, base_url)
+        seconds = round(time.perf_counter() - began, 3)
+        return JSONResponse({"answers": count, "bytes": size, "seconds": seconds})
+
+    def _symbol(self, provider: str, symbol: str) -> str:
+        name = self._sandbox.market_symbol(provider, plain_symbol(symbol))
+        if name is None:
+            known = ", ".join(self._sandbox.markets[provider].symbols())
+            raise Refused(f"{provider} does not know {symbol!r}; it knows {known} and such")
+        return name
+
+
+def _wire_symbol(provider: str, symbol: str) -> str:
+    """A symbol in any spelling as `provider` writes it."""
+    plain = plain_symbol(symbol)
+    if provider != "polygon":
+        return plain
+    return f"X:{plain.removesuffix('T') if plain.endswith('USDT') else plain}"
+
+
+def _provider(name: str) -> str:
+    if name not in PROVIDERS:
+        raise Refused(f"no provider {name!r}; there are {', '.join(PROVIDERS)}")
+    return name
+
+
+def _timeframe(name: str) -> Timeframe:
+    if name not in list(Timeframe):
+        raise Refused(f"no timeframe {name!r}; there are {', '.join(Timeframe)}")
+    return Timeframe(name)
+
+
+def _optional(text: str | None, default: int) -> int:
+    return default if text is None else instant(text)
+
+
+def _sentence(error: Exception) -> str:
+    return f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _arrow(bars: Bars) -> pa.Table:
+    """ts int64 microseconds and five float64 columns."""
+    candles = bars.candles()
+    return pa.table(
+        dict(zip(("ts", "open", "high", "low", "close", "volume"), candles.columns(), strict=True))
+    )
+
+
+def _texts(bars: Bars) -> pa.Table:
+    """The canonical CSV, which `--replay` reads again: ts as 2024-01-01T00:00:00Z, decimals as served."""
+    stamps = pa.array(bars.ts.astype("datetime64[us]").astype("datetime64[s]").astype(str) + "Z")
+    names = ("open", "high", "low", "close", "volume")
+    return pa.table({"ts": stamps} | {n: pa.array(c) for n, c in zip(names, bars.texts(), strict=True)})

@@ -1,0 +1,167 @@
+"""A local market beside a test, a demo or a bench: in a thread, or in a process of its own.
+
+Everything goes over real HTTP, so both kinds behave alike and a test sees what a user sees.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import threading
+import time
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import quote, urlencode
+from urllib.request import Request, urlopen
+
+import numpy as np
+from pyarrow import ipc
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.timeframe import Timeframe, iso
+from fks_backfill_dagster.simulator.config import MarketConfig
+from fks_backfill_dagster.simulator.server import address, listen, make_server, run
+
+_START_SECONDS = 30.0
+
+
+class LocalMarket:
+    """A running sandbox as a context manager.
+
+    `process=True` runs it in another process, for measurements that must not share an interpreter.
+    Raises PortInUse and ReplayError when entered; RuntimeError if it does not come up.
+    """
+
+    def __init__(self, config: MarketConfig | None = None, *, process: bool = False) -> None:
+        self._config = config or MarketConfig()
+        self._process = process
+        self.url = ""
+
+    def __enter__(self) -> LocalMarket:
+        if self._process:
+            self._enter_process()
+        else:
+            self._enter_thread()
+        return self
+
+    def _enter_thread(self) -> None:
+        self._server = make_server(self._config)
+        self._socket = listen(self._config)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), name="local-market", daemon=True
+        )
+        self._thread.start()
+        deadline = time.monotonic() + _START_SECONDS
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                raise RuntimeError("the local market did not start")
+            time.sleep(0.002)
+        self.url = address(self._config, self._socket)
+
+    def _enter_process(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe(duplex=False)
+        self._child = context.Process(target=_child, args=(self._config, theirs), daemon=True)
+        self._child.start()
+        theirs.close()
+        told = ours.recv() if ours.poll(_START_SECONDS) else RuntimeError("the local market did not start")
+        if isinstance(told, Exception):
+            self._child.join()
+            raise told
+        self.url = told
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process:
+            self._child.terminate()
+            self._child.join()
+        else:
+            self._server.should_exit = True
+            self._thread.join()
+            self._socket.close()
+
+    @property
+    def binance_url(self) -> str:
+        return f"{self.url}/binance"
+
+    @property
+    def archive_url(self) -> str:
+        return f"{self.url}/archive"
+
+    @property
+    def polygon_url(self) -> str:
+        return f"{self.url}/polygon"
+
+    def truth(self, provider: str, symbol: str, timeframe: Timeframe, window: TimeRange) -> Candles:
+        """The closed candles of `window` that `provider` would give if it were honest."""
+        query = urlencode({"start": iso(window.start), "end": iso(window.end), "format": "arrow"})
+        body = self._ask("GET", f"/sim/truth/{provider}/{quote(symbol)}/{timeframe}?{query}")
+        table = ipc.open_stream(body).read_all()
+        columns = [table[name].to_numpy() for name in table.column_names]
+        return Candles(columns[0].astype(np.int64, copy=False), *columns[1:])
+
+    def plant_outage(self, provider: str, window: TimeRange, symbol: str | None = None) -> None:
+        document = {"provider": provider, "start": iso(window.start), "end": iso(window.end)}
+        self.post("/sim/outages", **document, **({"symbol": symbol} if symbol else {}))
+
+    def clear_outages(self) -> None:
+        self._ask("DELETE", "/sim/outages")
+
+    def plant_fault(self, provider: str, kind: str, **options: Any) -> None:
+        """`options` are the fields of a fault; `start` and `end` in ISO 8601 give its window."""
+        self.post("/sim/faults", provider=provider, kind=kind, **options)
+
+    def clear_faults(self) -> None:
+        self._ask("DELETE", "/sim/faults")
+
+    def requests(self, provider: str | None = None) -> int:
+        """How many requests came, to all providers or one, since the start or the last reset."""
+        summary = self.journal(last=0)
+        if provider is None:
+            return int(summary["total"])
+        return int(summary["providers"].get(provider, {"requests": 0})["requests"])
+
+    def journal(self, last: int = 1000) -> dict[str, Any]:
+        """The JSON of /sim/requests."""
+        document: dict[str, Any] = json.loads(self._ask("GET", f"/sim/requests?last={last}"))
+        return document
+
+    def reset_requests(self) -> None:
+        self._ask("DELETE", "/sim/requests")
+
+    def set_clock(self, now: int | None, *, runs: bool = False) -> None:
+        """Moves the market's clock to `now` (microseconds); None is real time."""
+        self.post("/sim/clock", now=None if now is None else iso(now), runs=runs or now is None)
+
+    def prepare(self, provider: str, symbol: str, timeframe: Timeframe, window: TimeRange) -> dict[str, Any]:
+        """Has answers made beforehand; `provider` may be `archive`."""
+        edges = {"start": iso(window.start), "end": iso(window.end)}
+        document: dict[str, Any] = self.post(
+            "/sim/prepare", provider=provider, symbol=symbol, timeframe=str(timeframe), **edges
+        )
+        return document
+
+    def post(self, path: str, /, **document: Any) -> Any:
+        """POSTs JSON to a control route. Raises ValueError with the sandbox's sentence if it refuses."""
+        return json.loads(self._ask("POST", path, json.dumps(document).encode()))
+
+    def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        request = Request(f"{self.url}{path}", data=body, method=method)
+        try:
+            with urlopen(request, timeout=600) as response:
+                answer: bytes = response.read()
+                return answer
+        except HTTPError as error:
+            raise ValueError(json.loads(error.read())["error"]) from None
+
+
+def _child(config: MarketConfig, tell: Connection) -> None:
+    """The process: tells its URL, or the exception that kept it from serving."""
+    try:
+        run(config, tell.send)
+    except (OSError, ValueError) as error:
+        tell.send(error)

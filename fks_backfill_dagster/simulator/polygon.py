@@ -1,0 +1,306 @@
+"""Polygon's aggregates for crypto tickers: `X:BTCUSD` is the market of BTC/USDT.
+
+Only the wire format: the path, the key, snapping, base-bar limits and cursors.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from itertools import chain
+from typing import Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+import orjson
+
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.timeframe import (
+    MICROS_PER_DAY,
+    MICROS_PER_HOUR,
+    MICROS_PER_MINUTE,
+    Timeframe,
+)
+from fks_backfill_dagster.simulator.bars import SUNDAY_WEEKS, Bars, Step, decimal_texts
+from fks_backfill_dagster.simulator.config import instant, plain_symbol
+from fks_backfill_dagster.simulator.faults import Fields
+from fks_backfill_dagster.simulator.market import newest, oldest
+from fks_backfill_dagster.simulator.state import Sandbox
+from fks_backfill_dagster.simulator.wire import Answer, Call, Reply, Rows
+
+ROWS = Rows(Fields(ts="t", open="o", high="h", low="l", text=False), key="results")
+DEFAULT_LIMIT, MAX_LIMIT = 5000, 50_000
+UNITS: Mapping[str, int] = {
+    "minute": MICROS_PER_MINUTE,
+    "hour": MICROS_PER_HOUR,
+    "day": MICROS_PER_DAY,
+    "week": SUNDAY_WEEKS.length,
+}
+_PATH = re.compile(
+    r"/v2/aggs/ticker/(?P<ticker>[^/]+)/range/(?P<mult>\d{1,4})/(?P<unit>\w+)/(?P<start>[^/]+)/(?P<end>[^/]+)"
+)
+_ROW = '{"v":%s,"vw":%s,"o":%s,"c":%s,"h":%s,"l":%s,"t":%d,"n":%d},'
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """An aggregates request after parsing; `window` is snapped outwards to whole bars."""
+
+    ticker: str
+    mult: int
+    unit: str
+    step: Step
+    base: Step
+    window: TimeRange
+    end: str
+    limit: int
+    descending: bool
+    adjusted: bool
+
+
+class BadRequest(Exception):
+    """A request Polygon would refuse with 400."""
+
+
+class Polygon:
+    """GET /v2/aggs/ticker/{T}/range/{mult}/{minute|hour|day|week}/{from}/{to}."""
+
+    name = "polygon"
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+
+    def charge(self, call: Call) -> Reply | None:
+        verdict = self._sandbox.meters["polygon"].charge(1)
+        return None if verdict.refused is None else self.error(verdict.refused, verdict.retry_after)
+
+    def extra_headers(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
+    def error(self, status: int, retry_after: int) -> Reply:
+        if status == 403:
+            message = (
+                "You are not entitled to this data. Please upgrade your plan at https://massive.com/pricing"
+            )
+            return _json({"status": "NOT_AUTHORIZED", "message": message}, 403)
+        if status == 429:
+            message = (
+                "You've exceeded the maximum requests per minute, please wait or upgrade your subscription "
+                "to continue. https://massive.com/pricing"
+            )
+            return _json({"status": "ERROR", "error": message}, 429)
+        return _json({"status": "ERROR", "error": "An error occurred. Please try again."}, status)
+
+    def impostor(self, call: Call, symbol: str) -> Answer:
+        asked = self._sandbox.market_symbol("polygon", plain_symbol(symbol))
+        other = asked and self._sandbox.other_symbol("polygon", asked)
+        if not other:
+            return self.answer(call)
+        ticker = f"X:{other.removesuffix('T') if other.endswith('USDT') else other}"
+        path = call.path.replace(f"/ticker/{symbol}/", f"/ticker/{ticker}/")
+        answer = self.answer(Call(path, call.query, call.headers, call.base_url))
+        body = answer.reply.body.replace(ticker.encode(), symbol.encode())
+        return Answer(Reply(body), answer.endpoint, 1, symbol, answer.span, answer.rows)
+
+    def answer(self, call: Call) -> Answer:
+        if (refused := self._unauthorised(call)) is not None:
+            return Answer(refused, "aggs")
+        match = _PATH.fullmatch(call.path)
+        if match is None:
+            return Answer(_json({"status": "NOT_FOUND", "message": "404 page not found"}, 404), "unknown")
+        try:
+            ask = parse(match, call.query)
+        except BadRequest as error:
+            return Answer(_json({"status": "ERROR", "error": str(error)}, 400), "aggs", 1, match["ticker"])
+        key = (ask, call.base_url)
+        body = self._sandbox.prepared.get(key)
+        if body is None:
+            body = self._page(ask, call.base_url)[0]
+        return Answer(Reply(body), "aggs", 1, ask.ticker, ask.window, ROWS)
+
+    def prepare(self, ticker: str, timeframe: Timeframe, window: TimeRange, base_url: str) -> tuple[int, int]:
+        """Makes the pages a client sees that asks for all of `window` at the greatest limit.
+
+        The answer names the host in `next_url`, so pages are kept per `base_url`.
+        """
+        pages = size = 0
+        unit, mult = _unit_of(timeframe)
+        end = min(window.end, self._sandbox.clock.now()) // 1000 - 1
+        at: int | None = window.start // 1000
+        while at is not None:
+            path = f"/v2/aggs/ticker/{ticker}/range/{mult}/{unit}/{at}/{end}"
+            match = _PATH.fullmatch(path)
+            assert match is not None
+            ask = parse(match, {"limit": str(MAX_LIMIT), "adjusted": "false"})
+            body, at = self._page(ask, base_url)
+            self._sandbox.prepared.put((ask, base_url), body)
+            pages, size = pages + 1, size + len(body)
+        return pages, size
+
+    def _unauthorised(self, call: Call) -> Reply | None:
+        key = call.headers.get("authorization", "").removeprefix("Bearer").strip() or call.query.get("apiKey")
+        if not key:
+            return _json({"status": "ERROR", "error": "API Key was not provided"}, 401)
+        if key in self._sandbox.config.bad_keys:
+            return _json({"status": "ERROR", "error": "Unknown API Key"}, 401)
+        return None
+
+    def _market_symbol(self, ticker: str) -> str | None:
+        """Polygon has no USDT pairs of its own: `X:BTCUSDT` is as unknown as a stock is here."""
+        if not ticker.startswith("X:") or ticker.endswith("USDT"):
+            return None
+        return self._sandbox.market_symbol("polygon", plain_symbol(ticker))
+
+    def _page(self, ask: Ask, base_url: str) -> tuple[bytes, int | None]:
+        """The page's body, and where the next one starts in milliseconds."""
+        symbol = self._market_symbol(ask.ticker)
+        head = {
+            "ticker": ask.ticker,
+            "adjusted": ask.adjusted,
+            "status": "OK",
+            "request_id": _request_id(ask),
+        }
+        if symbol is None:
+            return orjson.dumps({**head, "queryCount": 0, "resultsCount": 0}), None
+        parts, bars, rest = self._cut(ask, symbol)
+        if len(bars) == 0:
+            return orjson.dumps({**head, "queryCount": 0, "resultsCount": 0}), None
+        head |= {"queryCount": parts, "resultsCount": len(bars), "count": len(bars)}
+        at = None
+        if rest:
+            head["next_url"] = _next_url(ask, rest, base_url)
+            at = rest.start // 1000
+        if ask.descending:
+            bars = bars.take(slice(None, None, -1))
+        return orjson.dumps(head)[:-1] + b',"results":' + _rows(bars) + b"}", at
+
+    def _cut(self, ask: Ask, symbol: str) -> tuple[int, Bars, TimeRange]:
+        """How many base bars the page uses, its bars, and the window that is left.
+
+        A page never splits a bar: it has at least one, and otherwise as many as `limit` base bars fill.
+        """
+        read_base = partial(self._sandbox.bars, "polygon", symbol, ask.base)
+        listing = self._sandbox.markets["polygon"].listing(symbol)
+        window = ask.window.intersect(
+            TimeRange(ask.step.floor(listing.start), min(listing.end, self._sandbox.clock.now() + 1))
+        )
+        pick = newest if ask.descending else oldest
+        base = pick(read_base, ask.base, window, ask.limit)
+        page, rest = window, TimeRange(window.end, window.end)
+        if len(base) == ask.limit and ask.descending:
+            cut = max(ask.step.ceil(int(base.ts[0])), window.start)
+            cut = cut if cut < window.end else ask.step.floor(window.end - 1)
+            page, rest = TimeRange(cut, window.end), TimeRange(window.start, max(cut, window.start))
+        elif len(base) == ask.limit:
+            cut = ask.step.floor(int(base.ts[-1]) + ask.base.length)
+            cut = min(max(cut, window.start + ask.step.length), ask.window.end)
+            page, rest = TimeRange(window.start, cut), TimeRange(min(cut, window.end), window.end)
+        if ask.step == ask.base:
+            return len(base), base.within(page), rest
+        return len(base), self._sandbox.bars("polygon", symbol, ask.step, page), rest
+
+
+def parse(match: re.Match[str], query: Mapping[str, str]) -> Ask:
+    """A path and its parameters; those in a cursor stand for the ones left out. Raises BadRequest."""
+    if match["unit"] not in UNITS:
+        raise BadRequest(f"Could not parse the time parameter: 'timespan'. Use one of {', '.join(UNITS)}.")
+    mult = int(match["mult"])
+    if mult == 0:
+        raise BadRequest("The parameter 'multiplier' must be greater than 0.")
+    options = {**_cursor(query.get("cursor", "")), **query}
+    limit = options.get("limit", str(DEFAULT_LIMIT))
+    if not limit.isascii() or not limit.isdigit() or not 0 < int(limit) <= MAX_LIMIT:
+        raise BadRequest(f"The parameter 'limit' must be between 1 and {MAX_LIMIT}.")
+    if (sort := options.get("sort", "asc")) not in ("asc", "desc"):
+        raise BadRequest("The parameter 'sort' must be 'asc' or 'desc'.")
+    unit = UNITS[match["unit"]]
+    step = Step(unit * mult, SUNDAY_WEEKS.origin if match["unit"] == "week" else 0)
+    start, end = _moment(match["start"], "from", last=False), _moment(match["end"], "to", last=True)
+    if start > end:
+        raise BadRequest("The parameter 'to' cannot be a time that occurs before 'from'.")
+    window = TimeRange(step.floor(start), step.floor(end) + step.length)
+    base = Step(MICROS_PER_MINUTE if unit < MICROS_PER_DAY else MICROS_PER_DAY)
+    adjusted = options.get("adjusted", "true") != "false"
+    return Ask(
+        match["ticker"],
+        mult,
+        match["unit"],
+        step,
+        base,
+        window,
+        match["end"],
+        int(limit),
+        sort == "desc",
+        adjusted,
+    )
+
+
+def _moment(text: str, name: str, *, last: bool) -> int:
+    """Milliseconds, or a UTC date: its first moment, or for `last` its last one."""
+    if re.fullmatch(r"\d{9,15}", text):
+        return int(text) * 1000
+    try:
+        if not re.fullmatch(r"\d{4}-\d\d-\d\d", text):
+            raise ValueError
+        return instant(text) + (MICROS_PER_DAY - 1 if last else 0)
+    except ValueError:
+        raise BadRequest(
+            f"Could not parse the time parameter: '{name}'. Use YYYY-MM-DD or Unix MS."
+        ) from None
+
+
+def _cursor(text: str) -> dict[str, str]:
+    try:
+        return dict(parse_qsl(base64.b64decode(text, altchars=b"-_", validate=True).decode()))
+    except (binascii.Error, UnicodeDecodeError):
+        raise BadRequest("Could not parse the cursor.") from None
+
+
+def _next_url(ask: Ask, rest: TimeRange, base_url: str) -> str:
+    """On the host that was asked; ascending pages move `from` on, descending ones `to` back."""
+    order = "desc" if ask.descending else "asc"
+    options = f"adjusted={str(ask.adjusted).lower()}&limit={ask.limit}&sort={order}"
+    cursor = base64.urlsafe_b64encode(options.encode()).decode()
+    end = f"{rest.end // 1000 - 1}" if ask.descending else ask.end
+    span = f"{rest.start // 1000}/{end}"
+    return f"{base_url}/v2/aggs/ticker/{ask.ticker}/range/{ask.mult}/{ask.unit}/{span}?cursor={cursor}"
+
+
+def _unit_of(timeframe: Timeframe) -> tuple[str, int]:
+    unit = next(u for u in reversed(list(UNITS)) if timeframe.micros % UNITS[u] == 0)
+    return unit, timeframe.micros // UNITS[unit]
+
+
+def _rows(bars: Bars) -> bytes:
+    """The results array. The decimal texts are the numbers, so nothing is rounded on the way."""
+    opened, high, low, close, volume = bars.texts()
+    average = decimal_texts((bars.high + bars.low + bars.close) // 3, bars.scale.price)
+    none = bars.volume is None
+    columns = (
+        ["0"] * len(bars) if none else volume,
+        average,
+        opened,
+        close,
+        high,
+        low,
+        (bars.ts // 1000).tolist(),
+        (np.ones(len(bars), np.int64) if bars.volume is None else bars.volume % 997 + 1).tolist(),
+    )
+    cells = tuple(chain.from_iterable(zip(*columns, strict=True)))
+    return f"[{(_ROW * len(bars) % cells)[:-1]}]".encode()
+
+
+def _request_id(ask: Ask) -> str:
+    return blake2b(repr(ask).encode(), digest_size=16).hexdigest()
+
+
+def _json(document: dict[str, Any], status: int) -> Reply:
+    text = orjson.dumps(
+        {**document, "request_id": blake2b(repr(document).encode(), digest_size=16).hexdigest()}
+    )
+    return Reply(text, status)

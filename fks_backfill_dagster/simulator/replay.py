@@ -1,0 +1,203 @@
+"""Real candles from files instead of the synthetic market: `<venue>/<SYMBOL>-<TIMEFRAME>.csv[.gz]`.
+
+Belongs here: which venue's files speak which provider's wire format (VENUES), reading them, and
+serving them as a `Market`. A file's own timeframe is served with the file's own decimal texts;
+a coarser one is aggregated from the finest file that divides it; a finer one is empty.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pyarrow import csv
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
+from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.simulator.bars import Bars, Scale, Step, Units, aggregate
+from fks_backfill_dagster.simulator.market import FOR_EVER, NO_OUTAGE, Market, closed
+
+VENUES: tuple[tuple[str, str], ...] = (
+    ("binance", "binance"),
+    ("coinbase", "polygon"),
+    ("bitstamp", "polygon"),
+)
+"""(directory, provider that speaks for it). Where two venues of one provider have the same symbol,
+the one that stands first serves it. A new provider adds its venues here."""
+
+_COLUMNS = ("ts", "open", "high", "low", "close", "volume")
+_DECIMAL = r"^(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
+_NAME = re.compile(r"(?P<symbol>[A-Z0-9.]+)-(?P<timeframe>[0-9]+[mhdw])\.csv(\.gz)?")
+
+
+class ReplayError(ValueError):
+    """A directory or file that cannot be replayed. The text names it and says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayMarket:
+    """The files of one provider: blocks by symbol and timeframe."""
+
+    files: Mapping[str, Mapping[Timeframe, Bars]]
+
+    def knows(self, symbol: str) -> bool:
+        return symbol in self.files
+
+    def symbols(self) -> tuple[str, ...]:
+        return tuple(self.files)
+
+    def listing(self, symbol: str) -> TimeRange:
+        spans = [
+            (int(b.ts[0]), int(b.ts[-1]) + timeframe.micros) for timeframe, b in self.files[symbol].items()
+        ]
+        return TimeRange(min(s for s, _ in spans), max(e for _, e in spans))
+
+    def bars(self, symbol: str, step: Step, window: TimeRange, now: int, outages: RangeSet) -> Bars:
+        """As in `Market`; rows are indivisible, so an outage takes a row only if it covers it wholly."""
+        timeframe, found = self._finest(symbol, step)
+        end = min(window.end, now + 1)
+        start = min(window.start, end)
+        found = found.within(TimeRange(step.ceil(start), max(step.ceil(end), step.ceil(start))))
+        if outages:
+            found = found.take(~_covered(found.ts, timeframe.micros, outages))
+        return found if Step.of(timeframe) == step else aggregate(found, step)
+
+    def _finest(self, symbol: str, step: Step) -> tuple[Timeframe, Bars]:
+        """The file of this grid, else the finest one that divides it, else none of its rows."""
+        files = self.files[symbol]
+        for timeframe, block in files.items():
+            if Step.of(timeframe) == step:
+                return timeframe, block
+        timeframe = min(files, key=lambda t: t.micros)
+        fits = timeframe.micros < step.length and step.length % timeframe.micros == 0
+        return timeframe, files[timeframe] if fits else files[timeframe].take(slice(0, 0))
+
+    def truth(
+        self,
+        symbol: str,
+        timeframe: Timeframe,
+        window: TimeRange,
+        *,
+        now: int = FOR_EVER,
+        outages: RangeSet = NO_OUTAGE,
+    ) -> Candles:
+        return closed(self, symbol, Step.of(timeframe), window, now, outages).candles()
+
+
+def load(directory: Path) -> dict[str, Market]:
+    """The markets of a replay directory by provider.
+
+    Raises ReplayError where it is no directory, holds no file that could be served, or holds a
+    file that is not what its name says.
+    """
+    if not directory.is_dir():
+        raise ReplayError(f"{directory} is not a directory: --replay takes one with <venue>/<SYMBOL>-1h.csv")
+    found: dict[str, dict[str, dict[Timeframe, Bars]]] = {provider: {} for _, provider in VENUES}
+    for venue, provider in VENUES:
+        here: dict[str, dict[Timeframe, Bars]] = {}
+        for path in sorted((directory / venue).glob("*.csv*")):
+            symbol, timeframe = _parse_name(path)
+            here.setdefault(symbol, {})[timeframe] = read(path, timeframe)
+        found[provider] = here | found[provider]
+    if not any(found.values()):
+        venues = ", ".join(venue for venue, _ in VENUES)
+        raise ReplayError(
+            f"{directory} holds no file <venue>/<SYMBOL>-<TIMEFRAME>.csv of the venues {venues}"
+        )
+    return {provider: ReplayMarket(files) for provider, files in found.items()}
+
+
+def _parse_name(path: Path) -> tuple[str, Timeframe]:
+    match = _NAME.fullmatch(path.name)
+    if match is None or match["timeframe"] not in list(Timeframe):
+        known = " ".join(Timeframe)
+        raise ReplayError(f"{path}: the name must be <SYMBOL>-<TIMEFRAME>.csv[.gz] with one of {known}")
+    return match["symbol"], Timeframe(match["timeframe"])
+
+
+def read(path: Path, timeframe: Timeframe) -> Bars:
+    """One file. Raises ReplayError, naming it, for wrong columns, values, order or grid."""
+    try:
+        table = csv.read_csv(
+            path,
+            convert_options=csv.ConvertOptions(
+                include_columns=list(_COLUMNS),
+                column_types=dict.fromkeys(_COLUMNS, pa.string()),
+                strings_can_be_null=False,
+            ),
+        )
+    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
+        raise ReplayError(
+            f"{path} cannot be read as CSV with the columns {','.join(_COLUMNS)}: {error}"
+        ) from None
+    if table.num_rows == 0:
+        raise ReplayError(f"{path} has no rows: take it away or fill it")
+    ts = _instants(path, table["ts"])
+    step = Step.of(timeframe)
+    if bool((np.diff(ts) <= 0).any()):
+        raise ReplayError(f"{path}: ts must ascend without duplicates")
+    if bool(((ts - step.origin) % step.length != 0).any()):
+        raise ReplayError(f"{path}: a ts is not on the {timeframe} grid")
+    prices = [_decimals(path, table[name], name) for name in _COLUMNS[1:5]]
+    digits = max(scale for _, scale in prices)
+    opened, high, low, close = (units * 10 ** (digits - scale) for units, scale in prices)
+    without_volume = pc.all(pc.equal(table["volume"], "")).as_py()
+    volume, volume_digits = (None, 0) if without_volume else _decimals(path, table["volume"], "volume")
+    if digits > 12 or max(int(high.max()), 0 if volume is None else int(volume.max())) >= 2**53:
+        raise ReplayError(f"{path}: a value has more digits than a float64 can hold exactly")
+    verbatim = tuple(table[name].to_numpy().astype(object) for name in _COLUMNS[1:])
+    return Bars(ts, opened, high, low, close, volume, Scale(digits, volume_digits), verbatim)
+
+
+def _instants(path: Path, column: pa.ChunkedArray) -> NDArray[np.int64]:
+    try:
+        stamps = pc.cast(pc.utf8_rtrim(column, "Z"), pa.timestamp("us"))
+    except pa.ArrowInvalid as error:
+        raise ReplayError(f"{path}: ts must be UTC such as 2024-01-01T00:00:00Z ({error})") from None
+    instants: Units = stamps.to_numpy().astype("datetime64[us]").view(np.int64)
+    return instants
+
+
+def _decimals(path: Path, column: pa.ChunkedArray, name: str) -> tuple[Units, int]:
+    """Plain non-negative decimals as integers, and the number of digits they were scaled by."""
+    plain = pc.match_substring_regex(column, _DECIMAL)
+    if not pc.all(plain).as_py():
+        row = pc.index(plain, pa.scalar(False)).as_py()
+        raise ReplayError(
+            f"{path}, row {row + 1}: {name} is {column[row].as_py()!r}, not a plain decimal number"
+        )
+    column = _without_exponents(column)
+    point = pc.find_substring(column, ".")
+    places = pc.if_else(pc.less(point, 0), 0, pc.subtract(pc.subtract(pc.utf8_length(column), point), 1))
+    digits = int(pc.max(places).as_py())
+    exact = pc.cast(column, pa.decimal128(38, digits)).combine_chunks()
+    # A decimal128 is a 16-byte little-endian integer; values below 2**53 live in its low half.
+    halves = np.frombuffer(exact.buffers()[1], dtype=np.int64).reshape(-1, 2)[exact.offset :][: len(exact)]
+    if bool((halves[:, 1] != 0).any()):
+        raise ReplayError(f"{path}: a {name} has more digits than a float64 can hold exactly")
+    return halves[:, 0].copy(), digits
+
+
+def _without_exponents(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """`6.45e-06`, which real files hold among their smallest volumes, as `0.00000645`."""
+    rows = pc.indices_nonzero(pc.match_substring(column, "e", ignore_case=True)).to_pylist()
+    if not rows:
+        return column
+    texts = column.to_pylist()
+    for row in rows:
+        texts[row] = f"{Decimal(texts[row]):f}"
+    return pa.chunked_array([texts])
+
+
+def _covered(ts: NDArray[np.int64], length: int, outages: RangeSet) -> NDArray[np.bool_]:
+    """Rows whose whole `[ts, ts + length)` lies in one range."""
+    index = np.searchsorted(outages.starts, ts, side="right") - 1
+    return (index >= 0) & (ts + length <= outages.ends[index])

@@ -1,0 +1,290 @@
+"""The HTTP server: providers by path prefix on one port, faults on the socket, and ways to run it.
+
+`make_app` is the ASGI application, `run` serves it until it is stopped. What an answer says is the
+wire formats' business, not this module's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from email.utils import formatdate
+from urllib.parse import parse_qsl
+
+import orjson
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Mount, Route
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from fks_backfill_dagster.domain.timeframe import iso
+from fks_backfill_dagster.simulator.archive import Archives
+from fks_backfill_dagster.simulator.binance import Binance
+from fks_backfill_dagster.simulator.config import MarketConfig
+from fks_backfill_dagster.simulator.control import Control
+from fks_backfill_dagster.simulator.faults import ROWS, TRANSPORT, Fault, Kind, spoil
+from fks_backfill_dagster.simulator.journal import Entry, without_key
+from fks_backfill_dagster.simulator.polygon import Polygon
+from fks_backfill_dagster.simulator.state import Sandbox
+from fks_backfill_dagster.simulator.wire import Answer, Call, Face, Reply
+
+_HTML = Reply(b"<!DOCTYPE html><html><body><h1>We'll be back soon</h1></body></html>", media_type="text/html")
+_DRIPS = 20
+
+
+class PortInUse(OSError):
+    """Somebody else listens there. The text names the address and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What goes to the socket, and the fault that shaped it."""
+
+    answer: Answer
+    fault: Fault | None
+
+
+class ProviderApp:
+    """ASGI: one wire format below one prefix, with limits, faults, latency and the journal around it."""
+
+    def __init__(self, sandbox: Sandbox, face: Face) -> None:
+        self._sandbox = sandbox
+        self._face = face
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived, began = time.time(), time.perf_counter()
+        call = _call(scope)
+        target = call.path + (f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else "")
+        refusal = self._face.charge(call)
+        if refusal is not None:
+            outcome = _Outcome(Answer(refusal, "refused", weight=0), None)
+        else:
+            outcome = self._outcome(call, target)
+        answer = outcome.answer
+        # Before it is sent: who has the answer must find it in the journal.
+        self._sandbox.journal.add(
+            Entry(
+                datetime.fromtimestamp(arrived, UTC).isoformat(),
+                self._face.name,
+                answer.endpoint,
+                without_key(target),
+                answer.reply.status,
+                round(time.perf_counter() - began, 6),
+                answer.weight,
+                None if outcome.fault is None else str(outcome.fault.kind),
+            )
+        )
+        if self._sandbox.config.latency:
+            await asyncio.sleep(self._sandbox.config.latency)
+        await self._send(scope, receive, send, answer.reply, outcome.fault)
+
+    def _outcome(self, call: Call, target: str) -> _Outcome:
+        answer = self._face.answer(call)
+        with_rows = answer.rows is not None and answer.reply.status == 200
+        kinds = TRANSPORT | ROWS if with_rows else TRANSPORT
+        fault = self._sandbox.faults.pick(self._face.name, kinds, answer.symbol, target, answer.span)
+        if fault is None:
+            return _Outcome(answer, answer.fault)
+        if fault.kind is Kind.OTHER_SYMBOL and answer.symbol is not None:
+            return _Outcome(self._face.impostor(call, answer.symbol), fault)
+        return _Outcome(replace(answer, reply=self._faulty(answer, fault)), fault)
+
+    def _faulty(self, answer: Answer, fault: Fault) -> Reply:
+        """The reply that this fault makes of the honest one; HANG, DRIP and RESET come at the socket."""
+        reply = answer.reply
+        if fault.kind is Kind.STATUS:
+            return self._face.error(fault.status, max(int(fault.seconds), 1))
+        if fault.kind is Kind.HTML:
+            return _HTML
+        if fault.kind is Kind.TRUNCATED:
+            return replace(reply, body=reply.body[: len(reply.body) * 2 // 3])
+        if fault.kind in ROWS and answer.rows is not None:
+            return replace(reply, body=_spoiled(answer, fault))
+        return reply
+
+    async def _send(
+        self, scope: Scope, receive: Receive, send: Send, reply: Reply, fault: Fault | None
+    ) -> None:
+        kind = None if fault is None else fault.kind
+        if fault is not None and kind is Kind.HANG and await _client_left(receive, fault.seconds):
+            return
+        headers = [
+            (b"content-type", reply.media_type.encode()),
+            (b"content-length", str(len(reply.body)).encode()),
+            (b"date", formatdate(self._sandbox.clock.now() / 1e6, usegmt=True).encode()),
+            *((k.encode(), v.encode()) for k, v in (*reply.headers, *self._face.extra_headers())),
+        ]
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        if fault is not None and kind is Kind.DRIP:
+            size = max(len(reply.body) // _DRIPS, 1)
+            for at in range(0, len(reply.body), size):
+                await send(
+                    {"type": "http.response.body", "body": reply.body[at : at + size], "more_body": True}
+                )
+                if await _client_left(receive, fault.seconds / _DRIPS):
+                    return
+        elif kind is Kind.RESET:
+            half = reply.body[: len(reply.body) // 2]
+            await send({"type": "http.response.body", "body": half, "more_body": True})
+            await asyncio.sleep(0.05)  # a reset discards what the client's kernel has not got yet
+            _reset(scope)
+            return
+        body = b"" if kind is Kind.DRIP else reply.body
+        await send({"type": "http.response.body", "body": body})
+
+
+def _spoiled(answer: Answer, fault: Fault) -> bytes:
+    """A JSON page with bad rows. NaN is written as the bare word, as careless servers do."""
+    rows = answer.rows
+    assert rows is not None
+    document = orjson.loads(answer.reply.body)
+    if rows.key is None:
+        document = spoil(fault, document, rows.fields, 1000)
+    elif rows.key in document:
+        document[rows.key] = spoil(fault, document[rows.key], rows.fields, 1000)
+        document["resultsCount"] = len(document[rows.key])
+    return json.dumps(document).encode()
+
+
+def _call(scope: Scope) -> Call:
+    prefix = scope.get("root_path", "")
+    headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+    query = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
+    base_url = f"{scope['scheme']}://{headers.get('host', '')}{prefix}"
+    return Call(scope["path"].removeprefix(prefix), query, headers, base_url)
+
+
+async def _client_left(receive: Receive, seconds: float) -> bool:
+    """Waits `seconds`; True as soon as the client has closed the connection."""
+    try:
+        async with asyncio.timeout(seconds):
+            while (await receive())["type"] != "http.disconnect":
+                pass
+    except TimeoutError:
+        return False
+    return True
+
+
+_transports: dict[tuple[str, int], asyncio.Transport] = {}
+
+
+class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """uvicorn's protocol, which also remembers the connections: ASGI has no way to reset one."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        if self.client is not None:
+            _transports[self.client] = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.client is not None:
+            _transports.pop(self.client, None)
+        super().connection_lost(exc)
+
+
+def _reset(scope: Scope) -> None:
+    """Closes with RST instead of FIN."""
+    transport = _transports.get(tuple(scope["client"]))
+    if transport is not None:
+        now = struct.pack("ii", 1, 0)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+        transport.abort()
+
+
+def make_app(config: MarketConfig) -> Starlette:
+    """The whole sandbox as an ASGI application. Raises ReplayError on a bad replay directory."""
+    sandbox = Sandbox(config)
+    binance, archives, polygon = Binance(sandbox), Archives(sandbox), Polygon(sandbox)
+
+    def front(request: Request) -> Response:
+        return PlainTextResponse(_front_page(sandbox, str(request.base_url).rstrip("/")))
+
+    return Starlette(
+        routes=[
+            Route("/", front),
+            *Control(sandbox, binance, archives, polygon).routes(),
+            *(
+                Mount(f"/{face.name}", app=ProviderApp(sandbox, face))
+                for face in (binance, archives, polygon)
+            ),
+        ]
+    )
+
+
+def _front_page(sandbox: Sandbox, url: str) -> str:
+    kind = f"replay of {sandbox.config.replay}" if sandbox.replays else "synthetic"
+    symbols = "\n".join(
+        f"  {provider:8} {', '.join(market.symbols())}" for provider, market in sandbox.markets.items()
+    )
+    return (
+        f"fks-backfill local market ({kind}), its clock: {iso(sandbox.clock.now())}\n\n"
+        f"Binance REST      {url}/binance/api/v3/klines?symbol=BTCUSDT&interval=1h\n"
+        f"Binance archives  {url}/archive/data/spot/monthly/klines/...\n"
+        f"Polygon           {url}/polygon/v2/aggs/ticker/X:BTCUSD/range/1/hour/2024-01-01/2024-01-02\n"
+        f"Truth             {url}/sim/truth/binance/BTCUSDT/1h?start=2024-01-01&end=2024-01-02\n"
+        f"Control           {url}/sim/outages /sim/faults /sim/clock /sim/limits /sim/requests /sim/prepare\n\n"
+        f"Symbols:\n{symbols}\n"
+    )
+
+
+def listen(config: MarketConfig) -> socket.socket:
+    """The listening socket. Raises PortInUse, or OSError for an address that is not this machine's."""
+    sock = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((config.host, config.port))
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(
+                f"port {config.port} on {config.host} is in use: stop what listens there or choose another port"
+            ) from None
+        raise
+    return sock
+
+
+def make_server(config: MarketConfig) -> uvicorn.Server:
+    """The server, not yet started. Raises ReplayError on a bad replay directory."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            make_app(config),
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            log_level="info" if config.access_log else "critical",
+            access_log=config.access_log,
+            date_header=False,  # the header follows the market's clock
+            server_header=False,
+            timeout_keep_alive=60,
+            timeout_graceful_shutdown=1,  # a hanging answer must not hold up the end
+        )
+    )
+
+
+def run(config: MarketConfig, on_start: Callable[[str], None] | None = None) -> None:
+    """Serves until SIGINT or SIGTERM; `on_start(url)` is called when it listens.
+
+    Raises PortInUse and ReplayError before it serves anything.
+    """
+    server = make_server(config)
+    with listen(config) as sock:
+        if on_start is not None:
+            on_start(address(config, sock))
+        server.run(sockets=[sock])
+
+
+def address(config: MarketConfig, sock: socket.socket) -> str:
+    """The URL of a listening socket, with the port it really got."""
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"http://{host}:{sock.getsockname()[1]}"

@@ -1,0 +1,29 @@
+"""A local market of the whole module, its clock standing on 2025-03-20T12:34:56Z."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
+from fks_backfill_dagster.simulator.config import instant
+
+NOW = instant("2025-03-20T12:34:56")
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[LocalMarket]:
+    with LocalMarket(MarketConfig(limits=False, now=NOW)) as market:
+        yield market
+
+
+@pytest.fixture
+def market(running: LocalMarket) -> LocalMarket:
+    """The same server, with nothing left of the test before."""
+    running.clear_faults()
+    running.clear_outages()
+    running.set_clock(NOW)
+    running.post("/sim/limits", binance=None, polygon=None)
+    running.reset_requests()
+    return running
