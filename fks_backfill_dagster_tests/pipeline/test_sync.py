@@ -1,0 +1,530 @@
+"""sync from end to end: a real market over HTTP, a real database, and the market's truth to compare with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import csv
+
+from fks_backfill_dagster.domain.gaps import GapStatus
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
+from fks_backfill_dagster.pipeline.events import BatchDone, Planned, SyncEvent, Warned
+from fks_backfill_dagster.pipeline.sync import Context, SyncReport, dry_run, sync
+from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
+from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.pipeline.conftest import NOW, make_context
+
+MINUTES = Series("BTC/USDT", Timeframe.M1, AssetClass.CRYPTO)
+HOURS = Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)
+BOTH = ["binance", "polygon"]
+
+
+def days(start: str, end: str) -> TimeRange:
+    return TimeRange.of(
+        datetime.fromisoformat(start).replace(tzinfo=UTC), datetime.fromisoformat(end).replace(tzinfo=UTC)
+    )
+
+
+def holds_the_truth(database: Database, market: LocalMarket, series: Series, window: TimeRange) -> None:
+    """The stored candles of `window` are the market's, bit for bit."""
+    truth = market.truth("binance", series.symbol, series.timeframe, window)
+    assert len(truth) > 0
+    assert reading.read_candles(database, series, window).equals(truth)
+
+
+def status_of(database: Database, series: Series) -> reading.SyncStatus:
+    (status,) = reading.sync_status(database, series)
+    return status
+
+
+# The way it should go ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timeframe", list(Timeframe))
+def test_every_timeframe_is_the_markets_truth(
+    context: Context, database: Database, market: LocalMarket, timeframe: Timeframe
+) -> None:
+    series = Series("ETH/USDT", timeframe, AssetClass.CRYPTO)
+    window = days("2024-03-29", "2024-05-05")
+    report = sync(context, series, window, ["binance"])
+    assert (report.missing, report.failed_batches, report.errors) == (0, 0, ())
+    assert report.total_candles == report.expected
+    assert report.successful_batches == report.total_batches > 0
+    holds_the_truth(database, market, series, window)
+
+
+def test_the_same_again_asks_nobody_and_writes_nothing(
+    context: Context, database: Database, market: LocalMarket
+) -> None:
+    window = days("2024-01-01", "2024-03-01")
+    first = sync(context, MINUTES, window, BOTH)
+    before = reading.batches(database, MINUTES)
+    market.reset_requests()
+    second = sync(context, MINUTES, window, BOTH)
+    assert (first.total_candles, second.total_candles) == (60 * 1440, 0)
+    assert (second.total_batches, second.requests, second.missing) == (0, 0, 0)
+    assert market.requests() == 0
+    assert reading.batches(database, MINUTES) == before
+
+
+def test_archives_are_named_with_their_checksum(
+    context: Context, database: Database, market: LocalMarket
+) -> None:
+    sync(context, MINUTES, days("2024-01-01", "2024-03-01"), ["binance"])
+    january = reading.batches(database, MINUTES)[-1]
+    assert january.provider == "binance"
+    assert january.transport == "archive"
+    assert january.source.endswith("/monthly/klines/BTCUSDT/1m/BTCUSDT-1m-2024-01.zip")
+    assert january.sha256 is not None
+    assert len(january.sha256) == 64
+    assert january.inserted == 31 * 1440
+
+
+def test_only_what_is_missing_is_fetched(context: Context, database: Database, market: LocalMarket) -> None:
+    sync(context, HOURS, days("2024-02-01", "2024-03-01"), ["binance"])
+    report = sync(context, HOURS, days("2024-01-01", "2024-04-01"), ["binance"])
+    assert report.providers["binance"].asked == 62 * 24
+    assert report.total_candles == 62 * 24
+    holds_the_truth(database, market, HOURS, days("2024-01-01", "2024-04-01"))
+
+
+def test_only_closed_candles_are_stored(context: Context, database: Database, market: LocalMarket) -> None:
+    last = TimeRange(NOW - 5 * MICROS_PER_HOUR, NOW + 24 * MICROS_PER_HOUR)
+    report = sync(context, HOURS, last, ["binance"])
+    assert report.window.end == NOW // MICROS_PER_HOUR * MICROS_PER_HOUR
+    assert status_of(database, HOURS).newest_data_time == datetime(2024, 6, 15, 11, tzinfo=UTC)
+    assert report.missing == 0
+
+
+def test_a_candle_within_the_grace_waits(database: Database, market: LocalMarket) -> None:
+    closed = datetime(2024, 6, 15, 12, 0, 3, tzinfo=UTC)
+    now = int(closed.timestamp() * 1e6)
+    market.set_clock(now)
+    context = make_context(database, market.binance_url, now=now)
+    sync(context, HOURS, TimeRange(now - 3 * MICROS_PER_HOUR, now), ["binance"])
+    assert status_of(database, HOURS).newest_data_time == datetime(2024, 6, 15, 10, tzinfo=UTC)
+
+
+# Listing, future ------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_expected_before_listing(database: Database) -> None:
+    listed = datetime(2020, 3, 3, 7, 20, tzinfo=UTC)
+    config = MarketConfig(limits=False, now=NOW, listed=(("BTCUSDT", int(listed.timestamp() * 1e6)),))
+    with LocalMarket(config) as market:
+        context = make_context(database, market.binance_url)
+        early = sync(context, HOURS, days("2019-01-01", "2020-01-01"), ["binance"])
+        assert (early.expected, early.total_batches, early.errors) == (0, 0, ())
+        assert "listed at 2020-03-03T07:20:00+00:00" in early.warnings[0]
+        assert early.complete
+        across = sync(context, HOURS, days("2020-01-01", "2020-03-05"), ["binance"])
+        assert across.missing == 0
+        assert status_of(database, HOURS).oldest_data_time == listed.replace(minute=0)
+        market.reset_requests()
+        sync(context, HOURS, days("2020-03-05", "2020-03-06"), ["binance"])
+        assert market.requests() == 1, "the listing time is found once and kept"
+
+
+def test_a_range_in_the_future_asks_nobody(context: Context, market: LocalMarket) -> None:
+    report = sync(context, HOURS, days("2024-07-01", "2024-08-01"), ["binance"])
+    assert (report.expected, report.total_batches) == (0, 0)
+    assert "no candle of it is closed yet" in report.warnings[0]
+
+
+# Fallback per candle, and the ledger -----------------------------------------------------------------------
+
+
+def test_what_one_provider_lacks_the_next_one_fills(
+    context: Context, database: Database, market: LocalMarket
+) -> None:
+    window = days("2024-01-01", "2024-02-01")
+    outage = TimeRange.of(datetime(2024, 1, 10, 3, 17, tzinfo=UTC), datetime(2024, 1, 10, 5, 2, tzinfo=UTC))
+    market.plant_outage("binance", outage, "BTC/USDT")
+    report = sync(context, MINUTES, window, BOTH)
+    assert report.complete
+    assert report.providers["polygon"].asked == report.providers["polygon"].delivered == 105
+    assert report.providers["binance"].delivered == 31 * 1440 - 105
+    market.clear_outages()
+    holds_the_truth(database, market, MINUTES, window)
+    inside = {origin.provider: origin.candles for origin in reading.origins(database, MINUTES, outage)}
+    assert inside == {"polygon": 105}
+
+
+def test_what_nobody_has_is_a_gap_with_its_evidence(
+    context: Context, database: Database, market: LocalMarket
+) -> None:
+    window = days("2024-01-01", "2024-03-01")
+    across_batches = TimeRange.of(
+        datetime(2024, 1, 31, 22, tzinfo=UTC), datetime(2024, 2, 1, 1, 30, tzinfo=UTC)
+    )
+    for provider in BOTH:
+        market.plant_outage(provider, across_batches)
+    report = sync(context, MINUTES, window, BOTH)
+    assert (report.missing, report.failed_batches, report.errors) == (210, 0, ())
+    assert not report.complete
+    (gap,) = reading.ledger_gaps(database, MINUTES, window)
+    assert (gap.start, gap.end, gap.missing) == (across_batches.start, across_batches.end, 210)
+    assert gap.status is GapStatus.OPEN
+    assert [(word.provider, word.outcome) for word in gap.evidence] == [
+        ("binance", "absent"),
+        ("polygon", "absent"),
+    ]
+    status = status_of(database, MINUTES)
+    assert (status.status, status.open_gaps) == ("completed", 1)
+
+    market.clear_outages()
+    market.reset_requests()
+    healed = sync(context, MINUTES, window, BOTH)
+    assert (healed.total_candles, healed.missing, healed.complete) == (210, 0, True)
+    assert market.requests() <= 2, "only the gap was asked for"
+    assert reading.ledger_gaps(database, MINUTES, window) == ()
+    holds_the_truth(database, market, MINUTES, window)
+
+
+def test_a_missing_key_skips_the_provider_with_one_warning(database: Database, market: LocalMarket) -> None:
+    context = make_context(database, market.binance_url, key=None)
+    events: list[SyncEvent] = []
+    report = sync(context, HOURS, days("2024-01-01", "2024-03-01"), BOTH, listen=events.append)
+    assert report.warnings == ("polygon is skipped: POLYGON_API_KEY is not set",)
+    assert [e.message for e in events if isinstance(e, Warned)] == list(report.warnings)
+    assert report.complete
+
+
+# Corrections --------------------------------------------------------------------------------------------
+
+
+def test_refetch_corrects_and_keeps_what_was(database: Database, market: LocalMarket) -> None:
+    window = days("2024-01-01", "2024-01-08")
+    with LocalMarket(MarketConfig(limits=False, now=NOW, seed=2)) as elsewhere:
+        sync(make_context(database, elsewhere.binance_url), HOURS, window, ["binance"])
+        wrong = reading.read_candles(database, HOURS, window)
+    context = make_context(database, market.binance_url)
+    assert sync(context, HOURS, window, ["binance"]).total_candles == 0
+    held_then = datetime.now(UTC)
+    report = sync(context, HOURS, window, ["binance"], refetch=True)
+    assert report.total_candles == 168
+    holds_the_truth(database, market, HOURS, window)
+    assert reading.read_candles(database, HOURS, window, held_then).equals(wrong)
+    again = sync(context, HOURS, window, ["binance"], refetch=True)
+    assert (again.total_candles, again.total_batches) == (0, 1)
+
+
+# The market fails ------------------------------------------------------------------------------------------
+
+
+def test_a_market_that_does_not_answer(database: Database) -> None:
+    context = make_context(database, "http://127.0.0.1:9/binance")
+    window = days("2024-01-01", "2024-06-01")
+    began = time.monotonic()
+    report = sync(context, HOURS, window, ["binance"])
+    assert time.monotonic() - began < 30, "nobody waits for every batch's retries"
+    assert (report.failed_batches, report.total_batches) == (5, 5)
+    assert report.missing == report.expected == 152 * 24
+    assert len(report.errors) >= 1
+    assert "binance" in report.errors[0]
+    status = status_of(database, HOURS)
+    assert status.status == "error"
+    assert status.error_message is not None
+    assert "binance" in status.error_message
+    (gap,) = reading.ledger_gaps(database, HOURS, window)
+    assert gap.missing == 152 * 24
+    assert gap.evidence[0].outcome == "error"
+
+
+def test_after_the_market_has_come_back_nothing_is_missing(
+    database: Database, market: LocalMarket, context: Context
+) -> None:
+    window = days("2024-01-01", "2024-04-01")
+    sync(make_context(database, "http://127.0.0.1:9/binance"), HOURS, window, ["binance"])
+    report = sync(context, HOURS, window, ["binance"])
+    assert report.complete
+    assert status_of(database, HOURS).status == "completed"
+    holds_the_truth(database, market, HOURS, window)
+
+
+def test_a_failing_month_leaves_its_neighbours_alone(database: Database, market: LocalMarket) -> None:
+    market.plant_fault(
+        "binance", "status", count=None, status=500, start="2024-02-02T00:00:00", end="2024-02-27T00:00:00"
+    )
+    context = make_context(database, market.binance_url, batch_size_days=30)
+    events: list[SyncEvent] = []
+    window = days("2024-01-01", "2024-04-01")
+    report = sync(context, MINUTES, window, ["binance"], listen=events.append)
+    assert (report.successful_batches, report.failed_batches) == (2, 1)
+    failed = [e for e in events if isinstance(e, BatchDone) and e.error]
+    assert [e.window for e in failed] == [days("2024-02-01", "2024-03-01")]
+    for month in (days("2024-01-01", "2024-02-01"), days("2024-03-01", "2024-04-01")):
+        holds_the_truth(database, market, MINUTES, month)
+    market.clear_faults()
+    market.reset_requests()
+    assert sync(context, MINUTES, window, ["binance"]).complete
+    assert market.requests() <= 29 * 1440 / 999 + 2, "only the failed month was asked for again"
+
+
+def test_an_unknown_symbol_leaves_no_trace(context: Context, database: Database) -> None:
+    series = Series("NOPE/USDT", Timeframe.H1, AssetClass.CRYPTO)
+    report = sync(context, series, days("2024-01-01", "2024-02-01"), ["binance"])
+    assert report.failed_batches == report.total_batches == 1
+    (error,) = report.errors
+    assert "NOPE" in error
+    assert reading.stored_series(database) == []
+
+
+def test_an_error_that_another_provider_made_good_is_a_warning(
+    database: Database, market: LocalMarket
+) -> None:
+    market.plant_fault("binance", "html", count=None)
+    context = make_context(database, market.binance_url)
+    window = days("2024-01-01", "2024-01-03")
+    report = sync(context, HOURS, window, BOTH)
+    assert report.complete
+    assert report.errors == ()
+    assert any("binance" in message for message in report.warnings)
+    assert report.providers["polygon"].delivered == 48
+    holds_the_truth(database, market, HOURS, window)
+
+
+# Every kind of lie, in a page of REST. What is stored is true; what is not stored is accounted for.
+PAGE_FAULTS = [
+    "status",
+    "reset",
+    "truncated",
+    "html",
+    "empty",
+    "short",
+    "missing",
+    "duplicated",
+    "unsorted",
+    "off_grid",
+    "nan",
+    "negative",
+    "high_below_low",
+    "other_symbol",
+]
+
+
+@pytest.mark.parametrize("times", [1, None], ids=["once", "always"])
+@pytest.mark.parametrize("kind", PAGE_FAULTS)
+def test_a_lying_page_is_never_stored(
+    database: Database, market: LocalMarket, kind: str, times: int | None
+) -> None:
+    window = days("2024-01-01", "2024-01-05")
+    sync(make_context(database, market.binance_url), MINUTES, days("2023-12-31", "2024-01-01"), ["binance"])
+    market.plant_fault("binance", kind, count=times, start="2024-01-02T00:00:00", end="2024-01-02T12:00:00")
+    report = sync(make_context(database, market.binance_url), MINUTES, window, ["binance"])
+    stored = reading.read_candles(database, MINUTES, window)
+    truth = market.truth("binance", "BTC/USDT", Timeframe.M1, window)
+    kept = np.isin(truth.ts, stored.ts)
+    assert stored.equals(truth.take(kept)), "what is stored is the truth"
+    ledger = sum(gap.missing for gap in reading.ledger_gaps(database, MINUTES, window))
+    assert report.missing == ledger == len(truth) - len(stored), "what is not stored is in the ledger"
+    assert report.complete == (report.missing == 0)
+    market.clear_faults()
+    assert sync(make_context(database, market.binance_url), MINUTES, window, ["binance"]).complete
+    holds_the_truth(database, market, MINUTES, window)
+
+
+ARCHIVE_FAULTS = [
+    "wrong_checksum",
+    "corrupt_zip",
+    "archive_404",
+    "missing",
+    "off_grid",
+    "nan",
+    "status",
+    "html",
+]
+
+
+@pytest.mark.parametrize("kind", ARCHIVE_FAULTS)
+def test_a_bad_archive_is_passed_over(
+    context: Context, database: Database, market: LocalMarket, kind: str
+) -> None:
+    window = days("2024-01-01", "2024-02-01")
+    market.plant_fault("archive", kind, count=None, path="/monthly/")
+    report = sync(context, MINUTES, window, ["binance"])
+    assert report.complete
+    holds_the_truth(database, market, MINUTES, window)
+
+
+# Kill, interrupt, twice at once --------------------------------------------------------------------------
+
+_BACKFILL = """
+import sys
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.pipeline.sync import sync
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.pipeline.conftest import make_context
+from fks_backfill_dagster_tests.pipeline.test_sync import MINUTES
+database_url, market_url, start, end = sys.argv[1:]
+context = make_context(Database(database_url), market_url + "/binance", archive_url=market_url + "/archive")
+report = sync(context, MINUTES, TimeRange(int(start), int(end)), ["binance"],
+              listen=lambda event: print(type(event).__name__, flush=True))
+assert report.complete, report
+"""
+
+
+def start_backfill(database_url: str, market: LocalMarket, window: TimeRange) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _BACKFILL, database_url, market.url, str(window.start), str(window.end)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+
+
+def test_kill_9_in_the_middle_then_the_same_command(
+    database: Database, database_url: str, market: LocalMarket
+) -> None:
+    window = days("2023-01-01", "2024-01-01")
+    process = start_backfill(database_url, market, window)
+    assert process.stdout is not None
+    for line in process.stdout:
+        committed = reading.batches(database, MINUTES)
+        if line.strip() == "BatchDone" and len(committed) >= 3:
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = reading.batches(database, MINUTES)
+    assert 3 <= len(before) < 12, "it was killed in the middle"
+    assert status_of(database, MINUTES).status == "syncing", "the lease lives until it expires"
+    done = sum(batch.inserted for batch in before)
+
+    market.reset_requests()
+    context = make_context(database, market.binance_url, archive_url=market.archive_url)
+    report = sync(context, MINUTES, window, ["binance"])
+    assert report.complete
+    assert report.total_candles == 365 * 1440 - done
+    assert report.providers["binance"].asked == 365 * 1440 - done, "nothing committed was asked for again"
+    archives_left = 12 - len(before)
+    assert market.requests("archive") <= 2 * archives_left
+    holds_the_truth(database, market, MINUTES, window)
+
+
+def test_two_processes_at_once(database: Database, database_url: str, market: LocalMarket) -> None:
+    window = days("2023-06-01", "2024-01-01")
+    processes = [start_backfill(database_url, market, window) for _ in range(2)]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    holds_the_truth(database, market, MINUTES, window)
+    status = status_of(database, MINUTES)
+    assert (status.status, status.total_candles, status.open_gaps) == ("completed", 214 * 1440, 0)
+    assert reading.ledger_gaps(database, MINUTES, window) == ()
+
+
+def test_the_status_is_syncing_while_it_works(database: Database, market: LocalMarket) -> None:
+    context = make_context(database, market.binance_url)
+    seen: set[str] = set()
+
+    def look(event: SyncEvent) -> None:
+        if isinstance(event, BatchDone):
+            seen.add(status_of(database, HOURS).status)
+
+    sync(context, HOURS, days("2024-01-01", "2024-03-01"), ["binance"], listen=look)
+    assert seen == {"syncing"}
+    assert status_of(database, HOURS).status == "completed"
+
+
+def test_an_interrupted_sync_keeps_what_was_committed(database: Database, market: LocalMarket) -> None:
+    context = make_context(database, market.binance_url)
+
+    def interrupt(event: SyncEvent) -> None:
+        if isinstance(event, BatchDone):
+            raise KeyboardInterrupt
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        sync(context, MINUTES, days("2024-01-01", "2024-06-01"), ["binance"], listen=interrupt)
+    status = status_of(database, MINUTES)
+    assert (status.status, status.error_message) == ("error", "interrupted")
+    assert status.total_candles == 31 * 1440
+    assert threading.active_count() <= before + 6, "no fetcher goes on"
+
+
+# What is told -----------------------------------------------------------------------------------------------
+
+
+def test_events_tell_the_story(context: Context) -> None:
+    events: list[SyncEvent] = []
+    report = sync(context, HOURS, days("2024-01-01", "2024-04-01"), ["binance"], listen=events.append)
+    assert isinstance(events[0], Planned)
+    assert events[0].plan.missing == report.expected
+    batches = [event for event in events if isinstance(event, BatchDone)]
+    assert [b.window.start for b in batches] == [
+        days(d, d).start for d in ("2024-01-01", "2024-02-01", "2024-03-01")
+    ]
+    assert sum(b.candles for b in batches) == report.total_candles
+
+
+def test_a_dry_run_fetches_nothing(context: Context, database: Database, market: LocalMarket) -> None:
+    window = days("2024-01-01", "2024-02-01")
+    plan = dry_run(context, HOURS, window, BOTH)
+    assert plan.plan.missing == 31 * 24
+    assert [name for name, _ in plan.estimates] == BOTH
+    assert all(estimate.requests >= 1 for _, estimate in plan.estimates)
+    assert market.requests() <= 1, "only the listing time"
+    assert reading.stored_series(database) == []
+
+
+def test_batches_follow_the_settings(database: Database, market: LocalMarket) -> None:
+    context = make_context(database, market.binance_url, batch_size_days=1)
+    report = sync(context, HOURS, days("2024-01-01", "2024-01-11"), ["binance"])
+    assert report.total_batches == report.successful_batches == 10
+    assert report.requests == 1, "neighbouring batches share a page"
+
+
+# Real candles ----------------------------------------------------------------------------------------------
+
+
+def replayed(database: Database, folder: Path, window: TimeRange) -> SyncReport:
+    with LocalMarket(MarketConfig(limits=False, replay=folder)) as market:
+        now = int(datetime.now(UTC).timestamp() * 1e6)
+        context = make_context(database, market.binance_url, archive_url=market.archive_url, now=now)
+        return sync(context, HOURS, window, ["binance"])
+
+
+def test_real_outages_of_binance_are_the_gaps(database: Database, shared_data: Callable[[str], Path]) -> None:
+    file = shared_data("binance/BTCUSDT-1h.csv.gz")
+    window = days("2020-11-17", "2021-05-16")
+    report = replayed(database, file.parents[1], window)
+    assert (report.total_candles, report.expected, report.missing) == (4308, 4320, 12)
+    stored = reading.read_candles(database, HOURS, window)
+    rows = csv.read_csv(file)
+    opens = rows["ts"].cast(pa.timestamp("us", "UTC")).cast("int64").to_numpy()
+    inside = opens < window.end
+    assert np.array_equal(stored.ts, opens[inside])
+    for name in ("open", "high", "low", "close", "volume"):
+        assert np.array_equal(getattr(stored, name), rows[name].to_numpy().astype(float)[inside])
+    gaps = reading.ledger_gaps(database, HOURS, window)
+    outages = [
+        ("2020-11-30T06", 1),
+        ("2020-12-21T15", 3),
+        ("2020-12-25T02", 1),
+        ("2021-02-11T04", 1),
+        ("2021-03-06T02", 1),
+        ("2021-04-20T02", 2),
+        ("2021-04-25T05", 3),
+    ]
+    expected = [
+        (start, start + hours * MICROS_PER_HOUR, hours)
+        for start, hours in ((days(f"{at}:00", f"{at}:00").start, hours) for at, hours in outages)
+    ]
+    assert [(gap.start, gap.end, gap.missing) for gap in gaps] == expected
+    status = status_of(database, HOURS)
+    assert (status.status, status.total_candles, status.open_gaps) == ("completed", 4308, 7)
