@@ -16,12 +16,12 @@ from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.pipeline.plan import GRACE, Batch, Plan
 from fks_backfill_dagster.providers.base import (
+    Cancelled,
     Delivery,
     Estimate,
     PermanentError,
     Provider,
     ProviderError,
-    TransientError,
 )
 from fks_backfill_dagster.store.commit import Brought, Refused
 from fks_backfill_dagster.store.ledger import Evidence
@@ -136,6 +136,11 @@ class Chain:
         with self._lock:
             self._dropped[name] = str(error)
 
+    def remember_failure(self, name: str) -> None:
+        """It did not answer, its own retries included."""
+        with self._lock:
+            self._failures[name] = self._failures.get(name, 0) + 1
+
     def stop(self) -> None:
         """Spans that have not begun are not fetched any more."""
         self._stopped.set()
@@ -189,9 +194,14 @@ class Chain:
                     good = _only(verdict.good, left)
                     left = missing_of(left, good.ts)
                     tally += found.take(name, delivery, good, verdict.rejected, asked_at)
+        except Cancelled:
+            raise
         except ProviderError as error:
             self._count(name, tally + Tally(failed=len(left)))
-            self._remember_failure(name, error)
+            if isinstance(error, PermanentError):
+                self.drop(name, error)
+            else:
+                self.remember_failure(name)
             found.errors.append(str(error))
             return Evidence(name, asked_at, "error", str(error)), left
         self._failures[name] = 0
@@ -211,12 +221,6 @@ class Chain:
     def _count(self, name: str, tally: Tally) -> None:
         with self._lock:
             self._tallies[name] = self._tallies.get(name, Tally()) + tally
-
-    def _remember_failure(self, name: str, error: ProviderError) -> None:
-        if isinstance(error, PermanentError):
-            self.drop(name, error)
-        with self._lock:
-            self._failures[name] = self._failures.get(name, 0) + isinstance(error, TransientError)
 
 
 def _only(candles: Candles, wanted: Instants) -> Candles:

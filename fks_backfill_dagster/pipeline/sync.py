@@ -27,7 +27,13 @@ from fks_backfill_dagster.domain.timeframe import iso
 from fks_backfill_dagster.pipeline.events import BatchDone, Listener, Planned, Warned, silent
 from fks_backfill_dagster.pipeline.fetch import Chain, Fetched, Tally
 from fks_backfill_dagster.pipeline.plan import Batch, Plan, closed_window, make_plan
-from fks_backfill_dagster.providers.base import Estimate, PermanentError, Provider, ProviderError
+from fks_backfill_dagster.providers.base import (
+    Cancelled,
+    Estimate,
+    PermanentError,
+    Provider,
+    TransientError,
+)
 from fks_backfill_dagster.store import ledger
 from fks_backfill_dagster.store.commit import BatchWrite, Brought, Refused, commit_batch
 from fks_backfill_dagster.store.database import Database
@@ -106,9 +112,9 @@ def sync(
     """
     began = time.monotonic()
     chain = Chain(context.providers, series, priority, context.clock)
-    plan, grid = _plan(context, series, window, chain, refetch)
     for message in chain.warnings:
         listen(Warned(series, message))
+    plan, grid = _plan(context, series, window, chain, refetch, listen)
     listen(Planned(series, plan, chain.names))
     work = _Work(context, series, grid, chain, run_id, listen)
     if plan.batches and chain.names:
@@ -121,19 +127,20 @@ def dry_run(
 ) -> DryRun:
     """Plans without fetching a candle. May ask once for a listing time that is not known yet."""
     chain = Chain(context.providers, series, priority, context.clock)
-    plan, _ = _plan(context, series, window, chain, refetch)
+    plan, _ = _plan(context, series, window, chain, refetch, silent)
     estimates = tuple((name, chain.estimate(name, plan)) for name in chain.names)
     return DryRun(plan, estimates, (*chain.warnings, *chain.dropped))
 
 
 def _plan(
-    context: Context, series: Series, window: TimeRange, chain: Chain, refetch: bool
+    context: Context, series: Series, window: TimeRange, chain: Chain, refetch: bool, listen: Listener
 ) -> tuple[Plan, Grid]:
     grid = grid_of(series)
-    listed_at = _listing(context, series, chain)
+    listed_at = _listing(context, series, chain, listen)
     possible = closed_window(window, grid, context.clock(), listed_at)
     if window and not possible:
         chain.warnings.append(_nothing_possible(series, window, listed_at))
+        listen(Warned(series, chain.warnings[-1]))
     with context.database.begin() as connection:
         known = ledger.known(connection, ledger.series_id(connection, series), possible)
     plan = make_plan(series, possible, known, grid, batch_size_days=context.batch_size_days, refetch=refetch)
@@ -146,7 +153,7 @@ def _nothing_possible(series: Series, window: TimeRange, listed_at: int | None) 
     return f"nothing is expected of {series} in {window}: no candle of it is closed yet"
 
 
-def _listing(context: Context, series: Series, chain: Chain) -> int | None:
+def _listing(context: Context, series: Series, chain: Chain, listen: Listener) -> int | None:
     """Since when the symbol exists: the earliest word of the providers asked; found once and kept."""
     with context.database.begin() as connection:
         found = ledger.listings(connection, series.symbol)
@@ -158,8 +165,12 @@ def _listing(context: Context, series: Series, chain: Chain) -> int | None:
         except PermanentError as error:
             chain.drop(name, error)
             continue
-        except ProviderError:
-            continue  # asked again at the next sync; the fetch itself will tell what is wrong
+        except Cancelled:
+            raise
+        except TransientError as error:  # asked again at the next sync
+            listen(Warned(series, f"{error} (asked since when it has {series.symbol})"))
+            chain.remember_failure(name)
+            continue
         if listed_at is not None:
             found[name] = listed_at
             with context.database.begin() as connection:
@@ -228,7 +239,8 @@ class _Work:
                 yield done, future.result()
         finally:
             self.chain.stop()
-            pool.shutdown(wait=True, cancel_futures=True)
+            # A fetcher may be in the middle of a retry: nobody waits for it after an interruption.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _commit(self, identity: int, batches: Sequence[Batch], fetched: Fetched) -> None:
         self.requests += fetched.requests

@@ -7,6 +7,7 @@ ProviderError                  something a provider said or failed to say
   TransientError               asking again may help: wait as told, retry within a budget
     RateLimited                too many requests; `retry_after` tells how long
     BadAnswer                  the answer is garbage: HTML, truncated JSON, another shape
+  Cancelled                    we gave up ourselves: the run is being interrupted
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ class RateLimited(TransientError):
 
 class BadAnswer(TransientError):
     """An answer that cannot be one: HTML with status 200, truncated JSON, a wrong shape or checksum."""
+
+
+class Cancelled(ProviderError):
+    """The run is being interrupted: the request was given up, what it would have said is unknown."""
 
 
 class Transport(StrEnum):
@@ -149,11 +154,16 @@ class Provider(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ProviderOptions:
-    """The settings of one provider, as the faces hand them down."""
+    """The settings of one provider, as the faces hand them down.
+
+    `retry_budget_seconds` bounds the retries of what fails without a word; `longest_wait_seconds`
+    the sum of the waits that the provider itself asks for (Retry-After of a limit or a short ban).
+    """
 
     base_url: str
     archive_url: str | None = None
     requests_per_minute: int | None = None
     timeout_seconds: float = 30.0
-    retry_budget_seconds: float = 120.0
+    retry_budget_seconds: float = 20.0
+    longest_wait_seconds: float = 300.0
     key: str | None = field(default=None, repr=False)

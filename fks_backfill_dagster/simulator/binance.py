@@ -62,7 +62,10 @@ class Binance:
         return None if verdict.refused is None else self.error(verdict.refused, verdict.retry_after)
 
     def extra_headers(self) -> tuple[tuple[str, str], ...]:
-        used = str(self._sandbox.meters["binance"].used)
+        meter = self._sandbox.meters["binance"]
+        if meter.limit is None:  # weight beyond a limit that is off would make honest clients pause
+            return ()
+        used = str(meter.used)
         return (("x-mbx-used-weight", used), ("x-mbx-used-weight-1m", used))
 
     def answer(self, call: Call) -> Answer:
@@ -124,8 +127,10 @@ class Binance:
         reply = Reply(json_rows(self._page(ask), ask.timeframe) if body is None else body)
         return Answer(reply, "klines", 2, ask.symbol, _span(ask), ROWS)
 
-    def prepare(self, symbol: str, timeframe: Timeframe, window: TimeRange, limit: int) -> tuple[int, int]:
-        """Makes the pages of `limit` candles that begin at `window.start`; (how many, bytes).
+    def prepare(
+        self, symbol: str, timeframe: Timeframe, window: TimeRange, limit: int, stride: int
+    ) -> tuple[int, int]:
+        """Makes pages of `limit` candles, one every `stride` from `window.start` on; (how many, bytes).
 
         Only closed candles: the last page ends before the forming one.
         """
@@ -134,7 +139,7 @@ class Binance:
         listed = self._sandbox.markets["binance"].listing(symbol).start
         start = max(step.ceil(window.start), step.floor(listed))
         pages = size = 0
-        for at in range(start, end, limit * step.length):
+        for at in range(start, end, stride * step.length):
             last = min(at + limit * step.length, end) - step.length
             ask = self._canonical(Ask(symbol, timeframe, at, last, limit))
             body = json_rows(self._page(ask), timeframe)

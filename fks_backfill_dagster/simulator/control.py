@@ -175,7 +175,7 @@ class Control:
         return JSONResponse({name: {"limit": meter.limit, "used": meter.used} for name, meter in meters})
 
     def prepare(self, request: Request, document: dict[str, Any]) -> Response:
-        """POST {provider: binance|archive|polygon, symbol, timeframe, start, end, limit}."""
+        """POST {provider: binance|archive|polygon, symbol, timeframe, start, end, limit, stride}."""
         began = time.perf_counter()
         provider, timeframe = document["provider"], _timeframe(document["timeframe"])
         window = TimeRange(instant(document["start"]), instant(document["end"]))
@@ -183,9 +183,9 @@ class Control:
         if provider == "archive":
             count, size = self._archives.prepare(symbol, timeframe, window)
         elif provider == "binance":
-            count, size = self._binance.prepare(
-                symbol, timeframe, window, int(document.get("limit", MAX_LIMIT))
-            )
+            limit = int(document.get("limit", MAX_LIMIT))
+            stride = int(document.get("stride", limit))  # smaller for a client whose pages overlap
+            count, size = self._binance.prepare(symbol, timeframe, window, limit, stride)
         else:
             base_url = f"{str(request.base_url).rstrip('/')}/polygon"
             ticker = _wire_symbol("polygon", document["symbol"])

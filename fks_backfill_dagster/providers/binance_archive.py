@@ -1,0 +1,368 @@
+"""The public archives of Binance: which files there are, fetched, verified and read.
+
+Belongs here: paths, publication dates, checksums, zip and CSV, and which files are worth their cost.
+Does not belong here: the REST side, or what to do about candles no file has (`binance.py`).
+
+Facts (wire notes of the provider): a month's file appears from the first Monday of the next month on,
+sometimes weeks later; a day's file the next day. Open times are microseconds from 2025-01-01 on and
+milliseconds before, so each row decides for itself. Some files have a header line. A file may be
+replaced after publication, and a monthly one may lack a day its daily file has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import struct
+import threading
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from enum import Enum
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
+from fks_backfill_dagster.domain.timeframe import (
+    FIRST_MONDAY,
+    MICROS_PER_DAY,
+    MICROS_PER_WEEK,
+    Timeframe,
+    to_datetime,
+)
+from fks_backfill_dagster.providers.base import (
+    BadAnswer,
+    Cancelled,
+    Delivery,
+    PermanentError,
+    ProviderError,
+    ProviderOptions,
+    Transport,
+)
+from fks_backfill_dagster.providers.http import (
+    HttpClient,
+    Limiter,
+    RequestPool,
+    Tally,
+    Unreachable,
+    place_of,
+)
+
+LANE = "binance-archive"
+
+# A month of 1m candles is 6 MB of text and 2 MB zipped; only a bomb comes near these.
+MAX_UNZIPPED = 64 * 1024 * 1024
+MAX_ZIPPED = 32 * 1024 * 1024
+MAX_CHECKSUM = 4096
+# A host that hangs must cost little: REST is there. And once it failed, it is left alone for a while.
+ANSWER_SECONDS = 15.0
+LEFT_ALONE_SECONDS = 300.0
+# Files in memory at once, zipped.
+_FILES_AT_ONCE = 8
+# A file is worth its two requests when it replaces more than one REST page.
+_WORTHWHILE_ROWS = 1000
+# Milliseconds stay below this until the year 5138, microseconds are above since 1973.
+_FIRST_MICROS = 10**14
+
+_COLUMNS = [
+    "ts",
+    "open",
+    "high",
+    "low",
+    "close",
+    "volume",
+    "close_ts",
+    "quote",
+    "trades",
+    "base",
+    "taker",
+    "_",
+]
+_USED = _COLUMNS[:6]
+_CONVERT = csv.ConvertOptions(
+    include_columns=_USED,
+    column_types={name: pa.int64() if name == "ts" else pa.float64() for name in _USED},
+)
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveFile:
+    """One published file: a whole UTC month or day of one symbol and interval."""
+
+    symbol: str
+    timeframe: Timeframe
+    period: TimeRange
+    monthly: bool
+
+    @property
+    def stem(self) -> str:
+        day = to_datetime(self.period.start)
+        return f"{self.symbol}-{self.timeframe}-{day:%Y-%m}" + ("" if self.monthly else f"-{day:%d}")
+
+    @property
+    def path(self) -> str:
+        """Below archive_url."""
+        kind = "monthly" if self.monthly else "daily"
+        symbol, stem = quote(self.symbol, safe=""), quote(self.stem, safe="")
+        return f"/data/spot/{kind}/klines/{symbol}/{self.timeframe}/{stem}.zip"
+
+    @property
+    def rows(self) -> int:
+        """Candles of a full period."""
+        return self.period.duration // self.timeframe.micros
+
+    def published(self, now: int) -> bool:
+        """Whether the file can be there by now; it may still be late."""
+        if not self.monthly:
+            return now >= self.period.end
+        weeks = -(-(self.period.end - FIRST_MONDAY) // MICROS_PER_WEEK)
+        return now >= FIRST_MONDAY + weeks * MICROS_PER_WEEK
+
+
+class Outcome(Enum):
+    READ = "read"
+    ABSENT = "absent"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What became of one file: a `delivery` if it was read, a `warning` if it failed."""
+
+    file: ArchiveFile
+    outcome: Outcome
+    delivery: Delivery | None = None
+    warning: str | None = None
+
+
+# --- which files ----------------------------------------------------------------------------------
+
+
+def month_of(instant: int) -> TimeRange:
+    """The UTC month an instant lies in."""
+    day = to_datetime(instant)
+    year, month = (day.year + 1, 1) if day.month == 12 else (day.year, day.month + 1)
+    return TimeRange.of(datetime(day.year, day.month, 1, tzinfo=UTC), datetime(year, month, 1, tzinfo=UTC))
+
+
+def day_of(instant: int) -> TimeRange:
+    """The UTC day an instant lies in."""
+    start = instant - instant % MICROS_PER_DAY
+    return TimeRange(start, start + MICROS_PER_DAY)
+
+
+def choose_files(
+    symbol: str, timeframe: Timeframe, lacking: RangeSet, asked: Sequence[Fetched], now: int
+) -> list[ArchiveFile]:
+    """The next files worth asking for; none when REST should take over.
+
+    Monthly files first, where at least half of one is lacking; then daily ones for days that lack more
+    than a REST page. (So 1m uses both, 5m to 30m monthly ones, 1h and above none.) Where a month has
+    no file, its newest lacking day is asked alone first: when that is absent as well (before a listing,
+    after a delisting) the other thirty are not asked.
+    """
+    if month_of(lacking.hull.start).duration // timeframe.micros <= _WORTHWHILE_ROWS:
+        return []
+    outcomes = {seen.file: seen.outcome for seen in asked}
+    chosen: list[ArchiveFile] = []
+    for period in _periods(lacking, month_of):
+        month = ArchiveFile(symbol, timeframe, period, monthly=True)
+        part = lacking & RangeSet([period])
+        if month not in outcomes and _worthwhile(month, part, now, share=0.5):
+            chosen.append(month)
+            continue
+        days = [ArchiveFile(symbol, timeframe, day, monthly=False) for day in _periods(part, day_of)]
+        days = [day for day in days if _worthwhile(day, part & RangeSet([day.period]), now)]
+        fresh = [day for day in days if day not in outcomes]
+        if outcomes.get(month) is Outcome.ABSENT and days:
+            newest = days[-1]
+            if newest in fresh:
+                fresh = [newest]
+            elif outcomes[newest] is Outcome.ABSENT:
+                fresh = []
+        chosen.extend(fresh)
+    return chosen
+
+
+def _worthwhile(file: ArchiveFile, lacking: RangeSet, now: int, share: float = 0.0) -> bool:
+    rows = int((lacking.ends - lacking.starts).sum()) // file.timeframe.micros
+    return rows > _WORTHWHILE_ROWS and rows >= share * file.rows and file.published(now)
+
+
+def _periods(ranges: RangeSet, period_of: Callable[[int], TimeRange]) -> list[TimeRange]:
+    """The periods the ranges touch, ascending, each once."""
+    found: list[TimeRange] = []
+    for part in ranges:
+        instant = part.start if not found else max(part.start, found[-1].end)
+        while instant < part.end:
+            found.append(period_of(instant))
+            instant = found[-1].end
+    return found
+
+
+# --- fetching them --------------------------------------------------------------------------------
+
+
+class _HostFails(PermanentError):
+    """The host, not one file, is the matter: no retry helps within this fetch."""
+
+
+class Archives:
+    """Reads archive files from `options.archive_url`. Safe to call from several threads."""
+
+    def __init__(self, options: ProviderOptions, pool: RequestPool, limiter: Limiter) -> None:
+        patience = min(ANSWER_SECONDS, options.timeout_seconds)
+        quick = replace(options, timeout_seconds=patience, retry_budget_seconds=patience)
+        self._client = HttpClient(LANE, quick, pool, limiter)
+        self._base_url = (options.archive_url or "").rstrip("/")
+        self._lock = threading.Lock()
+        self._left_alone_until = 0.0
+
+    @property
+    def available(self) -> bool:
+        """False without an archive_url, and for some minutes after the host failed."""
+        return bool(self._base_url) and time.monotonic() >= self._left_alone_until
+
+    def fetch(self, files: Sequence[ArchiveFile], tally: Tally) -> list[Fetched]:
+        """Downloads, verifies and reads the files, a few at a time; raises nothing but Cancelled.
+
+        A file that fails twice is passed over with a warning. A host that fails gives one warning, is
+        left alone for some minutes, and the rest of the files is not in the answer.
+        """
+        fetched: list[Fetched] = []
+        for first in range(0, len(files), _FILES_AT_ONCE):
+            some = files[first : first + _FILES_AT_ONCE]
+            try:
+                read = self._attempt(some, tally)
+                again = [seen.file for seen in read if seen.outcome is Outcome.FAILED]
+                mended = {seen.file: seen for seen in self._attempt(again, tally)}
+            except Cancelled:
+                raise
+            except ProviderError as error:
+                fetched.append(Fetched(some[0], Outcome.FAILED, warning=self._leave_alone(error)))
+                break
+            fetched.extend(mended.get(seen.file, seen) for seen in read)
+        return fetched
+
+    def _attempt(self, files: Sequence[ArchiveFile], tally: Tally) -> list[Fetched]:
+        """Zips and checksums side by side, then the reading, which lets go of the interpreter lock."""
+        wanted = [(file, extra) for file in files for extra in ("", ".CHECKSUM")]
+
+        def download(item: tuple[ArchiveFile, str]) -> bytes | None:
+            return self._download(*item, tally)
+
+        bodies = self._client.pool.map(LANE, download, wanted)
+        return [
+            self._judge(file, zipped, checksum)
+            for file, zipped, checksum in zip(files, bodies[::2], bodies[1::2], strict=True)
+        ]
+
+    def _download(self, file: ArchiveFile, extra: str, tally: Tally) -> bytes | None:
+        """The body; None for 404, which is "not yet" or "never". One retry for what may pass."""
+        limit = MAX_CHECKSUM if extra else MAX_ZIPPED
+
+        def attempt() -> bytes | None:
+            try:
+                reply = self._client.exchange(self._base_url + file.path + extra, max_bytes=limit)
+            except Unreachable as error:
+                raise _HostFails(LANE, str(error).removeprefix(f"{LANE}: ")) from None
+            if reply.status == 404:
+                return None
+            if reply.status != 200:
+                raise self._client.failure(reply)
+            return reply.body
+
+        return self._client.run(attempt, tally, attempts=2)
+
+    def _judge(self, file: ArchiveFile, zipped: bytes | None, checksum: bytes | None) -> Fetched:
+        if zipped is None:
+            return Fetched(file, Outcome.ABSENT)
+        try:
+            delivery = read_archive(file, zipped, checksum, self._base_url)
+        except BadAnswer as error:
+            warning = f"{error}: passed over, its candles are taken elsewhere"
+            return Fetched(file, Outcome.FAILED, warning=warning)
+        return Fetched(file, Outcome.READ, delivery)
+
+    def _leave_alone(self, error: ProviderError) -> str | None:
+        """The warning, for the one thread that found out first."""
+        with self._lock:
+            known = not self.available
+            self._left_alone_until = time.monotonic() + LEFT_ALONE_SECONDS
+        minutes = LEFT_ALONE_SECONDS / 60
+        return (
+            None if known else f"{error}: the archives are left alone for {minutes:.0f} minutes, REST serves"
+        )
+
+
+# --- reading one ----------------------------------------------------------------------------------
+
+
+def read_archive(file: ArchiveFile, zipped: bytes, checksum: bytes | None, base_url: str) -> Delivery:
+    """The candles of a verified file, ascending, as they stand in it. Raises BadAnswer."""
+    place = place_of(base_url + file.path)
+    actual = hashlib.sha256(zipped).hexdigest()
+    named = re.match(rb"\s*([0-9a-fA-F]{64})\s+\*?(\S+)", checksum or b"")
+    if named is None or named[2].decode("utf-8", "replace") != f"{file.stem}.zip":
+        raise BadAnswer(LANE, f"{place} has no checksum of its own")
+    if named[1].decode().lower() != actual:
+        raise BadAnswer(LANE, f"{place} does not have the SHA-256 of its checksum file")
+    try:
+        text = _unzip(zipped, f"{file.stem}.csv")
+        candles = _parse(text)
+    except (zipfile.BadZipFile, zlib.error, struct.error, pa.ArrowInvalid, ValueError) as error:
+        why = str(error).splitlines()[0][:200]
+        raise BadAnswer(LANE, f"{place} is no archive of {file.stem} ({why})") from None
+    # A row of another period would be stored twice, or under the wrong file's checksum.
+    return Delivery(candles.sorted().within(file.period), Transport.ARCHIVE, file.path, actual)
+
+
+def _unzip(zipped: bytes, member: str) -> bytes:
+    """The one member of the archive, inflated in one go (a third quicker than through ZipFile.read)."""
+    with zipfile.ZipFile(io.BytesIO(zipped)) as archive:
+        entries = archive.infolist()
+    if [entry.filename for entry in entries] != [member]:
+        raise zipfile.BadZipFile(f"it holds {', '.join(e.filename for e in entries[:3]) or 'nothing'}")
+    entry = entries[0]
+    if entry.compress_type != zipfile.ZIP_DEFLATED or entry.flag_bits & 1:
+        raise zipfile.BadZipFile("it is not deflated, or encrypted")
+    if entry.file_size > MAX_UNZIPPED:
+        raise zipfile.BadZipFile(f"it would unzip to {entry.file_size} bytes")
+    fields = _LOCAL_HEADER.unpack_from(zipped, entry.header_offset)
+    start = entry.header_offset + _LOCAL_HEADER.size + fields[9] + fields[10]
+    packed = memoryview(zipped)[start : start + entry.compress_size]
+    text = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, entry.file_size + 1)
+    if len(text) != entry.file_size or zlib.crc32(text) != entry.CRC:
+        raise zipfile.BadZipFile("its content is damaged")
+    return text
+
+
+def _parse(text: bytes) -> Candles:
+    """CSV to columns, correctly rounded; an empty or NaN cell becomes NaN.
+
+    One block and no threads: the columns come out contiguous, and the parallelism lies between files.
+    """
+    header = text[:4].lower() == b"open"
+    table = csv.read_csv(
+        pa.BufferReader(text),
+        read_options=csv.ReadOptions(
+            column_names=_COLUMNS, skip_rows=int(header), use_threads=False, block_size=len(text) + 1
+        ),
+        convert_options=_CONVERT,
+    )
+    if table.num_rows == 0:
+        raise ValueError("it has no rows")
+    if table["ts"].null_count:
+        raise ValueError("a row has no open time")
+    ts = table["ts"].to_numpy()
+    prices = [table[name].to_numpy() for name in _USED[1:]]
+    return Candles(np.where(ts < _FIRST_MICROS, ts * 1000, ts), *prices)

@@ -1,0 +1,503 @@
+"""What every provider does with HTTP: limits, waits, retries, and errors that say what happened.
+
+Belongs here: the bound on requests in flight, the limiter and its protocol, one HTTP exchange, the
+retry loop around it, the meaning of a status code, the removal of keys from texts.
+Does not belong here: the path, the parameters or the answer of any one provider.
+
+A request passes three doors, in this order: the limiter (may this provider be asked now?), a slot of
+the pool (how many requests are in flight in this process?), then the wire. Nobody holds a slot while
+waiting for the limiter or for a retry, so a slow provider cannot starve a quick one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Protocol, TypeVar
+from urllib.parse import quote, quote_plus, urlsplit
+
+import orjson
+import requests
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, stop_any
+from tenacity.stop import stop_base
+from tenacity.wait import wait_exponential_jitter
+from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, ReadTimeoutError
+
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, to_micros
+from fks_backfill_dagster.providers.base import (
+    BadAnswer,
+    Cancelled,
+    NotEntitled,
+    PermanentError,
+    ProviderError,
+    ProviderOptions,
+    RateLimited,
+    TransientError,
+)
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+# Well above any documented answer (a monthly 1m archive has 2 MB, 50,000 Polygon bars 6 MB).
+MAX_BYTES = 64 * 1024 * 1024
+CONNECT_SECONDS = 10.0
+_CHUNK = 1 << 18
+_ANSWER_TIMEOUTS = 3
+
+
+class Unreachable(TransientError):
+    """No connection (refused, unknown host), or no answer in time."""
+
+
+def system_micros() -> int:
+    """Now, in microseconds UTC: the default clock of the providers."""
+    return time.time_ns() // 1000
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+class Limiter(Protocol):
+    """The door to a provider, shared by all who ask it."""
+
+    def acquire(self, provider: str, weight: int, patience: float) -> None:
+        """Waits for this request's turn, however long the provider's pace makes that.
+
+        A penalty is waited for as well, unless it lasts longer than `patience` seconds: then
+        RateLimited is raised at once, with the seconds that are left in `retry_after`.
+        """
+        ...
+
+    def penalise(self, provider: str, seconds: float) -> None:
+        """Nobody asks this provider during the next `seconds`."""
+        ...
+
+
+class ProcessLimiter:
+    """A Limiter for one process: at most so much weight in any `window_seconds`.
+
+    `per_window` gives the weight per provider; a provider that is not in it has no pace of its own
+    and only obeys penalties.
+    """
+
+    def __init__(
+        self,
+        per_window: Mapping[str, int],
+        *,
+        window_seconds: float = 60.0,
+        stop: threading.Event | None = None,
+    ) -> None:
+        self._per_window = dict(per_window)
+        self._window = window_seconds
+        self._stop = stop or threading.Event()
+        self._lock = threading.Lock()
+        self._spent: dict[str, deque[tuple[float, int]]] = {}
+        self._sums: dict[str, int] = {}
+        self._closed_until: dict[str, float] = {}
+
+    def acquire(self, provider: str, weight: int, patience: float) -> None:
+        while (delay := self._try(provider, weight, patience)) > 0:
+            if self._stop.wait(delay):
+                raise Cancelled(provider, "interrupted while waiting for its rate limit")
+
+    def penalise(self, provider: str, seconds: float) -> None:
+        with self._lock:
+            until = time.monotonic() + seconds
+            self._closed_until[provider] = max(until, self._closed_until.get(provider, until))
+
+    def _try(self, provider: str, weight: int, patience: float) -> float:
+        """Takes the weight and gives 0, or gives the seconds after which to try again."""
+        with self._lock:
+            now = time.monotonic()
+            closed = self._closed_until.get(provider, now) - now
+            if closed > patience:
+                raise RateLimited(provider, f"told us to wait another {closed:.0f} s", retry_after=closed)
+            if closed > 0:
+                return closed
+            limit = self._per_window.get(provider)
+            if limit is None:
+                return 0.0
+            spent = self._spent.setdefault(provider, deque())
+            total = self._sums.get(provider, 0)
+            while spent and spent[0][0] <= now - self._window:
+                total -= spent.popleft()[1]
+            # A request heavier than the whole limit still goes out, alone.
+            waits = bool(spent) and total + weight > limit
+            if not waits:
+                spent.append((now, weight))
+            self._sums[provider] = total if waits else total + weight
+            return spent[0][0] + self._window - now if waits else 0.0
+
+
+class RequestPool:
+    """Bounds the HTTP requests in flight of this process, and runs many requests side by side.
+
+    Every provider has a lane of threads of its own; the bound lies in the slots all lanes share. A
+    slot is held for one exchange and nothing is waited for inside it, and lane threads never submit
+    to a lane: so any number of threads may call `map` at once without a deadlock.
+
+    `stop` ends every wait of a retry or a limiter with Cancelled; the pool is of no use afterwards.
+    """
+
+    def __init__(self, max_concurrent_requests: int, *, stop: threading.Event | None = None) -> None:
+        if max_concurrent_requests < 1:
+            raise ValueError(f"max_concurrent_requests must be at least 1, not {max_concurrent_requests}")
+        self.max_concurrent_requests = max_concurrent_requests
+        self.stop = stop or threading.Event()
+        self._slots = threading.BoundedSemaphore(max_concurrent_requests)
+        self._lock = threading.Lock()
+        self._lanes: dict[str, ThreadPoolExecutor] = {}
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        with self._slots:
+            yield
+
+    def sleep(self, seconds: float) -> None:
+        if self.stop.wait(seconds):
+            raise Cancelled("requests", "interrupted while waiting for a retry")
+
+    def map(self, lane: str, function: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
+        """`function` of every item, in their order, run by the threads of `lane`.
+
+        The first error is raised as soon as it happens; what has not started by then never does.
+        """
+        executor = self._lane(lane)
+        futures = [executor.submit(function, item) for item in items]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            return [future.result() for future in futures]
+        except KeyboardInterrupt:
+            self.stop.set()
+            raise
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def close(self) -> None:
+        """Interrupts what is waiting and ends the threads."""
+        self.stop.set()
+        with self._lock:
+            lanes, self._lanes = list(self._lanes.values()), {}
+        for executor in lanes:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+    def _lane(self, name: str) -> ThreadPoolExecutor:
+        with self._lock:
+            if self.stop.is_set():
+                raise Cancelled(name, "the run is being interrupted")
+            if name not in self._lanes:
+                self._lanes[name] = ThreadPoolExecutor(
+                    self.max_concurrent_requests, thread_name_prefix=f"requests-{name}"
+                )
+            return self._lanes[name]
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts the requests of one fetch over all threads that work for it."""
+
+    count: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self) -> None:
+        with self._lock:
+            self.count += 1
+
+
+# --- one exchange ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back. `place` is host and path, for texts; it has no query, so no key."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    place: str
+
+
+class HttpClient:
+    """Asks one provider over HTTP, with the manners of all of them.
+
+    One requests.Session per thread, so connections are reused and nothing is shared. Environment
+    proxies and .netrc are left out: a .netrc entry would replace the Authorization header.
+    """
+
+    def __init__(
+        self,
+        provider: str,
+        options: ProviderOptions,
+        pool: RequestPool,
+        limiter: Limiter,
+        *,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.provider = provider
+        self.options = options
+        self.pool = pool
+        self.limiter = limiter
+        self._headers = dict(headers or {})
+        self._local = threading.local()
+
+    def session(self) -> requests.Session:
+        """This thread's session."""
+        made: requests.Session | None = getattr(self._local, "session", None)
+        if made is None:
+            made = requests.Session()
+            made.trust_env = False
+            made.max_redirects = 0
+            made.headers.update(self._headers)
+            self._local.session = made
+        return made
+
+    @property
+    def answer_seconds(self) -> float:
+        """How long a whole answer may take, however steadily it drips."""
+        return _ANSWER_TIMEOUTS * self.options.timeout_seconds
+
+    def run(
+        self,
+        attempt: Callable[[], T],
+        tally: Tally,
+        *,
+        weight: int = 1,
+        attempts: int | None = None,
+    ) -> T:
+        """Runs `attempt` (one exchange, and the reading of its answer) until it succeeds.
+
+        TransientError is retried after the seconds the provider told, else after an exponential wait
+        with jitter, for `retry_budget_seconds` from the first failure on (and for at most `attempts`
+        tries). Told waits do not eat that budget, their sum has its own: `longest_wait_seconds`.
+        When a budget does not cover the next wait, the error is raised at once.
+        """
+        patience = _Patience(self.options)
+
+        def once() -> T:
+            self.limiter.acquire(self.provider, weight, patience.for_told_waits)
+            with self.pool.slot():
+                tally.add()
+                try:
+                    return attempt()
+                except RateLimited as error:
+                    if error.retry_after is not None:
+                        self.limiter.penalise(self.provider, error.retry_after)
+                    raise
+
+        retrying = Retrying(
+            retry=retry_if_exception_type(TransientError),
+            wait=_told_or_backoff,
+            stop=stop_any(patience, stop_after_attempt(attempts)) if attempts else patience,
+            sleep=self.pool.sleep,
+            reraise=True,
+        )
+        return retrying(once)
+
+    def exchange(
+        self, url: str, params: Mapping[str, str] | None = None, *, max_bytes: int = MAX_BYTES
+    ) -> Reply:
+        """One GET, whatever its status. Raises TransientError when no whole answer came."""
+        place = place_of(url)
+        timeout = (min(CONNECT_SECONDS, self.options.timeout_seconds), self.options.timeout_seconds)
+        try:
+            with self.session().get(
+                url, params=params, timeout=timeout, stream=True, allow_redirects=False
+            ) as response:
+                body = read_body(response, max_bytes, self.answer_seconds)
+                return Reply(response.status_code, response.headers, body, place)
+        except requests.RequestException as error:
+            # `from None`: the text of the original holds the URL with its query, which may hold a key.
+            raise network_error(self.provider, error, place, key=self.options.key) from None
+
+    def failure(self, reply: Reply) -> ProviderError:
+        """The error that a reply's status stands for; see `status_error`."""
+        return status_error(
+            self.provider, reply.status, reply.headers, reply.body, reply.place, key=self.options.key
+        )
+
+    def json(self, reply: Reply) -> object:
+        """The decoded body. BadAnswer for HTML, truncated JSON and the like."""
+        try:
+            return orjson.loads(reply.body)
+        except orjson.JSONDecodeError:
+            said = said_in(reply.body, self.options.key)
+            raise BadAnswer(self.provider, f"{reply.place} answered no valid JSON but {said}") from None
+
+
+def read_body(response: requests.Response, max_bytes: int, seconds: float) -> bytes:
+    """The decoded body of a streamed response, bounded in size and in time.
+
+    The timeout of requests starts anew with every byte, so it alone never ends a dripping answer.
+    Raises requests exceptions only, like the rest of an exchange.
+    """
+    deadline = time.monotonic() + seconds
+    body = bytearray()
+    try:
+        while chunk := response.raw.read1(_CHUNK, decode_content=True):
+            body += chunk
+            if len(body) > max_bytes:
+                raise requests.exceptions.ContentDecodingError(f"more than {max_bytes} bytes")
+            if time.monotonic() > deadline:
+                raise requests.ReadTimeout("timed out")
+    except requests.RequestException:
+        raise
+    except ReadTimeoutError:
+        raise requests.ReadTimeout("timed out") from None
+    except HTTPError as error:
+        raise requests.exceptions.ChunkedEncodingError(str(error)) from None
+    return bytes(body)
+
+
+class _Patience(stop_base):
+    """How long one request may still be retried: the budget runs from its first failure on.
+
+    Neither waiting for a turn at a slow pace nor a wait that the provider asked for eats it: both
+    are no failures, and a limit of so much a minute is over after a minute.
+    """
+
+    def __init__(self, options: ProviderOptions) -> None:
+        self._budget = options.retry_budget_seconds
+        self.for_told_waits = options.longest_wait_seconds
+        self._failed_at: float | None = None
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        if self._failed_at is None:
+            self._failed_at = time.monotonic()
+        pause = retry_state.upcoming_sleep
+        if _told(retry_state):
+            self.for_told_waits -= pause
+            self._failed_at += pause
+            return self.for_told_waits < 0
+        return time.monotonic() - self._failed_at + pause >= self._budget
+
+
+_backoff = wait_exponential_jitter(multiplier=0.1, max=15, jitter=0.2)
+
+
+def _told(state: RetryCallState) -> float | None:
+    """The seconds the provider asked us to wait, if it did. A told zero is no licence to hammer."""
+    error = state.outcome.exception() if state.outcome else None
+    return (error.retry_after or None) if isinstance(error, TransientError) else None
+
+
+def _told_or_backoff(state: RetryCallState) -> float:
+    """Seconds before the next attempt."""
+    return _told(state) or _backoff(state)
+
+
+# --- what an answer means -------------------------------------------------------------------------
+
+
+def status_error(
+    provider: str, status: int, headers: Mapping[str, str], body: bytes, place: str, *, key: str | None = None
+) -> ProviderError:
+    """What a status other than 200 means, where the provider's file knows nothing better.
+
+    429 and 418 are limits, 401 and 403 a matter of keys; 408, 425 and 5xx may pass. Everything else
+    (451 for a forbidden country, a redirection, 404) would be the same the next time.
+    """
+    text = f"{place} answered {status}: {said_in(body, key)}"
+    told = retry_after(headers)
+    if status in (418, 429):
+        return RateLimited(provider, text, retry_after=told)
+    if status in (401, 403):
+        return NotEntitled(provider, text)
+    if status in (408, 425) or status >= 500:
+        return TransientError(provider, text, retry_after=told)
+    if status == 451:
+        return PermanentError(provider, f"{text} (it does not serve the country this machine is in)")
+    if 300 <= status < 400:
+        return PermanentError(provider, f"{place} answered {status}, it has moved: correct base_url")
+    return PermanentError(provider, text)
+
+
+def network_error(
+    provider: str, error: BaseException, place: str, *, key: str | None = None
+) -> ProviderError:
+    """What a requests exception means; the text holds neither the query nor the key."""
+    if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.MissingSchema):
+        return PermanentError(provider, f"{place} is no usable address: correct base_url")
+    if isinstance(error, requests.TooManyRedirects):
+        return PermanentError(provider, f"{place} has moved: correct base_url")
+    if isinstance(error, requests.exceptions.SSLError):
+        return TransientError(provider, f"{place}: no secure connection, its certificate does not fit")
+    cause = error.args[0] if error.args else None
+    reason = cause.reason if isinstance(cause, MaxRetryError) else None
+    if isinstance(error, requests.ConnectTimeout):
+        return Unreachable(provider, f"{place}: nobody answers the connection")
+    if isinstance(reason, NewConnectionError):
+        why = redact(str(reason).rsplit(": ", 1)[-1], key)
+        return Unreachable(provider, f"{place}: no connection ({why})")
+    if isinstance(error, requests.Timeout) or "timed out" in str(error):
+        return Unreachable(provider, f"{place} did not answer in time")
+    if isinstance(error, requests.exceptions.ContentDecodingError):
+        return BadAnswer(provider, f"{place} sent a body that cannot be read: {error}")
+    return TransientError(provider, f"{place}: the connection broke before the answer was complete")
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds of a Retry-After header; None where there is none that makes sense."""
+    try:
+        seconds = float(headers.get("Retry-After", ""))
+    except ValueError:
+        return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+
+
+def server_time(headers: Mapping[str, str]) -> int | None:
+    """The server's clock at the answer, from its Date header (whole seconds), in microseconds."""
+    try:
+        return to_micros(parsedate_to_datetime(headers.get("Date", "")))
+    except ValueError:
+        return None
+
+
+def said_in(body: bytes, key: str | None = None) -> str:
+    """The gist of an error body in one short line, without the key."""
+    text = " ".join(body[:4000].decode("utf-8", "replace").split())
+    if not text:
+        return "nothing"
+    if text.startswith("<"):
+        return "an HTML page"
+    return redact(text, key)[:200]
+
+
+def redact(text: str, key: str | None) -> str:
+    """`text` without the key, in whatever way a URL may have quoted it."""
+    if key:
+        for form in {key, quote(key), quote(key, safe=""), quote_plus(key)}:
+            text = text.replace(form, "***")
+    return text
+
+
+def usable_key(provider: str, key: str, variable: str) -> str:
+    """The key without surrounding blanks.
+
+    Raises NotEntitled for one that cannot go into a header: requests would quote it in its error.
+    """
+    key = key.strip()
+    if not re.fullmatch(r"[!-~]+", key):
+        raise NotEntitled(provider, f"the value of {variable} is no key: it is empty or has odd characters")
+    return key
+
+
+def place_of(url: str) -> str:
+    """Scheme, host and path of a URL, for texts."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def seconds_to_next_minute(now: int) -> float:
+    """From an instant (microseconds) to the next full minute, never 0."""
+    return 60.0 - (now / MICROS_PER_SECOND) % 60.0

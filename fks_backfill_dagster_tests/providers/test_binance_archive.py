@@ -1,0 +1,390 @@
+"""Archives: which files, their verification, and what serves where they fail."""
+
+from __future__ import annotations
+
+import io
+import time
+import zipfile
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe
+from fks_backfill_dagster.providers import binance_archive
+from fks_backfill_dagster.providers.base import Answer, BadAnswer, Transport
+from fks_backfill_dagster.providers.binance_archive import (
+    ArchiveFile,
+    Fetched,
+    Outcome,
+    choose_files,
+    month_of,
+    read_archive,
+)
+from fks_backfill_dagster_tests.providers.conftest import Make
+from fks_backfill_dagster_tests.providers.scripted import (
+    Asked,
+    Said,
+    Server,
+    SmallBinance,
+    candles_at,
+    checksum_of,
+    crypto,
+    csv_of,
+    serve,
+    span,
+    us,
+    zipped_csv,
+)
+
+JANUARY = span("2024-01-01", "2024-02-01")
+
+
+def of(answer: Answer) -> Candles:
+    return Candles.concat([delivery.candles for delivery in answer.deliveries]).sorted()
+
+
+def fetch(
+    make: Make, market: SmallBinance, window: TimeRange, timeframe: Timeframe = Timeframe.M1, **given: object
+) -> tuple[Answer, Server]:
+    with serve(market) as server:
+        provider = make("binance", server.url, archive_url=server.url, **given)
+        answer = provider.fetch(crypto(timeframe), window)
+    assert of(answer).equals(market.truth(crypto(timeframe), window)), "whatever serves it, it is the truth"
+    assert answer.requests == len(server.requests)
+    return answer, server
+
+
+def kinds(server: Server) -> list[str]:
+    """What was asked: monthly, daily, rest; each file once, without its checksum."""
+    names = []
+    for asked in server.requests:
+        if asked.path.endswith(".zip"):
+            names.append(asked.path.split("/")[3])
+        elif asked.path == "/api/v3/klines":
+            names.append("rest")
+    return names
+
+
+class TestChoice:
+    """`choose_files`, a pure function."""
+
+    now = us("2026-01-01")
+
+    def chosen(
+        self,
+        window: TimeRange,
+        timeframe: Timeframe = Timeframe.M1,
+        asked: tuple[Fetched, ...] = (),
+        now: int = now,
+    ) -> list[str]:
+        return [file.stem[11:] for file in choose_files("BTCUSDT", timeframe, RangeSet([window]), asked, now)]
+
+    def test_whole_months(self) -> None:
+        assert self.chosen(span("2023-12-01", "2024-02-01")) == ["2023-12", "2024-01"]
+
+    def test_most_of_a_month_is_worth_it_some_days_are_not(self) -> None:
+        assert self.chosen(span("2024-01-10", "2024-02-03")) == ["2024-01", "2024-02-01", "2024-02-02"]
+
+    def test_a_part_of_a_day_is_for_rest(self) -> None:
+        assert self.chosen(span("2024-01-10T12:00", "2024-01-11T16:00")) == []
+        assert self.chosen(span("2024-01-10T06:00", "2024-01-11T16:00")) == ["2024-01-10"]
+
+    @pytest.mark.parametrize(
+        ("timeframe", "files"),
+        [
+            (Timeframe.M5, ["2024-01"]),
+            (Timeframe.M15, ["2024-01"]),
+            (Timeframe.M30, ["2024-01"]),
+            (Timeframe.H1, []),
+            (Timeframe.D1, []),
+            (Timeframe.W1, []),
+        ],
+    )
+    def test_timeframes(self, timeframe: Timeframe, files: list[str]) -> None:
+        assert [name.removeprefix("-") for name in self.chosen_stems(timeframe)] == files
+        assert self.chosen_stems(Timeframe.M5, span("2024-01-05", "2024-01-08")) == [], (
+            "less than a page a day"
+        )
+
+    def chosen_stems(self, timeframe: Timeframe, window: TimeRange = JANUARY) -> list[str]:
+        files = choose_files("B", timeframe, RangeSet([window]), (), self.now)
+        return [file.stem.removeprefix(f"B-{timeframe}-") for file in files]
+
+    @pytest.mark.parametrize(
+        ("now", "monthly"),
+        [("2024-02-04T23:59", False), ("2024-02-05T00:00", True)],  # the first Monday of February
+    )
+    def test_a_month_is_published_from_the_first_monday_on(self, now: str, monthly: bool) -> None:
+        assert ArchiveFile("B", Timeframe.M1, JANUARY, monthly=True).published(us(now)) is monthly
+        names = self.chosen(JANUARY, now=us(now))
+        assert names == (["2024-01"] if monthly else [f"2024-01-{day:02}" for day in range(1, 32)])
+
+    def test_the_first_of_a_month_that_is_a_monday(self) -> None:
+        april = ArchiveFile("B", Timeframe.M1, span("2024-03-01", "2024-04-01"), monthly=True)
+        assert april.published(us("2024-04-01"))
+        assert not april.published(us("2024-03-31T23:59"))
+
+    def test_days_are_published_when_they_are_over(self) -> None:
+        assert self.chosen(span("2024-01-08", "2024-01-11"), now=us("2024-01-10T07:00")) == [
+            "2024-01-08",
+            "2024-01-09",
+        ]
+
+    def test_without_a_monthly_file_the_newest_day_decides(self) -> None:
+        month = Fetched(ArchiveFile("BTCUSDT", Timeframe.M1, JANUARY, monthly=True), Outcome.ABSENT)
+        assert self.chosen(JANUARY, asked=(month,)) == ["2024-01-31"]
+        last = ArchiveFile("BTCUSDT", Timeframe.M1, span("2024-01-31", "2024-02-01"), monthly=False)
+        assert self.chosen(JANUARY, asked=(month, Fetched(last, Outcome.ABSENT))) == []
+        rest = self.chosen(JANUARY, asked=(month, Fetched(last, Outcome.FAILED)))
+        assert rest == [f"2024-01-{day:02}" for day in range(1, 31)]
+
+    def test_paths(self) -> None:
+        monthly = ArchiveFile("BTCUSDT", Timeframe.M1, JANUARY, monthly=True)
+        daily = ArchiveFile("BTCUSDT", Timeframe.M15, span("2024-01-05", "2024-01-06"), monthly=False)
+        assert monthly.path == "/data/spot/monthly/klines/BTCUSDT/1m/BTCUSDT-1m-2024-01.zip"
+        assert daily.path == "/data/spot/daily/klines/BTCUSDT/15m/BTCUSDT-15m-2024-01-05.zip"
+
+
+class TestHonest:
+    def test_a_month(self, make: Make) -> None:
+        answer, server = fetch(make, SmallBinance(), JANUARY)
+        assert kinds(server) == ["monthly"]
+        (delivery,) = answer.deliveries
+        assert delivery.transport is Transport.ARCHIVE
+        assert delivery.source == "/data/spot/monthly/klines/BTCUSDT/1m/BTCUSDT-1m-2024-01.zip"
+        assert delivery.sha256 is not None
+        assert len(delivery.sha256) == 64
+
+    def test_microseconds_header_and_the_turn_of_2025(self, make: Make) -> None:
+        window = span("2024-12-31", "2025-01-02")
+        for header in (False, True):
+            answer, server = fetch(make, SmallBinance(header=header), window)
+            assert kinds(server) == ["daily", "daily"]
+            assert answer.warnings == ()
+
+    def test_units_are_decided_row_by_row(self) -> None:
+        period = span("2024-12-31", "2025-01-01")
+        file = ArchiveFile("BTCUSDT", Timeframe.M1, period, monthly=False)
+        candles = candles_at(np.arange(period.start, period.end, 60_000_000), "BTCUSDT")
+        lines = csv_of(candles, Timeframe.M1).decode().splitlines()
+        mixed = [line if i % 2 else line.replace(",", "000,", 1) for i, line in enumerate(lines)]
+        zipped = zipped_csv("\n".join(mixed).encode(), file.stem)
+        assert read_archive(
+            file, zipped, checksum_of(zipped, f"{file.stem}.zip").body, "http://h"
+        ).candles.equals(candles)
+
+    def test_a_lacking_stretch_comes_from_rest(self, make: Make) -> None:
+        six_hours = RangeSet([span("2024-01-05T01:00", "2024-01-05T07:00")])
+        answer, server = fetch(make, SmallBinance(archive_lacks=six_hours), JANUARY)
+        assert kinds(server) == ["monthly", "rest"]
+        assert [len(d.candles) for d in answer.deliveries] == [44_640 - 360, 360]
+
+    def test_a_lacking_day_comes_from_its_daily_file(self, make: Make) -> None:
+        day = span("2024-01-05", "2024-01-06")
+
+        def archive(asked: Asked, honest: Said) -> Said:
+            return SmallBinance(archive_lacks=RangeSet([day]))(asked) if "monthly" in asked.path else honest
+
+        answer, server = fetch(make, SmallBinance(archive=archive), JANUARY)
+        assert kinds(server) == ["monthly", "daily"]
+        assert [len(d.candles) for d in answer.deliveries] == [44_640 - 1440, 1440]
+        assert len({d.sha256 for d in answer.deliveries}) == 2
+
+    def test_outages_cost_one_request_for_all_that_are_close(self, make: Make) -> None:
+        outage = RangeSet(
+            [span("2024-01-05T03:00", "2024-01-05T03:07"), span("2024-01-05T09:00", "2024-01-05T09:01")]
+        )
+        _, server = fetch(make, SmallBinance(outage=outage), JANUARY)
+        assert kinds(server) == ["monthly", "rest"]
+
+    def test_monthly_not_there_yet(self, make: Make) -> None:
+        window = span("2024-01-01", "2024-01-31T12:00")
+        answer, server = fetch(make, SmallBinance(unpublished=("/monthly/",)), window)
+        assert kinds(server) == ["monthly"] + ["daily"] * 30 + ["rest"]
+        assert answer.warnings == ()
+
+    def test_no_archives_of_the_symbol(self, make: Make) -> None:
+        answer, server = fetch(make, SmallBinance(unpublished=("/data/",)), JANUARY)
+        assert kinds(server) == ["monthly", "daily"] + ["rest"] * 45
+        assert answer.warnings == ()
+
+    def test_before_the_listing_little_is_asked(self, make: Make) -> None:
+        _, server = fetch(
+            make, SmallBinance(listed=us("2024-02-01"), unpublished=("2023", "2024-01")), JANUARY
+        )
+        assert kinds(server)[:2] == ["monthly", "daily"]
+        assert kinds(server).count("rest") <= 46
+
+    def test_archives_off(self, make: Make) -> None:
+        with serve(SmallBinance()) as server:
+            make("binance", server.url).fetch(crypto(), span("2024-01-05", "2024-01-06"))
+            assert kinds(server) == ["rest", "rest"]
+
+    def test_the_clock_decides_what_can_be_there(self, make: Make) -> None:
+        window = span("2024-01-05", "2024-01-07")
+        _, server = fetch(make, SmallBinance(), window, clock=lambda: us("2024-01-06T20:00") + MICROS_PER_DAY)
+        assert kinds(server) == ["daily", "daily"]
+        with serve(SmallBinance()) as server:
+            provider = make(
+                "binance", server.url, archive_url=server.url, clock=lambda: us("2024-01-06T20:00")
+            )
+            provider.fetch(crypto(), window)
+        assert kinds(server) == ["daily", "rest", "rest"]
+
+    def test_bad_rows_are_delivered_and_asked_for_elsewhere(self, make: Make) -> None:
+        day = span("2024-01-05", "2024-01-06")
+        market = SmallBinance()
+        truth = market.truth(crypto(), day)
+
+        def archive(asked: Asked, _: Said) -> Said:
+            lines = csv_of(truth, Timeframe.M1).decode().splitlines()
+            lines[7] = lines[7].replace("," + lines[7].split(",")[4], ",NaN", 1)
+            lines[9] = lines[9].replace("000,", "500,", 1)
+            zipped = zipped_csv("\n".join(lines).encode(), "BTCUSDT-1m-2024-01-05")
+            return checksum_of(zipped, "BTCUSDT-1m-2024-01-05.zip") if "CHECK" in asked.path else Said(zipped)
+
+        market.archive = archive
+        with serve(market) as server:
+            answer = make("binance", server.url, archive_url=server.url).fetch(crypto(), day)
+        archived, rest = answer.deliveries
+        assert len(archived.candles) == 1440, "both bad rows are there, to be quarantined"
+        assert np.isnan(archived.candles.close).sum() == 1
+        assert rest.candles.ts.tolist() == truth.ts[[7, 9]].tolist()
+
+    def test_estimate(self, make: Make) -> None:
+        window = span("2024-01-01", "2024-02-03T06:00")
+        _, server = fetch(make, SmallBinance(), window)
+        estimate = make("binance", server.url, archive_url=server.url).estimate(crypto(), window)
+        assert estimate.requests == len(server.requests)
+
+
+def other_member(zipped: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(zipped)) as archive:
+        return zipped_csv(archive.read(archive.namelist()[0]), "ETHUSDT-1m-2024-01-05")
+
+
+def with_own_checksum(change: Callable[[bytes], bytes]) -> Callable[[Asked, Said], Said]:
+    """A changed file whose checksum is right, so that the zip itself must be looked at."""
+
+    def archive(asked: Asked, honest: Said) -> Said:
+        name = asked.path.rsplit("/", 1)[1].removesuffix(".CHECKSUM")
+        zipped = change(SmallBinance()(Asked(asked.path.removesuffix(".CHECKSUM"), {}, {}, 0)).body)
+        return checksum_of(zipped, name) if asked.path.endswith(".CHECKSUM") else Said(zipped)
+
+    return archive
+
+
+def csv_only(text: bytes) -> Callable[[bytes], bytes]:
+    return lambda _: zipped_csv(text, "BTCUSDT-1m-2024-01-05")
+
+
+def no_checksum(asked: Asked, honest: Said) -> Said:
+    return Said(b"", 404) if asked.path.endswith(".CHECKSUM") else honest
+
+
+def bad_checksum(asked: Asked, honest: Said) -> Said:
+    return Said(b"0" * 64 + honest.body[64:]) if asked.path.endswith(".CHECKSUM") else honest
+
+
+class TestFailing:
+    DAY = span("2024-01-05", "2024-01-06")
+
+    @pytest.mark.parametrize(
+        ("archive", "text"),
+        [
+            (bad_checksum, "does not have the SHA-256"),
+            (no_checksum, "has no checksum of its own"),
+            (with_own_checksum(lambda zipped: b"PK garbage"), "is no archive of BTCUSDT-1m-2024-01-05"),
+            (with_own_checksum(lambda z: z[:200] + bytes(16) + z[216:]), "is no archive of"),
+            (with_own_checksum(lambda z: z[: len(z) // 2]), "is no archive of"),
+            (with_own_checksum(other_member), "it holds ETHUSDT"),
+            (with_own_checksum(csv_only(b"")), "is no archive of"),
+            (with_own_checksum(csv_only(b"<html>\n")), "is no archive of"),
+            (with_own_checksum(csv_only(b"1704412800000,1,2,3\n")), "is no archive of"),
+            (with_own_checksum(csv_only(b"1704412800000,a,2,1,1,1,1,1,1,1,1,0\n")), "is no archive of"),
+        ],
+    )
+    def test_is_tried_twice_then_passed_over(
+        self, make: Make, archive: Callable[[Asked, Said], Said], text: str
+    ) -> None:
+        answer, server = fetch(make, SmallBinance(archive=archive), self.DAY)
+        assert kinds(server) == ["daily", "daily", "rest", "rest"]
+        (warning,) = answer.warnings
+        assert text in warning
+        assert "passed over" in warning
+
+    def test_a_passing_failure_is_mended(self, make: Make) -> None:
+        failures = [bad_checksum]
+
+        def archive(asked: Asked, honest: Said) -> Said:
+            if asked.path.endswith(".CHECKSUM") and failures:
+                return failures.pop()(asked, honest)
+            return honest
+
+        answer, server = fetch(make, SmallBinance(archive=archive), self.DAY)
+        assert kinds(server) == ["daily", "daily"]
+        assert answer.warnings == ()
+
+    def test_a_bomb(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(binance_archive, "MAX_UNZIPPED", 10_000)
+        file = ArchiveFile("BTCUSDT", Timeframe.M1, self.DAY, monthly=False)
+        zipped = zipped_csv(b"0" * 20_000, file.stem)
+        with pytest.raises(BadAnswer, match="would unzip to 20000 bytes"):
+            read_archive(file, zipped, checksum_of(zipped, f"{file.stem}.zip").body, "http://h")
+
+    def test_another_files_checksum(self) -> None:
+        file = ArchiveFile("BTCUSDT", Timeframe.M1, self.DAY, monthly=False)
+        zipped = zipped_csv(b"1,2\n", file.stem)
+        with pytest.raises(BadAnswer, match="no checksum of its own"):
+            read_archive(file, zipped, checksum_of(zipped, "ETHUSDT-1m-2024-01-05.zip").body, "http://h")
+
+    def test_rows_of_another_period_are_left_out(self) -> None:
+        file = ArchiveFile("BTCUSDT", Timeframe.M1, self.DAY, monthly=False)
+        opens = np.arange(self.DAY.start - 120_000_000, self.DAY.end + 60_000_000, 60_000_000)
+        zipped = zipped_csv(csv_of(candles_at(opens, "BTCUSDT"), Timeframe.M1), file.stem)
+        got = read_archive(file, zipped, checksum_of(zipped, f"{file.stem}.zip").body, "http://h").candles
+        assert got.equals(candles_at(opens[2:-1], "BTCUSDT"))
+
+    @pytest.mark.parametrize("status", [500, 403, 429])
+    def test_a_host_that_refuses_is_left_alone(self, make: Make, status: int) -> None:
+        market = SmallBinance(archive=lambda *_: Said(b"no", status))
+        with serve(market) as server:
+            provider = make("binance", server.url, archive_url=server.url)
+            began = time.monotonic()
+            first, second = provider.fetch(crypto(), self.DAY), provider.fetch(crypto(), self.DAY)
+            assert time.monotonic() - began < 3
+        (warning,) = first.warnings
+        assert "the archives are left alone for 5 minutes" in warning
+        assert second.warnings == ()
+        assert kinds(server).count("daily") <= 2
+        for answer in (first, second):
+            assert of(answer).equals(market.truth(crypto(), self.DAY))
+
+    def test_a_host_that_is_not_there(self, make: Make) -> None:
+        with serve(lambda _: Said()) as gone:
+            nobody = gone.url
+        with serve(SmallBinance()) as server:
+            provider = make("binance", server.url, archive_url=nobody, retry_budget_seconds=60.0)
+            began = time.monotonic()
+            answer = provider.fetch(crypto(), JANUARY)
+            assert time.monotonic() - began < 5
+        assert len(of(answer)) == 44_640
+        assert len(answer.warnings) == 1
+
+    def test_a_host_that_hangs_costs_its_timeout_once(self, make: Make) -> None:
+        with serve(SmallBinance(archive=lambda _, honest: Said(honest.body, delay=1.0))) as server:
+            provider = make(
+                "binance", server.url, archive_url=server.url, timeout_seconds=0.5, retry_budget_seconds=60.0
+            )
+            began = time.monotonic()
+            answers = [provider.fetch(crypto(), self.DAY) for _ in range(3)]
+            assert time.monotonic() - began < 2.5
+        assert [len(answer.warnings) for answer in answers] == [1, 0, 0]
+        assert all(len(of(answer)) == 1440 for answer in answers)
+
+
+def test_month_of() -> None:
+    assert month_of(us("2024-12-31T23:59")) == span("2024-12-01", "2025-01-01")

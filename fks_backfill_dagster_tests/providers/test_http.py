@@ -1,0 +1,297 @@
+"""Limits, retries and the meaning of answers, over real sockets."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fks_backfill_dagster.providers.base import (
+    BadAnswer,
+    NotEntitled,
+    PermanentError,
+    ProviderError,
+    ProviderOptions,
+    RateLimited,
+    TransientError,
+)
+from fks_backfill_dagster.providers.http import (
+    Cancelled,
+    HttpClient,
+    ProcessLimiter,
+    RequestPool,
+    Tally,
+    Unreachable,
+    redact,
+    retry_after,
+    status_error,
+    usable_key,
+)
+from fks_backfill_dagster_tests.providers.scripted import Asked, Said, serve
+
+KEY = "s3cr3t/+key"
+
+
+def client_of(pool: RequestPool, url: str, **options: object) -> HttpClient:
+    given = {
+        "retry_budget_seconds": 2.0,
+        "longest_wait_seconds": 2.0,
+        "timeout_seconds": 1.0,
+        "key": KEY,
+        **options,
+    }
+    return HttpClient("p", ProviderOptions(url, **given), pool, ProcessLimiter({}))  # type: ignore[arg-type]
+
+
+def asking(client: HttpClient, url: str) -> Callable[[], bytes]:
+    def attempt() -> bytes:
+        reply = client.exchange(url)
+        if reply.status != 200:
+            raise client.failure(reply)
+        return reply.body
+
+    return attempt
+
+
+class TestRetries:
+    def test_waits_as_long_as_told(self, pool: RequestPool) -> None:
+        answers = [Said(b"slow down", 429, {"Retry-After": "0.4"}), Said(b"good")]
+        with serve(lambda _: answers.pop(0)) as server:
+            tally = Tally()
+            client = client_of(pool, server.url)
+            assert client.run(asking(client, server.url), tally) == b"good"
+            first, second = server.requests
+        assert second.at - first.at >= 0.39
+        assert tally.count == 2
+
+    def test_told_to_wait_beyond_the_budget_raises_at_once(self, pool: RequestPool) -> None:
+        with serve(lambda _: Said(b"banned", 418, {"Retry-After": "3600"})) as server:
+            client = client_of(pool, server.url)
+            began = time.monotonic()
+            with pytest.raises(RateLimited) as caught:
+                client.run(asking(client, server.url), Tally())
+            with pytest.raises(RateLimited, match="wait another"):
+                client.run(asking(client, server.url), Tally())
+            assert time.monotonic() - began < 1
+            assert caught.value.retry_after == 3600
+            assert len(server.requests) == 1, "nobody asks during a ban"
+
+    def test_a_penalty_holds_for_every_thread(self, pool: RequestPool) -> None:
+        answers = [Said(status=429, headers={"Retry-After": "0.5"})]
+        with serve(lambda _: answers.pop() if answers else Said(b"good")) as server:
+            client = client_of(pool, server.url)
+            ask = asking(client, server.url)
+            thread = threading.Thread(target=client.run, args=(ask, Tally()))
+            thread.start()
+            while answers:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            client.run(ask, Tally())
+            thread.join()
+            times = [asked.at for asked in server.requests]
+        assert len(times) == 3
+        assert min(times[1:]) - times[0] >= 0.45
+
+    def test_gives_up_within_the_budget(self, pool: RequestPool) -> None:
+        with serve(lambda _: Said(b"<html>down", 503)) as server:
+            client = client_of(pool, server.url)
+            began = time.monotonic()
+            with pytest.raises(TransientError, match="answered 503: an HTML page"):
+                client.run(asking(client, server.url), Tally())
+            assert time.monotonic() - began < 2.5
+            assert len(server.requests) >= 2
+
+    def test_permanent_errors_are_not_retried(self, pool: RequestPool) -> None:
+        with serve(lambda _: Said(b"no", 451)) as server:
+            client = client_of(pool, server.url)
+            with pytest.raises(PermanentError, match="country"):
+                client.run(asking(client, server.url), Tally())
+            assert len(server.requests) == 1
+
+    def test_interruption_ends_a_wait(self) -> None:
+        pool = RequestPool(1)
+        with serve(lambda _: Said(status=429, headers={"Retry-After": "30"})) as server:
+            client = client_of(pool, server.url, longest_wait_seconds=60.0)
+            threading.Timer(0.2, pool.close).start()
+            began = time.monotonic()
+            with pytest.raises(Cancelled):
+                client.run(asking(client, server.url), Tally())
+            assert time.monotonic() - began < 2
+
+
+class TestExchange:
+    def test_a_cut_body_is_no_answer(self, pool: RequestPool) -> None:
+        answers = [Said(b"x" * 1000, cut=500), Said(b"whole")]
+        with serve(lambda _: answers.pop(0)) as server:
+            client = client_of(pool, server.url)
+            assert client.run(asking(client, server.url), Tally()) == b"whole"
+
+    def test_too_large(self, pool: RequestPool) -> None:
+        with serve(lambda _: Said(b"x" * 5000)) as server:
+            client = client_of(pool, server.url)
+            with pytest.raises(BadAnswer, match="more than 1000 bytes"):
+                client.exchange(server.url, max_bytes=1000)
+
+    def test_no_answer_in_time(self, pool: RequestPool) -> None:
+        with serve(lambda _: Said(b"late", delay=0.8)) as server:
+            client = client_of(pool, server.url, timeout_seconds=0.2)
+            with pytest.raises(Unreachable, match="did not answer in time"):
+                client.exchange(server.url)
+
+    def test_nobody_there_and_no_key_in_the_text(self, pool: RequestPool) -> None:
+        with serve(lambda _: Said()) as server:
+            url = server.url
+        client = client_of(pool, url)
+        with pytest.raises(Unreachable, match="refused") as caught:
+            client.exchange(f"{url}/query", {"apikey": KEY})
+        assert KEY not in str(caught.value)
+        assert caught.value.__cause__ is None
+
+    def test_an_echoed_key_is_blanked(self, pool: RequestPool) -> None:
+        with serve(lambda _: Said(f"your key {KEY} is wrong".encode(), 401)) as server:
+            client = client_of(pool, server.url)
+            error = client.failure(client.exchange(server.url))
+            assert isinstance(error, NotEntitled)
+            assert KEY not in str(error)
+            assert "your key *** is wrong" in str(error)
+
+    def test_connections_are_reused(self, pool: RequestPool) -> None:
+        ports: set[str] = set()
+        with serve(lambda asked: Said(b"ok")) as server:
+            client = client_of(pool, server.url)
+            session = client.session()
+            for _ in range(3):
+                client.exchange(server.url)
+            assert client.session() is session
+            ports |= {asked.headers.get("Connection", "") for asked in server.requests}
+        assert ports == {"keep-alive"}
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (429, RateLimited),
+        (418, RateLimited),
+        (401, NotEntitled),
+        (403, NotEntitled),
+        (408, TransientError),
+        (425, TransientError),
+        (500, TransientError),
+        (503, TransientError),
+        (451, PermanentError),
+        (404, PermanentError),
+        (302, PermanentError),
+    ],
+)
+def test_statuses(status: int, kind: type[ProviderError]) -> None:
+    error = status_error("p", status, {"Retry-After": "7"}, b"", "http://host/path")
+    assert type(error) is kind
+    assert "http://host/path" in str(error)
+    if isinstance(error, TransientError):
+        assert error.retry_after == 7
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("3", 3.0), ("0.5", 0.5), ("nan", None), ("-1", None), ("soon", None), ("inf", None)],
+)
+def test_retry_after(value: str, seconds: float | None) -> None:
+    assert retry_after({"Retry-After": value}) == seconds
+
+
+@given(st.text(min_size=4), st.text(), st.text())
+def test_redact_leaves_no_key(key: str, before: str, after: str) -> None:
+    text = redact(before + key + after, key)
+    assert text == (before + key + after).replace(key, "***") or key not in text
+
+
+@pytest.mark.parametrize("key", ["", "  ", "with blank", "line\nbreak", "naïve"])
+def test_keys_that_cannot_be_sent_are_refused_without_being_quoted(key: str) -> None:
+    with pytest.raises(NotEntitled, match="THE_KEY is no key") as caught:
+        usable_key("p", key, "THE_KEY")
+    assert not key.strip() or key not in str(caught.value)
+
+
+class TestLimiter:
+    def test_pace(self) -> None:
+        limiter = ProcessLimiter({"p": 4}, window_seconds=0.4)
+        began = time.monotonic()
+        threads = [threading.Thread(target=limiter.acquire, args=("p", 1, 0.0)) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert 0.79 <= time.monotonic() - began < 1.6
+
+    def test_weights(self) -> None:
+        limiter = ProcessLimiter({"p": 4}, window_seconds=0.3)
+        began = time.monotonic()
+        for _ in range(3):
+            limiter.acquire("p", 2, 0.0)
+        assert time.monotonic() - began >= 0.29
+
+    def test_providers_do_not_wait_for_each_other(self) -> None:
+        limiter = ProcessLimiter({"slow": 1})
+        limiter.penalise("slow", 60)
+        began = time.monotonic()
+        limiter.acquire("quick", 1, 0.0)
+        assert time.monotonic() - began < 0.1
+
+
+class TestPool:
+    def test_bounds_requests_of_many_callers_in_flight(self) -> None:
+        pool = RequestPool(3)
+        with serve(lambda _: Said(b"ok", delay=0.02)) as server:
+            clients = [client_of(pool, server.url) for _ in range(4)]
+
+            def many(index: int) -> list[bytes]:
+                client = clients[index]
+                ask = asking(client, server.url)
+                return pool.map(f"lane{index}", lambda _: client.run(ask, Tally()), range(10))
+
+            threads = [threading.Thread(target=many, args=(i % 4,)) for i in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(timeout=20)
+                assert not thread.is_alive()
+            assert len(server.requests) == 80
+            assert server.most_in_flight == 3
+        pool.close()
+
+    def test_keeps_order(self, pool: RequestPool) -> None:
+        def late_first(index: int) -> int:
+            time.sleep(0.02 if index == 0 else 0)
+            return index * index
+
+        assert pool.map("lane", late_first, range(20)) == [index * index for index in range(20)]
+
+    def test_the_first_error_cancels_what_has_not_begun(self, pool: RequestPool) -> None:
+        begun: list[int] = []
+
+        def fail(index: int) -> None:
+            begun.append(index)
+            time.sleep(0.01)
+            raise NotEntitled("p", "no")
+
+        with pytest.raises(NotEntitled):
+            pool.map("lane", fail, range(1000))
+        assert len(begun) < 100
+
+    def test_needs_a_slot(self) -> None:
+        with pytest.raises(ValueError, match="at least 1"):
+            RequestPool(0)
+
+
+def test_answers_are_counted(pool: RequestPool) -> None:
+    def answer(asked: Asked) -> Said:
+        return Said(b"ok")
+
+    with serve(answer) as server:
+        client, tally = client_of(pool, server.url), Tally()
+        pool.map("lane", lambda _: client.run(asking(client, server.url), tally), range(25))
+        assert tally.count == len(server.requests) == 25
