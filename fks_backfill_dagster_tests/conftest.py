@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fks_backfill_dagster.embedded import EmbeddedPostgres
+
 _SHARED = (Path(__file__).resolve().parents[1] / "../shared/data").resolve()
 
 
+# Inherited by the workers of a run, which share the server below it (postgres.py).
+_HOME = "FKS_TEST_HOME"
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    # exchange-calendars 4.13 still calls what pandas 3.1 deprecates. Not ours to mend.
-    for message in ("Series.values returning an ndarray", "DatetimeIndex.weekday is deprecated"):
-        config.addinivalue_line("filterwarnings", f"ignore:{message}:DeprecationWarning")
+    if _HOME not in os.environ:
+        os.environ[_HOME] = tempfile.mkdtemp(prefix="fks-tests-")
+        config.add_cleanup(_remove_home)
+
+
+def _remove_home() -> None:
+    home = Path(os.environ.pop(_HOME))
+    EmbeddedPostgres(home).remove()
+    shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

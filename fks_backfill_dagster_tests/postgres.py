@@ -22,14 +22,12 @@ needs_timescale = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="session")
-def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server_url() -> Iterator[str]:
     """A server on which databases can be made: TimescaleDB if given, else one embedded server for all workers."""
     if TIMESCALE_URL is not None:
         yield TIMESCALE_URL
         return
-    base = tmp_path_factory.getbasetemp()
-    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "postgres"
-    server = EmbeddedPostgres(Path(home))
+    server = EmbeddedPostgres(Path(os.environ["FKS_TEST_HOME"]))
     yield server.start()
     server.release()
 

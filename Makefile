@@ -1,0 +1,106 @@
+# Everything runs in .venv, which is made from Python >= 3.11 alone, out of requirements.lock. It is made
+# once, and again only when the lock, pyproject.toml or the folder changes: the stamp's name holds their
+# hash.
+
+PYTHON ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+HASH := $(shell (pwd; cat requirements.lock pyproject.toml) | (sha256sum 2>/dev/null || shasum -a 256) | cut -c1-16)
+STAMP := $(VENV)/.made-$(HASH)
+# Quiet about everything but errors.
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
+
+# Two at least, for the tests wait for servers more than they compute; four at most, for each worker
+# keeps a PostgreSQL of its own.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); \
+	[ $$n -gt 4 ] && n=4; [ $$n -lt 2 ] && n=2; echo $$n)
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test up down bench lint format lock clean
+
+help:
+	@echo "make demo    runs the whole on a local market and reports; KEEP=1 leaves the servers up"
+	@echo "make test    runs the test suite; ARGS='...' go to pytest"
+	@echo "make up      starts database, Dagster and daemon on real providers; make down stops them"
+	@echo "make bench   measures against the references"
+	@echo "make lint    ruff and mypy; make format rewrites"
+	@echo "make lock    resolves requirements.lock anew from pyproject.toml"
+	@echo "make clean   removes the environment and caches, never the data in .fks"
+	@echo "PYTHON=...   the interpreter to make the environment from (>= 3.11)"
+
+env: $(STAMP)
+	@:
+
+demo: $(STAMP)
+	@$(BIN)/fks-backfill demo $(if $(filter-out 0,$(KEEP)),--keep)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
+
+up: $(STAMP)
+	@$(BIN)/fks-backfill up
+
+down: $(STAMP)
+	@$(BIN)/fks-backfill down
+
+bench: $(STAMP)
+	@$(BIN)/python -m bench $(ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+# Not locked itself: a tool of the maintainer, kept out of everybody's environment.
+lock:
+	@$(find_python); \
+	"$$python" -m venv $(VENV)-lock && \
+	$(VENV)-lock/bin/python -m pip --disable-pip-version-check -q install 'uv>=0.9' && \
+	$(VENV)-lock/bin/uv pip compile -q $(ARGS) --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-annotate --no-header --extra dev pyproject.toml -o requirements.lock; \
+	status=$$?; rm -rf $(VENV)-lock; exit $$status
+
+clean:
+	rm -rf $(VENV) $(VENV)-lock .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Sets $$python, or says what is missing. A candidate is one that runs, is new enough and can make
+# environments: Debian takes ensurepip out of Python and puts it into python3-venv.
+define find_python
+python=; old=; bare=; \
+for name in $(or $(PYTHON),python3.14 python3.13 python3.12 python3.11 python3 python); do \
+	"$$name" -c 'pass' >/dev/null 2>&1 || continue; \
+	if ! "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then old="$$old $$name"; continue; fi; \
+	if ! "$$name" -c 'import venv, ensurepip' 2>/dev/null; then bare="$$bare $$name"; continue; fi; \
+	python=$$name; break; \
+done; \
+if [ -z "$$python" ] && [ -n "$$bare" ]; then \
+	echo "make: Python is here ($${bare# }) but cannot make environments." \
+		"On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; \
+fi; \
+if [ -z "$$python" ]; then \
+	echo "make: no Python >= 3.11 found$${old:+ (too old:$$old)}. Install one, or name it: make PYTHON=/path/to/python3" >&2; \
+	exit 1; \
+fi
+endef
+
+# An environment of another folder (a copied checkout) or of a Python that is gone is made anew.
+$(STAMP): | requirements.lock pyproject.toml
+	@if ! { grep -qF "$(CURDIR)/$(VENV)" $(VENV)/pyvenv.cfg && $(BIN)/python -c 'import pip'; } 2>/dev/null; then \
+		$(find_python); \
+		echo "Making the environment in $(VENV) with $$("$$python" --version) (once; a minute or two) ..." >&2; \
+		"$$python" -m venv --clear $(VENV) || exit 1; \
+	else \
+		echo "Bringing the environment in $(VENV) up to date ..." >&2; \
+	fi
+	@rm -f $(VENV)/.made-*
+	@# The lock is complete. Without --no-deps the pip of Python 3.11 refuses extras (gql[requests]) as unpinned.
+	@$(PIP) install --no-deps --require-hashes -r requirements.lock
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@

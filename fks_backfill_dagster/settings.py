@@ -1,0 +1,690 @@
+"""What can be set, what it may be, and what it is when nobody says anything.
+
+Belongs here: the keys of `config/backfill.yaml`, their checks, and the questions that settings alone
+can answer: which series are configured, which series a written symbol means, who is asked first.
+
+Does not belong here: reading files and variables and telling their places (`settings_sources.py`);
+anything that acts on a setting (`wiring.py` and the faces).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from datetime import UTC, date, datetime
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from fks_backfill_dagster.domain.series import AssetClass, Series, identifier
+from fks_backfill_dagster.domain.timeframe import Timeframe, iso, to_micros
+from fks_backfill_dagster.settings_sources import (
+    EnvironmentSource,
+    FileSource,
+    Location,
+    Places,
+    hint,
+    nearest,
+    section_at,
+)
+
+CONFIG: Final = Path("config", "backfill.yaml")
+CHECKOUT: Final = Path(__file__).resolve().parents[1]
+DEFAULT_CALENDAR: Final = "XNYS"
+
+KEY_VARIABLES: Final = {
+    "coingecko": "COINGECKO_API_KEY",
+    "polygon": "POLYGON_API_KEY",
+    "alphavantage": "ALPHAVANTAGE_API_KEY",
+    "oanda": "OANDA_API_TOKEN",
+}
+"""Which environment variable holds the key of a provider; the others need none."""
+
+_FIAT = (
+    "AUD BRL CAD CHF CLP CNH CNY COP CZK DKK EUR GBP HKD HUF IDR ILS INR JPY KRW MXN MYR NOK NZD "
+    "PHP PLN RON SAR SEK SGD THB TRY TWD USD ZAR"
+)
+FIAT: Final = frozenset(_FIAT.split())
+
+T = TypeVar("T")
+
+
+class SettingsError(Exception):
+    """The settings are wrong. `problems` are whole sentences, each with its place; str() is one a line."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems: tuple[str, ...] = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+# --- what a single value may be ---------------------------------------------------------------------
+
+
+def _between(low: float, high: float) -> AfterValidator:
+    def check(value: float) -> float:
+        if not low <= value <= high:
+            raise ValueError(f"{value} is not between {low:g} and {high:g}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _seconds(value: float) -> float:
+    if not 0 < value <= 600:
+        raise ValueError(f"{value:g} is not a time above 0 and up to 600 seconds")
+    return value
+
+
+def _url(text: str) -> str:
+    """Scheme, host and an optional path prefix, without the trailing slash.
+
+    The error does not repeat the text: it may hold a password.
+    """
+    if not _has_host(text):
+        raise ValueError("is not an address such as https://api.example.com")
+    parts = urlsplit(text)
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("holds a user or password; keys come from their own variables only")
+    if "?" in text or "#" in text:
+        raise ValueError("is scheme, host and path prefix only: leave out what follows '?' or '#'")
+    return text.rstrip("/")
+
+
+def _webhook(secret: SecretStr) -> SecretStr:
+    """An alert's address. It is a secret itself: whoever has it can write there."""
+    if not _has_host(secret.get_secret_value()):
+        raise ValueError("is not an address such as https://hooks.example.com/services/...")
+    return secret
+
+
+def _has_host(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        return False
+    return (
+        parts.scheme in ("http", "https")
+        and bool(parts.hostname)
+        and port != 0
+        and not re.search(r"\s", text)
+    )
+
+
+def _database(secret: SecretStr) -> SecretStr:
+    address = secret.get_secret_value()
+    try:
+        sound = urlsplit(address).port != 0
+    except ValueError:  # its text would quote a piece of the address
+        sound = False
+    if not sound or not address.startswith(("postgresql://", "postgres://", "postgresql+psycopg://")):
+        raise ValueError(
+            "is not a PostgreSQL address such as postgresql://user:password@host:5432/database "
+            "(special characters of a password are percent-encoded)"
+        )
+    return secret
+
+
+def _folder(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; it has to be a folder")
+    return path
+
+
+def _instant(raw: object) -> int:
+    """A date or time as microseconds; UTC where no zone is written."""
+    try:
+        moment = datetime.fromisoformat(raw.strip()) if isinstance(raw, str) else raw
+    except ValueError:
+        moment = None
+    if isinstance(moment, date) and not isinstance(moment, datetime):
+        moment = datetime(moment.year, moment.month, moment.day, tzinfo=UTC)
+    if not isinstance(moment, datetime):
+        raise ValueError(f"{raw!r} is not a time such as 2017-08-17 or 2017-08-17T04:00:00Z")
+    micros = to_micros(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+    if not 0 <= micros <= to_micros(datetime.now(UTC)):
+        raise ValueError(f"{raw} is not between 1970 and now")
+    return micros
+
+
+def parse_timeframe(raw: object) -> Timeframe:
+    """The timeframe of a written one. Raises ValueError that names all eight."""
+    try:
+        return Timeframe(str(raw))
+    except ValueError:
+        raise ValueError(f"{str(raw)!r} is not a timeframe ({' '.join(Timeframe)})") from None
+
+
+def _asset_class(raw: object) -> AssetClass:
+    try:
+        return AssetClass(str(raw))
+    except ValueError:
+        raise ValueError(f"{str(raw)!r} is not an asset class ({' '.join(AssetClass)})") from None
+
+
+def _once_each(values: tuple[T, ...]) -> tuple[T, ...]:
+    twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
+    if twice is not None:
+        raise ValueError(f"names {twice} twice")
+    return values
+
+
+def _some(values: tuple[T, ...]) -> tuple[T, ...]:
+    if not values:
+        raise ValueError("is empty; it needs at least one entry")
+    return values
+
+
+def _provider_name(name: str) -> str:
+    if name not in PROVIDER_NAMES:
+        raise ValueError(f"{name!r} is not a provider; {hint(name, PROVIDER_NAMES)}")
+    return name
+
+
+# Strict models take no list for a tuple, and YAML and JSON have lists only.
+Many = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_once_each)]
+Url = Annotated[str, AfterValidator(_url)]
+ProviderName = Annotated[str, AfterValidator(_provider_name)]
+Instant = Annotated[int, BeforeValidator(_instant), PlainSerializer(iso, return_type=str, when_used="json")]
+EachTimeframe = Annotated[Timeframe, BeforeValidator(parse_timeframe)]
+TimeoutSeconds = Annotated[float, AfterValidator(_seconds)]
+
+
+# --- the sections -------------------------------------------------------------------------------------
+
+
+class Section(BaseModel):
+    """A part of the settings: frozen, strict, no unknown keys. A section left empty is its defaults."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_default(cls, raw: Any) -> Any:
+        return {} if raw is None else raw
+
+
+class ProviderSettings(Section):
+    """How one provider is reached. The client appends the documented path to `base_url`.
+
+    `requests_per_minute` None is the provider's own default; `timeout_seconds` is per request.
+    """
+
+    base_url: Url
+    requests_per_minute: Annotated[int, _between(1, 1_000_000)] | None = None
+    timeout_seconds: TimeoutSeconds = 30.0
+    enabled: bool = True
+
+
+class Binance(ProviderSettings):
+    """`archive_url` null: REST only."""
+
+    base_url: Url = "https://api.binance.com"
+    archive_url: Url | None = "https://data.binance.vision"
+
+
+class CoinGecko(ProviderSettings):
+    base_url: Url = "https://api.coingecko.com"
+
+
+class Polygon(ProviderSettings):
+    base_url: Url = "https://api.massive.com"
+
+
+class YFinance(ProviderSettings):
+    base_url: Url = "https://query2.finance.yahoo.com"
+
+
+class AlphaVantage(ProviderSettings):
+    base_url: Url = "https://www.alphavantage.co"
+
+
+class Oanda(ProviderSettings):
+    base_url: Url = "https://api-fxpractice.oanda.com"
+
+
+class Providers(Section):
+    binance: Binance = Binance()
+    coingecko: CoinGecko = CoinGecko()
+    polygon: Polygon = Polygon()
+    yfinance: YFinance = YFinance()
+    alphavantage: AlphaVantage = AlphaVantage()
+    oanda: Oanda = Oanda()
+
+
+PROVIDER_NAMES: Final = tuple(Providers.model_fields)
+
+Priority = Annotated[Many[ProviderName], AfterValidator(_some)]
+
+
+class ProviderPriority(Section):
+    """Who is asked, first to last; what the first leaves missing, the next one is asked for."""
+
+    crypto: Priority = ("binance", "coingecko", "polygon")
+    stocks: Priority = ("polygon", "yfinance", "alphavantage")
+    forex: Priority = ("oanda", "polygon")
+
+
+class GapDetection(Section):
+    """`max_gap_minutes`: what stays missing and is not longer is tolerated once all were asked."""
+
+    max_gap_minutes: Annotated[int, _between(0, 525_600)] = 5
+    check_interval_hours: Annotated[int, _between(1, 8_760)] = 24
+
+
+class Validation(Section):
+    """`tolerance_pct` is a fraction of the other provider's price: 0.01 is one per cent."""
+
+    enabled: bool = True
+    tolerance_pct: Annotated[float, _between(0, 1)] = 0.01
+    validation_providers: Many[ProviderName] = ("coingecko", "polygon")
+
+
+class Alerts(Section):
+    urls: Many[Annotated[SecretStr, AfterValidator(_webhook)]] = ()
+
+
+class SymbolSettings(Section):
+    """One symbol and the timeframes that are kept of it.
+
+    `start` None is `history_start`; `calendar` (stocks) None is XNYS; `provider_priority` None is
+    that of the asset class. The order of the fields matters: later ones are checked against earlier.
+    """
+
+    asset_class: Annotated[AssetClass, BeforeValidator(_asset_class)]
+    symbol: str
+    timeframes: Annotated[Many[EachTimeframe], AfterValidator(_some)]
+    start: Instant | None = None
+    calendar: str | None = None
+    provider_symbols: dict[ProviderName, Annotated[str, Field(min_length=1)]] = {}
+    provider_priority: Priority | None = None
+
+    @field_validator("symbol")
+    @classmethod
+    def _well_formed(cls, symbol: str, info: ValidationInfo) -> str:
+        if "asset_class" in info.data:
+            check_symbol(symbol, info.data["asset_class"])
+        return symbol
+
+    @field_validator("calendar")
+    @classmethod
+    def _known_calendar(cls, name: str | None, info: ValidationInfo) -> str | None:
+        if name is not None and info.data.get("asset_class", AssetClass.STOCKS) is not AssetClass.STOCKS:
+            raise ValueError("only stocks have a calendar")
+        if name not in (None, DEFAULT_CALENDAR):
+            # Half a second with pandas behind it: paid by those who name another calendar only.
+            from exchange_calendars import get_calendar_names
+
+            known = get_calendar_names(include_aliases=True)
+            if name not in known:
+                raise ValueError(f"{name!r} is no exchange calendar; {hint(name or '', known)}")
+        return name
+
+    def series(self, timeframe: Timeframe) -> Series:
+        return Series(
+            symbol=self.symbol,
+            timeframe=timeframe,
+            asset_class=self.asset_class,
+            calendar=self.calendar or DEFAULT_CALENDAR,
+            provider_symbols=tuple(self.provider_symbols.items()),
+        )
+
+
+def infer_asset_class(symbol: str) -> AssetClass:
+    """Two fiat currencies are forex, anything else with a slash is crypto, the rest are stocks."""
+    base, slash, quote = symbol.partition("/")
+    if not slash:
+        return AssetClass.STOCKS
+    return AssetClass.FOREX if {base, quote} <= FIAT else AssetClass.CRYPTO
+
+
+def check_symbol(symbol: str, asset_class: AssetClass) -> None:
+    """Raises ValueError where `symbol` cannot be one of its asset class."""
+    if asset_class is AssetClass.STOCKS:
+        if not re.fullmatch(r"[A-Za-z0-9.^=_-]+", symbol):
+            raise ValueError(f"{symbol!r} is not a ticker such as AAPL or BRK.B")
+        return
+    sides = symbol.split("/")
+    if len(sides) != 2 or not all(side.isalnum() and side == side.upper() for side in sides):
+        example = "EUR/USD" if asset_class is AssetClass.FOREX else "BTC/USDT"
+        raise ValueError(f"{symbol!r} is not BASE/QUOTE in capitals, such as {example}")
+
+
+# --- the whole ----------------------------------------------------------------------------------------
+
+ENVIRONMENT_ONLY: Final = {
+    "home": "FKS_HOME",
+    "config_file": "FKS_CONFIG",
+    "database_url": "FKS_DATABASE_URL",
+    "api_token": "FKS_API_TOKEN",
+    "keys": ", ".join(KEY_VARIABLES.values()),
+    "root": "FKS_CONFIG",
+}
+"""Fields of `Settings` that the file cannot set, and the variable that does."""
+
+_sources: ContextVar[tuple[PydanticBaseSettingsSource, ...]] = ContextVar("_sources", default=())
+
+
+def _default_symbols() -> tuple[SymbolSettings, ...]:
+    frames = (Timeframe.M1, Timeframe.H1, Timeframe.D1)
+    return tuple(
+        SymbolSettings(asset_class=AssetClass.CRYPTO, symbol=symbol, timeframes=frames)
+        for symbol in ("BTC/USDT", "ETH/USDT", "SOL/USDT")
+    )
+
+
+class Settings(BaseSettings):
+    """All settings, checked. `load_settings` makes them; `Settings(...)` alone reads no file or variable.
+
+    `home` holds what the project keeps (the embedded database, Dagster's folder), `root` is the folder
+    of the project. Both are absolute when loaded.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True, strict=True, extra="forbid", hide_input_in_errors=True, validate_default=False
+    )
+
+    batch_size_days: Annotated[int, _between(1, 3_660)] = 30
+    max_concurrent_requests: Annotated[int, _between(1, 100)] = 5
+    provider_priority: ProviderPriority = ProviderPriority()
+    gap_detection: GapDetection = GapDetection()
+    validation: Validation = Validation()
+    providers: Providers = Providers()
+    symbols: Annotated[tuple[SymbolSettings, ...], Field(strict=False)] = Field(
+        default_factory=_default_symbols
+    )
+    history_start: Instant = to_micros(datetime(2017, 8, 17, tzinfo=UTC))
+    alerts: Alerts = Alerts()
+
+    home: Annotated[Path, AfterValidator(_folder)] = Path(".fks")
+    root: Path = Path()
+    config_file: Path | None = None
+    database_url: Annotated[SecretStr, AfterValidator(_database)] | None = None
+    api_token: SecretStr | None = None
+    keys: dict[ProviderName, SecretStr] = Field(default={}, repr=False)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings, *_sources.get())
+
+    @field_validator("symbols", mode="wrap")
+    @classmethod
+    def _one_asset_key_each(cls, raw: Any, checked: ValidatorFunctionWrapHandler) -> Any:
+        """Tells colliding symbols together with whatever else is wrong with the list."""
+        problems = list(_collisions(raw))
+        try:
+            symbols = checked(raw)
+        except ValidationError as error:
+            problems += [
+                InitErrorDetails(type=e["type"], loc=e["loc"], input=e["input"], ctx=e.get("ctx", {}))
+                for e in error.errors(include_url=False)
+            ]
+        if problems:
+            raise ValidationError.from_exception_data("symbols", problems)
+        return symbols
+
+    # --- which series ---
+
+    def series(self) -> tuple[Series, ...]:
+        """Every configured symbol at every timeframe of its own, in the order of the file."""
+        return tuple(entry.series(timeframe) for entry in self.symbols for timeframe in entry.timeframes)
+
+    def find_series(self, symbol: str, timeframe: str | Timeframe) -> Series:
+        """The series that is meant by a written symbol (`BTC/USDT`, `BTC_USDT`, `btc/usdt`).
+
+        A symbol that is not configured is inferred: `X_Y` is `X/Y`, the asset class follows from the
+        form. Raises ValueError, with the nearest configured symbol, for what cannot be one.
+        """
+        frame = parse_timeframe(timeframe)
+        entry = self._configured(symbol)
+        if entry is not None:
+            return entry.series(frame)
+        return self._inferred(symbol, frame)
+
+    def match_symbols(self, pattern: str | None = None) -> tuple[str, ...]:
+        """The configured symbols a glob takes, written as symbol or as asset key; None takes all."""
+        return tuple(
+            entry.symbol
+            for entry in self.symbols
+            if pattern is None
+            or fnmatchcase(entry.symbol, pattern)
+            or fnmatchcase(identifier(entry.symbol), pattern)
+        )
+
+    def _configured(self, symbol: str) -> SymbolSettings | None:
+        wanted = identifier(symbol.strip())
+        exact = self.by_asset_key.get(wanted)
+        if exact is not None:
+            return exact
+        loose = [key for key in self.by_asset_key if key.upper() == wanted.upper()]
+        return self.by_asset_key[loose[0]] if len(loose) == 1 else None
+
+    @cached_property
+    def by_asset_key(self) -> dict[str, SymbolSettings]:
+        """The configured symbols by `identifier(symbol)`: thousands of series are looked up one by one."""
+        return {identifier(entry.symbol): entry for entry in self.symbols}
+
+    def _inferred(self, written: str, timeframe: Timeframe) -> Series:
+        symbol = written.strip().upper()
+        if "/" not in symbol and symbol.count("_") == 1:
+            symbol = symbol.replace("_", "/")
+        asset_class = infer_asset_class(symbol)
+        names = [entry.symbol for entry in self.symbols]
+        joined = {re.sub(r"\W|_", "", name): name for name in names}
+        if asset_class is AssetClass.STOCKS and symbol in joined:
+            raise ValueError(f"{written!r} is not configured; did you mean {joined[symbol]}?")
+        try:
+            check_symbol(symbol, asset_class)
+        except ValueError as error:
+            match = nearest(symbol, names)
+            raise ValueError(f"{error}" + (f"; did you mean {match}?" if match else "")) from None
+        return Series(symbol=symbol, timeframe=timeframe, asset_class=asset_class)
+
+    # --- what holds for a series or a provider ---
+
+    def priority(self, series: Series) -> tuple[str, ...]:
+        """Who is asked for the series, first to last, without the disabled ones."""
+        names: tuple[str, ...] = getattr(self.provider_priority, series.asset_class.value)
+        entry = self._entry(series)
+        if entry is not None and entry.provider_priority is not None:
+            names = entry.provider_priority
+        return tuple(name for name in names if self.provider(name).enabled)
+
+    def start_of(self, series: Series) -> int:
+        """From when on the series is kept, in microseconds."""
+        entry = self._entry(series)
+        return self.history_start if entry is None or entry.start is None else entry.start
+
+    def provider(self, name: str) -> ProviderSettings:
+        """The settings of a provider. Raises ValueError for an unknown one."""
+        found: ProviderSettings = getattr(self.providers, _provider_name(name))
+        return found
+
+    def key_of(self, provider: str) -> str | None:
+        """The provider's key in clear; None where there is none."""
+        secret = self.keys.get(provider)
+        return None if secret is None else secret.get_secret_value()
+
+    def redacted_dump(self) -> dict[str, Any]:
+        """All settings as JSON values; every secret is asterisks."""
+        return self.model_dump(mode="json")
+
+    def _entry(self, series: Series) -> SymbolSettings | None:
+        entry = self.by_asset_key.get(identifier(series.symbol))
+        return entry if entry is not None and entry.symbol == series.symbol else None
+
+
+def _collisions(raw: object) -> Iterator[InitErrorDetails]:
+    """One error for every symbol whose asset key an earlier one already has; `raw` is unchecked."""
+    first: dict[str, tuple[int, str]] = {}
+    for index, item in enumerate(raw if isinstance(raw, list | tuple) else ()):
+        symbol = item.get("symbol") if isinstance(item, Mapping) else getattr(item, "symbol", None)
+        if not isinstance(symbol, str):
+            continue
+        where, other = first.setdefault(identifier(symbol), (index, symbol))
+        if where == index:
+            continue
+        text = (
+            f"{symbol!r} is configured twice (also symbols[{where}])"
+            if symbol == other
+            else f"{symbol!r} and {other!r} (symbols[{where}]) become the same asset key {identifier(symbol)}"
+        )
+        yield InitErrorDetails(
+            type=PydanticCustomError("same_asset_key", "{text}", {"text": text}),
+            loc=(index, "symbol"),
+            input=None,
+        )
+
+
+# --- loading ------------------------------------------------------------------------------------------
+
+
+def load_settings(environ: Mapping[str, str] | None = None, cwd: Path | None = None) -> Settings:
+    """Reads file and environment (the environment wins) and checks everything as a whole.
+
+    The file: `FKS_CONFIG`; else `config/backfill.yaml` here or in the nearest folder above that has
+    it; else that of the source checkout; else there is none and the defaults hold.
+    Raises SettingsError with every problem at once.
+    """
+    environ = os.environ if environ is None else environ
+    cwd = (cwd or Path.cwd()).resolve()
+    root = _project_root(cwd)
+    file = _path(environ, "FKS_CONFIG", cwd) or _existing(root / CONFIG)
+    places = Places(file=_relative(file, cwd) if file else "")
+    places.variables.update(
+        {(name,): ENVIRONMENT_ONLY[name] for name in ("home", "database_url", "api_token")}
+    )
+    own = [name for name in Settings.model_fields if name not in ENVIRONMENT_ONLY]
+    sources: list[PydanticBaseSettingsSource] = [EnvironmentSource(Settings, environ, own, places)]
+    if file is not None and file.is_file():
+        sources.append(FileSource(Settings, file, ENVIRONMENT_ONLY, places))
+    elif file is not None:
+        places.note(f"environment FKS_CONFIG: {file} does not exist or is no file")
+    token = _sources.set(tuple(sources))
+    try:
+        settings = Settings(root=root, config_file=file, **_from_environment(environ, root, cwd))
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            location = tuple(part for part in detail["loc"] if part != "[key]")
+            places.report(location, _sentence(detail, location))
+    finally:
+        _sources.reset(token)
+    if places.problems:
+        raise SettingsError(places.problems)  # from nothing: pydantic's own error may quote a secret
+    return settings
+
+
+def _from_environment(environ: Mapping[str, str], root: Path, cwd: Path) -> dict[str, Any]:
+    """What only the environment can tell; an empty variable counts as not set."""
+    keys = {name: environ.get(variable, "").strip() for name, variable in KEY_VARIABLES.items()}
+    return {
+        "home": _path(environ, "FKS_HOME", cwd) or root / ".fks",
+        "database_url": _secret(environ.get("FKS_DATABASE_URL", "")),
+        "api_token": _secret(environ.get("FKS_API_TOKEN", "")),
+        "keys": {name: SecretStr(key) for name, key in keys.items() if key},
+    }
+
+
+def _path(environ: Mapping[str, str], variable: str, cwd: Path) -> Path | None:
+    text = environ.get(variable, "").strip()
+    return cwd / os.path.expanduser(text) if text else None  # unlike Path.expanduser it never raises
+
+
+def _secret(text: str) -> SecretStr | None:
+    return SecretStr(text.strip()) if text.strip() else None
+
+
+def _project_root(cwd: Path) -> Path:
+    """The nearest folder with a `config/backfill.yaml`, else the source checkout, else `cwd`."""
+    return next((folder for folder in (cwd, *cwd.parents, CHECKOUT) if (folder / CONFIG).is_file()), cwd)
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def _relative(path: Path, cwd: Path) -> str:
+    return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else str(path)
+
+
+# --- pydantic's findings as sentences -----------------------------------------------------------------
+
+_NOT_A = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+}
+
+
+def _sentence(error: ErrorDetails, location: Location) -> str:
+    """What is wrong, in words of the settings. Texts of secret fields are never repeated."""
+    kind = error["type"]
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    if kind == "extra_forbidden":
+        return _unknown_key(location)
+    if kind == "missing":
+        return "is missing"
+    if kind == "string_too_short":
+        return "is empty"
+    if kind == "tuple_type":
+        return 'is not a list such as ["a", "b"]'
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return "is not a section of `key: value` settings"
+    if kind in _NOT_A:
+        quote = (
+            "; put it in quotes"
+            if kind == "string_type" and isinstance(error["input"], bool | int | float)
+            else ""
+        )
+        shown = "" if location[0] in ("alerts", *ENVIRONMENT_ONLY) else f"{_shown(error['input'])} "
+        return f"{shown}is not {_NOT_A[kind]}{quote}"
+    return error["msg"]
+
+
+def _unknown_key(location: Location) -> str:
+    name = str(location[-1])
+    section = section_at(Settings, location[:-1])
+    known = [key for key in section.model_fields if key not in ENVIRONMENT_ONLY] if section else []
+    if re.search(r"key|token|secret|password", name):
+        return f"is not a setting; keys come from the environment only: {ENVIRONMENT_ONLY['keys']}"
+    return f"is not a setting here; {hint(name, known)}"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool | None):
+        return {True: "true", False: "false", None: "nothing"}[value]
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "a section"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,304 @@
+"""Where settings come from, and how the place of each value is told.
+
+Belongs here: the YAML file with its line numbers, the `FKS_*` environment, and the way from a field
+to `config/backfill.yaml:17` or `environment FKS_...`.
+
+Does not belong here: which settings exist and what they may be (`settings.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+Location = tuple[str | int, ...]
+"""The way to a value from the top of the settings: `("symbols", 3, "timeframes", 0)`."""
+
+PREFIX = "FKS_"
+RESERVED = ("FKS_HOME", "FKS_CONFIG", "FKS_DATABASE_URL", "FKS_API_TOKEN")
+RESERVED_PREFIX = "FKS_TEST_"
+
+
+def nearest(wrong: str, known: Iterable[str]) -> str | None:
+    """The known name that `wrong` was probably meant to be; None when nothing is close."""
+    found = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def hint(wrong: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: the nearest known one, else all of them."""
+    names = list(known)
+    match = nearest(wrong, names)
+    return f"did you mean {match}?" if match else f"known: {' '.join(names)}"
+
+
+def dotted(location: Location) -> str:
+    """`("symbols", 3, "start")` as people write it: `symbols[3].start`."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return text.removeprefix(".")
+
+
+def section_at(model: type[BaseModel], location: Location) -> type[BaseModel] | None:
+    """The model that holds the keys at `location`; None where no section is."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        known = model.model_fields.get(part)
+        inner = None if known is None else _model_in(known.annotation)
+        if inner is None:
+            return None
+        model = inner
+    return model
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model an annotation is about: itself, or the items of a tuple."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for found in map(_model_in, get_args(annotation)) if found), None)
+
+
+@dataclass
+class Places:
+    """Which file line and which variable each value came from.
+
+    Problems are noted as whole sentences, place first.
+    """
+
+    file: str = ""
+    lines: dict[Location, int] = field(default_factory=dict)
+    variables: dict[Location, str] = field(default_factory=dict)
+    _noted: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Each once: those of the file by line, then the others in the order they were found."""
+        return tuple(dict.fromkeys(text for _, text in sorted(self._noted, key=lambda noted: noted[0])))
+
+    def note(self, text: str) -> None:
+        """A problem that has no line."""
+        self._noted.append((sys.maxsize, text))
+
+    def note_line(self, line: int, text: str) -> None:
+        self._noted.append((line, f"{self.file}:{line}: {text}"))
+
+    def report(self, location: Location, text: str) -> None:
+        """A problem with the value at `location`: of the variable that set it, else of its line."""
+        for length in range(len(location), 0, -1):
+            variable = self.variables.get(location[:length])
+            if variable is not None:
+                inside = f" {dotted(location)}:" if length < len(location) else ""
+                self.note(f"environment {variable}:{inside} {text}")
+                return
+        for length in range(len(location), -1, -1):
+            line = self.lines.get(location[:length])
+            if line is not None:
+                self.note_line(line, f"{dotted(location)}: {text}")
+                return
+        self.note(f"{dotted(location)}: {text}")
+
+
+class _Source(PydanticBaseSettingsSource):
+    """A source that reads everything at once, in `__call__`."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        raise NotImplementedError("this source is read as a whole")  # pydantic-settings declares it abstract
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its surprises: `on`, `no` and dates are text.
+
+    YAML 1.1 reads the ticker ON as true, and a malformed date as a crash.
+    """
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
+
+
+class FileSource(_Source):
+    """The YAML file. Bad syntax, duplicate keys and what belongs elsewhere are noted in `places`.
+
+    `elsewhere` are fields that the file cannot set, with the variable that does.
+    """
+
+    def __init__(
+        self, settings_cls: type[BaseSettings], path: Path, elsewhere: Mapping[str, str], places: Places
+    ) -> None:
+        super().__init__(settings_cls)
+        self._path = path
+        self._elsewhere = elsewhere
+        self._places = places
+        self._seen: set[int] = set()
+
+    def __call__(self) -> dict[str, Any]:
+        try:
+            loader = _Loader(self._path.read_text(encoding="utf-8"))
+            root = loader.get_single_node()
+            value = None if root is None else self._value(loader, root, (), ())
+        except yaml.YAMLError as error:
+            self._note_syntax(error)
+            return {}
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a tag such as !!int before a word
+            self._places.note(f"{self._places.file}: cannot be read: {error}")
+            return {}
+        if value is not None and not isinstance(value, dict):
+            self._places.note_line(1, "the file has to consist of `key: value` settings")
+            return {}
+        return self._without_elsewhere(value or {})
+
+    def _without_elsewhere(self, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value.keys() & self._elsewhere.keys():
+            variable = self._elsewhere[name]
+            self._places.note_line(
+                self._places.lines[(name,)], f"{name}: comes from the environment only ({variable})"
+            )
+        return {name: part for name, part in value.items() if name not in self._elsewhere}
+
+    def _note_syntax(self, error: yaml.YAMLError) -> None:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        self._places.note_line(1 if mark is None else mark.line + 1, f"not YAML: {reason}")
+
+    def _value(self, loader: _Loader, node: Node, location: Location, above: tuple[int, ...]) -> Any:
+        """The plain value of `node`; writes down the line of everything in it."""
+        self._places.lines.setdefault(location, node.start_mark.line + 1)
+        if id(node) in above:
+            self._places.report(location, "refers to itself")
+            return None
+        above = (*above, id(node))
+        if isinstance(node, MappingNode):
+            return self._mapping(loader, node, location, above)
+        if isinstance(node, SequenceNode):
+            return [
+                self._value(loader, item, (*location, index), above) for index, item in enumerate(node.value)
+            ]
+        return loader.construct_object(node, deep=True)
+
+    def _mapping(
+        self, loader: _Loader, node: MappingNode, location: Location, above: tuple[int, ...]
+    ) -> dict[str, Any]:
+        if id(node) not in self._seen:  # an alias brings the same node again, merges already resolved
+            self._seen.add(id(node))
+            self._report_duplicates(node, location)
+            loader.flatten_mapping(node)
+        made: dict[str, Any] = {}
+        for key, value in node.value:
+            name = key.value if isinstance(key, ScalarNode) else "?"
+            self._places.lines[(*location, name)] = key.start_mark.line + 1
+            made[name] = self._value(loader, value, (*location, name), above)
+        return made
+
+    def _report_duplicates(self, node: MappingNode, location: Location) -> None:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, ScalarNode) and key.value in lines:
+                where = dotted((*location, key.value))
+                self._places.note_line(line, f"{where}: is there twice, first in line {lines[key.value]}")
+            elif isinstance(key, ScalarNode):
+                lines[key.value] = line
+
+
+class EnvironmentSource(_Source):
+    """`FKS_` + path joined by `__`. Lists and sections are JSON; an empty variable counts as not set.
+
+    Unknown variables are noted in `places`. `own` are the names of the top-level fields that the
+    file and these variables may set.
+    """
+
+    def __init__(
+        self,
+        settings_cls: type[BaseSettings],
+        environ: Mapping[str, str],
+        own: Iterable[str],
+        places: Places,
+    ) -> None:
+        super().__init__(settings_cls)
+        self._environ = environ
+        self._known = dict(_variables(settings_cls, tuple(own)))
+        self._places = places
+
+    def __call__(self) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name in sorted(self._environ, key=lambda name: (name.count("__"), name)):  # sections before keys
+            if not name.startswith(PREFIX) or name in RESERVED or name.startswith(RESERVED_PREFIX):
+                continue
+            location = self._known.get(name)
+            if location is None:
+                self._places.note(f"environment {name}: {self._unknown(name)}")
+            elif self._environ[name].strip():
+                self._places.variables[location] = name
+                try:
+                    _put(values, location, _decoded(self._environ[name].strip()))
+                except ValueError as error:
+                    self._places.report(location, f"is not JSON: {error}")
+        return values
+
+    def _unknown(self, name: str) -> str:
+        above = max((known for known in self._known if name.startswith(f"{known}__")), key=len, default=None)
+        if above is not None and section_at(self.settings_cls, self._known[above]) is None:
+            return f"{above} has no keys below it"
+        if above == "FKS_SYMBOLS":
+            return "the list is set as a whole, as JSON in FKS_SYMBOLS"
+        known = [other.removeprefix(PREFIX) for other in (*self._known, *RESERVED)]
+        match = nearest(name.removeprefix(PREFIX), known)
+        remedy = f"did you mean {PREFIX}{match}?" if match else "docs/settings.md names them all"
+        return f"is not a setting; {remedy}"
+
+
+def _variables(
+    model: type[BaseModel], names: Iterable[str], above: Location = ()
+) -> Iterable[tuple[str, Location]]:
+    """Every variable that may be set, sections included, with the field it is for."""
+    for name in names:
+        location = (*above, name)
+        yield PREFIX + "__".join(str(part).upper() for part in location), location
+        annotation = model.model_fields[name].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from _variables(annotation, annotation.model_fields, location)
+
+
+def _decoded(text: str) -> Any:
+    """JSON where it is JSON, else the text itself: what it has to be, the field decides.
+
+    Raises ValueError for what begins as a JSON list or section and is none.
+    """
+    switch = {"true": True, "false": False}.get(text.lower())
+    if switch is not None:
+        return switch
+    try:
+        return json.loads(text)
+    except ValueError:
+        if text.startswith(("[", "{")):
+            raise
+        return text
+
+
+def _put(values: dict[str, Any], location: Location, value: Any) -> None:
+    """Sets a nested value; where a section was already given as something else, that error stays."""
+    for part in location[:-1]:
+        inner = values.setdefault(str(part), {})
+        if not isinstance(inner, dict):
+            return
+        values = inner
+    values[str(location[-1])] = value

