@@ -1,0 +1,359 @@
+"""Commands that tell what is there: `gaps`, `status`, `series`, `batches`; two of them also take back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from fks_backfill_dagster.cli.choosing import choose, series_arguments, usage, window_option
+from fks_backfill_dagster.cli.speaking import (
+    answer,
+    answer_json,
+    answer_table,
+    example,
+    json_option,
+    many,
+    short,
+    tell,
+)
+
+if TYPE_CHECKING:
+    from fks_backfill_dagster.documents import Document
+    from fks_backfill_dagster.domain.series import Series
+    from fks_backfill_dagster.pipeline.gaps import FoundGap
+    from fks_backfill_dagster.providers.base import Provider
+    from fks_backfill_dagster.settings import Settings
+    from fks_backfill_dagster.store.reading import SyncStatus
+
+
+# Gaps -------------------------------------------------------------------------------------------------
+
+
+@click.command(
+    epilog=example("gaps BTC/USDT 1h", "gaps BTC/USDT 1h --start 2024-01-01 --end 2024-02-01 --json")
+)
+@series_arguments
+@window_option
+@json_option
+def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int | None, as_json: bool) -> None:
+    """List the gaps of a series, in every state but filled.
+
+    Without --start from the oldest stored candle, without --end to the last closed one. History
+    that was never synced is no gap; what closed since the last sync is an open one.
+    """
+    from fks_backfill_dagster import documents
+    from fks_backfill_dagster.domain.ranges import TimeRange
+    from fks_backfill_dagster.pipeline.gaps import find_gaps
+    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.store.reading import stored_series
+    from fks_backfill_dagster.wiring import now, open_database
+
+    settings = load_settings()
+    if start is not None and end is not None:
+        with usage():
+            TimeRange(start, end)
+    with open_database(settings) as database:
+        chosen = choose(settings, names, everything, stored_series(database))
+        found = [(s, gap) for s in chosen.series for gap in find_gaps(database, s, now(), start, end)]
+    if as_json:
+        answer_json([documents.gap_of(*one) if chosen.many else documents.gap(one[1]) for one in found])
+        return
+    rows = [_gap_row(series, gap) for series, gap in found]
+    answer_table(("series", "start", "end", "missing", "status", "evidence"), rows)
+    if not found:
+        tell("No gaps.")
+
+
+def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:
+    from fks_backfill_dagster.documents import NOT_ASKED
+    from fks_backfill_dagster.domain.timeframe import to_datetime
+
+    row = found.row
+    words = "; ".join(f"{e.provider}: {e.detail or e.outcome}" for e in row.evidence)
+    return (
+        series,
+        to_datetime(row.start),
+        to_datetime(row.end),
+        row.missing,
+        row.status.value,
+        words if found.asked else NOT_ASKED,
+    )
+
+
+# Status -----------------------------------------------------------------------------------------------
+
+
+@click.command(epilog=example("status", "status BTC/USDT 1h --json"))
+@series_arguments
+@json_option
+def status(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
+    """Tell how far a series is synced; without arguments all of them."""
+    from fks_backfill_dagster import documents
+    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.store.reading import stored_series, sync_status
+    from fks_backfill_dagster.wiring import open_database
+
+    settings = load_settings()
+    with open_database(settings) as database:
+        chosen = choose(settings, names, everything or not names, stored_series(database))
+        states = {(s.symbol, s.timeframe): s for s in sync_status(database)}
+    found = [(s, states.get((s.symbol, s.timeframe.value))) for s in chosen.series]
+    if as_json:
+        shown = [documents.status(state) if state else documents.not_started(s) for s, state in found]
+        answer_json(shown if chosen.many else shown[0])
+        return
+    header = ("series", "status", "oldest", "newest", "candles", "open gaps", "last sync", "error")
+    answer_table(header, [_status_row(series, state) for series, state in found])
+
+
+def _status_row(series: Series, state: SyncStatus | None) -> tuple[object, ...]:
+    if state is None:
+        return (series, "not_started", None, None, None, None, None, None)
+    return (
+        series,
+        state.status,
+        state.oldest_data_time,
+        state.newest_data_time,
+        state.total_candles,
+        state.open_gaps,
+        state.last_sync_time,
+        state.error_message,
+    )
+
+
+# Series -----------------------------------------------------------------------------------------------
+
+
+@click.group()
+def series() -> None:
+    """What is configured and stored, and who could provide it."""
+
+
+@series.command("list", epilog=example("series list"))
+@json_option
+def list_series(as_json: bool) -> None:
+    """List the configured and the stored series."""
+    from fks_backfill_dagster import documents
+    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.store.reading import stored_series, sync_status
+    from fks_backfill_dagster.wiring import open_database
+
+    settings = load_settings()
+    with open_database(settings) as database:
+        stored = stored_series(database)
+        states = {(s.symbol, s.timeframe): s for s in sync_status(database)}
+    configured = {(s.symbol, s.timeframe) for s in settings.series()}
+    chosen = choose(settings, (), True, stored).series if stored or configured else ()
+    found = [(one, states.get((one.symbol, one.timeframe.value))) for one in chosen]
+    if as_json:
+        answer_json(
+            [
+                documents.series(
+                    one, state, (one.symbol, one.timeframe) in configured, settings.priority(one)
+                )
+                for one, state in found
+            ]
+        )
+        return
+    rows = [
+        (
+            one.symbol,
+            one.timeframe,
+            one.asset_class,
+            (one.symbol, one.timeframe) in configured,
+            state.total_candles if state else 0,
+            state.oldest_data_time if state else None,
+            state.newest_data_time if state else None,
+            ", ".join(settings.priority(one)),
+        )
+        for one, state in found
+    ]
+    header = ("symbol", "timeframe", "class", "configured", "candles", "oldest", "newest", "providers")
+    answer_table(header, rows)
+
+
+@series.command("remove", epilog=example("series remove DOGE/USDT 1h --yes"))
+@click.argument("symbol")
+@click.argument("timeframe")
+@click.option("--yes", is_flag=True, help="Really delete it.")
+@json_option
+def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
+    """Delete a series from the database: candles, lineage, gaps, quarantine. The settings stay as they are."""
+    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.store import commit
+    from fks_backfill_dagster.store.reading import sync_status
+    from fks_backfill_dagster.wiring import open_database
+
+    settings = load_settings()
+    with usage():
+        found = settings.find_series(symbol, timeframe)
+    with open_database(settings) as database:
+        state = next(iter(sync_status(database, found)), None)
+        if state is None:
+            tell(f"Error: nothing is stored of {found}; see `fks-backfill series list`.")
+            return 1
+        if not yes:
+            raise click.UsageError(
+                f"this would delete {many(state.total_candles, 'candle')} of {found}: add --yes to do it"
+            )
+        candles = commit.remove_series(database, found)
+    if as_json:
+        answer_json({"symbol": found.symbol, "timeframe": found.timeframe.value, "candles_removed": candles})
+    else:
+        answer(f"{found}: removed with {many(candles, 'candle')}.")
+    return 0
+
+
+@series.command("providers", epilog=example("series providers"))
+@json_option
+def list_providers(as_json: bool) -> None:
+    """Tell which provider has which timeframes, how far back, and whether it can be asked."""
+    from fks_backfill_dagster.providers.http import RequestPool
+    from fks_backfill_dagster.settings import PROVIDER_NAMES, load_settings
+    from fks_backfill_dagster.wiring import build_providers
+
+    settings = load_settings()
+    pool = RequestPool(1)
+    built = build_providers(settings, pool)
+    pool.close()
+    rows = [row for name in PROVIDER_NAMES for row in _provider_rows(settings, name, built.get(name))]
+    if as_json:
+        answer_json(rows)
+        return
+    header = ("provider", "state", "class", "timeframes", "depth", "candles a request", "volume")
+    answer_table(
+        header,
+        [
+            (
+                row["provider"],
+                row["state"],
+                row["asset_class"],
+                " ".join(row["timeframes"]),  # type: ignore[arg-type]
+                None if row["asset_class"] is None else "since listing",
+                row["page_size"],
+                row["has_volume"],
+            )
+            for row in rows
+        ],
+    )
+
+
+def _provider_rows(settings: Settings, name: str, provider: Provider | None) -> list[Document]:
+    """One row an asset class. `depth_days` null: as far back as the provider has the symbol."""
+    from fks_backfill_dagster.domain.timeframe import Timeframe
+
+    enabled = settings.provider(name).enabled
+    if provider is None:
+        state = "not in this version" if enabled else "disabled"
+        none: Document = {
+            "asset_class": None,
+            "timeframes": [],
+            "depth_days": None,
+            "page_size": None,
+            "has_volume": None,
+        }
+        return [{"provider": name, "state": state, "enabled": enabled, "key": None, "key_set": None} | none]
+    can, missing = provider.capabilities, provider.missing_key()
+    return [
+        {
+            "provider": name,
+            "state": f"{missing} is not set" if missing else "ready",
+            "enabled": enabled,
+            "key": can.needs_key,
+            "key_set": None if can.needs_key is None else missing is None,
+            "asset_class": asset_class.value,
+            "timeframes": [t.value for t in Timeframe if t in timeframes],
+            "depth_days": None,
+            "page_size": can.page_size,
+            "has_volume": can.has_volume,
+        }
+        for asset_class, timeframes in can.timeframes.items()
+    ]
+
+
+# Batches ----------------------------------------------------------------------------------------------
+
+
+@click.group()
+def batches() -> None:
+    """Lineage: which batch brought what, and taking one back."""
+
+
+@batches.command("list", epilog=example("batches list", "batches list BTC/USDT 1h --limit 5 --json"))
+@click.argument("names", nargs=-1, metavar="[SYMBOL TIMEFRAME]")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=50, show_default=True, help="The newest so many."
+)
+@json_option
+def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
+    """List what was committed, newest first: provider, transport, source, range."""
+    from fks_backfill_dagster import documents
+    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.store import reading
+    from fks_backfill_dagster.wiring import open_database
+
+    settings = load_settings()
+    if len(names) not in (0, 2):
+        raise click.UsageError("give a SYMBOL and a TIMEFRAME, or neither")
+    with usage():
+        wanted = settings.find_series(*names) if names else None
+    with open_database(settings) as database:
+        found = reading.batches(database, wanted, limit)
+    if as_json:
+        answer_json([documents.batch(one) for one in found])
+        return
+    rows = [
+        (
+            one.id,
+            f"{one.symbol} {one.timeframe}",
+            f"{one.provider} {one.transport}",
+            f"{short(one.range_start)} .. {short(one.range_end)}",
+            one.inserted,
+            one.updated,
+            one.committed_at,
+            one.source,
+        )
+        for one in found
+    ]
+    answer_table(("id", "series", "from", "range", "inserted", "updated", "committed", "source"), rows)
+    if not found:
+        tell("No batches.")
+
+
+@batches.command("undo", epilog=example("batches undo 42"))
+@click.argument("batch_id", metavar="ID", type=int)
+@json_option
+def undo(batch_id: int, as_json: bool) -> int:
+    """Take back what a batch brought: insertions go, corrections give way to the values before.
+
+    The undo is a batch of its own. What goes becomes an open gap, so the next backfill asks for it.
+    """
+    from fks_backfill_dagster.domain.grid import grid_of
+    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.store import reading
+    from fks_backfill_dagster.store.commit import undo_batch
+    from fks_backfill_dagster.store.ledger import series_id
+    from fks_backfill_dagster.wiring import open_database
+
+    with open_database(load_settings()) as database:
+        found = reading.series_of_batch(database, batch_id)
+        if found is None:
+            raise click.UsageError(f"there is no batch {batch_id}; see `fks-backfill batches list`")
+        with database.begin() as connection:
+            identity = series_id(connection, found)
+        assert identity is not None
+        done = undo_batch(database, found, identity, batch_id, grid_of(found))
+    if as_json:
+        answer_json(
+            {
+                "batch": batch_id,
+                "symbol": found.symbol,
+                "timeframe": found.timeframe.value,
+                "candles_taken_back": done.updated,
+                "missing": done.missing,
+            }
+        )
+    else:
+        answer(f"{found}: {many(done.updated, 'candle')} of batch {batch_id} taken back.")
+    return 0

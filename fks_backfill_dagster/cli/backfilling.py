@@ -1,0 +1,294 @@
+"""`fks-backfill backfill`: a sync without Dagster."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from fks_backfill_dagster.cli.choosing import (
+    check_providers,
+    check_window,
+    choose,
+    series_arguments,
+    window_option,
+)
+from fks_backfill_dagster.cli.speaking import (
+    answer,
+    answer_json,
+    answer_table,
+    example,
+    json_option,
+    many,
+    tell,
+)
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from fks_backfill_dagster.documents import Document
+    from fks_backfill_dagster.domain.ranges import TimeRange
+    from fks_backfill_dagster.domain.series import Series
+    from fks_backfill_dagster.pipeline.events import SyncEvent
+    from fks_backfill_dagster.pipeline.sync import DryRun, SyncReport
+    from fks_backfill_dagster.settings import Settings
+    from fks_backfill_dagster.wiring import App
+
+_INTERRUPTED = (
+    "Interrupted: what was committed stays, and the same command fetches only what is still missing."
+)
+
+# One task of the command: a series, its window, who is asked.
+Task = tuple["Series", "TimeRange", tuple[str, ...]]
+
+
+@click.command(
+    epilog=example(
+        "backfill BTC/USDT 1h --start 2024-01-01 --end 2024-02-01",
+        "backfill --all 1d --json",
+        "backfill '*/USDT' 1m --start 2024-01-01 --dry-run",
+    )
+)
+@series_arguments
+@window_option
+@click.option(
+    "--provider",
+    "providers",
+    multiple=True,
+    metavar="P",
+    help="Ask this one only; repeat it for more, in order.",
+)
+@click.option("--refetch", is_flag=True, help="Ask for stored candles as well, and correct what differs.")
+@click.option(
+    "--dry-run", is_flag=True, help="Tell requests, candles and duration per provider; fetch nothing."
+)
+@json_option
+def backfill(
+    names: tuple[str, ...],
+    everything: bool,
+    start: int | None,
+    end: int | None,
+    providers: tuple[str, ...],
+    refetch: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Bring the candles of a range that are not stored yet.
+
+    Without --start from the configured start of the symbol on, without --end up to now. Running it
+    again fetches only what is missing. Exit code 0 only if every expected candle is there or its
+    absence is explained.
+    """
+    from fks_backfill_dagster.settings import load_settings
+
+    settings = load_settings()
+    tasks, several = _tasks(settings, names, everything, start, end, providers)
+    if dry_run:
+        return _dry_run(settings, tasks, several, refetch, as_json)
+    done = _sync_all(settings, tasks, refetch, as_json)
+    if as_json:
+        documents = [document for document, _ in done]
+        answer_json(documents if several else documents[0])
+    return 0 if all(complete for _, complete in done) else 1
+
+
+def _tasks(
+    settings: Settings,
+    names: tuple[str, ...],
+    everything: bool,
+    start: int | None,
+    end: int | None,
+    providers: Sequence[str],
+) -> tuple[list[Task], bool]:
+    from fks_backfill_dagster.wiring import now
+
+    chosen, asked, present = choose(settings, names, everything), check_providers(settings, providers), now()
+    tasks = [
+        (
+            series,
+            check_window(
+                settings.start_of(series) if start is None else start,
+                present if end is None else end,
+                present,
+            ),
+            asked or settings.priority(series),
+        )
+        for series in chosen.series
+    ]
+    return tasks, chosen.many
+
+
+# Doing it ---------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What a sync has told so far: all that is known of one that breaks."""
+
+    batches: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    candles: int = 0
+
+    def __call__(self, event: SyncEvent) -> None:
+        from fks_backfill_dagster.pipeline.events import BatchDone, Planned
+
+        if isinstance(event, Planned):
+            self.batches = len(event.plan.batches)
+        elif isinstance(event, BatchDone):
+            self.succeeded += event.error is None
+            self.failed += event.error is not None
+            self.candles += event.candles
+
+    def report(self, series: Series, error: Exception) -> Document:
+        from fks_backfill_dagster import documents
+
+        return documents.broken_sync(
+            series,
+            str(error),
+            total_batches=self.batches,
+            successful_batches=self.succeeded,
+            failed_batches=self.failed,
+            candles=self.candles,
+        )
+
+
+def _sync_all(
+    settings: Settings, tasks: Sequence[Task], refetch: bool, as_json: bool
+) -> list[tuple[Document, bool]]:
+    """Every task's report as a document, and whether it is complete.
+
+    A series that fails does not stop the others. A database that fails does, as it is the same one
+    for all: then those that were not reached are told as failed for that reason.
+    """
+    from fks_backfill_dagster.embedded import EmbeddedError
+    from fks_backfill_dagster.store.errors import StoreError
+    from fks_backfill_dagster.wiring import open_app
+
+    done: list[tuple[Document, bool]] = []
+    seen = _Seen()
+    try:
+        with open_app(settings) as app, _interruptible(app):
+            for task in tasks:
+                seen = _Seen()
+                done.append(_sync_one(app, task, refetch, as_json, seen))
+    except (StoreError, EmbeddedError) as error:
+        tell(f"Error: {error}")
+        for series, _, _ in tasks[len(done) :]:
+            done.append((seen.report(series, error), False))
+            seen = _Seen()
+    return done
+
+
+def _sync_one(app: App, task: Task, refetch: bool, as_json: bool, seen: _Seen) -> tuple[Document, bool]:
+    from fks_backfill_dagster import documents
+    from fks_backfill_dagster.cli.watching import watched
+    from fks_backfill_dagster.pipeline.sync import sync
+
+    series, window, priority = task
+    try:
+        with watched(seen) as listen:
+            report = sync(app.context, series, window, priority, refetch=refetch, listen=listen)
+    except ValueError as error:  # of its calendar: the other series may have another one
+        tell(f"Error: {series}: {error}.")
+        return seen.report(series, error), False
+    if not as_json:
+        _answer(report)
+    for message in report.errors:
+        tell(f"Error: {series}: {message}")
+    if report.unexplained and not report.errors:
+        left = many(report.unexplained, "candle")
+        tell(f"{series}: {left} still missing; see `fks-backfill gaps {series}`.")
+    return documents.sync_report(report), report.complete
+
+
+def _answer(report: SyncReport) -> None:
+    stored = report.expected - report.missing
+    answer(
+        f"{report.series}: {stored:,} of {many(report.expected, 'candle')} stored,"
+        f" {report.total_candles:,} of them by this call"
+        f" ({many(report.total_batches, 'batch')}, {many(report.requests, 'request')}, {report.seconds:.1f} s)"
+    )
+    rows = [
+        (f"  {name}", tally.asked, tally.delivered, tally.rejected, tally.failed)
+        for name, tally in report.providers.items()
+    ]
+    answer_table(("  provider", "asked", "delivered", "rejected", "failed"), rows)
+
+
+@contextmanager
+def _interruptible(app: App) -> Iterator[None]:
+    """Ctrl-C ends every wait of a provider at once; a batch that is being committed is rolled back whole."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        app.pool.stop.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        tell(_INTERRUPTED)
+        raise click.exceptions.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# Only telling -----------------------------------------------------------------------------------------
+
+
+def _dry_run(settings: Settings, tasks: Sequence[Task], several: bool, refetch: bool, as_json: bool) -> int:
+    from fks_backfill_dagster import documents
+    from fks_backfill_dagster.pipeline.sync import dry_run
+    from fks_backfill_dagster.wiring import open_app
+
+    with open_app(settings) as app, _interruptible(app):
+        found = [
+            dry_run(app.context, series, window, priority, refetch=refetch)
+            for series, window, priority in tasks
+        ]
+    for one in found:
+        for message in one.warnings:
+            tell(f"{one.plan.series}: warning: {message}")
+    if as_json:
+        shown = [documents.dry_run(one) for one in found]
+        answer_json(shown if several else shown[0])
+    else:
+        _answer_estimates(found)
+    return 0
+
+
+def _answer_estimates(found: Sequence[DryRun]) -> None:
+    rows = [
+        (
+            one.plan.series,
+            name,
+            estimate.requests,
+            sum(batch.candles for batch in one.plan.batches),
+            len(one.plan.batches),
+            _duration(estimate.seconds),
+        )
+        for one in found
+        for name, estimate in one.estimates
+    ]
+    answer_table(("series", "provider", "requests", "candles", "batches", "duration"), rows)
+    for one in found:
+        if not one.plan.batches:
+            answer(f"{one.plan.series}: nothing to fetch")
+        elif not one.estimates:
+            answer(f"{one.plan.series}: no provider can serve it; see `fks-backfill series providers`")
+
+
+def _duration(seconds: float) -> str:
+    """At the providers' rate limits, so it is a guess: two units will do."""
+    if seconds < 1:
+        return "< 1 s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,154 @@
+"""Commands that run servers: `demo`, `up`, `down`, `simulate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fks_backfill_dagster.cli.choosing import Moment, usage
+from fks_backfill_dagster.cli.speaking import Failed, answer, answer_json, example, json_option, tell
+
+MARKET_PORT = 8899
+DAGSTER_PORT = 3000
+
+
+@click.command(epilog=example("demo", "demo --keep"))
+@click.option("--keep", is_flag=True, help="Leave the servers running afterwards.")
+def demo(keep: bool) -> int:
+    """Run everything once on a local market: backfill through Dagster, fill an outage, check, report.
+
+    Exit code 0 only if no gap is open at its end.
+    """
+    from fks_backfill_dagster.demo import run_demo
+    from fks_backfill_dagster.orchestration.servers import ServersError
+
+    try:
+        return run_demo(keep=keep)
+    except ServersError as error:
+        raise Failed(str(error)) from None
+
+
+@click.command(epilog=example("up", "up --port 3001"))
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65_535),
+    default=DAGSTER_PORT,
+    show_default=True,
+    help="Where Dagster's webserver listens.",
+)
+@json_option
+def up(port: int, as_json: bool) -> None:
+    """Start the database (if it is the embedded one), Dagster's webserver and daemon.
+
+    They run on in the background until `down`. What runs already stays as it is.
+    """
+    from fks_backfill_dagster.orchestration import servers
+    from fks_backfill_dagster.settings import load_settings
+
+    settings = load_settings()
+    try:
+        running = servers.up(settings, port=port, say=tell if as_json else answer)
+    except servers.ServersError as error:
+        raise Failed(str(error)) from None
+    if as_json:
+        answer_json({"url": running.url, "logs": str(running.logs), "started": running.started})
+
+
+@click.command(epilog=example("down"))
+@json_option
+def down(as_json: bool) -> None:
+    """Stop what `up` has started, and the embedded database."""
+    from fks_backfill_dagster.orchestration import servers
+    from fks_backfill_dagster.settings import load_settings
+
+    settings = load_settings()
+    try:
+        stopped = servers.down(settings, say=tell if as_json else answer)
+    except servers.ServersError as error:
+        raise Failed(str(error)) from None
+    if as_json:
+        answer_json({"stopped": stopped})
+
+
+@click.command(
+    epilog=example(
+        "simulate",
+        "simulate --replay candles --port 8899",
+        "simulate --outage binance@BTC/USDT=2024-01-05T03:00/2024-01-05T07:30 --latency 0.05",
+    )
+)
+@click.option(
+    "--replay",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Serve the candles of <venue>/<SYMBOL>-<TIMEFRAME>.csv[.gz] below DIR instead of a made-up market.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65_535),
+    default=MARKET_PORT,
+    show_default=True,
+    help="0 takes a free one.",
+)
+@click.option("--now", type=Moment(), help="The market's clock stands at this moment.")
+@click.option(
+    "--latency", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS", help="Added to every answer."
+)
+@click.option("--limits/--no-limits", default=True, show_default=True, help="Keep Binance's request limits.")
+@click.option(
+    "--outage",
+    "outages",
+    multiple=True,
+    metavar="PROVIDER[@SYMBOL]=START/END",
+    help="Minutes that a provider does not have; may be repeated.",
+)
+@json_option
+def simulate(
+    replay: Path | None,
+    host: str,
+    port: int,
+    now: int | None,
+    latency: float,
+    limits: bool,
+    outages: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Run the local market until Ctrl-C: Binance with its archives, and Polygon, on one port.
+
+    Prints the settings that point fks-backfill to it. Its answers have the providers' own form, and
+    faults and outages can be planted while it runs.
+    """
+    from fks_backfill_dagster.simulator.config import MarketConfig, Outage
+    from fks_backfill_dagster.simulator.replay import ReplayError
+    from fks_backfill_dagster.simulator.server import run
+
+    with usage():
+        planted = tuple(Outage.parse(text) for text in outages)
+    config = MarketConfig(
+        replay=replay, host=host, port=port, now=now, latency=latency, limits=limits, outages=planted
+    )
+
+    def announce(url: str) -> None:
+        settings = {
+            "FKS_PROVIDERS__BINANCE__BASE_URL": f"{url}/binance",
+            "FKS_PROVIDERS__BINANCE__ARCHIVE_URL": f"{url}/archive",
+            "FKS_PROVIDERS__POLYGON__BASE_URL": f"{url}/polygon",
+            "POLYGON_API_KEY": "any",
+        }
+        tell(f"The local market listens at {url}. Ctrl-C ends it. To use it, in another terminal:")
+        if as_json:
+            answer_json({"url": url, "environment": settings})
+        else:
+            for name, value in settings.items():
+                answer(f"export {name}={value}")
+
+    try:
+        run(config, announce)
+    except KeyboardInterrupt:
+        return  # the usual way to end it
+    except ReplayError as error:
+        raise Failed(f"{error}.") from None
+    except OSError as error:
+        raise Failed(f"The local market cannot start: {error}.") from None

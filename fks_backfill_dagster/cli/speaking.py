@@ -1,0 +1,90 @@
+"""What every command shares in speaking: results to stdout, everything else to stderr.
+
+Belongs here: the `--json` option, tables, numbers and moments for people, the exception of a command
+that failed. Does not belong here: what is said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Failed(click.ClickException):
+    """The command could not do it: one sentence with the remedy, exit code 1."""
+
+    exit_code = 1
+
+
+def json_option(command: F) -> F:
+    """Adds `--json`, given to the command as `as_json`."""
+    option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+    return option(command)
+
+
+def example(*lines: str) -> str:
+    """An epilog of examples: its line breaks are kept, one line of example each."""
+    shown = "\n".join(f"  fks-backfill {line}" for line in lines)
+    return f"\b\n{'Examples' if len(lines) > 1 else 'Example'}:\n{shown}"
+
+
+def tell(text: str) -> None:
+    """A line for the person at the terminal."""
+    click.echo(text, err=True)
+
+
+def answer(text: str) -> None:
+    """A line of the result."""
+    click.echo(text)
+
+
+def answer_json(document: object) -> None:
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def answer_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Aligned columns; numbers to the right. Never cut to the width of a terminal."""
+    if not rows:
+        return
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    right = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(header))]
+    for line in (header, *cells):
+        padded = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(line, widths, right, strict=True)
+        )
+        answer("  ".join(padded).rstrip())
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, datetime):
+        return short(value)
+    return str(value)
+
+
+def short(when: datetime) -> str:
+    """A moment in UTC, as short as it is whole: 2024-01-01, 2024-01-01 04:30 or with seconds."""
+    if (when.hour, when.minute, when.second) == (0, 0, 0):
+        return f"{when:%Y-%m-%d}"
+    return f"{when:%Y-%m-%d %H:%M}" if when.second == 0 else f"{when:%Y-%m-%d %H:%M:%S}"
+
+
+def many(number: int, noun: str) -> str:
+    """`1 batch`, `2 batches`, `4,308 candles`."""
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    if noun == "series":
+        plural = noun
+    return f"{number:,} {noun if number == 1 else plural}"

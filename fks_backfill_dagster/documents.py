@@ -1,0 +1,168 @@
+"""The JSON face: how results look to other programs, the same on the command line and over HTTP.
+
+Belongs here: keys and formats, one function a document. Dictionaries with agreed keys are made here
+and nowhere else. Does not belong here: computing what they tell.
+
+Times are ISO 8601 with an explicit zone, UTC, as `2024-01-01T00:00:00+00:00`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, iso
+
+if TYPE_CHECKING:
+    from fks_backfill_dagster.pipeline.gaps import FoundGap
+    from fks_backfill_dagster.pipeline.sync import DryRun, SyncReport
+    from fks_backfill_dagster.store.reading import BatchInfo, SyncStatus
+
+Document = dict[str, object]
+
+NOT_ASKED = "after the end of what was synced, not asked yet"
+
+
+def sync_report(report: SyncReport) -> Document:
+    return _names(report.series) | {
+        "total_batches": report.total_batches,
+        "successful_batches": report.successful_batches,
+        "failed_batches": report.failed_batches,
+        "total_candles": report.total_candles,
+        "errors": list(report.errors),
+        "expected": report.expected,
+        "missing": report.missing,
+        "providers": {
+            name: {
+                "asked": tally.asked,
+                "delivered": tally.delivered,
+                "rejected": tally.rejected,
+                "failed": tally.failed,
+            }
+            for name, tally in report.providers.items()
+        },
+        "seconds": round(report.seconds, 3),
+    }
+
+
+def broken_sync(
+    series: Series,
+    error: str,
+    *,
+    total_batches: int,
+    successful_batches: int,
+    failed_batches: int,
+    candles: int,
+) -> Document:
+    """The report of a sync that could not finish: what is expected and missing is unknown, hence null."""
+    return _names(series) | {
+        "total_batches": total_batches,
+        "successful_batches": successful_batches,
+        "failed_batches": failed_batches,
+        "total_candles": candles,
+        "errors": [error],
+        "expected": None,
+        "missing": None,
+        "providers": {},
+        "seconds": None,
+    }
+
+
+def dry_run(found: DryRun) -> Document:
+    candles = sum(batch.candles for batch in found.plan.batches)
+    return _names(found.plan.series) | {
+        "start": iso(found.plan.window.start),
+        "end": iso(found.plan.window.end),
+        "expected": found.plan.expected,
+        "missing": found.plan.missing,
+        "total_batches": len(found.plan.batches),
+        "providers": {
+            name: {
+                "requests": estimate.requests,
+                "candles": candles,
+                "seconds": round(estimate.seconds, 3),
+            }
+            for name, estimate in found.estimates
+        },
+        "warnings": list(found.warnings),
+    }
+
+
+def gap(found: FoundGap) -> Document:
+    row = found.row
+    evidence = [item.to_json() for item in row.evidence]
+    return {
+        "start": iso(row.start),
+        "end": iso(row.end),
+        "duration_minutes": (row.end - row.start) // MICROS_PER_MINUTE,
+        "missing_candles": row.missing,
+        "status": row.status.value,
+        "evidence": evidence if found.asked else [{"outcome": "not_asked", "detail": NOT_ASKED}],
+    }
+
+
+def gap_of(series: Series, found: FoundGap) -> Document:
+    """The same where several series stand in one list."""
+    return _names(series) | gap(found)
+
+
+def status(found: SyncStatus) -> Document:
+    return {
+        "symbol": found.symbol,
+        "timeframe": found.timeframe,
+        "status": found.status,
+        "oldest_data": moment(found.oldest_data_time),
+        "newest_data": moment(found.newest_data_time),
+        "total_candles": found.total_candles,
+        "last_sync": moment(found.last_sync_time),
+        "open_gaps": found.open_gaps,
+        "error": found.error_message,
+    }
+
+
+def not_started(series: Series) -> Document:
+    """The status of a series of which nothing is known."""
+    return _names(series) | {"status": "not_started"}
+
+
+def series(found: Series, state: SyncStatus | None, configured: bool, priority: Sequence[str]) -> Document:
+    return _names(found) | {
+        "asset_class": found.asset_class.value,
+        "configured": configured,
+        "total_candles": state.total_candles if state else 0,
+        "oldest_data": moment(state.oldest_data_time) if state else None,
+        "newest_data": moment(state.newest_data_time) if state else None,
+        "provider_priority": list(priority),
+    }
+
+
+def batch(found: BatchInfo) -> Document:
+    return {
+        "id": found.id,
+        "symbol": found.symbol,
+        "timeframe": found.timeframe,
+        "provider": found.provider,
+        "transport": found.transport,
+        "source": found.source,
+        "sha256": found.sha256,
+        "range_start": moment(found.range_start),
+        "range_end": moment(found.range_end),
+        "run_id": found.run_id,
+        "fetched_at": moment(found.fetched_at),
+        # Not cut to seconds: it is what `--as-of` compares with.
+        "committed_at": found.committed_at.astimezone(UTC).isoformat(),
+        "inserted": found.inserted,
+        "updated": found.updated,
+        "undoes": found.undoes,
+    }
+
+
+def moment(when: datetime | None) -> str | None:
+    """To the second: candles have no finer times, and nobody needs more of a sync."""
+    return None if when is None else when.astimezone(UTC).isoformat(timespec="seconds")
+
+
+def _names(series: Series) -> Document:
+    return {"symbol": series.symbol, "timeframe": series.timeframe.value}

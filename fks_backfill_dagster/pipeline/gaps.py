@@ -1,0 +1,70 @@
+"""The gaps of a series as a user means them: what is missing inside what was synced, and since then.
+
+Belongs here: which rows of the ledger fall into a window and how they are clipped to it, and the
+tail that nobody has asked for yet. Reads, changes nothing.
+Does not belong here: finding gaps among candles (`domain.gaps`), their states (`store`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fks_backfill_dagster.domain.gaps import GapStatus
+from fks_backfill_dagster.domain.grid import Grid, grid_of
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import to_micros
+from fks_backfill_dagster.pipeline.plan import GRACE
+from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.ledger import LedgerGap
+from fks_backfill_dagster.store.settling import LONGEST_PAUSE
+
+
+@dataclass(frozen=True, slots=True)
+class FoundGap:
+    """A gap within the asked window. `asked` is False for the tail, which is in no ledger yet."""
+
+    row: LedgerGap
+    asked: bool = True
+
+
+def find_gaps(
+    database: Database, series: Series, now: int, start: int | None = None, end: int | None = None
+) -> tuple[FoundGap, ...]:
+    """All unfilled gaps of `[start, end)`, ascending, in every state, clipped to it and counted anew.
+
+    Without `start`: from the oldest stored candle. Never beyond the last closed one. What was never
+    synced, before or between, is pending and no gap; from the end of what was synced on it is one.
+    """
+    grid = grid_of(series)
+    closed_end = grid.closed_end(now - GRACE)
+    known = reading.what_is_known(database, series, TimeRange(0, closed_end))
+    if not known.synced:
+        return ()
+    start = _oldest(database, series, known.synced.hull.start) if start is None else start
+    end = closed_end if end is None else min(end, closed_end)
+    if start >= end:
+        return ()
+    window = TimeRange(start, end)
+    found = [FoundGap(row) for gap in known.gaps if (row := clipped(gap, window, grid)) is not None]
+    tail = clipped(LedgerGap(known.synced.hull.end, end, 0, GapStatus.OPEN), window, grid)
+    return (*found, *([FoundGap(tail, asked=False)] if tail else []))
+
+
+def clipped(gap: LedgerGap, window: TimeRange, grid: Grid) -> LedgerGap | None:
+    """The part of a gap whose candles open in `window`; None where there is none of them."""
+    if gap.missing and window.start <= gap.start and gap.end <= window.end:
+        return gap
+    start, end = max(gap.start, window.start), min(gap.end, window.end)
+    if start >= end or (missing := grid.count(TimeRange(start, end))) == 0:
+        return None
+    first = grid.opens(TimeRange(start, min(end, start + LONGEST_PAUSE)))[:1]
+    last = grid.opens(TimeRange(max(start, end - LONGEST_PAUSE), end))[-1:]
+    return replace(gap, start=int(first[0]), end=int(grid.closes(last)[0]), missing=missing)
+
+
+def _oldest(database: Database, series: Series, otherwise: int) -> int:
+    """The open of the oldest stored candle; `otherwise` where none is stored."""
+    oldest = next((s.oldest_data_time for s in reading.sync_status(database, series)), None)
+    return otherwise if oldest is None else to_micros(oldest)

@@ -1,0 +1,88 @@
+"""Stored candles for programs: `from fks_backfill_dagster import read_candles`.
+
+Belongs here: the one function that notebooks and models call. Does not belong here: fetching; what
+is not stored is absent from the answer.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
+from fks_backfill_dagster.settings import load_settings
+from fks_backfill_dagster.store import reading as store
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.wiring import database_url
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fks_backfill_dagster.domain.candles import Candles
+
+Moment = str | datetime
+
+# What a timestamp with time zone of PostgreSQL can be and a Python datetime as well.
+_EVER = TimeRange(0, to_micros(datetime(9999, 1, 1, tzinfo=UTC)))
+
+
+class UnknownSeries(LookupError):
+    """Nothing was ever synced of the series that was asked for."""
+
+
+def read_candles(
+    symbol: str,
+    timeframe: str,
+    start: Moment | None = None,
+    end: Moment | None = None,
+    as_of: Moment | None = None,
+    *,
+    url: str | None = None,
+) -> pd.DataFrame:
+    """The stored candles of a series that open in `[start, end)`, ascending.
+
+    A frame with the float columns open, high, low, close, volume (NaN: the source has none) and a
+    DatetimeIndex `ts` in UTC, the candles' opens. Without `start` or `end` there is no bound.
+    Moments are datetimes or ISO 8601 text, UTC where no zone is given. With `as_of`: what this
+    database held at that moment, and the same `as_of` gives the same frame for ever.
+
+    `url` is a PostgreSQL URL; without it the settings decide (FKS_DATABASE_URL, else the embedded
+    database, which then runs as long as this process).
+
+    >>> read_candles("BTC/USDT", "1h", "2024-01-01", "2024-02-01")["close"].resample("1D").last()
+
+    Raises UnknownSeries (a LookupError) when nothing was ever synced of it, ValueError for a moment
+    or a timeframe that is none, SettingsError, StoreError and EmbeddedError with their remedy.
+    """
+    settings = load_settings()
+    series = settings.find_series(symbol, timeframe)
+    window = TimeRange(
+        _EVER.start if start is None else _micros(start), _EVER.end if end is None else _micros(end)
+    )
+    moment = None if as_of is None else to_datetime(_micros(as_of))
+    database = Database(url or database_url(settings), pool_size=1)
+    try:
+        database.check()
+        candles = store.read_candles(database, series, window, moment)
+        if len(candles) == 0 and not store.sync_status(database, series):
+            raise UnknownSeries(
+                f"Nothing is stored of {series} in {database.where}: run"
+                f" `fks-backfill backfill {series}`, or see `fks-backfill status` for what there is."
+            )
+    finally:
+        database.dispose()
+    return _frame(candles)
+
+
+def _micros(moment: Moment) -> int:
+    parsed = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
+    return to_micros(parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC))
+
+
+def _frame(candles: Candles) -> pd.DataFrame:
+    import pandas as pd
+
+    names = ("open", "high", "low", "close", "volume")
+    index = pd.DatetimeIndex(candles.ts.view("datetime64[us]"), name="ts").tz_localize("UTC")
+    return pd.DataFrame({name: getattr(candles, name) for name in names}, index=index)

@@ -1,0 +1,212 @@
+"""`gaps`, `status`, `series`, `batches`: what is told, and what two of them take back."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.simulator.config import instant
+from fks_backfill_dagster.simulator.local import LocalMarket
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.ledger import hold_lease, register
+from fks_backfill_dagster_tests.cli.conftest import Command
+from fks_backfill_dagster_tests.cli.test_backfill import BTC, JANUARY
+
+ONLY = ("--provider", "binance")
+
+
+@pytest.fixture
+def synced(fks: Command, world: LocalMarket) -> LocalMarket:
+    """January 2024 of BTC/USDT 1h, with four hours that nobody has."""
+    window = TimeRange(instant("2024-01-10T05:00"), instant("2024-01-10T09:00"))
+    world.plant_outage("binance", window)
+    fks("backfill", "BTC/USDT", "1h", *JANUARY, *ONLY)
+    return world
+
+
+# Gaps
+
+
+def test_a_gap_has_the_keys_of_the_contract(fks: Command, synced: LocalMarket) -> None:
+    told = fks("gaps", "BTC/USDT", "1h", *JANUARY, "--json")
+    assert told.exit_code == 0
+    [gap] = told.json
+    evidence = gap.pop("evidence")
+    assert gap == {
+        "start": "2024-01-10T05:00:00+00:00",
+        "end": "2024-01-10T09:00:00+00:00",
+        "duration_minutes": 240,
+        "missing_candles": 4,
+        "status": "open",
+    }
+    assert [(word["provider"], word["outcome"]) for word in evidence] == [("binance", "absent")]
+
+
+def test_a_gap_is_clipped_to_the_window_and_counted_anew(fks: Command, synced: LocalMarket) -> None:
+    window = ("--start", "2024-01-10T06:30", "--end", "2024-01-10T08:00")
+    [gap] = fks("gaps", "BTC_USDT", "1h", *window, "--json").json
+    assert (gap["start"][11:16], gap["end"][11:16], gap["missing_candles"]) == ("07:00", "08:00", 1)
+    assert gap["duration_minutes"] == 60
+
+
+def test_what_closed_since_the_last_sync_is_an_open_gap(fks: Command, synced: LocalMarket) -> None:
+    hours = (int(time.time()) - instant("2024-02-01") // 1_000_000) // 3600
+    known, tail = fks("gaps", "BTC/USDT", "1h", "--json").json
+    assert known["missing_candles"] == 4
+    assert (tail["start"], tail["status"]) == ("2024-02-01T00:00:00+00:00", "open")
+    assert tail["missing_candles"] in (hours - 1, hours, hours + 1)  # grace, and the hour may turn
+    assert tail["evidence"] == [
+        {"outcome": "not_asked", "detail": "after the end of what was synced, not asked yet"}
+    ]
+    [week] = fks("gaps", "BTC/USDT", "1h", "--start", "2024-02-05", "--end", "2024-02-12", "--json").json
+    assert week["missing_candles"] == 168
+
+
+def test_history_that_was_never_synced_is_no_gap(fks: Command, synced: LocalMarket) -> None:
+    assert fks("gaps", "BTC/USDT", "1h", "--start", "2020-01-01", "--end", "2024-01-05", "--json").json == []
+    assert fks("gaps", "ETH/USDT", "1h", "--json").json == []
+    assert "No gaps." in fks("gaps", "ETH/USDT", "1h").stderr
+
+
+def test_gaps_of_many_series_tell_whose_they_are(fks: Command, synced: LocalMarket) -> None:
+    fks("backfill", "ETH/USDT", "1h", *JANUARY, *ONLY)
+    found = fks("gaps", "--all", "1h", *JANUARY, "--json").json
+    assert [(gap["symbol"], gap["timeframe"]) for gap in found] == [("BTC/USDT", "1h"), ("ETH/USDT", "1h")]
+    table = fks("gaps", "BTC/USDT", "1h", *JANUARY).stdout.splitlines()
+    assert table[1].split() == (
+        ["BTC/USDT", "1h", "2024-01-10", "05:00", "2024-01-10", "09:00", "4", "open", "binance:", "absent"]
+    )
+
+
+# Status
+
+
+def test_status_of_one_series(fks: Command, synced: LocalMarket) -> None:
+    status = fks("status", "BTC/USDT", "1h", "--json").json
+    assert abs(time.time() - instant(status.pop("last_sync")) / 1e6) < 60
+    assert status == {
+        "symbol": "BTC/USDT",
+        "timeframe": "1h",
+        "status": "completed",
+        "oldest_data": "2024-01-01T00:00:00+00:00",
+        "newest_data": "2024-01-31T23:00:00+00:00",
+        "total_candles": 740,
+        "open_gaps": 1,
+        "error": None,
+    }
+
+
+def test_status_of_what_was_never_synced(fks: Command, world: LocalMarket) -> None:
+    told = fks("status", "DOGE/USDT", "5m", "--json")
+    assert told.exit_code == 0
+    assert told.json == {"symbol": "DOGE/USDT", "timeframe": "5m", "status": "not_started"}
+
+
+def test_status_of_all(fks: Command, synced: LocalMarket) -> None:
+    fks("backfill", "DOGE/USDT", "1h", *JANUARY, *ONLY)  # stored, not configured
+    found = {(s["symbol"], s["timeframe"]): s["status"] for s in fks("status", "--json").json}
+    assert found == {
+        ("BTC/USDT", "1h"): "completed",
+        ("BTC/USDT", "1d"): "not_started",
+        ("ETH/USDT", "1h"): "not_started",
+        ("SOL/BTC", "1h"): "not_started",
+        ("DOGE/USDT", "1h"): "completed",
+    }
+    assert "not_started" in fks("status").stdout
+
+
+# Series
+
+
+def test_series_list_has_configured_and_stored_ones(fks: Command, synced: LocalMarket) -> None:
+    fks("backfill", "DOGE/USDT", "1h", *JANUARY, *ONLY)
+    found = {(s["symbol"], s["timeframe"]): s for s in fks("series", "list", "--json").json}
+    assert found["BTC/USDT", "1h"] == {
+        "symbol": "BTC/USDT",
+        "timeframe": "1h",
+        "asset_class": "crypto",
+        "configured": True,
+        "total_candles": 740,
+        "oldest_data": "2024-01-01T00:00:00+00:00",
+        "newest_data": "2024-01-31T23:00:00+00:00",
+        "provider_priority": ["binance", "coingecko", "polygon"],
+    }
+    assert found["DOGE/USDT", "1h"]["configured"] is False
+    assert found["SOL/BTC", "1h"]["total_candles"] == 0
+    assert len(found) == 5
+    assert "binance, coingecko, polygon" in fks("series", "list").stdout
+
+
+def test_a_series_is_removed_only_with_yes(fks: Command, synced: LocalMarket) -> None:
+    line = ("series", "remove", "BTC/USDT", "1h")
+    asked = fks(*line)
+    assert asked.exit_code == 2
+    assert "740 candles" in asked.stderr
+    assert "--yes" in asked.stderr
+    assert fks("status", "BTC/USDT", "1h", "--json").json["total_candles"] == 740
+    done = fks(*line, "--yes", "--json")
+    assert (done.exit_code, done.json["candles_removed"]) == (0, 740)
+    assert fks("status", "BTC/USDT", "1h", "--json").json["status"] == "not_started"
+    assert fks("batches", "list", "--json").json == []
+    again = fks(*line, "--yes")
+    assert (again.exit_code, again.stdout) == (1, "")
+    refilled = fks("backfill", "BTC/USDT", "1h", *JANUARY, *ONLY, "--json")
+    assert refilled.json["total_candles"] == 740
+
+
+def test_a_series_that_is_being_synced_is_not_removed(
+    fks: Command, synced: LocalMarket, database: Database
+) -> None:
+    with database.begin() as connection:
+        hold_lease(connection, register(connection, BTC), "somebody", 60)
+    told = fks("series", "remove", "BTC/USDT", "1h", "--yes")
+    assert told.exit_code == 1
+    assert "being synced" in told.stderr
+    assert fks("status", "BTC/USDT", "1h", "--json").json["total_candles"] == 740
+
+
+def test_providers_with_their_timeframes_and_keys(
+    fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("POLYGON_API_KEY")
+    monkeypatch.setenv("FKS_PROVIDERS__OANDA__ENABLED", "false")
+    found = fks("series", "providers", "--json").json
+    states = {row["provider"]: row["state"] for row in found}
+    assert list(states) == ["binance", "coingecko", "polygon", "yfinance", "alphavantage", "oanda"]
+    assert states["binance"] == "ready"
+    assert states["polygon"] == "POLYGON_API_KEY is not set"
+    assert states["oanda"] == "disabled"
+    [binance] = [row for row in found if row["provider"] == "binance"]
+    assert binance["timeframes"] == ["1m", "5m", "15m", "30m", "1h", "4h", "1d", "1w"]
+    assert binance["asset_class"] == "crypto"
+    assert "POLYGON_API_KEY is not set" in fks("series", "providers").stdout
+
+
+# Batches
+
+
+def test_batches_tell_where_candles_come_from(fks: Command, synced: LocalMarket) -> None:
+    fks("backfill", "ETH/USDT", "1h", *JANUARY, *ONLY)
+    newest, oldest = fks("batches", "list", "--json").json
+    assert (newest["symbol"], oldest["symbol"]) == ("ETH/USDT", "BTC/USDT")
+    assert (oldest["provider"], oldest["inserted"], oldest["updated"]) == ("binance", 740, 0)
+    assert oldest["range_start"] == "2024-01-01T00:00:00+00:00"
+    assert [b["id"] for b in fks("batches", "list", "BTC_USDT", "1h", "--json").json] == [oldest["id"]]
+    assert len(fks("batches", "list", "--limit", "1", "--json").json) == 1
+    assert oldest["source"] in fks("batches", "list").stdout
+
+
+def test_undo_takes_a_batch_back(fks: Command, synced: LocalMarket) -> None:
+    [batch] = fks("batches", "list", "--json").json
+    done = fks("batches", "undo", str(batch["id"]), "--json")
+    assert (done.exit_code, done.json["candles_taken_back"], done.json["missing"]) == (0, 740, 744)
+    assert fks("status", "BTC/USDT", "1h", "--json").json["total_candles"] == 0
+    [gap] = fks("gaps", "BTC/USDT", "1h", *JANUARY, "--json").json
+    assert (gap["missing_candles"], gap["status"]) == (744, "open")
+    twice = fks("batches", "undo", str(batch["id"]))
+    assert (twice.exit_code, twice.stdout) == (1, "")
+    unknown = fks("batches", "undo", "999999")
+    assert (unknown.exit_code, unknown.stdout) == (2, "")
+    assert "batches list" in unknown.stderr

@@ -1,0 +1,283 @@
+"""`backfill`: what comes in, what is told, which exit code."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.simulator.config import MarketConfig, instant
+from fks_backfill_dagster.simulator.local import LocalMarket
+from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.cli.conftest import Command, start
+
+KEYS = {
+    "symbol",
+    "timeframe",
+    "total_batches",
+    "successful_batches",
+    "failed_batches",
+    "total_candles",
+    "errors",
+    "expected",
+    "missing",
+    "providers",
+    "seconds",
+}
+BTC = Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)
+JANUARY = ("--start", "2024-01-01", "--end", "2024-02-01")
+
+
+def span(start: str, end: str) -> TimeRange:
+    return TimeRange(instant(start), instant(end))
+
+
+def test_one_series_gives_one_object(fks: Command, world: LocalMarket, database: Database) -> None:
+    told = fks("backfill", "BTC_USDT", "1h", *JANUARY, "--json")
+    assert told.exit_code == 0
+    report = told.json
+    assert set(report) == KEYS
+    assert report["symbol"] == "BTC/USDT"
+    assert (report["total_candles"], report["expected"], report["missing"]) == (744, 744, 0)
+    assert (report["total_batches"], report["failed_batches"], report["errors"]) == (1, 0, [])
+    assert report["providers"]["binance"] == {"asked": 744, "delivered": 744, "rejected": 0, "failed": 0}
+    window = span("2024-01-01", "2024-02-01")
+    truth = world.truth("binance", "BTC/USDT", Timeframe.H1, window)
+    assert reading.read_candles(database, BTC, window).equals(truth)
+
+
+def test_again_asks_for_nothing(fks: Command, world: LocalMarket) -> None:
+    fks("backfill", "BTC/USDT", "1h", *JANUARY)
+    before = world.requests()
+    again = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--json")
+    assert again.exit_code == 0
+    assert (again.json["total_batches"], again.json["total_candles"]) == (0, 0)
+    assert (again.json["expected"], again.json["missing"]) == (744, 0)
+    assert world.requests() == before
+
+
+def test_times_have_zones_and_the_end_is_exclusive(fks: Command, world: LocalMarket) -> None:
+    window = ("--start", "2024-01-01T02:00+02:00", "--end", "2024-01-01T03:00:00Z")
+    assert fks("backfill", "BTC/USDT", "1h", *window, "--json").json["total_candles"] == 3
+
+
+def test_without_times_from_the_configured_start_to_now(fks: Command, world: LocalMarket) -> None:
+    told = fks("backfill", "BTC/USDT", "1d", "--json")
+    days = (int(time.time()) - instant("2024-01-01") // 1_000_000) // 86_400
+    assert told.exit_code == 0
+    assert told.json["expected"] in (days, days + 1)  # midnight may pass meanwhile
+
+
+def test_many_series_give_a_list(fks: Command, world: LocalMarket) -> None:
+    every = fks("backfill", "--all", "1h", *JANUARY, "--json")
+    assert every.exit_code == 0
+    assert [(r["symbol"], r["total_candles"]) for r in every.json] == [
+        ("BTC/USDT", 744),
+        ("ETH/USDT", 744),
+        ("SOL/BTC", 744),
+    ]
+    assert [r["symbol"] for r in fks("backfill", "*/USDT", "1h", *JANUARY, "--json").json] == [
+        "BTC/USDT",
+        "ETH/USDT",
+    ]
+    one = fks("backfill", "SOL*", "1h", *JANUARY, "--json").json
+    assert isinstance(one, list)
+    timeframes = [r["timeframe"] for r in fks("backfill", "--all", *JANUARY, "--json").json]
+    assert timeframes == ["1h", "1d", "1h", "1h"]
+
+
+def test_a_series_that_fails_does_not_stop_the_others(fks: Command, world: LocalMarket) -> None:
+    world.plant_fault("polygon", "status", symbol="X:BTCUSD", count=None, status=403)
+    told = fks("backfill", "*/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
+    assert told.exit_code == 1
+    assert [(r["symbol"], r["total_candles"], r["missing"]) for r in told.json] == [
+        ("BTC/USDT", 0, 744),
+        ("ETH/USDT", 744, 0),
+    ]
+    assert [len(r["errors"]) for r in told.json] == [1, 0]
+
+
+def test_the_next_provider_fills_what_the_first_lacks(fks: Command, world: LocalMarket) -> None:
+    world.plant_outage("binance", span("2024-01-10T05:00", "2024-01-10T09:00"))
+    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--json")
+    assert told.exit_code == 0
+    assert {name: tally["delivered"] for name, tally in told.json["providers"].items()} == {
+        "binance": 740,
+        "polygon": 4,
+    }
+
+
+def test_what_stays_missing_is_exit_code_1_and_a_hint(fks: Command, world: LocalMarket) -> None:
+    world.plant_outage("binance", span("2024-01-10T05:00", "2024-01-10T09:00"))
+    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance")
+    assert told.exit_code == 1
+    assert "740 of 744 candles stored" in told.stdout
+    assert "4 candles still missing; see `fks-backfill gaps BTC/USDT 1h`" in told.stderr
+
+
+def test_progress_is_plain_lines_on_stderr(fks: Command, world: LocalMarket) -> None:
+    told = fks("backfill", "BTC/USDT", "1h", "--start", "2024-01-01", "--end", "2024-03-01")
+    assert told.stderr.splitlines() == [
+        "BTC/USDT 1h: 1,440 candles to fetch in 2 batches from binance, polygon",
+        "BTC/USDT 1h: 2024-01-01 .. 2024-02-01: 744 candles written from binance",
+        "BTC/USDT 1h: 2024-02-01 .. 2024-03-01: 696 candles written from binance",
+    ]
+
+
+def test_refetch_corrects(fks: Command, world: LocalMarket, database: Database) -> None:
+    fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon")
+    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance", "--refetch", "--json")
+    assert told.exit_code == 0
+    assert (told.json["total_batches"], told.json["total_candles"]) == (1, 744)
+    window = span("2024-01-01", "2024-02-01")
+    truth = world.truth("binance", "BTC/USDT", Timeframe.H1, window)
+    assert reading.read_candles(database, BTC, window).equals(truth)
+
+
+def test_a_dry_run_fetches_nothing(fks: Command, world: LocalMarket, database: Database) -> None:
+    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--dry-run", "--json")
+    assert told.exit_code == 0
+    plan = told.json
+    assert (plan["expected"], plan["missing"], plan["total_batches"]) == (744, 744, 1)
+    assert list(plan["providers"]) == ["binance", "polygon"]
+    for estimate in plan["providers"].values():
+        assert estimate["candles"] == 744
+        assert estimate["requests"] >= 1
+        assert estimate["seconds"] > 0
+    assert reading.sync_status(database) == []
+    assert "744" in fks("backfill", "--all", "1h", *JANUARY, "--dry-run").stdout
+
+
+def test_an_unknown_symbol_is_an_error_of_the_report(fks: Command, world: LocalMarket) -> None:
+    told = fks("backfill", "NOSUCH/COIN", "1h", *JANUARY, "--provider", "binance", "--json")
+    assert told.exit_code == 1
+    assert "NOSUCH" in " ".join(told.json["errors"])
+    assert told.json["total_candles"] == 0
+    assert "Error: NOSUCH/COIN 1h:" in told.stderr
+
+
+def test_before_the_listing_nothing_is_expected(fks: Command, world: LocalMarket) -> None:
+    window = ("--start", "2010-01-01", "--end", "2010-02-01")
+    told = fks("backfill", "BTC/USDT", "1h", *window, "--provider", "binance", "--json")
+    assert (told.exit_code, told.json["expected"]) == (0, 0)
+    assert "listed at" in told.stderr
+
+
+def test_a_provider_without_its_key_is_told(
+    fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("POLYGON_API_KEY")
+    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
+    assert told.exit_code == 1
+    assert "POLYGON_API_KEY is not set" in told.stderr
+    assert told.json["errors"]
+
+
+def test_an_absent_database_gives_a_report_too(fks: Command) -> None:
+    told = fks("backfill", "*/USDT", "1h", *JANUARY, "--json")
+    assert told.exit_code == 1
+    assert [set(report) for report in told.json] == [KEYS, KEYS]
+    assert all(report["expected"] is None and report["errors"] for report in told.json)
+    assert "secret" not in told.stdout + told.stderr
+
+
+def test_a_database_that_goes_away_is_told_with_what_was_done(
+    fks: Command, world: LocalMarket, database: Database
+) -> None:
+    """The first month is committed, then the disk is full: the other series are not tried in vain."""
+    with database.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE FUNCTION fks.refuse() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN IF NEW.ts >= '2024-02-01' THEN RAISE EXCEPTION 'no space left' USING ERRCODE = '53100';"
+            " END IF; RETURN NEW; END $$"
+        )
+        connection.exec_driver_sql(
+            'CREATE TRIGGER refuse BEFORE INSERT ON fks."candles_1h" FOR EACH ROW EXECUTE FUNCTION fks.refuse()'
+        )
+    told = fks("backfill", "*/USDT", "1h", "--start", "2024-01-01", "--end", "2024-03-01", "--json")
+    assert told.exit_code == 1
+    broken, never_begun = told.json
+    assert (broken["total_batches"], broken["successful_batches"], broken["total_candles"]) == (2, 1, 744)
+    assert (never_begun["total_batches"], never_begun["total_candles"]) == (0, 0)
+    for report in told.json:
+        assert set(report) == KEYS
+        assert (report["expected"], report["missing"]) == (None, None)
+        assert "no room left" in report["errors"][0]
+    assert told.stderr.count("Error: ") == 1
+    status = fks("status", "BTC/USDT", "1h", "--json").json
+    assert (status["total_candles"], status["status"]) == (744, "error")
+
+
+def test_real_candles_and_their_outages(
+    fks: Command, world: LocalMarket, shared_data: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seven outages of Binance that are in these six months, exact to the hour."""
+    replayed = shared_data("binance/BTCUSDT-1h.csv.gz").parents[1]
+    with LocalMarket(MarketConfig(replay=replayed)) as market:
+        monkeypatch.setenv("FKS_PROVIDERS__BINANCE__BASE_URL", market.binance_url)
+        monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ARCHIVE_URL", market.archive_url)
+        window = ("--start", "2020-11-17", "--end", "2021-05-16")
+        told = fks("backfill", "BTC/USDT", "1h", *window, "--provider", "binance", "--json")
+    assert (told.exit_code, told.json["total_candles"], told.json["missing"]) == (1, 4308, 12)
+    gaps = fks("gaps", "BTC/USDT", "1h", *window, "--json").json
+    assert [(gap["start"][:13], gap["missing_candles"]) for gap in gaps] == [
+        ("2020-11-30T06", 1),
+        ("2020-12-21T15", 3),
+        ("2020-12-25T02", 1),
+        ("2021-02-11T04", 1),
+        ("2021-03-06T02", 1),
+        ("2021-04-20T02", 2),
+        ("2021-04-25T05", 3),
+    ]
+    status = fks("status", "BTC/USDT", "1h", "--json").json
+    assert (status["total_candles"], status["open_gaps"]) == (4308, 7)
+    assert status["newest_data"] == "2021-05-15T23:00:00+00:00"
+
+
+@pytest.mark.usefixtures("world")
+def test_an_interrupted_backfill_keeps_what_was_committed(
+    market: LocalMarket, fks: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ARCHIVE_URL", "null")
+    monkeypatch.setenv("FKS_MAX_CONCURRENT_REQUESTS", "1")
+    # The first months come, a later page hangs longer than anyone waits.
+    hang = {"start": "2024-06-01T00:00:00+00:00", "end": "2024-07-01T00:00:00+00:00"}
+    market.plant_fault("binance", "status", count=None, status=503, **hang)
+    line = (
+        "backfill",
+        "BTC/USDT",
+        "1h",
+        "--start",
+        "2024-01-01",
+        "--end",
+        "2024-09-01",
+        "--provider",
+        "binance",
+    )
+    with start(*line, "--json") as running:
+        assert running.stderr is not None
+        for told in running.stderr:
+            if "2024-03-01 .. 2024-04-01" in told:
+                break
+        began = time.monotonic()
+        running.send_signal(signal.SIGINT)
+        stdout, stderr = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert time.monotonic() - began < 20
+    assert stdout == ""
+    assert "what was committed stays" in stderr
+    assert "Traceback" not in stderr
+    market.clear_faults()
+    status = fks("status", "BTC/USDT", "1h", "--json").json
+    assert status["total_candles"] >= 744 + 696 + 743
+    assert (status["status"], status["error"]) == ("error", "interrupted")
+    again = fks(*line, "--json")
+    assert again.exit_code == 0
+    assert again.json["total_candles"] == 5856 - status["total_candles"]

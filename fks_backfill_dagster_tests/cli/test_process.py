@@ -1,0 +1,191 @@
+"""The command as a process: what it imports, what stands on stdout, its servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from fks_backfill_dagster.embedded import EmbeddedPostgres
+from fks_backfill_dagster.simulator.local import LocalMarket
+from fks_backfill_dagster_tests.cli.conftest import CHECKOUT, Command, start
+from fks_backfill_dagster_tests.cli.test_backfill import JANUARY
+
+
+def imported(*arguments: str) -> set[str]:
+    """The top-level modules a command has imported at its end."""
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('\\nIMPORTED', *{m.partition('.')[0] for m in sys.modules}))\n"
+        "from fks_backfill_dagster.cli import main\n"
+        f"main({list(arguments)!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("IMPORTED")[2].split())
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = {"ccxt", "dagster", "pandas", "numpy", "pyarrow", "pydantic", "sqlalchemy", "requests", "rich"}
+    assert imported("--help") & heavy == set()
+    assert imported("backfill", "--help") & heavy == set()
+
+
+def test_questions_import_no_provider_and_no_dagster(world: LocalMarket) -> None:
+    heavy = {"ccxt", "dagster", "pandas", "pyarrow", "requests", "rich"}
+    assert imported("status") & heavy == set()
+    assert imported("gaps", "BTC/USDT", "1h") & heavy == set()
+
+
+def test_stdout_is_the_document_alone(process: Command, world: LocalMarket) -> None:
+    told = process("backfill", "BTC/USDT", "1h", *JANUARY, "--json")
+    assert told.exit_code == 0
+    assert told.json["total_candles"] == 744
+    assert "744 candles to fetch" in told.stderr
+    status = process("status", "BTC/USDT", "1h", "--json")
+    assert (status.json["total_candles"], status.stderr) == (744, "")
+
+
+def test_a_terminal_shows_a_bar(world: LocalMarket) -> None:
+    ours, theirs = os.openpty()
+    line = ("backfill", "BTC/USDT", "1h", "--start", "2024-01-01", "--end", "2024-04-01", "--json")
+    with start(*line, stderr=theirs) as running:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # how Linux says that nobody writes any more
+            while more := os.read(ours, 65_536):
+                shown += more
+        assert running.stdout is not None
+        report = json.loads(running.stdout.read())
+    os.close(ours)
+    assert report["total_candles"] == 2184
+    assert "3/3" in shown.decode()
+    assert "2,184 candles" in shown.decode()
+    assert "written from" not in shown.decode()
+
+
+# The local market
+
+
+def test_simulate_prints_settings_that_work(
+    settings: Path, fks: Command, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FKS_DATABASE_URL", database_url)
+    outage = "binance@BTC/USDT=2024-01-05T03:00/2024-01-05T07:00"
+    with start("simulate", "--port", "0", "--no-limits", "--outage", outage) as running:
+        assert running.stdout is not None
+        lines = [running.stdout.readline().strip().removeprefix("export ") for _ in range(4)]
+        for line in lines:
+            monkeypatch.setenv(*line.split("=", 1))
+        report = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance", "--json").json
+        filled = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--json").json
+        running.send_signal(signal.SIGINT)
+        _, stderr = running.communicate(timeout=20)
+    assert (report["total_candles"], report["missing"]) == (740, 4)
+    assert (filled["total_candles"], filled["missing"]) == (4, 0)
+    assert running.returncode == 0
+    assert "Traceback" not in stderr
+
+
+def test_simulate_replays_and_stands_still(settings: Path, tmp_path: Path) -> None:
+    (tmp_path / "candles" / "binance").mkdir(parents=True)
+    file = tmp_path / "candles" / "binance" / "ABCUSDT-1h.csv"
+    file.write_text("ts,open,high,low,close,volume\n2024-01-01T00:00:00Z,1,3,1,2.5,7\n")
+    line = ("simulate", "--replay", "candles", "--now", "2024-01-02", "--port", "0", "--json")
+    with start(*line) as running:
+        assert running.stdout is not None
+        document = "".join(iter(running.stdout.readline, "}\n"))
+        url = document.partition('"url": "')[2].partition('"')[0]
+        with urllib.request.urlopen(f"{url}/binance/api/v3/klines?symbol=ABCUSDT&interval=1h") as answer:
+            body = answer.read().decode()
+        running.send_signal(signal.SIGINT)
+        running.wait(timeout=20)
+    assert '"2.5' in body
+
+
+def test_a_port_in_use_is_told(fks: Command) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        told = fks("simulate", "--port", str(port))
+    assert (told.exit_code, told.stdout) == (1, "")
+    assert f"port {port}" in told.stderr
+    assert "in use" in told.stderr
+    assert told.stderr.count("\n") == 1
+
+
+def test_a_replay_of_nonsense_is_told(fks: Command, tmp_path: Path) -> None:
+    (tmp_path / "candles" / "binance").mkdir(parents=True)
+    (tmp_path / "candles" / "binance" / "ABCUSDT-1h.csv").write_text("what,ever\n1,2\n")
+    told = fks("simulate", "--replay", "candles", "--port", "0")
+    assert (told.exit_code, told.stdout) == (1, "")
+    assert "ABCUSDT-1h.csv" in told.stderr
+
+
+# The database
+
+
+@pytest.fixture
+def embedded(settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedPostgres]:
+    monkeypatch.delenv("FKS_DATABASE_URL")
+    server = EmbeddedPostgres(tmp_path / "home")
+    yield server
+    server.remove()
+
+
+def test_the_embedded_database_from_init_to_stop(process: Command, embedded: EmbeddedPostgres) -> None:
+    assert process("db", "stop", "--json").json == {"embedded": True, "stopped": False}
+    made = process("db", "init", "--json")
+    assert made.exit_code == 0
+    assert made.json["revision"]
+    assert embedded.status().running
+    url = process("db", "url")
+    assert url.exit_code == 0
+    assert url.stdout == f"{embedded.status().url}\n"
+    assert process("status", "BTC/USDT", "1h", "--json").json["status"] == "not_started"
+    assert embedded.status().running
+    assert process("db", "stop", "--json").json == {"embedded": True, "stopped": True}
+    assert not embedded.status().running
+    # A question starts it for as long as it takes.
+    assert process("status", "BTC/USDT", "1h", "--json").exit_code == 0
+
+
+def test_a_database_of_ones_own(
+    fks: Command, empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FKS_DATABASE_URL", empty_database_url)
+    assert fks("db", "url", "--json").json["url"].startswith("postgresql://")
+    made = fks("db", "init", "--json")
+    assert made.exit_code == 0
+    assert fks("db", "init", "--json").json == made.json
+    assert fks("db", "upgrade", "--json").json == made.json
+    told = fks("db", "stop")
+    assert told.exit_code == 0
+    assert "Nothing to stop" in told.stdout
+
+
+# Dagster's servers
+
+
+def test_up_tells_of_a_port_in_use(fks: Command, world: LocalMarket, settings: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        told = fks("up", "--port", str(port))
+    assert (told.exit_code, told.stdout) == (1, "")
+    assert f"port {port}" in told.stderr
+    assert told.stderr.count("\n") == 1
+    down = fks("down", "--json")
+    assert (down.exit_code, down.json) == (0, {"stopped": []})

@@ -1,0 +1,131 @@
+"""What is wrong with a command line is told in one sentence, with the remedy, before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from fks_backfill_dagster.cli import main
+from fks_backfill_dagster_tests.cli.conftest import Command
+
+
+def all_commands(group: click.Group = main, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from all_commands(command, (*path, name))
+        else:
+            yield (*path, name)
+
+
+@pytest.mark.parametrize("path", list(all_commands()), ids=" ".join)
+def test_every_command_has_help_with_an_example(fks: Command, path: tuple[str, ...]) -> None:
+    told = fks(*path, "--help")
+    assert told.exit_code == 0
+    assert f"fks-backfill {' '.join(path)}" in told.stdout.partition("Example")[2]
+
+
+def test_the_commands_of_the_contract_are_there(fks: Command) -> None:
+    told = fks("--help").stdout
+    for name in [
+        "demo",
+        "up",
+        "down",
+        "backfill",
+        "gaps",
+        "status",
+        "series",
+        "batches",
+        "simulate",
+        "export",
+        "db",
+    ]:
+        assert f"\n  {name} " in told
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("backfill BTC/USDT 7h", ["'7h'", "1m 5m 15m 30m 1h 4h 1d 1w"]),
+        ("backfill BTC/USDT", ["SYMBOL and a TIMEFRAME", "--all"]),
+        ("backfill --all BTC/USDT 1h", ["no SYMBOL"]),
+        ("backfill DOGE/* 1h", ["DOGE/*", "BTC/USDT, ETH/USDT, SOL/BTC"]),
+        ("backfill */USDT 4h", ["4h", "1d 1h"]),
+        ("backfill BTCUSDT 1h", ["BTC/USDT"]),
+        ("backfill BTC/USDT 1h --provider bitstamp", ["bitstamp", "binance", "polygon"]),
+        ("backfill BTC/USDT 1h --provider oanda", ["oanda", "binance, polygon"]),
+        ("backfill BTC/USDT 1h --start 2024-02-01 --end 2024-01-01", ["2024-02-01", "after --end"]),
+        ("backfill BTC/USDT 1h --start 2024-02-01 --end 2024-02-01", ["exclusive"]),
+        ("backfill BTC/USDT 1h --start 2999-01-01", ["2999-01-01", "future"]),
+        ("backfill BTC/USDT 1h --start yesterday", ["'yesterday'", "2024-01-31"]),
+        ("backfill BTC/USDT 1h --start 1812-01-01", ["1970"]),
+        ("backfill BTC/USDT 1h --strat 2024-01-01", ["--strat"]),
+        ("gaps BTC/USDT 1h --start 2024-02-01 --end 2024-01-01", ["starts", "after"]),
+        ("export BTC/USDT 1h -o out.xlsx", ["out.xlsx", ".csv.gz", ".parquet"]),
+        ("export BTC/USDT 1h -o out.csv --as-of 2999-01-01", ["future"]),
+        ("export BTC/USDT 1h", ["--output"]),
+        ("batches list BTC/USDT", ["SYMBOL and a TIMEFRAME"]),
+        ("simulate --outage nobody", ["PROVIDER[@SYMBOL]=START/END"]),
+        ("simulate --replay nowhere", ["nowhere"]),
+        ("simulate --port 70000", ["70000"]),
+        ("refill", ["refill"]),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_2(fks: Command, line: str, names: list[str]) -> None:
+    told = fks(*line.split(" "))
+    assert told.exit_code == 2
+    assert told.stdout == ""
+    assert told.stderr.startswith("Error: ")
+    assert told.stderr.count("\n") == 1
+    for name in names:
+        assert name in told.stderr
+
+
+def test_a_disabled_provider_cannot_be_named(fks: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ENABLED", "false")
+    told = fks("backfill", "BTC/USDT", "1h", "--provider", "binance")
+    assert (told.exit_code, told.stdout) == (2, "")
+    assert "providers.binance.enabled" in told.stderr
+
+
+def test_all_errors_of_the_settings_are_told_at_once(
+    fks: Command, settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings.write_text(
+        "batch_size_days: 0\nsymbols:\n  - {symbol: BTC-USDT, asset_class: crypto, timeframes: [1h]}\n"
+    )
+    monkeypatch.setenv("FKS_BATCHSIZE", "3")
+    told = fks("status", "--json")
+    assert (told.exit_code, told.stdout) == (2, "")
+    assert [line.startswith("Error: ") for line in told.stderr.splitlines()] == [True] * 3
+    for place in ("batch_size_days", "symbols[0].symbol", "FKS_BATCHSIZE"):
+        assert place in told.stderr
+
+
+@pytest.mark.parametrize("url", ["mysql://root:hush@localhost/x", "nonsense", "postgresql://u:hush@h:port/x"])
+def test_a_malformed_database_url_is_a_settings_error(
+    fks: Command, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("FKS_DATABASE_URL", url)
+    told = fks("status")
+    assert told.exit_code == 2
+    assert "FKS_DATABASE_URL" in told.stderr
+    assert "hush" not in told.stderr
+
+
+@pytest.mark.parametrize("line", ["status", "gaps BTC/USDT 1h", "batches list", "series list", "db init"])
+def test_an_absent_database_is_one_sentence_without_the_password(fks: Command, line: str) -> None:
+    told = fks(*line.split(), "--json")
+    assert (told.exit_code, told.stdout) == (1, "")
+    assert told.stderr.startswith("Error: ")
+    assert told.stderr.count("\n") == 1
+    assert "FKS_DATABASE_URL" in told.stderr
+    assert "secret" not in told.stderr
+
+
+def test_without_a_command_the_help_is_shown(fks: Command) -> None:
+    told = fks()
+    assert (told.exit_code, told.stdout) == (2, "")
+    assert "backfill" in told.stderr

@@ -1,0 +1,85 @@
+"""What is made of the settings: providers, and the database with its schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fks_backfill_dagster import wiring
+from fks_backfill_dagster.providers.http import RequestPool
+from fks_backfill_dagster.settings import load_settings
+from fks_backfill_dagster.store.database import Database
+
+LOCAL = "http://127.0.0.1:1/binance"
+
+
+@pytest.mark.parametrize(
+    ("base_url", "archive_url", "expected"),
+    [
+        (None, None, "https://data.binance.vision"),
+        ("https://api1.binance.com", None, "https://data.binance.vision"),
+        ("https://data-api.binance.vision", None, "https://data.binance.vision"),
+        (LOCAL, None, None),
+        ("https://binance.com.example.org", None, None),
+        (LOCAL, "http://127.0.0.1:1/archive", "http://127.0.0.1:1/archive"),
+        (None, "null", None),
+    ],
+)
+def test_archives_go_with_the_market_they_belong_to(
+    settings: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base_url: str | None,
+    archive_url: str | None,
+    expected: str | None,
+) -> None:
+    if base_url:
+        monkeypatch.setenv("FKS_PROVIDERS__BINANCE__BASE_URL", base_url)
+    if archive_url:
+        monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ARCHIVE_URL", archive_url)
+    assert wiring.provider_options(load_settings(), "binance").archive_url == expected
+
+
+def test_an_archive_url_that_is_written_out_as_the_default_is_the_default(
+    settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in config/backfill.yaml: it must not join the real archives to a local market."""
+    settings.write_text("providers: {binance: {archive_url: 'https://data.binance.vision'}}\n")
+    monkeypatch.setenv("FKS_PROVIDERS__BINANCE__BASE_URL", LOCAL)
+    assert wiring.provider_options(load_settings(), "binance").archive_url is None
+
+
+def test_enabled_providers_are_built_with_their_keys(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYGON_API_KEY", "hush")
+    monkeypatch.setenv("FKS_PROVIDERS__POLYGON__TIMEOUT_SECONDS", "7.5")
+    loaded = load_settings()
+    options = wiring.provider_options(loaded, "polygon")
+    assert (options.key, options.timeout_seconds) == ("hush", 7.5)
+    assert "hush" not in repr(options)
+    pool = RequestPool(1)
+    built = wiring.build_providers(loaded, pool)
+    assert {"binance", "polygon"} <= set(built)
+    assert built["polygon"].missing_key() is None
+    monkeypatch.setenv("FKS_PROVIDERS__POLYGON__ENABLED", "false")
+    assert "polygon" not in wiring.build_providers(load_settings(), pool)
+    pool.close()
+
+
+def test_a_database_gets_its_schema_on_first_use(
+    settings: Path, empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FKS_DATABASE_URL", empty_database_url)
+    with wiring.open_app(load_settings()) as app:
+        app.database.check()
+        assert app.context.database is app.database
+        assert app.context.batch_size_days == 30
+    before = Database(empty_database_url)
+    assert before.revision() is not None
+    before.dispose()
+
+
+def test_the_url_for_other_clients_names_no_driver(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FKS_DATABASE_URL", "postgresql+psycopg://me:hush@db/fks")
+    loaded = load_settings()
+    assert wiring.database_url(loaded) == "postgresql://me:hush@db/fks"
+    assert wiring.embedded(loaded) is None
