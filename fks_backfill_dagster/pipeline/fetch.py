@@ -19,9 +19,9 @@ from fks_backfill_dagster.providers.base import (
     Cancelled,
     Delivery,
     Estimate,
-    PermanentError,
     Provider,
     ProviderError,
+    UnknownSymbol,
 )
 from fks_backfill_dagster.store.commit import Brought, Refused
 from fks_backfill_dagster.store.ledger import Evidence
@@ -54,7 +54,7 @@ class Fetched:
     """What the providers together gave for one span, verified.
 
     `failed`: candles are missing that nobody has answered for. `recordable`: somebody answered, or
-    may answer another time; only permanent errors (an unknown symbol) leave nothing to record.
+    may answer another time; a symbol that nobody knows leaves nothing to record.
     """
 
     brought: list[Brought] = field(default_factory=list)
@@ -84,9 +84,10 @@ class Fetched:
 class Chain:
     """The providers of one sync in order of priority, and how they have behaved so far.
 
-    Left out from the start, each with a sentence in `warnings`: who cannot serve the series and who
-    lacks a key. Dropped on the way, with its sentence in `dropped`: who does not know the symbol or
-    does not let us in. `fetch` is called from several threads.
+    Left out from the start: who cannot serve the series, and, with a sentence in `warnings`, who
+    lacks a key. Dropped on the way, with a sentence in `dropped`: who does not know the symbol. Left
+    alone for the rest of the sync: who failed PATIENCE times in a row; another error may concern
+    one range only (a plan without today's data). `fetch` is called from several threads.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Chain:
     def tallies(self) -> dict[str, Tally]:
         return dict(self._tallies)
 
-    def drop(self, name: str, error: PermanentError) -> None:
+    def drop(self, name: str, error: UnknownSymbol) -> None:
         with self._lock:
             self._dropped[name] = str(error)
 
@@ -182,7 +183,9 @@ class Chain:
         tally, left = Tally(asked=len(wanted)), wanted
         if self._failures.get(name, 0) >= PATIENCE:
             self._count(name, tally + Tally(failed=len(wanted)))
-            return Evidence(name, asked_at, "error", f"left alone after {PATIENCE} failures in a row"), wanted
+            message = f"left alone after {PATIENCE} failures in a row"
+            found.errors.append(f"{name}: {message}")
+            return Evidence(name, asked_at, "error", message), wanted
         closed_end = min(plan.window.end, grid.closed_end(asked_at - GRACE))
         try:
             for window in self._hulls(wanted, provider):
@@ -198,7 +201,7 @@ class Chain:
             raise
         except ProviderError as error:
             self._count(name, tally + Tally(failed=len(left)))
-            if isinstance(error, PermanentError):
+            if isinstance(error, UnknownSymbol):
                 self.drop(name, error)
             else:
                 self.remember_failure(name)

@@ -30,9 +30,9 @@ from fks_backfill_dagster.pipeline.plan import Batch, Plan, closed_window, make_
 from fks_backfill_dagster.providers.base import (
     Cancelled,
     Estimate,
-    PermanentError,
     Provider,
-    TransientError,
+    ProviderError,
+    UnknownSymbol,
 )
 from fks_backfill_dagster.store import ledger
 from fks_backfill_dagster.store.commit import BatchWrite, Brought, Refused, commit_batch
@@ -162,12 +162,12 @@ def _listing(context: Context, series: Series, chain: Chain, listen: Listener) -
             continue
         try:
             listed_at = context.providers[name].listed_at(series)
-        except PermanentError as error:
+        except UnknownSymbol as error:
             chain.drop(name, error)
             continue
         except Cancelled:
             raise
-        except TransientError as error:  # asked again at the next sync
+        except ProviderError as error:  # asked again at the next sync
             listen(Warned(series, f"{error} (asked since when it has {series.symbol})"))
             chain.remember_failure(name)
             continue
@@ -263,7 +263,7 @@ class _Work:
     def _count(
         self, batch: Batch, candles: int, missing: int, names: tuple[str, ...], fetched: Fetched
     ) -> None:
-        error = fetched.errors[0] if fetched.failed and fetched.errors else None
+        error = "; ".join(fetched.errors or self.chain.dropped) if fetched.failed else None
         if fetched.failed:
             self.failed += 1
         else:

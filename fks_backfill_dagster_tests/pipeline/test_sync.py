@@ -270,9 +270,30 @@ def test_a_failing_month_leaves_its_neighbours_alone(database: Database, market:
     for month in (days("2024-01-01", "2024-02-01"), days("2024-03-01", "2024-04-01")):
         holds_the_truth(database, market, MINUTES, month)
     market.clear_faults()
-    market.reset_requests()
-    assert sync(context, MINUTES, window, ["binance"]).complete
-    assert market.requests() <= 29 * 1440 / 999 + 2, "only the failed month was asked for again"
+    again = sync(context, MINUTES, window, ["binance"])
+    assert again.complete
+    assert again.providers["binance"].asked == 29 * 1440, "only the failed month was asked for again"
+
+
+def test_a_refusal_of_one_month_leaves_its_neighbours_alone(database: Database, market: LocalMarket) -> None:
+    """A permanent error may concern one range only, as Polygon's of today's data does."""
+    market.plant_fault(
+        "binance", "status", count=None, status=403, start="2024-02-02T00:00:00", end="2024-02-27T00:00:00"
+    )
+    window = days("2024-01-01", "2024-05-01")
+    report = sync(make_context(database, market.binance_url), HOURS, window, ["binance"])
+    assert (report.successful_batches, report.failed_batches) == (3, 1)
+    assert report.missing == 29 * 24
+    holds_the_truth(database, market, HOURS, days("2024-03-01", "2024-05-01"))
+
+
+def test_every_failed_batch_says_why(database: Database) -> None:
+    events: list[SyncEvent] = []
+    context = make_context(database, "http://127.0.0.1:9/binance")
+    sync(context, HOURS, days("2024-01-01", "2024-06-01"), ["binance"], listen=events.append)
+    told = [event.error for event in events if isinstance(event, BatchDone)]
+    assert len(told) == 5
+    assert all(error and error.startswith("binance: ") for error in told)
 
 
 def test_an_unknown_symbol_leaves_no_trace(context: Context, database: Database) -> None:
