@@ -70,7 +70,7 @@ def empty_database_url(server_url: str) -> Iterator[str]:
         yield url
 
 
-class scratch_database:  # noqa: N801 - reads as a function: `with scratch_database(url) as fresh`
+class scratch_database:
     """Makes a database on the server, and drops it at the end whoever is still connected."""
 
     def __init__(self, server_url: str, template: str | None) -> None:

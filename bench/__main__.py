@@ -1,0 +1,240 @@
+"""Runs the cases, prints a table, exits 1 if a limit is not met.
+
+Pairs are measured in turn (A B A B ...) and the ratio is taken pair by pair: it holds when the
+machine's speed drifts. The median of the ratios is what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import ccxt
+import numpy as np
+
+from bench.world import SERIES, World, stopwatch, window, world
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.pipeline.sync import sync
+from fks_backfill_dagster.store import copying
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.reading import read_candles
+
+YEAR = window(2023, 1)
+TEN_YEARS = window(2015, 10)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One figure: its values run by run, the limit its median must keep, and what it was made of."""
+
+    name: str
+    values: Sequence[float]
+    limit: float
+    at_least: bool
+    detail: str
+
+    @property
+    def kept(self) -> bool:
+        return self.median >= self.limit if self.at_least else self.median <= self.limit
+
+    @property
+    def median(self) -> float:
+        return median(self.values)
+
+    def row(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        spread = f"{min(self.values):.3f} .. {max(self.values):.3f}"
+        verdict = "ok" if self.kept else "NOT KEPT"
+        return f"{self.name:<46}{self.median:>8.3f}  {sign} {self.limit:<6g} {verdict:<9} {spread:<18} {self.detail}"
+
+
+def archives(place: World, runs: int) -> list[Result]:
+    """(a) one year of 1m from archives, end to end, against the bare COPY of the same rows; (c) again."""
+    place.prepare("archive", YEAR)
+    place.clear()
+    place.sync(YEAR, archives=True)
+    database = Database(place.database_url)
+    candles = read_candles(database, SERIES, YEAR)
+    database.dispose()
+    blocks = list(copying.encode(1, candles, np.ones(len(candles), dtype=np.int32)))
+    ratios, again, rates = [], [], []
+    for _ in range(runs):
+        bare = bare_copy(place, blocks)
+        place.clear()
+        context = place.context(archives=True)
+        with stopwatch() as first:
+            report = sync(context, SERIES, YEAR, ["binance"])
+        with stopwatch() as second:
+            repeated = sync(context, SERIES, YEAR, ["binance"])
+        context.database.dispose()
+        if report.missing or repeated.requests or repeated.total_candles:
+            raise SystemExit(f"not the work that was to be measured: {report}, {repeated}")
+        ratios.append(bare / first[0])
+        again.append(second[0] / first[0])
+        rates.append(len(candles) / first[0])
+    return [
+        Result(
+            "(a) archives end to end / bare COPY",
+            ratios,
+            0.6,
+            True,
+            f"{median(rates) / 1e3:,.0f}k candles/s, {len(candles):,} candles",
+        ),
+        Result("(c) the same again / (a)", again, 0.05, False, "no request, no candle written"),
+    ]
+
+
+def bare_copy(place: World, blocks: Sequence[bytes]) -> float:
+    """Seconds to COPY prebuilt binary blocks into the same empty table and commit."""
+    place.clear()
+    columns = ", ".join(copying.CANDLE_COLUMNS)
+    copying_in = f'COPY fks."candles_1m" ({columns}) FROM STDIN (FORMAT BINARY)'
+    with place.connect() as connection, connection.cursor() as cursor:
+        with stopwatch() as seconds, connection.transaction(), cursor.copy(copying_in) as copy:
+            for block in blocks:
+                copy.write(block)
+        return seconds[0]
+
+
+def rest(place: World, runs: int) -> list[Result]:
+    """(b) one year of 1m by REST, end to end, against a ccxt loop that only collects rows."""
+    place.prepare("binance", YEAR)  # ccxt's pages
+    place.prepare("binance", YEAR, stride=999)  # ours overlap by one candle
+    place.clear()
+    place.sync(YEAR, archives=False)
+    ratios, rates = [], []
+    for _ in range(runs):
+        with stopwatch() as theirs:
+            rows = ccxt_loop(place, YEAR)
+        place.clear()
+        with stopwatch() as ours:
+            report = place.sync(YEAR, archives=False)
+        if report.total_candles != rows:
+            raise SystemExit(f"ccxt collected {rows} candles, the sync {report.total_candles}")
+        ratios.append(theirs[0] / ours[0])
+        rates.append(rows / ours[0])
+    detail = f"{median(rates) / 1e3:,.0f}k candles/s into the table"
+    return [Result("(b) REST end to end / ccxt fetch_ohlcv loop", ratios, 1.0, True, detail)]
+
+
+def ccxt_loop(place: World, asked: TimeRange) -> int:
+    """What everybody writes first; returns the number of rows collected."""
+    exchange = ccxt.binance({"enableRateLimit": False})
+    exchange.urls["api"]["public"] = f"{place.market_url}/binance/api/v3"
+    exchange.markets_loaded = True
+    exchange.set_markets(
+        {
+            "BTC/USDT": exchange.safe_market_structure(
+                {
+                    "id": "BTCUSDT",
+                    "symbol": "BTC/USDT",
+                    "base": "BTC",
+                    "quote": "USDT",
+                    "spot": True,
+                    "type": "spot",
+                    "active": True,
+                }
+            )
+        }
+    )
+    rows: list[list[float]] = []
+    since = asked.start // 1000
+    while since < asked.end // 1000:
+        page = exchange.fetch_ohlcv("BTC/USDT", "1m", since=since, limit=1000)
+        if not page:
+            break
+        rows += page
+        since = int(page[-1][0]) + 60_000
+    return sum(row[0] < asked.end // 1000 for row in rows)
+
+
+# VmHWM begins anew with a program; ru_maxrss would remember the bench that started it.
+_ONE_SYNC = """
+import re, resource, sys
+from pathlib import Path
+from bench.world import World, TimeRange
+place = World(sys.argv[1], sys.argv[2])
+place.sync(TimeRange(int(sys.argv[3]), int(sys.argv[4])), archives=True)
+status = Path("/proc/self/status")
+if status.exists():
+    print(int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1]) / 1024)
+else:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+def memory(place: World, runs: int) -> list[Result]:
+    """(d) peak memory of ten years against one year's, each in a process of its own."""
+    place.prepare("archive", TEN_YEARS)
+    one, ten = [], []
+    for _ in range(runs):
+        for asked, peaks in ((YEAR, one), (TEN_YEARS, ten)):
+            place.clear()
+            command = [sys.executable, "-c", _ONE_SYNC, place.database_url, place.market_url]
+            done = subprocess.run(
+                [*command, str(asked.start), str(asked.end)], check=True, capture_output=True, text=True
+            )
+            peaks.append(float(done.stdout))
+    ratios = [b / a for a, b in zip(one, ten, strict=True)]
+    detail = f"{median(ten):,.0f} MB against {median(one):,.0f} MB"
+    return [Result("(d) peak memory, ten years / one year", ratios, 1.3, False, detail)]
+
+
+_LOAD = """
+import json, os, time
+import dagster
+from fks_backfill_dagster.settings import load_settings
+from fks_backfill_dagster.orchestration.build import build_defs
+began = time.perf_counter()
+definitions = build_defs()
+definitions.get_repository_def()
+print(time.perf_counter() - began)
+"""
+
+
+def definitions(place: World, runs: int) -> list[Result]:
+    """(e) definitions of 2,000 series: seconds beyond `import dagster`."""
+    symbols = [
+        {"symbol": f"C{n:03d}/USDT", "asset_class": "crypto", "timeframes": ["1m", "5m", "1h", "1d"]}
+        for n in range(500)
+    ]
+    environment = os.environ | {"FKS_SYMBOLS": json.dumps(symbols), "FKS_DATABASE_URL": place.database_url}
+    values = []
+    for _ in range(runs):
+        done = subprocess.run(
+            [sys.executable, "-c", _LOAD], check=True, capture_output=True, text=True, env=environment
+        )
+        values.append(float(done.stdout.split()[-1]))
+    return [Result("(e) definitions of 2,000 series, seconds", values, 3.0, False, "beyond import dagster")]
+
+
+CASES: dict[str, Callable[[World, int], list[Result]]] = {
+    "archives": archives,
+    "rest": rest,
+    "memory": memory,
+    "definitions": definitions,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("cases", nargs="*", choices=[[], *CASES], help="all of them if none is named")
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args()
+    kept = True
+    with world() as place:
+        for name in options.cases or CASES:
+            for result in CASES[name](place, options.runs):
+                print(result.row(), flush=True)
+                kept = kept and result.kept
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""What the cases run in: a scratch PostgreSQL, the local market in a process of its own, clean tables.
+
+`FKS_DATABASE_URL` (a server on which databases can be made) replaces the embedded PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psycopg
+import sqlalchemy as sa
+
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import Timeframe, to_micros
+from fks_backfill_dagster.embedded import EmbeddedPostgres
+from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
+from fks_backfill_dagster.providers.http import RequestPool, system_micros
+from fks_backfill_dagster.providers.registry import build, limiter_for, resolve_options
+from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
+from fks_backfill_dagster.store.database import Database
+
+SERIES = Series("BTC/USDT", Timeframe.M1, AssetClass.CRYPTO)
+LISTED = datetime(2015, 1, 1, tzinfo=UTC)
+
+
+def window(first_year: int, years: int) -> TimeRange:
+    return TimeRange.of(
+        datetime(first_year, 1, 1, tzinfo=UTC), datetime(first_year + years, 1, 1, tzinfo=UTC)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Where the database and the market are."""
+
+    database_url: str
+    market_url: str
+
+    def context(self, *, archives: bool) -> Context:
+        """A fresh one, as a new process would make it."""
+        pool = RequestPool(5)
+        options = resolve_options(
+            "binance",
+            base_url=f"{self.market_url}/binance",
+            archive_url=f"{self.market_url}/archive" if archives else None,
+        )
+        limiter = limiter_for({"binance": options}, pool)
+        providers = {"binance": build("binance", options, pool, limiter)}
+        return Context(Database(self.database_url), providers, system_micros)
+
+    def sync(self, asked: TimeRange, *, archives: bool) -> SyncReport:
+        context = self.context(archives=archives)
+        try:
+            report = sync(context, SERIES, asked, ["binance"])
+        finally:
+            context.database.dispose()
+        if report.missing or report.errors:
+            raise SystemExit(f"the bench's own sync went wrong: {report}")
+        return report
+
+    def connect(self) -> psycopg.Connection:
+        return psycopg.connect(self.database_url, autocommit=True)
+
+    def clear(self) -> None:
+        """Empty tables, and nothing of an earlier run left to be written out."""
+        with self.connect() as connection:
+            connection.execute("TRUNCATE fks.series CASCADE")
+            connection.execute('TRUNCATE fks."candles_1m"')
+            connection.execute("CHECKPOINT")
+
+    def prepare(self, provider: str, asked: TimeRange, stride: int = 1000) -> None:
+        """Lets the market make its answers beforehand: it shall not be what is measured."""
+        document = {
+            "provider": provider,
+            "symbol": "BTC/USDT",
+            "timeframe": "1m",
+            "stride": stride,
+            "start": datetime.fromtimestamp(asked.start / 1e6, UTC).isoformat(),
+            "end": datetime.fromtimestamp(asked.end / 1e6, UTC).isoformat(),
+        }
+        request = urllib.request.Request(
+            f"{self.market_url}/sim/prepare",
+            json.dumps(document).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            answer.read()
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    listed = (("BTCUSDT", to_micros(LISTED)),)
+    with (
+        tempfile.TemporaryDirectory(prefix="fks-bench-") as home,
+        _server(Path(home)) as url,
+        LocalMarket(MarketConfig(limits=False, listed=listed), process=True) as market,
+    ):
+        database = Database(url)
+        database.ensure()
+        database.dispose()
+        yield World(url, market.url)
+
+
+@contextmanager
+def _server(home: Path) -> Iterator[str]:
+    given = os.environ.get("FKS_DATABASE_URL")
+    embedded = None if given else EmbeddedPostgres(home)
+    server = given or (embedded.start() if embedded else "")
+    name = f"fks_bench_{os.getpid()}"
+    try:
+        with psycopg.connect(server, autocommit=True) as connection:
+            connection.execute(f'CREATE DATABASE "{name}"')
+        yield sa.make_url(server).set(database=name).render_as_string(hide_password=False)
+        with psycopg.connect(server, autocommit=True) as connection:
+            connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+    finally:
+        if embedded:
+            embedded.stop()
+            embedded.remove()
+
+
+@contextmanager
+def stopwatch() -> Iterator[list[float]]:
+    """A list that holds the seconds of the block when it is over."""
+    seconds: list[float] = []
+    began = time.perf_counter()
+    yield seconds
+    seconds.append(time.perf_counter() - began)
