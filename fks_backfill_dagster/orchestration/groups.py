@@ -1,0 +1,46 @@
+"""Which series share one op, and how a series is called in Dagster.
+
+2,000 assets and 4,000 checks as definitions of their own take 9 s to load, in every run worker; as
+one multi-asset per (asset class, timeframe) they take one. Docs: docs/adr/0004-dagster-shape.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dagster import AssetKey
+
+from fks_backfill_dagster.domain.series import AssetClass, Series, identifier
+from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.settings import Settings
+
+KEY_PREFIX = "ohlcv"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The series of one asset class and timeframe, by asset key, in the order of the settings."""
+
+    asset_class: AssetClass
+    timeframe: Timeframe
+    series: Mapping[AssetKey, Series]
+
+    @property
+    def name(self) -> str:
+        """Part of op names, so `[A-Za-z0-9_]` only."""
+        return f"{self.asset_class}_{self.timeframe}"
+
+
+def asset_key(series: Series) -> AssetKey:
+    return AssetKey([KEY_PREFIX, identifier(series.symbol), series.timeframe.value])
+
+
+def groups_of(settings: Settings) -> tuple[Group, ...]:
+    """Every configured series in its group; groups in the order in which settings name them first."""
+    found: dict[tuple[AssetClass, Timeframe], dict[AssetKey, Series]] = {}
+    for series in settings.series():
+        found.setdefault((series.asset_class, series.timeframe), {})[asset_key(series)] = series
+    return tuple(
+        Group(asset_class, timeframe, members) for (asset_class, timeframe), members in found.items()
+    )

@@ -1,0 +1,191 @@
+"""Background processes of one home: started detached, found again by another process, stopped whole.
+
+Each is the leader of a process group of its own, and `run/<name>.json` tells its pid. Neither is
+believed by itself: a member of the group counts as ours only if its environment names our home, so a
+pid that was given to somebody else meanwhile is left alone. That also finds what a leader left behind
+that was killed: the code servers and the run workers of a dead webserver or daemon.
+
+`python -m ...processes HOME` is the guard of a demo: it waits for the end of its standard input and
+then stops everything of that home, so a demo that is killed leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+MARK = "FKS_HOME"
+"""The variable that every process of a home carries, and all that it starts inherit."""
+
+STOP_SECONDS = 15.0
+"""For a run worker to report that it was interrupted, and a code server to end. Then they are killed."""
+
+KEEP = b"keep"
+"""What a guard is told when the servers are to stay."""
+
+# Those that this process has started: polled, so that none stays a zombie while we live.
+_children: list[subprocess.Popen[bytes]] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """One named background process of a home, whether it runs or not."""
+
+    home: Path
+    name: str
+
+    @property
+    def log(self) -> Path:
+        return self.home / "logs" / f"{self.name}.log"
+
+    @property
+    def record(self) -> Path:
+        return self.home / "run" / f"{self.name}.json"
+
+    def start(self, command: Sequence[str], *, cwd: Path, environment: Mapping[str, str], port: int) -> None:
+        """Starts it with its output in `log`; `port` is where it will listen (0: nowhere)."""
+        for folder in (self.log.parent, self.record.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=cwd,
+                env={**environment, MARK: str(self.home)},
+                start_new_session=True,
+            )
+        _children.append(child)
+        part = self.record.with_suffix(".part")
+        part.write_text(json.dumps({"pid": child.pid, "port": port}))
+        part.replace(self.record)
+
+    @property
+    def pid(self) -> int | None:
+        """Of the leader when it was started."""
+        return self._told("pid")
+
+    @property
+    def port(self) -> int | None:
+        return self._told("port")
+
+    def _told(self, key: str) -> int | None:
+        try:
+            return int(json.loads(self.record.read_text())[key])
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+
+    def is_running(self) -> bool:
+        """Whether the leader itself lives."""
+        return any(process.pid == self.pid for process in self.members())
+
+    def members(self) -> list[psutil.Process]:
+        """The living processes of the group that are ours."""
+        _reap()
+        group = self.pid
+        if group is None:
+            return []
+        return [process for process in psutil.process_iter() if self._is_ours(process, group)]
+
+    def _is_ours(self, process: psutil.Process, group: int) -> bool:
+        try:
+            return (
+                os.getpgid(process.pid) == group
+                and _lives(process)
+                and process.environ().get(MARK) == str(self.home)
+            )
+        except (psutil.Error, OSError):  # gone meanwhile, or another user's
+            return False
+
+    def last_words(self, lines: int = 15) -> str:
+        """The end of the log."""
+        try:
+            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        except FileNotFoundError:
+            return ""
+
+
+def backgrounds(home: Path) -> list[Background]:
+    """All that were started in this home and not stopped, running or not."""
+    return [Background(home, path.stem) for path in sorted((home / "run").glob("*.json"))]
+
+
+def stop(processes: Iterable[Background]) -> list[str]:
+    """Ends them and all that they started: asked first, killed after STOP_SECONDS. Names of those that ran."""
+    wanted = list(processes)
+    ran = [process.name for process in wanted if process.members()]
+    deadline = time.monotonic() + STOP_SECONDS
+    left: set[psutil.Process] = set()
+    asked: set[psutil.Process] = set()
+    # A member that is ending has no environment any more: who was seen once is waited for.
+    while left := {*filter(_lives, left), *(member for process in wanted for member in process.members())}:
+        late = time.monotonic() > deadline
+        for member in left if late else left - asked:
+            with contextlib.suppress(psutil.Error):
+                member.send_signal(signal.SIGKILL if late else signal.SIGTERM)
+        asked |= left
+        time.sleep(0.05)
+    for process in wanted:
+        process.record.unlink(missing_ok=True)
+    return ran
+
+
+def _lives(process: psutil.Process) -> bool:
+    _reap()
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _reap() -> None:
+    for child in _children:
+        child.poll()
+
+
+class Guard:
+    """Stops everything of a home when this process ends, however it ends; a context manager.
+
+    `keep` tells it to leave the servers alone.
+    """
+
+    def __init__(self, home: Path, cwd: Path) -> None:
+        self._home, self._cwd = home, cwd
+        self._word = b""
+
+    def __enter__(self) -> Guard:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(self._home)],
+            stdin=subprocess.PIPE,
+            cwd=self._cwd,
+            start_new_session=True,  # a Ctrl-C at the terminal is not for it
+        )
+        return self
+
+    def keep(self) -> None:
+        self._word = KEEP
+
+    def __exit__(self, *_: object) -> None:
+        """Returns when everything has ended."""
+        self._process.communicate(self._word)
+
+
+def guard(home: Path) -> None:
+    """Waits until whoever holds the other end of stdin is gone, then stops the home's processes."""
+    if sys.stdin.buffer.read() != KEEP:
+        stop(backgrounds(home))
+
+
+if __name__ == "__main__":
+    guard(Path(sys.argv[1]))

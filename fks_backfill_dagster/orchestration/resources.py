@@ -1,0 +1,129 @@
+"""What the ops need from outside: the database, and one resource per provider.
+
+A resource only says where something is and how to open it; it does so when a run begins, never when
+definitions are loaded. Secrets are no fields: Dagster shows fields in its UI and keeps them in runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from dagster import ConfigurableResource, InitResourceContext
+from pydantic import PrivateAttr
+
+from fks_backfill_dagster import wiring
+from fks_backfill_dagster.pipeline.sync import Context
+from fks_backfill_dagster.providers.base import Provider, ProviderOptions
+from fks_backfill_dagster.providers.http import Limiter, RequestPool
+from fks_backfill_dagster.providers.registry import BUILT, build, limiter_for, resolve_options
+from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.store.database import Database
+
+DATABASE = "timescaledb"
+PROVIDERS = tuple(BUILT)
+ALL = frozenset({DATABASE, *PROVIDERS})
+
+
+class TimescaleDB(ConfigurableResource):  # type: ignore[type-arg]
+    """The database at `url`, for tests and other deployments. Its schema is made where there is none.
+
+    Give the url as an EnvVar, so that no password is shown in the UI.
+    """
+
+    url: str
+    _database: Database = PrivateAttr()
+
+    def setup_for_execution(self, context: InitResourceContext) -> None:
+        self._database = self._open()
+
+    def teardown_after_execution(self, context: InitResourceContext) -> None:
+        self._database.dispose()
+
+    @property
+    def database(self) -> Database:
+        return self._database
+
+    def _open(self) -> Database:
+        database = Database(self.url)
+        database.ensure()
+        return database
+
+
+class ProviderResource(ConfigurableResource):  # type: ignore[type-arg]
+    """Where and how a provider is asked. Its key comes from the environment only."""
+
+    provider: str
+    base_url: str
+    archive_url: str | None = None
+    requests_per_minute: int | None = None
+    timeout_seconds: float = 30.0
+    retry_budget_seconds: float = 120.0
+
+    def options(self, key: str | None) -> ProviderOptions:
+        return resolve_options(
+            self.provider,
+            base_url=self.base_url,
+            archive_url=self.archive_url,
+            requests_per_minute=self.requests_per_minute,
+            timeout_seconds=self.timeout_seconds,
+            retry_budget_seconds=self.retry_budget_seconds,
+            key=key,
+        )
+
+    def make(self, options: ProviderOptions, pool: RequestPool, limiter: Limiter) -> Provider:
+        return build(self.provider, options, pool, limiter)
+
+
+def default_resources(settings: Settings) -> dict[str, object]:
+    """The resources as the settings have them."""
+    return {DATABASE: _database(settings), **{name: _provider(settings, name) for name in PROVIDERS}}
+
+
+def _database(settings: Settings) -> TimescaleDB:
+    class SettingsDatabase(TimescaleDB):
+        """The database of the settings: FKS_DATABASE_URL, else the embedded PostgreSQL.
+
+        A class of its own because its address holds a password, and Dagster shows every field.
+        """
+
+        url: str = ""
+
+        def _open(self) -> Database:
+            database = Database(wiring.database_url(settings))
+            wiring.prepare(database, settings)
+            return database
+
+    return SettingsDatabase()
+
+
+def _provider(settings: Settings, name: str) -> ProviderResource:
+    options = wiring.provider_options(settings, name)
+    return ProviderResource(
+        provider=name,
+        base_url=options.base_url,
+        archive_url=options.archive_url,
+        requests_per_minute=options.requests_per_minute,
+        timeout_seconds=options.timeout_seconds,
+        retry_budget_seconds=options.retry_budget_seconds,
+    )
+
+
+@contextmanager
+def opened(resources: Any, settings: Settings) -> Iterator[Context]:
+    """What a sync works with, from a run's resources: one pool and one limiter for all providers."""
+    given: Mapping[str, ProviderResource] = {name: getattr(resources, name) for name in PROVIDERS}
+    options = {name: resource.options(settings.key_of(name)) for name, resource in given.items()}
+    pool = RequestPool(settings.max_concurrent_requests)
+    try:
+        limiter = limiter_for(options, pool)
+        yield Context(
+            database=getattr(resources, DATABASE).database,
+            providers={name: given[name].make(options[name], pool, limiter) for name in given},
+            clock=wiring.now,
+            batch_size_days=settings.batch_size_days,
+            max_concurrent_requests=settings.max_concurrent_requests,
+        )
+    finally:
+        pool.close()

@@ -1,0 +1,220 @@
+"""Starting and stopping Dagster: `up` and `down`.
+
+The webserver and the daemon run in the background, with logs in `<home>/logs` and what is needed to
+find them again in `<home>/run`. DAGSTER_HOME is `<home>/dagster`, where a copy of the project's
+dagster.yaml stands; its storage is our database, so that these, `dagster dev` and every run share one
+instance whichever way they were started.
+
+Does not belong here: Dagster's own modules. They take seconds to import, and its processes do that.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from fks_backfill_dagster import wiring
+from fks_backfill_dagster.orchestration.processes import Background, backgrounds, stop
+from fks_backfill_dagster.orchestration.webserver import DagsterRefused, Webserver
+from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.store.database import Database
+
+HOST = "127.0.0.1"
+PORT = 3000
+WEBSERVER, DAEMON = "webserver", "daemon"
+
+START_SECONDS = 120.0
+"""A cold start of Dagster on a busy machine; a process that ends is noticed at once."""
+
+EVENTS_AT_ONCE = "100"
+"""Materialization events of a range run are written in batches: half the time (dagster-postgres only)."""
+
+Say = Callable[[str], object]
+
+
+class ServersError(Exception):
+    """The servers could not be started: one sentence with the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """Where the running servers are. `started` is false when all of them ran already."""
+
+    url: str
+    logs: Path
+    started: bool
+
+
+def dagster_folder(home: Path) -> Path:
+    """Dagster's own folder in a home: its configuration, artifacts and compute logs."""
+    return home / "dagster"
+
+
+def up(
+    settings: Settings,
+    *,
+    port: int = PORT,
+    parts: Sequence[str] = (WEBSERVER, DAEMON),
+    keep_database: bool = True,
+    environment: Mapping[str, str] | None = None,
+    say: Say = click.echo,
+) -> Servers:
+    """Starts what is not running: the embedded database, Dagster's webserver and daemon. Tells where.
+
+    `environment` replaces this process's for the servers and their runs. Without `keep_database` the
+    embedded database ends with its last user. Returns when the webserver answers, the definitions are
+    loaded and every daemon has given a sign of life. Raises ServersError, StoreError or EmbeddedError;
+    what was started by then is stopped.
+    """
+    with _alone(settings):
+        _open_database(settings, keep_database)
+        processes = {name: Background(settings.home, name) for name in parts}
+        missing = [process for process in processes.values() if not process.is_running()]
+        server = Background(settings.home, WEBSERVER)
+        found_port = server.port if server.is_running() and server.port else port
+        web = Webserver(f"http://{HOST}:{found_port}")
+        if missing:
+            began = time.time()
+            try:
+                _start(settings, missing, found_port, os.environ if environment is None else environment)
+                _wait(web, list(processes.values()), began if DAEMON in {m.name for m in missing} else None)
+            except BaseException:
+                stop(missing)
+                raise
+        _tell(settings, web, bool(missing), say)
+        return Servers(web.url, server.log.parent, bool(missing))
+
+
+def down(settings: Settings, *, say: Say = click.echo) -> list[str]:
+    """Stops what `up` started, also what a killed server left behind, and the embedded database.
+
+    Names of what was running.
+    """
+    with _alone(settings):
+        ran = stop(backgrounds(settings.home))
+        embedded = wiring.embedded(settings)
+        if embedded is not None and embedded.stop():
+            ran.append("database")
+    say(f"Stopped: {', '.join(ran)}." if ran else "Nothing was running.")
+    return ran
+
+
+@contextmanager
+def _alone(settings: Settings) -> Iterator[None]:
+    """Two `up` at the same time wait for each other; the kernel frees the lock of one that dies."""
+    lock = settings.home / "run" / "up.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _open_database(settings: Settings, keep: bool) -> None:
+    """Starts the embedded database; makes the schema where there is none."""
+    embedded = wiring.embedded(settings)
+    database = Database(embedded.start(keep=keep) if embedded else wiring.database_url(settings))
+    try:
+        wiring.prepare(database, settings)
+    finally:
+        database.dispose()
+        if embedded:
+            embedded.release()
+
+
+def _start(settings: Settings, missing: list[Background], port: int, environment: Mapping[str, str]) -> None:
+    folder = dagster_folder(settings.home)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(_project_file(settings, "dagster.yaml"), folder / "dagster.yaml")
+    workspace = ["--workspace", str(_project_file(settings, "workspace.yaml"))]
+    own = {"DAGSTER_HOME": str(folder), "DAGSTER_EVENT_BATCH_SIZE": EVENTS_AT_ONCE}
+    if settings.config_file is not None:
+        own["FKS_CONFIG"] = str(settings.config_file)
+    commands = {
+        WEBSERVER: [
+            sys.executable,
+            "-m",
+            "dagster_webserver",
+            "--host",
+            HOST,
+            "--port",
+            str(port),
+            *workspace,
+        ],
+        DAEMON: [sys.executable, "-m", "dagster._daemon", "run", *workspace],
+    }
+    for process in missing:
+        stop([process])  # what a killed one left behind
+        if process.name == WEBSERVER:
+            _check_port(port)
+        process.start(
+            commands[process.name],
+            cwd=settings.root,
+            environment={**environment, **own},
+            port=port if process.name == WEBSERVER else 0,
+        )
+
+
+def _project_file(settings: Settings, name: str) -> Path:
+    path = settings.root / name
+    if not path.is_file():
+        raise ServersError(f"there is no {name} in {settings.root}: run this in the folder of the project.")
+    return path
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            raise ServersError(
+                f"port {port} on {HOST} is in use, so Dagster's webserver cannot listen there: stop what does,"
+                " or choose another port."
+            ) from None
+
+
+def _wait(web: Webserver, processes: Sequence[Background], daemons_since: float | None) -> None:
+    """`daemons_since`: every daemon needs a heartbeat since then; None: they are not waited for."""
+    deadline = time.monotonic() + START_SECONDS
+    while not _ready(web, daemons_since):
+        for process in processes:
+            if not process.is_running():
+                raise ServersError(
+                    f"Dagster's {process.name} ended while it was starting; the end of {process.log}:\n"
+                    f"{process.last_words()}"
+                )
+        if time.monotonic() > deadline:
+            logs = " and ".join(str(process.log) for process in processes)
+            raise ServersError(f"Dagster was not ready after {START_SECONDS:.0f} seconds: look into {logs}.")
+        time.sleep(0.1)
+    errors = web.load_errors()
+    if errors:
+        raise ServersError(f"the definitions did not load: {errors[0].strip()}")
+
+
+def _ready(web: Webserver, daemons_since: float | None) -> bool:
+    try:
+        return web.answers() and (daemons_since is None or not web.late_daemons(daemons_since))
+    except DagsterRefused:
+        return False
+
+
+def _tell(settings: Settings, web: Webserver, started: bool, say: Say) -> None:
+    database = (
+        "FKS_DATABASE_URL" if settings.database_url else f"the embedded PostgreSQL in {settings.home / 'pg'}"
+    )
+    say("Dagster is up." if started else "Dagster is up already.")
+    say(f"  UI        {web.url}")
+    say(f"  database  {database}")
+    say(f"  logs      {settings.home / 'logs'}")
+    say("Stop it with `fks-backfill down`.")

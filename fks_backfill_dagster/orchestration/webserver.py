@@ -1,0 +1,187 @@
+"""Talking to a running Dagster over GraphQL, as its UI does.
+
+Belongs here: the few questions and orders that the command line and the demo have. Does not belong
+here: starting the webserver (`servers`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import ProxyHandler, Request, build_opener
+
+# What is on this machine is not asked through a proxy.
+_open = build_opener(ProxyHandler({})).open
+
+REPOSITORY = {"repositoryName": "__repository__", "repositoryLocationName": "fks_backfill"}
+"""As workspace.yaml names it."""
+
+FINISHED = frozenset({"SUCCESS", "FAILURE", "CANCELED"})
+
+
+class DagsterRefused(Exception):
+    """The webserver does not answer, or says no; the text is its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run as Dagster sees it; `assets` are the keys it was asked for."""
+
+    id: str
+    status: str
+    assets: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def finished(self) -> bool:
+        return self.status in FINISHED
+
+
+@dataclass(frozen=True, slots=True)
+class CheckOutcome:
+    """The last evaluation of one check; `passed` None when it never ran."""
+
+    asset: tuple[str, ...]
+    name: str
+    passed: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Webserver:
+    """The webserver at `url`."""
+
+    url: str
+
+    def ask(self, query: str, **variables: object) -> dict[str, Any]:
+        """The `data` of the answer. Raises DagsterRefused."""
+        body = json.dumps({"query": query, "variables": variables}).encode()
+        request = Request(f"{self.url}/graphql", body, {"Content-Type": "application/json"})
+        try:
+            with _open(request, timeout=60) as response:
+                answer = json.loads(response.read())
+        except HTTPError as error:
+            raise DagsterRefused(f"{self.url} answered {error.code}: {error.read()[:500]!r}") from None
+        except (URLError, OSError, ValueError) as error:
+            raise DagsterRefused(f"{self.url} does not answer: {error}") from None
+        if answer.get("errors"):
+            raise DagsterRefused("; ".join(error["message"] for error in answer["errors"]))
+        data: dict[str, Any] = answer["data"]
+        return data
+
+    # --- how it is ---
+
+    def answers(self) -> bool:
+        try:
+            return bool(self.ask("{ version }")["version"])
+        except DagsterRefused:
+            return False
+
+    def late_daemons(self, since: float) -> list[str]:
+        """The required daemons without a heartbeat since then (seconds since the epoch)."""
+        found = self.ask(
+            "{ instance { daemonHealth { allDaemonStatuses { daemonType required lastHeartbeatTime } } } }"
+        )
+        return [
+            status["daemonType"]
+            for status in found["instance"]["daemonHealth"]["allDaemonStatuses"]
+            if status["required"] and (status["lastHeartbeatTime"] or 0) < since
+        ]
+
+    def load_errors(self) -> list[str]:
+        """Why code locations did not load; empty when all did."""
+        found = self.ask(
+            "{ workspaceOrError { __typename ... on PythonError { message } ... on Workspace {"
+            " locationEntries { name locationOrLoadError { __typename ... on PythonError { message } } } } } }"
+        )["workspaceOrError"]
+        if found["__typename"] == "PythonError":
+            return [found["message"]]
+        outcomes = [entry["locationOrLoadError"] for entry in found["locationEntries"]]
+        return [o["message"] for o in outcomes if o and o["__typename"] == "PythonError"]
+
+    # --- orders ---
+
+    def launch_backfill(self, partitions: Mapping[tuple[str, ...], tuple[str, str]]) -> str:
+        """Backfills assets over partition ranges (first, last key), assets of both grains together.
+
+        The id of the backfill. Raises DagsterRefused.
+        """
+        wanted = [
+            {"assetKey": {"path": list(key)}, "partitions": {"ranges": [{"start": first, "end": last}]}}
+            for key, (first, last) in partitions.items()
+        ]
+        found = self.ask(
+            "mutation($params: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $params) {"
+            " __typename ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } } }",
+            params={"partitionsByAssets": wanted, "title": "fks-backfill"},
+        )["launchPartitionBackfill"]
+        if found["__typename"] != "LaunchBackfillSuccess":
+            raise DagsterRefused(f"the backfill was refused: {found.get('message') or found['__typename']}")
+        return str(found["backfillId"])
+
+    def launch_checks(self, checks: Sequence[tuple[tuple[str, ...], str]]) -> str:
+        """A run of these checks (asset, name) alone; its id. Raises DagsterRefused."""
+        wanted = [{"assetKey": {"path": list(asset)}, "name": name} for asset, name in checks]
+        selector = {**REPOSITORY, "pipelineName": "__ASSET_JOB", "assetSelection": []}
+        found = self.ask(
+            "mutation($params: ExecutionParams!) { launchRun(executionParams: $params) { __typename"
+            " ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }",
+            params={"selector": {**selector, "assetCheckSelection": wanted}, "mode": "default"},
+        )["launchRun"]
+        if found["__typename"] != "LaunchRunSuccess":
+            raise DagsterRefused(f"the run was refused: {found.get('message') or found['__typename']}")
+        return str(found["run"]["runId"])
+
+    # --- outcomes ---
+
+    def backfill(self, identity: str) -> tuple[str, list[Run]]:
+        """The status of a backfill and its runs so far. Raises DagsterRefused."""
+        found = self.ask(
+            "query($id: String!) { partitionBackfillOrError(backfillId: $id) { __typename"
+            " ... on PartitionBackfill { status error { message } runs { id status assetSelection { path } } }"
+            " ... on PythonError { message } } }",
+            id=identity,
+        )["partitionBackfillOrError"]
+        if found["__typename"] != "PartitionBackfill":
+            raise DagsterRefused(str(found.get("message") or found["__typename"]))
+        if found["error"]:
+            raise DagsterRefused(f"the backfill failed: {found['error']['message']}")
+        return found["status"], [_run(run) for run in found["runs"]]
+
+    def run(self, identity: str) -> Run:
+        found = self.ask(
+            "query($id: ID!) { runOrError(runId: $id) { __typename ... on Run { status } } }", id=identity
+        )["runOrError"]
+        if found["__typename"] != "Run":
+            raise DagsterRefused(f"run {identity}: {found['__typename']}")
+        return Run(identity, found["status"])
+
+    def failures(self, run: str) -> list[str]:
+        """What a failed run says of its steps."""
+        found = self.ask(
+            "query($id: ID!) { logsForRun(runId: $id) { __typename ... on EventConnection { events {"
+            " __typename ... on ExecutionStepFailureEvent { error { message } } } } } }",
+            id=run,
+        )["logsForRun"]
+        events = found.get("events", [])
+        return [e["error"]["message"] for e in events if e["__typename"] == "ExecutionStepFailureEvent"]
+
+    def check_outcomes(self, asset: tuple[str, ...]) -> list[CheckOutcome]:
+        """The last word of every check of an asset."""
+        found = self.ask(
+            "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { __typename ... on AssetNode {"
+            " assetChecksOrError { ... on AssetChecks { checks { name executionForLatestMaterialization"
+            " { status } } } } } } }",
+            key={"path": list(asset)},
+        )["assetNodeOrError"]
+        checks = found["assetChecksOrError"]["checks"] if found["__typename"] == "AssetNode" else []
+        last = ((check["name"], check["executionForLatestMaterialization"]) for check in checks)
+        return [
+            CheckOutcome(asset, name, done["status"] == "SUCCEEDED" if done else None) for name, done in last
+        ]
+
+
+def _run(found: Mapping[str, Any]) -> Run:
+    assets = tuple(tuple(key["path"]) for key in found["assetSelection"] or ())
+    return Run(found["id"], found["status"], assets)

@@ -1,0 +1,189 @@
+"""The numbers behind Dagster's partitions and checks: many windows or many series in a query or two.
+
+Belongs here: counts by what the ledger and the candles say. Does not belong here: what counts as
+passed, and the repair of what is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import sqlalchemy as sa
+
+from fks_backfill_dagster.domain.gaps import GapStatus
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime, to_micros
+from fks_backfill_dagster.store import ledger
+from fks_backfill_dagster.store.database import Database
+
+# The rules of domain/quality.py in SQL. In PostgreSQL NaN is greater than every number.
+_RULES = {
+    "not_finite": "greatest(open, high, low, close) >= 'Infinity' OR least(open, high, low, close) = '-Infinity'",
+    "not_positive": "least(open, high, low, close) <= 0",
+    "high_low": "high < greatest(open, close, low) OR low > least(open, close, high)",
+    "bad_volume": "volume < 0 OR volume >= 'Infinity'",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PartState:
+    """What the ledger says of one window: candles expected, missing, and missing without an explanation.
+
+    `providers` are the stored candles by who brought them, the largest share first.
+    """
+
+    expected: int = 0
+    missing: int = 0
+    unexplained: int = 0
+    providers: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def stored(self) -> int:
+        return self.expected - self.missing
+
+    @property
+    def coverage(self) -> float:
+        """The stored share of what is expected; 1 where nothing is."""
+        return self.stored / self.expected if self.expected else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sanity:
+    """How many stored candles there are, how many break each rule, how many any, and the first that does."""
+
+    candles: int
+    bad: int
+    violations: Mapping[str, int]
+    first: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Completeness:
+    """Of all that was ever synced of a series; history that never was is pending, and no gap."""
+
+    expected: int = 0
+    missing: int = 0
+    open_gaps: int = 0
+    open_missing: int = 0
+
+    @property
+    def stored(self) -> int:
+        return self.expected - self.missing
+
+    @property
+    def coverage(self) -> float:
+        """The stored share of what is expected; 1 where nothing is."""
+        return self.stored / self.expected if self.expected else 1.0
+
+
+def part_states(database: Database, series: Series, windows: Mapping[str, TimeRange]) -> dict[str, PartState]:
+    """The state of every window by its key. Windows reach no further than candles can exist."""
+    hull = TimeRange(min(w.start for w in windows.values()), max(w.end for w in windows.values()))
+    with database.begin() as connection:
+        identity = ledger.series_id(connection, series)
+        known = ledger.known(connection, identity, hull)
+        shares = _shares(connection, series.timeframe, identity, windows)
+    grid = grid_of(series)
+    return {
+        key: PartState(
+            expected=grid.count(window),
+            missing=sum(grid.count(part) for part in known.absent(window)),
+            unexplained=sum(grid.count(part) for part in known.missing(window)),
+            providers=shares.get(key, {}),
+        )
+        for key, window in windows.items()
+    }
+
+
+def _shares(
+    connection: sa.Connection, timeframe: Timeframe, identity: int | None, windows: Mapping[str, TimeRange]
+) -> dict[str, dict[str, int]]:
+    """The stored candles of every window by provider."""
+    rows = connection.execute(
+        sa.text(
+            "SELECT w.key, b.provider, sum(n.candles)::bigint AS candles"
+            " FROM unnest(CAST(:keys AS text[]), CAST(:starts AS timestamptz[]), CAST(:ends AS timestamptz[]))"
+            "   AS w(key, low, high)"
+            " CROSS JOIN LATERAL ("
+            f'   SELECT batch_id, count(*) AS candles FROM fks."candles_{timeframe}"'
+            "   WHERE series_id = :id AND ts >= w.low AND ts < w.high GROUP BY batch_id) n"
+            " JOIN fks.batch b ON b.id = n.batch_id GROUP BY 1, 2 ORDER BY 3 DESC, 2"
+        ),
+        {
+            "id": identity,
+            "keys": list(windows),
+            "starts": [to_datetime(w.start) for w in windows.values()],
+            "ends": [to_datetime(w.end) for w in windows.values()],
+        },
+    )
+    found: dict[str, dict[str, int]] = {}
+    for row in rows:
+        found.setdefault(row.key, {})[row.provider] = row.candles
+    return found
+
+
+def sanity(database: Database, series: Sequence[Series]) -> dict[Series, Sanity]:
+    """How many stored candles break the OHLC rules: one aggregate per timeframe, whatever the number of series."""
+    counts = ", ".join(f"count(*) FILTER (WHERE {rule}) AS {name}" for name, rule in _RULES.items())
+    any_rule = " OR ".join(f"({rule})" for rule in _RULES.values())
+    found = {one: Sanity(0, 0, dict.fromkeys(_RULES, 0), None) for one in series}
+    with database.begin() as connection:
+        owners = _owners(connection, series)
+        for timeframe in dict.fromkeys(one.timeframe for one in series):
+            ids = [identity for identity, one in owners.items() if one.timeframe is timeframe]
+            rows = connection.execute(
+                sa.text(
+                    f"SELECT series_id, count(*) AS candles, count(*) FILTER (WHERE {any_rule}) AS bad, {counts},"
+                    f" min(ts) FILTER (WHERE {any_rule}) AS first"
+                    f' FROM fks."candles_{timeframe}" WHERE series_id = ANY(:ids) GROUP BY series_id'
+                ),
+                {"ids": ids},
+            )
+            for row in rows:
+                found[owners[row.series_id]] = Sanity(
+                    candles=row.candles,
+                    bad=row.bad,
+                    violations={name: row._mapping[name] for name in _RULES},
+                    first=None if row.first is None else to_micros(row.first),
+                )
+    return found
+
+
+def completeness(database: Database, series: Sequence[Series]) -> dict[Series, Completeness]:
+    """What is expected and missing within what was synced, from the ledger: no candle is read."""
+    found = {one: Completeness() for one in series}
+    with database.begin() as connection:
+        owners = _owners(connection, series)
+        rows = connection.execute(
+            sa.text(
+                "SELECT s.series_id, s.synced, coalesce(sum(g.missing_candles), 0)::bigint AS missing,"
+                "   count(g.id) FILTER (WHERE g.status = :open) AS open_gaps,"
+                "   coalesce(sum(g.missing_candles) FILTER (WHERE g.status = :open), 0)::bigint AS open_missing"
+                " FROM fks.sync_state s LEFT JOIN fks.gap g"
+                "   ON g.series_id = s.series_id AND g.status <> :filled"
+                " WHERE s.series_id = ANY(:ids) GROUP BY s.series_id, s.synced"
+            ),
+            {"ids": list(owners), "open": GapStatus.OPEN.value, "filled": GapStatus.FILLED.value},
+        ).all()
+    for row in rows:
+        one = owners[row.series_id]
+        expected = sum(grid_of(one).count(part) for part in ledger.from_multirange(row.synced))
+        found[one] = Completeness(expected, row.missing, row.open_gaps, row.open_missing)
+    return found
+
+
+def _owners(connection: sa.Connection, series: Sequence[Series]) -> dict[int, Series]:
+    """The series that were ever synced, by id."""
+    wanted = {(one.symbol, one.timeframe.value): one for one in series}
+    rows = connection.execute(
+        sa.text(
+            "SELECT s.id, s.symbol, s.timeframe FROM fks.series s"
+            " JOIN unnest(CAST(:symbols AS text[]), CAST(:timeframes AS text[])) AS w(symbol, timeframe)"
+            "   ON w.symbol = s.symbol AND w.timeframe = s.timeframe"
+        ),
+        {"symbols": [symbol for symbol, _ in wanted], "timeframes": [frame for _, frame in wanted]},
+    )
+    return {row.id: wanted[row.symbol, row.timeframe] for row in rows}

@@ -1,0 +1,248 @@
+"""Runs: what is stored, and the truth per partition that Dagster shows for it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pytest
+from dagster import AssetKey, DagsterEventType, DagsterInstance
+from dagster._core.storage.partition_status_cache import (
+    AssetPartitionStatus,
+    get_and_update_asset_status_cache_value,
+)
+
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.orchestration.resources import TimescaleDB
+from fks_backfill_dagster.simulator import LocalMarket
+from fks_backfill_dagster.simulator.config import instant
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.reading import batches, read_candles
+from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project
+
+QUARTER = TimeRange(instant("2024-01-01"), instant("2024-04-01"))
+
+
+def metadata_of(instance: DagsterInstance, key: AssetKey) -> dict[str, dict[str, Any]]:
+    """The metadata of the newest materialization of every partition."""
+    records = instance.fetch_materializations(key, limit=1000, ascending=True).records
+    return {
+        str(record.partition_key): {
+            name: value.value for name, value in record.asset_materialization.metadata.items()
+        }
+        for record in records
+        if record.asset_materialization is not None
+    }
+
+
+def statuses(project: Project, key: AssetKey, *partitions: str) -> dict[str, str | None]:
+    """What the UI shows for partitions: MATERIALIZED, FAILED or None."""
+    node = project.definitions.resolve_asset_graph().get(key)
+    found = project.instance.get_status_by_partition(key, partitions, node.partitions_def)  # type: ignore[arg-type]
+    assert found is not None
+    return {k: v.value if isinstance(v, AssetPartitionStatus) else None for k, v in found.items()}
+
+
+def plant_failure(market: LocalMarket, symbol: str, start: str, end: str) -> None:
+    """Neither Binance's archives nor its REST have an answer for candles of that time."""
+    for provider in ("binance", "archive"):
+        market.plant_fault(
+            provider, "status", count=None, status=503, symbol=symbol, start=start, end=end, seconds=0
+        )
+
+
+def test_a_range_of_partitions_is_stored_as_the_market_has_it(
+    project: MakeProject, market: LocalMarket, database: Database
+) -> None:
+    mine = project("BTC/USDT", "ETH/USDT")
+    done = mine.materialize("15m", "2024-01-01", "2024-03-01")
+    assert done.success
+    for symbol in ("BTC/USDT", "ETH/USDT"):
+        stored = read_candles(database, mine.series(symbol, "15m"), QUARTER)
+        truth = market.truth("binance", symbol, Timeframe.M15, QUARTER)
+        for ours, theirs in zip(stored.columns(), truth.columns(), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_every_partition_tells_its_own_numbers(project: MakeProject, market: LocalMarket) -> None:
+    mine = project("BTC/USDT")
+    market.plant_outage(
+        "binance", TimeRange(instant("2024-02-10T03:00"), instant("2024-02-10T05:00")), "BTC/USDT"
+    )
+    assert mine.materialize("15m", "2024-01-01", "2024-03-01").success
+    found = metadata_of(mine.instance, mine.key("BTC/USDT", "15m"))
+    numbers = {k: (v["expected"], v["stored"], v["missing"]) for k, v in found.items()}
+    assert numbers == {
+        "2024-01-01": (2976, 2976, 0),
+        "2024-02-01": (2784, 2776, 8),
+        "2024-03-01": (2976, 2976, 0),
+    }
+    february = found["2024-02-01"]
+    assert february["coverage"] == pytest.approx(2776 / 2784)
+    assert february["providers"] == {"binance": 2776}
+    assert february["requests"] == market.requests() - 1  # the listing is asked for beside the candles
+    assert february["candles_per_second"] > 0
+
+
+def test_the_lineage_names_the_run(project: MakeProject, database: Database) -> None:
+    mine = project("BTC/USDT")
+    done = mine.materialize("1h", "2024-01-01")
+    assert {batch.run_id for batch in batches(database)} == {done.run_id}
+
+
+def test_a_month_that_nobody_answers_for_is_the_only_one_that_failed(
+    project: MakeProject, market: LocalMarket, database: Database
+) -> None:
+    mine = project("BTC/USDT", "ETH/USDT")
+    plant_failure(market, "ETHUSDT", "2024-02-01", "2024-03-01")
+    months = ("2024-01-01", "2024-02-01", "2024-03-01")
+    done = mine.materialize("15m", months[0], months[-1])
+    assert not done.success
+    assert statuses(mine, mine.key("BTC/USDT", "15m"), *months) == dict.fromkeys(months, "MATERIALIZED")
+    assert statuses(mine, mine.key("ETH/USDT", "15m"), *months) == {
+        "2024-01-01": "MATERIALIZED",
+        "2024-02-01": "FAILED",
+        "2024-03-01": "MATERIALIZED",
+    }
+    (failure,) = [e for e in done.all_events if e.event_type is DagsterEventType.STEP_FAILURE]
+    said = failure.step_failure_data.error_display_string
+    assert "1 of 2 series" in said
+    assert "ETH/USDT 15m: 1 of 3 partitions (2024-02-01)" in said
+    assert "503" in said
+    # Recovered and asked again, it is the only one that fetches.
+    market.clear_faults()
+    before = batches(database)
+    again = mine.materialize("15m", months[0], months[-1])
+    assert again.success
+    assert statuses(mine, mine.key("ETH/USDT", "15m"), *months) == dict.fromkeys(months, "MATERIALIZED")
+    fetched = [batch for batch in batches(database) if batch not in before]
+    first, end = datetime(2024, 2, 1, tzinfo=UTC), datetime(2024, 3, 1, tzinfo=UTC)
+    assert {b.symbol for b in fetched} == {"ETH/USDT"}
+    assert all(first <= b.range_start <= b.range_end <= end for b in fetched)
+
+
+def test_candles_that_an_answer_lacks_are_a_gap_and_no_failure(
+    project: MakeProject, market: LocalMarket
+) -> None:
+    mine = project("BTC/USDT")
+    market.plant_outage("binance", TimeRange(instant("2024-02-01"), instant("2024-03-01")), "BTC/USDT")
+    done = mine.materialize("15m", "2024-02-01")
+    assert done.success
+    assert metadata_of(mine.instance, mine.key("BTC/USDT", "15m"))["2024-02-01"]["missing"] == 2784
+    failed = {e.check_name: e.passed for e in done.get_asset_check_evaluations()}
+    assert failed == {"ohlc_sanity": True, "completeness": False}
+
+
+def test_a_provider_that_is_not_there_fails_every_partition(
+    project: MakeProject, resources: dict[str, Any]
+) -> None:
+    mine = project("BTC/USDT")
+    priority = mine.settings.symbols[0].model_copy(update={"provider_priority": ("yfinance",)})
+    unserved = mine.with_symbols([priority], resources)
+    done = unserved.materialize("15m", "2024-01-01", "2024-02-01")
+    assert not done.success
+    months = ("2024-01-01", "2024-02-01")
+    assert statuses(unserved, unserved.key("BTC/USDT", "15m"), *months) == dict.fromkeys(months, "FAILED")
+
+
+def test_a_partition_in_which_nothing_is_expected_materializes_without_a_request(
+    project: MakeProject, market: LocalMarket, resources: dict[str, Any]
+) -> None:
+    mine = project("BTC/USDT")
+    later = mine.settings.symbols[0].model_copy(update={"start": instant("2024-03-15")})
+    mine = mine.with_symbols([later], resources)
+    assert mine.materialize("15m", "2024-01-01", "2024-02-01").success
+    assert market.requests() == 0
+    found = metadata_of(mine.instance, mine.key("BTC/USDT", "15m"))
+    assert {k: (v["expected"], v["coverage"], v["requests"]) for k, v in found.items()} == {
+        "2024-01-01": (0, 1.0, 0),
+        "2024-02-01": (0, 1.0, 0),
+    }
+
+
+def test_a_symbols_own_start_cuts_its_first_partition(
+    project: MakeProject, resources: dict[str, Any]
+) -> None:
+    mine = project("BTC/USDT")
+    later = mine.settings.symbols[0].model_copy(update={"start": instant("2024-03-15")})
+    mine = mine.with_symbols([later], resources)
+    assert mine.materialize("15m", "2024-02-01", "2024-03-01").success
+    found = metadata_of(mine.instance, mine.key("BTC/USDT", "15m"))
+    assert {k: v["expected"] for k, v in found.items()} == {"2024-02-01": 0, "2024-03-01": 17 * 96}
+
+
+def test_what_lies_before_the_listing_is_not_expected(project: MakeProject, database: Database) -> None:
+    mine = project("BTC/USDT", start="2017-01-01", frames=(Timeframe.D1,))
+    assert mine.materialize("1d", "2017-01-01").success
+    found = metadata_of(mine.instance, mine.key("BTC/USDT", "1d"))["2017-01-01"]
+    assert (
+        found["expected"]
+        == found["stored"]
+        == len(read_candles(database, mine.series("BTC/USDT", "1d"), TimeRange(0, instant("2018-01-01"))))
+    )
+
+
+def test_the_running_partition_holds_what_has_closed(project: MakeProject) -> None:
+    mine = project("BTC/USDT")
+    partitions = mine.definitions.resolve_asset_graph().get(mine.key("BTC/USDT", "1h")).partitions_def
+    assert partitions is not None
+    running = partitions.get_partition_keys()[-1]
+    assert mine.materialize("1h", running).success
+    found = metadata_of(mine.instance, mine.key("BTC/USDT", "1h"))[running]
+    assert found["missing"] == 0
+
+
+def test_a_second_run_asks_for_nothing(project: MakeProject, market: LocalMarket) -> None:
+    mine = project("BTC/USDT")
+    assert mine.materialize("15m", "2024-01-01", "2024-03-01").success
+    market.reset_requests()
+    assert mine.materialize("15m", "2024-01-01", "2024-03-01").success
+    assert market.requests() == 0
+
+
+def test_a_run_is_told_in_a_few_lines(project: MakeProject) -> None:
+    mine = project("BTC/USDT")
+    done = mine.materialize("15m", "2024-01-01", "2024-06-01")
+    lines = [
+        entry.user_message
+        for entry in mine.instance.all_logs(done.run_id)
+        if entry.dagster_event is None and "BTC/USDT" in entry.user_message
+    ]
+    assert "17,472 of 17,472 candles are missing" in lines[0]
+    assert "17,472 candles stored" in lines[-1]
+    assert "0 of 17,472 expected are missing" in lines[-1]
+    assert len(lines) <= 13
+
+
+def test_a_database_that_is_gone_ends_the_run_with_its_sentence(
+    project: MakeProject, resources: dict[str, Any], database_url: str
+) -> None:
+    gone = TimescaleDB(url=database_url.replace("/fks_test_", "/gone_"))
+    mine = project("BTC/USDT").with_symbols(
+        project("BTC/USDT").settings.symbols, resources | {"timescaledb": gone}
+    )
+    done = mine.materialize("15m", "2024-01-01")
+    assert not done.success
+    told = " ".join(str(entry) for entry in mine.instance.all_logs(done.run_id))
+    assert "does not exist. Create it, or correct FKS_DATABASE_URL." in told
+
+
+def test_the_status_cache_agrees(project: MakeProject, market: LocalMarket) -> None:
+    """The asset page counts partitions by way of a cache of its own."""
+    mine = project("ETH/USDT")
+    plant_failure(market, "ETHUSDT", "2024-02-01", "2024-03-01")
+    mine.materialize("15m", "2024-01-01", "2024-03-01")
+    key = mine.key("ETH/USDT", "15m")
+    partitions = mine.definitions.resolve_asset_graph().get(key).partitions_def
+    cached = get_and_update_asset_status_cache_value(mine.instance, key, partitions)
+    assert cached is not None
+    assert partitions is not None
+    assert set(cached.deserialize_materialized_partition_subsets(partitions).get_partition_keys()) == {
+        "2024-01-01",
+        "2024-03-01",
+    }
+    assert list(cached.deserialize_failed_partition_subsets(partitions).get_partition_keys()) == [
+        "2024-02-01"
+    ]

@@ -1,0 +1,126 @@
+"""The checks: about whole series, in bulk, alone, and without fetching."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from dagster import AssetCheckKey, AssetSelection, ExecuteInProcessResult
+
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.simulator import LocalMarket
+from fks_backfill_dagster.simulator.config import instant
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project
+from fks_backfill_dagster_tests.store.builders import execute
+
+
+def run_checks(project: Project, *checks: AssetCheckKey) -> ExecuteInProcessResult:
+    """The checks alone, as the UI's button does it."""
+    from dagster import define_asset_job
+
+    job = define_asset_job("alone", AssetSelection.checks(*checks))
+    repository = type(project.definitions).merge(project.definitions, _with_job(job)).get_repository_def()
+    return repository.get_job("alone").execute_in_process(instance=project.instance)
+
+
+def _with_job(job: Any) -> Any:
+    from dagster import Definitions
+
+    return Definitions(jobs=[job])
+
+
+def outcomes(done: ExecuteInProcessResult) -> dict[tuple[str, str], bool]:
+    return {(e.asset_key.path[1], e.check_name): e.passed for e in done.get_asset_check_evaluations()}
+
+
+def metadata(done: ExecuteInProcessResult, symbol: str, name: str) -> dict[str, Any]:
+    (found,) = [
+        e for e in done.get_asset_check_evaluations() if (e.asset_key.path[1], e.check_name) == (symbol, name)
+    ]
+    return {key: value.value for key, value in found.metadata.items()}
+
+
+@pytest.fixture
+def stored(project: MakeProject) -> Project:
+    """Two series with two months of 15m candles each."""
+    mine = project("BTC/USDT", "ETH/USDT")
+    assert mine.materialize("15m", "2024-01-01", "2024-02-01").success
+    return mine
+
+
+def every(project: Project) -> list[AssetCheckKey]:
+    return [
+        AssetCheckKey(project.key(symbol, "15m"), name)
+        for symbol in ("BTC/USDT", "ETH/USDT")
+        for name in ("ohlc_sanity", "completeness")
+    ]
+
+
+def test_whole_series_pass_and_nothing_is_fetched(stored: Project, market: LocalMarket) -> None:
+    market.reset_requests()
+    done = run_checks(stored, *every(stored))
+    assert outcomes(done) == {
+        ("BTC_USDT", "ohlc_sanity"): True,
+        ("BTC_USDT", "completeness"): True,
+        ("ETH_USDT", "ohlc_sanity"): True,
+        ("ETH_USDT", "completeness"): True,
+    }
+    assert market.requests() == 0
+    assert metadata(done, "BTC_USDT", "completeness") == {
+        "expected": 5760,
+        "stored": 5760,
+        "missing": 0,
+        "explained": 0,
+        "open_gaps": 0,
+        "coverage": 1.0,
+    }
+
+
+def test_a_single_check_can_be_run(stored: Project) -> None:
+    done = run_checks(stored, AssetCheckKey(stored.key("ETH/USDT", "15m"), "ohlc_sanity"))
+    assert outcomes(done) == {("ETH_USDT", "ohlc_sanity"): True}
+
+
+def test_a_broken_candle_is_found_whichever_rule_it_breaks(stored: Project, database: Database) -> None:
+    table, where = 'fks."candles_15m"', "series_id = (SELECT id FROM fks.series WHERE symbol = 'ETH/USDT')"
+    execute(
+        database,
+        f"UPDATE {table} SET high = low - 1 WHERE {where} AND ts = '2024-01-03T00:00Z'",
+        f"UPDATE {table} SET volume = -1 WHERE {where} AND ts = '2024-01-04T00:00Z'",
+        f"UPDATE {table} SET open = 'NaN' WHERE {where} AND ts = '2024-01-05T00:00Z'",
+        f"UPDATE {table} SET low = 0 WHERE {where} AND ts = '2024-01-06T00:00Z'",
+    )
+    done = run_checks(stored, *every(stored))
+    assert outcomes(done)["ETH_USDT", "ohlc_sanity"] is False
+    assert outcomes(done)["BTC_USDT", "ohlc_sanity"] is True
+    found = metadata(done, "ETH_USDT", "ohlc_sanity")
+    assert found["candles"] == 5760
+    assert found["bad_volume"] == found["not_finite"] == found["not_positive"] == 1
+    assert found["high_low"] == 2  # a NaN open is above its high
+    assert found["first"] == "2024-01-03T00:00:00+00:00"
+
+
+def test_an_open_gap_of_any_month_fails_the_series_until_it_is_filled(
+    project: MakeProject, market: LocalMarket
+) -> None:
+    mine = project("BTC/USDT", "ETH/USDT")
+    outage = TimeRange(instant("2024-01-10T00:00"), instant("2024-01-10T06:00"))
+    market.plant_outage("binance", outage, "BTC/USDT")
+    january = mine.materialize("15m", "2024-01-01")
+    assert outcomes(january)["BTC_USDT", "completeness"] is False
+    february = mine.materialize("15m", "2024-02-01")
+    assert outcomes(february)["BTC_USDT", "completeness"] is False
+    found = metadata(february, "BTC_USDT", "completeness")
+    assert (found["expected"], found["missing"], found["open_gaps"]) == (5760, 24, 1)
+    assert found["coverage"] == pytest.approx(5736 / 5760)
+    market.clear_outages()
+    filled = mine.materialize("15m", "2024-01-01")
+    assert outcomes(filled)["BTC_USDT", "completeness"] is True
+
+
+def test_a_series_that_was_never_synced_is_pending_and_fails_nothing(project: MakeProject) -> None:
+    mine = project("BTC/USDT", "ETH/USDT")
+    done = run_checks(mine, *every(mine))
+    assert set(outcomes(done).values()) == {True}
+    assert metadata(done, "BTC_USDT", "completeness")["expected"] == 0

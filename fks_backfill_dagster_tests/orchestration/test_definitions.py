@@ -1,0 +1,133 @@
+"""What Dagster is told: keys, groups, partitions, checks, resources; and how long that takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from dagster import AssetCheckKey, AssetKey, ConfigurableResource, TimeWindowPartitionsDefinition
+
+from fks_backfill_dagster.domain.series import AssetClass
+from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.orchestration.build import build_defs
+from fks_backfill_dagster.orchestration.resources import DATABASE, PROVIDERS
+from fks_backfill_dagster.settings import CHECKOUT, Settings, SymbolSettings
+from fks_backfill_dagster_tests.orchestration.conftest import settings_of
+
+MIXED = Settings(
+    symbols=(
+        SymbolSettings(
+            asset_class=AssetClass.CRYPTO, symbol="BTC/USDT", timeframes=(Timeframe.M1, Timeframe.D1)
+        ),
+        SymbolSettings(asset_class=AssetClass.CRYPTO, symbol="ETH/USDT", timeframes=(Timeframe.M1,)),
+        SymbolSettings(asset_class=AssetClass.STOCKS, symbol="BRK.B", timeframes=(Timeframe.D1,)),
+    )
+)
+
+
+def test_every_series_is_an_asset_in_the_group_of_its_class() -> None:
+    specs = {spec.key: spec.group_name for spec in build_defs(settings=MIXED).resolve_all_asset_specs()}
+    assert specs == {
+        AssetKey(["ohlcv", "BTC_USDT", "1m"]): "crypto",
+        AssetKey(["ohlcv", "BTC_USDT", "1d"]): "crypto",
+        AssetKey(["ohlcv", "ETH_USDT", "1m"]): "crypto",
+        AssetKey(["ohlcv", "BRK_B", "1d"]): "stocks",
+    }
+
+
+def test_series_of_one_class_and_timeframe_share_an_op() -> None:
+    graph = build_defs(settings=MIXED).resolve_asset_graph()
+    ops = {tuple(node.key.path[1:]): node.assets_def.op.name for node in graph.asset_nodes}  # type: ignore[union-attr]
+    assert ops == {
+        ("BTC_USDT", "1m"): "ohlcv_crypto_1m",
+        ("ETH_USDT", "1m"): "ohlcv_crypto_1m",
+        ("BTC_USDT", "1d"): "ohlcv_crypto_1d",
+        ("BRK_B", "1d"): "ohlcv_stocks_1d",
+    }
+
+
+def test_partitions_follow_the_timeframe() -> None:
+    definitions = build_defs(settings=settings_of("BTC/USDT", start="2024-05-20"))
+    graph = definitions.resolve_asset_graph()
+    first = {}
+    for node in graph.asset_nodes:
+        assert isinstance(node.partitions_def, TimeWindowPartitionsDefinition)
+        first[node.key.path[-1]] = node.partitions_def.get_first_partition_key()
+    assert first == {"15m": "2024-05-01", "1h": "2024-01-01"}
+
+
+def test_every_series_has_both_checks_and_none_blocks() -> None:
+    graph = build_defs(settings=MIXED).resolve_asset_graph()
+    keys = {AssetKey(["ohlcv", *rest]) for rest in (("BTC_USDT", "1m"), ("BRK_B", "1d"))}
+    for key in keys:
+        names = graph.get_check_keys_for_assets({key})
+        assert names == {AssetCheckKey(key, "ohlc_sanity"), AssetCheckKey(key, "completeness")}
+        assert not any(graph.get_check_spec(name).blocking for name in names)
+
+
+def test_there_is_a_resource_for_the_database_and_for_every_provider() -> None:
+    resources = build_defs(settings=MIXED).resources or {}
+    assert set(resources) == {DATABASE, *PROVIDERS}
+
+
+def test_a_resource_can_be_replaced() -> None:
+    class Mine(ConfigurableResource):  # type: ignore[type-arg]
+        answer: int = 42
+
+    mine = Mine()
+    resources = build_defs(settings=MIXED, resource_overrides={"polygon": mine}).resources or {}
+    assert resources["polygon"] is mine
+    assert set(resources) == {DATABASE, *PROVIDERS}
+
+
+def test_no_secret_is_a_field_that_the_ui_shows() -> None:
+    settings = Settings(
+        keys={"polygon": "very-secret"},  # type: ignore[dict-item]
+        database_url="postgresql://me:also-secret@localhost/candles",  # type: ignore[arg-type]
+    )
+    resources = build_defs(settings=settings).resources or {}
+    shown = [resource.model_dump() for resource in resources.values()]
+    assert "api.massive.com" in str(shown)
+    assert "secret" not in str(shown)
+
+
+_MEASURE = """
+import json, sys, time
+import dagster
+began = time.perf_counter()
+from fks_backfill_dagster.domain.series import AssetClass
+from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.orchestration.build import build_defs
+from fks_backfill_dagster.settings import Settings, SymbolSettings
+frames = (Timeframe.M1, Timeframe.M15, Timeframe.H1, Timeframe.D1)
+symbols = tuple(
+    SymbolSettings(asset_class=AssetClass.CRYPTO, symbol=f"C{n}/USDT", timeframes=frames) for n in range(500)
+)
+repository = build_defs(settings=Settings(symbols=symbols)).get_repository_def()
+repository.load_all_definitions()
+heavy = [name for name in ("pandas", "ccxt", "exchange_calendars") if name in sys.modules]
+assets = len(repository.asset_graph.get_all_asset_keys())
+checks = len(repository.asset_graph.asset_check_keys)
+print(json.dumps([time.perf_counter() - began, heavy, assets, checks]))
+"""
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[float, list[str], int, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE], capture_output=True, text=True, check=True, cwd=CHECKOUT
+    )
+    seconds, heavy, assets, checks = json.loads(done.stdout)
+    return seconds, heavy, assets, checks
+
+
+def test_two_thousand_series_load_quickly(measured: tuple[float, list[str], int, int]) -> None:
+    seconds, _, assets, checks = measured
+    assert (assets, checks) == (2000, 4000)
+    assert seconds < 6  # 1.7 s when nothing else runs; the bound is for busy machines
+
+
+def test_definitions_import_nothing_heavy(measured: tuple[float, list[str], int, int]) -> None:
+    assert measured[1] == []

@@ -1,0 +1,142 @@
+"""Background processes: found again, stopped whole, and never confused with somebody else's."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fks_backfill_dagster.orchestration import processes
+from fks_backfill_dagster.orchestration.processes import Background, backgrounds, stop
+from fks_backfill_dagster.settings import CHECKOUT
+
+# A leader with a child, as a webserver has its code server.
+_LEADER = (
+    "import subprocess, sys, time;"
+    " subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); time.sleep(60)"
+)
+_STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    stop(backgrounds(tmp_path))
+
+
+def started(home: Path, code: str = _LEADER, members: int = 2) -> Background:
+    process = Background(home, "server")
+    process.start([sys.executable, "-c", code], cwd=home, environment=os.environ, port=4711)
+    until(lambda: len(process.members()) == members)
+    return process
+
+
+def lives(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_another_process_finds_it(home: Path) -> None:
+    started(home)
+    (found,) = backgrounds(home)
+    assert (found.name, found.port, found.is_running()) == ("server", 4711, True)
+
+
+def test_it_is_stopped_with_all_that_it_started(home: Path) -> None:
+    process = started(home)
+    members = process.members()
+    assert stop([process]) == ["server"]
+    assert not any(lives(member) for member in members)
+    assert backgrounds(home) == []
+
+
+def test_what_a_killed_leader_left_behind_is_found_and_stopped(home: Path) -> None:
+    process = started(home)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    until(lambda: not process.is_running())
+    (orphan,) = process.members()
+    stop([process])
+    assert not lives(orphan)
+
+
+def test_one_that_does_not_listen_is_killed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "STOP_SECONDS", 0.3)
+    process = started(home, _STUBBORN, members=1)
+    time.sleep(0.2)  # until it ignores the signal
+    stop([process])
+    assert process.members() == []
+
+
+def test_a_pid_that_belongs_to_somebody_else_by_now_is_left_alone(home: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True
+    ) as stranger:
+        process = Background(home, "server")
+        process.record.parent.mkdir(parents=True)
+        process.record.write_text(json.dumps({"pid": stranger.pid, "port": 1}))
+        assert not process.is_running()
+        assert stop([process]) == []
+        assert stranger.poll() is None
+        stranger.kill()
+
+
+def test_a_damaged_record_is_nobody(home: Path) -> None:
+    process = Background(home, "server")
+    process.record.parent.mkdir(parents=True)
+    process.record.write_text("{")
+    assert (process.pid, process.is_running()) == (None, False)
+
+
+_DEMO = """
+import os, sys, time
+from pathlib import Path
+from fks_backfill_dagster.orchestration.processes import Background, Guard
+home = Path(sys.argv[1])
+with Guard(home, Path.cwd()) as guard:
+    Background(home, "server").start(
+        [sys.executable, "-c", "import time; time.sleep(60)"], cwd=home, environment=os.environ, port=0
+    )
+    if sys.argv[2] == "killed":
+        print("started", flush=True)
+        time.sleep(60)
+    if sys.argv[2] == "keep":
+        guard.keep()
+"""
+
+
+def demo(home: Path, how: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _DEMO, str(home), how], stdout=subprocess.PIPE, text=True, cwd=CHECKOUT
+    )
+
+
+def test_the_guard_stops_everything_when_its_demo_is_killed(home: Path) -> None:
+    with demo(home, "killed") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        server = Background(home, "server")
+        assert server.is_running()
+        process.kill()
+    until(lambda: not server.is_running())
+
+
+@pytest.mark.parametrize(("how", "left"), [("ends", False), ("keep", True)])
+def test_the_guard_does_as_it_is_told_when_the_demo_ends(home: Path, how: str, left: bool) -> None:
+    with demo(home, how) as process:
+        assert process.wait(30) == 0
+    assert Background(home, "server").is_running() is left

@@ -1,0 +1,200 @@
+"""The real thing: webserver and daemon as `up` starts them, a backfill over GraphQL, kill -9, `down`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.orchestration import servers
+from fks_backfill_dagster.orchestration.processes import Background, backgrounds, stop
+from fks_backfill_dagster.orchestration.servers import DAEMON, WEBSERVER, ServersError
+from fks_backfill_dagster.orchestration.webserver import DagsterRefused, Run, Webserver
+from fks_backfill_dagster.settings import CHECKOUT, Settings, load_settings
+from fks_backfill_dagster.simulator import LocalMarket
+from fks_backfill_dagster.simulator.config import instant
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.reading import batches, read_candles
+
+CONFIG = """\
+history_start: 2024-01-01
+provider_priority: {crypto: [binance]}
+symbols:
+  - {symbol: BTC/USDT, asset_class: crypto, timeframes: [15m, 1h]}
+  - {symbol: ETH/USDT, asset_class: crypto, timeframes: [15m, 1h]}
+"""
+
+MONTHS = ("2024-01-01", "2024-02-01")
+
+
+@pytest.fixture
+def environment(market: LocalMarket, empty_database_url: str, tmp_path: Path) -> dict[str, str]:
+    """Settings of the test's own, with the market for Binance and a database without a schema."""
+    config = tmp_path / "backfill.yaml"
+    config.write_text(CONFIG)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FKS_", "DAGSTER_"))}
+    return kept | {
+        "FKS_HOME": str(tmp_path / "home"),
+        "FKS_CONFIG": str(config),
+        "FKS_DATABASE_URL": empty_database_url,
+        "FKS_PROVIDERS__BINANCE__BASE_URL": market.binance_url,
+        "FKS_PROVIDERS__BINANCE__ARCHIVE_URL": market.archive_url,
+    }
+
+
+@pytest.fixture
+def settings(environment: dict[str, str]) -> Iterator[Settings]:
+    made = load_settings(environment, CHECKOUT)
+    yield made
+    stop(backgrounds(made.home))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((servers.HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def until(true: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def shown(web: Webserver, symbol: str) -> dict[str, str]:
+    """The partitions of a 15m series as the asset page colours them."""
+    found = web.ask(
+        "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {"
+        " assetPartitionStatuses { ... on TimePartitionStatuses { ranges { status startKey endKey } } } } } }",
+        key={"path": ["ohlcv", symbol, "15m"]},
+    )["assetNodeOrError"]["assetPartitionStatuses"]["ranges"]
+    return {month: r["status"] for r in found for month in MONTHS if r["startKey"] <= month <= r["endKey"]}
+
+
+def ended(web: Webserver, backfill: str, assets: int) -> list[Run]:
+    """The runs of a backfill when all its assets have had one."""
+    runs: list[Run] = []
+
+    def over() -> bool:
+        runs[:] = web.backfill(backfill)[1]
+        return len({key for run in runs for key in run.assets}) == assets and all(r.finished for r in runs)
+
+    until(over)
+    return runs
+
+
+def test_from_up_to_down(
+    settings: Settings, environment: Mapping[str, str], market: LocalMarket, empty_database_url: str
+) -> None:
+    said: list[str] = []
+    port = free_port()
+    # The daemon looks for backfills when it starts and then every 30 s: the test does not wait for that.
+    first = servers.up(settings, port=port, parts=(WEBSERVER,), environment=environment, say=said.append)
+    web = Webserver(first.url)
+    for provider in ("binance", "archive"):
+        market.plant_fault(
+            provider, "status", count=None, status=400, symbol="ETHUSDT", start="2024-02-01", end="2024-03-01"
+        )
+    backfill = web.launch_backfill(
+        {
+            ("ohlcv", "BTC_USDT", "15m"): MONTHS,
+            ("ohlcv", "ETH_USDT", "15m"): MONTHS,
+            ("ohlcv", "BTC_USDT", "1h"): ("2024-01-01", "2024-01-01"),
+        }
+    )
+    second = servers.up(settings, port=free_port(), environment=environment, say=said.append)
+    assert (second.url, second.started) == (first.url, True)
+    third = servers.up(settings, port=port, environment=environment, say=said.append)
+    assert (third.url, third.started) == (first.url, False)
+    assert said[-5] == "Dagster is up already."
+
+    # Assets of both grains, and exactly the month that nobody answered for is failed.
+    runs = ended(web, backfill, assets=3)
+    failed = [run for run in runs if run.status == "FAILURE"]
+    assert [run.status for run in runs if run not in failed] == ["SUCCESS"]
+    (said_by_dagster,) = web.failures(failed[0].id)
+    assert "ETH/USDT 15m: 1 of 2 partitions (2024-02-01)" in said_by_dagster
+    assert shown(web, "BTC_USDT") == dict.fromkeys(MONTHS, "MATERIALIZED")
+    assert shown(web, "ETH_USDT") == {"2024-01-01": "MATERIALIZED", "2024-02-01": "FAILED"}
+
+    # What is stored is the market's truth, and the lineage names Dagster's runs.
+    database = Database(empty_database_url)
+    january = TimeRange(instant("2024-01-01"), instant("2024-02-01"))
+    stored = read_candles(database, settings.find_series("ETH/USDT", "15m"), january)
+    truth = market.truth("binance", "ETHUSDT", Timeframe.M15, january)
+    assert all((ours == theirs).all() for ours, theirs in zip(stored.columns(), truth.columns(), strict=True))
+    assert {batch.run_id for batch in batches(database)} == {run.id for run in runs}
+    database.dispose()
+
+    # The checks alone, without a request.
+    market.reset_requests()
+    checks = [
+        (("ohlcv", symbol, "15m"), name)
+        for symbol in ("BTC_USDT", "ETH_USDT")
+        for name in ("ohlc_sanity", "completeness")
+    ]
+    run = web.launch_checks(checks)
+    until(lambda: web.run(run).finished)
+    assert web.run(run).status == "SUCCESS"
+    assert market.requests() == 0
+    found = {o.name: o.passed for o in web.check_outcomes(("ohlcv", "BTC_USDT", "15m"))}
+    assert found == {"ohlc_sanity": True, "completeness": True}
+
+    # kill -9 of one: `up` starts that one, `down` leaves nothing of either.
+    daemon = Background(settings.home, DAEMON)
+    survivor = Background(settings.home, WEBSERVER).pid
+    assert daemon.pid is not None
+    os.kill(daemon.pid, signal.SIGKILL)
+    assert servers.up(settings, port=port, environment=environment, say=said.append).started
+    assert daemon.is_running()
+    assert Background(settings.home, WEBSERVER).pid == survivor
+    os.kill(daemon.pid, signal.SIGKILL)
+    groups = [daemon, Background(settings.home, WEBSERVER)]
+    assert servers.down(settings, say=said.append) == [DAEMON, WEBSERVER]
+    assert not any(group.members() for group in groups)
+    assert not web.answers()
+    assert servers.down(settings, say=said.append) == []
+    assert said[-1] == "Nothing was running."
+
+
+def test_a_port_in_use_is_named_and_nothing_is_left(
+    settings: Settings, environment: Mapping[str, str]
+) -> None:
+    with socket.socket() as other:
+        other.bind((servers.HOST, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ServersError, match=rf"port {port} on 127\.0\.0\.1 is in use"):
+            servers.up(settings, port=port, environment=environment, say=lambda text: None)
+    assert backgrounds(settings.home) == []
+
+
+def test_a_folder_that_is_not_the_projects_is_named(
+    settings: Settings, environment: Mapping[str, str], tmp_path: Path
+) -> None:
+    elsewhere = settings.model_copy(update={"root": tmp_path})
+    with pytest.raises(ServersError, match=r"there is no dagster\.yaml in"):
+        servers.up(elsewhere, environment=environment, say=lambda text: None)
+
+
+def test_a_server_that_ends_is_told_with_its_last_words(
+    settings: Settings, environment: Mapping[str, str]
+) -> None:
+    broken = {**environment, "FKS_BATCH_SIZE_DAY": "3"}
+    with pytest.raises(ServersError, match=r"(?s)ended while it was starting.*FKS_BATCH_SIZE_DAY"):
+        servers.up(settings, port=free_port(), environment=broken, say=lambda text: None)
+    assert backgrounds(settings.home) == []
+
+
+def test_nobody_there_is_one_sentence() -> None:
+    url = f"http://{servers.HOST}:{free_port()}"
+    with pytest.raises(DagsterRefused, match=f"{url} does not answer"):
+        Webserver(url).ask("{ version }")

@@ -1,0 +1,77 @@
+"""Dagster's state in our database, as dagster.yaml has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from dagster import DagsterInstance
+from dagster._core.instance.ref import InstanceRef
+from dagster._core.run_coordinator import QueuedRunCoordinator
+
+from fks_backfill_dagster.orchestration.storage import storage_url
+from fks_backfill_dagster.settings import CHECKOUT
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.store.builders import fetch
+
+
+@pytest.fixture
+def instance(empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DagsterInstance:
+    """As `dagster dev` makes it in the top folder."""
+    for name in ("FKS_CONFIG", "DAGSTER_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FKS_DATABASE_URL", empty_database_url)
+    monkeypatch.setenv("FKS_HOME", str(tmp_path / "home"))
+    return DagsterInstance.from_ref(InstanceRef.from_dir(str(tmp_path), config_dir=str(CHECKOUT)))
+
+
+def test_its_tables_are_in_a_schema_of_their_own(instance: DagsterInstance, empty_database_url: str) -> None:
+    with instance:
+        assert instance.get_runs() == []
+        database = Database(empty_database_url)
+        query = "SELECT DISTINCT table_schema FROM information_schema.tables WHERE table_name = 'runs'"
+        assert fetch(database, query) == [("dagster",)]
+        query = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
+        assert fetch(database, query) == [(0,)]
+        database.dispose()
+
+
+def test_what_is_kept_is_there_for_the_next_process(instance: DagsterInstance, tmp_path: Path) -> None:
+    with instance:
+        instance.run_storage.set_cursor_values({"who": "me"})
+    with DagsterInstance.from_ref(InstanceRef.from_dir(str(tmp_path), config_dir=str(CHECKOUT))) as second:
+        assert second.run_storage.get_cursor_values({"who"}) == {"who": "me"}
+
+
+def test_its_files_are_below_the_home(instance: DagsterInstance, tmp_path: Path) -> None:
+    with instance:
+        assert instance.storage_directory() == str(tmp_path / "home" / "dagster" / "storage")
+        logs = instance.compute_log_manager.get_captured_local_path(["a"], "out")  # type: ignore[attr-defined]
+        assert logs.startswith(str(tmp_path / "home" / "dagster" / "compute_logs"))
+
+
+def test_a_few_runs_go_side_by_side(instance: DagsterInstance) -> None:
+    with instance:
+        assert isinstance(instance.run_coordinator, QueuedRunCoordinator)
+        queue = instance.get_concurrency_config().run_queue_config
+        assert queue is not None
+        assert queue.max_concurrent_runs == 4
+
+
+def test_nothing_is_told_to_anybody(instance: DagsterInstance) -> None:
+    with instance:
+        assert instance.telemetry_enabled is False
+
+
+@pytest.mark.parametrize("options", ["", "options=-cwork_mem%3D8MB&"])
+def test_the_address_keeps_what_it_had(server_url: str, options: str) -> None:
+    joined = server_url + ("&" if "?" in server_url else "?") + options
+    url = sa.make_url(storage_url(joined.rstrip("?&")))
+    assert url.drivername == "postgresql+psycopg2"
+    assert url.host == sa.make_url(server_url).host
+    assert str(url.query["options"]).split()[-1] == "-csearch_path=dagster"
+    with sa.create_engine(url).connect() as connection:
+        assert connection.scalar(sa.text("SHOW search_path")) == "dagster"
+        if options:
+            assert connection.scalar(sa.text("SHOW work_mem")) == "8MB"
