@@ -29,6 +29,8 @@ class Reason(StrEnum):
     HIGH_LOW = "high_low"  # high is not the highest, or low not the lowest
     BAD_VOLUME = "bad_volume"  # negative or infinite; NaN is none and fine
     CONFLICT = "conflict"  # several sane rows of one open that differ: which is true is unknown
+    # Not judged here, for it needs what is stored:
+    SPLICE = "splice"  # a fallback that disagrees beside the gap: it quotes another market
 
 
 @dataclass(frozen=True, slots=True, eq=False)

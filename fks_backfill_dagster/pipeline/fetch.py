@@ -8,23 +8,26 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.candles import PRICES, Candles
 from fks_backfill_dagster.domain.gaps import missing_of
 from fks_backfill_dagster.domain.grid import Grid, grid_of
-from fks_backfill_dagster.domain.quality import Rejected, verify
+from fks_backfill_dagster.domain.quality import Reason, Verdict, verify
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.pipeline.plan import GRACE, Batch, Plan
 from fks_backfill_dagster.providers.base import (
     Cancelled,
     Delivery,
     Estimate,
+    PermanentError,
     Provider,
     ProviderError,
     UnknownSymbol,
 )
 from fks_backfill_dagster.store.commit import Brought, Refused
 from fks_backfill_dagster.store.ledger import Evidence
+from fks_backfill_dagster.store.settling import LONGEST_PAUSE
 
 # A provider that failed this often in a row, each time after its own retries, is left alone for the
 # rest of the sync: an hour of retries for every month of a decade helps nobody.
@@ -54,31 +57,28 @@ class Fetched:
     """What the providers together gave for one span, verified.
 
     `failed`: candles are missing that nobody has answered for. `recordable`: somebody answered, or
-    may answer another time; a symbol that nobody knows leaves nothing to record.
+    may answer another time; a symbol that nobody knows leaves nothing to record. `quiet`: the
+    missing opens that are proven to have had no trade.
     """
 
     brought: list[Brought] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     evidence: tuple[Evidence, ...] = ()
+    quiet: Instants = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     requests: int = 0
     warnings: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     failed: bool = False
     recordable: bool = False
 
-    def take(
-        self,
-        name: str,
-        delivery: Delivery,
-        good: Candles,
-        rejected: Sequence[Rejected],
-        fetched_at: int,
-    ) -> Tally:
-        """Keeps the good rows with their origin, and the others with their reason."""
+    def keep(self, name: str, delivery: Delivery, candles: Candles, fetched_at: int) -> None:
+        """Candles to be stored, with their origin."""
         origin = (delivery.transport.value, delivery.source, delivery.sha256)
-        self.brought.append(Brought(name, *origin, fetched_at, good))
-        self.refused += [Refused(name, delivery.source, r.reason.value, r.candles.sorted()) for r in rejected]
-        return Tally(delivered=len(good), rejected=sum(len(r.candles) for r in rejected))
+        self.brought.append(Brought(name, *origin, fetched_at, candles))
+
+    def refuse(self, name: str, delivery: Delivery, reason: Reason, candles: Candles) -> None:
+        """Rows for the quarantine, with their reason."""
+        self.refused.append(Refused(name, delivery.source, reason.value, candles.sorted()))
 
 
 class Chain:
@@ -88,6 +88,9 @@ class Chain:
     lacks a key. Dropped on the way, with a sentence in `dropped`: who does not know the symbol. Left
     alone for the rest of the sync: who failed PATIENCE times in a row; another error may concern
     one range only (a plan without today's data). `fetch` is called from several threads.
+
+    `stored` gives the stored candles of some opens; `tolerance` is the largest relative difference
+    of a price between two quotes of one market.
     """
 
     def __init__(
@@ -96,8 +99,11 @@ class Chain:
         series: Series,
         priority: Sequence[str],
         clock: Callable[[], int],
+        stored: Callable[[Instants], Candles],
+        tolerance: float,
     ) -> None:
         self.series, self.clock = series, clock
+        self._stored, self._tolerance = stored, tolerance
         self.warnings: list[str] = []
         self._providers: dict[str, Provider] = {}
         self._lock = threading.Lock()
@@ -128,7 +134,7 @@ class Chain:
     def page_size(self) -> int:
         """Of the provider that is asked first."""
         first = next(iter(self.names), None)
-        return self._providers[first].capabilities.page_size if first else 1
+        return self._providers[first].capabilities.page(self.series.timeframe) if first else 1
 
     def tallies(self) -> dict[str, Tally]:
         return dict(self._tallies)
@@ -151,7 +157,7 @@ class Chain:
         provider = self._providers[name]
         parts = [
             provider.estimate(self.series, window)
-            for batches in plan.spans(provider.capabilities.page_size)
+            for batches in plan.spans(provider.capabilities.page(self.series.timeframe))
             for window in self._windows(batches, provider)
         ]
         return Estimate(sum(p.requests for p in parts), sum(p.seconds for p in parts))
@@ -165,65 +171,158 @@ class Chain:
         for name in self.names:
             if not len(wanted) or self._stopped.is_set():
                 break
-            word, wanted = self._ask(name, wanted, plan, grid, found)
+            question = self._question(name, wanted, first=not evidence)
+            if not len(question.wanted):  # all of it lies beyond its depth
+                continue
+            word, wanted = self._ask(question, wanted, plan, grid, found)
             evidence.append(word)
             if plan.refetch:  # stored candles are compared with the first provider only
                 wanted = wanted[plan.missing_ranges.contains(wanted)]
-        answered = any(word.outcome == "absent" for word in evidence)
+        answered = [word.provider for word in evidence if word.answered]
+        if not all(self._providers[name].capabilities.omits_quiet for name in answered):
+            found.quiet = found.quiet[:0]  # who gives every interval and lacks one had an outage
         found.evidence = tuple(evidence)
         found.failed = not answered and (plan.refetch or len(wanted) > 0)
-        found.recordable = answered or any(word.provider not in self._dropped for word in evidence)
+        found.recordable = bool(answered) or any(word.provider not in self._dropped for word in evidence)
         return found
 
     def _ask(
-        self, name: str, wanted: Instants, plan: Plan, grid: Grid, found: Fetched
+        self, question: _Question, wanted: Instants, plan: Plan, grid: Grid, found: Fetched
     ) -> tuple[Evidence, Instants]:
         """Asks one provider; returns its word and what is still wanted."""
-        provider, asked_at = self._providers[name], self.clock()
-        tally, left = Tally(asked=len(wanted)), wanted
+        name, asked = question.name, len(question.wanted)
         if self._failures.get(name, 0) >= PATIENCE:
-            self._count(name, tally + Tally(failed=len(wanted)))
+            self._count(name, Tally(asked=asked, failed=asked))
             message = f"left alone after {PATIENCE} failures in a row"
             found.errors.append(f"{name}: {message}")
-            return Evidence(name, asked_at, "error", message), wanted
-        closed_end = min(plan.window.end, grid.closed_end(asked_at - GRACE))
+            return question.word("error", message), wanted
+        before, refused = len(wanted), len(found.refused)
+        closed_end = min(plan.window.end, grid.closed_end(question.asked_at - GRACE))
         try:
-            for window in self._hulls(wanted, provider):
-                answer = provider.fetch(self.series, window)
+            for hull in question.hulls(self.series.timeframe):
+                window = question.window(hull, grid)
+                answer = question.provider.fetch(self.series, window)
                 found.requests += answer.requests
                 found.warnings += [f"{name}: {message}" for message in answer.warnings]
-                for delivery in answer.deliveries:
-                    verdict = verify(delivery.candles, window, grid, closed_end)
-                    good = _only(verdict.good, left)
-                    left = missing_of(left, good.ts)
-                    tally += found.take(name, delivery, good, verdict.rejected, asked_at)
+                verdicts = [(d, verify(d.candles, window, grid, closed_end)) for d in answer.deliveries]
+                wanted = self._accept(question, verdicts, hull, wanted, found)
         except Cancelled:
             raise
         except ProviderError as error:
-            self._count(name, tally + Tally(failed=len(left)))
+            left = before - len(wanted)
+            self._count(name, Tally(asked=asked, delivered=left, failed=asked - left))
             if isinstance(error, UnknownSymbol):
                 self.drop(name, error)
             else:
                 self.remember_failure(name)
             found.errors.append(str(error))
-            return Evidence(name, asked_at, "error", str(error)), left
+            return question.word(
+                "refused" if isinstance(error, PermanentError) else "error", str(error)
+            ), wanted
         self._failures[name] = 0
-        self._count(name, tally)
-        return Evidence(name, asked_at, "absent"), left
+        rejected = sum(len(r.candles) for r in found.refused[refused:])
+        self._count(name, Tally(asked=asked, delivered=before - len(wanted), rejected=rejected))
+        if found.refused[refused:] and any(r.reason != Reason.SPLICE for r in found.refused[refused:]):
+            return question.word("rejected", f"{rejected} rows quarantined"), wanted
+        return question.word("absent", "it quotes another market" if rejected else ""), wanted
+
+    def _question(self, name: str, wanted: Instants, *, first: bool) -> _Question:
+        provider, now = self._providers[name], self.clock()
+        reach = provider.capabilities.reach(self.series.timeframe, now)
+        return _Question(name, provider, wanted if reach is None else wanted[wanted >= reach], now, first)
+
+    def _accept(
+        self,
+        question: _Question,
+        verdicts: Sequence[tuple[Delivery, Verdict]],
+        hull: TimeRange,
+        wanted: Instants,
+        found: Fetched,
+    ) -> Instants:
+        """Keeps of a verified answer what is wanted; returns what still is."""
+        spliced = not question.first and self._spliced(question.name, verdicts, hull, found)
+        for delivery, verdict in verdicts:
+            for part in verdict.rejected:
+                found.refuse(question.name, delivery, part.reason, part.candles)
+            good = _only(verdict.good, wanted)
+            if spliced:
+                found.refuse(question.name, delivery, Reason.SPLICE, good)
+            else:
+                wanted = missing_of(wanted, good.ts)
+                found.keep(question.name, delivery, good, question.asked_at)
+        if question.provider.capabilities.omits_quiet and not spliced:
+            bars = np.concatenate([np.empty(0, np.int64), *(v.good.ts for _, v in verdicts)])
+            if len(bars):
+                between = wanted[(wanted > bars.min()) & (wanted < bars.max())]
+                found.quiet = np.union1d(found.quiet, between)
+        return wanted
+
+    def _spliced(
+        self, name: str, verdicts: Sequence[tuple[Delivery, Verdict]], hull: TimeRange, found: Fetched
+    ) -> bool:
+        """Whether the provider disagrees beyond the tolerance about a candle beside the hull.
+
+        Then it quotes another market, and its candles would be a step in the series. Compared are
+        the prices of the neighbours on either side, as far as both have them.
+        """
+        theirs = Candles.concat([v.good for _, v in verdicts]).sorted()
+        theirs = theirs.take((theirs.ts < hull.start) | (theirs.ts >= hull.end))
+        fresh = Candles.concat([_only(b.candles, theirs.ts) for b in found.brought]).sorted()
+        ours = Candles.concat([fresh, self._stored(missing_of(theirs.ts, fresh.ts))]).sorted()
+        theirs = _only(theirs, ours.ts)
+        if not len(ours):
+            return False
+        difference = max(
+            float(np.max(np.abs(getattr(ours, p) - getattr(theirs, p)) / getattr(theirs, p))) for p in PRICES
+        )
+        if difference > self._tolerance:
+            found.warnings.append(
+                f"{name}: its candles of {hull} are quarantined as a splice: beside them it differs by"
+                f" {difference:.2%} from what is stored, so it quotes another market"
+            )
+        return difference > self._tolerance
 
     def _windows(self, batches: Sequence[Batch], provider: Provider) -> list[TimeRange]:
         wanted = RangeSet([part for batch in batches for part in batch.wanted])
-        return list(wanted.merge_closer_than(provider.capabilities.page_size * self.series.timeframe.micros))
-
-    def _hulls(self, wanted: Instants, provider: Provider) -> list[TimeRange]:
-        """The ranges to ask for: scattered candles share a request where one page reaches both."""
-        step = self.series.timeframe.micros
-        ranges = RangeSet.from_arrays(wanted, wanted + step)
-        return list(ranges.merge_closer_than(provider.capabilities.page_size * step))
+        timeframe = self.series.timeframe
+        return list(wanted.merge_closer_than(provider.capabilities.page(timeframe) * timeframe.micros))
 
     def _count(self, name: str, tally: Tally) -> None:
         with self._lock:
             self._tallies[name] = self._tallies.get(name, Tally()) + tally
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What one provider is asked for: opens within its depth. `first`: nobody was asked before it."""
+
+    name: str
+    provider: Provider
+    wanted: Instants
+    asked_at: int
+    first: bool
+
+    def hulls(self, timeframe: Timeframe) -> list[TimeRange]:
+        """The ranges to ask for: scattered candles share a request where one page reaches both."""
+        ranges = RangeSet.from_arrays(self.wanted, self.wanted + timeframe.micros)
+        return list(ranges.merge_closer_than(self.provider.capabilities.page(timeframe) * timeframe.micros))
+
+    def window(self, hull: TimeRange, grid: Grid) -> TimeRange:
+        """With a neighbour on either side where that can tell something.
+
+        Beside a fallback's candles it tells whether it quotes the same market; beside a quiet
+        interval, that the provider was there. A first provider's whole months stay what they are:
+        archives and pages are cut to them.
+        """
+        if self.first and not self.provider.capabilities.omits_quiet:
+            return hull
+        before = grid.opens(TimeRange(hull.start - LONGEST_PAUSE, hull.start))[-1:]
+        after = grid.opens(TimeRange(hull.end, hull.end + LONGEST_PAUSE))[:1]
+        end = int(grid.closes(after)[0]) if len(after) else hull.end
+        return TimeRange(int(before[0]) if len(before) else hull.start, end)
+
+    def word(self, outcome: str, detail: str = "") -> Evidence:
+        return Evidence(self.name, self.asked_at, outcome, detail)
 
 
 def _only(candles: Candles, wanted: Instants) -> Candles:

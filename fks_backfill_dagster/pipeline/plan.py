@@ -8,11 +8,14 @@ span     = neighbouring batches that one request can answer together: one fetch
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
+
+import numpy as np
 
 from fks_backfill_dagster.domain.grid import Grid
-from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_SECOND, to_datetime, to_micros
 from fks_backfill_dagster.store.ledger import Known
@@ -86,39 +89,58 @@ def make_plan(
     grid: Grid,
     *,
     batch_size_days: int,
+    able: frozenset[str] = frozenset(),
+    now: int | None = None,
     refetch: bool = False,
 ) -> Plan:
-    """Plans a sync of `window`, which `closed_window` has cut. Pure: asks nobody."""
-    missing = known.missing(window)
+    """Plans a sync of `window`, which `closed_window` has cut. Pure: asks nobody.
+
+    `able` are the providers that can be asked: an explained gap is asked for again when it is due at
+    `now` (None: at once), or when one of them was not heard yet.
+    """
+    missing = known.worth_asking(window, able, now)
     wanted = RangeSet([window]) if refetch else missing
-    batches = []
-    for piece in _cut(wanted, batch_size_days):
-        parts = wanted & RangeSet([piece])
-        candles = sum(grid.count(part) for part in parts)
-        if candles:
-            batches.append(Batch(piece, parts, candles))
     return Plan(
         series=series,
         window=window,
         expected=grid.count(window),
-        missing=sum(grid.count(part) for part in missing),
+        missing=int(_counts(missing, grid).sum()),
         missing_ranges=missing,
-        batches=tuple(batches),
+        batches=tuple(_batches(wanted, grid, batch_size_days)),
         refetch=refetch,
     )
 
 
-def _cut(wanted: RangeSet, batch_size_days: int) -> Sequence[TimeRange]:
-    """The hulls of what is wanted within each cell of the batch calendar, ascending."""
+def _batches(wanted: RangeSet, grid: Grid, batch_size_days: int) -> Iterator[Batch]:
+    """What is wanted in each cell of the batch calendar, ascending; cells without a candle are left out."""
     if not wanted:
-        return []
-    edges = _edges(wanted.hull, batch_size_days)
-    cells = (TimeRange(a, b) for a, b in itertools.pairwise(edges))
-    return [(wanted & RangeSet([cell])).hull for cell in cells if wanted & RangeSet([cell])]
+        return
+    edges = np.array(_edges(wanted.hull, batch_size_days), dtype=np.int64)
+    pieces = _cut(wanted, edges)
+    cell = np.searchsorted(edges, [piece.start for piece in pieces], side="right")
+    for _, members in itertools.groupby(zip(cell.tolist(), pieces, strict=True), key=itemgetter(0)):
+        parts = RangeSet([piece for _, piece in members])
+        candles = int(_counts(parts, grid).sum())
+        if candles:
+            yield Batch(parts.hull, parts, candles)
+
+
+def _cut(ranges: RangeSet, edges: Instants) -> list[TimeRange]:
+    """The ranges, cut where an edge lies inside one; ascending."""
+    inside = edges[ranges.contains(edges) & ~np.isin(edges, ranges.starts)]
+    starts = np.union1d(ranges.starts, inside)
+    ends = np.union1d(ranges.ends, inside)
+    return [TimeRange(*edge) for edge in zip(starts.tolist(), ends.tolist(), strict=True)]
+
+
+def _counts(ranges: RangeSet, grid: Grid) -> Instants:
+    """How many candles are expected in each range."""
+    return grid.rank(ranges.ends) - grid.rank(ranges.starts)
 
 
 def _edges(hull: TimeRange, batch_size_days: int) -> list[int]:
-    """Where batches may be cut: month starts, or every `batch_size_days` from the first day on."""
+    """Where batches may be cut, from at or before the hull to its end or after: month starts, or
+    every `batch_size_days` from the first day on."""
     if batch_size_days < _MONTH_DAYS:
         step = batch_size_days * MICROS_PER_DAY
         first = hull.start // MICROS_PER_DAY * MICROS_PER_DAY

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.grid import Grid, grid_of
-from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso
 from fks_backfill_dagster.pipeline.events import BatchDone, Listener, Planned, Warned, silent
@@ -34,9 +34,10 @@ from fks_backfill_dagster.providers.base import (
     ProviderError,
     UnknownSymbol,
 )
-from fks_backfill_dagster.store import ledger
+from fks_backfill_dagster.store import ledger, reading
 from fks_backfill_dagster.store.commit import BatchWrite, Brought, Refused, commit_batch
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.settling import Findings
 
 # A lease outlives a missed heartbeat or two, and is over soon after a kill -9.
 LEASE_SECONDS = 30.0
@@ -55,14 +56,16 @@ class Context:
     clock: Callable[[], int]
     batch_size_days: int = 30
     max_concurrent_requests: int = 5
+    tolerance: float = 0.01
+    max_gap_minutes: int = 5
 
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
     """What one sync did.
 
-    `missing` is what the range still lacks, `unexplained` the part of it for which the ledger has
-    no explanation. `total_candles` were inserted or changed by this call.
+    `missing` is what the range still lacks, explained or not; an interval in which nothing traded
+    lacks nothing. `total_candles` were inserted or changed by this call.
     """
 
     series: Series
@@ -73,7 +76,6 @@ class SyncReport:
     total_candles: int = 0
     expected: int = 0
     missing: int = 0
-    unexplained: int = 0
     requests: int = 0
     seconds: float = 0.0
     errors: tuple[str, ...] = ()
@@ -82,8 +84,8 @@ class SyncReport:
 
     @property
     def complete(self) -> bool:
-        """Nothing failed, and every expected candle of the range is there or its absence is explained."""
-        return not self.errors and self.unexplained == 0
+        """Nothing failed, and every candle of the range that traded is there."""
+        return not self.errors and self.missing == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +104,21 @@ def sync(
     priority: Sequence[str],
     *,
     refetch: bool = False,
+    recheck: bool = False,
     run_id: str | None = None,
     listen: Listener = silent,
 ) -> SyncReport:
     """Brings every candle of `window` that should exist and is not stored, from `priority` in order.
 
-    `refetch` asks for the whole window again and corrects what differs. Provider errors end up in
+    `refetch` asks for the whole window again and corrects what differs. `recheck` also asks for the
+    gaps that nobody could fill lately: what a person wants, and no schedule. Provider errors end up in
     the report; a StoreError (the database is gone or full) is raised, and what was committed stays.
     """
     began = time.monotonic()
-    chain = Chain(context.providers, series, priority, context.clock)
+    chain = _chain(context, series, priority)
     for message in chain.warnings:
         listen(Warned(series, message))
-    plan, grid = _plan(context, series, window, chain, refetch, listen)
+    plan, grid = _plan(context, series, window, chain, refetch, recheck, listen)
     listen(Planned(series, plan, chain.names))
     work = _Work(context, series, grid, chain, run_id, listen)
     if plan.batches and chain.names:
@@ -123,17 +127,37 @@ def sync(
 
 
 def dry_run(
-    context: Context, series: Series, window: TimeRange, priority: Sequence[str], *, refetch: bool = False
+    context: Context,
+    series: Series,
+    window: TimeRange,
+    priority: Sequence[str],
+    *,
+    refetch: bool = False,
+    recheck: bool = False,
 ) -> DryRun:
     """Plans without fetching a candle. May ask once for a listing time that is not known yet."""
-    chain = Chain(context.providers, series, priority, context.clock)
-    plan, _ = _plan(context, series, window, chain, refetch, silent)
+    chain = _chain(context, series, priority)
+    plan, _ = _plan(context, series, window, chain, refetch, recheck, silent)
     estimates = tuple((name, chain.estimate(name, plan)) for name in chain.names)
     return DryRun(plan, estimates, (*chain.warnings, *chain.dropped))
 
 
+def _chain(context: Context, series: Series, priority: Sequence[str]) -> Chain:
+    def stored(opens: Instants) -> Candles:
+        hulls = (TimeRange(ts, ts + 1) for ts in opens.tolist())  # neighbours: two at most
+        return Candles.concat([reading.read_candles(context.database, series, hull) for hull in hulls])
+
+    return Chain(context.providers, series, priority, context.clock, stored, context.tolerance)
+
+
 def _plan(
-    context: Context, series: Series, window: TimeRange, chain: Chain, refetch: bool, listen: Listener
+    context: Context,
+    series: Series,
+    window: TimeRange,
+    chain: Chain,
+    refetch: bool,
+    recheck: bool,
+    listen: Listener,
 ) -> tuple[Plan, Grid]:
     grid = grid_of(series)
     listed_at = _listing(context, series, chain, listen)
@@ -143,7 +167,16 @@ def _plan(
         listen(Warned(series, chain.warnings[-1]))
     with context.database.begin() as connection:
         known = ledger.known(connection, ledger.series_id(connection, series), possible)
-    plan = make_plan(series, possible, known, grid, batch_size_days=context.batch_size_days, refetch=refetch)
+    plan = make_plan(
+        series,
+        possible,
+        known,
+        grid,
+        batch_size_days=context.batch_size_days,
+        able=frozenset(chain.names),
+        now=None if recheck else context.clock(),
+        refetch=refetch,
+    )
     return plan, grid
 
 
@@ -254,11 +287,38 @@ class _Work:
             if not fetched.recordable:
                 self._count(batch, 0, batch.candles, (), fetched)
                 continue
-            write = _batch_write(batch, fetched, self.run_id)
+            write = self._batch_write(batch, fetched)
             done = commit_batch(self.context.database, self.series, identity, write, self.grid)
             self.candles += done.inserted + done.updated
             names = tuple(dict.fromkeys(b.provider for b in write.brought if len(b.candles)))
             self._count(batch, done.inserted + done.updated, done.missing, names, fetched)
+
+    def _batch_write(self, batch: Batch, fetched: Fetched) -> BatchWrite:
+        """The part of a span's answer that belongs to one batch."""
+
+        def part(candles: Candles) -> Candles:
+            return candles.within(batch.window)
+
+        return BatchWrite(
+            window=batch.window,
+            brought=tuple(
+                Brought(b.provider, b.transport, b.source, b.sha256, b.fetched_at, part(b.candles))
+                for b in fetched.brought
+            ),
+            refused=tuple(
+                Refused(r.provider, r.source, r.reason, part(r.candles))
+                for r in fetched.refused
+                if len(part(r.candles))
+            ),
+            evidence=fetched.evidence,
+            findings=Findings(
+                asked=batch.wanted,
+                quiet=fetched.quiet,
+                able=frozenset(self.chain.names),
+                tolerated=self.context.max_gap_minutes // self.series.timeframe.minutes,
+            ),
+            run_id=self.run_id,
+        )
 
     def _count(
         self, batch: Batch, candles: int, missing: int, names: tuple[str, ...], fetched: Fetched
@@ -288,8 +348,7 @@ class _Work:
             failed_batches=failed,
             total_candles=self.candles,
             expected=plan.expected,
-            missing=sum(self.grid.count(part) for part in known.absent(plan.window)),
-            unexplained=sum(self.grid.count(part) for part in known.missing(plan.window)),
+            missing=sum(self.grid.count(part) for part in known.lacking(plan.window)),
             requests=self.requests,
             seconds=seconds,
             errors=errors if failed else (),
@@ -302,28 +361,6 @@ class _Work:
             f"no provider can serve {self.series}; see `fks-backfill series providers`"
             " and provider_priority in the settings"
         )
-
-
-def _batch_write(batch: Batch, fetched: Fetched, run_id: str | None) -> BatchWrite:
-    """The part of a span's answer that belongs to one batch."""
-
-    def part(candles: Candles) -> Candles:
-        return candles.within(batch.window)
-
-    return BatchWrite(
-        window=batch.window,
-        brought=tuple(
-            Brought(b.provider, b.transport, b.source, b.sha256, b.fetched_at, part(b.candles))
-            for b in fetched.brought
-        ),
-        refused=tuple(
-            Refused(r.provider, r.source, r.reason, part(r.candles))
-            for r in fetched.refused
-            if len(part(r.candles))
-        ),
-        evidence=fetched.evidence,
-        run_id=run_id,
-    )
 
 
 @contextmanager

@@ -175,6 +175,67 @@ def completeness(database: Database, series: Sequence[Series]) -> dict[Series, C
     return found
 
 
+def bad_parts(database: Database, series: Sequence[Series], part: str) -> dict[Series, dict[str, int]]:
+    """How many candles break a rule, by the day on which their `part` ("month" or "year") begins."""
+    any_rule = " OR ".join(f"({rule})" for rule in _RULES.values())
+    found: dict[Series, dict[str, int]] = {one: {} for one in series}
+    with database.begin() as connection:
+        owners = _owners(connection, series)
+        for timeframe in dict.fromkeys(one.timeframe for one in series):
+            rows = connection.execute(
+                sa.text(
+                    "SELECT series_id, to_char(date_trunc(:part, ts AT TIME ZONE 'UTC'), 'YYYY-MM-DD') AS key,"
+                    f' count(*) AS bad FROM fks."candles_{timeframe}"'
+                    f" WHERE series_id = ANY(:ids) AND ({any_rule}) GROUP BY 1, 2 ORDER BY 1, 2"
+                ),
+                {"part": part, "ids": [i for i, one in owners.items() if one.timeframe is timeframe]},
+            )
+            for row in rows:
+                found[owners[row.series_id]][row.key] = row.bad
+    return found
+
+
+def open_parts(database: Database, series: Sequence[Series], part: str) -> dict[Series, list[str]]:
+    """The parts ("month" or "year") that an open gap reaches into, by the day on which they begin."""
+    found: dict[Series, list[str]] = {one: [] for one in series}
+    with database.begin() as connection:
+        owners = _owners(connection, series)
+        rows = connection.execute(
+            sa.text(
+                "SELECT DISTINCT g.series_id, to_char(p, 'YYYY-MM-DD') AS key FROM fks.gap g"
+                " CROSS JOIN LATERAL generate_series("
+                "   date_trunc(:part, g.gap_start AT TIME ZONE 'UTC'),"
+                "   (g.gap_end - interval '1 microsecond') AT TIME ZONE 'UTC', CAST('1 ' || :part AS interval)) p"
+                " WHERE g.series_id = ANY(:ids) AND g.status = :open ORDER BY 1, 2"
+            ),
+            {"part": part, "ids": list(owners), "open": GapStatus.OPEN.value},
+        )
+        for row in rows:
+            found[owners[row.series_id]].append(row.key)
+    return found
+
+
+def synced_ends(database: Database, series: Sequence[Series]) -> dict[Series, int]:
+    """Up to where each series was ever synced; those that never were are left out."""
+    with database.begin() as connection:
+        owners = _owners(connection, series)
+        rows = connection.execute(
+            sa.text(
+                "SELECT series_id, upper(synced) AS synced_end FROM fks.sync_state"
+                " WHERE series_id = ANY(:ids) AND NOT isempty(synced)"
+            ),
+            {"ids": list(owners)},
+        )
+        return {owners[row.series_id]: to_micros(row.synced_end) for row in rows}
+
+
+def listed_at(database: Database, series: Series, providers: Sequence[str]) -> int | None:
+    """Since when one of `providers` has the symbol, as far as that was found out."""
+    with database.begin() as connection:
+        found = ledger.listings(connection, series.symbol)
+    return min((found[name] for name in providers if name in found), default=None)
+
+
 def _owners(connection: sa.Connection, series: Sequence[Series]) -> dict[int, Series]:
     """The series that were ever synced, by id."""
     wanted = {(one.symbol, one.timeframe.value): one for one in series}

@@ -12,7 +12,7 @@ and no WAL for unchanged rows), never by ON CONFLICT (0.3, and it writes WAL for
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,8 @@ from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.store import copying, schema
 from fks_backfill_dagster.store.database import Database, cursor_of
 from fks_backfill_dagster.store.errors import StoreError
-from fks_backfill_dagster.store.ledger import Evidence, Known, known, to_multirange
-from fks_backfill_dagster.store.settling import LONGEST_PAUSE, Settlement, settle
+from fks_backfill_dagster.store.ledger import Evidence, Known, known_around, to_multirange
+from fks_backfill_dagster.store.settling import Findings, Settlement, settle
 
 # Advisory locks: (class, series id) for one series, one key for the gate (see fks.ohlcv_as_of).
 _SERIES_LOCK = 46137
@@ -67,6 +67,7 @@ class BatchWrite:
     brought: tuple[Brought, ...]
     refused: tuple[Refused, ...] = ()
     evidence: tuple[Evidence, ...] = ()
+    findings: Findings = Findings()  # noqa: RUF009 - frozen
     run_id: str | None = None
 
 
@@ -82,21 +83,25 @@ class Committed:
 def commit_batch(
     database: Database, series: Series, identity: int, write: BatchWrite, grid: Grid
 ) -> Committed:
-    """Writes one batch; all of it or nothing. Committing the same batch twice changes nothing."""
+    """Writes one batch; all of it or nothing. Committing the same batch twice changes nothing.
+
+    Raises ValueError for candles that the batch may not hold: the ledger would be wrong for ever.
+    """
+    brought = tuple(b for b in write.brought if len(b.candles))
     with database.begin() as connection:
         _lock(connection, identity)
-        around = TimeRange(write.window.start - LONGEST_PAUSE, write.window.end + LONGEST_PAUSE)
-        before = known(connection, identity, around)
-        brought = tuple(b for b in write.brought if len(b.candles))
-        batch_ids = [_open_batch(connection, identity, b, write.run_id) for b in brought]
+        before = known_around(connection, identity, write.window)
+        batch_ids = [_open_batch(connection, identity, b, write.run_id, grid) for b in brought]
         rows, row_batches = _merge(brought, batch_ids)
+        _refuse_misplaced(rows.ts, write.window, grid)
         inserted, updated = _write_candles(connection, series, identity, rows, row_batches)
         missing = _still_missing(before, write.window, rows.ts, grid)
-        settlement = settle(before.gaps, write.window, missing, rows.ts, write.evidence, grid)
+        settlement = settle(before.gaps, write.window, missing, rows.ts, write.evidence, grid, write.findings)
         _write_gaps(connection, identity, settlement)
         _write_refused(connection, identity, write.refused)
         _cover(connection, identity, write.window, inserted, rows.ts)
-        _close_batches(connection, batch_ids, inserted, updated)
+        _drop_idle(connection, [b for b in batch_ids if not (b in inserted or b in updated)])
+        _stamp(connection, [b for b in batch_ids if b in inserted or b in updated], inserted, updated)
         return Committed(sum(inserted.values()), sum(updated.values()), len(missing))
 
 
@@ -104,12 +109,14 @@ def _lock(connection: sa.Connection, identity: int) -> None:
     connection.execute(
         sa.text("SELECT pg_advisory_xact_lock(:class, :id)"), {"class": _SERIES_LOCK, "id": identity}
     )
-    # A plain server takes both as unknown custom settings or planner advice: one path for both. The
-    # planner would pick a nested loop over every chunk (93k rows/s instead of 427k); the default
-    # limit of TimescaleDB on rows changed in compressed chunks would refuse a large correction.
+    # One path for both kinds of server: a plain one takes the last for an unknown custom setting.
+    # The planner would pick a nested loop over every chunk (93k rows/s instead of 427k). Where it has
+    # no other way than the one forbidden, its estimate is so high that the server compiles a query of
+    # one row first (PostgreSQL before 18): 100 ms a commit. The default limit of TimescaleDB on rows
+    # changed in compressed chunks would refuse a large correction.
     connection.execute(
         sa.text(
-            "SET LOCAL enable_nestloop = off;"
+            "SET LOCAL enable_nestloop = off; SET LOCAL jit = off;"
             " SET LOCAL timescaledb.max_tuples_decompressed_per_dml_transaction = 0"
         )
     )
@@ -118,7 +125,9 @@ def _lock(connection: sa.Connection, identity: int) -> None:
 # Lineage ------------------------------------------------------------------------------------------------
 
 
-def _open_batch(connection: sa.Connection, identity: int, brought: Brought, run_id: str | None) -> int:
+def _open_batch(
+    connection: sa.Connection, identity: int, brought: Brought, run_id: str | None, grid: Grid
+) -> int:
     """A lineage row, not yet stamped: `infinity` until the gate."""
     ts = brought.candles.ts
     row = {
@@ -128,41 +137,47 @@ def _open_batch(connection: sa.Connection, identity: int, brought: Brought, run_
         "source": brought.source,
         "sha256": brought.sha256,
         "range_start": to_datetime(int(ts[0])),
-        "range_end": to_datetime(int(ts[-1]) + 1),
+        "range_end": to_datetime(int(grid.closes(ts[-1:])[0])),
         "run_id": run_id,
         "fetched_at": to_datetime(brought.fetched_at),
         "committed_at": sa.text("'infinity'"),
         "inserted": 0,
         "updated": 0,
     }
-    return int(connection.execute(sa.insert(schema.batch).values(row).returning(schema.batch.c.id)).scalar_one())
+    return int(
+        connection.execute(sa.insert(schema.batch).values(row).returning(schema.batch.c.id)).scalar_one()
+    )
 
 
-def _close_batches(
+def _drop_idle(connection: sa.Connection, batch_ids: Sequence[int]) -> None:
+    """No lineage for what brought nothing new."""
+    if batch_ids:
+        connection.execute(sa.text("DELETE FROM fks.batch WHERE id = ANY(:ids)"), {"ids": list(batch_ids)})
+
+
+def _stamp(
     connection: sa.Connection, batch_ids: Sequence[int], inserted: dict[int, int], updated: dict[int, int]
 ) -> None:
-    """Stamps the batches that brought something, behind the gate; drops those that brought nothing."""
-    useful = [b for b in batch_ids if inserted.get(b, 0) or updated.get(b, 0)]
-    idle = [b for b in batch_ids if b not in useful]
-    if idle:
-        connection.execute(sa.text("DELETE FROM fks.batch WHERE id = ANY(:ids)"), {"ids": idle})
-    if not useful:
+    """Gives batches their commit time, behind the gate; the last thing a transaction does."""
+    if not batch_ids:
         return
     connection.execute(sa.text("SELECT pg_advisory_xact_lock(:gate)"), {"gate": _COMMIT_GATE})
     connection.execute(
         sa.text(
-            "UPDATE fks.batch b SET committed_at = stamp.now, inserted = n.inserted, updated = n.updated"
-            " FROM unnest(CAST(:ids AS int[]), CAST(:inserted AS int[]), CAST(:updated AS int[]))"
-            "   AS n(id, inserted, updated),"
-            # The clock may be set back; the order of commits may not.
-            " (SELECT greatest(clock_timestamp(), max(committed_at) + interval '1 microsecond') AS now"
-            "   FROM fks.batch WHERE committed_at < 'infinity') AS stamp"
+            # The clock may be set back; the order of commits may not. Materialized: a join may look at
+            # a subquery once a row, and the batches of one commit would get moments of their own.
+            "WITH stamp AS MATERIALIZED ("
+            " SELECT greatest(clock_timestamp(), max(committed_at) + interval '1 microsecond') AS now"
+            " FROM fks.batch WHERE committed_at < 'infinity')"
+            " UPDATE fks.batch b SET committed_at = stamp.now, inserted = n.inserted, updated = n.updated"
+            " FROM stamp, unnest(CAST(:ids AS int[]), CAST(:inserted AS int[]), CAST(:updated AS int[]))"
+            "   AS n(id, inserted, updated)"
             " WHERE b.id = n.id"
         ),
         {
-            "ids": useful,
-            "inserted": [inserted.get(b, 0) for b in useful],
-            "updated": [updated.get(b, 0) for b in useful],
+            "ids": list(batch_ids),
+            "inserted": [inserted.get(b, 0) for b in batch_ids],
+            "updated": [updated.get(b, 0) for b in batch_ids],
         },
     )
 
@@ -180,6 +195,17 @@ def _merge(brought: Sequence[Brought], batch_ids: Sequence[int]) -> tuple[Candle
         if bool((rows.ts[1:] == rows.ts[:-1]).any()):
             raise ValueError("two deliveries of one batch hold the same candle")
     return rows, origins
+
+
+def _refuse_misplaced(opens: Instants, window: TimeRange, grid: Grid) -> None:
+    if not len(opens):
+        return
+    if bool((opens[1:] <= opens[:-1]).any()):
+        raise ValueError("the candles of a delivery are not ascending and unique")
+    if opens[0] < window.start or opens[-1] >= window.end:
+        raise ValueError(f"a candle lies outside the batch {window}")
+    if not bool(grid.contains(opens).all()):
+        raise ValueError("a candle opens where none is expected")
 
 
 def _write_candles(
@@ -271,9 +297,9 @@ def _update_changed(connection: sa.Connection, table: str, reach: dict[str, obje
     return revised
 
 
-def _counts(found: sa.CursorResult[Any]) -> dict[int, int]:
+def _counts(found: Iterable[Any]) -> dict[int, int]:
     """From rows of (batch id, count)."""
-    return {int(batch): int(count) for batch, count in found.all()}
+    return {int(batch): int(count) for batch, count in found}
 
 
 def _tally(origins: NDArray[np.int32]) -> dict[int, int]:
@@ -387,8 +413,9 @@ def undo_batch(database: Database, series: Series, identity: int, batch_id: int,
     """Takes back what a batch brought: its insertions go, its corrections give way to the values before.
 
     The undo is a batch of its own, so that the history stays whole; what goes becomes an open gap.
-    Candles that a later batch changed are left as that batch made them. Raises StoreError when the
-    batch does not exist, belongs to another series, or was undone before.
+    Candles that a later batch changed are left as that batch made them; if that one is undone too,
+    what comes back is from before both. Raises StoreError when the batch does not exist, belongs to
+    another series, is an undo, or was undone before.
     """
     with database.begin() as connection:
         _lock(connection, identity)
@@ -408,12 +435,12 @@ def undo_batch(database: Database, series: Series, identity: int, batch_id: int,
         table = f'fks."candles_{series.timeframe}"'
         names = {"id": identity, "batch": batch_id, "undo": undo, "reason": f"batch {batch_id} undone"}
         reach = {"first": batch.range_start, "last": batch.range_end}
-        connection.execute(sa.text(_KEEP_UNDONE.format(table=table)), names | reach)
+        for statement in (_FIND_FORMER, _KEEP_UNDONE):
+            connection.execute(sa.text(statement.format(table=table)), names | reach)
         restored = connection.execute(sa.text(_RESTORE.format(table=table)), names | reach).rowcount
         removed = connection.execute(sa.text(_REMOVE.format(table=table)), names | reach)
         opens = np.array(sorted(to_micros(ts) for (ts,) in removed), dtype=np.int64)
-        around = TimeRange(window.start - LONGEST_PAUSE, window.end + LONGEST_PAUSE)
-        before = known(connection, identity, around)
+        before = known_around(connection, identity, window)
         absent = _still_missing(before, window, np.empty(0, dtype=np.int64), grid)
         missing = np.union1d(absent, opens)
         settlement = settle(before.gaps, window, missing, np.empty(0, dtype=np.int64), (), grid)
@@ -426,7 +453,8 @@ def undo_batch(database: Database, series: Series, identity: int, batch_id: int,
             ),
             {"id": identity, "removed": len(opens)},
         )
-        _close_batches(connection, [undo], {}, {undo: len(opens) + restored})
+        # Kept even if every candle was changed since: the batch must not come back by a later undo.
+        _stamp(connection, [undo], {}, {undo: len(opens) + restored})
         return Committed(0, len(opens) + restored, len(missing))
 
 
@@ -444,29 +472,79 @@ def _open_undo(connection: sa.Connection, identity: int, batch: sa.Row[Any]) -> 
         "updated": 0,
         "undoes": batch.id,
     }
-    return int(connection.execute(sa.insert(schema.batch).values(row).returning(schema.batch.c.id)).scalar_one())
+    return int(
+        connection.execute(sa.insert(schema.batch).values(row).returning(schema.batch.c.id)).scalar_one()
+    )
 
 
-_REACH = "c.series_id = :id AND c.ts BETWEEN :first AND :last"
+_UNDONE_CANDLES = "c.series_id = :id AND c.ts BETWEEN :first AND :last AND c.batch_id = :batch"
+
+# What each candle was before the batch, or before that if the batch before was undone as well, and
+# so on. Without a version (batch_id NULL) there was no candle.
+_FIND_FORMER = f"""
+CREATE TEMPORARY TABLE former ON COMMIT DROP AS
+WITH RECURSIVE undone AS (
+    SELECT undoes AS id FROM fks.batch WHERE series_id = :id AND undoes IS NOT NULL
+), version AS (
+    SELECT c.ts, r.batch_id, r.open, r.high, r.low, r.close, r.volume
+    FROM {{table}} c
+    LEFT JOIN fks.revision r ON r.series_id = :id AND r.ts = c.ts AND r.replaced_by = :batch
+    WHERE {_UNDONE_CANDLES}
+    UNION ALL
+    SELECT v.ts, r.batch_id, r.open, r.high, r.low, r.close, r.volume
+    FROM version v
+    JOIN undone u ON u.id = v.batch_id
+    LEFT JOIN fks.revision r ON r.series_id = :id AND r.ts = v.ts AND r.replaced_by = v.batch_id
+)
+SELECT * FROM version v WHERE NOT EXISTS (SELECT FROM undone u WHERE u.id = v.batch_id)
+"""
 
 _KEEP_UNDONE = f"""
 INSERT INTO fks.revision (series_id, ts, replaced_by, batch_id, open, high, low, close, volume,
     open_after, high_after, low_after, close_after, volume_after, reason)
 SELECT c.series_id, c.ts, :undo, c.batch_id, c.open, c.high, c.low, c.close, c.volume,
-    r.open, r.high, r.low, r.close, r.volume, :reason
-FROM {{table}} c
-LEFT JOIN fks.revision r ON r.series_id = :id AND r.ts = c.ts AND r.replaced_by = :batch
-WHERE {_REACH} AND c.batch_id = :batch
+    f.open, f.high, f.low, f.close, f.volume, :reason
+FROM {{table}} c JOIN former f ON f.ts = c.ts
+WHERE {_UNDONE_CANDLES}
 """
 
 _RESTORE = f"""
-UPDATE {{table}} c SET batch_id = r.batch_id, open = r.open, high = r.high, low = r.low,
-    close = r.close, volume = r.volume
-FROM fks.revision r
-WHERE r.series_id = :id AND r.replaced_by = :batch AND r.ts = c.ts AND {_REACH} AND c.batch_id = :batch
+UPDATE {{table}} c SET batch_id = f.batch_id, open = f.open, high = f.high, low = f.low,
+    close = f.close, volume = f.volume
+FROM former f
+WHERE f.batch_id IS NOT NULL AND f.ts = c.ts AND {_UNDONE_CANDLES}
 """
 
-_REMOVE = f"DELETE FROM {{table}} c WHERE {_REACH} AND c.batch_id = :batch RETURNING c.ts"
+_REMOVE = f"DELETE FROM {{table}} c WHERE {_UNDONE_CANDLES} RETURNING c.ts"
+
+
+# Removal ------------------------------------------------------------------------------------------------
+
+
+def remove_series(database: Database, series: Series) -> int:
+    """Deletes a series with its candles, lineage, ledger and quarantine; returns how many candles went.
+
+    Also what `ohlcv_as_of` could tell of it is gone. Raises StoreError when it is being synced.
+    """
+    named = {"symbol": series.symbol, "timeframe": series.timeframe.value}
+    with database.begin() as connection:
+        query = "SELECT id FROM fks.series WHERE symbol = :symbol AND timeframe = :timeframe"
+        identity = connection.scalar(sa.text(query), named)
+        if identity is None:
+            return 0
+        _lock(connection, identity)
+        busy = (
+            "SELECT EXISTS (SELECT FROM fks.lease WHERE series_id = :id AND expires_at > clock_timestamp())"
+        )
+        if connection.scalar(sa.text(busy), {"id": identity}):
+            raise StoreError(
+                f"{series} is being synced just now: stop that or wait for its end, then try again."
+            )
+        delete = sa.text(f'DELETE FROM fks."candles_{series.timeframe}" WHERE series_id = :id')
+        candles = connection.execute(delete, {"id": identity}).rowcount
+        # Everything else belongs to the series by ON DELETE CASCADE.
+        connection.execute(sa.text("DELETE FROM fks.series WHERE id = :id"), {"id": identity})
+        return candles
 
 
 __all__ = [
@@ -475,5 +553,6 @@ __all__ = [
     "Committed",
     "Refused",
     "commit_batch",
+    "remove_series",
     "undo_batch",
 ]

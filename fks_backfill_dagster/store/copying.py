@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.ranges import Instants
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND
 
 HEADER = b"PGCOPY\n\xff\r\n\0" + (0).to_bytes(4, "big") + (0).to_bytes(4, "big")
@@ -36,6 +37,7 @@ def _record(fields: Iterable[tuple[str, str]]) -> np.dtype[np.void]:
 _KEYS = [("series_id", ">i4"), ("ts", ">i8"), ("batch_id", ">i4")]
 _WITH_VOLUME = _record([*_KEYS, *((name, ">f8") for name in _VALUES)])
 _READ = _record([("ts", ">i8"), *((name, ">f8") for name in _VALUES)])
+_READ_OPENS = _record([("ts", ">i8")])
 
 # A NULL has a length and no bytes: the record simply ends there.
 _WITHOUT_VOLUME = np.dtype(
@@ -86,11 +88,19 @@ def decode(chunks: Iterable[bytes | bytearray | memoryview]) -> Candles:
 
     No field may be NULL: then all rows have one width and the bytes are an array.
     """
+    rows = _records(_READ, chunks)
+    ts = rows["ts"].astype(np.int64) + _POSTGRES_EPOCH
+    return Candles(ts, *(rows[name].astype(np.float64) for name in _VALUES))
+
+
+def decode_opens(chunks: Iterable[bytes | bytearray | memoryview]) -> Instants:
+    """The opens of one binary COPY of (ts)."""
+    return _records(_READ_OPENS, chunks)["ts"].astype(np.int64) + _POSTGRES_EPOCH
+
+
+def _records(record: np.dtype[np.void], chunks: Iterable[bytes | bytearray | memoryview]) -> NDArray[np.void]:
     raw = bytearray()
     for chunk in chunks:
         raw += chunk
-    rows = np.frombuffer(
-        raw, dtype=_READ, offset=len(HEADER), count=(len(raw) - len(HEADER)) // _READ.itemsize
-    )
-    ts = rows["ts"].astype(np.int64) + _POSTGRES_EPOCH
-    return Candles(ts, *(rows[name].astype(np.float64) for name in _VALUES))
+    rows = (len(raw) - len(HEADER) - len(TRAILER)) // record.itemsize
+    return np.frombuffer(raw, dtype=record, offset=len(HEADER), count=rows)

@@ -27,17 +27,20 @@ _MIGRATION_LOCK = 4613731
 class Database:
     """A PostgreSQL or TimescaleDB with (or about to have) the schema `fks`.
 
-    `url` is a libpq URL; any `postgresql[+driver]://` or `postgres://` form is taken. Nothing is
-    connected until it is used. Safe to share between threads; close it with `dispose`.
+    `url` is a libpq URL; any `postgresql[+driver]://` or `postgres://` form is taken, anything else
+    is a StoreError. Nothing is connected until it is used. Safe to share between threads; close it
+    with `dispose`.
     """
 
     def __init__(self, url: str, *, pool_size: int = 8) -> None:
         self.url = _with_driver(url)
-        self.where = self.url.render_as_string(hide_password=True).replace("+psycopg", "", 1)
+        self.where = _without_secrets(self.url)
         self._engine = sa.create_engine(
             self.url,
             pool_size=pool_size,
             pool_pre_ping=True,
+            # Whatever the server's default: a statement after a lock has to see what came before it.
+            isolation_level="READ COMMITTED",
             connect_args={
                 "connect_timeout": 10,
                 "application_name": "fks-backfill",
@@ -132,8 +135,30 @@ def cursor_of(connection: sa.Connection) -> psycopg.Cursor[Any]:
 
 def _with_driver(url: str) -> sa.URL:
     # SQLAlchemy would pick a driver by its own default, which changed between versions: name it.
-    parsed = sa.make_url(url.replace("postgres://", "postgresql://", 1))
-    return parsed.set(drivername="postgresql+psycopg")
+    scheme, separator, rest = url.partition("://")
+    if scheme.partition("+")[0] not in ("postgresql", "postgres"):
+        raise _no_address()
+    try:
+        parsed = sa.make_url(f"postgresql+psycopg{separator}{rest}")
+    except (sa.exc.ArgumentError, ValueError):  # its text may quote a piece of the password
+        raise _no_address() from None
+    if "@" in (parsed.host or ""):  # a password with a bare @: the rest of it would pass for the host
+        raise _no_address()
+    return parsed
+
+
+def _no_address() -> DatabaseUnavailable:
+    return DatabaseUnavailable(
+        "FKS_DATABASE_URL is not a PostgreSQL address such as postgresql://user:password@host:5432/database"
+        " (special characters of a password are percent-encoded)."
+    )
+
+
+def _without_secrets(url: sa.URL) -> str:
+    """The address for messages: libpq takes passwords among the parameters as well."""
+    secret = [name for name in url.query if "password" in name.lower() or name.lower() == "passfile"]
+    shown = url.set(drivername="postgresql").difference_update_query(secret)
+    return shown.render_as_string(hide_password=True)
 
 
 def _revision(connection: sa.Connection) -> str | None:

@@ -9,6 +9,7 @@ StoreError                 one sentence with the remedy
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,6 +37,17 @@ class DatabaseFull(StoreError):
     pass
 
 
+# libpq tells why a connection failed in words only, without the SQLSTATE. A server that speaks
+# another language is then understood as one that does not answer, with its words quoted.
+_AT_THE_DOOR = (
+    (re.compile(r'FATAL: +database ".*" does not exist'), "3D000"),
+    (re.compile(r'FATAL: +\w+ authentication failed|FATAL: +role ".*"|no pg_hba\.conf entry'), "28000"),
+    (re.compile(r"no password supplied|password is required"), "28000"),
+    (re.compile(r"FATAL: +(sorry, )?(too many|remaining connection slots)"), "53300"),
+    (re.compile(r"FATAL: +permission denied for database"), "42501"),
+)
+
+
 @contextmanager
 def translated(where: str) -> Iterator[None]:
     """Turns the driver's errors into StoreErrors. `where` is the database without its password."""
@@ -47,10 +59,24 @@ def translated(where: str) -> Iterator[None]:
         raise _translate(error, where) from error
 
 
+def _state(error: BaseException) -> str:
+    state = getattr(error, "sqlstate", None)
+    if state is None:
+        return next((state for words, state in _AT_THE_DOOR if words.search(str(error))), "")
+    return str(state)
+
+
+def _said(error: BaseException) -> str:
+    """The server's sentence without its CONTEXT and LINE; the whole text where there was no server."""
+    diagnosis = error.diag if isinstance(error, psycopg.Error) else None
+    if diagnosis is None or diagnosis.message_primary is None:
+        return " ".join(str(error).split())
+    return " ".join(filter(None, (diagnosis.message_primary, diagnosis.message_hint)))
+
+
 def _translate(error: BaseException, where: str) -> StoreError:
-    state = getattr(error, "sqlstate", None) or ""
-    said = " ".join(str(error).split())
-    if state.startswith("53") and state not in ("53300",):
+    state, said = _state(error), _said(error)
+    if state in ("53100", "53400"):
         return DatabaseFull(
             f"The database {where} has no room left ({said}). What was committed is kept;"
             " free space and run the same command again."

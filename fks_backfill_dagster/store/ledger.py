@@ -25,12 +25,26 @@ from fks_backfill_dagster.store import schema
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What one provider said of a missing candle when it was last asked. `asked_at` in microseconds."""
+    """What one provider said of a missing candle when it was last asked. `asked_at` in microseconds.
+
+    The outcome is `absent` (it answered without the candle), `rejected` (some of what it answered
+    broke a rule and is in the quarantine), `refused` (it will not give it: not entitled) or `error`
+    (it did not answer).
+    """
 
     provider: str
     asked_at: int
-    outcome: str  # "absent": it answered without the candle; "error": it did not answer
+    outcome: str
     detail: str = ""
+
+    @property
+    def answered(self) -> bool:
+        return self.outcome in ("absent", "rejected")
+
+    @property
+    def final(self) -> bool:
+        """Asking again soon would bring the same word."""
+        return self.outcome in ("absent", "refused")
 
     def to_json(self) -> dict[str, str]:
         found = {
@@ -69,6 +83,10 @@ class LedgerGap:
     found_at: int | None = None
     next_attempt_at: int | None = None
 
+    def heard(self) -> frozenset[str]:
+        """The providers that do not have its candles, by their own word."""
+        return frozenset(word.provider for word in self.evidence if word.final)
+
 
 @dataclass(frozen=True, slots=True)
 class Known:
@@ -83,6 +101,27 @@ class Known:
     def missing(self, window: TimeRange) -> RangeSet:
         """Where candles can be missing that nothing explains: never synced, or an open gap."""
         return (RangeSet([window]) - self.synced) | (self.ranges(GapStatus.OPEN) & RangeSet([window]))
+
+    def worth_asking(self, window: TimeRange, able: frozenset[str], now: int | None) -> RangeSet:
+        """Where a sync would ask: what nothing explains, what is due for another look, and what a
+        provider of `able` has not been asked for yet (a new key, a new provider). With `now` None
+        everything that nobody could fill is due."""
+        again = [
+            TimeRange(g.start, g.end)
+            for g in self.gaps
+            if g.status in (GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
+            and (
+                now is None
+                or not able <= g.heard()
+                or (g.next_attempt_at is not None and g.next_attempt_at <= now)
+            )
+        ]
+        return self.missing(window) | (RangeSet(again) & RangeSet([window]))
+
+    def lacking(self, window: TimeRange) -> RangeSet:
+        """Where candles are absent that did trade: never synced, or a gap in any state but no_trade."""
+        gaps = self.ranges(GapStatus.OPEN, GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
+        return (RangeSet([window]) - self.synced) | (gaps & RangeSet([window]))
 
     def absent(self, window: TimeRange) -> RangeSet:
         """Where no candle is stored: never synced, or any gap, explained or not."""
@@ -123,11 +162,33 @@ def register(connection: sa.Connection, series: Series) -> int:
     return made
 
 
+# Unfilled gaps are disjoint, so the last one that starts before an instant is the only one that can
+# reach beyond it: two look-ups in the index `gap_missing` instead of all gaps since the beginning.
+_GAPS_AROUND = """
+SELECT * FROM fks.gap
+WHERE series_id = :id AND status <> 'filled'
+AND gap_start >= coalesce(
+    (SELECT max(gap_start) FROM fks.gap WHERE series_id = :id AND status <> 'filled' AND gap_start < :start),
+    :start)
+AND gap_start <= coalesce(
+    (SELECT min(gap_start) FROM fks.gap WHERE series_id = :id AND status <> 'filled' AND gap_start >= :end),
+    :end)
+ORDER BY gap_start
+"""
+
+
 def known(connection: sa.Connection, identity: int | None, window: TimeRange) -> Known:
-    """Coverage and unfilled gaps that touch `window`; nothing for a series that was never synced."""
+    """Coverage and unfilled gaps within `window`; nothing for a series that was never synced."""
+    around = known_around(connection, identity, window)
+    return Known(
+        around.synced, tuple(g for g in around.gaps if g.start < window.end and g.end > window.start)
+    )
+
+
+def known_around(connection: sa.Connection, identity: int | None, window: TimeRange) -> Known:
+    """As `known`, with the nearest unfilled gap on either side: one that the window may come to touch."""
     if identity is None:
         return Known(RangeSet(), ())
-    table = schema.gap
     synced = connection.scalar(
         sa.text(
             "SELECT synced * tstzmultirange(tstzrange(:start, :end)) FROM fks.sync_state WHERE series_id = :id"
@@ -135,14 +196,8 @@ def known(connection: sa.Connection, identity: int | None, window: TimeRange) ->
         {"start": to_datetime(window.start), "end": to_datetime(window.end), "id": identity},
     )
     rows = connection.execute(
-        sa.select(table)
-        .where(
-            table.c.series_id == identity,
-            table.c.status != GapStatus.FILLED.value,
-            table.c.gap_start < to_datetime(window.end),
-            table.c.gap_end > to_datetime(window.start),
-        )
-        .order_by(table.c.gap_start)
+        sa.text(_GAPS_AROUND),
+        {"start": to_datetime(window.start), "end": to_datetime(window.end), "id": identity},
     )
     return Known(from_multirange(synced), tuple(_gap(row) for row in rows))
 

@@ -9,6 +9,8 @@ import sqlalchemy as sa
 
 from fks_backfill_dagster.store.database import Database
 
+DAGSTER_SCHEMA = "dagster"
+
 
 def lend_schema(database_url: str, schema: str, driver: str) -> str:
     """The SQLAlchemy URL with which `driver` works in `schema`, which is made where there is none.

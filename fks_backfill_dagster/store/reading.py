@@ -16,9 +16,15 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime, to_micros
 from fks_backfill_dagster.store import copying, schema
 from fks_backfill_dagster.store.database import Database, cursor_of
-from fks_backfill_dagster.store.ledger import LedgerGap, known, series_id
+from fks_backfill_dagster.store.ledger import Known, LedgerGap, known, series_id
 
 _COLUMNS = "ts, open, high, low, close, coalesce(volume, 'NaN')"
+
+# COPY of a hypertable itself would give no rows; of a query it does.
+_STORED = (
+    'SELECT {columns} FROM fks."candles_{timeframe}"'
+    " WHERE series_id = %(id)s AND ts >= %(start)s AND ts < %(end)s ORDER BY ts"
+)
 
 # About as many rows as one month of minutes: what is held in memory at a time.
 _ROWS_AT_ONCE = 45_000
@@ -72,7 +78,10 @@ class Origin:
 def read_candles(
     database: Database, series: Series, window: TimeRange, as_of: datetime | None = None
 ) -> Candles:
-    """The stored candles that open in `window`, ascending; with `as_of`, what was stored at that moment."""
+    """The stored candles that open in `window`, ascending; with `as_of`, what was stored at that moment.
+
+    Raises StoreError for an `as_of` in the future, ValueError for one without a zone.
+    """
     return Candles.concat(list(_blocks(database, series, [window], as_of)))
 
 
@@ -88,16 +97,13 @@ def iterate_candles(
 def _blocks(
     database: Database, series: Series, windows: Sequence[TimeRange], as_of: datetime | None
 ) -> Iterator[Candles]:
+    moment = None if as_of is None else to_datetime(to_micros(as_of))
     with database.begin() as connection:
         identity = series_id(connection, series)
         if identity is None:
             return
         if as_of is None:
-            # COPY of a hypertable itself would give no rows; of a query it does.
-            query = (
-                f'SELECT {_COLUMNS} FROM fks."candles_{series.timeframe}"'
-                " WHERE series_id = %(id)s AND ts >= %(start)s AND ts < %(end)s ORDER BY ts"
-            )
+            query = _STORED.format(columns=_COLUMNS, timeframe=series.timeframe)
         else:
             query = (
                 f"SELECT {_COLUMNS} FROM fks.ohlcv_as_of"
@@ -111,7 +117,7 @@ def _blocks(
                     "timeframe": series.timeframe.value,
                     "start": to_datetime(window.start),
                     "end": to_datetime(window.end),
-                    "as_of": as_of,
+                    "as_of": moment,
                 }
                 with cursor.copy(f"COPY ({query}) TO STDOUT (FORMAT BINARY)", parameters) as copy:
                     block = copying.decode(copy)
@@ -125,16 +131,13 @@ def stored_opens(database: Database, series: Series, window: TimeRange) -> Insta
         identity = series_id(connection, series)
         if identity is None:
             return np.empty(0, dtype=np.int64)
-        rows = connection.execute(
-            sa.select(schema.candles[series.timeframe].c.ts)
-            .where(
-                schema.candles[series.timeframe].c.series_id == identity,
-                schema.candles[series.timeframe].c.ts >= to_datetime(window.start),
-                schema.candles[series.timeframe].c.ts < to_datetime(window.end),
-            )
-            .order_by("ts")
-        )
-        return np.array([to_micros(ts) for (ts,) in rows], dtype=np.int64)
+        query = _STORED.format(columns="ts", timeframe=series.timeframe)
+        parameters = {"id": identity, "start": to_datetime(window.start), "end": to_datetime(window.end)}
+        with (
+            cursor_of(connection) as cursor,
+            cursor.copy(f"COPY ({query}) TO STDOUT (FORMAT BINARY)", parameters) as copy,
+        ):
+            return copying.decode_opens(copy)
 
 
 def sync_status(database: Database, series: Series | None = None) -> list[SyncStatus]:
@@ -220,3 +223,9 @@ def origins(database: Database, series: Series, window: TimeRange) -> list[Origi
             {"id": identity, "start": to_datetime(window.start), "end": to_datetime(window.end)},
         )
         return [Origin(row.provider, row.transport, row.candles) for row in rows]
+
+
+def what_is_known(database: Database, series: Series, window: TimeRange) -> Known:
+    """Coverage (clipped to `window`) and unfilled gaps (not clipped); both empty where never synced."""
+    with database.begin() as connection:
+        return known(connection, series_id(connection, series), window)

@@ -8,6 +8,10 @@
             ├─ lease                 who is syncing now
             └─ quarantine            rows that broke a rule, with the rule
     listing                          since when a provider has a symbol
+    pacing                           accounts at providers: told to wait, failing, resting
+    ├─ pacing_request                requests under way
+    ├─ pacing_spent                  what was spent, by window
+    └─ pacing_queue                  processes that wait for their turn
 
 A candle points to its batch by a bare integer: a foreign key would cost a lookup a row.
 """
@@ -15,7 +19,7 @@ A candle points to its batch by a bare integer: a foreign key would cost a looku
 from __future__ import annotations
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB, TSTZMULTIRANGE
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TSTZMULTIRANGE
 
 from fks_backfill_dagster.domain.timeframe import Timeframe
 
@@ -79,6 +83,8 @@ batch = sa.Table(
     sa.Column("undoes", sa.Integer, sa.ForeignKey("fks.batch.id", ondelete="CASCADE")),
     sa.Index("batch_by_series", "series_id", "id"),
     sa.Index("batch_by_commit", "committed_at"),
+    # Without it every deletion of a batch would look through all of them for its undo.
+    sa.Index("batch_by_undone", "undoes", postgresql_where=sa.text("undoes IS NOT NULL")),
 )
 
 revision = sa.Table(
@@ -186,4 +192,50 @@ listing = sa.Table(
     sa.Column("symbol", sa.Text, primary_key=True),
     sa.Column("listed_at", _instant, nullable=False),
     sa.Column("found_at", _instant, nullable=False, server_default=_now),
+)
+
+
+def _account() -> list[sa.Column[str]]:
+    return [sa.Column(name, sa.Text, primary_key=True) for name in ("provider", "account")]
+
+
+pacing = sa.Table(
+    "pacing",
+    metadata,
+    *_account(),
+    sa.Column("closed_until", _instant),
+    sa.Column("failures", sa.Integer, nullable=False, server_default=sa.text("0")),
+    sa.Column("resting_until", _instant),
+    sa.Column("reason", sa.Text),
+)
+
+pacing_request = sa.Table(
+    "pacing_request",
+    metadata,
+    sa.Column("number", sa.BigInteger, sa.Identity(), primary_key=True),
+    sa.Column("provider", sa.Text, nullable=False),
+    sa.Column("account", sa.Text, nullable=False),
+    sa.Column("weight", sa.Integer, nullable=False),
+    sa.Column("windows_ms", ARRAY(sa.BigInteger), nullable=False),
+    sa.Column("over_at", _instant, nullable=False),
+    sa.Index("pacing_request_by_account", "provider", "account"),
+)
+
+pacing_spent = sa.Table(
+    "pacing_spent",
+    metadata,
+    *_account(),
+    sa.Column("window_ms", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("slot", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("weight", sa.Integer, nullable=False),
+)
+
+pacing_queue = sa.Table(
+    "pacing_queue",
+    metadata,
+    *_account(),
+    sa.Column("owner", sa.Text, primary_key=True),
+    sa.Column("ticket", sa.BigInteger, sa.Identity(), nullable=False),
+    sa.Column("weight", sa.Integer, nullable=False),
+    sa.Column("expires_at", _instant, nullable=False),
 )

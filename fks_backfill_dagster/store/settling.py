@@ -7,18 +7,45 @@ neighbours that touch in the grid become one: an outage that two batches saw is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fks_backfill_dagster.domain.gaps import GapStatus, find_gaps
 from fks_backfill_dagster.domain.grid import Grid
-from fks_backfill_dagster.domain.ranges import Instants, TimeRange
-from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR
 from fks_backfill_dagster.store.ledger import Evidence, LedgerGap, latest
 
-# No exchange is closed for longer, so a neighbour in the grid is found within it.
+# No exchange was closed for longer (the record is Shanghai, 20 days of February 1999), so the open next
+# to an instant is found within it.
 LONGEST_PAUSE = 30 * MICROS_PER_DAY
+
+
+# When a gap that nobody could fill is looked at again: an hour after the first attempt, then after
+# twice as long each time, so that the attempts grow like the logarithm of time.
+FIRST_RECHECK = MICROS_PER_HOUR
+LONGEST_RECHECK = 30 * MICROS_PER_DAY
+
+_EXHAUSTED = (GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
+_NOTHING = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What is known of the candles that are still missing, beside who said what.
+
+    asked: the parts of the window that were asked for; None for all of it.
+    quiet: missing opens that are proven to have had no trade.
+    able: the providers that can serve the series; when all of them were heard, a gap is explained.
+        Empty: nothing is explained.
+    tolerated: how many candles a gap may lack that one can live with, once all were asked.
+    """
+
+    asked: RangeSet | None = None
+    quiet: Instants = field(default_factory=lambda: _NOTHING)
+    able: frozenset[str] = frozenset()
+    tolerated: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +63,23 @@ def settle(
     stored: Instants,
     evidence: tuple[Evidence, ...],
     grid: Grid,
+    findings: Findings = Findings(),
 ) -> Settlement:
     """The ledger after `window` was asked for.
 
-    `before`: the unfilled rows that overlap the window or may touch it, ascending. `missing`: the
-    expected opens of the window that are still not stored. `stored`: the opens stored just now.
-    `evidence`: what was said by those who were asked for the missing ones.
+    `before`: the unfilled rows that overlap the window, and the nearest one on either side;
+    ascending. `missing`: the expected opens of the window that are still not stored. `stored`: the
+    opens stored just now. `evidence`: what was said by those who were asked for the missing ones.
     """
-    touched = [g for g in before if g.start < window.end and g.end > window.start]
+    if not grid.count(window):
+        return Settlement((), ())
+    within = [g.start < window.end and g.end > window.start for g in before]
+    touched = [g for g, inside in zip(before, within, strict=True) if inside]
+    untouched = [g for g, inside in zip(before, within, strict=True) if not inside]
     pieces = [piece for g in touched for piece in _outside(g, window, grid)]
-    pieces += _inside(touched, missing, evidence, grid)
-    pieces.sort(key=lambda g: g.start)
-    untouched = [g for g in before if g not in touched]
+    pieces += _inside(touched, missing, evidence, grid, findings)
     pieces, absorbed = _joined(pieces, untouched, grid)
+    pieces = [_judged(piece, evidence, findings) for piece in pieces]
     return Settlement(
         removed=tuple(g.start for g in (*touched, *absorbed)),
         added=(*pieces, *_filled(touched, stored, grid)),
@@ -72,27 +103,50 @@ def _outside(gap: LedgerGap, window: TimeRange, grid: Grid) -> list[LedgerGap]:
 
 
 def _inside(
-    touched: Sequence[LedgerGap], missing: Instants, evidence: tuple[Evidence, ...], grid: Grid
+    touched: Sequence[LedgerGap],
+    missing: Instants,
+    evidence: tuple[Evidence, ...],
+    grid: Grid,
+    findings: Findings,
 ) -> list[LedgerGap]:
-    """Rows for what is missing now; each keeps the state and the history of the row it was part of."""
+    """Rows for what is missing now; each keeps the history of the row it was part of."""
     owner = _owners(touched, missing)
+    asked = np.ones(len(missing), bool) if findings.asked is None else findings.asked.contains(missing)
+    quiet = asked & np.isin(missing, findings.quiet, assume_unique=True)
+    kinds, kind = np.unique(np.stack([owner, asked, quiet]), axis=1, return_inverse=True)
     rows = []
-    for index in np.unique(owner).tolist():
-        found = find_gaps(missing[owner == index], grid)
-        new = LedgerGap(0, 0, 0, GapStatus.OPEN)
-        old = touched[index] if index >= 0 else new
+    for index, (of, was_asked, was_quiet) in enumerate(kinds.T.tolist()):
+        old = touched[of] if of >= 0 else LedgerGap(0, 0, 0, GapStatus.OPEN)
+        new = _after_asking(old, evidence, findings, bool(was_quiet)) if was_asked else old
         rows += [
-            replace(
-                old,
-                start=part.start,
-                end=part.end,
-                missing=part.missing,
-                attempts=old.attempts + bool(evidence),
-                evidence=latest((*old.evidence, *evidence)),
-            )
-            for part in found
+            replace(new, start=part.start, end=part.end, missing=part.missing)
+            for part in find_gaps(missing[kind.ravel() == index], grid)
         ]
     return rows
+
+
+def _after_asking(
+    old: LedgerGap, evidence: tuple[Evidence, ...], findings: Findings, was_quiet: bool
+) -> LedgerGap:
+    """The state of what was asked for and is still missing; its length decides later what it is called."""
+    if not evidence:
+        return old
+    row = replace(old, attempts=old.attempts + 1, evidence=latest((*old.evidence, *evidence)))
+    if was_quiet:
+        return replace(row, status=GapStatus.NO_TRADE, next_attempt_at=None)
+    exhausted = bool(findings.able) and findings.able <= row.heard()
+    return replace(row, status=GapStatus.UNAVAILABLE if exhausted else GapStatus.OPEN, next_attempt_at=None)
+
+
+def _judged(gap: LedgerGap, evidence: tuple[Evidence, ...], findings: Findings) -> LedgerGap:
+    """A gap that nobody can fill and that was asked for just now: tolerated, or to be looked at again."""
+    if gap.status not in _EXHAUSTED or not any(word in evidence for word in gap.evidence):
+        return gap
+    if gap.missing <= findings.tolerated:
+        return replace(gap, status=GapStatus.TOLERATED, next_attempt_at=None)
+    pause = min(FIRST_RECHECK << min(gap.attempts - 1, 20), LONGEST_RECHECK)
+    asked_at = max(word.asked_at for word in evidence)
+    return replace(gap, status=GapStatus.UNAVAILABLE, next_attempt_at=asked_at + pause)
 
 
 def _filled(touched: Sequence[LedgerGap], stored: Instants, grid: Grid) -> list[LedgerGap]:
@@ -120,16 +174,13 @@ def _owners(gaps: Sequence[LedgerGap], opens: Instants) -> Instants:
 def _joined(
     pieces: list[LedgerGap], untouched: Sequence[LedgerGap], grid: Grid
 ) -> tuple[list[LedgerGap], list[LedgerGap]]:
-    """Open rows that are neighbours in the grid made one; also tells which untouched rows that took in."""
-    if not pieces:
-        return [], []
+    """Rows of one kind that are neighbours in the grid made one; also tells which untouched ones it took in."""
     known = {id(g): g for g in untouched}
     joined: list[LedgerGap] = []
     absorbed: list[LedgerGap] = []
     for piece in sorted([*pieces, *untouched], key=lambda g: g.start):
         last = joined[-1] if joined else None
-        both_untouched = last is not None and id(last) in known and id(piece) in known
-        if last is None or both_untouched or not _neighbours(last, piece, grid):
+        if last is None or not _neighbours(last, piece, grid):
             joined.append(piece)
             continue
         absorbed += [g for g in (last, piece) if id(g) in known]
@@ -137,17 +188,26 @@ def _joined(
             start=last.start,
             end=piece.end,
             missing=last.missing + piece.missing,
-            status=GapStatus.OPEN,
+            status=last.status,
             attempts=max(last.attempts, piece.attempts),
             evidence=latest((*last.evidence, *piece.evidence)),
-            found_at=min((t for t in (last.found_at, piece.found_at) if t is not None), default=None),
+            found_at=_earlier(last.found_at, piece.found_at),
+            next_attempt_at=_earlier(last.next_attempt_at, piece.next_attempt_at),
         )
     return [g for g in joined if id(g) not in known], absorbed
 
 
+def _earlier(one: int | None, other: int | None) -> int | None:
+    return min((t for t in (one, other) if t is not None), default=None)
+
+
 def _neighbours(left: LedgerGap, right: LedgerGap, grid: Grid) -> bool:
-    """Both open, and no expected candle between them."""
-    if left.status != GapStatus.OPEN or right.status != GapStatus.OPEN or left.end > right.start:
+    """Of one kind, and no expected candle between them."""
+    if _kind(left.status) != _kind(right.status) or left.end > right.start:
         return False
-    pause = TimeRange(left.end, right.start)
-    return not pause or (pause.duration <= LONGEST_PAUSE and grid.count(pause) == 0)
+    return grid.count(TimeRange(left.end, right.start)) == 0
+
+
+def _kind(status: GapStatus) -> GapStatus:
+    """Tolerated and unavailable differ in length only, which may grow."""
+    return GapStatus.UNAVAILABLE if status in _EXHAUSTED else status

@@ -27,15 +27,17 @@ CHUNK_DAYS = {
 def install(connection: sa.Connection) -> bool:
     """Makes the extension if the server has it and this role may; tells whether it is there."""
     installed = "SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'timescaledb')"
-    available = "SELECT EXISTS (SELECT FROM pg_available_extensions WHERE name = 'timescaledb')"
+    # This setting exists where the library is preloaded. Where it is not, CREATE EXTENSION does not
+    # fail: it kills the session.
+    preloaded = "SELECT current_setting('timescaledb.disable_load', true) IS NOT NULL"
     if connection.scalar(sa.text(installed)):
         return True
-    if not connection.scalar(sa.text(available)):
+    if not connection.scalar(sa.text(preloaded)):
         return False
     try:
         with connection.begin_nested():
             connection.execute(sa.text("CREATE EXTENSION timescaledb"))
-    except sa.exc.DBAPIError:  # not preloaded, or not permitted: plain tables serve as well
+    except sa.exc.DBAPIError:  # not permitted: plain tables serve as well
         return False
     return True
 

@@ -178,17 +178,20 @@ def test_what_nobody_has_is_a_gap_with_its_evidence(
     assert not report.complete
     (gap,) = reading.ledger_gaps(database, MINUTES, window)
     assert (gap.start, gap.end, gap.missing) == (across_batches.start, across_batches.end, 210)
-    assert gap.status is GapStatus.OPEN
+    assert gap.status is GapStatus.UNAVAILABLE, "all were asked, nobody has it"
+    assert gap.next_attempt_at == NOW + MICROS_PER_HOUR
     assert [(word.provider, word.outcome) for word in gap.evidence] == [
         ("binance", "absent"),
         ("polygon", "absent"),
     ]
     status = status_of(database, MINUTES)
-    assert (status.status, status.open_gaps) == ("completed", 1)
+    assert (status.status, status.open_gaps) == ("completed", 0)
 
     market.clear_outages()
     market.reset_requests()
-    healed = sync(context, MINUTES, window, BOTH)
+    assert sync(context, MINUTES, window, BOTH).missing == 210
+    assert market.requests() == 0, "a gap that nobody can fill is left alone until it is due"
+    healed = sync(context, MINUTES, window, BOTH, recheck=True)
     assert (healed.total_candles, healed.missing, healed.complete) == (210, 0, True)
     assert market.requests() <= 2, "only the gap was asked for"
     assert reading.ledger_gaps(database, MINUTES, window) == ()
@@ -202,6 +205,77 @@ def test_a_missing_key_skips_the_provider_with_one_warning(database: Database, m
     assert report.warnings == ("polygon is skipped: POLYGON_API_KEY is not set",)
     assert [e.message for e in events if isinstance(e, Warned)] == list(report.warnings)
     assert report.complete
+
+
+# Explained: quiet, tolerated, out of depth, another market -----------------------------------------------
+
+
+def test_a_short_gap_is_tolerated_once_all_were_asked(
+    context: Context, database: Database, market: LocalMarket
+) -> None:
+    window = days("2024-01-01", "2024-01-02")
+    short = TimeRange.of(datetime(2024, 1, 1, 3, tzinfo=UTC), datetime(2024, 1, 1, 3, 5, tzinfo=UTC))
+    for provider in BOTH:
+        market.plant_outage(provider, short)
+    report = sync(context, MINUTES, window, BOTH)
+    (gap,) = reading.ledger_gaps(database, MINUTES, window)
+    assert (gap.status, gap.missing, gap.next_attempt_at) == (GapStatus.TOLERATED, 5, None)
+    assert report.missing == 5, "it still counts as missing"
+
+
+def test_what_was_quiet_is_no_gap(context: Context, database: Database, market: LocalMarket) -> None:
+    """Polygon leaves out what did not trade; bars on both sides show that it was there."""
+    window = days("2024-01-01", "2024-01-03")
+    quiet = TimeRange.of(datetime(2024, 1, 1, 3, tzinfo=UTC), datetime(2024, 1, 1, 3, 40, tzinfo=UTC))
+    market.plant_outage("polygon", quiet)
+    report = sync(context, MINUTES, window, ["polygon"])
+    (gap,) = reading.ledger_gaps(database, MINUTES, window)
+    assert (gap.start, gap.end, gap.missing) == (quiet.start, quiet.end, 40)
+    assert gap.status is GapStatus.NO_TRADE
+    assert (report.missing, report.complete) == (0, True)
+
+
+def test_an_outage_of_a_provider_that_gives_every_interval_is_not_quiet(
+    context: Context, database: Database, market: LocalMarket
+) -> None:
+    window = days("2024-01-01", "2024-01-03")
+    outage = TimeRange.of(datetime(2024, 1, 1, 3, tzinfo=UTC), datetime(2024, 1, 1, 4, tzinfo=UTC))
+    for provider in BOTH:
+        market.plant_outage(provider, outage)
+    sync(context, MINUTES, window, BOTH)
+    (gap,) = reading.ledger_gaps(database, MINUTES, window)
+    assert gap.status is GapStatus.UNAVAILABLE
+
+
+def test_a_new_key_reopens_what_nobody_had(database: Database, market: LocalMarket) -> None:
+    window = days("2024-01-01", "2024-01-03")
+    outage = TimeRange.of(datetime(2024, 1, 1, 3, tzinfo=UTC), datetime(2024, 1, 1, 4, tzinfo=UTC))
+    market.plant_outage("binance", outage)
+    without = make_context(database, market.binance_url, key=None)
+    assert sync(without, MINUTES, window, BOTH).missing == 60
+    assert sync(without, MINUTES, window, BOTH).requests == 0
+    report = sync(make_context(database, market.binance_url), MINUTES, window, BOTH)
+    assert (report.complete, report.providers["polygon"].delivered) == (True, 60)
+
+
+def test_candles_of_another_market_are_not_spliced_in(database: Database) -> None:
+    """A fallback that differs by 3 % beside the gap would make a step in the series."""
+    window = days("2024-01-01", "2024-01-03")
+    outage = TimeRange.of(datetime(2024, 1, 1, 3, tzinfo=UTC), datetime(2024, 1, 1, 4, tzinfo=UTC))
+    with LocalMarket(MarketConfig(limits=False, now=NOW, polygon_offset_ppm=30_000)) as market:
+        market.plant_outage("binance", outage)
+        report = sync(make_context(database, market.binance_url), MINUTES, window, BOTH)
+        assert report.missing == 60
+        assert report.providers["polygon"].rejected == 60
+        assert any("splice" in message for message in report.warnings)
+        again = sync(make_context(database, market.binance_url), MINUTES, window, BOTH, recheck=True)
+        assert again.missing == 60, "also when the neighbours are stored and not just fetched"
+        (gap,) = reading.ledger_gaps(database, MINUTES, window)
+        assert gap.status is GapStatus.UNAVAILABLE
+        assert gap.evidence[-1].detail == "it quotes another market"
+        with database.begin() as connection:
+            reasons = connection.exec_driver_sql("SELECT DISTINCT reason FROM fks.quarantine").scalars().all()
+        assert reasons == ["splice"]
 
 
 # Corrections --------------------------------------------------------------------------------------------
@@ -355,7 +429,9 @@ def test_a_lying_page_is_never_stored(
     assert report.missing == ledger == len(truth) - len(stored), "what is not stored is in the ledger"
     assert report.complete == (report.missing == 0)
     market.clear_faults()
-    assert sync(make_context(database, market.binance_url), MINUTES, window, ["binance"]).complete
+    assert sync(
+        make_context(database, market.binance_url), MINUTES, window, ["binance"], recheck=True
+    ).complete
     holds_the_truth(database, market, MINUTES, window)
 
 
@@ -469,13 +545,15 @@ def test_an_interrupted_sync_keeps_what_was_committed(database: Database, market
         if isinstance(event, BatchDone):
             raise KeyboardInterrupt
 
-    before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         sync(context, MINUTES, days("2024-01-01", "2024-06-01"), ["binance"], listen=interrupt)
     status = status_of(database, MINUTES)
     assert (status.status, status.error_message) == ("error", "interrupted")
     assert status.total_candles == 31 * 1440
-    assert threading.active_count() <= before + 6, "no fetcher goes on"
+    fetchers = [thread for thread in threading.enumerate() if thread.name.startswith("fetch")]
+    for thread in fetchers:
+        thread.join(timeout=30)
+        assert not thread.is_alive(), "no fetcher goes on"
 
 
 # What is told -----------------------------------------------------------------------------------------------
@@ -547,5 +625,6 @@ def test_real_outages_of_binance_are_the_gaps(database: Database, shared_data: C
         for start, hours in ((days(f"{at}:00", f"{at}:00").start, hours) for at, hours in outages)
     ]
     assert [(gap.start, gap.end, gap.missing) for gap in gaps] == expected
+    assert {gap.status for gap in gaps} == {GapStatus.UNAVAILABLE}
     status = status_of(database, HOURS)
-    assert (status.status, status.total_candles, status.open_gaps) == ("completed", 4308, 7)
+    assert (status.status, status.total_candles, status.open_gaps) == ("completed", 4308, 0)

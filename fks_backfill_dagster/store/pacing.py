@@ -1,0 +1,189 @@
+"""One limit per provider and account for all processes and machines, and the providers left alone.
+
+Belongs here: the limiter and the circuit that are shared through the database, and a look at both. The
+counting itself is the function `fks.pace_admit` (revision 0002), one round trip by the database's clock.
+Does not belong here: what the limits are (providers), when a provider has failed (pipeline).
+
+A limit holds strictly in any window, as the provider counts: docs/adr/0010-rate-limit-in-sql.md.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import sqlalchemy as sa
+
+from fks_backfill_dagster.domain.pacing import Pace, Rest, Turn
+from fks_backfill_dagster.store.database import Database
+
+# So many failures in a row, over all processes and each after its own retries, let a provider rest: for
+# FIRST_REST seconds, and twice as long with every further failure, up to LONGEST_REST.
+FAILURES = 5
+FIRST_REST = 60
+LONGEST_REST = 3600
+
+_ADMIT = sa.text(
+    "SELECT wait_ms, closed, bound_by, admitted FROM fks.pace_admit(:provider, :account, :owner, :weight,"
+    " CAST(:limits AS integer[]), CAST(:windows AS bigint[]), :longest)"
+)
+_OVER = sa.text("UPDATE fks.pacing_request SET over_at = clock_timestamp() WHERE number = :number")
+_PENALISE = sa.text(
+    "INSERT INTO fks.pacing AS p (provider, account, closed_until)"
+    " VALUES (:provider, :account, clock_timestamp() + :seconds * interval '1 second')"
+    " ON CONFLICT (provider, account)"
+    " DO UPDATE SET closed_until = greatest(p.closed_until, excluded.closed_until)"
+)
+_FAILED = sa.text(
+    """
+    INSERT INTO fks.pacing AS p (provider, account, failures, reason)
+    VALUES (:provider, :account, 1, :reason)
+    ON CONFLICT (provider, account) DO UPDATE SET
+        failures = p.failures + 1,
+        reason = excluded.reason,
+        resting_until = CASE WHEN p.failures + 1 >= :patience THEN clock_timestamp() + interval '1 second'
+            * least(CAST(:longest AS float8), :first * 2 ^ least(p.failures + 1 - :patience, 20)) END
+    -- Who failed while it rests had asked before: one failure, not one for each process.
+    WHERE coalesce(p.resting_until <= clock_timestamp(), true)
+    """
+)
+_SUCCEEDED = sa.text(
+    "UPDATE fks.pacing SET failures = 0, resting_until = NULL, reason = NULL"
+    " WHERE provider = :provider AND account = :account AND failures > 0"
+)
+_RESTING = sa.text(
+    "SELECT CAST(extract(epoch FROM resting_until - clock_timestamp()) AS float8), failures, reason"
+    " FROM fks.pacing"
+    " WHERE provider = :provider AND account = :account AND resting_until > clock_timestamp()"
+)
+_STATES = sa.text(
+    """
+    SELECT provider, account, failures, reason,
+           CAST(extract(epoch FROM closed_until - clock_timestamp()) AS float8),
+           CAST(extract(epoch FROM resting_until - clock_timestamp()) AS float8)
+    FROM fks.pacing ORDER BY provider, account
+    """
+)
+
+
+class SharedLimiter:
+    """A Limiter (providers/http.py) that all processes on this database share.
+
+    Processes take turns while they wait, whatever the number of their threads. A provider that is not
+    in `paces` has no limit and only obeys penalties. Every method may raise StoreError.
+    """
+
+    def __init__(self, database: Database, paces: Mapping[str, Pace]) -> None:
+        self._database = database
+        self._paces = dict(paces)
+        self._owner = uuid.uuid4().hex
+        self._lock = threading.Lock()
+        self._told: dict[str, tuple[float, Turn]] = {}
+
+    def admit(self, provider: str, weight: int) -> Turn:
+        if turn := self._as_told(provider):
+            return turn
+        pace = self._paces.get(provider, Pace())
+        with self._database.autocommit() as connection:
+            asked = {
+                "provider": provider,
+                "account": pace.account,
+                "owner": self._owner,
+                "weight": weight,
+                "limits": [window.limit for window in pace.windows],
+                "windows": [round(window.seconds * 1000) for window in pace.windows],
+                "longest": pace.longest * 1000,
+            }
+            wait_ms, closed, bound_by, number = connection.execute(_ADMIT, asked).one()
+        if not wait_ms:
+            return Turn(number=number)
+        reason = "told us to wait" if closed else pace.windows[bound_by - 1].reason
+        turn = Turn(wait_ms / 1000, reason)
+        with self._lock:
+            self._told[provider] = (time.monotonic() + turn.wait, turn)
+        return turn
+
+    def over(self, turn: Turn) -> None:
+        if turn.number:
+            with self._database.autocommit() as connection:
+                connection.execute(_OVER, {"number": turn.number})
+
+    def penalise(self, provider: str, seconds: float) -> None:
+        account = self._paces.get(provider, Pace()).account
+        with self._database.autocommit() as connection:
+            connection.execute(_PENALISE, {"provider": provider, "account": account, "seconds": seconds})
+
+    def _as_told(self, provider: str) -> Turn | None:
+        """What another thread was told holds for this one too, so that the database is asked once."""
+        with self._lock:
+            until, turn = self._told.get(provider, (0.0, Turn()))
+        left = until - time.monotonic()
+        return replace(turn, wait=left) if left > 0 else None
+
+
+class SharedCircuit:
+    """A Circuit (providers/base.py) that all processes on this database share."""
+
+    def __init__(self, database: Database, paces: Mapping[str, Pace]) -> None:
+        self._database = database
+        self._accounts = {name: pace.account for name, pace in paces.items()}
+
+    def closed_for(self, provider: str) -> Rest | None:
+        with self._database.autocommit() as connection:
+            row = connection.execute(_RESTING, self._who(provider)).one_or_none()
+        return None if row is None else _rest(row[0], row[1], row[2])
+
+    def failed(self, provider: str, reason: str) -> None:
+        with self._database.autocommit() as connection:
+            connection.execute(
+                _FAILED,
+                self._who(provider)
+                | {"reason": reason, "patience": FAILURES, "first": FIRST_REST, "longest": LONGEST_REST},
+            )
+
+    def succeeded(self, provider: str) -> None:
+        with self._database.autocommit() as connection:
+            connection.execute(_SUCCEEDED, self._who(provider))
+
+    def _who(self, provider: str) -> dict[str, object]:
+        return {"provider": provider, "account": self._accounts.get(provider, "")}
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderState:
+    """How one account stands with its provider now.
+
+    `told_to_wait`: seconds for which the provider wants no request. `rest`: set while it is left alone.
+    `failures`: in a row, up to now, with the `reason` of the last one.
+    """
+
+    provider: str
+    account: str
+    failures: int
+    reason: str | None
+    told_to_wait: float | None
+    rest: Rest | None
+
+
+def provider_states(database: Database) -> list[ProviderState]:
+    """Every account that was ever told to wait or failed, by provider."""
+    with database.begin() as connection:
+        rows = connection.execute(_STATES).all()
+    return [
+        ProviderState(
+            provider,
+            account,
+            failures,
+            reason,
+            closed if closed is not None and closed > 0 else None,
+            _rest(resting, failures, reason) if resting is not None and resting > 0 else None,
+        )
+        for provider, account, failures, reason, closed, resting in rows
+    ]
+
+
+def _rest(seconds: float, failures: int, reason: str | None) -> Rest:
+    return Rest(seconds, f"it failed {failures} times in a row, at last: {reason}")

@@ -1,0 +1,149 @@
+"""Small values for the tests of this layer, and a series with its database in one hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+import sqlalchemy as sa
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.grid import Grid, grid_of
+from fks_backfill_dagster.domain.ranges import Instants, TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE
+from fks_backfill_dagster.store import ledger, reading
+from fks_backfill_dagster.store.commit import (
+    BatchWrite,
+    Brought,
+    Committed,
+    Refused,
+    commit_batch,
+    undo_batch,
+)
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.ledger import Evidence, LedgerGap
+from fks_backfill_dagster_tests.domain.builders import at
+
+MIDNIGHT = at("2024-01-01T00:00Z")
+
+
+def candles_at(opens: Instants | Sequence[int], version: int = 0) -> Candles:
+    """Sane candles that tell their open and their version.
+
+    From an even version to the next odd one only volumes change: other numbers, a number where
+    there was none, none where there was one.
+    """
+    ts = np.asarray(opens, dtype=np.int64)
+    minute = ts // MICROS_PER_MINUTE
+    low = (100 + minute % 977 + version // 2).astype(np.float64)
+    volume = np.where((minute + 3 * version) % 7 < 2, np.nan, low / 7 + version)
+    return Candles(ts, low + 1, low + 3, low, low + 2, volume)
+
+
+def brought(candles: Candles, provider: str = "binance", source: str = "/api/v3/klines") -> Brought:
+    return Brought(provider, "rest", source, None, MIDNIGHT, candles)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """One registered series of a database."""
+
+    database: Database
+    series: Series
+    identity: int
+
+    @classmethod
+    def of(cls, database: Database, series: Series) -> Shelf:
+        with database.begin() as connection:
+            return cls(database, series, ledger.register(connection, series))
+
+    def on(self, database: Database) -> Shelf:
+        """The same series over other connections."""
+        return Shelf(database, self.series, self.identity)
+
+    @property
+    def grid(self) -> Grid:
+        return grid_of(self.series)
+
+    @property
+    def table(self) -> str:
+        return f'fks."candles_{self.series.timeframe}"'
+
+    def span(self, first: int, past: int) -> TimeRange:
+        """From the first-th open after MIDNIGHT to the past-th."""
+        step = self.series.timeframe.micros
+        return TimeRange(MIDNIGHT + first * step, MIDNIGHT + past * step)
+
+    def opens(self, first: int, past: int) -> Instants:
+        return self.grid.opens(self.span(first, past))
+
+    def commit(
+        self,
+        window: TimeRange,
+        *deliveries: Brought,
+        refused: tuple[Refused, ...] = (),
+        evidence: tuple[Evidence, ...] = (),
+    ) -> Committed:
+        write = BatchWrite(window, deliveries, refused, evidence, run_id="run")
+        return commit_batch(self.database, self.series, self.identity, write, self.grid)
+
+    def put(self, first: int, past: int, version: int = 0, provider: str = "binance") -> Committed:
+        """A batch that brings all of its window."""
+        candles = candles_at(self.opens(first, past), version)
+        return self.commit(self.span(first, past), brought(candles, provider))
+
+    def undo(self, batch: int) -> Committed:
+        return undo_batch(self.database, self.series, self.identity, batch, self.grid)
+
+    def read(self, as_of: datetime | None = None) -> Candles:
+        return reading.read_candles(self.database, self.series, EVER, as_of)
+
+    def status(self) -> reading.SyncStatus:
+        (found,) = reading.sync_status(self.database, self.series)
+        return found
+
+    def gaps(self) -> tuple[LedgerGap, ...]:
+        return reading.ledger_gaps(self.database, self.series, EVER)
+
+    def batches(self) -> list[int]:
+        """Ids of the lineage rows, in the order of the commits."""
+        return [b.id for b in reversed(reading.batches(self.database, self.series))]
+
+    def missing(self) -> Instants:
+        """The opens that a sync of 2023 to 2025 would ask for."""
+        with self.database.begin() as connection:
+            known = ledger.known(connection, self.identity, EVER)
+        return np.concatenate([np.empty(0, np.int64), *(self.grid.opens(r) for r in known.missing(EVER))])
+
+    def rows(self, query: str) -> list[tuple[object, ...]]:
+        """What a query returns; `:id`, `:symbol` and `:timeframe` are those of the series."""
+        return fetch(
+            self.database,
+            query,
+            id=self.identity,
+            symbol=self.series.symbol,
+            timeframe=self.series.timeframe.value,
+        )
+
+    def now(self) -> datetime:
+        ((moment,),) = self.rows("SELECT clock_timestamp()")
+        assert isinstance(moment, datetime)
+        return moment
+
+
+EVER = TimeRange(at("2023-01-01T00:00Z"), at("2026-01-01T00:00Z"))
+
+
+def fetch(database: Database, query: str, **named: object) -> list[tuple[object, ...]]:
+    with database.begin() as connection:
+        wanted = {k: v for k, v in named.items() if f":{k}" in query}
+        return [tuple(row) for row in connection.execute(sa.text(query), wanted)]
+
+
+def execute(database: Database, *statements: str) -> None:
+    with database.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)

@@ -1,0 +1,76 @@
+"""The numbers behind partitions and checks."""
+
+from __future__ import annotations
+
+from fks_backfill_dagster.domain.timeframe import to_datetime
+from fks_backfill_dagster.store.checking import Completeness, PartState, completeness, part_states, sanity
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, execute
+from fks_backfill_dagster_tests.store.conftest import fresh
+
+
+def test_a_window_tells_what_is_stored_and_by_whom(hours: Shelf) -> None:
+    hours.put(0, 24)
+    hours.commit(hours.span(24, 48), brought(candles_at(hours.opens(24, 40)), "polygon"))
+    found = part_states(
+        hours.database,
+        hours.series,
+        {"first": hours.span(0, 24), "both": hours.span(12, 48), "never": hours.span(48, 60)},
+    )
+    assert found == {
+        "first": PartState(24, 0, 0, {"binance": 24}),
+        "both": PartState(36, 8, 8, {"polygon": 16, "binance": 12}),
+        "never": PartState(12, 12, 12, {}),
+    }
+    assert list(found["both"].providers) == ["polygon", "binance"]
+    assert (found["both"].stored, found["both"].coverage) == (28, 28 / 36)
+
+
+def test_an_explained_gap_is_missing_but_not_unexplained(hours: Shelf) -> None:
+    hours.commit(hours.span(0, 24), brought(candles_at(hours.opens(0, 20))))
+    execute(hours.database, f"UPDATE fks.gap SET status = 'unavailable' WHERE series_id = {hours.identity}")
+    state = part_states(hours.database, hours.series, {"": hours.span(0, 24)})[""]
+    assert (state.expected, state.missing, state.unexplained) == (24, 4, 0)
+    assert completeness(hours.database, [hours.series])[hours.series] == Completeness(24, 4, 0, 0)
+
+
+def test_an_empty_window_is_covered(hours: Shelf) -> None:
+    state = part_states(hours.database, hours.series, {"": hours.span(5, 5)})[""]
+    assert state == PartState()
+    assert state.coverage == 1.0
+
+
+def test_completeness_is_about_what_was_synced(hours: Shelf) -> None:
+    hours.put(0, 24)
+    hours.commit(hours.span(100, 124), brought(candles_at(hours.opens(100, 122))))
+    assert completeness(hours.database, [hours.series])[hours.series] == Completeness(48, 2, 1, 2)
+
+
+def test_many_series_are_judged_together(hours: Shelf, minutes: Shelf, shared: Database) -> None:
+    hours.put(0, 24)
+    minutes.put(0, 60)
+    low = to_datetime(int(minutes.opens(7, 8)[0]))
+    execute(
+        shared,
+        f"UPDATE {minutes.table} SET low = high + 1 WHERE series_id = {minutes.identity} AND ts = '{low}'",
+    )
+    unknown = fresh("1m")
+    found = sanity(shared, [hours.series, minutes.series, unknown])
+    assert (found[hours.series].candles, found[hours.series].bad) == (24, 0)
+    assert (found[minutes.series].candles, found[minutes.series].bad) == (60, 1)
+    assert found[minutes.series].violations["high_low"] == 1
+    assert found[minutes.series].first == int(minutes.opens(7, 8)[0])
+    assert (found[unknown].candles, found[unknown].first) == (0, None)
+    assert completeness(shared, [unknown])[unknown] == Completeness()
+
+
+def test_infinity_is_not_finite_and_no_volume_is_fine(hours: Shelf) -> None:
+    hours.put(0, 24)
+    execute(
+        hours.database,
+        f"UPDATE {hours.table} SET low = '-Infinity', high = 'Infinity', volume = NULL"
+        f" WHERE series_id = {hours.identity}",
+    )
+    found = sanity(hours.database, [hours.series])[hours.series]
+    assert found.violations == {"not_finite": 24, "not_positive": 24, "high_low": 0, "bad_volume": 0}
+    assert found.bad == 24

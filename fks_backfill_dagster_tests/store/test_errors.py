@@ -1,0 +1,197 @@
+"""What the user reads when the database is wrong: one sentence, the place, the remedy, no password."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.errors import DatabaseFull, DatabaseUnavailable, StoreError
+from fks_backfill_dagster_tests.postgres import TIMESCALE_URL
+from fks_backfill_dagster_tests.store.builders import Shelf, execute
+from fks_backfill_dagster_tests.store.conftest import fresh
+
+PASSWORD = "hunter2"
+
+
+def as_user(url: str, **changes: Any) -> str:
+    """The same address with a password, and with other parts changed."""
+    parsed = sa.make_url(url).set(password=PASSWORD, **changes)
+    return parsed.render_as_string(hide_password=False)
+
+
+def complaint(url: str, kind: type[StoreError] = DatabaseUnavailable) -> str:
+    """What is said when the database is opened and asked; the password is not in it."""
+    with pytest.raises(kind) as caught:
+        Database(url).check()
+    said = str(caught.value)
+    assert PASSWORD not in said
+    assert "\n" not in said
+    return said
+
+
+@contextmanager
+def role(url: str, options: str) -> Iterator[str]:
+    """A role of the server for the time of a test."""
+    name = f"fks_test_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {name} {options}")
+        try:
+            yield name
+        finally:
+            connection.execute(f"DROP OWNED BY {name}")
+            connection.execute(f"DROP ROLE {name}")
+
+
+def test_nothing_listens() -> None:
+    said = complaint(f"postgresql://fks:{PASSWORD}@127.0.0.1:1/fks")
+    assert said.startswith(
+        "The database postgresql://fks:***@127.0.0.1:1/fks does not answer (connection failed"
+    )
+    assert said.endswith(
+        "Start it or correct FKS_DATABASE_URL; what was committed is kept, run the same command again."
+    )
+
+
+def test_an_absent_database(server_url: str) -> None:
+    said = complaint(as_user(server_url, database="absent"))
+    assert "/absent" in said
+    assert said.endswith("does not exist. Create it, or correct FKS_DATABASE_URL.")
+
+
+def test_an_unknown_user(server_url: str) -> None:
+    said = complaint(as_user(server_url, username="nobody_of_that_name"))
+    assert "refused the login" in said
+    assert said.endswith("Correct the user or password in FKS_DATABASE_URL.")
+
+
+def test_a_user_who_may_not_log_in(server_url: str) -> None:
+    with role(server_url, "NOLOGIN") as name:
+        assert "refused the login" in complaint(as_user(server_url, username=name))
+
+
+def test_a_wrong_password(server_url: str) -> None:
+    if TIMESCALE_URL is not None:
+        pytest.skip("the access rules of a server that is not ours stay as they are")
+    with role(server_url, "LOGIN PASSWORD 'another'") as name:
+        with psycopg.connect(server_url, autocommit=True) as connection:
+            (rules,) = connection.execute("SHOW hba_file").fetchone() or ("",)
+            path = Path(rules)
+            path.write_text(f"local all {name} scram-sha-256\n{path.read_text()}")
+            connection.execute("SELECT pg_reload_conf()")
+        assert "refused the login" in complaint(as_user(server_url, username=name))
+        without = sa.make_url(server_url).set(username=name)
+        assert "refused the login" in complaint(without.render_as_string())
+
+
+def test_too_many_connections(server_url: str) -> None:
+    with role(server_url, "LOGIN CONNECTION LIMIT 0") as name:
+        said = complaint(as_user(server_url, username=name))
+        assert "has no connection left" in said
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "fks",
+        f"mysql://fks:{PASSWORD}@127.0.0.1/fks",
+        f"postgresql://fks:{PASSWORD}@127.0.0.1:port/fks",
+        f"postgresql://fks:begin@{PASSWORD}@127.0.0.1/fks",
+        f"postgresql://fks:{PASSWORD}@one:1,two:2/fks",
+    ],
+)
+def test_no_address(url: str) -> None:
+    with pytest.raises(
+        DatabaseUnavailable, match="FKS_DATABASE_URL is not a PostgreSQL address such as"
+    ) as caught:
+        Database(url)
+    assert PASSWORD not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg2"])
+def test_any_scheme_of_postgresql(scheme: str) -> None:
+    database = Database(f"{scheme}://fks:{PASSWORD}@127.0.0.1:1/fks")
+    assert database.where == "postgresql://fks:***@127.0.0.1:1/fks"
+
+
+def test_a_password_among_the_parameters() -> None:
+    database = Database(f"postgresql:///fks?host=/nowhere&password={PASSWORD}&sslpassword={PASSWORD}")
+    assert database.where == "postgresql:///fks?host=%2Fnowhere"
+    assert PASSWORD in database.url.render_as_string(hide_password=False)  # and it is still used
+    assert PASSWORD not in complaint(f"postgresql:///fks?host=/nowhere&password={PASSWORD}")
+
+
+# Open, but not ours to write ------------------------------------------------------------------------------
+
+
+def test_a_role_that_may_only_read(database: Database, database_url: str) -> None:
+    shelf = Shelf.of(database, fresh("1h"))
+    shelf.put(0, 5)
+    with role(database_url, f"LOGIN PASSWORD '{PASSWORD}'") as name:
+        execute(
+            database,
+            f"GRANT USAGE ON SCHEMA fks TO {name}",
+            f"GRANT SELECT ON ALL TABLES IN SCHEMA fks TO {name}",
+        )
+        limited = Database(as_user(database_url, username=name))
+        limited.check()
+        assert len(shelf.on(limited).read()) == 5
+        assert len(shelf.on(limited).read(shelf.now())) == 5
+        with pytest.raises(
+            StoreError, match=r"does not allow this .* Grant the role the right to its schema fks"
+        ):
+            shelf.on(limited).put(5, 10)
+        limited.dispose()
+    assert shelf.status().total_candles == 5
+
+
+def test_a_role_without_any_right(database_url: str) -> None:
+    with role(database_url, f"LOGIN PASSWORD '{PASSWORD}'") as name:
+        said = complaint(as_user(database_url, username=name), StoreError)
+    assert "permission denied for schema fks" in said
+
+
+def test_a_database_that_is_read_only(database: Database, database_url: str) -> None:
+    shelf = Shelf.of(database, fresh("1h"))
+    name = sa.make_url(database_url).database
+    execute(database, f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+    standby = Database(database_url)
+    with pytest.raises(DatabaseUnavailable, match=r"is read-only .* Point FKS_DATABASE_URL at the primary"):
+        shelf.on(standby).put(0, 5)
+    standby.dispose()
+
+
+def test_a_used_up_quota(database: Database) -> None:
+    """The limit on temporary files is the quota that every server has."""
+    with pytest.raises(DatabaseFull, match=r"no room left \(temporary file size exceeds .?temp_file_limit"):
+        execute(
+            database,
+            "SET LOCAL temp_file_limit = '64kB'",
+            "SET LOCAL work_mem = '64kB'",
+            "SELECT count(*) FROM (SELECT n FROM generate_series(1, 200000) n ORDER BY -n OFFSET 1) x",
+        )
+
+
+def test_out_of_locks_is_not_a_full_disk(database: Database) -> None:
+    with pytest.raises(StoreError, match=r"max_locks_per_transaction") as caught:
+        execute(
+            database,
+            "DO $$ BEGIN RAISE EXCEPTION 'out of shared memory' USING ERRCODE = '53200',"
+            " HINT = 'You might need to increase max_locks_per_transaction.'; END $$",
+        )
+    assert not isinstance(caught.value, DatabaseFull)
+
+
+def test_any_other_error_is_told_in_one_line(database: Database) -> None:
+    with pytest.raises(StoreError, match=r'reported an error: relation "absent" does not exist$'):
+        execute(database, "SELECT * FROM absent")

@@ -1,0 +1,168 @@
+"""Any sequence of commits and undos, against a model that keeps every version of every candle.
+
+After each step: candles, totals, ledger, corrections and what a plan would ask for. At the end:
+`ohlcv_as_of` gives every state that ever was, at every moment that was remembered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.gaps import find_gaps
+from fks_backfill_dagster.domain.timeframe import to_datetime
+from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store.commit import Committed
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at
+from fks_backfill_dagster_tests.store.conftest import fresh
+
+CANDLES = 24
+
+State = dict[int, int]  # the version of each stored candle
+
+
+@dataclass
+class Model:
+    """Per candle its versions, oldest first, as pairs (batch, version). Without one it is absent."""
+
+    versions: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    synced: set[int] = field(default_factory=set)
+    changes: int = 0
+    undone: set[int] = field(default_factory=set)
+    useful: set[int] = field(default_factory=set)
+
+    def state(self) -> State:
+        return {n: kept[-1][1] for n, kept in sorted(self.versions.items()) if kept}
+
+    def commit(self, first: int, past: int, given: dict[int, int], version: int) -> Committed:
+        """`given`: the batch that brings each candle."""
+        self.synced |= set(range(first, past))
+        inserted = updated = 0
+        for n, batch in given.items():
+            kept = self.versions.setdefault(n, [])
+            if kept and kept[-1][1] == version:
+                continue
+            inserted, updated = inserted + (not kept), updated + bool(kept)
+            kept.append((batch, version))
+            self.useful.add(batch)
+        self.changes += updated
+        return Committed(inserted, updated, len(set(range(first, past)) - set(self.state())))
+
+    def undo(self, batch: int) -> int:
+        """Returns how many candles changed by it."""
+        changed = sum(1 for kept in self.versions.values() if kept and kept[-1][0] == batch)
+        self.versions = {n: [v for v in kept if v[0] != batch] for n, kept in self.versions.items()}
+        self.changes += changed
+        self.undone.add(batch)
+        return changed
+
+
+COMMIT = st.tuples(
+    st.just("commit"),
+    st.integers(0, CANDLES - 1),
+    st.integers(1, 12),
+    st.sets(st.integers(0, CANDLES), max_size=6),  # left out
+    st.integers(0, 3),  # version
+    st.integers(1, 3),  # every n-th candle comes from the second provider
+)
+UNDO = st.tuples(st.just("undo"), st.integers(0, 20))
+
+
+@given(st.lists(COMMIT | UNDO, min_size=2, max_size=9))
+@settings(deadline=None, max_examples=25)
+def test_any_history(shared: Database, steps: list[tuple[object, ...]]) -> None:
+    shelf, model = Shelf.of(shared, fresh("1h")), Model()
+    remembered: list[tuple[datetime, State]] = [(shelf.now(), {})]
+    for number, step in enumerate(steps):
+        match step:
+            case ("commit", int(first), int(length), set(without), int(version), int(every)):
+                commit(shelf, model, number, first, min(first + length, CANDLES), without, version, every)
+            case ("undo", int(which)):
+                undo(shelf, model, which)
+        check(shelf, model)
+        remembered.append((shelf.now(), model.state()))
+    for moment, state in remembered:
+        assert shelf.read(moment).equals(candles_of(shelf, state))
+    for stamp in {b.committed_at for b in reading.batches(shared, shelf.series)}:
+        # The moment of a commit belongs to it, the microsecond before does not.
+        after = next(state for moment, state in remembered if moment >= stamp)
+        before = [state for moment, state in remembered if moment < stamp][-1]
+        assert shelf.read(stamp).equals(candles_of(shelf, after))
+        assert shelf.read(stamp - timedelta(microseconds=1)).equals(candles_of(shelf, before))
+
+
+def commit(
+    shelf: Shelf,
+    model: Model,
+    number: int,
+    first: int,
+    past: int,
+    without: set[int],
+    version: int,
+    every: int,
+) -> None:
+    opens = shelf.opens(0, CANDLES)
+    origin = {n: 2 * number + (n % every == 0) for n in range(first, past) if n not in without}
+    expected = model.commit(first, past, origin, version)
+    deliveries = [
+        brought(
+            candles_at(opens[[n for n, b in origin.items() if b == batch]], version), name, f"model {batch}"
+        )
+        for batch, name in ((2 * number, "binance"), (2 * number + 1, "polygon"))
+    ]
+    assert shelf.commit(shelf.span(first, past), *deliveries) == expected
+
+
+def undo(shelf: Shelf, model: Model, which: int) -> None:
+    wanted = sorted(model.useful - model.undone)
+    if not wanted:
+        return
+    batch = wanted[which % len(wanted)]
+    (identity,) = [
+        b.id for b in reading.batches(shelf.database, shelf.series) if b.source == f"model {batch}"
+    ]
+    changed = model.undo(batch)
+    done = shelf.undo(identity)
+    assert (done.inserted, done.updated) == (0, changed)
+
+
+def check(shelf: Shelf, model: Model) -> None:
+    state, opens = model.state(), shelf.opens(0, CANDLES)
+    stored = candles_of(shelf, state)
+    assert shelf.read().equals(stored)
+    status = shelf.status()
+    assert status.total_candles == len(state)
+    ends = (stored.ts[0], stored.ts[-1]) if state else (None, None)
+    assert (status.oldest_data_time, status.newest_data_time) == tuple(
+        None if ts is None else to_datetime(int(ts)) for ts in ends
+    )
+    absent = opens[sorted(model.synced - set(state))]
+    assert [(g.start, g.end, g.missing) for g in shelf.gaps()] == [
+        (g.start, g.end, g.missing) for g in find_gaps(absent, shelf.grid)
+    ]
+    assert status.open_gaps == len(shelf.gaps())
+    never = opens[sorted(set(range(CANDLES)) - model.synced)]
+    missing = shelf.missing()
+    ours = missing[(missing >= opens[0]) & (missing <= opens[-1])]
+    assert ours.tolist() == sorted([*absent.tolist(), *never.tolist()])
+    ((changes,),) = shelf.rows(
+        "SELECT count(*) FROM fks.corrections WHERE symbol = :symbol AND timeframe = :timeframe"
+    )
+    assert changes == model.changes
+    lineage = {b.source for b in reading.batches(shelf.database, shelf.series) if b.undoes is None}
+    assert lineage == {f"model {batch}" for batch in model.useful}
+
+
+def candles_of(shelf: Shelf, state: State) -> Candles:
+    opens = shelf.opens(0, CANDLES)
+    parts = [
+        candles_at(opens[np.array([n for n, v in state.items() if v == version], dtype=np.int64)], version)
+        for version in range(4)
+    ]
+    return Candles.concat(parts).sorted()
