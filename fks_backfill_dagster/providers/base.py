@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.pacing import Rest
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
@@ -66,23 +67,43 @@ class Cancelled(ProviderError):
 class Transport(StrEnum):
     REST = "rest"
     ARCHIVE = "archive"
+    DERIVED = "derived"  # aggregated by us from finer candles of the same provider
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a provider can give.
 
-    `page_size` is the most candles one request brings. `needs_key` names the environment variable
-    of the key, None for a keyless provider.
+    timeframes: per asset class, those it gives on our grid, natively or derived from finer ones.
+    page_size: the most candles one request brings; `page_sizes` where a timeframe has its own.
+    needs_key: the environment variable of the key, None for a keyless provider.
+    has_volume: whether the volume is one of base units; without, it is NULL.
+    omits_quiet: leaves out intervals without a trade, so that in a complete answer what is absent
+        between two bars was quiet. One that gives every interval and lacks one had an outage.
+    adjusted: its prices are adjusted at the source; it un-adjusts them by known splits or declines.
+    depth: microseconds before now beyond which it has nothing, per timeframe; no entry: since listing.
     """
 
     timeframes: Mapping[AssetClass, frozenset[Timeframe]]
     page_size: int
     needs_key: str | None = None
     has_volume: bool = True
+    omits_quiet: bool = False
+    adjusted: bool = False
+    depth: Mapping[Timeframe, int] = field(default_factory=dict)
+    page_sizes: Mapping[Timeframe, int] = field(default_factory=dict)
+
+    def page(self, timeframe: Timeframe) -> int:
+        """The most candles of `timeframe` that one request brings."""
+        return self.page_sizes.get(timeframe, self.page_size)
 
     def serve(self, series: Series) -> bool:
         return series.timeframe in self.timeframes.get(series.asset_class, frozenset())
+
+    def reach(self, timeframe: Timeframe, now: int) -> int | None:
+        """The earliest open that it can have at `now`; None where only the listing limits it."""
+        depth = self.depth.get(timeframe)
+        return None if depth is None else now - depth
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +170,22 @@ class Provider(Protocol):
 
     def missing_key(self) -> str | None:
         """The name of the environment variable whose absence keeps this provider out; else None."""
+        ...
+
+
+class Circuit(Protocol):
+    """Which providers are left alone because they fail again and again; shared by all who ask them."""
+
+    def closed_for(self, provider: str) -> Rest | None:
+        """For how long it must not be asked, and why; None: it may be."""
+        ...
+
+    def failed(self, provider: str, reason: str) -> None:
+        """It did not answer, its own retries included. `reason` holds no key."""
+        ...
+
+    def succeeded(self, provider: str) -> None:
+        """It answered: all its failures are forgotten."""
         ...
 
 

@@ -418,7 +418,7 @@ class _Klines:
         return read_page(answer, asked, now, self.place)
 
     def _heed_weight(self, headers: Mapping[str, str], now: int) -> None:
-        """Stops this process until the next minute when the address's weight is nearly spent."""
+        """Stops everybody until the next minute when the address's weight is nearly spent: not by us alone."""
         used = headers.get("X-MBX-USED-WEIGHT-1M", "")
         if used.isdecimal() and int(used) >= self._pause_at:
             self._limiter.penalise(NAME, seconds_to_next_minute(now))

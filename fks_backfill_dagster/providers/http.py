@@ -4,19 +4,20 @@ Belongs here: the bound on requests in flight, the limiter and its protocol, one
 retry loop around it, the meaning of a status code, the removal of keys from texts.
 Does not belong here: the path, the parameters or the answer of any one provider.
 
-A request passes three doors, in this order: the limiter (may this provider be asked now?), a slot of
-the pool (how many requests are in flight in this process?), then the wire. Nobody holds a slot while
-waiting for the limiter or for a retry, so a slow provider cannot starve a quick one.
+A request passes two doors: a slot of the pool (how many are in flight in this process?), then the
+limiter (may this provider be asked now?), and goes onto the wire at once, so that nothing admitted is
+sent later, into a penalty or into the next window. Who is not admitted gives the slot back and waits
+outside: a slow provider cannot starve a quick one.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from tenacity.stop import stop_base
 from tenacity.wait import wait_exponential_jitter
 from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, ReadTimeoutError
 
+from fks_backfill_dagster.domain.pacing import Pace, Turn, Window
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, to_micros
 from fks_backfill_dagster.providers.base import (
     BadAnswer,
@@ -50,7 +52,7 @@ Item = TypeVar("Item")
 MAX_BYTES = 64 * 1024 * 1024
 CONNECT_SECONDS = 10.0
 _CHUNK = 1 << 18
-_ANSWER_TIMEOUTS = 3
+ANSWER_TIMEOUTS = 3
 
 
 class Unreachable(TransientError):
@@ -66,13 +68,16 @@ def system_micros() -> int:
 
 
 class Limiter(Protocol):
-    """The door to a provider, shared by all who ask it."""
+    """The door to a provider, shared by all who ask it. Nobody waits inside: waiting is the asker's."""
 
-    def acquire(self, provider: str, weight: int, patience: float) -> None:
-        """Waits for this request's turn, however long the provider's pace makes that.
+    def admit(self, provider: str, weight: int) -> Turn:
+        """Lets a request through now (`wait` 0, it counts from here on), or tells when to ask again."""
+        ...
 
-        A penalty is waited for as well, unless it lasts longer than `patience` seconds: then
-        RateLimited is raised at once, with the seconds that are left in `retry_after`.
+    def over(self, turn: Turn) -> None:
+        """The request of an admitted turn is over, whatever came of it.
+
+        Until then it is unknown when it reaches the provider, so it counts as the newest of all.
         """
         ...
 
@@ -81,60 +86,71 @@ class Limiter(Protocol):
         ...
 
 
-class ProcessLimiter:
-    """A Limiter for one process: at most so much weight in any `window_seconds`.
+@dataclass(slots=True)
+class _Spent:
+    weight: int
+    until: float = math.inf  # when its request was over
 
-    `per_window` gives the weight per provider; a provider that is not in it has no pace of its own
-    and only obeys penalties.
+
+class ProcessLimiter:
+    """A Limiter for one process, which forgets with it; see store/pacing.py for the shared one.
+
+    A provider that is not in `paces` has no limit and only obeys penalties.
     """
 
-    def __init__(
-        self,
-        per_window: Mapping[str, int],
-        *,
-        window_seconds: float = 60.0,
-        stop: threading.Event | None = None,
-    ) -> None:
-        self._per_window = dict(per_window)
-        self._window = window_seconds
-        self._stop = stop or threading.Event()
+    def __init__(self, paces: Mapping[str, Pace]) -> None:
+        self._paces = dict(paces)
         self._lock = threading.Lock()
-        self._spent: dict[str, deque[tuple[float, int]]] = {}
-        self._sums: dict[str, int] = {}
+        self._numbers = itertools.count(1)
+        self._spent: dict[str, dict[int, _Spent]] = {}
+        self._under_way: dict[int, _Spent] = {}
         self._closed_until: dict[str, float] = {}
 
-    def acquire(self, provider: str, weight: int, patience: float) -> None:
-        while (delay := self._try(provider, weight, patience)) > 0:
-            if self._stop.wait(delay):
-                raise Cancelled(provider, "interrupted while waiting for its rate limit")
+    def admit(self, provider: str, weight: int) -> Turn:
+        with self._lock:
+            now = time.monotonic()
+            if (closed := self._closed_until.get(provider, now) - now) > 0:
+                return Turn(closed, "told us to wait")
+            windows = self._paces.get(provider, Pace()).windows
+            if not windows:
+                return Turn()
+            spent = self._spent.setdefault(provider, {})
+            longest = max(window.seconds for window in windows)
+            for number in [n for n, one in spent.items() if one.until <= now - longest]:
+                del spent[number]
+            turn = max(
+                (self._fits(window, spent.values(), weight, now) for window in windows),
+                key=lambda turn: turn.wait,
+            )
+            if turn.wait:
+                return turn
+            number = next(self._numbers)
+            spent[number] = self._under_way[number] = _Spent(weight)
+            return Turn(number=number)
+
+    def over(self, turn: Turn) -> None:
+        with self._lock:
+            if spent := self._under_way.pop(turn.number, None):
+                spent.until = time.monotonic()
 
     def penalise(self, provider: str, seconds: float) -> None:
         with self._lock:
             until = time.monotonic() + seconds
             self._closed_until[provider] = max(until, self._closed_until.get(provider, until))
 
-    def _try(self, provider: str, weight: int, patience: float) -> float:
-        """Takes the weight and gives 0, or gives the seconds after which to try again."""
-        with self._lock:
-            now = time.monotonic()
-            closed = self._closed_until.get(provider, now) - now
-            if closed > patience:
-                raise RateLimited(provider, f"told us to wait another {closed:.0f} s", retry_after=closed)
-            if closed > 0:
-                return closed
-            limit = self._per_window.get(provider)
-            if limit is None:
-                return 0.0
-            spent = self._spent.setdefault(provider, deque())
-            total = self._sums.get(provider, 0)
-            while spent and spent[0][0] <= now - self._window:
-                total -= spent.popleft()[1]
-            # A request heavier than the whole limit still goes out, alone.
-            waits = bool(spent) and total + weight > limit
-            if not waits:
-                spent.append((now, weight))
-            self._sums[provider] = total if waits else total + weight
-            return spent[0][0] + self._window - now if waits else 0.0
+    @staticmethod
+    def _fits(window: Window, spent: Iterable[_Spent], weight: int, now: float) -> Turn:
+        counted = sorted((one.until, one.weight) for one in spent if one.until > now - window.seconds)
+        # A request heavier than the whole limit still goes out, alone.
+        excess = min(sum(w for _, w in counted) + weight - window.limit, sum(w for _, w in counted))
+        if excess <= 0:
+            return Turn()
+        for until, one in counted:
+            excess -= one
+            if excess <= 0:
+                wait = window.seconds if until == math.inf else until + window.seconds - now
+                return Turn(wait, window.reason)
+        raise AssertionError("the excess is at most what is counted")
 
 
 class RequestPool:
@@ -265,7 +281,7 @@ class HttpClient:
     @property
     def answer_seconds(self) -> float:
         """How long a whole answer may take, however steadily it drips."""
-        return _ANSWER_TIMEOUTS * self.options.timeout_seconds
+        return ANSWER_TIMEOUTS * self.options.timeout_seconds
 
     def run(
         self,
@@ -285,15 +301,13 @@ class HttpClient:
         patience = _Patience(self.options)
 
         def once() -> T:
-            self.limiter.acquire(self.provider, weight, patience.for_told_waits)
-            with self.pool.slot():
-                tally.add()
-                try:
-                    return attempt()
-                except RateLimited as error:
-                    if error.retry_after is not None:
-                        self.limiter.penalise(self.provider, error.retry_after)
-                    raise
+            while True:
+                with self.pool.slot():
+                    turn = self.limiter.admit(self.provider, weight)
+                    if not turn.wait:
+                        return self._take(turn, attempt, tally)
+                patience.spend(self.provider, turn)
+                self.pool.sleep(turn.wait)
 
         retrying = Retrying(
             retry=retry_if_exception_type(TransientError),
@@ -303,6 +317,17 @@ class HttpClient:
             reraise=True,
         )
         return retrying(once)
+
+    def _take(self, turn: Turn, attempt: Callable[[], T], tally: Tally) -> T:
+        tally.add()
+        try:
+            return attempt()
+        except RateLimited as error:
+            if error.retry_after is not None:
+                self.limiter.penalise(self.provider, error.retry_after)
+            raise
+        finally:
+            self.limiter.over(turn)
 
     def exchange(
         self, url: str, params: Mapping[str, str] | None = None, *, max_bytes: int = MAX_BYTES
@@ -370,6 +395,16 @@ class _Patience(stop_base):
         self._budget = options.retry_budget_seconds
         self.for_told_waits = options.longest_wait_seconds
         self._failed_at: float | None = None
+
+    def spend(self, provider: str, turn: Turn) -> None:
+        """Allows for a wait that the limiter tells. Raises RateLimited when it is longer than is left."""
+        if turn.reason is not None:
+            if turn.wait > self.for_told_waits:
+                text = f"{turn.reason} another {turn.wait:.0f} s"
+                raise RateLimited(provider, text, retry_after=turn.wait)
+            self.for_told_waits -= turn.wait
+        if self._failed_at is not None:
+            self._failed_at += turn.wait
 
     def __call__(self, retry_state: RetryCallState) -> bool:
         if self._failed_at is None:

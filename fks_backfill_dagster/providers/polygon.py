@@ -1,27 +1,45 @@
-"""Polygon (Massive) aggregates of crypto pairs: the fallback behind Binance, for now.
+"""Polygon (Massive) aggregates: stocks, currency pairs, and crypto pairs behind Binance.
 
 Belongs here: tickers, the paging of aggregates, and what Polygon's answers mean.
-Does not belong here: stocks and forex (their sessions need rules of their own), splices with another
-market's candles.
+Does not belong here: splices with another market's candles, rows outside the session (`quality`).
 
-Left out on purpose: 1w, whose weeks start on Sunday there and so are not on our grid; 4h, because it
-is not verified that its windows sit on UTC multiples of four hours. Both derive from finer ones.
+Its bars sit on clock intervals, whatever the session. So not all of them are on our grid:
+
+crypto   a day is a UTC day. Weeks start on Sunday, and it is not verified that 4h sits on UTC
+         multiples of four hours: both are derived.
+stocks   up to 30m a bar lies inside or outside the regular session, never both: it opens at 09:30 and
+         closes at 16:00 or 13:00 New York. An hour bar at 09:00 would mix pre-market in, and whether a
+         day bar holds regular trades only is not verified: from 1h up all is derived from 30m.
+forex    up to 1h the session's edges are edges of bars. Longer ones open at 17:00 New York here and
+         at midnight there: derived from 1h. What it calls volume counts ticks, so there is none.
+
 Prices are asked with adjusted=false. Intervals without a trade are omitted. A crypto ticker quotes
-the fiat dollar, so for BTC/USDT this is another market that lies close.
+the fiat dollar, so for BTC/USDT this is another market that lies close. How far back it has data
+depends on the plan, which it tells nobody: what lies beyond is answered with NOT_AUTHORIZED.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from urllib.parse import quote, urlsplit
 
 import numpy as np
 import pyarrow as pa
 
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.derive import derive, parts_span
+from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
-from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, Timeframe
+from fks_backfill_dagster.domain.timeframe import (
+    MICROS_PER_DAY,
+    MICROS_PER_HOUR,
+    MICROS_PER_MINUTE,
+    Timeframe,
+    iso,
+)
 from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
@@ -65,6 +83,27 @@ _SPANS = {
     Timeframe.H1: (1, "hour"),
     Timeframe.D1: (1, "day"),
 }
+_MINUTES = frozenset({Timeframe.M1, Timeframe.M5, Timeframe.M15, Timeframe.M30})
+_NATIVE: Mapping[AssetClass, frozenset[Timeframe]] = {
+    AssetClass.CRYPTO: _MINUTES | {Timeframe.H1, Timeframe.D1},
+    AssetClass.STOCKS: _MINUTES,
+    AssetClass.FOREX: _MINUTES | {Timeframe.H1},
+}
+# What a derived timeframe is made of.
+_PARTS: Mapping[AssetClass, Mapping[Timeframe, Timeframe]] = {
+    AssetClass.CRYPTO: {Timeframe.H4: Timeframe.H1, Timeframe.W1: Timeframe.D1},
+    AssetClass.STOCKS: dict.fromkeys((Timeframe.H1, Timeframe.H4, Timeframe.D1, Timeframe.W1), Timeframe.M30),
+    AssetClass.FOREX: dict.fromkeys((Timeframe.H4, Timeframe.D1, Timeframe.W1), Timeframe.H1),
+}
+# The share of a week's minutes that may have a bar: 04:00 to 20:00 on weekdays; five of seven days.
+_TRADED: Mapping[AssetClass, float] = {
+    AssetClass.CRYPTO: 1.0,
+    AssetClass.STOCKS: 5 * 16 / (7 * 24),
+    AssetClass.FOREX: 5 / 7,
+}
+# A candle more on either side proves that what is absent was quiet; between two stock or forex
+# candles there may be a long weekend.
+_LONG_WEEKEND = 4 * MICROS_PER_DAY
 _DOLLARS = frozenset({"USD", "USDT", "USDC"})
 _BAR = pa.struct(
     [("t", pa.int64())] + [(name, pa.float64()) for name in ("o", "h", "l", "c", "v")],
@@ -76,7 +115,12 @@ class Polygon:
 
     name = NAME
     capabilities = Capabilities(
-        {AssetClass.CRYPTO: frozenset(_SPANS)}, page_size=LIMIT, needs_key=KEY_VARIABLE
+        {asset_class: native | _PARTS[asset_class].keys() for asset_class, native in _NATIVE.items()},
+        page_size=LIMIT,
+        # The limit counts minutes, whatever the bars.
+        page_sizes={timeframe: max(1, LIMIT // timeframe.minutes) for timeframe in Timeframe},
+        needs_key=KEY_VARIABLE,
+        omits_quiet=True,
     )
 
     def __init__(
@@ -101,31 +145,77 @@ class Polygon:
         return None
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
-        requests = -(-window.duration // (LIMIT * MICROS_PER_MINUTE))
+        asked, native = self._asked(series, window)
+        base = native.micros if native is Timeframe.D1 else MICROS_PER_MINUTE
+        requests = math.ceil(asked.duration / base * _TRADED[series.asset_class] / LIMIT)
         a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
         if self.missing_key():
             raise NotEntitled(NAME, f"it needs a key: set {KEY_VARIABLE}")
-        if series.timeframe not in _SPANS:
-            raise PermanentError(NAME, f"it has no {series.timeframe} candles on our grid")
+        if not self.capabilities.serve(series):
+            raise PermanentError(NAME, f"it has no {series.timeframe} candles of {series.asset_class}")
         ticker, tally = ticker_of(series), Tally()
-        if not window:
+        asked, native = self._asked(series, window)
+        if not asked:
             return Answer(())
-        url = self._url(ticker, series.timeframe, window)
+        warnings: tuple[str, ...] = ()
+        try:
+            bars, source = self._bars(ticker, native, asked, tally)
+        except NotEntitled as refused:
+            # An end-of-day plan refuses the whole range because of its last day.
+            if "before end of day" not in str(refused) or not asked.start < self._today() < asked.end:
+                raise
+            asked = TimeRange(asked.start, self._today())
+            warnings = (f"{refused} (so it was asked for what lies before {iso(asked.end)})",)
+            bars, source = self._bars(ticker, native, asked, tally)
+
+        if series.asset_class is AssetClass.FOREX:
+            bars = replace(bars, volume=np.full(len(bars), np.nan))
+        if native is series.timeframe:
+            candles, transport = bars.within(window), Transport.REST
+        else:
+            fine, coarse = grid_of(replace(series, timeframe=native)), grid_of(series)
+            candles, transport = derive(bars, fine, coarse, window, quiet_ok=True), Transport.DERIVED
+        deliveries = (Delivery(candles, transport, source),) if len(candles) else ()
+        return Answer(deliveries, tally.count, warnings)
+
+    def _asked(self, series: Series, window: TimeRange) -> tuple[TimeRange, Timeframe]:
+        """Which bars to ask for, and where: the parts of a derived candle reach beyond the window."""
+        native = _PARTS[series.asset_class].get(series.timeframe, series.timeframe)
+        if not window or native is series.timeframe:
+            return window, native
+        margin = series.timeframe.micros
+        if series.asset_class is not AssetClass.CRYPTO:
+            margin = max(margin, _LONG_WEEKEND)
+        needed = parts_span(grid_of(series), window)
+        if not needed:
+            return needed, native
+        wide = parts_span(grid_of(series), TimeRange(window.start - margin, window.end + margin))
+        # Not into today for the sake of the margin alone: some plans refuse whatever touches it.
+        end = wide.end if needed.end > self._today() else min(wide.end, self._today())
+        return TimeRange(wide.start, end), native
+
+    def _today(self) -> int:
+        """When today began, in UTC and in New York."""
+        return (self._clock() - 5 * MICROS_PER_HOUR) // MICROS_PER_DAY * MICROS_PER_DAY
+
+    def _bars(
+        self, ticker: str, timeframe: Timeframe, window: TimeRange, tally: Tally
+    ) -> tuple[Candles, str]:
+        """The closed bars of all pages, ascending, and the path that was asked."""
+        url = self._url(ticker, timeframe, window)
         place, blocks, seen = url.partition("?")[0], list[Candles](), set[str]()
         following: str | None = url
         while following:
             seen.add(following)
-            candles, following = self._page(following, ticker, series.timeframe, tally)
+            candles, following = self._page(following, ticker, timeframe, tally)
             blocks.append(candles)
             if following in seen:
                 raise BadAnswer(NAME, f"{place} leads from page to page in a circle")
         # Polygon widens the asked range to whole intervals.
-        candles = Candles.concat(blocks).sorted().within(window)
-        source = url.removeprefix(self._base_url)
-        return Answer((Delivery(candles, Transport.REST, source),) if len(candles) else (), tally.count)
+        return Candles.concat(blocks).sorted().within(window), url.removeprefix(self._base_url)
 
     def _url(self, ticker: str, timeframe: Timeframe, window: TimeRange) -> str:
         multiplier, span = _SPANS[timeframe]
@@ -147,7 +237,6 @@ class Polygon:
 
     def _document(self, reply: Reply, ticker: str) -> dict[str, object]:
         """The answer, if it is one; otherwise the error it stands for."""
-        document: object = None
         if reply.status != 200:
             raise self._client.failure(reply)
         document = self._client.json(reply)
@@ -199,13 +288,17 @@ class Polygon:
 
 
 def ticker_of(series: Series) -> str:
-    """`BTC/USDT` -> `X:BTCUSD` (dollar coins count as the dollar), unless the settings name it."""
+    """`AAPL`, `C:EURUSD`, `X:BTCUSD` (dollar coins count as the dollar), unless the settings name it."""
     named = series.provider_symbol(NAME)
     if named:
         return named
+    if series.asset_class is AssetClass.STOCKS:
+        return series.symbol
     base, slash, quoted = series.symbol.partition("/")
     if not (base and slash and quoted):
         raise UnknownSymbol(
             NAME, f"{series.symbol} is no pair like BTC/USDT: name its ticker in provider_symbols"
         )
+    if series.asset_class is AssetClass.FOREX:
+        return f"C:{base}{quoted}"
     return f"X:{base}{'USD' if quoted in _DOLLARS else quoted}"

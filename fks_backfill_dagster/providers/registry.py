@@ -6,12 +6,21 @@ Does not belong here: anything that only one provider knows, or the order in whi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fks_backfill_dagster.providers import binance, polygon
+from fks_backfill_dagster.domain.pacing import Pace, Window
+from fks_backfill_dagster.providers import alphavantage, binance, coingecko, oanda, polygon, yfinance
 from fks_backfill_dagster.providers.base import Provider, ProviderError, ProviderOptions
-from fks_backfill_dagster.providers.http import Limiter, ProcessLimiter, RequestPool, system_micros
+from fks_backfill_dagster.providers.http import (
+    ANSWER_TIMEOUTS,
+    CONNECT_SECONDS,
+    Limiter,
+    ProcessLimiter,
+    RequestPool,
+    system_micros,
+)
 
 # All that settings may name.
 NAMES = ("binance", "coingecko", "polygon", "yfinance", "alphavantage", "oanda")
@@ -23,8 +32,9 @@ Factory = Callable[[ProviderOptions, RequestPool, Limiter, Callable[[], int]], P
 class Registration:
     """What the registry knows of a provider.
 
-    `requests_per_minute` is its default pace, None for one that paces us by its own answers.
-    `request_weight` is what one request takes of the limiter.
+    `windows` are the limits of an account that nobody configured. `requests_per_minute` is its default
+    pace for estimates, and the limit where there are no windows. `request_weight` is what one request
+    takes of the limiter.
     """
 
     factory: Factory
@@ -32,6 +42,7 @@ class Registration:
     archive_url: str | None = None
     requests_per_minute: int | None = None
     request_weight: int = 1
+    windows: tuple[Window, ...] = ()
 
 
 BUILT: Mapping[str, Registration] = {
@@ -40,9 +51,28 @@ BUILT: Mapping[str, Registration] = {
         binance.DEFAULT_BASE_URL,
         archive_url=binance.DEFAULT_ARCHIVE_URL,
         request_weight=binance.KLINES_WEIGHT,
+        windows=(Window(binance.REQUESTS_PER_MINUTE * binance.KLINES_WEIGHT),),
     ),
     polygon.NAME: Registration(
         polygon.Polygon, polygon.DEFAULT_BASE_URL, requests_per_minute=polygon.REQUESTS_PER_MINUTE
+    ),
+    yfinance.NAME: Registration(
+        yfinance.YFinance, yfinance.DEFAULT_BASE_URL, requests_per_minute=yfinance.REQUESTS_PER_MINUTE
+    ),
+    coingecko.NAME: Registration(
+        coingecko.CoinGecko, coingecko.DEFAULT_BASE_URL, requests_per_minute=coingecko.REQUESTS_PER_MINUTE
+    ),
+    alphavantage.NAME: Registration(
+        alphavantage.AlphaVantage,
+        alphavantage.DEFAULT_BASE_URL,
+        requests_per_minute=alphavantage.REQUESTS_PER_MINUTE,
+        windows=(Window(1, 1.0), Window(alphavantage.REQUESTS_PER_DAY, 86_400.0)),
+    ),
+    oanda.NAME: Registration(
+        oanda.Oanda,
+        oanda.DEFAULT_BASE_URL,
+        requests_per_minute=oanda.REQUESTS_PER_MINUTE,
+        windows=(Window(oanda.REQUESTS_PER_SECOND, 1.0),),
     ),
 }
 
@@ -86,14 +116,38 @@ def resolve_options(
     )
 
 
-def limiter_for(options: Mapping[str, ProviderOptions], pool: RequestPool) -> ProcessLimiter:
-    """A limiter of this process with the pace of each of these providers."""
-    paces = {
-        name: one.requests_per_minute * _registration(name).request_weight
-        for name, one in options.items()
-        if one.requests_per_minute
-    }
-    return ProcessLimiter(paces, stop=pool.stop)
+def paces(options: Mapping[str, ProviderOptions]) -> dict[str, Pace]:
+    """The limits of these providers, each for the account that its key and its address make.
+
+    Archives have a door of their own: no limit, but what they tell us to wait.
+    """
+    found = {name: _pace(name, one) for name, one in options.items()}
+    archives = {name: one.archive_url for name, one in options.items() if one.archive_url}
+    return found | {f"{name}-archive": Pace((), _account(url)) for name, url in archives.items()}
+
+
+def _pace(name: str, options: ProviderOptions) -> Pace:
+    registered, a_minute = _registration(name), options.requests_per_minute
+    # What somebody configured stands for the plan they pay for: the default's daily budget goes as well.
+    if registered.windows and a_minute in (None, registered.requests_per_minute):
+        windows = registered.windows
+    else:
+        windows = (Window(a_minute * registered.request_weight),) if a_minute else ()
+    return Pace(
+        windows,
+        _account(options.base_url, options.key),
+        CONNECT_SECONDS + ANSWER_TIMEOUTS * options.timeout_seconds,
+    )
+
+
+def _account(url: str, key: str | None = None) -> str:
+    """Whose budget is spent: tells keys and markets apart, and does not give the key away."""
+    return hashlib.sha256(f"{url}\n{key or ''}".encode()).hexdigest()[:16]
+
+
+def limiter_for(options: Mapping[str, ProviderOptions]) -> ProcessLimiter:
+    """A limiter of this process alone, with the limits of each of these providers."""
+    return ProcessLimiter(paces(options))
 
 
 def build(

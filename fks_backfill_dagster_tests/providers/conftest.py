@@ -28,6 +28,6 @@ def make(pool: RequestPool) -> Make:
         clock = {"clock": given.pop("clock")} if "clock" in given else {}
         given = {"retry_budget_seconds": 1.5, "longest_wait_seconds": 1.5, "timeout_seconds": 5.0, **given}
         options = resolve_options(name, base_url=url, **given)  # type: ignore[arg-type]
-        return build(name, options, pool, limiter_for({name: options}, pool), **clock)  # type: ignore[arg-type]
+        return build(name, options, pool, limiter_for({name: options}), **clock)  # type: ignore[arg-type]
 
     return of

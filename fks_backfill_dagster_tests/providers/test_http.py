@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fks_backfill_dagster.domain.pacing import Pace, Window
 from fks_backfill_dagster.providers.base import (
     BadAnswer,
     NotEntitled,
@@ -216,30 +217,82 @@ def test_keys_that_cannot_be_sent_are_refused_without_being_quoted(key: str) -> 
     assert not key.strip() or key not in str(caught.value)
 
 
+def limiter_of(*windows: Window, provider: str = "p") -> ProcessLimiter:
+    return ProcessLimiter({provider: Pace(windows)})
+
+
 class TestLimiter:
-    def test_pace(self) -> None:
-        limiter = ProcessLimiter({"p": 4}, window_seconds=0.4)
-        began = time.monotonic()
-        threads = [threading.Thread(target=limiter.acquire, args=("p", 1, 0.0)) for _ in range(12)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert 0.79 <= time.monotonic() - began < 1.6
+    def test_a_window_slides(self) -> None:
+        limiter = limiter_of(Window(4, 0.4))
+        for _ in range(4):
+            limiter.over(limiter.admit("p", 1))
+        wait = limiter.admit("p", 1).wait
+        assert 0.3 < wait <= 0.4
+        time.sleep(wait)
+        assert limiter.admit("p", 1).wait == 0
 
     def test_weights(self) -> None:
-        limiter = ProcessLimiter({"p": 4}, window_seconds=0.3)
-        began = time.monotonic()
-        for _ in range(3):
-            limiter.acquire("p", 2, 0.0)
-        assert time.monotonic() - began >= 0.29
+        limiter = limiter_of(Window(4, 60))
+        assert [limiter.admit("p", 2).wait > 0 for _ in range(3)] == [False, False, True]
+        assert limiter_of(Window(4, 60)).admit("p", 9).wait == 0, "heavier than the limit: alone"
+
+    def test_what_is_under_way_counts_as_the_newest(self) -> None:
+        """It may reach the provider at the very end."""
+        limiter = limiter_of(Window(1, 0.2))
+        turn = limiter.admit("p", 1)
+        time.sleep(0.25)
+        assert limiter.admit("p", 1).wait == 0.2
+        limiter.over(turn)
+        assert 0.15 < limiter.admit("p", 1).wait <= 0.2
+
+    def test_several_windows_hold_at_once(self) -> None:
+        limiter = limiter_of(Window(1, 0.05), Window(2, 86400))
+        for _ in range(2):
+            limiter.over(limiter.admit("p", 1))
+            wait = limiter.admit("p", 1)
+            time.sleep(0.06)
+        assert wait.reason == "its 2 requests in 24 hours are used up: wait"
+        assert 86000 < limiter.admit("p", 1).wait < 86400
 
     def test_providers_do_not_wait_for_each_other(self) -> None:
-        limiter = ProcessLimiter({"slow": 1})
+        limiter = limiter_of(Window(1))
         limiter.penalise("slow", 60)
-        began = time.monotonic()
-        limiter.acquire("quick", 1, 0.0)
-        assert time.monotonic() - began < 0.1
+        assert limiter.admit("slow", 1).reason == "told us to wait"
+        assert limiter.admit("p", 1).wait == 0
+
+    def test_the_pace_holds_on_the_wire_and_eats_no_budget(self, pool: RequestPool) -> None:
+        with serve(lambda _: Said(b"ok")) as server:
+            client = client_of(pool, server.url, longest_wait_seconds=0.0)
+            client.limiter = limiter_of(Window(5, 0.3))
+            pool.map("lane", lambda _: client.run(asking(client, server.url), Tally()), range(20))
+            times = sorted(asked.at for asked in server.requests)
+        assert len(times) == 20
+        assert all(later - early > 0.3 for early, later in zip(times, times[5:], strict=False))
+
+    def test_a_spent_budget_is_not_waited_for(self, pool: RequestPool) -> None:
+        with serve(lambda _: Said(b"ok")) as server:
+            client = client_of(pool, server.url)
+            client.limiter = limiter_of(Window(1, 86400))
+            client.run(asking(client, server.url), Tally())
+            with pytest.raises(
+                RateLimited, match="1 requests in 24 hours are used up: wait another 86"
+            ) as told:
+                client.run(asking(client, server.url), Tally())
+            assert len(server.requests) == 1
+        assert told.value.retry_after is not None
+
+    def test_nobody_holds_a_slot_while_waiting(self) -> None:
+        pool = RequestPool(1)
+        with serve(lambda _: Said(b"ok")) as server:
+            slow, quick = client_of(pool, server.url, longest_wait_seconds=9.0), client_of(pool, server.url)
+            slow.limiter.penalise("p", 0.6)
+            thread = threading.Thread(target=slow.run, args=(asking(slow, server.url), Tally()))
+            thread.start()
+            began = time.monotonic()
+            quick.run(asking(quick, server.url), Tally())
+            assert time.monotonic() - began < 0.5
+            thread.join()
+        pool.close()
 
 
 class TestPool:

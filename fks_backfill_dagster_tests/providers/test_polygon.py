@@ -1,8 +1,9 @@
-"""Polygon's crypto aggregates: tickers, pages, the key, and what its answers mean."""
+"""Polygon's aggregates: tickers, pages, what is derived, the key, and what its answers mean."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import orjson
 import pytest
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.derive import derive
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.quality import verify
+from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.providers.base import (
@@ -22,11 +26,13 @@ from fks_backfill_dagster.providers.base import (
     ProviderError,
     RateLimited,
     TransientError,
+    Transport,
     UnknownSymbol,
 )
 from fks_backfill_dagster.providers.polygon import ticker_of
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.scripted import (
+    NO_OUTAGE,
     Asked,
     Said,
     candles_at,
@@ -130,9 +136,9 @@ class TestHonest:
 
     def test_capabilities(self, make: Make) -> None:
         capabilities = make("polygon", "http://127.0.0.1:1").capabilities
-        served = {timeframe for timeframe in Timeframe if capabilities.serve(crypto(timeframe))}
-        assert served == {Timeframe(name) for name in ("1m", "5m", "15m", "30m", "1h", "1d")}
-        assert not capabilities.serve(Series("AAPL", Timeframe.M1, AssetClass.STOCKS))
+        assert capabilities.timeframes == dict.fromkeys(AssetClass, frozenset(Timeframe))
+        assert capabilities.omits_quiet
+        assert not capabilities.adjusted
 
 
 @pytest.mark.parametrize(
@@ -143,11 +149,184 @@ def test_tickers(symbol: str, ticker: str) -> None:
     assert ticker_of(crypto(symbol=symbol)) == ticker
 
 
+def test_tickers_of_other_classes() -> None:
+    assert ticker_of(Series("BRK.B", Timeframe.M1, STOCKS)) == "BRK.B"
+    assert ticker_of(Series("EUR/USD", Timeframe.M1, FOREX)) == "C:EURUSD"
+    with pytest.raises(UnknownSymbol, match="provider_symbols"):
+        ticker_of(Series("EURUSD", Timeframe.M1, FOREX))
+
+
 def test_tickers_by_name() -> None:
     named = Series("BTC", Timeframe.M1, AssetClass.CRYPTO, provider_symbols=(("polygon", "X:XBTUSD"),))
     assert ticker_of(named) == "X:XBTUSD"
     with pytest.raises(UnknownSymbol, match="provider_symbols"):
         ticker_of(crypto(symbol="BTC"))
+
+
+def series(asset_class: AssetClass, timeframe: Timeframe) -> Series:
+    symbol = {AssetClass.CRYPTO: "BTC/USDT", AssetClass.STOCKS: "AAPL", AssetClass.FOREX: "EUR/USD"}
+    return Series(symbol[asset_class], timeframe, asset_class)
+
+
+@dataclass
+class WholeMarket:
+    """Bars on all clock intervals, session or not, aggregated from minutes that are asked for never.
+
+    `quiet` are the intervals without a trade. Bars outside the session are told by a wild high.
+    """
+
+    of: Series
+    quiet: RangeSet = NO_OUTAGE
+    refuse: Callable[[TimeRange], Said | None] = lambda _: None
+
+    def __call__(self, asked: Asked) -> Said:
+        *_, ticker, _, multiplier, span_name, first, last = asked.path.split("/")
+        step = int(multiplier) * {"minute": 60, "hour": 3600, "day": 86400}[span_name] * 1_000_000
+        start = -(-int(first) * 1000 // step) * step
+        refused = self.refuse(TimeRange(start, int(last) * 1000))
+        if refused:
+            return refused
+        everything = np.arange(start, int(last) * 1000, step)
+        return json_said(document(bars(self.bars(everything, Timeframe(_NAMES[step]))), ticker))
+
+    def bars(self, opens: np.ndarray, timeframe: Timeframe) -> Candles:
+        made = candles_at(opens[~self.quiet.contains(opens)], self.of.symbol)
+        inside = grid_of(replace(self.of, timeframe=timeframe)).contains(made.ts)
+        return replace(made, high=np.where(inside, made.high, 9999.0))
+
+    def truth(self, native: Timeframe, window: TimeRange) -> Candles:
+        """What an honest aggregation of the session's bars gives."""
+        fine, coarse = grid_of(replace(self.of, timeframe=native)), grid_of(self.of)
+        opens = fine.opens(TimeRange(window.start - WEEK, window.end + WEEK))
+        return derive(self.bars(opens, native), fine, coarse, window, quiet_ok=True)
+
+
+_NAMES = {timeframe.micros: timeframe.value for timeframe in Timeframe}
+WEEK = 7 * 86_400_000_000
+CRYPTO, STOCKS, FOREX = AssetClass
+HALF_DAY = span("2015-12-21", "2015-12-29")  # the 24th ends at 13:00 New York, the 25th is a holiday
+SPRING = span("2015-03-02", "2015-03-16")  # summer time from the 8th on
+
+
+class TestDerived:
+    @pytest.mark.parametrize("window", [HALF_DAY, SPRING], ids=["half-day", "spring"])
+    @pytest.mark.parametrize(
+        ("asset_class", "timeframe", "native"),
+        [
+            *((STOCKS, Timeframe(name), Timeframe.M30) for name in ("1h", "4h", "1d", "1w")),
+            *((FOREX, Timeframe(name), Timeframe.H1) for name in ("4h", "1d", "1w")),
+            (CRYPTO, Timeframe.H4, Timeframe.H1),
+            (CRYPTO, Timeframe.W1, Timeframe.D1),
+        ],
+    )
+    def test_what_is_not_on_our_grid(
+        self, make: Make, asset_class: AssetClass, timeframe: Timeframe, native: Timeframe, window: TimeRange
+    ) -> None:
+        asked = series(asset_class, timeframe)
+        market = WholeMarket(asked)
+        with serve(market) as server:
+            answer = make("polygon", server.url, key=KEY, requests_per_minute=1000).fetch(asked, window)
+            spans = {request.path.split("/range/")[1].rsplit("/", 2)[0] for request in server.requests}
+        truth = market.truth(native, window)
+        if asset_class is FOREX:
+            truth = replace(truth, volume=np.full(len(truth), np.nan))
+        assert of(answer).equals(truth)
+        assert np.array_equal(truth.ts, grid_of(asked).opens(window)), "and it is whole"
+        assert truth.high.max() < 9999, "nothing of other hours is in it"
+        assert answer.deliveries[0].transport is Transport.DERIVED
+        assert spans == {{"30m": "30/minute", "1h": "1/hour", "1d": "1/day"}[native]}
+
+    @pytest.mark.parametrize("timeframe", ["1m", "5m", "15m", "30m"])
+    def test_minutes_of_stocks(self, make: Make, timeframe: str) -> None:
+        asked = series(STOCKS, Timeframe(timeframe))
+        window = span("2015-12-24", "2015-12-25")
+        market = WholeMarket(asked)
+        with serve(market) as server:
+            answer = make("polygon", server.url, key=KEY).fetch(asked, window)
+        good = verify(of(answer), window, grid_of(asked), window.end).good
+        assert good.equals(market.bars(grid_of(asked).opens(window), Timeframe(timeframe)))
+        assert len(good) == 210 // Timeframe(timeframe).minutes
+        assert answer.deliveries[0].transport is Transport.REST
+
+    @pytest.mark.parametrize("timeframe", ["1m", "1h"])
+    def test_forex_has_no_volume(self, make: Make, timeframe: str) -> None:
+        asked = series(FOREX, Timeframe(timeframe))
+        with serve(WholeMarket(asked)) as server:
+            got = of(make("polygon", server.url, key=KEY).fetch(asked, span("2015-12-22", "2015-12-23")))
+            assert "/ticker/C:EURUSD/" in server.requests[0].path
+        assert len(got) == 1440 // Timeframe(timeframe).minutes
+        assert np.isnan(got.volume).all()
+
+    def test_quiet_hours(self, make: Make) -> None:
+        """A day with a quiet morning is made of the rest, one without any trade is not made."""
+        asked, window = series(STOCKS, Timeframe.D1), span("2015-12-21", "2015-12-24")
+        quiet = RangeSet([span("2015-12-21T14:00", "2015-12-21T17:00"), span("2015-12-22", "2015-12-23")])
+        market = WholeMarket(asked, quiet)
+        with serve(market) as server:
+            got = of(make("polygon", server.url, key=KEY).fetch(asked, window))
+        assert got.equals(market.truth(Timeframe.M30, window))
+        assert got.ts.tolist() == [us("2015-12-21"), us("2015-12-23")]
+
+    def test_the_edge_of_its_history_is_no_quiet_morning(self, make: Make) -> None:
+        asked, window = series(STOCKS, Timeframe.D1), span("2015-12-21", "2015-12-24")
+        with serve(WholeMarket(asked, RangeSet([span("2015-01-01", "2015-12-21T17:00")]))) as server:
+            got = of(make("polygon", server.url, key=KEY).fetch(asked, window))
+        assert got.ts.tolist() == [us("2015-12-22"), us("2015-12-23")]
+
+    def test_a_forming_day(self, make: Make) -> None:
+        asked, window, now = (
+            series(STOCKS, Timeframe.D1),
+            span("2015-12-21", "2015-12-24"),
+            "2015-12-23T20:45",
+        )
+        with serve(WholeMarket(asked)) as server:
+            got = of(make("polygon", server.url, key=KEY, clock=lambda: us(now)).fetch(asked, window))
+        assert got.ts.tolist() == [us("2015-12-21"), us("2015-12-22")]
+
+    def test_estimates_count_base_bars(self, make: Make) -> None:
+        provider, year = make("polygon", "http://127.0.0.1:1", key=KEY), span("2015-01-01", "2016-01-01")
+        requests = {
+            (asset_class.value, name): provider.estimate(series(asset_class, Timeframe(name)), year).requests
+            for asset_class, name in [(CRYPTO, "1h"), (CRYPTO, "1w"), (STOCKS, "1d"), (FOREX, "1d")]
+        }
+        assert requests == {
+            ("crypto", "1h"): 11,
+            ("crypto", "1w"): 1,
+            ("stocks", "1d"): 6,
+            ("forex", "1d"): 8,
+        }
+
+
+class TestEndOfDayPlan:
+    NOW = us("2015-12-23T19:00")
+
+    def fetch(self, make: Make, timeframe: str, window: TimeRange) -> tuple[Answer, list[Asked]]:
+        """From a plan that refuses whatever touches the 23rd in New York."""
+        asked = series(STOCKS, Timeframe(timeframe))
+        message = "Attempted to request today's data before end of day. Please upgrade your plan"
+        refused = json_said({"status": "NOT_AUTHORIZED", "message": message}, 403)
+        market = WholeMarket(asked, refuse=lambda r: refused if r.end > us("2015-12-23T05:00") else None)
+        with serve(market) as server:
+            provider = make("polygon", server.url, key=KEY, clock=lambda: self.NOW, requests_per_minute=99)
+            return provider.fetch(asked, window), server.requests
+
+    @pytest.mark.parametrize("timeframe", ["5m", "1h", "1d"])
+    def test_gives_the_days_before(self, make: Make, timeframe: str) -> None:
+        window = span("2015-12-21", "2015-12-24")
+        answer, requests = self.fetch(make, timeframe, window)
+        asked = series(STOCKS, Timeframe(timeframe))
+        good = verify(of(answer), window, grid_of(asked), window.end).good
+        assert np.array_equal(good.ts, grid_of(asked).opens(span("2015-12-21", "2015-12-23")))
+        assert answer.requests == len(requests) == 2
+        assert "2015-12-23T00:00:00+00:00" in answer.warnings[0]
+
+    def test_is_not_refused_for_the_margin(self, make: Make) -> None:
+        answer, requests = self.fetch(make, "1d", span("2015-12-21", "2015-12-23"))
+        assert (len(of(answer)), len(requests), answer.warnings) == (2, 1, ())
+
+    def test_today_alone(self, make: Make) -> None:
+        with pytest.raises(NotEntitled, match="before end of day"):
+            self.fetch(make, "5m", span("2015-12-23", "2015-12-24"))
 
 
 class TestKey:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
+from fks_backfill_dagster.domain.pacing import Window
 from fks_backfill_dagster.providers.base import ProviderOptions
 from fks_backfill_dagster.providers.http import RequestPool
 from fks_backfill_dagster.providers.registry import (
@@ -16,6 +19,7 @@ from fks_backfill_dagster.providers.registry import (
     UnknownProvider,
     build,
     limiter_for,
+    paces,
     resolve_options,
 )
 
@@ -38,7 +42,7 @@ def test_a_local_market_never_mixes_with_the_real_archives() -> None:
 def test_every_built_provider_can_be_made(pool: RequestPool) -> None:
     for name in BUILT:
         options = resolve_options(name)
-        provider = build(name, options, pool, limiter_for({name: options}, pool))
+        provider = build(name, options, pool, limiter_for({name: options}))
         assert provider.name == name
         assert provider.capabilities.timeframes
 
@@ -62,3 +66,43 @@ def test_ccxt_is_imported_by_those_who_ask_only() -> None:
     """It takes longer to import than everything else together."""
     code = "import sys, fks_backfill_dagster.providers.registry; sys.exit('ccxt' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class TestPaces:
+    def windows(self, name: str, **given: Any) -> tuple[Window, ...]:
+        return paces({name: resolve_options(name, **given)})[name].windows
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("binance", (Window(6000, 60),)),
+            ("polygon", (Window(5, 60),)),
+            ("alphavantage", (Window(1, 1), Window(25, 86_400))),
+            ("coingecko", (Window(100, 60),)),
+            ("oanda", (Window(100, 1),)),
+        ],
+    )
+    def test_what_their_documentation_says(self, name: str, expected: tuple[Window, ...]) -> None:
+        assert self.windows(name) == expected
+
+    def test_nobody_is_asked_without_a_limit(self) -> None:
+        assert all(self.windows(name) for name in BUILT)
+
+    def test_a_configured_pace_replaces_all_of_it(self) -> None:
+        assert self.windows("alphavantage", requests_per_minute=75) == (Window(75, 60),)
+        assert self.windows("binance", requests_per_minute=100) == (Window(200, 60),)
+
+    def test_an_account_is_a_market_and_a_key_and_tells_neither(self) -> None:
+        def account(**given: Any) -> str:
+            return paces({"polygon": resolve_options("polygon", **given)})["polygon"].account
+
+        accounts = [account(), account(key="k"), account(key="j"), account(key="k", base_url="http://h")]
+        assert len(set(accounts)) == 4
+        assert account(key="k") == accounts[1]
+        assert all(re.fullmatch("[0-9a-f]{16}", one) for one in accounts)
+
+    def test_archives_hear_penalties_of_their_own_host(self) -> None:
+        one = paces({"binance": resolve_options("binance")})["binance-archive"]
+        other = paces({"binance": resolve_options("binance", archive_url="http://h")})["binance-archive"]
+        assert one.windows == other.windows == ()
+        assert one.account != other.account

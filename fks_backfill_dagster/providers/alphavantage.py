@@ -1,0 +1,345 @@
+"""Alpha Vantage stock candles: days, and months of intraday bars for premium keys.
+
+Belongs here: its functions, New York stamps, and what its answers (always status 200) mean.
+Does not belong here: sessions (`domain.grid`), splits: prices are asked for as traded.
+
+What is asked for:
+  1d                TIME_SERIES_DAILY: the last 100 days, or the whole history (premium)
+  1w                derived from 1d
+  1m 5m 15m 30m     TIME_SERIES_INTRADAY by New York month since 2000-01 (premium), regular session only
+  1h 4h             derived from 30m: its own hours begin 09:30 or 09:00, which is not documented, and
+                    may hold pre-market trades; half an hour lies inside or outside the session.
+
+Stamps are New York wall time without a zone, and recordings disagree on whether they are opens or
+closes. The edges of the sessions tell: 09:30 can only be an open, 16:00 only a close. Where a month has
+both or neither, it is refused.
+
+Whether quiet intervals are omitted is not known, so they do not count as such: an absent bar is missing.
+A free key has 25 requests a day: so no request is tried more than ATTEMPTS times, and months are asked
+one after the other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+from urllib.parse import urlencode
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pyarrow as pa
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.derive import derive, parts_span
+from fks_backfill_dagster.domain.grid import Grid, grid_of
+from fks_backfill_dagster.domain.ranges import Instants, TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime, to_micros
+from fks_backfill_dagster.providers.base import (
+    Answer,
+    BadAnswer,
+    Capabilities,
+    Delivery,
+    Estimate,
+    NotEntitled,
+    PermanentError,
+    ProviderError,
+    ProviderOptions,
+    RateLimited,
+    Transport,
+    UnknownSymbol,
+)
+from fks_backfill_dagster.providers.http import (
+    HttpClient,
+    Limiter,
+    Reply,
+    RequestPool,
+    Tally,
+    redact,
+    system_micros,
+    usable_key,
+)
+
+NAME = "alphavantage"
+DEFAULT_BASE_URL = "https://www.alphavantage.co"
+KEY_VARIABLE = "ALPHAVANTAGE_API_KEY"
+# Of a free key.
+REQUESTS_PER_MINUTE = 60
+REQUESTS_PER_DAY = 25
+ATTEMPTS = 3
+
+PAGE_SIZE = 23 * 390  # the minutes of a month with 23 sessions; more than the days of any history
+_COMPACT_DAYS = 100
+_FIRST_MONTH = "2000-01"
+_NEW_YORK = ZoneInfo("America/New_York")
+_ZONES = ("US/Eastern", "America/New_York")
+# Which timeframe is asked for, and how it is called there.
+_FINE = {
+    Timeframe.M1: Timeframe.M1,
+    Timeframe.M5: Timeframe.M5,
+    Timeframe.M15: Timeframe.M15,
+    Timeframe.M30: Timeframe.M30,
+    Timeframe.H1: Timeframe.M30,
+    Timeframe.H4: Timeframe.M30,
+    Timeframe.D1: Timeframe.D1,
+    Timeframe.W1: Timeframe.D1,
+}
+# Up to so many of the rows at the edges of sessions may speak against the rest: a stray bar after the
+# close of a half-day. They lie outside the session and are dropped there.
+_STRAYS = 0.1
+_COLUMNS = ("1. open", "2. high", "3. low", "4. close", "5. volume")
+_ROW = pa.struct([(name, pa.string()) for name in _COLUMNS])
+
+
+class _Burst(RateLimited):
+    """More than one request a second; premium functions answer free keys with the same text."""
+
+
+class AlphaVantage:
+    """Implements `Provider`; safe to call from several threads."""
+
+    name = NAME
+    capabilities = Capabilities(
+        {AssetClass.STOCKS: frozenset(_FINE)}, page_size=PAGE_SIZE, needs_key=KEY_VARIABLE
+    )
+
+    def __init__(
+        self,
+        options: ProviderOptions,
+        pool: RequestPool,
+        limiter: Limiter,
+        clock: Callable[[], int] = system_micros,
+    ) -> None:
+        self._key = usable_key(NAME, options.key, KEY_VARIABLE) if options.key else None
+        self._options = replace(options, key=self._key)
+        self._clock = clock
+        self._url = f"{options.base_url.rstrip('/')}/query"
+        self._client = HttpClient(NAME, self._options, pool, limiter)
+
+    def missing_key(self) -> str | None:
+        return None if self._key else KEY_VARIABLE
+
+    def listed_at(self, series: Series) -> int | None:
+        """Not told: the whole history is premium."""
+        return None
+
+    def estimate(self, series: Series, window: TimeRange) -> Estimate:
+        requests = len(self._queries(*_asked(series, window)))
+        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        return Estimate(requests, requests * 60 / a_minute)
+
+    def fetch(self, series: Series, window: TimeRange) -> Answer:
+        if self.missing_key():
+            raise NotEntitled(NAME, f"it needs a key: set {KEY_VARIABLE}")
+        if not self.capabilities.serve(series):
+            raise PermanentError(NAME, f"it has no {series.timeframe} candles of {series.asset_class}")
+        (fine, span), tally = _asked(series, window), Tally()
+        queries = self._queries(fine, span)
+        if not queries:
+            return Answer(())
+        ask = self._bars if fine.timeframe.is_intraday else self._days
+        rows = ask(fine, queries, tally).sorted().within(span)
+        closed = rows.take(rows.ts < grid_of(fine).closed_end(self._clock()))
+        return Answer(_delivered(series, fine, window, closed, _source(queries)), tally.count)
+
+    def _queries(self, series: Series, span: TimeRange) -> list[dict[str, str]]:
+        """What to ask for the candles that open in `span` and before now: the days, or each New York month."""
+        grid, now = grid_of(series), self._clock()
+        opens = grid.opens(TimeRange(span.start, max(span.start, min(span.end, now))))
+        if len(opens) == 0:
+            return []
+        if not series.timeframe.is_intraday:
+            recent = grid.count(TimeRange(int(opens[0]), now)) <= _COMPACT_DAYS
+            return [_daily_query(series, "compact" if recent else "full")]
+        first, last = (
+            np.datetime64(f"{to_datetime(int(at)).astimezone(_NEW_YORK):%Y-%m}", "M") for at in opens[[0, -1]]
+        )
+        months = np.arange(max(first, np.datetime64(_FIRST_MONTH)), last + 1)
+        return [_intraday_query(series, str(month)) for month in months]
+
+    def _days(self, series: Series, queries: list[dict[str, str]], tally: Tally) -> Candles:
+        (query,) = queries
+        return self._ask(series, query, tally, premium=query["outputsize"] == "full")
+
+    def _bars(self, series: Series, queries: list[dict[str, str]], tally: Tally) -> Candles:
+        """The bars of all months by their open."""
+        blocks, refused = list[Candles](), False
+        for query in queries:
+            try:
+                rows = self._ask(series, query, tally, premium=True)
+            except UnknownSymbol:
+                refused = True  # the symbol, or a month before its listing: the same words for both
+                continue
+            opens = to_opens(rows.ts, grid_of(series), series.timeframe.micros)
+            if opens is None:
+                raise PermanentError(
+                    NAME,
+                    f"its {series} of {query['month']} cannot be told to be stamped at the open or at the close",
+                )
+            blocks.append(replace(rows, ts=opens))
+        if refused and not blocks:
+            self._ask(series, _daily_query(series, "compact"), tally, premium=False)
+        return Candles.concat(blocks)
+
+    # --- asking ---
+
+    def _ask(self, series: Series, query: Mapping[str, str], tally: Tally, *, premium: bool) -> Candles:
+        """The rows of one answer with stamps in UTC, not moved. `premium`: free keys have no right to it."""
+
+        def attempt() -> Candles:
+            reply = self._client.exchange(self._url, {**query, "apikey": self._key or ""})
+            return self._read(reply, series, query)
+
+        # In a thread of this provider's own: its connection is kept there.
+        def run(_: None) -> Candles:
+            return self._client.run(attempt, tally, attempts=ATTEMPTS)
+
+        try:
+            return self._client.pool.map(NAME, run, [None])[0]
+        except _Burst as error:
+            if not premium:
+                raise
+            raise NotEntitled(
+                NAME,
+                f"{query['function']} stayed refused for asking too fast, which is also what a key without "
+                f"the right to it is told ({error})",
+            ) from None
+
+    def _read(self, reply: Reply, series: Series, query: Mapping[str, str]) -> Candles:
+        if reply.status != 200:
+            raise self._client.failure(reply)
+        document = self._client.json(reply)
+        if not isinstance(document, dict):
+            raise BadAnswer(NAME, f"{reply.place} answered no object")
+        about = document.get("Meta Data")
+        if not isinstance(about, dict):
+            raise self._refusal(document, reply, query)
+        if str(about.get("2. Symbol", "")).upper() != query["symbol"].upper():
+            raise BadAnswer(NAME, f"{reply.place} answered for another symbol than {query['symbol']}")
+        if "interval" in query and about.get("4. Interval") != query["interval"]:
+            raise BadAnswer(NAME, f"{reply.place} answered another interval than {query['interval']}")
+        zone = next((value for name, value in about.items() if name.endswith("Time Zone")), None)
+        if "interval" in query and zone not in _ZONES:
+            raise BadAnswer(
+                NAME, f"{reply.place} answered without New York time, which its stamps are read as"
+            )
+        table = next((value for name, value in document.items() if name.startswith("Time Series")), None)
+        return read_table(table, reply.place, intraday="interval" in query)
+
+    def _refusal(self, document: dict[str, object], reply: Reply, query: Mapping[str, str]) -> ProviderError:
+        """What an answer without data means; its words are all there is."""
+        said = " ".join(
+            str(document.get(key, "")) for key in ("Error Message", "Information", "Note")
+        ).strip()
+        text = f"{reply.place} answered: {redact(said, self._key)[:200]}"
+        if "Error Message" in document and "Invalid API call" in said:
+            return UnknownSymbol(
+                NAME,
+                f"it has no {query['symbol']}: correct the symbol, or name Alpha Vantage's own in provider_symbols",
+            )
+        if "apikey is invalid" in said or "claim your free API key" in said:
+            return NotEntitled(NAME, f"{text} (check {KEY_VARIABLE})")
+        if "1 request per second" in said or "sparingly" in said:
+            return _Burst(NAME, text, retry_after=1.0)
+        if re.search(r"premium (endpoint|feature)", said):
+            return NotEntitled(NAME, text)
+        if re.search(r"(calls|requests) per minute", said):
+            return RateLimited(NAME, text, retry_after=60.0)
+        if re.search(r"(calls|requests) per day", said):
+            return RateLimited(NAME, text, retry_after=seconds_to_tomorrow(self._clock()))
+        return BadAnswer(NAME, text if said else f"{reply.place} answered neither data nor a reason")
+
+
+def symbol_of(series: Series) -> str:
+    """The ticker itself, unless the settings name it."""
+    return series.provider_symbol(NAME) or series.symbol
+
+
+def _daily_query(series: Series, size: str) -> dict[str, str]:
+    return {"function": "TIME_SERIES_DAILY", "symbol": symbol_of(series), "outputsize": size}
+
+
+def _intraday_query(series: Series, month: str) -> dict[str, str]:
+    return {
+        "function": "TIME_SERIES_INTRADAY",
+        "symbol": symbol_of(series),
+        "interval": f"{series.timeframe.minutes}min",
+        "month": month,
+        "outputsize": "full",
+        "adjusted": "false",
+        "extended_hours": "false",
+    }
+
+
+def _source(queries: list[dict[str, str]]) -> str:
+    """The request; with the first and the last month where there are several."""
+    months = sorted({query["month"] for query in (queries[0], queries[-1]) if "month" in query})
+    return f"/query?{urlencode({**queries[0], **({'month': '..'.join(months)} if months else {})})}"
+
+
+def _asked(series: Series, window: TimeRange) -> tuple[Series, TimeRange]:
+    """The series that is asked for, and where its candles lie: the parts of a derived one."""
+    fine = replace(series, timeframe=_FINE[series.timeframe])
+    return fine, window if fine == series else parts_span(grid_of(series), window)
+
+
+def _delivered(
+    series: Series, fine: Series, window: TimeRange, rows: Candles, source: str
+) -> tuple[Delivery, ...]:
+    if fine == series:
+        candles, transport = rows, Transport.REST
+    else:
+        candles = derive(rows, grid_of(fine), grid_of(series), window, quiet_ok=False)
+        transport = Transport.DERIVED
+    return (Delivery(candles, transport, source),) if len(candles) else ()
+
+
+def read_table(table: object, place: str, *, intraday: bool) -> Candles:
+    """`{"2024-01-31 15:55:00": {"1. open": "...", ...}}` to columns.
+
+    Stamps of bars become UTC instants, those of days 00:00 UTC of the date. Raises BadAnswer.
+    """
+    if not isinstance(table, dict):
+        raise BadAnswer(NAME, f"{place} answered no time series")
+    try:
+        cells = pa.array(list(table.values()), type=_ROW).flatten()
+        columns = [cell.cast(pa.float64()).to_numpy(zero_copy_only=False) for cell in cells]
+        wall = pa.array(list(table), type=pa.string()).cast(pa.timestamp("us")).to_numpy()
+        ts = _utc(wall) if intraday else wall.astype("datetime64[us]").view(np.int64)
+    except (pa.ArrowException, TypeError, ValueError):
+        raise BadAnswer(NAME, f"{place} answered rows of another shape") from None
+    # It has a volume for every candle: one that is absent must not pass as "source has none".
+    columns[4] = np.where(np.isnan(columns[4]), np.inf, columns[4])
+    return Candles(ts, *columns)
+
+
+def _utc(wall: np.ndarray[tuple[int], np.dtype[np.datetime64]]) -> Instants:
+    """New York wall time to instants. Raises ValueError for a time that is there twice or never."""
+    import pandas as pd
+
+    zoned = pd.DatetimeIndex(wall).tz_localize(_NEW_YORK, ambiguous="raise", nonexistent="raise")
+    return zoned.tz_convert("UTC").tz_localize(None).to_numpy().astype("datetime64[us]").view(np.int64)
+
+
+def to_opens(stamps: Instants, grid: Grid, step: int) -> Instants | None:
+    """The opens of bars that are stamped at the open or at the close; None when that cannot be told.
+
+    A stamp at the beginning of a session can only be an open, one at its end only a close.
+    """
+    is_open, would_be_close = grid.contains(stamps), grid.contains(stamps - step)
+    opening = int(np.count_nonzero(is_open & ~would_be_close))
+    closing = int(np.count_nonzero(would_be_close & ~is_open))
+    if len(stamps) == 0 or closing < opening * _STRAYS:
+        return stamps
+    if opening < closing * _STRAYS:
+        return stamps - step
+    return None
+
+
+def seconds_to_tomorrow(now: int) -> float:
+    """From an instant to the next midnight of New York, when the daily budget is taken to begin anew."""
+    local = to_datetime(now).astimezone(_NEW_YORK)
+    tomorrow = datetime(local.year, local.month, local.day, tzinfo=_NEW_YORK) + timedelta(days=1)
+    return (to_micros(tomorrow) - now) / 1_000_000

@@ -1,0 +1,381 @@
+"""CoinGecko's OHLC of coins: what of it lies on our grid, which depends on the key.
+
+Belongs here: coin ids, the two OHLC endpoints, close stamps, and what CoinGecko's answers mean.
+Does not belong here: whether its prices fit those of an exchange (splices, in `pipeline`): it quotes an
+average over many exchanges, in dollars also for USDT and USDC.
+
+A demo key (public host) has `/ohlc?days=N` only, whose granularity is automatic:
+  1 day        30m, from which we derive 1h
+  7 .. 30 days 4h, from which we derive 1d and 1w
+  beyond       4 days, which is no timeframe of ours.
+A paid key (base_url on the host pro-api...) has `/ohlc/range` besides: 1h and 1d since 2018-02-09, from
+which we derive 4h and 1w. There is nothing below 30m, and no volume: `total_volumes` of another endpoint is a
+rolling day's.
+
+Rows are stamped at the close, so they are moved to the open. Granularity is not told in the answer and
+four days fit the grid of 4h: so the distance of the rows is checked. The answer tells no coin either;
+nothing here would notice another coin's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from urllib.parse import quote, urlencode, urlsplit
+
+import numpy as np
+import orjson
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.derive import derive, parts_span
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import Instants, TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import (
+    MICROS_PER_DAY,
+    MICROS_PER_MINUTE,
+    MICROS_PER_SECOND,
+    Timeframe,
+)
+from fks_backfill_dagster.providers.base import (
+    Answer,
+    BadAnswer,
+    Capabilities,
+    Delivery,
+    Estimate,
+    NotEntitled,
+    PermanentError,
+    ProviderError,
+    ProviderOptions,
+    RateLimited,
+    Transport,
+    UnknownSymbol,
+)
+from fks_backfill_dagster.providers.http import (
+    HttpClient,
+    Limiter,
+    Reply,
+    RequestPool,
+    Tally,
+    retry_after,
+    said_in,
+    server_time,
+    system_micros,
+    usable_key,
+)
+
+NAME = "coingecko"
+DEFAULT_BASE_URL = "https://api.coingecko.com"
+KEY_VARIABLE = "COINGECKO_API_KEY"
+REQUESTS_PER_MINUTE = 100  # of a demo key
+
+_PRO_HOST = "pro-api"
+_RANGE_START = 1_518_134_400 * MICROS_PER_SECOND  # 2018-02-09
+_LATEST_MS = 1e14  # beyond any time; a float above it may be no whole number
+# Invalid key, wrong host for the key, or data that the plan does not cover.
+_KEY_CODES = frozenset({10002, 10005, 10006, 10010, 10011, 10012})
+
+COINS: Mapping[str, str] = {
+    "AAVE": "aave",
+    "ADA": "cardano",
+    "ALGO": "algorand",
+    "APT": "aptos",
+    "ARB": "arbitrum",
+    "ATOM": "cosmos",
+    "AVAX": "avalanche-2",
+    "BCH": "bitcoin-cash",
+    "BNB": "binancecoin",
+    "BTC": "bitcoin",
+    "DOGE": "dogecoin",
+    "DOT": "polkadot",
+    "ETC": "ethereum-classic",
+    "ETH": "ethereum",
+    "FIL": "filecoin",
+    "HBAR": "hedera-hashgraph",
+    "ICP": "internet-computer",
+    "LINK": "chainlink",
+    "LTC": "litecoin",
+    "MKR": "maker",
+    "NEAR": "near",
+    "OP": "optimism",
+    "PEPE": "pepe",
+    "SHIB": "shiba-inu",
+    "SOL": "solana",
+    "SUI": "sui",
+    "TON": "the-open-network",
+    "TRX": "tron",
+    "UNI": "uniswap",
+    "USDC": "usd-coin",
+    "USDT": "tether",
+    "VET": "vechain",
+    "XLM": "stellar",
+    "XMR": "monero",
+    "XRP": "ripple",
+    "XTZ": "tezos",
+}
+"""Symbols are not unique there; these are the coins that the exchanges mean."""
+
+_DOLLARS = frozenset({"USD", "USDT", "USDC"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a timeframe is had: `fine` is what is asked for, `path` and the rest how.
+
+    `days`: the lengths that `/ohlc` may be asked for, ascending; empty where it is `/ohlc/range` with
+    `interval`, at most `page` candles of `fine` a request.
+    """
+
+    fine: Timeframe
+    days: tuple[int, ...] = ()
+    interval: str = ""
+    page: int = 0
+
+    def pages(self, span: TimeRange, now: int) -> list[TimeRange]:
+        """What one request each is to bring; the whole span where granularity depends on its age."""
+        start = max(span.start, now - self.days[-1] * MICROS_PER_DAY if self.days else _RANGE_START)
+        end = min(span.end, now)
+        if start >= end:
+            return []
+        size = self.page * self.fine.micros if self.interval else end - start
+        return [TimeRange(first, min(first + size, end)) for first in range(start, end, size)]
+
+    def request(self, page: TimeRange, now: int) -> tuple[str, dict[str, str | int]]:
+        """The end of the path and the query."""
+        if self.interval:
+            # Whether `to` bounds opens or closes is not documented: one interval more serves both.
+            until = min(page.end + self.fine.micros, now)
+            bounds = {"from": page.start // MICROS_PER_SECOND, "to": until // MICROS_PER_SECOND}
+            return "/ohlc/range", {**bounds, "interval": self.interval}
+        age = -((page.start - now) // MICROS_PER_DAY)
+        return "/ohlc", {"days": next(days for days in self.days if days >= age)}
+
+
+_DAY, _MONTH = (1,), (7, 14, 30)
+# At most 744 hours or 180 days a request; less two, for bounds that may count on both sides.
+_HOURLY, _DAILY = (
+    _Way(Timeframe.H1, interval="hourly", page=742),
+    _Way(Timeframe.D1, interval="daily", page=178),
+)
+_DEMO = {
+    Timeframe.M30: _Way(Timeframe.M30, _DAY),
+    Timeframe.H1: _Way(Timeframe.M30, _DAY),
+    Timeframe.H4: _Way(Timeframe.H4, _MONTH),
+    Timeframe.D1: _Way(Timeframe.H4, _MONTH),
+    Timeframe.W1: _Way(Timeframe.H4, _MONTH),
+}
+_PRO = {
+    Timeframe.M30: _Way(Timeframe.M30, _DAY),
+    Timeframe.H1: _HOURLY,
+    Timeframe.H4: _HOURLY,
+    Timeframe.D1: _DAILY,
+    Timeframe.W1: _DAILY,
+}
+
+
+class CoinGecko:
+    """Implements `Provider`; safe to call from several threads. What it can depends on the host."""
+
+    name = NAME
+
+    def __init__(
+        self,
+        options: ProviderOptions,
+        pool: RequestPool,
+        limiter: Limiter,
+        clock: Callable[[], int] = system_micros,
+    ) -> None:
+        self._options = options
+        self._clock = clock
+        self._base_url = options.base_url.rstrip("/")
+        pro = (urlsplit(self._base_url).hostname or "").startswith(_PRO_HOST)
+        self._ways = _PRO if pro else _DEMO
+        self.capabilities = Capabilities(
+            {AssetClass.CRYPTO: frozenset(self._ways)},
+            page_size=max(
+                way.page or way.days[-1] * MICROS_PER_DAY // way.fine.micros for way in self._ways.values()
+            ),
+            needs_key=KEY_VARIABLE,
+            has_volume=False,
+            depth={at: way.days[-1] * MICROS_PER_DAY for at, way in self._ways.items() if way.days},
+        )
+        key = usable_key(NAME, options.key, KEY_VARIABLE) if options.key else None
+        header = "x-cg-pro-api-key" if pro else "x-cg-demo-api-key"
+        self._client = HttpClient(NAME, options, pool, limiter, headers={header: key} if key else {})
+
+    def missing_key(self) -> str | None:
+        return None if self._options.key else KEY_VARIABLE
+
+    def listed_at(self, series: Series) -> int | None:
+        """Not told: what it has of a coin is limited by the key, not by the coin's age."""
+        return None
+
+    def estimate(self, series: Series, window: TimeRange) -> Estimate:
+        way = self._ways[series.timeframe]
+        requests = len(way.pages(_span(series, way, window), self._clock()))
+        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        return Estimate(requests, requests * 60 / a_minute)
+
+    def fetch(self, series: Series, window: TimeRange) -> Answer:
+        if self.missing_key():
+            raise NotEntitled(NAME, f"it needs a key: set {KEY_VARIABLE}")
+        if not self.capabilities.serve(series):
+            raise PermanentError(NAME, f"it has no {series.timeframe} candles of {series.asset_class}")
+        question = _Question(coin_of(series), currency_of(series), self._ways[series.timeframe])
+        now, tally = self._clock(), Tally()
+        pages = question.way.pages(_span(series, question.way, window), now)
+        if not window or not pages:
+            return Answer(())
+        blocks = self._client.pool.map(NAME, lambda page: self._ask(question, page, now, tally), pages)
+        rows = Candles.concat(blocks)
+        path, query = question.request(TimeRange(pages[0].start, pages[-1].end), now)
+        return Answer(
+            _delivered(series, question.way, window, rows, f"{path}?{urlencode(query)}"), tally.count
+        )
+
+    def _ask(self, question: _Question, page: TimeRange, now: int, tally: Tally) -> Candles:
+        """The closed candles that open in `page`, ascending."""
+        path, query = question.request(page, now)
+        url, step = self._base_url + path, question.way.fine.micros
+
+        def attempt() -> Candles:
+            reply = self._client.exchange(url, query)
+            rows = read_rows(self._document(reply, question), step, reply.place)
+            ours = self._clock()
+            seen = min(server_time(reply.headers) or ours, ours)  # closed is what both clocks call so
+            rows = rows.take(rows.ts + step <= seen // step * step)  # a forming one may be stamped now
+            if not is_spaced(rows.ts, step):
+                raise BadAnswer(
+                    NAME,
+                    f"{reply.place} answered rows that are not {step // MICROS_PER_MINUTE} minutes apart",
+                )
+            if question.way.days:
+                if len(rows) == 1:
+                    return Candles.empty()  # one row does not tell which granularity it is of
+                # The first row may be made of that part of it only which lies in the asked days.
+                rows = rows.take(rows.ts >= seen - int(query["days"]) * MICROS_PER_DAY)
+            return rows.within(page)
+
+        return self._client.run(attempt, tally)
+
+    def _document(self, reply: Reply, question: _Question) -> object:
+        """The decoded answer, unless it is an error: those come with status 200 as well."""
+        document = self._client.json(reply) if reply.status == 200 else None
+        if reply.status != 200 or (isinstance(document, dict) and {"error", "status"} & set(document)):
+            raise self._failure(reply, question)
+        return document
+
+    def _failure(self, reply: Reply, question: _Question) -> ProviderError:
+        code, message = _code_and_message(reply.body)
+        text = f"{reply.place} answered {reply.status}: {said_in((message or 'nothing').encode(), self._options.key)}"
+        if "coin not found" in message.lower():
+            return UnknownSymbol(
+                NAME,
+                f"it has no coin {question.coin}: set provider_symbols.coingecko of the symbol to its id",
+            )
+        if "vs_currency" in message:
+            return UnknownSymbol(NAME, f"it has no prices in {question.currency}")
+        if code == 429:
+            return RateLimited(NAME, text, retry_after=retry_after(reply.headers))
+        if code in _KEY_CODES:
+            return NotEntitled(NAME, f"{text} (a paid key needs a base_url on the host {_PRO_HOST}...)")
+        if reply.status == 200:
+            return BadAnswer(
+                NAME, f"{reply.place} answered no rows but {said_in(reply.body, self._options.key)}"
+            )
+        return self._client.failure(reply)
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """Which coin, in which currency, in which way."""
+
+    coin: str
+    currency: str
+    way: _Way
+
+    def request(self, page: TimeRange, now: int) -> tuple[str, dict[str, str]]:
+        """Path and query."""
+        end, query = self.way.request(page, now)
+        path = f"/api/v3/coins/{quote(self.coin, safe='')}{end}"
+        return path, {"vs_currency": self.currency, **{name: str(value) for name, value in query.items()}}
+
+
+def coin_of(series: Series) -> str:
+    """`BTC/USDT` -> `bitcoin`, unless the settings name it."""
+    base = series.symbol.partition("/")[0]
+    coin = series.provider_symbol(NAME) or COINS.get(base)
+    if coin is None:
+        raise UnknownSymbol(
+            NAME,
+            f"no coin id is known for {base}: set provider_symbols.coingecko of {series.symbol} to the id "
+            "on the coin's CoinGecko page, such as bitcoin",
+        )
+    return coin
+
+
+def currency_of(series: Series) -> str:
+    """`BTC/USDT` -> `usd`; dollar coins count as the dollar."""
+    quoted = series.symbol.partition("/")[2]
+    if not quoted:
+        raise UnknownSymbol(NAME, f"{series.symbol} is no pair like BTC/USDT")
+    return "usd" if quoted in _DOLLARS else quoted.lower()
+
+
+def read_rows(answer: object, step: int, place: str) -> Candles:
+    """Rows `[closeMs, o, h, l, c]` to columns by their open, ascending; `step` in microseconds.
+
+    An absent price becomes NaN. Raises BadAnswer for another shape.
+    """
+    if not isinstance(answer, list):
+        raise BadAnswer(NAME, f"{place} answered no list of rows")
+    if not answer:
+        return Candles.empty()
+    try:
+        table = np.array(answer, dtype=np.float64)
+    except (TypeError, ValueError):
+        table = np.empty(0)
+    if table.ndim != 2 or table.shape[1] != 5 or not (np.abs(table[:, 0]) < _LATEST_MS).all():
+        raise BadAnswer(NAME, f"{place} answered rows that are not [time, open, high, low, close]")
+    ts = table[:, 0].astype(np.int64) * 1000 - step
+    columns = [*np.ascontiguousarray(table[:, 1:].T), np.full(len(ts), np.nan)]
+    return Candles(ts, *columns).sorted()
+
+
+def is_spaced(ts: Instants, step: int) -> bool:
+    """Whether neighbours are mostly one step apart; holes, repetitions and strays are for `quality`."""
+    distances, times = np.unique(np.diff(np.unique(ts)), return_counts=True)
+    return len(distances) == 0 or bool(distances[np.argmax(times)] == step)
+
+
+def _span(series: Series, way: _Way, window: TimeRange) -> TimeRange:
+    """Where the candles lie that are asked for."""
+    return window if way.fine is series.timeframe else parts_span(grid_of(series), window)
+
+
+def _delivered(
+    series: Series, way: _Way, window: TimeRange, rows: Candles, source: str
+) -> tuple[Delivery, ...]:
+    if way.fine is series.timeframe:
+        candles, transport = rows, Transport.REST
+    else:
+        fine = grid_of(replace(series, timeframe=way.fine))
+        candles = derive(rows, fine, grid_of(series), window, quiet_ok=False)
+        transport = Transport.DERIVED
+    return (Delivery(candles, transport, source),) if len(candles) else ()
+
+
+def _code_and_message(body: bytes) -> tuple[int, str]:
+    """Of the three shapes: {"status": {...}}, {"error": {"status": {...}}} and {"error": "text"}."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return 0, ""
+    error = document.get("error", document) if isinstance(document, dict) else None
+    if isinstance(error, str):
+        return 0, error
+    status = error.get("status") if isinstance(error, dict) else None
+    if not isinstance(status, dict):
+        return 0, ""
+    code = status.get("error_code")
+    return code if isinstance(code, int) else 0, str(status.get("error_message", ""))

@@ -1,0 +1,298 @@
+"""OANDA v20 forex candles: all eight timeframes, mid prices.
+
+Belongs here: instruments, alignments, pages, and what OANDA's answers mean.
+Does not belong here: when the forex market is open (`domain.grid`), what an absent candle means
+(`pipeline`).
+
+Alignment. Candles up to 1h sit on the hour whatever is asked. From 4h up they are cut from the start
+of a day that the request names; the default, 17:00 New York, moves with summer time in UTC:
+  4h   dailyAlignment=0 in UTC: 00, 04, 08 ... UTC on every day of the year, as on our grid.
+  1d   dailyAlignment=17 in New York, said explicitly.
+  1w   the same with weeklyAlignment=Sunday. Friday, the default, gives the same trades another stamp.
+
+Prices are mid. The volume counts ticks, not base units, so it is NULL. Intervals without a tick are
+omitted and pages that lost rows look the same: so what a page lacks is asked for a second time, and
+absent is what two answers lack. The `complete` flag tells the forming candle.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from urllib.parse import quote, urlencode
+
+import numpy as np
+import orjson
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.grid import Grid, grid_of
+from fks_backfill_dagster.domain.quality import verify
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, Timeframe
+from fks_backfill_dagster.providers.base import (
+    Answer,
+    BadAnswer,
+    Capabilities,
+    Delivery,
+    Estimate,
+    NotEntitled,
+    PermanentError,
+    ProviderError,
+    ProviderOptions,
+    Transport,
+    UnknownSymbol,
+)
+from fks_backfill_dagster.providers.http import (
+    HttpClient,
+    Limiter,
+    Reply,
+    RequestPool,
+    Tally,
+    system_micros,
+    usable_key,
+)
+
+NAME = "oanda"
+DEFAULT_BASE_URL = "https://api-fxpractice.oanda.com"
+KEY_VARIABLE = "OANDA_API_TOKEN"
+REQUESTS_PER_SECOND = 100
+REQUESTS_PER_MINUTE = 60 * REQUESTS_PER_SECOND
+# At most two new connections a second are accepted; a third one is answered 429.
+SECONDS_PER_CONNECTION = 0.5
+# 5000 are allowed, weekends counted, and it is not documented whether both ends of a window count.
+PAGE_SIZE = 4998
+# `to` must not lie in the future by OANDA's clock, which may be behind ours.
+_CLOCK_SKEW = 5 * MICROS_PER_SECOND
+# Before any instrument's first candle.
+_EPOCH_OF_FOREX = "1990-01-01T00:00:00Z"
+
+_NEW_YORK_DAY = {"dailyAlignment": "17", "alignmentTimezone": "America/New_York"}
+_GRANULARITIES: Mapping[Timeframe, Mapping[str, str]] = {
+    Timeframe.M1: {"granularity": "M1"},
+    Timeframe.M5: {"granularity": "M5"},
+    Timeframe.M15: {"granularity": "M15"},
+    Timeframe.M30: {"granularity": "M30"},
+    Timeframe.H1: {"granularity": "H1"},
+    Timeframe.H4: {"granularity": "H4", "dailyAlignment": "0", "alignmentTimezone": "UTC"},
+    Timeframe.D1: {"granularity": "D", **_NEW_YORK_DAY},
+    Timeframe.W1: {"granularity": "W", **_NEW_YORK_DAY, "weeklyAlignment": "Sunday"},
+}
+_CANDLE = pa.struct(
+    [
+        ("complete", pa.bool_()),
+        ("time", pa.string()),
+        ("mid", pa.struct([(price, pa.string()) for price in "ohlc"])),
+    ]
+)
+
+
+class Oanda:
+    """Implements `Provider`; safe to call from several threads."""
+
+    name = NAME
+    capabilities = Capabilities(
+        {AssetClass.FOREX: frozenset(_GRANULARITIES)},
+        page_size=PAGE_SIZE,
+        needs_key=KEY_VARIABLE,
+        has_volume=False,
+        omits_quiet=True,
+    )
+
+    def __init__(
+        self,
+        options: ProviderOptions,
+        pool: RequestPool,
+        limiter: Limiter,
+        clock: Callable[[], int] = system_micros,
+    ) -> None:
+        self._options = options
+        self._clock = clock
+        self._base_url = options.base_url.rstrip("/")
+        key = usable_key(NAME, options.key, KEY_VARIABLE) if options.key else None
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = HttpClient(NAME, options, pool, limiter, headers=headers)
+        self._connections = _Connections(pool)
+
+    def missing_key(self) -> str | None:
+        return None if self._options.key else KEY_VARIABLE
+
+    def listed_at(self, series: Series) -> int | None:
+        """The open of the first day it has."""
+        self._check(series)
+        instrument, first_day = instrument_of(series), {"from": _EPOCH_OF_FOREX, "count": "1"}
+        candles = self._page(instrument, Timeframe.D1, first_day, Tally())
+        return int(candles.ts[0]) if len(candles) else None
+
+    def estimate(self, series: Series, window: TimeRange) -> Estimate:
+        """As if no page lacked a candle."""
+        opens = self._opens(series, window)
+        requests = len(_pages(_ranges(opens, grid_of(series)), series.timeframe.micros))
+        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        return Estimate(requests, requests * 60 / a_minute)
+
+    def fetch(self, series: Series, window: TimeRange) -> Answer:
+        self._check(series)
+        instrument, grid, tally = instrument_of(series), grid_of(series), Tally()
+        opens = self._opens(series, window)
+        if len(opens) == 0:
+            return Answer(())
+        asked = _ranges(opens, grid)
+        candles = self._ask(instrument, series.timeframe, asked, tally)
+        lacking = _ranges(_lacking(opens, candles, grid), grid)
+        if lacking:
+            again = self._ask(instrument, series.timeframe, lacking, tally)
+            candles = Candles.concat([candles, again.take(lacking.contains(again.ts))])
+        source = f"{_path(instrument)}?{urlencode(self._query(series.timeframe, asked.hull))}"
+        delivery = Delivery(candles.sorted(), Transport.REST, source)
+        return Answer((delivery,) if len(candles) else (), tally.count)
+
+    def _check(self, series: Series) -> None:
+        if self.missing_key():
+            raise NotEntitled(NAME, f"it needs a token: set {KEY_VARIABLE}")
+        if not self.capabilities.serve(series):
+            raise PermanentError(NAME, f"it has no {series.timeframe} candles of {series.asset_class}")
+
+    def _opens(self, series: Series, window: TimeRange) -> Instants:
+        """The closed candles of the window: nothing else needs to be asked for."""
+        grid = grid_of(series)
+        end = min(window.end, grid.closed_end(self._clock() - _CLOCK_SKEW))
+        return grid.opens(TimeRange(window.start, max(window.start, end)))
+
+    def _ask(self, instrument: str, timeframe: Timeframe, ranges: RangeSet, tally: Tally) -> Candles:
+        """The rows of all pages over `ranges`, each row once; only closed candles."""
+
+        def page(asked: TimeRange) -> Candles:
+            self._connections.wait_turn()
+            rows = self._page(instrument, timeframe, self._query(timeframe, asked), tally)
+            # The candle that covers `from` comes along, and the one at `to` may.
+            return rows.take((rows.ts >= asked.start) & (rows.ts < asked.end))
+
+        pages = _pages(ranges, timeframe.micros)
+        return Candles.concat(self._client.pool.map(NAME, page, pages))
+
+    def _query(self, timeframe: Timeframe, asked: TimeRange) -> dict[str, str]:
+        # Over a weekend the close of the last candle lies days back, but a candle that closed a moment
+        # ago closed before `to` by our clock only.
+        until = min(asked.end, self._clock() - _CLOCK_SKEW)
+        window = {"from": _rfc3339(asked.start), "to": _rfc3339(max(until, asked.start))}
+        return {"price": "M", **_GRANULARITIES[timeframe], **window}
+
+    def _page(
+        self, instrument: str, timeframe: Timeframe, window: Mapping[str, str], tally: Tally
+    ) -> Candles:
+        query = {"price": "M", **_GRANULARITIES[timeframe], **window}
+        url = self._base_url + _path(instrument)
+
+        def attempt() -> Candles:
+            reply = self._client.exchange(url, query)
+            if reply.status != 200:
+                raise self._failure(reply, instrument)
+            return self._read(reply, instrument, query["granularity"])
+
+        return self._client.run(attempt, tally)
+
+    def _failure(self, reply: Reply, instrument: str) -> ProviderError:
+        message = _message(reply.body)
+        if reply.status in (400, 404) and "'instrument'" in message:
+            return UnknownSymbol(
+                NAME,
+                f"it has no instrument {instrument}: correct the symbol, or name OANDA's own in provider_symbols",
+            )
+        if "in the future" in message:
+            return PermanentError(NAME, f"{reply.place} answered: {message}: this machine's clock is ahead")
+        return self._client.failure(reply)
+
+    def _read(self, reply: Reply, instrument: str, granularity: str) -> Candles:
+        """The complete candles of an answer. A price that is absent becomes NaN."""
+        document = self._client.json(reply)
+        rows = document.get("candles") if isinstance(document, dict) else None
+        if not isinstance(document, dict) or not isinstance(rows, list):
+            raise BadAnswer(NAME, f"{reply.place} answered no list of candles")
+        if (document.get("instrument"), document.get("granularity")) != (instrument, granularity):
+            raise BadAnswer(NAME, f"{reply.place} answered for another instrument or granularity than asked")
+        try:
+            complete, opened, mid = pa.array(rows, type=_CANDLE).flatten()
+            ts = opened.cast(pa.timestamp("ns", "UTC")).cast(pa.timestamp("us", "UTC")).cast(pa.int64())
+            prices = [price.cast(pa.float64()).to_numpy(zero_copy_only=False) for price in mid.flatten()]
+        except (pa.ArrowException, TypeError, OverflowError):
+            raise BadAnswer(NAME, f"{reply.place} answered candles of another shape") from None
+        if ts.null_count or complete.null_count:
+            raise BadAnswer(NAME, f"{reply.place} answered candles without a time or a complete flag")
+        candles = Candles(ts.to_numpy(), *[*prices, np.full(len(rows), np.nan)])
+        mask: NDArray[np.bool_] = complete.to_numpy(zero_copy_only=False).astype(bool)
+        return candles.take(mask)
+
+
+class _Connections:
+    """Spaces out the first requests of the threads: each of them opens a connection and keeps it."""
+
+    def __init__(self, pool: RequestPool) -> None:
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._next = 0.0
+
+    def wait_turn(self) -> None:
+        if getattr(self._local, "connected", False):
+            return
+        with self._lock:
+            now = time.monotonic()
+            turn = max(now, self._next)
+            self._next = turn + SECONDS_PER_CONNECTION
+        self._pool.sleep(turn - now)
+        self._local.connected = True
+
+
+def instrument_of(series: Series) -> str:
+    """`EUR/USD` -> `EUR_USD`, unless the settings name it."""
+    named = series.provider_symbol(NAME)
+    if named:
+        return named
+    base, slash, quoted = series.symbol.partition("/")
+    if not (base and slash and quoted):
+        raise UnknownSymbol(
+            NAME, f"{series.symbol} is no pair like EUR/USD: name its instrument in provider_symbols"
+        )
+    return f"{base}_{quoted}"
+
+
+def _path(instrument: str) -> str:
+    return f"/v3/instruments/{quote(instrument, safe='')}/candles"
+
+
+def _rfc3339(micros: int) -> str:
+    return f"{np.datetime64(micros // MICROS_PER_SECOND, 's')}Z"
+
+
+def _ranges(opens: Instants, grid: Grid) -> RangeSet:
+    """Where these candles lie."""
+    return RangeSet.from_arrays(opens, grid.closes(opens))
+
+
+def _pages(ranges: RangeSet, step: int) -> list[TimeRange]:
+    """Windows of at most PAGE_SIZE intervals; ranges closer than half a page share one."""
+    size = PAGE_SIZE * step
+    return [
+        TimeRange(start, min(start + size, part.end))
+        for part in ranges.merge_closer_than(size // 2)
+        for start in range(part.start, part.end, size)
+    ]
+
+
+def _lacking(opens: Instants, candles: Candles, grid: Grid) -> Instants:
+    """The candles of which there is no row that could be stored."""
+    window = TimeRange(int(opens[0]), int(opens[-1]) + 1)
+    good = verify(candles, window, grid, window.end).good
+    return opens[~np.isin(opens, good.ts, assume_unique=True)]
+
+
+def _message(body: bytes) -> str:
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return ""
+    return str(document.get("errorMessage", "")) if isinstance(document, dict) else ""

@@ -1,0 +1,350 @@
+"""Yahoo's charts of stocks, by plain HTTP (docs/adr/0009-yahoo-by-plain-http.md says why).
+
+Belongs here: symbols, the chart endpoint, un-adjusting by splits, and what Yahoo's answers mean.
+Does not belong here: rows outside the session (`quality`), dividends.
+
+What Yahoo gives is not what we store, in five ways:
+
+splits       prices and volumes are adjusted by every split since. Each answer names the splits of its own
+             range, so all answers of a fetch together reach up to now, and the adjustment is undone.
+days         are stamped at the session's open: moved to the date.
+hours        sit on half hours, and half hours are said to hold whole ones: both, and 4h, are derived from
+             15m. Weeks are derived from days.
+latest bar   is stamped with the last trade, and still forming: dropped by the clock.
+nulls        stand for bars that it does not have. They may have been quiet or not, so nothing is derived
+             over them.
+
+It asks for no key. Its limits are not published; a client that says it is no browser is shut out sooner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import quote, urlencode
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pyarrow as pa
+
+from fks_backfill_dagster.domain.candles import PRICES, Candles, Floats
+from fks_backfill_dagster.domain.derive import derive, parts_span
+from fks_backfill_dagster.domain.grid import Grid, grid_of
+from fks_backfill_dagster.domain.ranges import Instants, TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import (
+    MICROS_PER_DAY,
+    MICROS_PER_HOUR,
+    MICROS_PER_SECOND,
+    MICROS_PER_WEEK,
+    Timeframe,
+)
+from fks_backfill_dagster.providers.base import (
+    Answer,
+    BadAnswer,
+    Capabilities,
+    Delivery,
+    Estimate,
+    PermanentError,
+    ProviderError,
+    ProviderOptions,
+    TransientError,
+    Transport,
+    UnknownSymbol,
+)
+from fks_backfill_dagster.providers.http import (
+    HttpClient,
+    Limiter,
+    Reply,
+    RequestPool,
+    Tally,
+    server_time,
+    system_micros,
+)
+
+NAME = "yfinance"
+DEFAULT_BASE_URL = "https://query2.finance.yahoo.com"
+REQUESTS_PER_MINUTE = 60  # ours: Yahoo publishes none
+
+_BROWSER = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/131.0 Safari/537.36"
+_PARTS: Mapping[Timeframe, Timeframe] = {
+    Timeframe.M30: Timeframe.M15,
+    Timeframe.H1: Timeframe.M15,
+    Timeframe.H4: Timeframe.M15,
+    Timeframe.W1: Timeframe.D1,
+}
+# Beyond 30 and 60 days a request is refused as a whole. An hour less, for it may wait for its turn.
+_MINUTES_DEPTH = 30 * MICROS_PER_DAY - MICROS_PER_HOUR
+_INTRADAY_DEPTH = 60 * MICROS_PER_DAY - MICROS_PER_HOUR
+# At most eight days of minutes a request; whether that is counted in dates is not known.
+_MINUTES_SPAN = 7 * MICROS_PER_DAY
+_US_CALENDARS = frozenset({"XNYS", "XNAS"})
+# Significant digits of a price that was a 32-bit float once, and of one that was only divided and rounded.
+_NARROW_DIGITS, _WIDE_DIGITS = 7, 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Chart:
+    """One answer: bars as stamped and adjusted by Yahoo, and the ratio of each split by its instant.
+
+    `zone` is the exchange's, `now` when it was answered, `first_trade` and `last_trade` are all that
+    Yahoo knows of the symbol; None where it does not tell.
+    """
+
+    bars: Candles
+    splits: Mapping[int, float]
+    zone: ZoneInfo | None
+    now: int
+    last_trade: int | None = None
+    first_trade: int | None = None
+
+
+class YFinance:
+    """Implements `Provider`; safe to call from several threads."""
+
+    name = NAME
+    capabilities = Capabilities(
+        {AssetClass.STOCKS: frozenset(Timeframe)},
+        page_size=7 * 390,  # minutes of a week's sessions: the shortest of its pages
+        adjusted=True,
+        depth={
+            timeframe: _MINUTES_DEPTH if timeframe is Timeframe.M1 else _INTRADAY_DEPTH
+            for timeframe in Timeframe
+            if timeframe.is_intraday
+        },
+    )
+
+    def __init__(
+        self,
+        options: ProviderOptions,
+        pool: RequestPool,
+        limiter: Limiter,
+        clock: Callable[[], int] = system_micros,
+    ) -> None:
+        self._options = options
+        self._clock = clock
+        self._base_url = options.base_url.rstrip("/")
+        self._client = HttpClient(NAME, options, pool, limiter, headers={"User-Agent": _BROWSER})
+
+    def missing_key(self) -> str | None:
+        return None
+
+    def listed_at(self, series: Series) -> int | None:
+        """The first trade that Yahoo knows of; None where it tells none."""
+        symbol, now = symbol_of(series), self._clock()
+        path = _range_path(symbol, Timeframe.D1, TimeRange(now - MICROS_PER_WEEK, now))  # any chart tells it
+        return self._charts(symbol, Timeframe.D1, [path], Tally())[0].first_trade
+
+    def estimate(self, series: Series, window: TimeRange) -> Estimate:
+        asked, native = self._asked(series, window, self._clock())
+        requests = len(_pages(asked, native))
+        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        return Estimate(requests, requests * 60 / a_minute)
+
+    def fetch(self, series: Series, window: TimeRange) -> Answer:
+        if not self.capabilities.serve(series):
+            raise PermanentError(NAME, f"it has no {series.timeframe} candles of {series.asset_class}")
+        symbol, tally, now = symbol_of(series), Tally(), self._clock()
+        asked, native = self._asked(series, window, now)
+        pages = _pages(asked, native)
+        if not pages:
+            return Answer(())
+        paths = [_range_path(symbol, native, page) for page in pages]
+        charts = self._charts(symbol, native, paths, tally)
+        fine, coarse = grid_of(replace(series, timeframe=native)), grid_of(series)
+        bars = _joined(charts, pages, fine, native)
+        if native is series.timeframe:
+            candles, transport = bars.within(window), Transport.REST
+        else:
+            candles, transport = derive(bars, fine, coarse, window, quiet_ok=False), Transport.DERIVED
+        source = _range_path(symbol, native, asked)
+        return Answer((Delivery(candles, transport, source),) if len(candles) else (), tally.count)
+
+    def _asked(self, series: Series, window: TimeRange, now: int) -> tuple[TimeRange, Timeframe]:
+        """Which bars to ask for, and where: from the window on, as far as it reaches back, up to now."""
+        native = _PARTS.get(series.timeframe, series.timeframe)
+        span = window if native is series.timeframe else parts_span(grid_of(series), window)
+        reach = self.capabilities.reach(native, now)
+        start = span.start if reach is None else max(span.start, reach)
+        if native is Timeframe.D1:
+            start -= MICROS_PER_DAY  # east of Greenwich a session opens before its date begins in UTC
+        return TimeRange(start, now if span and start < min(span.end, now) else start), native
+
+    def _charts(self, symbol: str, interval: Timeframe, paths: Sequence[str], tally: Tally) -> list[_Chart]:
+        def ask(path: str) -> _Chart:
+            return self._client.run(lambda: self._chart(symbol, interval, path), tally)
+
+        return self._client.pool.map(NAME, ask, paths)
+
+    def _chart(self, symbol: str, interval: Timeframe, path: str) -> _Chart:
+        """One exchange, and the reading of its answer."""
+        reply = self._client.exchange(f"{self._base_url}{path}")
+        result = self._result(reply, symbol)
+        ours = self._clock()
+        now = min(server_time(reply.headers) or ours, ours)  # closed is what both clocks call so
+        if result is None:
+            return _Chart(Candles.empty(), {}, None, now)
+        try:
+            return _read(result, symbol, interval, now)
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            said = error if isinstance(error, _Odd) else "a chart of another shape"
+            raise BadAnswer(NAME, f"{reply.place} answered {said}") from None
+
+    def _result(self, reply: Reply, symbol: str) -> object:
+        """The chart's result, None when there is nothing in the range; otherwise raises its error."""
+        try:
+            document = self._client.json(reply)
+            chart = document.get("chart") if isinstance(document, dict) else None
+        except BadAnswer:
+            if reply.status == 200:
+                raise
+            chart = None  # a page of the edge servers
+        error = chart.get("error") if isinstance(chart, dict) else None
+        if isinstance(error, dict):
+            refusal = self._refusal(reply, symbol, error)
+            if refusal is None:
+                return None
+            raise refusal
+        if reply.status != 200:
+            raise self._client.failure(reply)
+        results = chart.get("result") if isinstance(chart, dict) else None
+        if not isinstance(results, list) or len(results) != 1:
+            raise BadAnswer(NAME, f"{reply.place} answered no chart")
+        return results[0]
+
+    def _refusal(self, reply: Reply, symbol: str, error: dict[str, object]) -> ProviderError | None:
+        """What an error in the chart means; None for one that says that there is nothing."""
+        said = f"{error.get('code')}: {error.get('description')}"[:200]
+        if "Data doesn't exist for startDate" in said:
+            return None
+        if error.get("code") == "Not Found":
+            return UnknownSymbol(NAME, f"it does not know {symbol} ({said})")
+        if reply.status == 200:
+            return TransientError(NAME, f"{reply.place} answered {said}")
+        return self._client.failure(reply)
+
+
+def symbol_of(series: Series) -> str:
+    """`AAPL`; `BRK.B` -> `BRK-B` in New York, elsewhere a dot is the exchange's; or as the settings name it."""
+    named = series.provider_symbol(NAME)
+    if named:
+        return named
+    return series.symbol.replace(".", "-") if series.calendar in _US_CALENDARS else series.symbol
+
+
+def _range_path(symbol: str, interval: Timeframe, window: TimeRange) -> str:
+    asked = {
+        "period1": window.start // MICROS_PER_SECOND,
+        "period2": -(-window.end // MICROS_PER_SECOND),
+        "interval": interval.value,
+        "events": "div,splits",
+        "includePrePost": "false",
+    }
+    return f"/v8/finance/chart/{quote(symbol, safe='=^')}?{urlencode(asked, safe=',')}"
+
+
+def _pages(window: TimeRange, interval: Timeframe) -> list[TimeRange]:
+    """One request each, ascending."""
+    length = _MINUTES_SPAN if interval is Timeframe.M1 else max(window.duration, 1)
+    starts = range(window.start, window.end, length)
+    return [TimeRange(start, min(start + length, window.end)) for start in starts]
+
+
+def _joined(charts: Sequence[_Chart], pages: Sequence[TimeRange], grid: Grid, native: Timeframe) -> Candles:
+    """The closed bars of all pages as they were traded, ascending, days moved to their date."""
+    bars = Candles.concat([c.bars.sorted().within(page) for c, page in zip(charts, pages, strict=True)])
+    zone = next((chart.zone for chart in charts if chart.zone), None)
+    if zone is None or not len(bars):
+        return Candles.empty()
+    now = min(chart.now for chart in charts)
+    splits = {at: ratio for chart in charts for at, ratio in chart.splits.items() if at <= now}
+    at = np.array(sorted(splits), dtype=np.int64)
+    dates = _dates(bars.ts, zone)
+    bars = _as_traded(bars, dates, _dates(at, zone), np.array([splits[n] for n in at.tolist()]))
+    if native is Timeframe.D1:
+        # A day can be there twice: at its open, and again, newer, at the last trade.
+        twice = len(bars) > 1 and dates[-1] == dates[-2] and bars.ts[-1] != bars.ts[-2]
+        kept = np.delete(np.arange(len(bars)), -2) if twice else slice(None)
+        bars = replace(bars, ts=dates).take(kept)
+    elif int(bars.ts[-1]) == charts[-1].last_trade or not grid.contains(bars.ts[-1:])[0]:
+        bars = bars.take(slice(0, -1))
+    return bars.take(bars.ts < grid.closed_end(now))
+
+
+class _Odd(ValueError):
+    """What is wrong with a chart, as the end of a sentence."""
+
+
+def _read(result: Any, symbol: str, interval: Timeframe, now: int) -> _Chart:
+    """Raises _Odd, or whatever another shape leads to."""
+    meta = result["meta"]
+    if str(meta["symbol"]).upper() != symbol.upper():
+        raise _Odd(f"for another symbol than {symbol}")
+    if meta.get("dataGranularity", interval) != interval:
+        raise _Odd(f"bars of {meta['dataGranularity']} for {interval}")
+    zone = ZoneInfo(meta["exchangeTimezoneName"])
+    bars = _bars(result.get("timestamp") or [], result["indicators"]["quote"][0])
+    last_trade, first_trade = _instant(meta.get("regularMarketTime")), _instant(meta.get("firstTradeDate"))
+    return _Chart(bars, _splits(result), zone, now, last_trade, first_trade)
+
+
+def _instant(seconds: Any) -> int | None:
+    return None if seconds is None else int(seconds) * MICROS_PER_SECOND
+
+
+def _bars(stamps: Any, quote: Any) -> Candles:
+    """The bars that have a price. A single price that is null becomes NaN."""
+    if not stamps:
+        return Candles.empty()
+    ts = pa.array(stamps, pa.int64()).to_numpy() * MICROS_PER_SECOND
+    columns = [
+        pa.array(quote[name], pa.float64()).to_numpy(zero_copy_only=False) for name in (*PRICES, "volume")
+    ]
+    if any(len(column) != len(ts) for column in columns):
+        raise _Odd("columns of different lengths")
+    priced = ~np.isnan(np.stack(columns[:4])).all(axis=0)
+    return Candles(ts, *columns).take(np.flatnonzero(priced))
+
+
+def _splits(result: Any) -> dict[int, float]:
+    """The ratio (4.0 for 4:1) of each split by its instant."""
+    splits = (result.get("events") or {}).get("splits") or {}
+    found = {
+        int(split["date"]) * MICROS_PER_SECOND: float(split["numerator"]) / float(split["denominator"])
+        for split in splits.values()
+    }
+    if not all(0 < ratio < np.inf for ratio in found.values()):
+        raise _Odd("a split of an impossible ratio")
+    return found
+
+
+def _as_traded(bars: Candles, dates: Instants, split_dates: Instants, ratios: Floats) -> Candles:
+    """Undoes the adjustment of `bars` of these dates by the splits, which are ascending.
+
+    Prices that were 32-bit floats at Yahoo come as 32.259998321533203: they are rounded to the digits
+    such a float has, so that 32.26 x 4 becomes 129.04 again. Others are rounded where they were divided.
+    """
+    still_to_come = np.append(np.cumprod(ratios[::-1])[::-1], 1.0)
+    factor = still_to_come[np.searchsorted(split_dates, dates, side="right")]
+    prices = np.stack([bars.open, bars.high, bars.low, bars.close])
+    narrow = bool((np.isnan(prices) | (prices == prices.astype(np.float32))).all())
+    traded = _rounded(prices * factor, _NARROW_DIGITS if narrow else _WIDE_DIGITS)
+    opened, high, low, close = traded if narrow else np.where(factor == 1.0, prices, traded)
+    volume = np.where(factor == 1.0, bars.volume, np.rint(bars.volume / factor))
+    return Candles(bars.ts, opened, high, low, close, volume)
+
+
+def _rounded(prices: Floats, digits: int) -> Floats:
+    """To so many significant digits; what is not positive stays, it is bad anyway."""
+    usable = np.where(prices > 0, prices, 1.0)
+    scale = 10.0 ** (digits - 1 - np.floor(np.log10(usable)))
+    return np.where(prices > 0, np.rint(usable * scale) / scale, prices)
+
+
+def _dates(instants: Instants, zone: ZoneInfo) -> Instants:
+    """The local date of each instant, at 00:00 UTC."""
+    import pandas as pd
+
+    local = pd.DatetimeIndex(instants.view("datetime64[us]")).tz_localize("UTC").tz_convert(zone)
+    return local.tz_localize(None).to_numpy().astype("datetime64[D]").astype("datetime64[us]").view(np.int64)

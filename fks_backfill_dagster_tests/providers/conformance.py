@@ -1,0 +1,335 @@
+"""What every provider must do, as a test class: the contract of `providers/base.py`, executable.
+
+A provider's test module subclasses `ProviderConformance`, says how to reach it, and answers as the
+provider would; docs/adding-a-provider.md shows how. pytest does not collect this module itself.
+
+Belongs here: what holds for all providers. Does not belong here: a wire format.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import ClassVar
+
+import numpy as np
+import orjson
+import pytest
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.quality import verify
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.providers.base import (
+    Answer,
+    BadAnswer,
+    NotEntitled,
+    PermanentError,
+    Provider,
+    ProviderError,
+    RateLimited,
+    TransientError,
+    UnknownSymbol,
+)
+from fks_backfill_dagster.settings import KEY_VARIABLES
+from fks_backfill_dagster_tests.providers.conftest import Make
+from fks_backfill_dagster_tests.providers.scripted import Asked, Said, Server, json_said, serve, us
+
+KEY = "sEcReT+key/with=odd&signs"
+
+
+class ProviderConformance:
+    """Subclasses say who is tested and give an honest market; `make` is the fixture of conftest.py.
+
+    name: as in the registry.
+    symbols: one symbol it has for each asset class of its capabilities.
+    now: the provider's clock, in microseconds. Windows must lie before it.
+    quick: more options of `make`; the pace is off already.
+    tells_unknown: False for a provider that answers an unknown symbol as if it were an empty window.
+    """
+
+    name: ClassVar[str]
+    symbols: ClassVar[Mapping[AssetClass, str]]
+    now: ClassVar[int] = us("2024-06-05T12:07")
+    quick: ClassVar[Mapping[str, object]] = {}
+    tells_unknown: ClassVar[bool] = True
+
+    def market(self, asked: Asked) -> Said:
+        """The honest answer, with every candle of every window of `window`."""
+        raise NotImplementedError
+
+    def unknown(self, asked: Asked) -> Said:
+        """The answer for a symbol that the provider does not know."""
+        raise NotImplementedError
+
+    def window(self, series: Series) -> TimeRange:
+        """A window of whole, closed candles, more than one, within the provider's depth."""
+        raise NotImplementedError
+
+    # --- helpers ---
+
+    @pytest.fixture
+    def provider(self, make: Make) -> Callable[..., Provider]:
+        def at(url: str, **given: object) -> Provider:
+            own = {"clock": lambda: self.now, "key": KEY if self.needs_key else None, **self.quick}
+            quick = {"requests_per_minute": 10**6, "retry_budget_seconds": 0.0, "timeout_seconds": 5.0}
+            return make(self.name, url, **{**quick, **own, **given})
+
+        return at
+
+    @property
+    def needs_key(self) -> bool:
+        return self.name in KEY_VARIABLES
+
+    def series(self, provider: Provider) -> list[Series]:
+        """One series for everything that it declares."""
+        return [
+            Series(self.symbols[asset_class], timeframe, asset_class)
+            for asset_class, timeframes in provider.capabilities.timeframes.items()
+            for timeframe in sorted(timeframes, key=lambda timeframe: timeframe.micros)
+        ]
+
+    @contextmanager
+    def asking(
+        self, provider: Callable[..., Provider], answer: Callable[[Asked], Said], **given: object
+    ) -> Iterator[tuple[Provider, Series, Server]]:
+        """A provider against a server with that answer, and a series to ask for."""
+        with serve(answer) as server:
+            made = provider(server.url, **given)
+            yield made, self.series(made)[0], server
+
+    # --- what it says of itself ---
+
+    def test_capabilities_are_consistent(self, provider: Callable[..., Provider]) -> None:
+        with self.asking(provider, self.market) as (made, _, server):
+            can = made.capabilities
+            assert made.name == self.name
+            assert set(can.timeframes) == set(self.symbols)
+            assert all(can.timeframes.values()), "an asset class without a timeframe is not declared at all"
+            assert can.page_size >= 1
+            assert set(can.depth) <= {t for timeframes in can.timeframes.values() for t in timeframes}
+            assert all(depth > timeframe.micros for timeframe, depth in can.depth.items())
+            assert can.needs_key == KEY_VARIABLES.get(self.name)
+            assert server.requests == [], "to say what it can, it asks nobody"
+
+    def test_estimates_without_asking(self, provider: Callable[..., Provider]) -> None:
+        with self.asking(provider, self.market) as (made, _, server):
+            for series in self.series(made):
+                estimate = made.estimate(series, self.window(series))
+                assert estimate.requests > 0, series
+                assert estimate.seconds > 0, series
+            assert server.requests == []
+
+    # --- honest answers ---
+
+    def test_gives_what_it_declares(self, provider: Callable[..., Provider]) -> None:
+        with self.asking(provider, self.market) as (made, _, server):
+            for series in self.series(made):
+                window, before = self.window(series), len(server.requests)
+                answer = made.fetch(series, window)
+                verdicts = [
+                    verify(delivery.candles, window, grid_of(series), window.end)
+                    for delivery in answer.deliveries
+                ]
+                assert [verdict.rejected for verdict in verdicts] == [()] * len(verdicts), series
+                good = Candles.concat([verdict.good for verdict in verdicts]).sorted()
+                assert np.array_equal(good.ts, grid_of(series).opens(window)), series
+                assert len(good) > 1, series
+                # A provider with volumes may lack them for a whole asset class, never for single candles.
+                absent = np.isnan(good.volume)
+                assert absent.all() if not made.capabilities.has_volume else absent.all() == absent.any(), (
+                    series
+                )
+                assert answer.requests == len(server.requests) - before, series
+                assert all(delivery.source for delivery in answer.deliveries), series
+
+    def test_declines_what_it_does_not_declare(self, provider: Callable[..., Provider]) -> None:
+        with self.asking(provider, self.market) as (made, _, server):
+            for asset_class, timeframes in made.capabilities.timeframes.items():
+                for timeframe in set(Timeframe) - timeframes:
+                    series = Series(self.symbols[asset_class], timeframe, asset_class)
+                    with pytest.raises(PermanentError):
+                        made.fetch(series, TimeRange(us("2024-05-06"), us("2024-05-13")))
+            assert server.requests == []
+
+    def test_an_empty_window_asks_nobody(self, provider: Callable[..., Provider]) -> None:
+        with self.asking(provider, self.market) as (made, _, server):
+            for series in self.series(made):
+                start = self.window(series).start
+                assert made.fetch(series, TimeRange(start, start)) == Answer(()), series
+            assert server.requests == []
+
+    def test_many_threads_get_the_same(self, provider: Callable[..., Provider]) -> None:
+        with self.asking(provider, self.market) as (made, series, _):
+            window = self.window(series)
+
+            def fetched(_: int) -> Candles:
+                answer = made.fetch(series, window)
+                return Candles.concat([delivery.candles for delivery in answer.deliveries]).sorted()
+
+            alone = fetched(0)
+            with ThreadPoolExecutor(8) as threads:
+                assert all(alone.equals(candles) for candles in threads.map(fetched, range(8)))
+            assert len(alone) > 1
+
+    # --- refusals ---
+
+    def test_an_unknown_symbol(self, provider: Callable[..., Provider]) -> None:
+        with self.asking(provider, self.unknown) as (made, _, _):
+            for series in self.series(made):
+                if self.tells_unknown:
+                    with pytest.raises(UnknownSymbol):
+                        made.fetch(series, self.window(series))
+                else:
+                    assert made.fetch(series, self.window(series)).deliveries == ()
+
+    def test_a_missing_key(self, provider: Callable[..., Provider]) -> None:
+        with self.asking(provider, self.market, key=None) as (made, series, server):
+            variable = made.capabilities.needs_key
+            assert made.missing_key() == variable
+            if variable is not None:
+                with pytest.raises(NotEntitled, match=variable):
+                    made.fetch(series, self.window(series))
+                assert server.requests == []
+        assert provider("http://127.0.0.1:1").missing_key() is None
+
+    # --- failures ---
+
+    @pytest.mark.parametrize(
+        "garbage",
+        [
+            Said(b"<!DOCTYPE html><html>Scheduled maintenance</html>"),
+            Said(b""),
+            json_said(42),
+            json_said("Throttled"),
+            json_said(None),
+        ],
+        ids=["html", "nothing", "number", "text", "null"],
+    )
+    def test_garbage_with_status_200(self, provider: Callable[..., Provider], garbage: Said) -> None:
+        self.fails(provider, lambda _: garbage, BadAnswer)
+
+    def test_undecodable_bytes(self, provider: Callable[..., Provider]) -> None:
+        self.fails(provider, lambda _: Said(b"\x00\xff\xfe"), BadAnswer)
+
+    def test_truncated_json(self, provider: Callable[..., Provider]) -> None:
+        def half(asked: Asked) -> Said:
+            body = self.market(asked).body
+            return Said(body[: len(body) // 2])
+
+        self.fails(provider, half, BadAnswer)
+
+    @pytest.mark.parametrize("status", [500, 502, 503, 504])
+    def test_server_errors_may_pass(self, provider: Callable[..., Provider], status: int) -> None:
+        error = self.fails(provider, lambda _: Said(b"<html>Bad gateway</html>", status), TransientError)
+        assert not isinstance(error, RateLimited | BadAnswer)
+
+    @pytest.mark.parametrize("failure", [Said(b"", 502), Said(b"<html>")], ids=["502", "html"])
+    def test_what_may_pass_is_asked_again(self, provider: Callable[..., Provider], failure: Said) -> None:
+        with self.asking(provider, lambda _: failure, retry_budget_seconds=0.8) as (made, series, server):
+            with pytest.raises(TransientError):
+                made.fetch(series, self.window(series))
+            questions = [(asked.path, tuple(asked.query.items())) for asked in server.requests]
+            assert len(set(questions)) < len(questions)
+
+    def test_a_limit_is_told_in_seconds(self, provider: Callable[..., Provider]) -> None:
+        limited = json_said({"error": "slow down"}, 429, {"Retry-After": "3600"})
+        with self.asking(provider, lambda _: limited) as (made, series, _):
+            began = time.monotonic()
+            with pytest.raises(RateLimited) as caught:
+                made.fetch(series, self.window(series))
+            assert time.monotonic() - began < 5, "an hour is not waited for"
+        assert caught.value.retry_after == pytest.approx(3600, abs=10)
+
+    def test_a_refusal_is_not_asked_again(self, provider: Callable[..., Provider]) -> None:
+        for status in (401, 403):
+            with self.asking(provider, lambda _, s=status: json_said({}, s)) as (made, series, server):
+                with pytest.raises(PermanentError):
+                    made.fetch(series, self.window(series))
+                questions = [(asked.path, tuple(asked.query.items())) for asked in server.requests]
+                assert len(set(questions)) == len(questions) > 0
+
+    def test_a_silent_server(self, provider: Callable[..., Provider]) -> None:
+        slow = Said(b"[]", delay=0.6)
+        self.fails(provider, lambda _: slow, TransientError, timeout_seconds=0.2)
+
+    def test_a_cut_connection(self, provider: Callable[..., Provider]) -> None:
+        def cut(asked: Asked) -> Said:
+            honest = self.market(asked)
+            return Said(honest.body, honest.status, honest.headers, cut=len(honest.body) // 2)
+
+        self.fails(provider, cut, TransientError)
+
+    def test_nobody_there(self, provider: Callable[..., Provider]) -> None:
+        made = provider("http://127.0.0.1:1")
+        series = self.series(made)[0]
+        with pytest.raises(TransientError):
+            made.fetch(series, self.window(series))
+
+    def test_one_failure_heals(self, provider: Callable[..., Provider]) -> None:
+        failures = [Said(b"<html>", 502)]
+
+        def once(asked: Asked) -> Said:
+            return failures.pop() if failures else self.market(asked)
+
+        with self.asking(provider, once, retry_budget_seconds=5.0) as (made, series, _):
+            window = self.window(series)
+            answer = made.fetch(series, window)
+            rows = Candles.concat([delivery.candles for delivery in answer.deliveries])
+            assert np.array_equal(
+                verify(rows, window, grid_of(series), window.end).good.ts, grid_of(series).opens(window)
+            )
+
+    # --- the key ---
+
+    @pytest.mark.parametrize("status", [200, 400, 401, 403, 404, 429, 500])
+    @pytest.mark.parametrize("shape", ["error", "page"])
+    def test_an_echoed_key_is_blanked(
+        self, provider: Callable[..., Provider], status: int, shape: str
+    ) -> None:
+        words = ("error", "message", "msg", "errorMessage", "Information", "Error Message", "status")
+        text = f"we have detected your API key as {KEY}"
+        echo = orjson.dumps(dict.fromkeys(words, text)) if shape == "error" else text.encode()
+        if not self.needs_key:
+            pytest.skip("a keyless provider has nothing to blank")
+        with (
+            self.asking(provider, lambda _: Said(echo, status)) as (made, series, _),
+            pytest.raises(ProviderError) as caught,
+        ):
+            made.fetch(series, self.window(series))
+        told = "".join(traceback.format_exception(caught.value)) + repr(caught.value)
+        assert KEY not in told
+
+    def test_the_origin_holds_no_key(self, provider: Callable[..., Provider]) -> None:
+        if not self.needs_key:
+            pytest.skip("a keyless provider has nothing to hide")
+        with self.asking(provider, self.market) as (made, _, _):
+            for series in self.series(made):
+                answer = made.fetch(series, self.window(series))
+                assert answer.deliveries, series
+                assert KEY not in repr(answer.warnings)
+                for delivery in answer.deliveries:
+                    assert KEY not in delivery.source
+                    assert "sEcReT" not in delivery.source, "not in any quoting either"
+
+    # --- shared by the tests above ---
+
+    def fails(
+        self,
+        provider: Callable[..., Provider],
+        answer: Callable[[Asked], Said],
+        kind: type[TransientError],
+        **given: object,
+    ) -> ProviderError:
+        """The error of a fetch that gets that answer, which is of that kind."""
+        with (
+            self.asking(provider, answer, **given) as (made, series, _),
+            pytest.raises(kind) as caught,
+        ):
+            made.fetch(series, self.window(series))
+        return caught.value

@@ -1,0 +1,328 @@
+"""Alpha Vantage's stocks: stamps, months, the regular session, and answers that all have status 200."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import orjson
+import pytest
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
+from fks_backfill_dagster.providers.alphavantage import (
+    ATTEMPTS,
+    seconds_to_tomorrow,
+    symbol_of,
+    to_opens,
+)
+from fks_backfill_dagster.providers.base import (
+    Answer,
+    BadAnswer,
+    NotEntitled,
+    PermanentError,
+    ProviderError,
+    RateLimited,
+    Transport,
+    UnknownSymbol,
+)
+from fks_backfill_dagster_tests.providers.conformance import KEY
+from fks_backfill_dagster_tests.providers.conftest import Make
+from fks_backfill_dagster_tests.providers.markets import (
+    SmallAlphaVantage,
+    aggregate,
+    bars_of,
+    candles_of,
+)
+from fks_backfill_dagster_tests.providers.scripted import (
+    Asked,
+    Said,
+    Server,
+    candles_at,
+    json_said,
+    serve,
+    span,
+    us,
+)
+
+WIRE = Path(__file__).resolve().parents[1] / "data/wire/errors.jsonl"
+SHARED_WIRE = Path(__file__).resolve().parents[2] / "../shared/wire/errors.jsonl"
+NOW = us("2024-06-05T16:10")
+# With the half-day of 2023-11-24 and the end of summer time; with its beginning.
+NOVEMBER, MARCH = span("2023-11-01", "2023-12-01"), span("2024-03-01", "2024-04-01")
+
+
+def stock(timeframe: Timeframe = Timeframe.M30, symbol: str = "AAPL") -> Series:
+    return Series(symbol, timeframe, AssetClass.STOCKS)
+
+
+def of(answer: Answer) -> Candles:
+    return Candles.concat([delivery.candles for delivery in answer.deliveries])
+
+
+def fetch(
+    make: Make,
+    answer: Callable[[Asked], Said],
+    window: TimeRange,
+    timeframe: Timeframe = Timeframe.M30,
+    **given: object,
+) -> tuple[Answer, Server]:
+    given = {"key": KEY, "clock": lambda: NOW, "requests_per_minute": 10**6, **given}
+    with serve(answer) as server:
+        return make("alphavantage", server.url, **given).fetch(stock(timeframe), window), server
+
+
+def truth(timeframe: Timeframe, window: TimeRange) -> Candles:
+    """Hours of half hours and weeks of days; a part belongs to the last candle that opens before it."""
+    parts = {Timeframe.H1: Timeframe.M30, Timeframe.H4: Timeframe.M30, Timeframe.W1: Timeframe.D1}.get(
+        timeframe
+    )
+    opens = grid_of(stock(timeframe)).opens(window)
+    if parts is None:
+        return candles_at(opens, "AAPL")
+    fine = candles_at(grid_of(stock(parts)).opens(window), "AAPL")
+    return candles_of(aggregate(bars_of(fine), lambda at: int(opens[opens <= at].max())))
+
+
+class TestHonest:
+    @pytest.mark.parametrize("timeframe", list(Timeframe))
+    @pytest.mark.parametrize("stamps", ["open", "close"])
+    def test_all_timeframes_and_both_stamps(self, make: Make, timeframe: Timeframe, stamps: str) -> None:
+        for window in (NOVEMBER, MARCH):
+            if timeframe is Timeframe.W1:
+                window = (
+                    span("2023-10-30", "2023-12-04")
+                    if window is NOVEMBER
+                    else span("2024-03-04", "2024-04-01")
+                )
+            answer, _ = fetch(make, SmallAlphaVantage(NOW, stamps), window, timeframe)
+            assert of(answer).equals(truth(timeframe, window))
+            derived = timeframe in (Timeframe.H1, Timeframe.H4, Timeframe.W1)
+            assert answer.deliveries[0].transport is (Transport.DERIVED if derived else Transport.REST)
+
+    def test_the_first_hour_of_a_day_holds_half_an_hour(self, make: Make) -> None:
+        day = span("2024-03-08", "2024-03-09")
+        got = of(fetch(make, SmallAlphaVantage(NOW), day, Timeframe.H1)[0])
+        assert (got.ts // MICROS_PER_HOUR % 24).tolist() == [14, 15, 16, 17, 18, 19, 20]
+        first = candles_at(np.array([us("2024-03-08T14:30")]), "AAPL")
+        assert [column[0] for column in got.columns()[1:]] == [column[0] for column in first.columns()[1:]]
+
+    def test_what_is_asked(self, make: Make) -> None:
+        answer, server = fetch(make, SmallAlphaVantage(NOW), span("2023-12-20", "2024-02-05"), Timeframe.M5)
+        assert [asked.query["month"] for asked in server.requests] == ["2023-12", "2024-01", "2024-02"]
+        assert server.requests[0].query == {
+            "function": "TIME_SERIES_INTRADAY",
+            "symbol": "AAPL",
+            "interval": "5min",
+            "month": "2023-12",
+            "outputsize": "full",
+            "adjusted": "false",
+            "extended_hours": "false",
+            "apikey": KEY,
+        }
+        assert "month=2023-12..2024-02" in answer.deliveries[0].source
+        assert answer.requests == 3
+
+    def test_before_2000_there_are_no_bars(self, make: Make) -> None:
+        answer, server = fetch(make, SmallAlphaVantage(NOW), span("1999-11-01", "2000-01-01"))
+        assert (answer, server.requests) == (Answer(()), [])
+
+    def test_forming_candles_are_left_out(self, make: Make) -> None:
+        window = span("2024-06-03", "2024-06-10")
+        for timeframe, last in ((Timeframe.M30, "2024-06-05T15:30"), (Timeframe.D1, "2024-06-04")):
+            got = of(fetch(make, SmallAlphaVantage(NOW), window, timeframe)[0])
+            assert got.ts.max() == us(last)
+        assert of(fetch(make, SmallAlphaVantage(NOW), window, Timeframe.W1)[0]).ts.tolist() == []
+
+    @pytest.mark.parametrize(("start", "size"), [("2024-01-12", "compact"), ("2024-01-11", "full")])
+    def test_a_hundred_days_are_compact(self, make: Make, start: str, size: str) -> None:
+        window = span(start, "2024-02-01")
+        answer, server = fetch(make, SmallAlphaVantage(NOW), window, Timeframe.D1)
+        assert [asked.query["outputsize"] for asked in server.requests] == [size]
+        assert of(answer).equals(truth(Timeframe.D1, window))
+
+    def test_a_free_key(self, make: Make) -> None:
+        market = SmallAlphaVantage(NOW, free=True)
+        recent = span("2024-05-01", "2024-05-30")
+        assert of(fetch(make, market, recent, Timeframe.D1)[0]).equals(truth(Timeframe.D1, recent))
+        for timeframe in (Timeframe.M1, Timeframe.H1, Timeframe.D1):
+            with pytest.raises(NotEntitled, match="premium"):
+                fetch(make, market, NOVEMBER, timeframe)
+
+
+class TestStamps:
+    @pytest.mark.parametrize("timeframe", [Timeframe.M1, Timeframe.M5, Timeframe.M15, Timeframe.M30])
+    def test_one_whole_day_is_enough(self, timeframe: Timeframe) -> None:
+        grid = grid_of(stock(timeframe))
+        opens = grid.opens(span("2023-11-24", "2023-11-25"))
+        for stamps in (opens, opens + timeframe.micros):
+            assert np.array_equal(to_opens(stamps, grid, timeframe.micros), opens)
+
+    def test_doubt(self) -> None:
+        grid, step = grid_of(stock()), Timeframe.M30.micros
+        opens = grid.opens(span("2024-03-04", "2024-03-05"))
+        assert to_opens(opens[1:], grid, step) is None  # neither 09:30 nor 16:00
+        assert to_opens(np.append(opens, opens[-1] + step), grid, step) is None  # both
+        assert len(to_opens(opens[:0], grid, step)) == 0
+
+    def test_doubt_is_refused_with_its_reason(self, make: Make) -> None:
+        def with_pre_market(_: Asked, honest: Said) -> Said:
+            """Extended hours in spite of what was asked: 16:00 is there, and so is 09:30."""
+            document = orjson.loads(honest.body)
+            table = document["Time Series (30min)"]
+            some = next(iter(table.values()))
+            days = {stamp[:10] for stamp in table}
+            table |= {
+                f"{day} {clock}:00": some for day in days for clock in ("04:00", "09:00", "16:00", "19:30")
+            }
+            return json_said(document)
+
+        with pytest.raises(PermanentError, match="cannot be told") as caught:
+            fetch(make, SmallAlphaVantage(NOW, change=with_pre_market), MARCH)
+        assert "2024-03" in str(caught.value)
+
+    def test_a_stray_bar_after_a_half_day_is_no_doubt(self, make: Make) -> None:
+        def stray(_: Asked, honest: Said) -> Said:
+            document = orjson.loads(honest.body)
+            table = document["Time Series (30min)"]
+            table["2023-11-24 13:00:00"] = next(iter(table.values()))
+            return json_said(document)
+
+        got = of(fetch(make, SmallAlphaVantage(NOW, change=stray), NOVEMBER)[0])
+        inside = got.take(grid_of(stock()).contains(got.ts))
+        assert inside.equals(truth(Timeframe.M30, NOVEMBER))
+
+    def test_half_an_hour_missing_makes_no_hour(self, make: Make) -> None:
+        def without(_: Asked, honest: Said) -> Said:
+            document = orjson.loads(honest.body)
+            del document["Time Series (30min)"]["2024-03-06 11:30:00"]
+            return json_said(document)
+
+        got = of(fetch(make, SmallAlphaVantage(NOW, change=without), MARCH, Timeframe.H1)[0])
+        whole = truth(Timeframe.H1, MARCH)
+        assert got.equals(whole.take(whole.ts != us("2024-03-06T16:00")))
+
+
+class TestBeforeListing:
+    def test_a_month_that_it_refuses_is_empty_where_another_is_not(self, make: Make) -> None:
+        def listed_in_december(asked: Asked, honest: Said) -> Said:
+            refused = asked.query.get("month") == "2023-11"
+            return json_said({"Error Message": "Invalid API call. Please retry"}) if refused else honest
+
+        market = SmallAlphaVantage(NOW, change=listed_in_december)
+        answer, _ = fetch(make, market, span("2023-11-01", "2024-01-01"))
+        assert of(answer).equals(truth(Timeframe.M30, span("2023-12-01", "2024-01-01")))
+        answer, server = fetch(make, market, NOVEMBER)
+        assert answer.deliveries == ()
+        assert server.requests[-1].query["function"] == "TIME_SERIES_DAILY", "the symbol is known by its days"
+
+
+def series_of(**about: str) -> dict[str, Any]:
+    meta = {"2. Symbol": "AAPL", "4. Interval": "30min", "6. Time Zone": "US/Eastern", **about}
+    cells = {"1. open": "2", "2. high": "3", "3. low": "1", "4. close": "2", "5. volume": "10"}
+    return {"Meta Data": meta, "Time Series (30min)": {"2024-03-06 09:30:00": cells}}
+
+
+class TestLies:
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            {},
+            {"Information": "A new kind of message"},
+            {"Meta Data": {"2. Symbol": "AAPL", "4. Interval": "30min", "6. Time Zone": "US/Eastern"}},
+            series_of(**{"2. Symbol": "MSFT"}),
+            series_of(**{"4. Interval": "5min"}),
+            series_of(**{"6. Time Zone": "Asia/Tokyo"}),
+            {**series_of(), "Time Series (30min)": []},
+            {**series_of(), "Time Series (30min)": {"soon": {}}},
+            {**series_of(), "Time Series (30min)": {"2024-03-06 09:30:00": None}} | {"Meta Data": []},
+            {**series_of(), "Time Series (30min)": {"2024-03-06 09:30:00": {"1. open": "dear"}}},
+            {**series_of(), "Time Series (30min)": {"2024-03-10 02:30:00": {}}},  # never was
+            {**series_of(), "Time Series (30min)": {"2024-11-03 01:30:00": {}}},  # was twice
+        ],
+    )
+    def test_garbage(self, make: Make, answer: dict[str, Any]) -> None:
+        with pytest.raises(BadAnswer):
+            fetch(make, lambda _: json_said(answer), MARCH, retry_budget_seconds=0.0)
+
+    def test_is_not_asked_for_ever(self, make: Make) -> None:
+        with serve(lambda _: Said(b"<html>")) as server:
+            provider = make("alphavantage", server.url, key=KEY, retry_budget_seconds=60.0)
+            with pytest.raises(BadAnswer):
+                provider.fetch(stock(), MARCH)
+            assert len(server.requests) == ATTEMPTS
+
+    def test_an_absent_price_or_volume_is_not_hidden(self, make: Make) -> None:
+        def spoil(_: Asked, honest: Said) -> Said:
+            document = orjson.loads(honest.body)
+            document["Time Series (30min)"]["2024-03-06 09:30:00"] |= {"2. high": None, "5. volume": None}
+            return json_said(document)
+
+        got = of(fetch(make, SmallAlphaVantage(NOW, change=spoil), MARCH)[0])
+        assert (
+            np.flatnonzero(np.isnan(got.high)).tolist() == np.flatnonzero(np.isinf(got.volume)).tolist() != []
+        )
+
+
+class TestErrors:
+    expected: ClassVar[dict[str, tuple[type[ProviderError], float | None]]] = {
+        "bad key": (NotEntitled, None),
+        "bad symbol/function": (UnknownSymbol, None),
+        "daily limit": (RateLimited, 42_600.0),  # from 12:10 to midnight in New York
+        "burst limit": (RateLimited, 1.0),
+        "premium endpoint": (NotEntitled, None),
+        "legacy rate limit": (RateLimited, 60.0),
+    }
+
+    @pytest.mark.parametrize("path", [WIRE, SHARED_WIRE], ids=["own", "shared"])
+    def test_recorded_answers(self, make: Make, path: Path) -> None:
+        if not path.exists():
+            pytest.skip(f"{path.name} is only there beside the shared folder")
+        lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+        cases = {case["case"]: case for case in lines if case["provider"] == "alpha_vantage"}
+        assert set(cases) == set(self.expected)
+        for name, (kind, retry_after) in self.expected.items():
+            answer = json_said(cases[name]["body"], cases[name]["status"])
+            with pytest.raises(kind) as caught:
+                fetch(
+                    make,
+                    lambda _, a=answer: a,
+                    span("2024-05-01", "2024-05-30"),
+                    Timeframe.D1,
+                    longest_wait_seconds=0.0,
+                )
+            assert getattr(caught.value, "retry_after", None) == retry_after, name
+
+    def test_the_daily_limit_echoes_the_key(self, make: Make) -> None:
+        text = (
+            f"We have detected your API key as {KEY} and our standard API rate limit is 25 requests per day."
+        )
+        with pytest.raises(RateLimited, match=r"\*\*\*") as caught:
+            fetch(make, lambda _: json_said({"Information": text}), MARCH)
+        assert KEY not in str(caught.value)
+
+    def test_premium_in_the_words_of_the_burst(self, make: Make) -> None:
+        text = "Please consider spreading out your free API requests more sparingly (1 request per second)."
+        with serve(lambda _: json_said({"Information": text})) as server:
+            given = {"key": KEY, "clock": lambda: NOW, "longest_wait_seconds": 10.0}
+            provider = make("alphavantage", server.url, requests_per_minute=10**6, **given)
+            with pytest.raises(NotEntitled, match="without the right"):
+                provider.fetch(stock(), MARCH)
+            assert len(server.requests) == ATTEMPTS
+
+
+def test_tomorrow_in_new_york() -> None:
+    assert seconds_to_tomorrow(us("2024-01-15T04:59:30")) == 30.0
+    assert seconds_to_tomorrow(us("2024-03-10T05:00")) == 23 * 3600.0
+    assert seconds_to_tomorrow(us("2024-11-03T04:00")) == 25 * 3600.0
+
+
+def test_symbols(make: Make) -> None:
+    assert symbol_of(stock(symbol="BRK.B")) == "BRK.B"
+    named = Series("VOD", Timeframe.D1, AssetClass.STOCKS, provider_symbols=(("alphavantage", "VOD.LON"),))
+    assert symbol_of(named) == "VOD.LON"
