@@ -10,7 +10,7 @@ Importing this module is cheap; what is heavy is imported by the function that n
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,9 +21,10 @@ from fks_backfill_dagster.settings import Binance, Settings
 if TYPE_CHECKING:
     from fks_backfill_dagster.embedded import EmbeddedPostgres
     from fks_backfill_dagster.pipeline.sync import Context
-    from fks_backfill_dagster.providers.base import Provider, ProviderOptions
-    from fks_backfill_dagster.providers.http import RequestPool
+    from fks_backfill_dagster.providers.base import Circuit, Provider, ProviderOptions
+    from fks_backfill_dagster.providers.http import Limiter, RequestPool
     from fks_backfill_dagster.store.database import Database
+    from fks_backfill_dagster.store.pacing import ProviderState
 
 # Hosts of Binance itself: the same candles as in its public archives.
 _BINANCE_HOSTS = (".binance.com", ".binance.vision")
@@ -39,31 +40,47 @@ class App:
     context: Context
 
 
+def make_context(
+    settings: Settings,
+    database: Database,
+    providers: Mapping[str, Provider],
+    options: Mapping[str, ProviderOptions],
+) -> Context:
+    """What every verb works with, by the settings; the providers were made with these options."""
+    from fks_backfill_dagster.pipeline.sync import Context
+
+    return Context(
+        database=database,
+        providers=providers,
+        clock=now,
+        batch_size_days=settings.batch_size_days,
+        max_concurrent_requests=settings.max_concurrent_requests,
+        tolerance=settings.validation.tolerance_pct,
+        max_gap_minutes=settings.gap_detection.max_gap_minutes,
+        circuit=circuit_for(options, database),
+    )
+
+
 def now() -> int:
     """The present in microseconds UTC: the clock of all faces."""
     return time.time_ns() // 1000
 
 
 @contextmanager
-def open_app(settings: Settings) -> Iterator[App]:
+def open_app(settings: Settings, tell: Callable[[str], None] = lambda _: None) -> Iterator[App]:
     """The database, the providers that are enabled, and the context of the pipeline's verbs.
 
+    `tell` gets a sentence when a provider keeps everybody waiting, from any thread.
     Raises StoreError or EmbeddedError when the database cannot be had.
     """
-    from fks_backfill_dagster.pipeline.sync import Context
     from fks_backfill_dagster.providers.http import RequestPool
 
     with ExitStack() as stack:
         database = stack.enter_context(open_database(settings))
-        pool = RequestPool(settings.max_concurrent_requests)
+        pool = RequestPool(settings.max_concurrent_requests, tell=tell)
         stack.callback(pool.close)
-        context = Context(
-            database=database,
-            providers=build_providers(settings, pool),
-            clock=now,
-            batch_size_days=settings.batch_size_days,
-            max_concurrent_requests=settings.max_concurrent_requests,
-        )
+        providers = build_providers(settings, pool, database)
+        context = make_context(settings, database, providers, enabled_options(settings))
         yield App(settings, database, pool, context)
 
 
@@ -129,14 +146,56 @@ def embedded(settings: Settings) -> EmbeddedPostgres | None:
 # The providers ----------------------------------------------------------------------------------------
 
 
-def build_providers(settings: Settings, pool: RequestPool) -> dict[str, Provider]:
-    """The enabled providers of this version by name; those of one process share pool and limiter."""
+def build_providers(
+    settings: Settings, pool: RequestPool, database: Database | None = None
+) -> dict[str, Provider]:
+    """The enabled providers of this version by name, with one pool and one limiter.
+
+    Without a database the limits hold for this process alone: for those who only look at the providers.
+    """
     from fks_backfill_dagster.providers import registry
 
-    enabled = [name for name in registry.BUILT if settings.provider(name).enabled]
-    options = {name: provider_options(settings, name) for name in enabled}
-    limiter = registry.limiter_for(options, pool)
-    return {name: registry.build(name, options[name], pool, limiter, now) for name in enabled}
+    options = enabled_options(settings)
+    limiter = limiter_for(options, database) if database else registry.limiter_for(options)
+    return {name: registry.build(name, options[name], pool, limiter, now) for name in options}
+
+
+def limiter_for(options: Mapping[str, ProviderOptions], database: Database) -> Limiter:
+    """The limits of these providers, shared by all processes on this database."""
+    from fks_backfill_dagster.providers import registry
+    from fks_backfill_dagster.store.pacing import SharedLimiter
+
+    return SharedLimiter(database, registry.paces(options))
+
+
+def circuit_for(options: Mapping[str, ProviderOptions], database: Database) -> Circuit:
+    """Which of these providers are left alone, shared by all processes on this database."""
+    from fks_backfill_dagster.providers import registry
+    from fks_backfill_dagster.store.pacing import SharedCircuit
+
+    return SharedCircuit(database, registry.paces(options))
+
+
+def provider_states(settings: Settings, database: Database) -> dict[str, ProviderState]:
+    """How the enabled providers stand now with the accounts of the settings; no entry: nothing to tell."""
+    from fks_backfill_dagster.providers import registry
+    from fks_backfill_dagster.store import pacing
+
+    paces = registry.paces(enabled_options(settings))
+    return {
+        state.provider: state
+        for state in pacing.provider_states(database)
+        if state.provider in paces and paces[state.provider].account == state.account
+    }
+
+
+def enabled_options(settings: Settings) -> dict[str, ProviderOptions]:
+    """The options of the enabled providers of this version."""
+    from fks_backfill_dagster.providers import registry
+
+    return {
+        name: provider_options(settings, name) for name in registry.BUILT if settings.provider(name).enabled
+    }
 
 
 def provider_options(settings: Settings, name: str) -> ProviderOptions:

@@ -115,7 +115,7 @@ def simulate(
     outages: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Run the local market until Ctrl-C: Binance with its archives, and Polygon, on one port.
+    """Run the local market until Ctrl-C: all six providers, and Binance's archives, on one port.
 
     Prints the settings that point fks-backfill to it. Its answers have the providers' own form, and
     faults and outages can be planted while it runs.
@@ -136,6 +136,13 @@ def simulate(
             "FKS_PROVIDERS__BINANCE__ARCHIVE_URL": f"{url}/archive",
             "FKS_PROVIDERS__POLYGON__BASE_URL": f"{url}/polygon",
             "POLYGON_API_KEY": "any",
+            "FKS_PROVIDERS__YFINANCE__BASE_URL": f"{url}/yahoo",
+            "FKS_PROVIDERS__ALPHAVANTAGE__BASE_URL": f"{url}/alphavantage",
+            "ALPHAVANTAGE_API_KEY": "premium",
+            "FKS_PROVIDERS__OANDA__BASE_URL": f"{url}/oanda",
+            "OANDA_API_TOKEN": "any",
+            "FKS_PROVIDERS__COINGECKO__BASE_URL": f"{url}/coingecko",
+            "COINGECKO_API_KEY": "any",
         }
         tell(f"The local market listens at {url}. Ctrl-C ends it. To use it, in another terminal:")
         if as_json:

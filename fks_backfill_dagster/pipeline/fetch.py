@@ -18,11 +18,13 @@ from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.pipeline.plan import GRACE, Batch, Plan
 from fks_backfill_dagster.providers.base import (
     Cancelled,
+    Circuit,
     Delivery,
     Estimate,
     PermanentError,
     Provider,
     ProviderError,
+    TransientError,
     UnknownSymbol,
 )
 from fks_backfill_dagster.store.commit import Brought, Refused
@@ -90,7 +92,9 @@ class Chain:
     one range only (a plan without today's data). `fetch` is called from several threads.
 
     `stored` gives the stored candles of some opens; `tolerance` is the largest relative difference
-    of a price between two quotes of one market.
+    of a price between two quotes of one market. `circuit` is told of every success and failure, and
+    decides who is left alone by all processes; unless `heed_circuit` is off, for a person who asks
+    wants an answer now.
     """
 
     def __init__(
@@ -101,9 +105,13 @@ class Chain:
         clock: Callable[[], int],
         stored: Callable[[Instants], Candles],
         tolerance: float,
+        circuit: Circuit | None = None,
+        *,
+        heed_circuit: bool = True,
     ) -> None:
         self.series, self.clock = series, clock
         self._stored, self._tolerance = stored, tolerance
+        self._circuit, self._heed_circuit = circuit, heed_circuit
         self.warnings: list[str] = []
         self._providers: dict[str, Provider] = {}
         self._lock = threading.Lock()
@@ -143,10 +151,27 @@ class Chain:
         with self._lock:
             self._dropped[name] = str(error)
 
-    def remember_failure(self, name: str) -> None:
-        """It did not answer, its own retries included."""
+    def remember_failure(self, name: str, error: ProviderError) -> None:
+        """It did not answer, its own retries included, or refused to."""
         with self._lock:
             self._failures[name] = self._failures.get(name, 0) + 1
+        if self._circuit is not None and isinstance(error, TransientError):
+            self._circuit.failed(name, str(error))
+
+    def _remember_success(self, name: str) -> None:
+        with self._lock:
+            self._failures[name] = 0
+        if self._circuit is not None:
+            self._circuit.succeeded(name)
+
+    def _left_alone(self, name: str) -> str | None:
+        """Why the provider is not asked now, if so."""
+        if self._failures.get(name, 0) >= PATIENCE:
+            return f"left alone after {PATIENCE} failures in a row"
+        if self._circuit is None or not self._heed_circuit:
+            return None
+        rest = self._circuit.closed_for(name)
+        return None if rest is None else f"left alone for another {rest.seconds:.0f} s: {rest.reason}"
 
     def stop(self) -> None:
         """Spans that have not begun are not fetched any more."""
@@ -191,9 +216,9 @@ class Chain:
     ) -> tuple[Evidence, Instants]:
         """Asks one provider; returns its word and what is still wanted."""
         name, asked = question.name, len(question.wanted)
-        if self._failures.get(name, 0) >= PATIENCE:
+        message = self._left_alone(name)
+        if message is not None:
             self._count(name, Tally(asked=asked, failed=asked))
-            message = f"left alone after {PATIENCE} failures in a row"
             found.errors.append(f"{name}: {message}")
             return question.word("error", message), wanted
         before, refused = len(wanted), len(found.refused)
@@ -214,12 +239,12 @@ class Chain:
             if isinstance(error, UnknownSymbol):
                 self.drop(name, error)
             else:
-                self.remember_failure(name)
+                self.remember_failure(name, error)
             found.errors.append(str(error))
             return question.word(
                 "refused" if isinstance(error, PermanentError) else "error", str(error)
             ), wanted
-        self._failures[name] = 0
+        self._remember_success(name)
         rejected = sum(len(r.candles) for r in found.refused[refused:])
         self._count(name, Tally(asked=asked, delivered=before - len(wanted), rejected=rejected))
         if found.refused[refused:] and any(r.reason != Reason.SPLICE for r in found.refused[refused:]):

@@ -24,11 +24,12 @@ from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso
-from fks_backfill_dagster.pipeline.events import BatchDone, Listener, Planned, Warned, silent
+from fks_backfill_dagster.pipeline.events import BatchDone, Listener, Planned, SyncEvent, Warned, silent
 from fks_backfill_dagster.pipeline.fetch import Chain, Fetched, Tally
 from fks_backfill_dagster.pipeline.plan import Batch, Plan, closed_window, make_plan
 from fks_backfill_dagster.providers.base import (
     Cancelled,
+    Circuit,
     Estimate,
     Provider,
     ProviderError,
@@ -58,6 +59,7 @@ class Context:
     max_concurrent_requests: int = 5
     tolerance: float = 0.01
     max_gap_minutes: int = 5
+    circuit: Circuit | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +113,18 @@ def sync(
     """Brings every candle of `window` that should exist and is not stored, from `priority` in order.
 
     `refetch` asks for the whole window again and corrects what differs. `recheck` also asks for the
-    gaps that nobody could fill lately: what a person wants, and no schedule. Provider errors end up in
+    gaps that nobody could fill lately, and providers that are being left alone: what a person wants,
+    and no schedule. Provider errors end up in
     the report; a StoreError (the database is gone or full) is raised, and what was committed stays.
     """
     began = time.monotonic()
-    chain = _chain(context, series, priority)
+    chain = _chain(context, series, priority, heed_circuit=not recheck)
     for message in chain.warnings:
         listen(Warned(series, message))
     plan, grid = _plan(context, series, window, chain, refetch, recheck, listen)
     listen(Planned(series, plan, chain.names))
     work = _Work(context, series, grid, chain, run_id, listen)
-    if plan.batches and chain.names:
+    if chain.names or not plan.batches:
         work.run(plan)
     return work.report(plan, time.monotonic() - began)
 
@@ -137,17 +140,32 @@ def dry_run(
 ) -> DryRun:
     """Plans without fetching a candle. May ask once for a listing time that is not known yet."""
     chain = _chain(context, series, priority)
-    plan, _ = _plan(context, series, window, chain, refetch, recheck, silent)
+    heard: dict[str, None] = dict.fromkeys(chain.warnings)
+
+    def hear(event: SyncEvent) -> None:
+        if isinstance(event, Warned):
+            heard[event.message] = None
+
+    plan, _ = _plan(context, series, window, chain, refetch, recheck, hear)
     estimates = tuple((name, chain.estimate(name, plan)) for name in chain.names)
-    return DryRun(plan, estimates, (*chain.warnings, *chain.dropped))
+    return DryRun(plan, estimates, tuple(dict.fromkeys((*heard, *chain.dropped))))
 
 
-def _chain(context: Context, series: Series, priority: Sequence[str]) -> Chain:
+def _chain(context: Context, series: Series, priority: Sequence[str], *, heed_circuit: bool = True) -> Chain:
     def stored(opens: Instants) -> Candles:
         hulls = (TimeRange(ts, ts + 1) for ts in opens.tolist())  # neighbours: two at most
         return Candles.concat([reading.read_candles(context.database, series, hull) for hull in hulls])
 
-    return Chain(context.providers, series, priority, context.clock, stored, context.tolerance)
+    return Chain(
+        context.providers,
+        series,
+        priority,
+        context.clock,
+        stored,
+        context.tolerance,
+        context.circuit,
+        heed_circuit=heed_circuit,
+    )
 
 
 def _plan(
@@ -197,12 +215,13 @@ def _listing(context: Context, series: Series, chain: Chain, listen: Listener) -
             listed_at = context.providers[name].listed_at(series)
         except UnknownSymbol as error:
             chain.drop(name, error)
+            listen(Warned(series, str(error)))
             continue
         except Cancelled:
             raise
         except ProviderError as error:  # asked again at the next sync
             listen(Warned(series, f"{error} (asked since when it has {series.symbol})"))
-            chain.remember_failure(name)
+            chain.remember_failure(name, error)
             continue
         if listed_at is not None:
             found[name] = listed_at
@@ -241,7 +260,11 @@ class _Work:
         self.told: set[str] = set()
 
     def run(self, plan: Plan) -> None:
+        """Commits the batches of the plan. Where there are none, the last error of the series is over."""
         with self.context.database.begin() as connection:
+            known = ledger.series_id(connection, self.series)
+            if known is None and not plan.batches:
+                return  # asking for nothing makes no series
             self.identity = identity = ledger.register(connection, self.series)
         with _lease(self.context.database, identity) as owner:
             error: str | None = "interrupted"
@@ -335,7 +358,7 @@ class _Work:
         failed = self.failed
         if plan.batches and self.identity is None:  # nobody to ask
             failed = len(plan.batches)
-            self.errors.update(dict.fromkeys(self.chain.dropped or [self._nobody()]))
+            self.errors.update(dict.fromkeys(self.chain.dropped or self.chain.warnings or [self._nobody()]))
         with self.context.database.begin() as connection:
             identity = ledger.series_id(connection, self.series)
             known = ledger.known(connection, identity, plan.window)
@@ -352,7 +375,9 @@ class _Work:
             requests=self.requests,
             seconds=seconds,
             errors=errors if failed else (),
-            warnings=(*self.warnings, *(() if failed else errors)),
+            warnings=tuple(
+                dict.fromkeys((*self.warnings, *(() if failed else (*self.chain.dropped, *errors))))
+            ),
             providers=self.chain.tallies(),
         )
 

@@ -25,10 +25,14 @@ from fks_backfill_dagster.domain.timeframe import Timeframe
 
 
 class ProviderError(Exception):
-    """Base of all that can go wrong with a provider. The text never contains a key."""
+    """Base of all that can go wrong with a provider.
+
+    The text never contains a key. What a provider said in it cannot steer a terminal, and a database
+    takes it: characters that cannot be printed are shown as "?".
+    """
 
     def __init__(self, provider: str, message: str) -> None:
-        super().__init__(f"{provider}: {message}")
+        super().__init__(f"{provider}: {''.join(c if c.isprintable() else '?' for c in message)}")
         self.provider = provider
 
 

@@ -78,6 +78,7 @@ _PAUSE_AT = 0.95
 # Rounds of asking again for pages that contradict their neighbours.
 _ROUNDS = 4
 _COLUMNS = 12
+_NOT_BINANCE = "run it again later, or correct providers.binance.base_url"
 _MILLIS = 1000
 # What a download costs in an estimate; the archives have no rate limit.
 _SECONDS_PER_FILE = 0.2
@@ -192,7 +193,9 @@ class Binance:
         doubtful = (plan.lacking(rows) & plan.closed(now) & lacking) - witnessed
         if doubtful:
             doubtful = self._shortened(plan, doubtful, tally)
-            rows = Candles.concat([rows, _assemble(self._ask(plan, doubtful, tally), doubtful)]).sorted()
+            again = _assemble(self._ask(plan, doubtful, tally), doubtful)
+            # A bad row that came twice is one row for the quarantine.
+            rows = Candles.concat([rows, again.take(~_repeated(again, rows))]).sorted()
         query = _query(plan.symbol, plan.series.timeframe, lacking.hull)
         return [Delivery(rows, Transport.REST, f"{KLINES_PATH}?{urlencode(query)}")] if len(rows) else []
 
@@ -312,6 +315,17 @@ def _assemble(pages: Sequence[_Page], wanted: RangeSet) -> Candles:
     return rows.take(wanted.contains(rows.ts)).sorted()
 
 
+def _repeated(rows: Candles, before: Candles) -> NDArray[np.bool_]:
+    """Which of `rows` stand in `before` (ascending) with the same values; a NaN equals a NaN."""
+    if not len(before):
+        return np.zeros(len(rows), dtype=bool)
+    index = np.minimum(np.searchsorted(before.ts, rows.ts), len(before) - 1)
+    same = np.ones(len(rows), dtype=bool)
+    for mine, theirs in zip(rows.columns(), before.take(index).columns(), strict=True):
+        same &= (mine == theirs) | ((mine != mine) & (theirs != theirs))
+    return same
+
+
 def _contradicting(pages: Sequence[_Page]) -> list[int]:
     """The indices of the pages that give a shared candle differently than a neighbour."""
     wrong: set[int] = set()
@@ -331,7 +345,7 @@ def read_page(answer: object, asked: TimeRange, now: int, place: str) -> _Page:
     their reason. Raises BadAnswer for what is no list of klines, or one of other times than asked.
     """
     if not isinstance(answer, list):
-        raise BadAnswer(NAME, f"{place} answered no list of klines but {_glimpse(answer)}")
+        raise BadAnswer(NAME, f"{place} answered no list of klines but {_glimpse(answer)}: {_NOT_BINANCE}")
     if not answer:
         return _Page(asked, Candles.empty(), now)
     table = _table(answer, place)
@@ -340,10 +354,12 @@ def read_page(answer: object, asked: TimeRange, now: int, place: str) -> _Page:
     except (TypeError, ValueError, OverflowError):
         raise BadAnswer(NAME, f"{place} answered klines without valid times") from None
     inside = (opens >= asked.start // _MILLIS) & (opens < -(-asked.end // _MILLIS))
-    if not inside.all():
+    if (opens[0] < asked.start // _MILLIS) or not inside.any():
         raise BadAnswer(NAME, f"{place} answered klines outside of {asked}, which was asked for")
     if (opens[1:] < opens[:-1]).any():
         raise BadAnswer(NAME, f"{place} answered klines that do not ascend")
+    if not inside.all():  # it runs on behind endTime, as some mirrors do: the asked part is whole
+        table, opens, closes = table[inside], opens[inside], closes[inside]
     columns = _floats(table[:, 1:6])
     # Binance has a volume for every candle: one that is absent must not pass as "source has none".
     columns[4][np.isnan(columns[4])] = np.inf
@@ -357,7 +373,9 @@ def _table(answer: list[Any], place: str) -> NDArray[np.object_]:
     except ValueError:
         table = np.empty(0, dtype=object)
     if table.ndim != 2 or table.shape[1] != _COLUMNS:
-        raise BadAnswer(NAME, f"{place} answered rows that are no klines of {_COLUMNS} columns")
+        raise BadAnswer(
+            NAME, f"{place} answered rows that are no klines of {_COLUMNS} columns: {_NOT_BINANCE}"
+        )
     return table
 
 
@@ -378,7 +396,7 @@ def _number_or_nan(cell: object) -> float:
 
 
 def _glimpse(answer: object) -> str:
-    return said_in(answer.encode()) if isinstance(answer, str) else said_in(repr(answer).encode())
+    return said_in((answer if isinstance(answer, str) else repr(answer)).encode(errors="replace"))
 
 
 # --- asking ---------------------------------------------------------------------------------------
@@ -470,6 +488,8 @@ class _Market:
             answer = self._ccxt.public_get_klines(dict(query))
         except self._errors as error:
             raise self._meaning(error, symbol) from None
+        except UnicodeDecodeError:  # ccxt decodes the body before anybody can judge it
+            raise BadAnswer(NAME, "the answer is no text, so no JSON") from None
         if self._response is not None and self._response.status_code != 200:
             raise self._said(self._response, symbol)  # a redirection to nowhere is no error to ccxt
         return answer

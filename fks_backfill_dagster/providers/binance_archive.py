@@ -222,7 +222,7 @@ class Archives:
     def __init__(self, options: ProviderOptions, pool: RequestPool, limiter: Limiter) -> None:
         patience = min(ANSWER_SECONDS, options.timeout_seconds)
         quick = replace(options, timeout_seconds=patience, retry_budget_seconds=patience)
-        self._client = HttpClient(LANE, quick, pool, limiter)
+        self._client = HttpClient(LANE, quick, pool, limiter, setting="providers.binance.archive_url")
         self._base_url = (options.archive_url or "").rstrip("/")
         self._lock = threading.Lock()
         self._left_alone_until = 0.0

@@ -30,7 +30,13 @@ import requests
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, stop_any
 from tenacity.stop import stop_base
 from tenacity.wait import wait_exponential_jitter
-from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, ReadTimeoutError
+from urllib3.exceptions import (
+    HTTPError,
+    MaxRetryError,
+    NameResolutionError,
+    NewConnectionError,
+    ReadTimeoutError,
+)
 
 from fks_backfill_dagster.domain.pacing import Pace, Turn, Window
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, to_micros
@@ -52,6 +58,9 @@ Item = TypeVar("Item")
 MAX_BYTES = 64 * 1024 * 1024
 CONNECT_SECONDS = 10.0
 _CHUNK = 1 << 18
+# A wait that is longer than the first is told, but not more often than the second.
+_SILENT_SECONDS = 2.0
+_TOLD_AGAIN_SECONDS = 30.0
 ANSWER_TIMEOUTS = 3
 
 
@@ -161,13 +170,22 @@ class RequestPool:
     to a lane: so any number of threads may call `map` at once without a deadlock.
 
     `stop` ends every wait of a retry or a limiter with Cancelled; the pool is of no use afterwards.
+    `tell` gets a sentence for the user when a provider keeps everybody waiting, from any thread.
     """
 
-    def __init__(self, max_concurrent_requests: int, *, stop: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        max_concurrent_requests: int,
+        *,
+        stop: threading.Event | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
         if max_concurrent_requests < 1:
             raise ValueError(f"max_concurrent_requests must be at least 1, not {max_concurrent_requests}")
         self.max_concurrent_requests = max_concurrent_requests
         self.stop = stop or threading.Event()
+        self._tell = tell
+        self._tell_again: dict[str, float] = {}
         self._slots = threading.BoundedSemaphore(max_concurrent_requests)
         self._lock = threading.Lock()
         self._lanes: dict[str, ThreadPoolExecutor] = {}
@@ -181,13 +199,31 @@ class RequestPool:
         if self.stop.wait(seconds):
             raise Cancelled("requests", "interrupted while waiting for a retry")
 
+    def told(self, provider: str, text: str) -> None:
+        """Tells why `provider` is being waited for, once in a while, whoever waits."""
+        with self._lock:
+            now = time.monotonic()
+            if now < self._tell_again.get(provider, now):
+                return
+            self._tell_again[provider] = now + _TOLD_AGAIN_SECONDS
+        self._tell(text)
+
     def map(self, lane: str, function: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
         """`function` of every item, in their order, run by the threads of `lane`.
 
         The first error is raised as soon as it happens; what has not started by then never does.
         """
+
+        def unless_stopped(item: Item) -> T:
+            if self.stop.is_set():
+                raise Cancelled(lane, "the run is being interrupted")
+            return function(item)
+
         executor = self._lane(lane)
-        futures = [executor.submit(function, item) for item in items]
+        try:
+            futures = [executor.submit(unless_stopped, item) for item in items]
+        except RuntimeError:  # closed since
+            raise Cancelled(lane, "the run is being interrupted") from None
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
@@ -201,12 +237,17 @@ class RequestPool:
                 future.cancel()
 
     def close(self) -> None:
-        """Interrupts what is waiting and ends the threads."""
+        """Interrupts what is waiting and ends the threads.
+
+        After `stop` nobody waits for an exchange that is under way: a market may never answer.
+        """
+        interrupted = self.stop.is_set()
         self.stop.set()
         with self._lock:
             lanes, self._lanes = list(self._lanes.values()), {}
         for executor in lanes:
-            executor.shutdown(wait=True, cancel_futures=True)
+            # Not cancel_futures: `wait` is not told of futures that end that way, and waits for ever.
+            executor.shutdown(wait=not interrupted)
 
     def _lane(self, name: str) -> ThreadPoolExecutor:
         with self._lock:
@@ -247,6 +288,8 @@ class Reply:
 class HttpClient:
     """Asks one provider over HTTP, with the manners of all of them.
 
+    `setting` is the place in the settings that holds the address, for texts.
+
     One requests.Session per thread, so connections are reused and nothing is shared. Environment
     proxies and .netrc are left out: a .netrc entry would replace the Authorization header.
     """
@@ -259,13 +302,16 @@ class HttpClient:
         limiter: Limiter,
         *,
         headers: Mapping[str, str] | None = None,
+        setting: str | None = None,
     ) -> None:
         self.provider = provider
+        self.setting = setting
         self.options = options
         self.pool = pool
         self.limiter = limiter
         self._headers = dict(headers or {})
         self._local = threading.local()
+        self._unreachable = False
 
     def session(self) -> requests.Session:
         """This thread's session."""
@@ -296,9 +342,12 @@ class HttpClient:
         TransientError is retried after the seconds the provider told, else after an exponential wait
         with jitter, for `retry_budget_seconds` from the first failure on (and for at most `attempts`
         tries). Told waits do not eat that budget, their sum has its own: `longest_wait_seconds`.
-        When a budget does not cover the next wait, the error is raised at once.
+        When a budget does not cover the next wait, the error is raised at once. After a budget was used
+        up on a provider that cannot be reached, everybody tries once only until it answers again: else
+        hundreds of series would wait for the same dead address one after the other.
         """
         patience = _Patience(self.options)
+        tries = 1 if self._unreachable else attempts
 
         def once() -> T:
             while True:
@@ -307,16 +356,32 @@ class HttpClient:
                     if not turn.wait:
                         return self._take(turn, attempt, tally)
                 patience.spend(self.provider, turn)
+                if turn.wait > _SILENT_SECONDS:
+                    why = turn.reason or "as its rate limit demands"
+                    self.pool.told(self.provider, f"{self.provider}: waiting {turn.wait:.0f} s, {why}")
                 self.pool.sleep(turn.wait)
+
+        def tell(state: RetryCallState) -> None:
+            lasts = (state.seconds_since_start or 0.0) + state.upcoming_sleep
+            if state.outcome is not None and lasts > _SILENT_SECONDS:
+                again = f"trying again in {max(state.upcoming_sleep, 1.0):.0f} s"
+                self.pool.told(self.provider, f"{state.outcome.exception()}; {again}")
 
         retrying = Retrying(
             retry=retry_if_exception_type(TransientError),
             wait=_told_or_backoff,
-            stop=stop_any(patience, stop_after_attempt(attempts)) if attempts else patience,
+            stop=stop_any(patience, stop_after_attempt(tries)) if tries else patience,
             sleep=self.pool.sleep,
+            before_sleep=tell,
             reraise=True,
         )
-        return retrying(once)
+        try:
+            result = retrying(once)
+        except ProviderError as error:
+            self._unreachable = isinstance(error, Unreachable)
+            raise
+        self._unreachable = False
+        return result
 
     def _take(self, turn: Turn, attempt: Callable[[], T], tally: Tally) -> T:
         tally.add()
@@ -343,7 +408,9 @@ class HttpClient:
                 return Reply(response.status_code, response.headers, body, place)
         except requests.RequestException as error:
             # `from None`: the text of the original holds the URL with its query, which may hold a key.
-            raise network_error(self.provider, error, place, key=self.options.key) from None
+            raise network_error(
+                self.provider, error, place, key=self.options.key, setting=self.setting
+            ) from None
 
     def failure(self, reply: Reply) -> ProviderError:
         """The error that a reply's status stands for; see `status_error`."""
@@ -458,24 +525,40 @@ def status_error(
 
 
 def network_error(
-    provider: str, error: BaseException, place: str, *, key: str | None = None
+    provider: str,
+    error: BaseException,
+    place: str,
+    *,
+    key: str | None = None,
+    setting: str | None = None,
 ) -> ProviderError:
-    """What a requests exception means; the text holds neither the query nor the key."""
+    """What a requests exception means; the text holds neither the query nor the key.
+
+    `setting` names the place of the address in the settings, for the remedy.
+    """
+    setting = setting or f"providers.{provider}.base_url"
+    check = f"check the network, or correct {setting}"
     if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.MissingSchema):
-        return PermanentError(provider, f"{place} is no usable address: correct base_url")
+        return PermanentError(provider, f"{place} is no usable address: correct {setting}")
     if isinstance(error, requests.TooManyRedirects):
-        return PermanentError(provider, f"{place} has moved: correct base_url")
+        return PermanentError(provider, f"{place} has moved: correct {setting}")
     if isinstance(error, requests.exceptions.SSLError):
         return TransientError(provider, f"{place}: no secure connection, its certificate does not fit")
     cause = error.args[0] if error.args else None
     reason = cause.reason if isinstance(cause, MaxRetryError) else None
     if isinstance(error, requests.ConnectTimeout):
-        return Unreachable(provider, f"{place}: nobody answers the connection")
+        return Unreachable(provider, f"{place}: nobody answers the connection: {check}")
+    if isinstance(reason, NameResolutionError):
+        host = urlsplit(place).hostname
+        return Unreachable(provider, f"{place}: no connection (the host {host} is unknown): {check}")
+    if isinstance(reason, NewConnectionError) and "refused" in str(reason):
+        text = f"no connection (refused): start what should listen there, or correct {setting}"
+        return Unreachable(provider, f"{place}: {text}")
     if isinstance(reason, NewConnectionError):
         why = redact(str(reason).rsplit(": ", 1)[-1], key)
-        return Unreachable(provider, f"{place}: no connection ({why})")
+        return Unreachable(provider, f"{place}: no connection ({why}): {check}")
     if isinstance(error, requests.Timeout) or "timed out" in str(error):
-        return Unreachable(provider, f"{place} did not answer in time")
+        return Unreachable(provider, f"{place} did not answer in time: {check}")
     if isinstance(error, requests.exceptions.ContentDecodingError):
         return BadAnswer(provider, f"{place} sent a body that cannot be read: {error}")
     return TransientError(provider, f"{place}: the connection broke before the answer was complete")
@@ -503,6 +586,8 @@ def said_in(body: bytes, key: str | None = None) -> str:
     text = " ".join(body[:4000].decode("utf-8", "replace").split())
     if not text:
         return "nothing"
+    if sum(not c.isprintable() or c == "\ufffd" for c in text) > len(text) // 10:
+        return f"{len(body)} bytes that are no text"
     if text.startswith("<"):
         return "an HTML page"
     return redact(text, key)[:200]

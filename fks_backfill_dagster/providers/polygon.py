@@ -69,7 +69,7 @@ from fks_backfill_dagster.providers.http import (
 )
 
 NAME = "polygon"
-DEFAULT_BASE_URL = "https://api.polygon.io"
+DEFAULT_BASE_URL = "https://api.massive.com"
 KEY_VARIABLE = "POLYGON_API_KEY"
 REQUESTS_PER_MINUTE = 5  # of the free plan
 

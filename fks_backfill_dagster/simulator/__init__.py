@@ -11,5 +11,6 @@ from fks_backfill_dagster.simulator.config import MarketConfig, Outage
 from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster.simulator.replay import ReplayError
 from fks_backfill_dagster.simulator.server import PortInUse, make_app, run
+from fks_backfill_dagster.simulator.splits import Split
 
-__all__ = ["LocalMarket", "MarketConfig", "Outage", "PortInUse", "ReplayError", "make_app", "run"]
+__all__ = ["LocalMarket", "MarketConfig", "Outage", "PortInUse", "ReplayError", "Split", "make_app", "run"]

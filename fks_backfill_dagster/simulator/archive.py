@@ -13,11 +13,12 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 
 from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime, to_micros
 from fks_backfill_dagster.simulator import binance
 from fks_backfill_dagster.simulator.bars import Step
 from fks_backfill_dagster.simulator.faults import FILE, ROWS, Fault, Kind, spoil
-from fks_backfill_dagster.simulator.state import Sandbox
+from fks_backfill_dagster.simulator.state import Instrument, Sandbox
 from fks_backfill_dagster.simulator.wire import Answer, Call, Reply
 
 MICROSECONDS_FROM = to_micros(datetime(2025, 1, 1, tzinfo=UTC))
@@ -74,6 +75,9 @@ class Archives:
 
     def extra_headers(self) -> tuple[tuple[str, str], ...]:
         return ()
+
+    def spell(self, plain: str) -> str:
+        return plain
 
     def error(self, status: int, retry_after: int) -> Reply:
         return Reply(b"<Error><Code>InternalError</Code></Error>", status, "application/xml")
@@ -140,7 +144,10 @@ class Archives:
 
     def _spoiled(self, archive: Archive, fault: Fault) -> bytes:
         if fault.kind is Kind.OTHER_SYMBOL:
-            other = self._sandbox.other_symbol("binance", archive.symbol) or archive.symbol
+            other = (
+                self._sandbox.other_symbol("binance", Instrument(AssetClass.CRYPTO, archive.symbol))
+                or archive.symbol
+            )
             return _zipped(
                 archive.name, self._text(Archive(other, archive.timeframe, archive.grain, archive.period))
             )
@@ -166,7 +173,7 @@ class Archives:
         return body
 
     def _published(self, archive: Archive) -> bool:
-        market = self._sandbox.markets["binance"]
+        market = self._sandbox.crypto["binance"]
         if not market.knows(archive.symbol):
             return False
         if archive.grain == "daily" and archive.timeframe is Timeframe.W1:

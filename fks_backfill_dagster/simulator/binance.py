@@ -16,14 +16,15 @@ import numpy as np
 import orjson
 
 from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.simulator.bars import Bars, Step
 from fks_backfill_dagster.simulator.faults import Fields
 from fks_backfill_dagster.simulator.market import QUOTES, newest, oldest
-from fks_backfill_dagster.simulator.state import Sandbox
-from fks_backfill_dagster.simulator.wire import Answer, Call, Reply, Rows
+from fks_backfill_dagster.simulator.state import Instrument, Sandbox
+from fks_backfill_dagster.simulator.wire import Answer, Call, Reply, Rows, dumped
 
-ROWS = Rows(Fields(ts=0, open=1, high=2, low=3, text=True))
+ROWS = Rows(Fields(ts=0, open=1, high=2, low=3, text=True), take=list, put=lambda page, rows: dumped(rows))
 DEFAULT_LIMIT, MAX_LIMIT = 500, 1000
 _WEIGHTS = {"klines": 2, "exchangeInfo": 20}
 _JSON_ROW = '[%d,"%s","%s","%s","%s","%s",%d,"%s",%d,"%s","%s","0"],'
@@ -88,11 +89,14 @@ class Binance:
         return Answer(Reply(b"<html><body><h2>404 Not found</h2></body></html>", 404, "text/html"), "unknown")
 
     def impostor(self, call: Call, symbol: str) -> Answer:
-        other = self._sandbox.other_symbol("binance", symbol)
+        other = self._sandbox.other_symbol("binance", Instrument(AssetClass.CRYPTO, symbol))
         if other is None:
             return self.answer(call)
         query = {**call.query, "symbol": other}
         return self.answer(Call(call.path, query, call.headers, call.base_url))
+
+    def spell(self, plain: str) -> str:
+        return plain
 
     def error(self, status: int, retry_after: int) -> Reply:
         if status in (403, 451):  # a firewall and the law answer before the exchange does
@@ -120,7 +124,7 @@ class Binance:
 
     def _klines(self, call: Call) -> Answer:
         ask = parse(call.query)
-        if not self._sandbox.markets["binance"].knows(ask.symbol):
+        if not self._sandbox.crypto["binance"].knows(ask.symbol):
             raise BadRequest(-1121, "Invalid symbol.")
         ask = self._canonical(ask)
         body = self._sandbox.prepared.get(ask)
@@ -136,7 +140,7 @@ class Binance:
         """
         step = Step.of(timeframe)
         end = min(step.ceil(window.end), step.floor(self._sandbox.clock.now()))
-        listed = self._sandbox.markets["binance"].listing(symbol).start
+        listed = self._sandbox.crypto["binance"].listing(symbol).start
         start = max(step.ceil(window.start), step.floor(listed))
         pages = size = 0
         for at in range(start, end, stride * step.length):
@@ -156,7 +160,7 @@ class Binance:
         if ask.start is None:
             return ask
         step = Step.of(ask.timeframe)
-        listed = self._sandbox.markets["binance"].listing(ask.symbol).start
+        listed = self._sandbox.crypto["binance"].listing(ask.symbol).start
         start = max(step.ceil(ask.start), step.floor(listed))
         full = start + (ask.limit - 1) * step.length
         end = full if ask.end is None else step.floor(ask.end)
@@ -170,16 +174,16 @@ class Binance:
 
     def _page(self, ask: Ask) -> Bars:
         step, now = Step.of(ask.timeframe), self._sandbox.clock.now()
-        listing = self._sandbox.markets["binance"].listing(ask.symbol)
+        listing = self._sandbox.crypto["binance"].listing(ask.symbol)
         start = max(ask.start or 0, step.floor(listing.start))
         end = min(now, listing.end) if ask.end is None else min(ask.end, now, listing.end)
         window = TimeRange(start, max(start, end + 1))  # bounds are inclusive on the open
         read = partial(self._sandbox.bars, "binance", ask.symbol, step)
         pick = newest if ask.start is None else oldest
-        return pick(read, step, window, ask.limit)
+        return pick(read, step.length, window, ask.limit)
 
     def _exchange_info(self, query: Mapping[str, str]) -> bytes:
-        market = self._sandbox.markets["binance"]
+        market = self._sandbox.crypto["binance"]
         symbols = [query["symbol"]] if "symbol" in query else list(market.symbols())
         if not all(map(market.knows, symbols)):
             raise BadRequest(-1121, "Invalid symbol.")

@@ -32,7 +32,7 @@ def _real() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the limit says to a request: weight used in this minute; the refusal's status, if any."""
+    """What the limit says to a request: weight used in this window; the refusal's status, if any."""
 
     used: int
     refused: int | None = None
@@ -40,17 +40,26 @@ class Verdict:
 
 
 class Meter:
-    """Weight per clock minute; refuses with 429 above it, and bans with 418 who goes on regardless.
+    """Weight per clock minute (or other number of `seconds`); refuses with 429 above it, and bans with
+    418 who goes on regardless.
 
     `limit` None counts without refusing. Minutes and bans are real time even where the market's
     clock stands still: the caller waits in real time.
     """
 
-    def __init__(self, limit: int | None, ban_after: int | None = None, ban_seconds: float = 0) -> None:
+    def __init__(
+        self,
+        limit: int | None,
+        ban_after: int | None = None,
+        ban_seconds: float = 0,
+        *,
+        seconds: int = 60,
+    ) -> None:
         self.limit = limit
+        self._seconds = seconds
         self._ban_after = ban_after
         self._ban_seconds = ban_seconds
-        self._minute = 0
+        self._window = 0
         self.used = 0
         self._refusals = 0
         self._banned_until = 0.0
@@ -59,8 +68,8 @@ class Meter:
         now = time.time()
         if now < self._banned_until:
             return Verdict(self.used, 418, math.ceil(self._banned_until - now))
-        if (minute := int(now // 60)) != self._minute:
-            self._minute, self.used, self._refusals = minute, 0, 0
+        if (window := int(now // self._seconds)) != self._window:
+            self._window, self.used, self._refusals = window, 0, 0
         self.used += weight
         if self.limit is None or self.used <= self.limit:
             return Verdict(self.used)
@@ -68,7 +77,7 @@ class Meter:
         if self._ban_after is not None and self._refusals > self._ban_after:
             self._banned_until = now + self._ban_seconds
             return Verdict(self.used, 418, math.ceil(self._ban_seconds))
-        return Verdict(self.used, 429, math.ceil((minute + 1) * 60 - now))
+        return Verdict(self.used, 429, math.ceil((window + 1) * self._seconds - now))
 
     def reset(self, limit: int | None) -> None:
         """A new limit, nothing used, no ban."""

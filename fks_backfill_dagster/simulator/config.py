@@ -9,8 +9,11 @@ from pathlib import Path
 
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import to_micros
+from fks_backfill_dagster.simulator.splits import Split
 
-PROVIDERS = ("binance", "polygon")
+PROVIDERS = ("binance", "polygon", "yahoo", "alphavantage", "oanda", "coingecko")
+ALIASES = {"yfinance": "yahoo"}
+"""What the project calls a provider, where its address does not say so."""
 
 
 def instant(text: str) -> int:
@@ -20,8 +23,8 @@ def instant(text: str) -> int:
 
 
 def plain_symbol(symbol: str) -> str:
-    """`BTC/USDT`, `BTC_USDT`, `btcusdt` and `X:BTCUSD` without prefix and separators, upper case."""
-    return re.sub(r"[/_:-]", "", symbol.upper().removeprefix("X:"))
+    """`BTC/USDT`, `EUR_USD`, `btcusdt`, `X:BTCUSD` and `C:EURUSD` without prefix and separators, upper case."""
+    return re.sub(r"[/_:-]", "", symbol.upper().removeprefix("X:").removeprefix("C:"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Outage:
     symbol: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "provider", ALIASES.get(self.provider, self.provider))
         if self.provider not in PROVIDERS:
             raise ValueError(f"outage of {self.provider!r}: the provider is one of {', '.join(PROVIDERS)}")
         if not self.window:
@@ -65,12 +69,19 @@ class MarketConfig:
     limits: whether Binance's weight limit is kept. weight_per_minute, ban_after (refusals in a
         minute before the ban) and ban_seconds say how.
     polygon_per_minute: Polygon's request limit; None for none (its free plan has 5).
+    yahoo_per_minute: Yahoo's; what it really is, it tells nobody.
+    alphavantage_per_day, alphavantage_per_second: of all free keys together (25 and 1).
+    oanda_per_second: 100 in reality. coingecko_per_minute: 100 for a demo key.
     now: the market's clock stands here (microseconds); with clock_runs it starts here and goes on.
     outages: planted from the start.
     seed, listed: of the synthetic market; `listed` are pairs (BTCUSDT, microseconds).
+    splits: of stocks. The synthetic market trades in the shares of the day; for replayed files they
+        come on top of the directory's equity/splits.csv.
+    close_stamped: whether Alpha Vantage names its intraday bars by their close, as it once did.
+    single_precision: whether Yahoo's prices are 32-bit numbers, as its real ones are.
     archive_header_from: archives of periods from this instant on have a header line.
     polygon_offset_ppm: Polygon's prices against Binance's, in millionths.
-    bad_keys: Polygon keys that are refused.
+    bad_keys: keys that every provider with keys refuses.
     access_log: whether the server prints a line for every request.
     """
 
@@ -83,11 +94,19 @@ class MarketConfig:
     ban_after: int = 10
     ban_seconds: float = 120.0
     polygon_per_minute: int | None = None
+    yahoo_per_minute: int | None = None
+    alphavantage_per_day: int | None = None
+    alphavantage_per_second: int | None = None
+    oanda_per_second: int | None = None
+    coingecko_per_minute: int | None = None
     now: int | None = None
     clock_runs: bool = False
     outages: tuple[Outage, ...] = ()
     seed: int = 1
     listed: tuple[tuple[str, int], ...] = ()
+    splits: tuple[Split, ...] = ()
+    close_stamped: bool = False
+    single_precision: bool = False
     archive_header_from: int | None = None
     polygon_offset_ppm: int = 0
     bad_keys: tuple[str, ...] = ("bad-key",)

@@ -6,8 +6,9 @@ They are how a test or a user moves the market; no provider has them, and they a
 from __future__ import annotations
 
 import io
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -23,10 +24,11 @@ from fks_backfill_dagster.domain.timeframe import Timeframe, iso
 from fks_backfill_dagster.simulator.archive import Archives
 from fks_backfill_dagster.simulator.bars import Bars, Step
 from fks_backfill_dagster.simulator.binance import MAX_LIMIT, Binance
-from fks_backfill_dagster.simulator.config import PROVIDERS, Outage, instant, plain_symbol
+from fks_backfill_dagster.simulator.config import ALIASES, PROVIDERS, Outage, instant, plain_symbol
 from fks_backfill_dagster.simulator.faults import Fault, Kind
 from fks_backfill_dagster.simulator.polygon import Polygon
-from fks_backfill_dagster.simulator.state import Sandbox
+from fks_backfill_dagster.simulator.state import Instrument, Sandbox
+from fks_backfill_dagster.simulator.wire import Face
 
 _FAULT_FIELDS = frozenset(f.name for f in fields(Fault)) - {"id", "window"} | {"start", "end"}
 
@@ -40,8 +42,16 @@ class Refused(ValueError):
 class Control:
     """The handlers, over one sandbox and its wire formats."""
 
-    def __init__(self, sandbox: Sandbox, binance: Binance, archives: Archives, polygon: Polygon) -> None:
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        faces: Sequence[Face],
+        binance: Binance,
+        archives: Archives,
+        polygon: Polygon,
+    ) -> None:
         self._sandbox = sandbox
+        self._faces = {face.name: face for face in faces}
         self._binance = binance
         self._archives = archives
         self._polygon = polygon
@@ -75,13 +85,13 @@ class Control:
     def truth(self, request: Request, _: dict[str, Any]) -> Response:
         """The closed candles of [start, end): CSV, or Arrow IPC with `format=arrow`."""
         provider = _provider(request.path_params["provider"])
-        symbol = self._symbol(provider, request.path_params["symbol"])
+        what = self._instrument(provider, request.path_params["symbol"])
         timeframe = _timeframe(request.path_params["timeframe"])
-        listing = self._sandbox.markets[provider].listing(symbol)
-        step = Step.of(timeframe)
-        start = _optional(request.query_params.get("start"), step.floor(listing.start))
+        listing = self._sandbox.listing(provider, what)
+        # The candle that contains the first trade opens before it.
+        start = _optional(request.query_params.get("start"), Step.of(timeframe).floor(listing.start))
         end = _optional(request.query_params.get("end"), self._sandbox.clock.now())
-        bars = self._sandbox.closed(provider, symbol, step, TimeRange(start, end))
+        bars = self._sandbox.truth(provider, what, timeframe, TimeRange(start, end))
         sink = io.BytesIO()
         if request.query_params.get("format", "csv") == "arrow":
             table = _arrow(bars)
@@ -131,20 +141,20 @@ class Control:
             raise Refused(
                 f"unknown {', '.join(sorted(unknown))}; a fault has {', '.join(sorted(_FAULT_FIELDS))}"
             )
-        provider, kind = options.pop("provider"), Kind(options.pop("kind"))
-        if provider not in (*PROVIDERS, "archive"):
-            raise Refused(f"no provider {provider!r}; there are binance, archive and polygon")
+        provider, kind = _known(options.pop("provider"), (*PROVIDERS, "archive")), Kind(options.pop("kind"))
         start, end = options.pop("start", None), options.pop("end", None)
         window = TimeRange(_optional(start, 0), _optional(end, 2**62)) if start or end else None
         if symbol := options.pop("symbol", None):
-            options["symbol"] = _wire_symbol(provider, symbol)
+            options["symbol"] = self._faces[provider].spell(plain_symbol(symbol))
+        if (body := options.get("body")) is not None and not isinstance(body, str):
+            options["body"] = json.dumps(body)
         for name, number in options.items():
             if name in _NUMBERS and not (
                 isinstance(number, int | float) or (name == "count" and number is None)
             ):
                 raise Refused(f"{name} of a fault is a number, not {number!r}")
         market = "binance" if provider == "archive" else provider
-        if kind is Kind.OTHER_SYMBOL and len(self._sandbox.markets[market].symbols()) < 2:
+        if kind is Kind.OTHER_SYMBOL and len(self._sandbox.symbols(market)) < 2:
             raise Refused("this replay has one symbol of that provider only, so no other one can be served")
         return lambda number: Fault(number, provider, kind, window=window, **options)
 
@@ -166,11 +176,12 @@ class Control:
         return JSONResponse({"now": iso(clock.now()), "runs": clock.runs})
 
     def limits(self, request: Request, document: dict[str, Any]) -> Response:
-        """POST {"binance": weight a minute or null, "polygon": requests a minute or null}; forgets bans."""
-        for provider, limit in document.items():
-            if provider not in self._sandbox.meters or not (limit is None or isinstance(limit, int)):
-                raise Refused('limits are {"binance": number or null, "polygon": number or null}')
-            self._sandbox.meters[provider].reset(limit)
+        """POST {name: number or null}, names as in the answer; null is no limit. Forgets bans."""
+        for name, limit in document.items():
+            if name not in self._sandbox.meters or not (limit is None or isinstance(limit, int)):
+                names = ", ".join(self._sandbox.meters)
+                raise Refused(f"limits are {{name: number or null}} with the names {names}")
+            self._sandbox.meters[name].reset(limit)
         meters = self._sandbox.meters.items()
         return JSONResponse({name: {"limit": meter.limit, "used": meter.used} for name, meter in meters})
 
@@ -179,7 +190,9 @@ class Control:
         began = time.perf_counter()
         provider, timeframe = document["provider"], _timeframe(document["timeframe"])
         window = TimeRange(instant(document["start"]), instant(document["end"]))
-        symbol = self._symbol("binance" if provider == "archive" else _provider(provider), document["symbol"])
+        _known(provider, ("binance", "archive", "polygon"))
+        what = self._instrument("binance" if provider == "archive" else provider, document["symbol"])
+        symbol = what.name
         if provider == "archive":
             count, size = self._archives.prepare(symbol, timeframe, window)
         elif provider == "binance":
@@ -188,30 +201,28 @@ class Control:
             count, size = self._binance.prepare(symbol, timeframe, window, limit, stride)
         else:
             base_url = f"{str(request.base_url).rstrip('/')}/polygon"
-            ticker = _wire_symbol("polygon", document["symbol"])
+            ticker = self._polygon.spell(plain_symbol(document["symbol"]))
             count, size = self._polygon.prepare(ticker, timeframe, window, base_url)
         seconds = round(time.perf_counter() - began, 3)
         return JSONResponse({"answers": count, "bytes": size, "seconds": seconds})
 
-    def _symbol(self, provider: str, symbol: str) -> str:
-        name = self._sandbox.market_symbol(provider, plain_symbol(symbol))
-        if name is None:
-            known = ", ".join(self._sandbox.markets[provider].symbols())
+    def _instrument(self, provider: str, symbol: str) -> Instrument:
+        found = self._sandbox.find(provider, plain_symbol(symbol))
+        if found is None:
+            known = ", ".join(self._sandbox.symbols(provider))
             raise Refused(f"{provider} does not know {symbol!r}; it knows {known} and such")
-        return name
-
-
-def _wire_symbol(provider: str, symbol: str) -> str:
-    """A symbol in any spelling as `provider` writes it."""
-    plain = plain_symbol(symbol)
-    if provider != "polygon":
-        return plain
-    return f"X:{plain.removesuffix('T') if plain.endswith('USDT') else plain}"
+        return found
 
 
 def _provider(name: str) -> str:
-    if name not in PROVIDERS:
-        raise Refused(f"no provider {name!r}; there are {', '.join(PROVIDERS)}")
+    return _known(name, PROVIDERS)
+
+
+def _known(name: str, names: Sequence[str]) -> str:
+    """The provider, by the name of its address; the project's name of it will do."""
+    name = ALIASES.get(name, name)
+    if name not in names:
+        raise Refused(f"no provider {name!r}; there are {', '.join(names)}")
     return name
 
 

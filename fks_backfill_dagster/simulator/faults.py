@@ -67,10 +67,11 @@ class Fields:
 class Fault:
     """One planted fault.
 
-    provider: binance, archive or polygon. count: how many requests get it (None: all); or
+    provider: one of PROVIDERS, or archive. count: how many requests get it (None: all); or
     probability, per request. symbol (BTCUSDT, X:BTCUSD), path (a part of path and query) and
-    window (requests that touch it; of rows only those in it) narrow it down. status is of kind
-    status, seconds of hang, drip and Retry-After, rows how many rows a row fault changes.
+    window (requests that touch it; of rows only those in it) narrow it down. status and body (in
+    place of the provider's own) are of kind status, seconds of hang, drip and Retry-After, rows how
+    many rows a row fault changes.
     """
 
     id: int
@@ -82,6 +83,7 @@ class Fault:
     path: str | None = None
     window: TimeRange | None = None
     status: int = 500
+    body: str | None = None
     seconds: float = 1.0
     rows: int = 10
 

@@ -65,5 +65,5 @@ class Journal:
 
 
 def without_key(target: str) -> str:
-    """A path and query with the value of apiKey taken out."""
-    return re.sub(r"(?i)(apikey=)[^&]*", r"\1...", target)
+    """A path and query with the value of apiKey (or api_key, crumb) taken out."""
+    return re.sub(r"(?i)(api_?key=|crumb=)[^&]*", r"\1...", target)

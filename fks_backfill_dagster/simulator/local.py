@@ -96,6 +96,22 @@ class LocalMarket:
     def polygon_url(self) -> str:
         return f"{self.url}/polygon"
 
+    @property
+    def yahoo_url(self) -> str:
+        return f"{self.url}/yahoo"
+
+    @property
+    def alphavantage_url(self) -> str:
+        return f"{self.url}/alphavantage"
+
+    @property
+    def oanda_url(self) -> str:
+        return f"{self.url}/oanda"
+
+    @property
+    def coingecko_url(self) -> str:
+        return f"{self.url}/coingecko"
+
     def truth(self, provider: str, symbol: str, timeframe: Timeframe, window: TimeRange) -> Candles:
         """The closed candles of `window` that `provider` would give if it were honest."""
         query = urlencode({"start": iso(window.start), "end": iso(window.end), "format": "arrow"})

@@ -1,6 +1,7 @@
-"""Polygon's aggregates for crypto tickers: `X:BTCUSD` is the market of BTC/USDT.
+"""Polygon's aggregates: `X:BTCUSD` is the market of BTC/USDT, `C:EURUSD` a currency pair, `AAPL` a stock.
 
-Only the wire format: the path, the key, snapping, base-bar limits and cursors.
+Only the wire format: the path, the key, where bars sit, snapping, base-bar limits and cursors. Bars of
+stocks hold pre- and post-market trades: an hour sits on the clock, a day is one of New York.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import orjson
 
 from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_DAY,
     MICROS_PER_HOUR,
@@ -29,11 +31,25 @@ from fks_backfill_dagster.domain.timeframe import (
 from fks_backfill_dagster.simulator.bars import SUNDAY_WEEKS, Bars, Step, decimal_texts
 from fks_backfill_dagster.simulator.config import instant, plain_symbol
 from fks_backfill_dagster.simulator.faults import Fields
+from fks_backfill_dagster.simulator.frames import EvenRuler, Ruler, WallRuler, WeekRuler, ceil, floor
 from fks_backfill_dagster.simulator.market import newest, oldest
-from fks_backfill_dagster.simulator.state import Sandbox
-from fks_backfill_dagster.simulator.wire import Answer, Call, Reply, Rows
+from fks_backfill_dagster.simulator.sessions import NEW_YORK, utc
+from fks_backfill_dagster.simulator.splits import adjusted
+from fks_backfill_dagster.simulator.state import Instrument, Sandbox
+from fks_backfill_dagster.simulator.wire import Answer, Call, Reply, Rows, dumped
 
-ROWS = Rows(Fields(ts="t", open="o", high="h", low="l", text=False), key="results")
+
+def _put(page: Any, rows: list[Any]) -> bytes:
+    if "results" in page:
+        page |= {"results": rows, "resultsCount": len(rows)}
+    return dumped(page)
+
+
+ROWS = Rows(
+    Fields(ts="t", open="o", high="h", low="l", text=False),
+    take=lambda page: list(page.get("results", [])),
+    put=_put,
+)
 DEFAULT_LIMIT, MAX_LIMIT = 5000, 50_000
 UNITS: Mapping[str, int] = {
     "minute": MICROS_PER_MINUTE,
@@ -54,8 +70,8 @@ class Ask:
     ticker: str
     mult: int
     unit: str
-    step: Step
-    base: Step
+    step: Ruler
+    base: Ruler
     window: TimeRange
     end: str
     limit: int
@@ -96,12 +112,16 @@ class Polygon:
             return _json({"status": "ERROR", "error": message}, 429)
         return _json({"status": "ERROR", "error": "An error occurred. Please try again."}, status)
 
+    def spell(self, plain: str) -> str:
+        found = self._sandbox.find("polygon", plain)
+        return plain if found is None else _ticker(found.asset_class, plain)
+
     def impostor(self, call: Call, symbol: str) -> Answer:
-        asked = self._sandbox.market_symbol("polygon", plain_symbol(symbol))
+        asked = self._instrument(symbol)
         other = asked and self._sandbox.other_symbol("polygon", asked)
-        if not other:
+        if not asked or not other:
             return self.answer(call)
-        ticker = f"X:{other.removesuffix('T') if other.endswith('USDT') else other}"
+        ticker = _ticker(asked.asset_class, other)
         path = call.path.replace(f"/ticker/{symbol}/", f"/ticker/{ticker}/")
         answer = self.answer(Call(path, call.query, call.headers, call.base_url))
         body = answer.reply.body.replace(ticker.encode(), symbol.encode())
@@ -150,15 +170,15 @@ class Polygon:
             return _json({"status": "ERROR", "error": "Unknown API Key"}, 401)
         return None
 
-    def _market_symbol(self, ticker: str) -> str | None:
-        """Polygon has no USDT pairs of its own: `X:BTCUSDT` is as unknown as a stock is here."""
-        if not ticker.startswith("X:") or ticker.endswith("USDT"):
+    def _instrument(self, ticker: str) -> Instrument | None:
+        """Polygon has no USDT pairs of its own: `X:BTCUSDT` is unknown."""
+        if ticker.startswith("X:") and ticker.endswith("USDT"):
             return None
-        return self._sandbox.market_symbol("polygon", plain_symbol(ticker))
+        return self._sandbox.known("polygon", _asset_class(ticker), plain_symbol(ticker))
 
     def _page(self, ask: Ask, base_url: str) -> tuple[bytes, int | None]:
         """The page's body, and where the next one starts in milliseconds."""
-        symbol = self._market_symbol(ask.ticker)
+        symbol = self._instrument(ask.ticker)
         head = {
             "ticker": ask.ticker,
             "adjusted": ask.adjusted,
@@ -179,30 +199,63 @@ class Polygon:
             bars = bars.take(slice(None, None, -1))
         return orjson.dumps(head)[:-1] + b',"results":' + _rows(bars) + b"}", at
 
-    def _cut(self, ask: Ask, symbol: str) -> tuple[int, Bars, TimeRange]:
+    def _cut(self, ask: Ask, what: Instrument) -> tuple[int, Bars, TimeRange]:
         """How many base bars the page uses, its bars, and the window that is left.
 
         A page never splits a bar: it has at least one, and otherwise as many as `limit` base bars fill.
         """
-        read_base = partial(self._sandbox.bars, "polygon", symbol, ask.base)
-        listing = self._sandbox.markets["polygon"].listing(symbol)
+        read_base = partial(self._read, what, ask.base)
+        listing = self._sandbox.listing("polygon", what)
         window = ask.window.intersect(
-            TimeRange(ask.step.floor(listing.start), min(listing.end, self._sandbox.clock.now() + 1))
+            TimeRange(floor(ask.step, listing.start), min(listing.end, self._sandbox.clock.now() + 1))
         )
         pick = newest if ask.descending else oldest
-        base = pick(read_base, ask.base, window, ask.limit)
+        base = pick(read_base, ask.base.length, window, ask.limit)
         page, rest = window, TimeRange(window.end, window.end)
         if len(base) == ask.limit and ask.descending:
-            cut = max(ask.step.ceil(int(base.ts[0])), window.start)
-            cut = cut if cut < window.end else ask.step.floor(window.end - 1)
+            cut = max(ceil(ask.step, int(base.ts[0])), window.start)
+            cut = cut if cut < window.end else floor(ask.step, window.end - 1)
             page, rest = TimeRange(cut, window.end), TimeRange(window.start, max(cut, window.start))
         elif len(base) == ask.limit:
-            cut = ask.step.floor(int(base.ts[-1]) + ask.base.length)
-            cut = min(max(cut, window.start + ask.step.length), ask.window.end)
+            cut = floor(ask.step, int(base.ts[-1]) + ask.base.length)
+            cut = min(max(cut, ceil(ask.step, window.start + 1)), ask.window.end)
             page, rest = TimeRange(window.start, cut), TimeRange(min(cut, window.end), window.end)
-        if ask.step == ask.base:
-            return len(base), base.within(page), rest
-        return len(base), self._sandbox.bars("polygon", symbol, ask.step, page), rest
+        bars = base.within(page) if ask.step == ask.base else self._read(what, ask.step, page)
+        if ask.adjusted and what.asset_class is AssetClass.STOCKS:
+            bars = adjusted(bars, self._sandbox.splits_of(what.name))
+        return len(base), bars, rest
+
+    def _read(self, what: Instrument, ruler: Ruler, window: TimeRange) -> Bars:
+        if isinstance(ruler, EvenRuler) and what.asset_class is AssetClass.CRYPTO:
+            return self._sandbox.bars("polygon", what.name, ruler.step, window)
+        return self._sandbox.framed("polygon", what, ruler.frame(window))
+
+
+def _asset_class(ticker: str) -> AssetClass:
+    prefixes = {"X:": AssetClass.CRYPTO, "C:": AssetClass.FOREX}
+    return prefixes.get(ticker[:2], AssetClass.STOCKS)
+
+
+def _ticker(asset_class: AssetClass, plain: str) -> str:
+    match asset_class:
+        case AssetClass.CRYPTO:
+            return f"X:{plain.removesuffix('T') if plain.endswith('USDT') else plain}"
+        case AssetClass.FOREX:
+            return f"C:{plain}"
+        case AssetClass.STOCKS:
+            return plain
+
+
+def _ruler(unit: str, mult: int, asset_class: AssetClass) -> Ruler:
+    """Where bars sit: crypto and currencies by UTC, stocks by New York; weeks begin on Sunday."""
+    length = UNITS[unit] * mult
+    if asset_class is not AssetClass.STOCKS or (length < MICROS_PER_HOUR):
+        return EvenRuler(Step(length, SUNDAY_WEEKS.origin if unit == "week" else 0), extended=True)
+    if unit == "week" and mult == 1:
+        return WeekRuler(weekday=6, extended=True)
+    if MICROS_PER_DAY % length == 0:
+        return WallRuler(length, extended=True)
+    raise BadRequest("The local market has no such multiple for stocks: bars divide a day, or are weeks.")
 
 
 def parse(match: re.Match[str], query: Mapping[str, str]) -> Ask:
@@ -218,13 +271,14 @@ def parse(match: re.Match[str], query: Mapping[str, str]) -> Ask:
         raise BadRequest(f"The parameter 'limit' must be between 1 and {MAX_LIMIT}.")
     if (sort := options.get("sort", "asc")) not in ("asc", "desc"):
         raise BadRequest("The parameter 'sort' must be 'asc' or 'desc'.")
-    unit = UNITS[match["unit"]]
-    step = Step(unit * mult, SUNDAY_WEEKS.origin if match["unit"] == "week" else 0)
-    start, end = _moment(match["start"], "from", last=False), _moment(match["end"], "to", last=True)
+    asset_class = _asset_class(match["ticker"])
+    step = _ruler(match["unit"], mult, asset_class)
+    zone = NEW_YORK if asset_class is AssetClass.STOCKS else "UTC"
+    start, end = _moment(match["start"], "from", zone), _moment(match["end"], "to", zone)
     if start > end:
         raise BadRequest("The parameter 'to' cannot be a time that occurs before 'from'.")
-    window = TimeRange(step.floor(start), step.floor(end) + step.length)
-    base = Step(MICROS_PER_MINUTE if unit < MICROS_PER_DAY else MICROS_PER_DAY)
+    window = TimeRange(floor(step, start), ceil(step, end + 1))
+    base = _ruler("minute" if UNITS[match["unit"]] < MICROS_PER_DAY else "day", 1, asset_class)
     adjusted = options.get("adjusted", "true") != "false"
     return Ask(
         match["ticker"],
@@ -240,18 +294,20 @@ def parse(match: re.Match[str], query: Mapping[str, str]) -> Ask:
     )
 
 
-def _moment(text: str, name: str, *, last: bool) -> int:
-    """Milliseconds, or a UTC date: its first moment, or for `last` its last one."""
+def _moment(text: str, name: str, zone: str) -> int:
+    """Milliseconds, or a date of `zone`: its first moment, or for `to` its last one."""
     if re.fullmatch(r"\d{9,15}", text):
         return int(text) * 1000
     try:
         if not re.fullmatch(r"\d{4}-\d\d-\d\d", text):
             raise ValueError
-        return instant(text) + (MICROS_PER_DAY - 1 if last else 0)
+        date = instant(text)
     except ValueError:
         raise BadRequest(
             f"Could not parse the time parameter: '{name}'. Use YYYY-MM-DD or Unix MS."
         ) from None
+    first, next_first = utc(np.array([date, date + MICROS_PER_DAY]), zone).tolist()
+    return int(first if name == "from" else next_first - 1)
 
 
 def _cursor(text: str) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """Real candles from files instead of the synthetic market: `<venue>/<SYMBOL>-<TIMEFRAME>.csv[.gz]`.
 
 Belongs here: which venue's files speak which provider's wire format (VENUES), reading them, and
-serving them as a `Market`. A file's own timeframe is served with the file's own decimal texts;
-a coarser one is aggregated from the finest file that divides it; a finer one is empty.
+serving crypto as a `Market`. A file's own timeframe is served with the file's own decimal texts;
+a coarser one is aggregated from the coarsest file that divides it; a finer one is empty.
+Not here: stocks and currencies, whose bars are cut otherwise (`replay_closing`).
 """
 
 from __future__ import annotations
@@ -21,17 +22,41 @@ from pyarrow import csv
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
+from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.simulator.bars import Bars, Scale, Step, Units, aggregate
+from fks_backfill_dagster.simulator.closing import ClosingMarket
 from fks_backfill_dagster.simulator.market import FOR_EVER, NO_OUTAGE, Market, closed
+from fks_backfill_dagster.simulator.replay_closing import CUTS, ReplayClosing, Traded
+from fks_backfill_dagster.simulator.splits import Split, read_splits
 
-VENUES: tuple[tuple[str, str], ...] = (
-    ("binance", "binance"),
-    ("coinbase", "polygon"),
-    ("bitstamp", "polygon"),
+
+@dataclass(frozen=True, slots=True)
+class Venue:
+    """A directory of real candles, the provider that speaks for it, and what is traded there."""
+
+    directory: str
+    provider: str
+    asset_class: AssetClass = AssetClass.CRYPTO
+
+
+VENUES: tuple[Venue, ...] = (
+    Venue("binance", "binance"),
+    Venue("coinbase", "polygon"),
+    Venue("bitstamp", "polygon"),
+    Venue("bitstamp", "coingecko"),
+    Venue("coinbase", "coingecko"),
+    Venue("binance", "coingecko"),
+    Venue("equity", "polygon", AssetClass.STOCKS),
+    Venue("equity", "yahoo", AssetClass.STOCKS),
+    Venue("equity", "alphavantage", AssetClass.STOCKS),
+    Venue("forex", "oanda", AssetClass.FOREX),
+    Venue("forex", "polygon", AssetClass.FOREX),
 )
-"""(directory, provider that speaks for it). Where two venues of one provider have the same symbol,
-the one that stands first serves it. A new provider adds its venues here."""
+"""Where two venues of one provider have the same symbol, the one that stands first serves it."""
+
+SPLITS = "equity/splits.csv"
+"""Optional: the splits of the replayed stocks, lines `symbol,date,new,old`."""
 
 _COLUMNS = ("ts", "open", "high", "low", "close", "volume")
 _DECIMAL = r"^(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
@@ -62,7 +87,7 @@ class ReplayMarket:
 
     def bars(self, symbol: str, step: Step, window: TimeRange, now: int, outages: RangeSet) -> Bars:
         """As in `Market`; rows are indivisible, so an outage takes a row only if it covers it wholly."""
-        timeframe, found = self._finest(symbol, step)
+        timeframe, found = self._nearest(symbol, step)
         end = min(window.end, now + 1)
         start = min(window.start, end)
         found = found.within(TimeRange(step.ceil(start), max(step.ceil(end), step.ceil(start))))
@@ -70,15 +95,15 @@ class ReplayMarket:
             found = found.take(~_covered(found.ts, timeframe.micros, outages))
         return found if Step.of(timeframe) == step else aggregate(found, step)
 
-    def _finest(self, symbol: str, step: Step) -> tuple[Timeframe, Bars]:
-        """The file of this grid, else the finest one that divides it, else none of its rows."""
+    def _nearest(self, symbol: str, step: Step) -> tuple[Timeframe, Bars]:
+        """The coarsest file whose rows fit into these bars, else none of any file's rows."""
         files = self.files[symbol]
-        for timeframe, block in files.items():
-            if Step.of(timeframe) == step:
-                return timeframe, block
-        timeframe = min(files, key=lambda t: t.micros)
-        fits = timeframe.micros < step.length and step.length % timeframe.micros == 0
-        return timeframe, files[timeframe] if fits else files[timeframe].take(slice(0, 0))
+        for timeframe in sorted(files, key=lambda t: -t.micros):
+            own = Step.of(timeframe)
+            if step.length % own.length == 0 and (step.origin - own.origin) % own.length == 0:
+                return timeframe, files[timeframe]
+        finest = min(files, key=lambda t: t.micros)
+        return finest, files[finest].take(slice(0, 0))
 
     def truth(
         self,
@@ -92,27 +117,65 @@ class ReplayMarket:
         return closed(self, symbol, Step.of(timeframe), window, now, outages).candles()
 
 
-def load(directory: Path) -> dict[str, Market]:
-    """The markets of a replay directory by provider.
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """The markets of a replay directory: crypto by provider, the others by provider and asset class."""
 
-    Raises ReplayError where it is no directory, holds no file that could be served, or holds a
-    file that is not what its name says.
-    """
+    crypto: Mapping[str, Market]
+    closing: Mapping[tuple[str, AssetClass], ClosingMarket]
+    splits: tuple[Split, ...]
+
+
+def load(directory: Path) -> Replayed:
+    """Raises ReplayError where `directory` is none, holds no file that could be served, or holds a
+    file that is not what its name says."""
     if not directory.is_dir():
         raise ReplayError(f"{directory} is not a directory: --replay takes one with <venue>/<SYMBOL>-1h.csv")
-    found: dict[str, dict[str, dict[Timeframe, Bars]]] = {provider: {} for _, provider in VENUES}
-    for venue, provider in VENUES:
-        here: dict[str, dict[Timeframe, Bars]] = {}
-        for path in sorted((directory / venue).glob("*.csv*")):
-            symbol, timeframe = _parse_name(path)
-            here.setdefault(symbol, {})[timeframe] = read(path, timeframe)
-        found[provider] = here | found[provider]
-    if not any(found.values()):
-        venues = ", ".join(venue for venue, _ in VENUES)
-        raise ReplayError(
-            f"{directory} holds no file <venue>/<SYMBOL>-<TIMEFRAME>.csv of the venues {venues}"
-        )
-    return {provider: ReplayMarket(files) for provider, files in found.items()}
+    found: dict[tuple[str, AssetClass], dict[str, dict[Timeframe, Bars]]] = {}
+    venues: dict[str, dict[str, dict[Timeframe, Bars]]] = {}
+    for venue in VENUES:
+        if venue.directory not in venues:
+            venues[venue.directory] = _read_all(directory / venue.directory)
+        ours = found.setdefault((venue.provider, venue.asset_class), {})
+        ours |= {name: files for name, files in venues[venue.directory].items() if name not in ours}
+    if not any(venues.values()):
+        names = ", ".join(venues)
+        raise ReplayError(f"{directory} holds no file <venue>/<SYMBOL>-<TIMEFRAME>.csv of the venues {names}")
+    crypto: dict[str, Market] = {}
+    closing: dict[tuple[str, AssetClass], ClosingMarket] = {}
+    for (provider, asset_class), symbols in found.items():
+        if asset_class is AssetClass.CRYPTO:
+            crypto[provider] = ReplayMarket(symbols)
+        else:
+            cuts = CUTS.get(provider, frozenset()) if asset_class is AssetClass.STOCKS else frozenset()
+            closing[provider, asset_class] = ReplayClosing(asset_class, _traded(symbols, asset_class), cuts)
+    return Replayed(crypto, closing, _splits(directory / SPLITS))
+
+
+def _traded(
+    symbols: Mapping[str, Mapping[Timeframe, Bars]], asset_class: AssetClass
+) -> dict[str, dict[Timeframe, Traded]]:
+    return {
+        symbol: {timeframe: Traded.of(rows, timeframe, asset_class) for timeframe, rows in files.items()}
+        for symbol, files in symbols.items()
+    }
+
+
+def _read_all(venue: Path) -> dict[str, dict[Timeframe, Bars]]:
+    found: dict[str, dict[Timeframe, Bars]] = {}
+    for path in sorted(venue.glob("*.csv*")):
+        if path.name == Path(SPLITS).name:
+            continue
+        symbol, timeframe = _parse_name(path)
+        found.setdefault(symbol, {})[timeframe] = read(path, timeframe)
+    return found
+
+
+def _splits(path: Path) -> tuple[Split, ...]:
+    try:
+        return read_splits(path) if path.exists() else ()
+    except ValueError as error:
+        raise ReplayError(str(error)) from None
 
 
 def _parse_name(path: Path) -> tuple[str, Timeframe]:

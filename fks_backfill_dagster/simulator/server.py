@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import socket
 import struct
 import time
@@ -28,15 +27,19 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from fks_backfill_dagster.domain.timeframe import iso
+from fks_backfill_dagster.simulator.alphavantage import AlphaVantage
 from fks_backfill_dagster.simulator.archive import Archives
 from fks_backfill_dagster.simulator.binance import Binance
-from fks_backfill_dagster.simulator.config import MarketConfig
+from fks_backfill_dagster.simulator.coingecko import CoinGecko
+from fks_backfill_dagster.simulator.config import PROVIDERS, MarketConfig
 from fks_backfill_dagster.simulator.control import Control
 from fks_backfill_dagster.simulator.faults import ROWS, TRANSPORT, Fault, Kind, spoil
 from fks_backfill_dagster.simulator.journal import Entry, without_key
+from fks_backfill_dagster.simulator.oanda import Oanda
 from fks_backfill_dagster.simulator.polygon import Polygon
 from fks_backfill_dagster.simulator.state import Sandbox
-from fks_backfill_dagster.simulator.wire import Answer, Call, Face, Reply
+from fks_backfill_dagster.simulator.wire import JSON, Answer, Call, Face, Reply
+from fks_backfill_dagster.simulator.yahoo import Yahoo
 
 _HTML = Reply(b"<!DOCTYPE html><html><body><h1>We'll be back soon</h1></body></html>", media_type="text/html")
 _DRIPS = 20
@@ -103,7 +106,8 @@ class ProviderApp:
         """The reply that this fault makes of the honest one; HANG, DRIP and RESET come at the socket."""
         reply = answer.reply
         if fault.kind is Kind.STATUS:
-            return self._face.error(fault.status, max(int(fault.seconds), 1))
+            own = self._face.error(fault.status, max(int(fault.seconds), 1))
+            return own if fault.body is None else _said(replace(own, status=fault.status), fault.body)
         if fault.kind is Kind.HTML:
             return _HTML
         if fault.kind is Kind.TRUNCATED:
@@ -144,16 +148,17 @@ class ProviderApp:
 
 
 def _spoiled(answer: Answer, fault: Fault) -> bytes:
-    """A JSON page with bad rows. NaN is written as the bare word, as careless servers do."""
+    """A JSON page with bad rows."""
     rows = answer.rows
     assert rows is not None
     document = orjson.loads(answer.reply.body)
-    if rows.key is None:
-        document = spoil(fault, document, rows.fields, 1000)
-    elif rows.key in document:
-        document[rows.key] = spoil(fault, document[rows.key], rows.fields, 1000)
-        document["resultsCount"] = len(document[rows.key])
-    return json.dumps(document).encode()
+    return rows.put(document, spoil(fault, rows.take(document), rows.fields, rows.unit))
+
+
+def _said(reply: Reply, body: str) -> Reply:
+    """The reply with another body, which says itself what it is."""
+    media_type = JSON if body.startswith(("{", "[")) else "text/html"
+    return replace(reply, body=body.encode(), media_type=media_type)
 
 
 def _call(scope: Scope) -> Call:
@@ -205,6 +210,8 @@ def make_app(config: MarketConfig) -> Starlette:
     """The whole sandbox as an ASGI application. Raises ReplayError on a bad replay directory."""
     sandbox = Sandbox(config)
     binance, archives, polygon = Binance(sandbox), Archives(sandbox), Polygon(sandbox)
+    others = (Yahoo(sandbox), AlphaVantage(sandbox), Oanda(sandbox), CoinGecko(sandbox))
+    faces: tuple[Face, ...] = (binance, archives, polygon, *others)
 
     def front(request: Request) -> Response:
         return PlainTextResponse(_front_page(sandbox, str(request.base_url).rstrip("/")))
@@ -212,25 +219,24 @@ def make_app(config: MarketConfig) -> Starlette:
     return Starlette(
         routes=[
             Route("/", front),
-            *Control(sandbox, binance, archives, polygon).routes(),
-            *(
-                Mount(f"/{face.name}", app=ProviderApp(sandbox, face))
-                for face in (binance, archives, polygon)
-            ),
+            *Control(sandbox, faces, binance, archives, polygon).routes(),
+            *(Mount(f"/{face.name}", app=ProviderApp(sandbox, face)) for face in faces),
         ]
     )
 
 
 def _front_page(sandbox: Sandbox, url: str) -> str:
     kind = f"replay of {sandbox.config.replay}" if sandbox.replays else "synthetic"
-    symbols = "\n".join(
-        f"  {provider:8} {', '.join(market.symbols())}" for provider, market in sandbox.markets.items()
-    )
+    symbols = "\n".join(f"  {provider:13} {', '.join(sandbox.symbols(provider))}" for provider in PROVIDERS)
     return (
         f"fks-backfill local market ({kind}), its clock: {iso(sandbox.clock.now())}\n\n"
         f"Binance REST      {url}/binance/api/v3/klines?symbol=BTCUSDT&interval=1h\n"
         f"Binance archives  {url}/archive/data/spot/monthly/klines/...\n"
         f"Polygon           {url}/polygon/v2/aggs/ticker/X:BTCUSD/range/1/hour/2024-01-01/2024-01-02\n"
+        f"Yahoo             {url}/yahoo/v8/finance/chart/AAPL?interval=1d&range=1mo\n"
+        f"Alpha Vantage     {url}/alphavantage/query?function=TIME_SERIES_DAILY&symbol=AAPL&apikey=any\n"
+        f"OANDA             {url}/oanda/v3/instruments/EUR_USD/candles?granularity=H1&count=24\n"
+        f"CoinGecko         {url}/coingecko/api/v3/coins/bitcoin/ohlc?vs_currency=usd&days=1\n"
         f"Truth             {url}/sim/truth/binance/BTCUSDT/1h?start=2024-01-01&end=2024-01-02\n"
         f"Control           {url}/sim/outages /sim/faults /sim/clock /sim/limits /sim/requests /sim/prepare\n\n"
         f"Symbols:\n{symbols}\n"

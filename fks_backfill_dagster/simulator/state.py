@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 
-from fks_backfill_dagster.domain.candles import Candles
+import numpy as np
+from numpy.typing import NDArray
+
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
+from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.simulator import replay
 from fks_backfill_dagster.simulator.bars import Bars, Step
 from fks_backfill_dagster.simulator.clock import Clock, Meter
-from fks_backfill_dagster.simulator.config import PROVIDERS, MarketConfig, Outage
+from fks_backfill_dagster.simulator.closing import ClosingMarket, SyntheticClosing
+from fks_backfill_dagster.simulator.config import MarketConfig, Outage
 from fks_backfill_dagster.simulator.faults import Faults
+from fks_backfill_dagster.simulator.frames import Frame
 from fks_backfill_dagster.simulator.journal import Journal
 from fks_backfill_dagster.simulator.market import NO_OUTAGE, Market, SyntheticMarket, closed
+from fks_backfill_dagster.simulator.splits import Split, of_symbol
 
 _PREPARED_BYTES = 2 << 30
 
@@ -48,17 +55,36 @@ class Prepared:
             self._size = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Instrument:
+    """What is traded: its asset class, and the market's own name of it."""
+
+    asset_class: AssetClass
+    name: str
+
+
+CLOSING: tuple[tuple[str, AssetClass], ...] = (
+    ("polygon", AssetClass.FOREX),
+    ("polygon", AssetClass.STOCKS),
+    ("yahoo", AssetClass.STOCKS),
+    ("alphavantage", AssetClass.STOCKS),
+    ("oanda", AssetClass.FOREX),
+)
+"""Who trades what besides crypto."""
+
+CRYPTO = ("binance", "polygon", "coingecko")
+
+
 class Sandbox:
     """Everything the wire formats and the control routes share. Raises ReplayError on a bad directory."""
 
     def __init__(self, config: MarketConfig) -> None:
         self.config = config
         self.clock = Clock(config.now, runs=config.clock_runs)
-        self.markets: dict[str, Market] = (
-            replay.load(config.replay)
-            if config.replay is not None
-            else dict.fromkeys(PROVIDERS, SyntheticMarket(config.seed, config.listed))
-        )
+        markets = _synthetic(config) if config.replay is None else replay.load(config.replay)
+        self.crypto: Mapping[str, Market] = markets.crypto
+        self._closing: Mapping[tuple[str, AssetClass], ClosingMarket] = markets.closing
+        self.splits = (*markets.splits, *config.splits)
         self.faults = Faults(config.seed)
         self.journal = Journal()
         self.prepared = Prepared(_PREPARED_BYTES)
@@ -67,6 +93,11 @@ class Sandbox:
                 config.weight_per_minute if config.limits else None, config.ban_after, config.ban_seconds
             ),
             "polygon": Meter(config.polygon_per_minute),
+            "yahoo": Meter(config.yahoo_per_minute),
+            "alphavantage": Meter(config.alphavantage_per_day, seconds=86_400),
+            "alphavantage_burst": Meter(config.alphavantage_per_second, seconds=1),
+            "oanda": Meter(config.oanda_per_second, seconds=1),
+            "coingecko": Meter(config.coingecko_per_minute),
         }
         self._outages = list(config.outages)
 
@@ -97,46 +128,104 @@ class Sandbox:
         return RangeSet(mine) if mine else NO_OUTAGE
 
     def _meant(self, outage: Outage, provider: str, symbol: str) -> bool:
-        return outage.symbol is None or self.market_symbol(provider, outage.symbol) == symbol
+        if outage.symbol is None:
+            return True
+        found = self.find(provider, outage.symbol)
+        return found is not None and found.name == symbol
 
-    def market_symbol(self, provider: str, plain: str) -> str | None:
-        """The market's name of a provider's plain symbol (no prefix, no separator); None if unknown.
+    def find(self, provider: str, plain: str) -> Instrument | None:
+        """The instrument of a provider's plain symbol (no prefix, no separator); None if unknown."""
+        # Forex first: EURUSD could be a coin's name as well.
+        kinds = (AssetClass.FOREX, AssetClass.CRYPTO, AssetClass.STOCKS)
+        return next((found for kind in kinds if (found := self.known(provider, kind, plain))), None)
 
-        Polygon quotes in USD: its BTCUSD is the replayed BTCUSD, or the synthetic BTCUSDT. Asked
-        for in the project's own spelling, BTCUSDT, it is the same market.
+    def known(self, provider: str, asset_class: AssetClass, plain: str) -> Instrument | None:
+        """As `find`, of one asset class."""
+        if asset_class is AssetClass.CRYPTO:
+            name = self._coin(provider, plain) if provider in self.crypto else None
+            return None if name is None else Instrument(asset_class, name)
+        market = self._closing.get((provider, asset_class))
+        return Instrument(asset_class, plain) if market is not None and market.knows(plain) else None
+
+    def _coin(self, provider: str, plain: str) -> str | None:
+        """The crypto market's name of a symbol.
+
+        Polygon and CoinGecko quote in USD: their BTCUSD is the replayed BTCUSD, or the BTCUSDT of the
+        market. Asked for in the project's own spelling, BTCUSDT, it is the same market.
         """
-        market = self.markets[provider]
+        market = self.crypto[provider]
         names = [plain]
-        if provider == "polygon":
+        if provider != "binance":
             usd = plain.removesuffix("T") if plain.endswith("USDT") else plain
             names = [usd, f"{usd}T"] if usd.endswith("USD") else [plain]
         return next((name for name in names if market.knows(name)), None)
 
+    def symbols(self, provider: str) -> tuple[str, ...]:
+        """Some symbols that `provider` knows."""
+        coins = self.crypto[provider].symbols() if provider in self.crypto else ()
+        return (*coins, *(s for (p, _), m in self._closing.items() if p == provider for s in m.symbols()))
+
+    def listing(self, provider: str, what: Instrument) -> TimeRange:
+        """From the first candle's open to the end of the last one's."""
+        return self._market(provider, what).listing(what.name)
+
+    def _market(self, provider: str, what: Instrument) -> Market | ClosingMarket:
+        if what.asset_class is AssetClass.CRYPTO:
+            return self.crypto[provider]
+        return self._closing[provider, what.asset_class]
+
     def bars(self, provider: str, symbol: str, step: Step, window: TimeRange) -> Bars:
-        """What `provider` gives of the market's `symbol` now, a forming candle included."""
-        market, outage = self.markets[provider], self.outage(provider, symbol)
+        """What `provider` gives of the crypto market's `symbol` now, a forming candle included."""
+        market, outage = self.crypto[provider], self.outage(provider, symbol)
         bars = market.bars(symbol, step, window, self.clock.now(), outage)
         return bars.shifted(self._offset(provider))
 
     def closed(self, provider: str, symbol: str, step: Step, window: TimeRange) -> Bars:
         """The same without the forming candle."""
-        market, outage = self.markets[provider], self.outage(provider, symbol)
+        market, outage = self.crypto[provider], self.outage(provider, symbol)
         bars = closed(market, symbol, step, window, self.clock.now(), outage)
         return bars.shifted(self._offset(provider))
 
-    def truth(self, provider: str, symbol: str, timeframe: Timeframe, window: TimeRange) -> Candles:
-        """The closed candles of `window` that an honest `provider` would give; `symbol` in any spelling.
+    def framed(self, provider: str, what: Instrument, frame: Frame) -> Bars:
+        """The bars of `frame` that `provider` has of a stock or a currency pair now, prices as traded."""
+        market = self._closing[provider, what.asset_class]
+        return market.bars(what.name, frame, self.clock.now(), self.outage(provider, what.name))
 
-        Raises KeyError for a symbol it does not know.
-        """
-        name = self.market_symbol(provider, symbol)
-        if name is None:
-            raise KeyError(symbol)
-        return self.closed(provider, name, Step.of(timeframe), window).candles()
+    def splits_of(self, symbol: str) -> tuple[Split, ...]:
+        """The splits of a stock that the market's clock has seen."""
+        now = self.clock.now()
+        return tuple(split for split in of_symbol(self.splits, symbol) if split.begins <= now)
+
+    def truth(self, provider: str, what: Instrument, timeframe: Timeframe, window: TimeRange) -> Bars:
+        """The closed candles of `window` that an honest `provider` would give, on the project's grid."""
+        if what.asset_class is not AssetClass.CRYPTO:
+            market = self._closing[provider, what.asset_class]
+            outage = self.outage(provider, what.name)
+            return market.truth(what.name, timeframe, window, self.clock.now(), outage)
+        bars = self.closed(provider, what.name, Step.of(timeframe), window)
+        if provider == "coingecko":  # it tells no volume of a bar
+            return replace(bars, volume=None, verbatim=_without_volume(bars))
+        return bars
 
     def _offset(self, provider: str) -> int:
         return self.config.polygon_offset_ppm if provider == "polygon" else 0
 
-    def other_symbol(self, provider: str, symbol: str) -> str | None:
-        """A symbol of the market that is another one; None where a replay has only this one."""
-        return next((s for s in self.markets[provider].symbols() if s != symbol), None)
+    def other_symbol(self, provider: str, what: Instrument) -> str | None:
+        """An instrument of the same kind that is another one; None where a replay has only this one."""
+        names = self._market(provider, what).symbols()
+        return next((name for name in names if name != what.name), None)
+
+
+def _synthetic(config: MarketConfig) -> replay.Replayed:
+    coins = SyntheticMarket(config.seed, config.listed)
+    closing = {
+        (provider, asset_class): SyntheticClosing(asset_class, config.seed, config.listed, config.splits)
+        for provider, asset_class in CLOSING
+    }
+    return replay.Replayed(dict.fromkeys(CRYPTO, coins), closing, ())
+
+
+def _without_volume(bars: Bars) -> tuple[NDArray[np.object_], ...] | None:
+    if bars.verbatim is None:
+        return None
+    return (*bars.verbatim[:4], np.full(len(bars), "", dtype=np.object_))

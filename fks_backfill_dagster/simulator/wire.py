@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from fks_backfill_dagster.domain.ranges import TimeRange
-from fks_backfill_dagster.simulator.faults import Fault, Fields
+from fks_backfill_dagster.simulator.faults import Fault, Fields, Row
 
 JSON = "application/json"
 
@@ -34,10 +35,21 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Where a JSON page keeps its rows: below `key`, or the document itself; and their fields."""
+    """How a JSON page keeps its rows, so that faults can change them.
+
+    `take` gives the rows of a document, each with its values where `fields` says; `put` writes the
+    page with other rows in their place. Times of rows are in units of `unit` microseconds.
+    """
 
     fields: Fields
-    key: str | None = None
+    take: Callable[[Any], list[Row]]
+    put: Callable[[Any, list[Row]], bytes]
+    unit: int = 1000
+
+
+def dumped(document: Any) -> bytes:
+    """JSON of a spoilt document: NaN is written as the bare word, as careless servers do."""
+    return json.dumps(document).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +87,10 @@ class Face(Protocol):
 
     def impostor(self, call: Call, symbol: str) -> Answer:
         """The same request answered with another symbol's candles."""
+        ...
+
+    def spell(self, plain: str) -> str:
+        """A symbol without prefix and separator as the provider writes it."""
         ...
 
     def error(self, status: int, retry_after: int) -> Reply:

@@ -23,8 +23,8 @@ WITH newest AS (
 ), kept AS (
     SELECT e.run_id FROM {schema}.event_logs e JOIN newest USING (id)
     UNION
-    SELECT DISTINCT ON (asset_key, check_name) run_id FROM {schema}.asset_check_executions
-    ORDER BY asset_key, check_name, id DESC
+    SELECT c.run_id FROM {schema}.asset_check_executions c WHERE c.id IN (
+        SELECT max(id) FROM {schema}.asset_check_executions GROUP BY asset_key, check_name)
 )
 SELECT r.run_id FROM {schema}.runs r
 WHERE r.status IN ('SUCCESS', 'FAILURE', 'CANCELED') AND r.update_timestamp < :before

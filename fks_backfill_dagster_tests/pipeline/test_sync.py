@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,9 +24,11 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
 from fks_backfill_dagster.pipeline.events import BatchDone, Planned, SyncEvent, Warned
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, dry_run, sync
+from fks_backfill_dagster.providers.registry import paces, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.pacing import SharedCircuit
 from fks_backfill_dagster_tests.pipeline.conftest import NOW, make_context
 
 MINUTES = Series("BTC/USDT", Timeframe.M1, AssetClass.CRYPTO)
@@ -379,6 +382,17 @@ def test_an_unknown_symbol_leaves_no_trace(context: Context, database: Database)
     assert reading.stored_series(database) == []
 
 
+def test_that_one_of_several_does_not_know_the_symbol_is_told(context: Context, database: Database) -> None:
+    """Polygon answers 200 without rows for a symbol that nobody has."""
+    series = Series("NOPE/USDT", Timeframe.H1, AssetClass.CRYPTO)
+    events: list[SyncEvent] = []
+    report = sync(context, series, days("2024-01-01", "2024-02-01"), BOTH, listen=events.append)
+    assert not report.complete
+    (told,) = [event.message for event in events if isinstance(event, Warned)]
+    assert "NOPE" in told
+    assert report.warnings == (told,)
+
+
 def test_an_error_that_another_provider_made_good_is_a_warning(
     database: Database, market: LocalMarket
 ) -> None:
@@ -628,3 +642,24 @@ def test_real_outages_of_binance_are_the_gaps(database: Database, shared_data: C
     assert {gap.status for gap in gaps} == {GapStatus.UNAVAILABLE}
     status = status_of(database, HOURS)
     assert (status.status, status.total_candles, status.open_gaps) == ("completed", 4308, 0)
+
+
+# The circuit -----------------------------------------------------------------------------------------------
+
+
+def test_a_provider_that_fails_again_and_again_is_left_alone_by_all(
+    database: Database, market: LocalMarket
+) -> None:
+    options = {"binance": resolve_options("binance", base_url="http://127.0.0.1:9/binance")}
+    circuit = SharedCircuit(database, paces(options))
+    broken = replace(make_context(database, "http://127.0.0.1:9/binance"), circuit=circuit)
+    for _ in range(3):
+        sync(broken, HOURS, days("2024-01-01", "2024-04-01"), ["binance"], recheck=True)
+    market.reset_requests()
+    healed = replace(make_context(database, market.binance_url), circuit=circuit)
+    left_alone = sync(healed, HOURS, days("2024-01-01", "2024-04-01"), ["binance"])
+    assert "left alone for another" in left_alone.errors[0]
+    assert market.requests() <= 1, "the listing time at most"
+    by_a_person = sync(healed, HOURS, days("2024-01-01", "2024-04-01"), ["binance"], recheck=True)
+    assert by_a_person.complete, "a person who asks wants an answer now"
+    assert circuit.closed_for("binance") is None

@@ -241,6 +241,36 @@ class TestLies:
         assert got.take(on_grid).equals(market.truth(crypto(), WINDOW))
         assert (~on_grid).sum() == 10
 
+    def test_a_bad_row_that_comes_twice_is_one_row(self, make: Make) -> None:
+        def spoiled(said: Said) -> Any:
+            return [[r[0], "NaN" if r[0] % 3_600_000 == 0 else r[1], *r[2:]] for r in rows_of(said)]
+
+        market = SmallBinance(rest=lambda _, honest: json_said(spoiled(honest)))
+        window = span("2024-03-01", "2024-03-01T10:00")
+        with serve(market) as server:
+            answer = make("binance", server.url).fetch(crypto(), window)
+        assert answer.requests == 2, "what is lacking is asked for twice"
+        got = of(answer)
+        assert np.isnan(got.open).sum() == 10
+        assert len(got) == 600
+
+    def test_a_mirror_that_runs_on_behind_the_end(self, make: Make) -> None:
+        def endless(asked: Asked, honest: Said) -> Said:
+            opens = np.arange(int(asked.query["startTime"]), us("2024-04-01") // 1000, 60_000)[:1000] * 1000
+            return json_said(klines(candles_at(opens, asked.query["symbol"]), Timeframe.M1))
+
+        market = SmallBinance(rest=endless)
+        with serve(market) as server:
+            answer = make("binance", server.url).fetch(crypto(), WINDOW)
+        assert of(answer).equals(market.truth(crypto(), WINDOW))
+
+    @pytest.mark.parametrize("body", [b'"\\ud800"', b"[" * 100_000, b"\x00\xff" * 500, b"NaN", b"[[NaN]]"])
+    def test_odd_garbage_is_a_bad_answer(self, make: Make, body: bytes) -> None:
+        said = Said(body, 200, {"Content-Type": "application/json"})
+        with serve(lambda _: said) as server, pytest.raises(BadAnswer, match="/api/v3/klines") as told:
+            make("binance", server.url, retry_budget_seconds=0.2).fetch(crypto(), WINDOW)
+        assert str(told.value).isprintable()
+
     def test_cells_that_are_no_numbers_become_rejectable(self) -> None:
         window = span("2024-03-01", "2024-03-01T00:04")
         rows = klines(candles_at(np.arange(window.start, window.end, MICROS_PER_MINUTE), "X"), Timeframe.M1)
@@ -325,7 +355,7 @@ class TestErrors:
 
     def test_redirections_are_not_followed(self, make: Make) -> None:
         with serve(lambda _: Said(b"", 302, {"Location": "/elsewhere"})) as server:
-            with pytest.raises(PermanentError, match="moved: correct base_url"):
+            with pytest.raises(PermanentError, match=r"moved: correct providers\.binance\.base_url"):
                 make("binance", server.url).fetch(crypto(Timeframe.D1), WINDOW)
             assert len(server.requests) == 1
 

@@ -104,6 +104,15 @@ class TestDemo:
         answer, server = fetch(make, SmallCoinGecko(NOW), span("2024-01-01", "2024-02-01"))
         assert (answer, server.requests) == (Answer(()), [])
 
+    def test_a_first_row_that_lost_its_beginning_while_waiting(self, make: Make) -> None:
+        """Asked for at once the row would be whole; the answer came a minute later."""
+        edge = us("2024-05-06T12:00")
+        early = edge + 30 * MICROS_PER_DAY - 10_000_000
+        clock = iter([early])
+        given = {"clock": lambda: next(clock, early + 60_000_000)}
+        got = of(fetch(make, SmallCoinGecko(early + 60_000_000), TimeRange(edge, early), **given)[0])
+        assert got.ts.min() == edge + Timeframe.H4.micros
+
     def test_capabilities(self, make: Make) -> None:
         can = make("coingecko", "https://api.coingecko.com").capabilities
         names = {timeframe.value for timeframe in can.timeframes[AssetClass.CRYPTO]}

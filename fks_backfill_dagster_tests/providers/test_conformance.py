@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
-
-import pytest
 
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe
-from fks_backfill_dagster.providers.base import Provider
 from fks_backfill_dagster_tests.providers.conformance import KEY, ProviderConformance
 from fks_backfill_dagster_tests.providers.markets import (
     SmallAlphaVantage,
@@ -41,10 +37,6 @@ class TestBinance(ProviderConformance):
             if series.timeframe.minutes >= 240
             else span("2024-05-06", "2024-05-07")
         )
-
-    @pytest.mark.xfail(raises=UnicodeDecodeError, reason="ccxt decodes the body before anybody can judge it")
-    def test_undecodable_bytes(self, provider: Callable[..., Provider]) -> None:
-        super().test_undecodable_bytes(provider)
 
 
 class TestPolygon(ProviderConformance):

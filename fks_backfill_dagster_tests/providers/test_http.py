@@ -29,6 +29,7 @@ from fks_backfill_dagster.providers.http import (
     Unreachable,
     redact,
     retry_after,
+    said_in,
     status_error,
     usable_key,
 )
@@ -46,6 +47,12 @@ def client_of(pool: RequestPool, url: str, **options: object) -> HttpClient:
         **options,
     }
     return HttpClient("p", ProviderOptions(url, **given), pool, ProcessLimiter({}))  # type: ignore[arg-type]
+
+
+def nobody() -> str:
+    """An address at which nobody listens (any more)."""
+    with serve(lambda _: Said()) as server:
+        return server.url
 
 
 def asking(client: HttpClient, url: str) -> Callable[[], bytes]:
@@ -122,6 +129,95 @@ class TestRetries:
             with pytest.raises(Cancelled):
                 client.run(asking(client, server.url), Tally())
             assert time.monotonic() - began < 2
+
+
+class TestPatience:
+    """What the user is told while nothing seems to happen, and for how long nothing does."""
+
+    def test_a_long_wait_is_told_once(self) -> None:
+        told: list[str] = []
+        pool = RequestPool(1, tell=told.append)
+        with serve(lambda _: Said(b"<html>down", 503)) as server:
+            client = client_of(pool, server.url, retry_budget_seconds=5.0)
+            with pytest.raises(TransientError):
+                client.run(asking(client, server.url), Tally())
+        pool.close()
+        assert len(told) == 1
+        assert told[0].startswith(f"p: {server.url} answered 503: an HTML page; trying again in ")
+
+    def test_what_passes_at_once_is_not_told(self) -> None:
+        told: list[str] = []
+        pool = RequestPool(1, tell=told.append)
+        answers = [Said(b"down", 503), Said(b"down", 503), Said(b"good")]
+        with serve(lambda _: answers.pop(0)) as server:
+            client = client_of(pool, server.url)
+            assert client.run(asking(client, server.url), Tally()) == b"good"
+        pool.close()
+        assert told == []
+
+    def test_a_wait_that_was_asked_for_is_told(self) -> None:
+        told: list[str] = []
+        pool = RequestPool(1, tell=told.append)
+        answers = [Said(b"slow down", 429, {"Retry-After": "2.2"}), Said(b"good")]
+        with serve(lambda _: answers.pop(0)) as server:
+            client = client_of(pool, server.url, longest_wait_seconds=9.0)
+            client.run(asking(client, server.url), Tally())
+        pool.close()
+        assert len(told) == 1
+        assert "answered 429: slow down; trying again in 2 s" in told[0]
+
+    def test_what_cannot_be_reached_is_tried_once_until_it_answers(self, pool: RequestPool) -> None:
+        url = nobody()
+        client, tally = client_of(pool, url), Tally()
+        with pytest.raises(Unreachable):
+            client.run(asking(client, url), tally)
+        assert tally.count > 1
+        before = tally.count
+        for _ in range(3):
+            with pytest.raises(Unreachable):
+                client.run(asking(client, url), tally)
+        assert tally.count == before + 3
+        answers = [Said(b"here again"), Said(b"oops", 502), Said(b"good")]
+        with serve(lambda _: answers.pop(0)) as server:
+            for expected in (b"here again", b"good"):
+                assert client.run(asking(client, server.url), Tally()) == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("http://no-such-host.invalid/x", "the host no-such-host.invalid is unknown): check the network"),
+        ("", "no connection (refused): start what should listen there"),
+    ],
+    ids=["unknown host", "refused"],
+)
+@pytest.mark.parametrize("setting", [None, "providers.q.archive_url"])
+def test_who_cannot_be_reached_is_told_with_the_remedy(
+    pool: RequestPool, url: str, says: str, setting: str | None
+) -> None:
+    url = url or f"{nobody()}/x"
+    client = client_of(pool, url)
+    client.setting = setting
+    with pytest.raises(Unreachable) as caught:
+        client.exchange(url)
+    assert str(caught.value).startswith(f"p: {url}: ")
+    assert says in str(caught.value)
+    assert str(caught.value).endswith(f", or correct {setting or 'providers.p.base_url'}")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [bytes(range(256)) * 4, b"\x00" * 100, "\ud7ff\ue000\U000f0000".encode() * 50, b"\x1b]0;title\x07" * 20],
+)
+def test_what_is_no_text_is_not_quoted(body: bytes) -> None:
+    assert said_in(body) == f"{len(body)} bytes that are no text"
+
+
+def test_no_error_holds_what_cannot_be_printed() -> None:
+    """A database takes no NUL, and a terminal obeys an escape."""
+    error = status_error("p", 400, {}, b"a long sentence with \x00 and \x1b[2J in it, and more", "http://h/x")
+    assert str(error).isprintable()
+    assert "sentence with ? and ?[2J in it" in str(error)
 
 
 class TestExchange:
@@ -296,6 +392,41 @@ class TestLimiter:
 
 
 class TestPool:
+    def test_closing_ends_those_who_wait_for_what_has_not_begun(self) -> None:
+        """Ctrl-C in the middle of a download: the items in the queue never start, and nobody waits for them."""
+        pool = RequestPool(1)
+        ended: list[BaseException] = []
+
+        def many() -> None:
+            try:
+                pool.map("lane", lambda _: pool.stop.wait(10), range(20))
+            except Cancelled as error:
+                ended.append(error)
+
+        threads = [threading.Thread(target=many, daemon=True) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+        pool.close()
+        for thread in threads:
+            thread.join(timeout=5)
+        assert len(ended) == 3
+
+    def test_after_an_interruption_nobody_waits_for_a_market_that_hangs(self) -> None:
+        pool = RequestPool(1)
+        with serve(lambda _: Said(b"late", delay=2.0)) as server:
+            client = client_of(pool, server.url, timeout_seconds=10.0)
+            thread = threading.Thread(
+                target=pool.map, args=("lane", lambda _: client.exchange(server.url), [0]), daemon=True
+            )
+            thread.start()
+            time.sleep(0.2)
+            began = time.monotonic()
+            pool.stop.set()
+            pool.close()
+            assert time.monotonic() - began < 1
+            thread.join()
+
     def test_bounds_requests_of_many_callers_in_flight(self) -> None:
         pool = RequestPool(3)
         with serve(lambda _: Said(b"ok", delay=0.02)) as server:

@@ -28,7 +28,7 @@ def test_defaults() -> None:
     assert resolve_options("binance") == ProviderOptions(
         "https://api.binance.com", archive_url="https://data.binance.vision"
     )
-    assert resolve_options("polygon") == ProviderOptions("https://api.polygon.io", requests_per_minute=5)
+    assert resolve_options("polygon") == ProviderOptions("https://api.massive.com", requests_per_minute=5)
 
 
 def test_a_local_market_never_mixes_with_the_real_archives() -> None:

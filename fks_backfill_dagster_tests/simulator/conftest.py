@@ -10,6 +10,7 @@ from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
 
 NOW = instant("2025-03-20T12:34:56")
+LIMITS = ("binance", "polygon", "yahoo", "alphavantage", "alphavantage_burst", "oanda", "coingecko")
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,6 @@ def market(running: LocalMarket) -> LocalMarket:
     running.clear_faults()
     running.clear_outages()
     running.set_clock(NOW)
-    running.post("/sim/limits", binance=None, polygon=None)
+    running.post("/sim/limits", **dict.fromkeys(LIMITS))
     running.reset_requests()
     return running

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import io
+import json
 import time
 import zipfile
+from collections.abc import Callable
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 
+from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.simulator.faults import ROWS, Kind
-from fks_backfill_dagster_tests.simulator.wire import aggs, archive, klines, of_klines, span, unzipped, window
+from fks_backfill_dagster_tests.simulator.wire import (
+    aggs,
+    archive,
+    candles,
+    chart,
+    klines,
+    of_candles,
+    of_chart,
+    of_klines,
+    of_ohlc,
+    of_series,
+    ohlc,
+    span,
+    unzipped,
+    vantage,
+    window,
+)
 
 ASKED = window("2024-01-01", "2024-01-01T01:40")
 AGGS = "X:BTCUSD/range/1/minute/2024-01-01/2024-01-01"
@@ -25,6 +46,10 @@ HONEST_MINUTES = [ASKED.start // 1000 + n * 60_000 for n in range(100)]
 
 def page(market: LocalMarket) -> requests.Response:
     return klines(market, **span(ASKED))
+
+
+def polygon_page(market: LocalMarket) -> requests.Response:
+    return aggs(market, AGGS)
 
 
 def opens(rows: list[list[Any]]) -> list[int]:
@@ -144,6 +169,92 @@ def test_polygon_and_archives_have_the_same_row_faults(market: LocalMarket, kind
     assert checksum.split()[0] == sha256(body).hexdigest()
     market.clear_faults()
     assert unzipped(archive(market, DAY).content) == file
+
+
+OTHERS: dict[str, Callable[[LocalMarket], requests.Response]] = {
+    "yahoo": lambda market: chart(market, interval="5m", of=window("2025-03-17", "2025-03-20")),
+    "alphavantage": lambda market: vantage(market, "TIME_SERIES_INTRADAY", interval="5min", month="2025-02"),
+    "oanda": lambda market: candles(market, granularity="M5", of=window("2025-03-17", "2025-03-20")),
+    "coingecko": lambda market: ohlc(market, days=7),
+}
+READ: dict[str, Callable[[requests.Response], Candles]] = {
+    "yahoo": of_chart,
+    "alphavantage": of_series,
+    "oanda": of_candles,
+    "coingecko": lambda answer: of_ohlc(answer, 0),
+}
+
+
+@pytest.mark.parametrize("provider", sorted(OTHERS))
+@pytest.mark.parametrize("kind", sorted(ROWS))
+def test_all_providers_have_row_faults(market: LocalMarket, provider: str, kind: str) -> None:
+    honest = READ[provider](OTHERS[provider](market))
+    market.plant_fault(provider, kind)
+    spoilt = OTHERS[provider](market)
+    assert spoilt.status_code == 200
+    if kind in ("duplicated", "unsorted"):  # Alpha Vantage's stamps are keys: only the text tells
+        again = OTHERS[provider](market)
+        assert spoilt.text != again.text
+        assert len(spoilt.content) > len(again.content) or kind == "unsorted"
+        return
+    bad = READ[provider](spoilt)
+    seen = {
+        "empty": len(bad) == 0,
+        "short": len(bad) == len(honest) // 2,
+        "missing": len(bad) == len(honest) - 10,
+        "off_grid": (bad.ts % 60_000_000 == 7_000_000).sum() == 10,
+        "nan": np.isnan(bad.open).sum() == 10,
+        "negative": (bad.low < 0).sum() == 10,
+        "high_below_low": (bad.high < bad.low).sum() == 10,
+        "other_symbol": len(bad) > 30 and not bad.equals(honest),
+    }
+    assert seen[kind]
+    assert READ[provider](OTHERS[provider](market)).equals(honest)
+
+
+@pytest.mark.parametrize("provider", sorted(OTHERS))
+@pytest.mark.parametrize("status", [500, 502, 503, 504, 429, 403, 404])
+def test_all_providers_have_status_faults(market: LocalMarket, provider: str, status: int) -> None:
+    market.plant_fault(provider, "status", status=status)
+    answers = [OTHERS[provider](market) for _ in range(2)]
+    told = 200 if (provider, status) == ("alphavantage", 429) else status
+    assert [answer.status_code for answer in answers] == [told, 200]
+    assert answers[0].content != answers[1].content
+    assert market.journal()["providers"][provider]["requests"] == 2
+
+
+@pytest.mark.parametrize("provider", ["oanda", "yahoo"])
+def test_faults_are_told_by_symbol_and_window(market: LocalMarket, provider: str) -> None:
+    symbol, other = ("EUR/USD", "GBP/USD") if provider == "oanda" else ("AAPL", "MSFT")
+    market.plant_fault(provider, "empty", symbol=other, count=None)
+    honest = READ[provider](OTHERS[provider](market))
+    assert len(honest) > 100
+    market.plant_fault(
+        provider, "missing", symbol=symbol, start="2025-03-18T14:00", end="2025-03-18T15:00", count=None
+    )
+    hit = READ[provider](OTHERS[provider](market))
+    assert len(hit) == len(honest) - len(honest.within(window("2025-03-18T14:00", "2025-03-18T15:00")))
+    assert len(honest) - len(hit) == 12
+
+
+ERRORS = [
+    json.loads(line)
+    for line in (Path(__file__).parents[1] / "data/wire/errors.jsonl").read_text().splitlines()
+]
+NAMES = {"alpha_vantage": "alphavantage", "massive": "polygon"}
+
+
+@pytest.mark.parametrize("case", ERRORS, ids=lambda case: f"{case['provider']} {case['case']}")
+def test_every_known_error_can_be_served(market: LocalMarket, case: dict[str, Any]) -> None:
+    """Errors whose status no provider of ours makes by itself are served as they were recorded."""
+    provider = NAMES.get(case["provider"], case["provider"])
+    body = case.get("body", case.get("body_text"))
+    market.plant_fault(provider, "status", status=case["status"], body=body)
+    asks = {**OTHERS, "binance": page, "polygon": polygon_page}
+    answer = asks[provider](market)
+    assert answer.status_code == case["status"]
+    assert (answer.json() if "body" in case else answer.text) == body
+    assert answer.headers["Content-Type"] == ("application/json" if "body" in case else "text/html")
 
 
 def test_an_archive_without_some_hours(market: LocalMarket) -> None:

@@ -214,8 +214,8 @@ def test_pages_skip_outages(holes: list[tuple[int, int]], limit: int, length: in
         return minutes("BTCUSDT", part, outages)
 
     everything = rows(read(window))
-    assert rows(oldest(read, Step.of(Timeframe.M1), window, limit)) == everything[:limit]
-    assert rows(newest(read, Step.of(Timeframe.M1), window, limit)) == everything[-limit:]
+    assert rows(oldest(read, MICROS_PER_MINUTE, window, limit)) == everything[:limit]
+    assert rows(newest(read, MICROS_PER_MINUTE, window, limit)) == everything[-limit:]
 
 
 def test_weeks_begin_on_monday_or_sunday() -> None:

@@ -1,14 +1,16 @@
-"""Polygon's aggregates over HTTP: keys, snapping, base-bar limits, cursors."""
+"""Polygon's aggregates over HTTP: keys, snapping, base-bar limits, cursors; stocks and currency pairs."""
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 
 from fks_backfill_dagster.domain.timeframe import Timeframe
-from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
+from fks_backfill_dagster.simulator import LocalMarket, MarketConfig, Split
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster_tests.simulator.wire import aggs, klines, of_aggs, of_klines, span, window
 
@@ -79,7 +81,7 @@ def test_weeks_begin_on_sunday(market: LocalMarket) -> None:
     assert [r["t"] for r in results] == [instant("2023-12-31") // 1000, instant("2024-01-07") // 1000]
 
 
-@pytest.mark.parametrize("ticker", ["X:NOPEUSD", "AAPL", "X:BTCUSDT", "BTCUSD"])
+@pytest.mark.parametrize("ticker", ["X:NOPEUSD", "NOPE", "C:EURXXX", "X:BTCUSDT", "BTCUSD"])
 def test_an_unknown_ticker_is_an_empty_200(market: LocalMarket, ticker: str) -> None:
     answer = aggs(market, f"{ticker}/range/1/hour/2024-01-01/2024-01-02")
     assert answer.status_code == 200
@@ -128,3 +130,80 @@ def test_prepared_pages_equal_those_made_on_demand(market: LocalMarket) -> None:
     before, pages = follow(market, path, limit=50000, adjusted="false")
     assert market.prepare("polygon", "BTC/USDT", Timeframe.M1, asked)["answers"] == pages == 2
     assert follow(market, path, limit=50000, adjusted="false")[0] == before
+
+
+@pytest.mark.parametrize(("ticker", "symbol"), [("AAPL", "AAPL"), ("C:EURUSD", "EUR/USD")])
+@pytest.mark.parametrize(("mult", "timeframe"), [(1, "1m"), (5, "5m"), (30, "30m")])
+def test_minutes_of_stocks_and_pairs(
+    market: LocalMarket, ticker: str, symbol: str, mult: int, timeframe: str
+) -> None:
+    asked = window("2024-03-04", "2024-03-07")
+    path = f"{ticker}/range/{mult}/minute/2024-03-04/2024-03-06"
+    results, pages = follow(market, path, limit=1000, adjusted="false")
+    truth = market.truth("polygon", symbol, Timeframe(timeframe), asked)
+    served = of_aggs(results)
+    inside = served.take(np.isin(served.ts, truth.ts))
+    assert inside.close.tolist() == truth.close.tolist()
+    assert inside.ts.tolist() == truth.ts.tolist()
+    assert pages > 1
+    if symbol == "AAPL":  # and pre- and post-market besides
+        assert inside.volume.tolist() == truth.volume.tolist()
+        assert len(served) > len(truth)
+    else:
+        assert len(served) == len(truth)
+
+
+def test_the_hour_at_nine_mixes_the_pre_market_in(market: LocalMarket) -> None:
+    day = "2024-03-05/2024-03-05"
+    hours, _ = follow(market, f"AAPL/range/1/hour/{day}", limit=50000, adjusted="false")
+    halves, _ = follow(market, f"AAPL/range/30/minute/{day}", limit=50000, adjusted="false")
+    nine = instant("2024-03-05T14:00") // 1000
+    (hour,) = (bar for bar in hours if bar["t"] == nine)
+    parts = [bar for bar in halves if bar["t"] in (nine, nine + 1_800_000)]
+    assert len(parts) == 2
+    assert (hour["o"], hour["c"]) == (parts[0]["o"], parts[1]["c"])
+    assert hour["v"] == sum(bar["v"] for bar in parts)
+    truth = market.truth("polygon", "AAPL", Timeframe.H1, window("2024-03-05", "2024-03-06"))
+    assert hour["v"] > truth.volume[0] == parts[1]["v"]
+
+
+def test_days_and_weeks_of_stocks_are_those_of_new_york(market: LocalMarket) -> None:
+    days, _ = follow(market, "AAPL/range/1/day/2024-03-08/2024-03-12", adjusted="false")
+    assert [bar["t"] * 1000 for bar in days] == [
+        instant("2024-03-08T05:00"),  # summer time begins on the 10th
+        instant("2024-03-11T04:00"),
+        instant("2024-03-12T04:00"),
+    ]
+    weeks, _ = follow(market, "AAPL/range/1/week/2024-03-06/2024-03-12", adjusted="false")
+    assert [bar["t"] * 1000 for bar in weeks] == [instant("2024-03-03T05:00"), instant("2024-03-10T05:00")]
+    pairs, _ = follow(market, "C:EURUSD/range/1/day/2024-03-08/2024-03-10")
+    assert [bar["t"] * 1000 for bar in pairs] == [instant("2024-03-08"), instant("2024-03-10")]
+
+
+def test_days_join_without_a_seam(market: LocalMarket) -> None:
+    path = "AAPL/range/1/day/2024-01-01/2024-03-31"
+    whole, _ = follow(market, path, limit=50000)
+    cut, pages = follow(market, path, limit=7)
+    assert cut == whole
+    assert pages > 5
+    backwards, _ = follow(market, path, limit=7, sort="desc")
+    assert backwards[::-1] == whole
+
+
+def test_adjusted_prices_are_the_default() -> None:
+    splits = (Split("AAPL", date(2024, 3, 6), 7),)
+    with LocalMarket(MarketConfig(splits=splits)) as market:
+        raw, plain = (
+            of_aggs(follow(market, "AAPL/range/30/minute/2024-03-05/2024-03-06", limit=50000, **p)[0])
+            for p in ({"adjusted": "false"}, {})
+        )
+    before = raw.ts < instant("2024-03-06T05:00")
+    assert plain.open[before] == pytest.approx(raw.open[before] / 7, rel=1e-9)
+    assert plain.open[~before].tolist() == raw.open[~before].tolist()
+    assert 0 < before.sum() < len(raw)
+
+
+def test_multiples_that_are_not_simulated_say_so(market: LocalMarket) -> None:
+    answer = aggs(market, "AAPL/range/3/day/2024-01-01/2024-01-02")
+    assert answer.status_code == 400
+    assert "divide a day" in answer.json()["error"]

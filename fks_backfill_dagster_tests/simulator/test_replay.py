@@ -99,7 +99,9 @@ def test_truth_is_a_file_that_can_be_replayed(market: LocalMarket, tmp_path: Pat
     assert text == (SMALL / "binance/BTCUSDT-1h.csv").read_text()
     (tmp_path / "binance").mkdir()
     (tmp_path / "binance/BTCUSDT-1h.csv").write_text(text)
-    again = load(tmp_path)["binance"].truth("BTCUSDT", Timeframe.H1, window("2020-01-01", "2021-01-01"))
+    again = (
+        load(tmp_path).crypto["binance"].truth("BTCUSDT", Timeframe.H1, window("2020-01-01", "2021-01-01"))
+    )
     assert again.equals(market.truth("binance", "BTCUSDT", Timeframe.H1, window("2020-01-01", "2021-01-01")))
 
 
@@ -167,7 +169,7 @@ def test_exponents_are_numbers_too(tmp_path: Path) -> None:
     (tmp_path / "binance").mkdir()
     lines = "2024-01-01T00:00:00Z,1,1.5,1,1,6.45e-06\n2024-01-01T01:00:00Z,1,1,0.5,1,2\n"
     (tmp_path / "binance/ABCUSDT-1h.csv").write_text(HEAD + lines)
-    served = load(tmp_path)["binance"]
+    served = load(tmp_path).crypto["binance"]
     hours = served.truth("ABCUSDT", Timeframe.H1, window("2024-01-01", "2024-01-02"))
     days = served.truth("ABCUSDT", Timeframe.D1, window("2024-01-01", "2024-01-02"))
     assert hours.volume.tolist() == [6.45e-06, 2.0]

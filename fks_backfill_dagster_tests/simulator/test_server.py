@@ -8,7 +8,7 @@ import requests
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig, Outage, PortInUse
 from fks_backfill_dagster.simulator.config import instant
-from fks_backfill_dagster_tests.simulator.conftest import NOW
+from fks_backfill_dagster_tests.simulator.conftest import LIMITS, NOW
 from fks_backfill_dagster_tests.simulator.wire import klines, window
 
 
@@ -16,6 +16,30 @@ def test_the_front_page_says_what_is_where(market: LocalMarket) -> None:
     text = requests.get(market.url, timeout=10).text
     assert f"{market.binance_url}/api/v3/klines" in text
     assert "2025-03-20T12:34:56" in text
+
+
+def test_every_provider_has_its_address(market: LocalMarket) -> None:
+    text = requests.get(market.url, timeout=10).text
+    for url in (market.yahoo_url, market.alphavantage_url, market.oanda_url, market.coingecko_url):
+        assert url in text
+    assert "EURUSD" in text
+
+
+def test_the_projects_name_of_yahoo_will_do(market: LocalMarket) -> None:
+    asked = window("2025-03-10", "2025-03-15")
+    truth = market.truth("yahoo", "AAPL", Timeframe.D1, asked)
+    assert market.truth("yfinance", "AAPL", Timeframe.D1, asked).equals(truth)
+    market.plant_outage("yfinance", window("2025-03-12", "2025-03-13"), "AAPL")
+    assert len(market.truth("yahoo", "AAPL", Timeframe.D1, asked)) == len(truth) - 1
+    assert len(market.truth("polygon", "AAPL", Timeframe.D1, asked)) == len(truth)
+
+
+def test_limits_have_names(market: LocalMarket) -> None:
+    told = market.post("/sim/limits", oanda=7)
+    assert told["oanda"] == {"limit": 7, "used": 0}
+    assert set(told) == set(LIMITS)
+    with pytest.raises(ValueError, match="with the names binance, polygon, yahoo"):
+        market.post("/sim/limits", kraken=7)
 
 
 @pytest.mark.parametrize("process", [False, True])

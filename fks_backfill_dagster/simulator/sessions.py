@@ -1,0 +1,99 @@
+"""The hours of markets that close, and clocks on walls: what wire formats cut their bars by.
+
+Belongs here: the sessions of the New York stock exchange with the trading before and after them,
+taken from the domain's grid, and the way between wall clocks and UTC. Not here: bars.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from fks_backfill_dagster.domain.grid import FIRST_DATE, LAST_DATE, grid_of
+from fks_backfill_dagster.domain.ranges import Instants, TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
+
+NEW_YORK = "America/New_York"
+
+_PRE_MARKET = 4 * MICROS_PER_HOUR  # 04:00 New York
+_POST_MARKET = 4 * MICROS_PER_HOUR  # to 20:00, on half-days to 17:00
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sessions:
+    """One element a session: `dates` (00:00 UTC of its date), then the instants at which pre-market
+    trading begins, the session opens and closes, and post-market trading ends."""
+
+    dates: Instants
+    pre: Instants
+    opens: Instants
+    closes: Instants
+    post: Instants
+
+    def within(self, window: TimeRange) -> Sessions:
+        """The sessions that have any trading in `window`."""
+        kept = slice(*np.searchsorted(self.post, [window.start + 1, window.end]).tolist())
+        return self._take(slice(kept.start, kept.stop + 1)).starting_before(window.end)
+
+    def starting_before(self, instant: int) -> Sessions:
+        return self._take(slice(0, int(np.searchsorted(self.pre, instant))))
+
+    def _take(self, rows: slice) -> Sessions:
+        return Sessions(
+            self.dates[rows], self.pre[rows], self.opens[rows], self.closes[rows], self.post[rows]
+        )
+
+    def trading(self, instants: Instants) -> NDArray[np.bool_]:
+        """Whether the market trades then, pre- and post-market included."""
+        return _inside(instants, self.pre, self.post)
+
+    def regular(self, instants: Instants) -> NDArray[np.bool_]:
+        return _inside(instants, self.opens, self.closes)
+
+
+def _inside(instants: Instants, starts: Instants, ends: Instants) -> NDArray[np.bool_]:
+    index = np.searchsorted(starts, instants, side="right") - 1
+    found: NDArray[np.bool_] = (index >= 0) & (instants < ends[index])
+    return found
+
+
+@cache
+def stock_sessions() -> Sessions:
+    """All sessions that the domain's calendar knows. Made once: half a second."""
+    days = grid_of(Series("", Timeframe.D1, AssetClass.STOCKS))
+    quarters = grid_of(Series("", Timeframe.M15, AssetClass.STOCKS))
+    whole = TimeRange(*(int(np.datetime64(day, "us").astype(np.int64)) for day in (FIRST_DATE, LAST_DATE)))
+    dates = days.opens(whole)
+    # Every session of it opened on a quarter of an hour, so the first bar of the day opens with it.
+    bars = quarters.opens(TimeRange(whole.start, whole.end + 24 * MICROS_PER_HOUR))
+    closes = days.closes(dates)
+    return Sessions(
+        dates,
+        utc(dates + _PRE_MARKET, NEW_YORK),
+        bars[np.searchsorted(bars, dates)],
+        closes,
+        closes + _POST_MARKET,
+    )
+
+
+def utc(walls: Instants, zone: str) -> Instants:
+    """The instants at which the wall clocks of `zone` show `walls` (microseconds, as if it were UTC).
+
+    A time that is there twice is the first one, one that is skipped is the end of the gap.
+    """
+    naive = pd.DatetimeIndex(walls.view("datetime64[us]"))
+    twice = np.ones(len(walls), dtype=np.bool_)
+    aware = naive.tz_localize(ZoneInfo(zone), ambiguous=twice, nonexistent="shift_forward")
+    return aware.tz_convert("UTC").tz_localize(None).to_numpy().astype("datetime64[us]").view(np.int64)
+
+
+def wall(instants: Instants, zone: str) -> Instants:
+    """What the wall clocks of `zone` show at `instants`, in microseconds as if it were UTC."""
+    there = pd.DatetimeIndex(instants.view("datetime64[us]")).tz_localize("UTC").tz_convert(ZoneInfo(zone))
+    return there.tz_localize(None).to_numpy().astype("datetime64[us]").view(np.int64)

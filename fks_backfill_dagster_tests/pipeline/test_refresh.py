@@ -1,0 +1,72 @@
+"""What a refresh covers, and when there is one."""
+
+from __future__ import annotations
+
+import pytest
+
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe
+from fks_backfill_dagster.pipeline.refresh import CATCH_UP, is_due, refresh_range, settling
+from fks_backfill_dagster.simulator.config import instant
+
+DAILY = Series("BTC/USDT", Timeframe.D1, AssetClass.CRYPTO)
+HOURLY = Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)
+STOCK = Series("AAPL", Timeframe.H1, AssetClass.STOCKS)
+
+
+def looks(series: Series, first: str, days: int, synced: str) -> list[int]:
+    """The hours after `first` at which an hourly look finds the series due, each refresh succeeding."""
+    end, grid, due = instant(synced), grid_of(series), []
+    for hour in range(24 * days):
+        now = instant(first) + hour * MICROS_PER_HOUR + MICROS_PER_HOUR // 20
+        if is_due(end, grid, now):
+            due.append(hour)
+            end = refresh_range(end, grid, series.timeframe, 0, now).end
+    return due
+
+
+def test_a_daily_series_is_asked_once_a_day() -> None:
+    assert looks(DAILY, "2024-03-01", 3, "2024-03-01") == [24, 48]
+
+
+def test_an_hourly_series_is_asked_every_hour() -> None:
+    assert looks(HOURLY, "2024-03-01", 1, "2024-03-01") == list(range(1, 24))
+
+
+def test_a_stock_is_not_asked_for_while_its_exchange_is_closed() -> None:
+    # Friday 2024-03-01 to Sunday; the session is 14:30 to 21:00 UTC, its first bar opens at 14:00.
+    assert looks(STOCK, "2024-03-01", 3, "2024-02-29T21:00") == [15, 16, 17, 18, 19, 20, 21]
+
+
+def test_one_that_stopped_within_a_weekend_is_not_due_before_monday() -> None:
+    assert looks(STOCK, "2024-03-02", 2, "2024-03-01T21:30") == []
+
+
+def test_what_was_never_synced_is_due_from_the_start_given() -> None:
+    now, start = instant("2024-03-10T12:30"), instant("2024-02-01")
+    assert is_due(None, grid_of(HOURLY), now)
+    assert refresh_range(None, grid_of(HOURLY), Timeframe.H1, start, now) == TimeRange(
+        start, instant("2024-03-10T12:00")
+    )
+
+
+@pytest.mark.parametrize(
+    ("timeframe", "expected"), [(Timeframe.M1, MICROS_PER_HOUR), (Timeframe.D1, 3 * MICROS_PER_DAY)]
+)
+def test_it_begins_before_the_end_of_the_last_one_as_providers_publish_late(
+    timeframe: Timeframe, expected: int
+) -> None:
+    series = Series("BTC/USDT", timeframe, AssetClass.CRYPTO)
+    now, synced = instant("2024-03-10T12:30"), instant("2024-03-10")
+    found = refresh_range(synced, grid_of(series), timeframe, 0, now)
+    assert (found.start, settling(timeframe)) == (synced - expected, expected)
+
+
+def test_months_away_are_caught_up_and_years_are_a_backfills() -> None:
+    now, start = instant("2024-03-10T12:30"), instant("2024-02-01")
+    grid = grid_of(HOURLY)
+    for away, begin in ((100 * MICROS_PER_DAY, None), (CATCH_UP + MICROS_PER_DAY, start)):
+        found = refresh_range(now - away, grid, Timeframe.H1, start, now)
+        assert found.start == (now - away - settling(Timeframe.H1) if begin is None else begin)
