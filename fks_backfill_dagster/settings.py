@@ -135,7 +135,9 @@ def _has_host(text: str) -> bool:
 def _database(secret: SecretStr) -> SecretStr:
     address = secret.get_secret_value()
     try:
-        sound = urlsplit(address).port != 0
+        parts = urlsplit(address)
+        # A password with a bare @ would make the rest of it pass for the host.
+        sound = parts.port != 0 and parts.netloc.count("@") <= 1
     except ValueError:  # its text would quote a piece of the address
         sound = False
     if not sound or not address.startswith(("postgresql://", "postgres://", "postgresql+psycopg://")):
@@ -301,6 +303,19 @@ class Validation(Section):
     validation_providers: Many[ProviderName] = ("coingecko", "polygon")
 
 
+class Automation(Section):
+    """What Dagster does by itself once it is up. What is off here can still be started in its UI.
+
+    `refresh`: the timeframes whose series are kept fresh. `keep_runs_days`: after which runs whose
+    partitions a later run has materialized again are forgotten, with their events.
+    """
+
+    refresh: Many[EachTimeframe] = tuple(Timeframe)
+    checks: bool = True
+    housekeeping: bool = True
+    keep_runs_days: Annotated[int, _between(1, 3_650)] = 3
+
+
 class Alerts(Section):
     urls: Many[Annotated[SecretStr, AfterValidator(_webhook)]] = ()
 
@@ -416,6 +431,7 @@ class Settings(BaseSettings):
     )
     history_start: Instant = to_micros(datetime(2017, 8, 17, tzinfo=UTC))
     alerts: Alerts = Alerts()
+    automation: Automation = Automation()
 
     home: Annotated[Path, AfterValidator(_folder)] = Path(".fks")
     root: Path = Path()

@@ -58,6 +58,7 @@ def make_context(
         tolerance=settings.validation.tolerance_pct,
         max_gap_minutes=settings.gap_detection.max_gap_minutes,
         circuit=circuit_for(options, database),
+        priority=settings.priority,
     )
 
 
@@ -199,7 +200,7 @@ def enabled_options(settings: Settings) -> dict[str, ProviderOptions]:
 
 
 def provider_options(settings: Settings, name: str) -> ProviderOptions:
-    """What the settings say of one provider. Raises NotBuilt for one that this version cannot ask."""
+    """What the settings say of one provider."""
     from fks_backfill_dagster.providers import registry
 
     own = settings.provider(name)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.pipeline.gaps import FoundGap
     from fks_backfill_dagster.providers.base import Provider
     from fks_backfill_dagster.settings import Settings
+    from fks_backfill_dagster.store.ledger import Evidence
+    from fks_backfill_dagster.store.pacing import ProviderState
     from fks_backfill_dagster.store.reading import SyncStatus
 
 
@@ -54,14 +56,19 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
         with usage():
             TimeRange(start, end)
     with open_database(settings) as database:
-        chosen = choose(settings, names, everything, stored_series(database))
+        stored = stored_series(database)
+        chosen = choose(settings, names, everything, stored)
         found = [(s, gap) for s in chosen.series for gap in find_gaps(database, s, now(), start, end)]
+    synced = {(s.symbol, s.timeframe) for s in stored}
+    for one in chosen.series:
+        if (one.symbol, one.timeframe) not in synced:
+            tell(f"{one}: never synced, so no gap of it is known; run `fks-backfill backfill {one}` first.")
     if as_json:
         answer_json([documents.gap_of(*one) if chosen.many else documents.gap(one[1]) for one in found])
         return
     rows = [_gap_row(series, gap) for series, gap in found]
     answer_table(("series", "start", "end", "missing", "status", "evidence"), rows)
-    if not found:
+    if synced and not found:
         tell("No gaps.")
 
 
@@ -70,7 +77,7 @@ def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:
     from fks_backfill_dagster.domain.timeframe import to_datetime
 
     row = found.row
-    words = "; ".join(f"{e.provider}: {e.detail or e.outcome}" for e in row.evidence)
+    words = "; ".join(f"{e.provider}: {_said(e)}" for e in row.evidence)
     return (
         series,
         to_datetime(row.start),
@@ -79,6 +86,11 @@ def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:
         row.status.value,
         words if found.asked else NOT_ASKED,
     )
+
+
+def _said(evidence: Evidence) -> str:
+    """Errors of providers name themselves."""
+    return evidence.detail.removeprefix(f"{evidence.provider}: ") or evidence.outcome
 
 
 # Status -----------------------------------------------------------------------------------------------
@@ -211,13 +223,19 @@ def list_providers(as_json: bool) -> None:
     """Tell which provider has which timeframes, how far back, and whether it can be asked."""
     from fks_backfill_dagster.providers.http import RequestPool
     from fks_backfill_dagster.settings import PROVIDER_NAMES, load_settings
-    from fks_backfill_dagster.wiring import build_providers
+    from fks_backfill_dagster.wiring import build_providers, open_database, provider_states
 
     settings = load_settings()
     pool = RequestPool(1)
     built = build_providers(settings, pool)
     pool.close()
-    rows = [row for name in PROVIDER_NAMES for row in _provider_rows(settings, name, built.get(name))]
+    with open_database(settings) as database:
+        states = provider_states(settings, database)
+    rows = [
+        row
+        for name in PROVIDER_NAMES
+        for row in _provider_rows(settings, name, built.get(name), states.get(name))
+    ]
     if as_json:
         answer_json(rows)
         return
@@ -230,7 +248,7 @@ def list_providers(as_json: bool) -> None:
                 row["state"],
                 row["asset_class"],
                 " ".join(row["timeframes"]),  # type: ignore[arg-type]
-                None if row["asset_class"] is None else "since listing",
+                _depth(row),
                 row["page_size"],
                 row["has_volume"],
             )
@@ -239,9 +257,11 @@ def list_providers(as_json: bool) -> None:
     )
 
 
-def _provider_rows(settings: Settings, name: str, provider: Provider | None) -> list[Document]:
-    """One row an asset class. `depth_days` null: as far back as the provider has the symbol."""
-    from fks_backfill_dagster.domain.timeframe import Timeframe
+def _provider_rows(
+    settings: Settings, name: str, provider: Provider | None, stands: ProviderState | None
+) -> list[Document]:
+    """One row an asset class and depth. `depth_days` null: as far back as the provider has the symbol."""
+    from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe
 
     enabled = settings.provider(name).enabled
     if provider is None:
@@ -258,18 +278,33 @@ def _provider_rows(settings: Settings, name: str, provider: Provider | None) -> 
     return [
         {
             "provider": name,
-            "state": f"{missing} is not set" if missing else "ready",
+            "state": f"{missing} is not set" if missing else _standing(stands),
             "enabled": enabled,
             "key": can.needs_key,
             "key_set": None if can.needs_key is None else missing is None,
             "asset_class": asset_class.value,
-            "timeframes": [t.value for t in Timeframe if t in timeframes],
-            "depth_days": None,
+            "timeframes": [t.value for t in Timeframe if t in timeframes and can.depth.get(t) == depth],
+            "depth_days": None if depth is None else depth // MICROS_PER_DAY,
             "page_size": can.page_size,
             "has_volume": can.has_volume,
         }
         for asset_class, timeframes in can.timeframes.items()
+        for depth in dict.fromkeys(can.depth.get(t) for t in Timeframe if t in timeframes)
     ]
+
+
+def _depth(row: Document) -> str | None:
+    if row["asset_class"] is None:
+        return None
+    return "since listing" if row["depth_days"] is None else many(int(str(row["depth_days"])), "day")
+
+
+def _standing(state: ProviderState | None) -> str:
+    if state is not None and state.rest is not None:
+        return f"left alone for {state.rest.seconds:.0f} s: {state.rest.reason}"
+    if state is not None and state.told_to_wait is not None:
+        return f"told us to wait another {state.told_to_wait:.0f} s"
+    return "ready"
 
 
 # Batches ----------------------------------------------------------------------------------------------
@@ -322,7 +357,7 @@ def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
 
 
 @batches.command("undo", epilog=example("batches undo 42"))
-@click.argument("batch_id", metavar="ID", type=int)
+@click.argument("batch_id", metavar="ID", type=click.IntRange(1, 2**31 - 1))
 @json_option
 def undo(batch_id: int, as_json: bool) -> int:
     """Take back what a batch brought: insertions go, corrections give way to the values before.

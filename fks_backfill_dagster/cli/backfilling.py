@@ -170,12 +170,12 @@ def _sync_all(
     from fks_backfill_dagster.wiring import open_app
 
     done: list[tuple[Document, bool]] = []
-    seen = _Seen()
+    seen, told = _Seen(), set[str]()
     try:
-        with open_app(settings) as app, _interruptible(app):
+        with open_app(settings, _waiting) as app, _interruptible(app):
             for task in tasks:
                 seen = _Seen()
-                done.append(_sync_one(app, task, refetch, as_json, seen))
+                done.append(_sync_one(app, task, refetch, as_json, seen, told))
     except (StoreError, EmbeddedError) as error:
         tell(f"Error: {error}")
         for series, _, _ in tasks[len(done) :]:
@@ -184,15 +184,18 @@ def _sync_all(
     return done
 
 
-def _sync_one(app: App, task: Task, refetch: bool, as_json: bool, seen: _Seen) -> tuple[Document, bool]:
+def _sync_one(
+    app: App, task: Task, refetch: bool, as_json: bool, seen: _Seen, told: set[str]
+) -> tuple[Document, bool]:
+    """One task's report as a document, and whether it is complete; `told` are the warnings so far."""
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.cli.watching import watched
     from fks_backfill_dagster.pipeline.sync import sync
 
     series, window, priority = task
     try:
-        with watched(seen) as listen:
-            report = sync(app.context, series, window, priority, refetch=refetch, listen=listen)
+        with watched(seen, told) as listen:
+            report = sync(app.context, series, window, priority, refetch=refetch, recheck=True, listen=listen)
     except ValueError as error:  # of its calendar: the other series may have another one
         tell(f"Error: {series}: {error}.")
         return seen.report(series, error), False
@@ -200,10 +203,15 @@ def _sync_one(app: App, task: Task, refetch: bool, as_json: bool, seen: _Seen) -
         _answer(report)
     for message in report.errors:
         tell(f"Error: {series}: {message}")
-    if report.unexplained and not report.errors:
-        left = many(report.unexplained, "candle")
-        tell(f"{series}: {left} still missing; see `fks-backfill gaps {series}`.")
+    if report.missing and report.providers:  # without, nobody could be asked, and the error says why
+        left = many(report.missing, "candle")
+        again = " Run the same command again to fetch them, and nothing else." if report.errors else ""
+        tell(f"{series}: {left} still missing; see `fks-backfill gaps {series}`.{again}")
     return documents.sync_report(report), report.complete
+
+
+def _waiting(sentence: str) -> None:
+    tell(f"waiting: {sentence}")
 
 
 def _answer(report: SyncReport) -> None:
@@ -231,7 +239,10 @@ def _interruptible(app: App) -> Iterator[None]:
     before = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception):
+        if not app.pool.stop.is_set():
+            raise
+        # Whatever came of it: a statement that is torn off in the middle fails in ways of its own.
         tell(_INTERRUPTED)
         raise click.exceptions.Exit(130) from None
     finally:
@@ -246,14 +257,16 @@ def _dry_run(settings: Settings, tasks: Sequence[Task], several: bool, refetch: 
     from fks_backfill_dagster.pipeline.sync import dry_run
     from fks_backfill_dagster.wiring import open_app
 
-    with open_app(settings) as app, _interruptible(app):
+    with open_app(settings, _waiting) as app, _interruptible(app):
         found = [
-            dry_run(app.context, series, window, priority, refetch=refetch)
+            dry_run(app.context, series, window, priority, refetch=refetch, recheck=True)
             for series, window, priority in tasks
         ]
+    told: dict[str, Series] = {}
     for one in found:
         for message in one.warnings:
-            tell(f"{one.plan.series}: warning: {message}")
+            if told.setdefault(message, one.plan.series) is one.plan.series:
+                tell(f"{one.plan.series}: warning: {message}")
     if as_json:
         shown = [documents.dry_run(one) for one in found]
         answer_json(shown if several else shown[0])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -12,6 +14,7 @@ from fks_backfill_dagster.cli.asking import batches, gaps, series, status
 from fks_backfill_dagster.cli.backfilling import backfill
 from fks_backfill_dagster.cli.databases import db
 from fks_backfill_dagster.cli.exporting import export
+from fks_backfill_dagster.cli.launching import launch
 from fks_backfill_dagster.cli.serving import demo, down, simulate, up
 from fks_backfill_dagster.cli.speaking import tell
 
@@ -45,11 +48,24 @@ class Program(click.Group):
             code = _explained(error)
             if code is None:
                 raise
-        sys.exit(code or DONE)
+        _leave(code or DONE)
 
     def list_commands(self, context: click.Context) -> list[str]:
         """As they were added: in the order in which one meets them."""
         return list(self.commands)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exits, after an interruption without the threads that still wait for a market's answer.
+
+    Python would join them, and a market that hangs would hold the user as long as its timeout.
+    """
+    threads = (t for t in threading.enumerate() if t is not threading.main_thread())
+    if code == INTERRUPTED and any(not thread.daemon for thread in threads):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _sentence(error: click.ClickException) -> str:
@@ -87,5 +103,5 @@ def main() -> None:
     """Brings every candle that should exist into one table, and knows why any other is absent."""
 
 
-for command in (demo, up, down, backfill, gaps, status, series, batches, export, simulate, db):
+for command in (demo, up, down, launch, backfill, gaps, status, series, batches, export, simulate, db):
     main.add_command(command)

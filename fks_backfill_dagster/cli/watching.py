@@ -18,12 +18,21 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def watched(also: Listener = silent) -> Iterator[Listener]:
-    """A listener for syncs that run within the block; what it hears, `also` hears first."""
+def watched(also: Listener = silent, told: set[str] | None = None) -> Iterator[Listener]:
+    """A listener for syncs that run within the block; what it hears, `also` hears first.
+
+    `told` are the warnings that were shown before, and grows: a key that is missing is missing for
+    all series, and told once.
+    """
+    told = set() if told is None else told
     with _shown() as show:
 
         def listen(event: SyncEvent) -> None:
             also(event)
+            if isinstance(event, Warned):
+                if event.message in told:
+                    return
+                told.add(event.message)
             show(event)
 
         yield listen

@@ -60,7 +60,7 @@ class Fetched:
 
     `failed`: candles are missing that nobody has answered for. `recordable`: somebody answered, or
     may answer another time; a symbol that nobody knows leaves nothing to record. `quiet`: the
-    missing opens that are proven to have had no trade.
+    missing opens that a provider which omits quiet intervals left out between two bars.
     """
 
     brought: list[Brought] = field(default_factory=list)
@@ -134,6 +134,11 @@ class Chain:
         return tuple(name for name in self._providers if name not in self._dropped)
 
     @property
+    def unfit(self) -> tuple[str, ...]:
+        """Who does not know the symbol."""
+        return tuple(self._dropped)
+
+    @property
     def dropped(self) -> tuple[str, ...]:
         """Why providers were dropped, a sentence each."""
         return tuple(self._dropped.values())
@@ -203,12 +208,10 @@ class Chain:
             evidence.append(word)
             if plan.refetch:  # stored candles are compared with the first provider only
                 wanted = wanted[plan.missing_ranges.contains(wanted)]
-        answered = [word.provider for word in evidence if word.answered]
-        if not all(self._providers[name].capabilities.omits_quiet for name in answered):
-            found.quiet = found.quiet[:0]  # who gives every interval and lacks one had an outage
+        answered = any(word.answered for word in evidence)
         found.evidence = tuple(evidence)
         found.failed = not answered and (plan.refetch or len(wanted) > 0)
-        found.recordable = bool(answered) or any(word.provider not in self._dropped for word in evidence)
+        found.recordable = answered or any(word.provider not in self._dropped for word in evidence)
         return found
 
     def _ask(

@@ -38,6 +38,7 @@ from fks_backfill_dagster.providers.base import (
 from fks_backfill_dagster.store import ledger, reading
 from fks_backfill_dagster.store.commit import BatchWrite, Brought, Refused, commit_batch
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.errors import StoreError
 from fks_backfill_dagster.store.settling import Findings
 
 # A lease outlives a missed heartbeat or two, and is over soon after a kill -9.
@@ -49,7 +50,8 @@ _HEARTBEAT_SECONDS = 10.0
 class Context:
     """What a sync works with; the faces make it once and hand it to every verb.
 
-    `providers` by name; `clock` gives the present in microseconds.
+    `providers` by name; `clock` gives the present in microseconds; `priority` tells who is to be asked
+    for a series by the settings, whoever one call may be limited to.
     """
 
     database: Database
@@ -60,6 +62,7 @@ class Context:
     tolerance: float = 0.01
     max_gap_minutes: int = 5
     circuit: Circuit | None = None
+    priority: Callable[[Series], Sequence[str]] = lambda series: ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +255,12 @@ class _Work:
     ) -> None:
         self.context, self.series, self.grid, self.chain = context, series, grid, chain
         self.run_id, self.listen = run_id, listen
+        # A gap is explained when everybody was heard, not only those of this call.
+        self.strict = frozenset(
+            name for name, provider in context.providers.items() if not provider.capabilities.omits_quiet
+        )
+        everybody = _chain(context, series, context.priority(series))
+        self.others = frozenset(everybody.names) - frozenset(chain.unfit)
         self.identity: int | None = None
         self.succeeded = self.failed = self.candles = self.requests = 0
         # Sets that keep the order in which they came.
@@ -272,6 +281,9 @@ class _Work:
                 for batches, fetched in self._fetched(plan, plan.spans(self.chain.page_size)):
                     self._commit(identity, batches, fetched)
                 error = "; ".join(self.errors) if self.failed else None
+            except StoreError as failure:
+                error = str(failure)
+                raise
             finally:
                 with self.context.database.begin() as connection:
                     ledger.end_sync(connection, identity, owner, error)
@@ -337,7 +349,8 @@ class _Work:
             findings=Findings(
                 asked=batch.wanted,
                 quiet=fetched.quiet,
-                able=frozenset(self.chain.names),
+                strict=self.strict,
+                able=frozenset(self.chain.names) | self.others,
                 tolerated=self.context.max_gap_minutes // self.series.timeframe.minutes,
             ),
             run_id=self.run_id,

@@ -489,7 +489,7 @@ class _Market:
         except self._errors as error:
             raise self._meaning(error, symbol) from None
         except UnicodeDecodeError:  # ccxt decodes the body before anybody can judge it
-            raise BadAnswer(NAME, "the answer is no text, so no JSON") from None
+            raise BadAnswer(NAME, f"{place_of(self._url)} answered no text: {_NOT_BINANCE}") from None
         if self._response is not None and self._response.status_code != 200:
             raise self._said(self._response, symbol)  # a redirection to nowhere is no error to ccxt
         return answer

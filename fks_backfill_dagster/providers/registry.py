@@ -22,9 +22,6 @@ from fks_backfill_dagster.providers.http import (
     system_micros,
 )
 
-# All that settings may name.
-NAMES = ("binance", "coingecko", "polygon", "yfinance", "alphavantage", "oanda")
-
 Factory = Callable[[ProviderOptions, RequestPool, Limiter, Callable[[], int]], Provider]
 
 
@@ -81,10 +78,6 @@ class UnknownProvider(ProviderError):
     """No provider has this name."""
 
 
-class NotBuilt(ProviderError):
-    """The name is known, but this version cannot ask that provider yet."""
-
-
 def resolve_options(
     name: str,
     *,
@@ -99,7 +92,7 @@ def resolve_options(
     """The options of a provider: what the settings give, else its defaults.
 
     With a base_url of one's own and no archive_url the archives are off: a local market must never be
-    mixed with the real archives. Raises UnknownProvider or NotBuilt.
+    mixed with the real archives. Raises UnknownProvider.
     """
     registered = _registration(name)
     given = {
@@ -157,13 +150,11 @@ def build(
     limiter: Limiter,
     clock: Callable[[], int] = system_micros,
 ) -> Provider:
-    """The provider of that name. Raises UnknownProvider or NotBuilt."""
+    """The provider of that name. Raises UnknownProvider."""
     return _registration(name).factory(options, pool, limiter, clock)
 
 
 def _registration(name: str) -> Registration:
     if name in BUILT:
         return BUILT[name]
-    if name in NAMES:
-        raise NotBuilt(name, f"this version cannot ask it yet; it has {', '.join(BUILT)}")
-    raise UnknownProvider(name, f"there is no such provider; there are {', '.join(NAMES)}")
+    raise UnknownProvider(name, f"there is no such provider; there are {', '.join(sorted(BUILT))}")

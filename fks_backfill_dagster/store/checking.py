@@ -7,7 +7,8 @@ passed, and the repair of what is found.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -26,6 +27,12 @@ _RULES = {
     "high_low": "high < greatest(open, close, low) OR low > least(open, close, high)",
     "bad_volume": "volume < 0 OR volume >= 'Infinity'",
 }
+
+# What all of them together demand, in the fewest comparisons: every candle of a series is looked at.
+_GOOD = (
+    "low > 0 AND high < 'Infinity' AND open BETWEEN low AND high AND close BETWEEN low AND high"
+    " AND (volume IS NULL OR (volume >= 0 AND volume < 'Infinity'))"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +87,56 @@ class Completeness:
 
 
 def part_states(database: Database, series: Series, windows: Mapping[str, TimeRange]) -> dict[str, PartState]:
-    """The state of every window by its key. Windows reach no further than candles can exist."""
+    """The state of every window by its key. Windows reach no further than candles can exist.
+
+    Candles are counted only where more than one provider has brought some: elsewhere the ledger
+    knows how many there are.
+    """
     hull = TimeRange(min(w.start for w in windows.values()), max(w.end for w in windows.values()))
+    grid = grid_of(series)
     with database.begin() as connection:
         identity = ledger.series_id(connection, series)
         known = ledger.known(connection, identity, hull)
-        shares = _shares(connection, series.timeframe, identity, windows)
-    grid = grid_of(series)
+        found = {
+            key: PartState(
+                expected=grid.count(window),
+                missing=sum(grid.count(part) for part in known.absent(window)),
+                unexplained=sum(grid.count(part) for part in known.missing(window)),
+            )
+            for key, window in windows.items()
+        }
+        full = {key: windows[key] for key, state in found.items() if state.stored}
+        only = _only_provider(connection, identity, full)
+        mixed = {key: window for key, window in full.items() if key not in only}
+        shares = _shares(connection, series.timeframe, identity, mixed) if mixed else {}
+    shares |= {key: {provider: found[key].stored} for key, provider in only.items()}
+    return {key: replace(state, providers=shares.get(key, {})) for key, state in found.items()}
+
+
+def _only_provider(
+    connection: sa.Connection, identity: int | None, windows: Mapping[str, TimeRange]
+) -> dict[str, str]:
+    """Who brought all candles of a window, where that was one provider."""
+    rows = connection.execute(
+        sa.text(
+            "SELECT w.key, min(b.provider) AS provider"
+            " FROM unnest(CAST(:keys AS text[]), CAST(:starts AS timestamptz[]), CAST(:ends AS timestamptz[]))"
+            "   AS w(key, low, high)"
+            " JOIN fks.batch b ON b.series_id = :id AND b.range_start < w.high AND b.range_end > w.low"
+            "   AND b.inserted + b.updated > 0"
+            " GROUP BY 1 HAVING count(DISTINCT b.provider) = 1"
+        ),
+        _named(identity, windows),
+    )
+    return {row.key: row.provider for row in rows}
+
+
+def _named(identity: int | None, windows: Mapping[str, TimeRange]) -> dict[str, Any]:
     return {
-        key: PartState(
-            expected=grid.count(window),
-            missing=sum(grid.count(part) for part in known.absent(window)),
-            unexplained=sum(grid.count(part) for part in known.missing(window)),
-            providers=shares.get(key, {}),
-        )
-        for key, window in windows.items()
+        "id": identity,
+        "keys": list(windows),
+        "starts": [to_datetime(w.start) for w in windows.values()],
+        "ends": [to_datetime(w.end) for w in windows.values()],
     }
 
 
@@ -112,12 +154,7 @@ def _shares(
             "   WHERE series_id = :id AND ts >= w.low AND ts < w.high GROUP BY batch_id) n"
             " JOIN fks.batch b ON b.id = n.batch_id GROUP BY 1, 2 ORDER BY 3 DESC, 2"
         ),
-        {
-            "id": identity,
-            "keys": list(windows),
-            "starts": [to_datetime(w.start) for w in windows.values()],
-            "ends": [to_datetime(w.end) for w in windows.values()],
-        },
+        _named(identity, windows),
     )
     found: dict[str, dict[str, int]] = {}
     for row in rows:
@@ -126,30 +163,36 @@ def _shares(
 
 
 def sanity(database: Database, series: Sequence[Series]) -> dict[Series, Sanity]:
-    """How many stored candles break the OHLC rules: one aggregate per timeframe, whatever the number of series."""
-    counts = ", ".join(f"count(*) FILTER (WHERE {rule}) AS {name}" for name, rule in _RULES.items())
-    any_rule = " OR ".join(f"({rule})" for rule in _RULES.values())
-    found = {one: Sanity(0, 0, dict.fromkeys(_RULES, 0), None) for one in series}
+    """How many stored candles break the OHLC rules: one pass per timeframe, whatever the number of series.
+
+    Which rules, and where first, is counted for those series alone that have any.
+    """
     with database.begin() as connection:
         owners = _owners(connection, series)
+        totals = connection.execute(
+            sa.text("SELECT series_id, total_candles FROM fks.sync_state WHERE series_id = ANY(:ids)"),
+            {"ids": list(owners)},
+        )
+        stored = {owners[row.series_id]: row.total_candles for row in totals}
+        found = {one: Sanity(stored.get(one, 0), 0, dict.fromkeys(_RULES, 0), None) for one in series}
         for timeframe in dict.fromkeys(one.timeframe for one in series):
             ids = [identity for identity, one in owners.items() if one.timeframe is timeframe]
-            rows = connection.execute(
-                sa.text(
-                    f"SELECT series_id, count(*) AS candles, count(*) FILTER (WHERE {any_rule}) AS bad, {counts},"
-                    f" min(ts) FILTER (WHERE {any_rule}) AS first"
-                    f' FROM fks."candles_{timeframe}" WHERE series_id = ANY(:ids) GROUP BY series_id'
-                ),
-                {"ids": ids},
-            )
-            for row in rows:
-                found[owners[row.series_id]] = Sanity(
-                    candles=row.candles,
-                    bad=row.bad,
-                    violations={name: row._mapping[name] for name in _RULES},
-                    first=None if row.first is None else to_micros(row.first),
-                )
+            for row in _broken(connection, timeframe, ids):
+                one = owners[row.series_id]
+                rules = {name: row._mapping[name] for name in _RULES}
+                found[one] = Sanity(found[one].candles, row.bad, rules, to_micros(row.first))
     return found
+
+
+def _broken(connection: sa.Connection, timeframe: Timeframe, ids: Sequence[int]) -> Sequence[sa.Row[Any]]:
+    counts = ", ".join(f"count(*) FILTER (WHERE {rule}) AS {name}" for name, rule in _RULES.items())
+    return connection.execute(
+        sa.text(
+            f"SELECT series_id, count(*) AS bad, {counts}, min(ts) AS first"
+            f' FROM fks."candles_{timeframe}" WHERE series_id = ANY(:ids) AND NOT ({_GOOD}) GROUP BY series_id'
+        ),
+        {"ids": list(ids)},
+    ).all()
 
 
 def completeness(database: Database, series: Sequence[Series]) -> dict[Series, Completeness]:
@@ -177,7 +220,6 @@ def completeness(database: Database, series: Sequence[Series]) -> dict[Series, C
 
 def bad_parts(database: Database, series: Sequence[Series], part: str) -> dict[Series, dict[str, int]]:
     """How many candles break a rule, by the day on which their `part` ("month" or "year") begins."""
-    any_rule = " OR ".join(f"({rule})" for rule in _RULES.values())
     found: dict[Series, dict[str, int]] = {one: {} for one in series}
     with database.begin() as connection:
         owners = _owners(connection, series)
@@ -186,7 +228,7 @@ def bad_parts(database: Database, series: Sequence[Series], part: str) -> dict[S
                 sa.text(
                     "SELECT series_id, to_char(date_trunc(:part, ts AT TIME ZONE 'UTC'), 'YYYY-MM-DD') AS key,"
                     f' count(*) AS bad FROM fks."candles_{timeframe}"'
-                    f" WHERE series_id = ANY(:ids) AND ({any_rule}) GROUP BY 1, 2 ORDER BY 1, 2"
+                    f" WHERE series_id = ANY(:ids) AND NOT ({_GOOD}) GROUP BY 1, 2 ORDER BY 1, 2"
                 ),
                 {"part": part, "ids": [i for i, one in owners.items() if one.timeframe is timeframe]},
             )

@@ -36,7 +36,8 @@ class Findings:
     """What is known of the candles that are still missing, beside who said what.
 
     asked: the parts of the window that were asked for; None for all of it.
-    quiet: missing opens that are proven to have had no trade.
+    quiet: missing opens that somebody left out between two bars, as it does where nothing traded.
+    strict: the providers that give every interval: what one of them lacks was no quiet interval.
     able: the providers that can serve the series; when all of them were heard, a gap is explained.
         Empty: nothing is explained.
     tolerated: how many candles a gap may lack that one can live with, once all were asked.
@@ -44,6 +45,7 @@ class Findings:
 
     asked: RangeSet | None = None
     quiet: Instants = field(default_factory=lambda: _NOTHING)
+    strict: frozenset[str] = frozenset()
     able: frozenset[str] = frozenset()
     tolerated: int = 0
 
@@ -132,7 +134,7 @@ def _after_asking(
     if not evidence:
         return old
     row = replace(old, attempts=old.attempts + 1, evidence=latest((*old.evidence, *evidence)))
-    if was_quiet:
+    if was_quiet and not row.heard() & findings.strict:
         return replace(row, status=GapStatus.NO_TRADE, next_attempt_at=None)
     exhausted = bool(findings.able) and findings.able <= row.heard()
     return replace(row, status=GapStatus.UNAVAILABLE if exhausted else GapStatus.OPEN, next_attempt_at=None)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import time
+from dataclasses import replace
 
 import pytest
 
+from fks_backfill_dagster import wiring
 from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.settings import load_settings
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster.store.database import Database
@@ -76,7 +80,18 @@ def test_gaps_of_many_series_tell_whose_they_are(fks: Command, synced: LocalMark
     assert [(gap["symbol"], gap["timeframe"]) for gap in found] == [("BTC/USDT", "1h"), ("ETH/USDT", "1h")]
     table = fks("gaps", "BTC/USDT", "1h", *JANUARY).stdout.splitlines()
     assert table[1].split() == (
-        ["BTC/USDT", "1h", "2024-01-10", "05:00", "2024-01-10", "09:00", "4", "open", "binance:", "absent"]
+        [
+            "BTC/USDT",
+            "1h",
+            "2024-01-10",
+            "05:00",
+            "2024-01-10",
+            "09:00",
+            "4",
+            "open",
+            "binance:",
+            "absent",
+        ]
     )
 
 
@@ -184,6 +199,28 @@ def test_providers_with_their_timeframes_and_keys(
     assert "POLYGON_API_KEY is not set" in fks("series", "providers").stdout
 
 
+def test_providers_that_are_left_alone_or_told_us_to_wait(
+    fks: Command, world: LocalMarket, database_url: str
+) -> None:
+    """Of the account of the settings: another key of the same provider says nothing."""
+    settings = load_settings()
+    options = wiring.enabled_options(settings)
+    other = options | {"polygon": replace(options["polygon"], key="another")}
+    with wiring.open_database(settings) as database:
+        wiring.limiter_for(other, database).penalise("polygon", 90)
+        for _ in range(5):
+            wiring.circuit_for(options, database).failed("binance", "binance: answered 503")
+        states = {row["provider"]: row["state"] for row in fks("series", "providers", "--json").json}
+        assert states["polygon"] == "ready"
+        wiring.limiter_for(options, database).penalise("polygon", 90)
+        states = {row["provider"]: row["state"] for row in fks("series", "providers", "--json").json}
+    assert re.fullmatch(r"told us to wait another (8\d|90) s", states["polygon"])
+    assert re.fullmatch(
+        r"left alone for (5\d|60) s: it failed 5 times in a row, at last: binance: answered 503",
+        states["binance"],
+    )
+
+
 # Batches
 
 
@@ -210,3 +247,27 @@ def test_undo_takes_a_batch_back(fks: Command, synced: LocalMarket) -> None:
     unknown = fks("batches", "undo", "999999")
     assert (unknown.exit_code, unknown.stdout) == (2, "")
     assert "batches list" in unknown.stderr
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "99999999999999999999"])
+def test_a_batch_that_cannot_be_is_wrong_usage(fks: Command, number: str) -> None:
+    told = fks("batches", "undo", "--", number)
+    assert (told.exit_code, told.stdout) == (2, "")
+    assert "is not in the range" in told.stderr
+
+
+def test_gaps_of_what_was_never_synced(fks: Command, world: LocalMarket) -> None:
+    told = fks("gaps", "NOSUCH/USDT", "1h", "--json")
+    assert (told.exit_code, told.json) == (0, [])
+    assert told.stderr == (
+        "NOSUCH/USDT 1h: never synced, so no gap of it is known;"
+        " run `fks-backfill backfill NOSUCH/USDT 1h` first.\n"
+    )
+
+
+def test_the_depth_of_a_provider_is_told(fks: Command, world: LocalMarket) -> None:
+    rows = [row for row in fks("series", "providers", "--json").json if row["provider"] == "yfinance"]
+    depths = {timeframe: row["depth_days"] for row in rows for timeframe in row["timeframes"]}
+    assert len(depths) == sum(len(row["timeframes"]) for row in rows), "each timeframe stands once"
+    assert depths["1m"] < depths["5m"] < 100
+    assert depths["1d"] is None

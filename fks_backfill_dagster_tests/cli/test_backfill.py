@@ -125,6 +125,7 @@ def test_what_stays_missing_is_exit_code_1_and_a_hint(fks: Command, world: Local
 def test_progress_is_plain_lines_on_stderr(fks: Command, world: LocalMarket) -> None:
     told = fks("backfill", "BTC/USDT", "1h", "--start", "2024-01-01", "--end", "2024-03-01")
     assert told.stderr.splitlines() == [
+        "BTC/USDT 1h: warning: coingecko is skipped: COINGECKO_API_KEY is not set",
         "BTC/USDT 1h: 1,440 candles to fetch in 2 batches from binance, polygon",
         "BTC/USDT 1h: 2024-01-01 .. 2024-02-01: 744 candles written from binance",
         "BTC/USDT 1h: 2024-02-01 .. 2024-03-01: 696 candles written from binance",
@@ -281,3 +282,14 @@ def test_an_interrupted_backfill_keeps_what_was_committed(
     again = fks(*line, "--json")
     assert again.exit_code == 0
     assert again.json["total_candles"] == 5856 - status["total_candles"]
+
+
+def test_a_warning_that_concerns_all_is_told_once(
+    fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("POLYGON_API_KEY")
+    line = ("--all", "1h", "--start", "2024-01-01", "--end", "2024-01-02", "--json")
+    for options in (["--dry-run"], []):
+        told = fks("backfill", *line, *options)
+        assert len(told.json) == 3
+        assert told.stderr.count("POLYGON_API_KEY is not set") == 1

@@ -55,7 +55,6 @@ def test_the_commands_of_the_contract_are_there(fks: Command) -> None:
         ("backfill */USDT 4h", ["4h", "1d 1h"]),
         ("backfill BTCUSDT 1h", ["BTC/USDT"]),
         ("backfill BTC/USDT 1h --provider bitstamp", ["bitstamp", "binance", "polygon"]),
-        ("backfill BTC/USDT 1h --provider oanda", ["oanda", "binance, polygon"]),
         ("backfill BTC/USDT 1h --start 2024-02-01 --end 2024-01-01", ["2024-02-01", "after --end"]),
         ("backfill BTC/USDT 1h --start 2024-02-01 --end 2024-02-01", ["exclusive"]),
         ("backfill BTC/USDT 1h --start 2999-01-01", ["2999-01-01", "future"]),

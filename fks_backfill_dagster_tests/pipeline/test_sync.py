@@ -226,6 +226,22 @@ def test_a_short_gap_is_tolerated_once_all_were_asked(
     assert report.missing == 5, "it still counts as missing"
 
 
+def test_a_call_limited_to_one_provider_explains_nothing_for_the_others(
+    context: Context, database: Database, market: LocalMarket
+) -> None:
+    window = days("2024-01-01", "2024-01-02")
+    outage = TimeRange.of(datetime(2024, 1, 1, 3, tzinfo=UTC), datetime(2024, 1, 1, 4, tzinfo=UTC))
+    for provider in BOTH:
+        market.plant_outage(provider, outage)
+    everybody = replace(context, priority=lambda series: BOTH)
+    sync(everybody, MINUTES, window, ["binance"])
+    (gap,) = reading.ledger_gaps(database, MINUTES, window)
+    assert gap.status is GapStatus.OPEN
+    sync(everybody, MINUTES, window, ["polygon"])
+    (gap,) = reading.ledger_gaps(database, MINUTES, window)
+    assert gap.status is GapStatus.UNAVAILABLE, "now both were heard"
+
+
 def test_what_was_quiet_is_no_gap(context: Context, database: Database, market: LocalMarket) -> None:
     """Polygon leaves out what did not trade; bars on both sides show that it was there."""
     window = days("2024-01-01", "2024-01-03")
@@ -331,6 +347,40 @@ def test_after_the_market_has_come_back_nothing_is_missing(
     assert report.complete
     assert status_of(database, HOURS).status == "completed"
     holds_the_truth(database, market, HOURS, window)
+
+
+def test_a_sync_that_finds_all_there_is_a_success(
+    database: Database, market: LocalMarket, context: Context
+) -> None:
+    """After a failure, or a kill -9 between the last batch and the end: nothing is left to fetch."""
+    january = days("2024-01-01", "2024-02-01")
+    sync(context, HOURS, january, ["binance"])
+    sync(
+        make_context(database, "http://127.0.0.1:9/binance"),
+        HOURS,
+        days("2024-03-01", "2024-04-01"),
+        BOTH[:1],
+    )
+    assert status_of(database, HOURS).status == "error"
+    market.reset_requests()
+    assert sync(context, HOURS, january, ["binance"]).complete
+    assert market.requests() == 0
+    assert status_of(database, HOURS).status == "completed"
+    assert status_of(database, HOURS).error_message is None
+
+
+def test_nobody_to_ask_says_why(database: Database, market: LocalMarket) -> None:
+    context = make_context(database, market.binance_url, key=None)
+    report = sync(context, HOURS, days("2024-01-01", "2024-02-01"), ["polygon"])
+    assert report.errors == ("polygon is skipped: POLYGON_API_KEY is not set",)
+    assert report.failed_batches == report.total_batches == 1
+
+
+def test_a_dry_run_tells_that_the_market_does_not_answer(database: Database) -> None:
+    context = make_context(database, "http://127.0.0.1:9/binance")
+    found = dry_run(context, HOURS, days("2024-01-01", "2024-02-01"), ["binance"])
+    (warning,) = found.warnings
+    assert "correct providers.binance.base_url" in warning
 
 
 def test_a_failing_month_leaves_its_neighbours_alone(database: Database, market: LocalMarket) -> None:

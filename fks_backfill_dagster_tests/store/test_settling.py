@@ -196,7 +196,7 @@ def test_any_history_gives_the_slow_ledger(grid: Grid, steps: list[tuple[Any, ..
         evidence = (Evidence(provider, now, "absent"),) if provider else ()
 
         quiet = {opens[n] for n in silent}
-        findings = Findings(None, np.array(sorted(quiet), dtype=np.int64), able, tolerated)
+        findings = Findings(quiet=np.array(sorted(quiet), dtype=np.int64), able=able, tolerated=tolerated)
 
         change = settle(around(ledger, asked), asked, missing, stored, evidence, grid, findings)
 
