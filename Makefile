@@ -18,13 +18,14 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/nu
 	[ $$n -gt 4 ] && n=4; [ $$n -lt 2 ] && n=2; echo $$n)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test up down bench lint format lock clean
+.PHONY: help env demo test up down bench pictures lint format lock clean
 
 help:
 	@echo "make demo    runs the whole on a local market and reports; KEEP=1 leaves the servers up"
 	@echo "make test    runs the test suite; ARGS='...' go to pytest"
 	@echo "make up      starts database, Dagster and daemon on real providers; make down stops them"
 	@echo "make bench   measures against the references"
+	@echo "make pictures takes docs/pictures anew from a demo, with a headless Chromium"
 	@echo "make lint    ruff and mypy; make format rewrites"
 	@echo "make lock    resolves requirements.lock anew from pyproject.toml"
 	@echo "make clean   removes the environment and caches, never the data in .fks"
@@ -47,6 +48,9 @@ down: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python -m bench $(ARGS)
+
+pictures: $(STAMP)
+	@$(BIN)/python docs/pictures.py $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

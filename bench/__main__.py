@@ -1,7 +1,8 @@
 """Runs the cases, prints a table, exits 1 if a limit is not met.
 
 Pairs are measured in turn (A B A B ...) and the ratio is taken pair by pair: it holds when the
-machine's speed drifts. The median of the ratios is what counts.
+machine's speed drifts. The median of the ratios is what counts. The shared limit (crowd, weight) is
+measured once and at full length, which takes seven minutes.
 """
 
 from __future__ import annotations
@@ -12,46 +13,24 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import median
 
 import ccxt
 import numpy as np
 
-from bench.world import SERIES, World, stopwatch, window, world
+from bench.orchestral import overhead, refresh
+from bench.result import Result
+from bench.world import SERIES, World, limited_market, prepare, stopwatch, window, world
+from fks_backfill_dagster.domain.pacing import Window
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.store import copying
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.reading import read_candles
+from fks_backfill_dagster_tests.store.crowd import Crowd, counting_server
 
 YEAR = window(2023, 1)
 TEN_YEARS = window(2015, 10)
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One figure: its values run by run, the limit its median must keep, and what it was made of."""
-
-    name: str
-    values: Sequence[float]
-    limit: float
-    at_least: bool
-    detail: str
-
-    @property
-    def kept(self) -> bool:
-        return self.median >= self.limit if self.at_least else self.median <= self.limit
-
-    @property
-    def median(self) -> float:
-        return median(self.values)
-
-    def row(self) -> str:
-        sign = ">=" if self.at_least else "<="
-        spread = f"{min(self.values):.3f} .. {max(self.values):.3f}"
-        verdict = "ok" if self.kept else "NOT KEPT"
-        return f"{self.name:<46}{self.median:>8.3f}  {sign} {self.limit:<6g} {verdict:<9} {spread:<18} {self.detail}"
 
 
 def archives(place: World, runs: int) -> list[Result]:
@@ -214,11 +193,55 @@ def definitions(place: World, runs: int) -> list[Result]:
     return [Result("(e) definitions of 2,000 series, seconds", values, 3.0, False, "beyond import dagster")]
 
 
+# The shared limit -------------------------------------------------------------------------------------
+
+
+def crowd(place: World, runs: int) -> list[Result]:
+    """(f) 8 processes, 5 threads each, at one limit for 60 s: what a counting server sees of them."""
+    cases = (("100 in 1 s", Window(100, 1.0), 1), ("6000 in 60 s, weight 2", Window(6000, 60.0), 2))
+    results = []
+    for name, limit, weight in cases:
+        place.forget_pacing()
+        with counting_server(delay=0.01) as server:
+            asking = Crowd(place.database_url, server, (limit,), threads=[5] * 8, weight=weight)
+            seen = asking.ask_for(60.0)
+        most = weight * seen.most_within(limit.seconds) / limit.limit
+        used = weight * len(seen.at) / (limit.limit * 60.0 / limit.seconds)
+        detail = f"{name}: {len(seen.at):,} requests"
+        results += [
+            Result("(f) the most in any window / limit", [most], 1.0, False, detail),
+            Result("(f) used / limit", [used], 0.9, True, detail),
+            Result("(f) least served process / mean", [seen.least_share()], 0.5, True, detail),
+        ]
+    return results
+
+
+def full_weight(place: World, runs: int) -> list[Result]:
+    """(g) Binance's real limit, one process, 5 minutes of klines requests by the provider itself."""
+    seconds = 300
+    place.forget_pacing()
+    with limited_market() as market:
+        prepare(market.url, "binance", YEAR, stride=999)
+        place.ask_binance(market.binance_url, YEAR, seconds)
+        counted = market.journal(last=0)["providers"]["binance"]
+    refused = sum(count for status, count in counted["statuses"].items() if status != "200")
+    used = counted["weight"] / (6000 * seconds / 60)
+    detail = f"{counted['requests']:,} requests, weight {counted['weight']:,}"
+    return [
+        Result("(g) Binance's weight used / permitted", [used], 0.9, True, detail),
+        Result("(g) answers other than 200", [refused], 0, False, detail),
+    ]
+
+
 CASES: dict[str, Callable[[World, int], list[Result]]] = {
     "archives": archives,
     "rest": rest,
     "memory": memory,
     "definitions": definitions,
+    "crowd": crowd,
+    "weight": full_weight,
+    "dagster_overhead": overhead,
+    "refresh": refresh,
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -24,10 +25,12 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_micros
 from fks_backfill_dagster.embedded import EmbeddedPostgres
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
+from fks_backfill_dagster.providers.base import Cancelled
 from fks_backfill_dagster.providers.http import RequestPool, system_micros
-from fks_backfill_dagster.providers.registry import build, limiter_for, resolve_options
+from fks_backfill_dagster.providers.registry import build, limiter_for, paces, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.pacing import SharedLimiter
 
 SERIES = Series("BTC/USDT", Timeframe.M1, AssetClass.CRYPTO)
 LISTED = datetime(2015, 1, 1, tzinfo=UTC)
@@ -54,7 +57,7 @@ class World:
             base_url=f"{self.market_url}/binance",
             archive_url=f"{self.market_url}/archive" if archives else None,
         )
-        limiter = limiter_for({"binance": options}, pool)
+        limiter = limiter_for({"binance": options})
         providers = {"binance": build("binance", options, pool, limiter)}
         return Context(Database(self.database_url), providers, system_micros)
 
@@ -68,6 +71,29 @@ class World:
             raise SystemExit(f"the bench's own sync went wrong: {report}")
         return report
 
+    def ask_binance(self, base_url: str, asked: TimeRange, seconds: float) -> None:
+        """Fetches the range over and over through the shared limiter, for so long, and stores nothing."""
+        pool, database = RequestPool(5), Database(self.database_url)
+        options = resolve_options("binance", base_url=base_url)
+        limiter = SharedLimiter(database, paces({"binance": options}))
+        provider = build("binance", options, pool, limiter)
+        timer = threading.Timer(seconds, pool.stop.set)
+        timer.start()
+        try:
+            while not pool.stop.is_set():
+                provider.fetch(SERIES, asked)
+        except Cancelled:
+            pass
+        finally:
+            timer.cancel()
+            pool.close()
+            database.dispose()
+
+    def forget_pacing(self) -> None:
+        """As if nobody had ever asked anybody."""
+        with self.connect() as connection:
+            connection.execute("TRUNCATE fks.pacing, fks.pacing_request, fks.pacing_spent, fks.pacing_queue")
+
     def connect(self) -> psycopg.Connection:
         return psycopg.connect(self.database_url, autocommit=True)
 
@@ -79,22 +105,31 @@ class World:
             connection.execute("CHECKPOINT")
 
     def prepare(self, provider: str, asked: TimeRange, stride: int = 1000) -> None:
-        """Lets the market make its answers beforehand: it shall not be what is measured."""
-        document = {
-            "provider": provider,
-            "symbol": "BTC/USDT",
-            "timeframe": "1m",
-            "stride": stride,
-            "start": datetime.fromtimestamp(asked.start / 1e6, UTC).isoformat(),
-            "end": datetime.fromtimestamp(asked.end / 1e6, UTC).isoformat(),
-        }
-        request = urllib.request.Request(
-            f"{self.market_url}/sim/prepare",
-            json.dumps(document).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            answer.read()
+        prepare(self.market_url, provider, asked, stride)
+
+
+def prepare(market_url: str, provider: str, asked: TimeRange, stride: int = 1000) -> None:
+    """Lets the market make its answers beforehand: it shall not be what is measured."""
+    document = {
+        "provider": provider,
+        "symbol": "BTC/USDT",
+        "timeframe": "1m",
+        "stride": stride,
+        "start": datetime.fromtimestamp(asked.start / 1e6, UTC).isoformat(),
+        "end": datetime.fromtimestamp(asked.end / 1e6, UTC).isoformat(),
+    }
+    request = urllib.request.Request(
+        f"{market_url}/sim/prepare",
+        json.dumps(document).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        answer.read()
+
+
+def limited_market() -> LocalMarket:
+    """A market that keeps Binance's limit, in a process of its own."""
+    return LocalMarket(MarketConfig(limits=True, listed=(("BTCUSDT", to_micros(LISTED)),)), process=True)
 
 
 @contextmanager

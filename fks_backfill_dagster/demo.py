@@ -379,7 +379,9 @@ def _clean_environment(home: Path, config: Path) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(theirs) and name not in KEY_VARIABLES.values()
     }
-    return {**kept, "FKS_HOME": str(home), "FKS_CONFIG": str(config)}
+    # It shows what it does itself; a refresh in between would be one thing too many.
+    quiet = {"FKS_AUTOMATION__REFRESH": "[]", "FKS_AUTOMATION__CHECKS": "false"}
+    return {**kept, **quiet, "FKS_HOME": str(home), "FKS_CONFIG": str(config)}
 
 
 def _key(series: Series) -> Key:

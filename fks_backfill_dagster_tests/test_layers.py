@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "api": FACE,
     "orchestration": FACE,
     "demo": FACE | {"simulator", "orchestration"},
+    "scenario": FACE | {"simulator", "orchestration"},
     "cli": FACE | {"simulator", "api", "orchestration", "demo"},
     "__init__": {"reading"},
     "__main__": {"cli"},

@@ -83,7 +83,7 @@ def test_the_file_of_the_checkout_names_every_key() -> None:
     dumped = Settings().redacted_dump()
     for key in ("batch_size_days", "max_concurrent_requests", "history_start", "symbols"):
         assert key in shown
-    for section in ("provider_priority", "gap_detection", "validation", "alerts"):
+    for section in ("provider_priority", "gap_detection", "validation", "alerts", "automation"):
         assert shown[section].keys() == dumped[section].keys()
     assert {name: set(keys) for name, keys in shown["providers"].items()} == {
         name: set(keys) for name, keys in dumped["providers"].items()
@@ -482,7 +482,14 @@ def test_a_postgresql_address_is_taken(url: str, load: Load) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["sqlite:///x", "localhost/d", "postgresql+psycopg2://h/d", "postgresql://u:pa/ss@h/d", "postgres:h"],
+    [
+        "sqlite:///x",
+        "localhost/d",
+        "postgresql+psycopg2://h/d",
+        "postgresql://u:pa/ss@h/d",
+        "postgresql://u:p@ss@h/d",
+        "postgres:h",
+    ],
 )
 def test_another_address_is_refused(url: str, problems: Callable[..., list[str]]) -> None:
     (told,) = problems("", {"FKS_DATABASE_URL": url})

@@ -1,15 +1,17 @@
 """The assets: one subsettable multi-asset per (asset class, timeframe), materialized by `sync`.
 
 A run may cover many partitions and many series. Each series is synced once over the whole window of
-the run, and then every partition is judged by itself from the ledger: what succeeded is materialized
-with its own numbers, and a run in which something failed ends as failed, which leaves exactly the
-other partitions failed. A failed partition is one that nobody answered for. A candle that is absent
-although a provider answered is a gap: the partition is materialized, the completeness check tells.
+the run (a refresh: from where its last sync ended), and then every partition is judged by itself from
+the ledger: what succeeded is materialized with its own numbers, and a run in which something failed
+ends as failed, which leaves exactly the other partitions failed. A failed partition is one that nobody
+answered for. A candle that is absent although a provider answered is a gap: the partition is
+materialized, the completeness check tells.
 """
 
 # No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,26 +25,51 @@ from dagster import (
     Failure,
     MaterializeResult,
     MetadataValue,
+    TableColumn,
+    TableSchema,
     TimeWindowPartitionsDefinition,
     multi_asset,
 )
 
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
-from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.series import Series, identifier
+from fks_backfill_dagster.orchestration import pace
 from fks_backfill_dagster.orchestration.groups import Group
 from fks_backfill_dagster.orchestration.partitions import partitions_for, windows_of
+from fks_backfill_dagster.orchestration.refreshing import REFRESH, asked_range
 from fks_backfill_dagster.orchestration.resources import ALL, opened
-from fks_backfill_dagster.orchestration.story import Story
+from fks_backfill_dagster.orchestration.story import Lines, Progress, Story
 from fks_backfill_dagster.pipeline.plan import closed_window
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
 from fks_backfill_dagster.settings import Settings
-from fks_backfill_dagster.store.checking import PartState, part_states
+from fks_backfill_dagster.store.checking import PartState, listed_at, part_states, synced_ends
 from fks_backfill_dagster.store.errors import StoreError
 
 # A run costs seconds before its first request and a partition of it milliseconds, so a run takes five
 # years of months. More would leave nothing to run side by side.
 PARTITIONS_PER_RUN = 60
+
+# Series synced side by side in a run. One candle of each is mostly waiting, for a provider and for the
+# database; the requests in flight have a bound of their own.
+SERIES_AT_ONCE = 4
+
+OWNER = "team:market-data"
+TABLE = "fks.ohlcv"
+
+_COLUMNS = TableSchema(
+    [
+        TableColumn("symbol", "text"),
+        TableColumn("timeframe", "text"),
+        TableColumn("ts", "timestamptz", "The candle's open, UTC."),
+        TableColumn("open", "float8"),
+        TableColumn("high", "float8"),
+        TableColumn("low", "float8"),
+        TableColumn("close", "float8"),
+        TableColumn("volume", "float8", "Base units; NULL where the provider has none."),
+        TableColumn("provider", "text", "Who brought this candle."),
+    ]
+)
 
 
 def build_asset(group: Group, settings: Settings) -> AssetsDefinition:
@@ -56,6 +83,7 @@ def build_asset(group: Group, settings: Settings) -> AssetsDefinition:
         backfill_policy=BackfillPolicy.multi_run(PARTITIONS_PER_RUN),
         required_resource_keys=set(ALL),
         can_subset=True,
+        pool=group.asset_class.value,
     )
     def ohlcv(context: AssetExecutionContext) -> Iterator[MaterializeResult[Any]]:
         yield from _materialize(context, group, settings, partitions)
@@ -68,10 +96,18 @@ def _spec(
 ) -> AssetSpec:
     return AssetSpec(
         key,
-        description=f"{series.symbol}: {series.timeframe} candles, rows of fks.ohlcv.",
-        metadata={"symbol": series.symbol, "timeframe": series.timeframe.value},
+        description=f"{series.symbol}: {series.timeframe} candles, rows of {TABLE}.",
+        metadata={
+            "symbol": series.symbol,
+            "timeframe": series.timeframe.value,
+            "dagster/table_name": TABLE,
+            "dagster/column_schema": _COLUMNS,
+        },
         group_name=group.asset_class.value,
         kinds={"timescaledb"},
+        owners=[OWNER],
+        tags={"symbol": identifier(series.symbol), "timeframe": series.timeframe.value},
+        freshness_policy=pace.freshness(group.asset_class, group.timeframe),
         partitions_def=partitions,
         skippable=True,
     )
@@ -96,10 +132,12 @@ class Outcome:
             "expected": part.expected,
             "stored": part.stored,
             "missing": part.missing,
+            "explained": part.missing - part.unexplained,
             "coverage": part.coverage,
             "providers": MetadataValue.json(dict(part.providers)),
             "requests": report.requests,
             "candles_per_second": round(report.total_candles / report.seconds) if report.seconds else 0,
+            "dagster/partition_row_count": part.stored,
         }
 
     def summary(self) -> str:
@@ -114,57 +152,120 @@ def _materialize(
     settings: Settings,
     partitions: TimeWindowPartitionsDefinition,
 ) -> Iterator[MaterializeResult[Any]]:
-    """Materializes the selected series over the partitions of the run, one after the other."""
+    """Materializes the selected series over the partitions of the run, a few at a time."""
     windows = windows_of(partitions, context.partition_keys)
+    selected = {key: one for key, one in group.series.items() if key in context.selected_asset_keys}
+    lines = Lines()
+    progress = Progress(len(selected), lines)
     failed: list[Outcome] = []
-    selected = [key for key in group.series if key in context.selected_asset_keys]
-    with opened(context.resources, settings) as work:
-        for key in selected:
-            try:
-                outcome = materialize_series(context, work, group.series[key], windows, settings)
-            except StoreError as error:  # the database is gone or full: the next series would meet the same
-                raise Failure(description=str(error), allow_retries=False) from error
-            if outcome.failed:
-                failed.append(outcome)
-                _log_succeeded(context, key, outcome)
-                continue
-            for partition in windows:
-                context.add_asset_metadata(outcome.metadata(partition), key, partition)
-            yield MaterializeResult(asset_key=key)
+    with opened(context.resources, settings, lines.warn) as work:
+        try:
+            for key, outcome in _outcomes(context, work, selected, windows, settings, lines):
+                progress.add(outcome.report)
+                if outcome.failed:
+                    failed.append(outcome)
+                    _log_succeeded(context, key, outcome)
+                    continue
+                for partition in windows:
+                    context.add_asset_metadata(outcome.metadata(partition), key, partition)
+                yield MaterializeResult(asset_key=key)
+        except StoreError as error:  # the database is gone or full: the next series would meet the same
+            raise Failure(description=str(error), allow_retries=False) from error
+        finally:
+            progress.end()
+            lines.write(context.log)
     if failed:
         raise _failure(failed, len(selected))
 
 
-def materialize_series(
+def _outcomes(
     context: AssetExecutionContext,
     work: Context,
-    series: Series,
+    selected: Mapping[AssetKey, Series],
     windows: Mapping[str, TimeRange],
     settings: Settings,
-) -> Outcome:
-    """Syncs the series over `windows`, which follow each other, and judges each of them."""
-    hull = TimeRange(min(w.start for w in windows.values()), max(w.end for w in windows.values()))
-    start = min(max(hull.start, settings.start_of(series)), hull.end)
-    window = TimeRange(start, hull.end)
-    grid = grid_of(series)
-    if not grid.count(closed_window(window, grid, work.clock(), None)):  # known without asking anybody
-        context.log.info(f"{series}: nothing is expected in {window}")
-        return Outcome(series, SyncReport(series, window), dict.fromkeys(windows, PartState()), ())
-    story = Story(context.log.info, context.log.warning)
-    report = sync(work, series, window, settings.priority(series), run_id=context.run.run_id, listen=story)
+    lines: Lines,
+) -> Iterator[tuple[AssetKey, Outcome]]:
+    """The outcome of every series as it ends. What the threads tell is logged here: Dagster is not theirs."""
+    is_refresh = REFRESH in context.run.tags
+    ends = synced_ends(work.database, list(selected.values())) if is_refresh else {}
+    detailed = len(selected) <= SERIES_AT_ONCE
+    pool = ThreadPoolExecutor(SERIES_AT_ONCE, thread_name_prefix="series")
+    waiting: dict[Future[Outcome], AssetKey] = {}
+    try:
+        for key, series in selected.items():
+            task = Task(series, windows, settings, context.run.run_id, is_refresh, ends.get(series))
+            waiting[pool.submit(materialize_series, work, task, Story(lines, detailed))] = key
+        while waiting:
+            done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            lines.write(context.log)
+            for future in done:
+                yield waiting.pop(future), future.result()
+    finally:
+        # After an interruption nobody waits for a series in the middle of a retry.
+        pool.shutdown(wait=not waiting, cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One series of a run. `windows` follow each other; `synced_end` matters for a refresh only."""
+
+    series: Series
+    windows: Mapping[str, TimeRange]
+    settings: Settings
+    run_id: str
+    is_refresh: bool = False
+    synced_end: int | None = None
+
+    @property
+    def window(self) -> TimeRange:
+        """The partitions of the run, from where the series is kept."""
+        start, end = min(w.start for w in self.windows.values()), max(w.end for w in self.windows.values())
+        return TimeRange(min(max(start, self.settings.start_of(self.series)), end), end)
+
+    def asked(self, now: int) -> TimeRange:
+        """What is synced."""
+        if not self.is_refresh:
+            return self.window
+        asked = asked_range(self.series, self.synced_end, self.settings, now)
+        return self.window.intersect(asked)
+
+
+def materialize_series(work: Context, task: Task, story: Story) -> Outcome:
+    """Syncs the series, and judges each partition of the run."""
+    series, now, grid = task.series, work.clock(), grid_of(task.series)
+    asked = closed_window(task.asked(now), grid, now, None)
+    if grid.count(asked):
+        priority = task.settings.priority(series)
+        # A person who asks for a partition means its gaps as well, however lately nobody could fill them.
+        recheck = not task.is_refresh
+        report = sync(work, series, asked, priority, recheck=recheck, run_id=task.run_id, listen=story)
+    else:  # known without asking anybody
+        report = SyncReport(series, asked)
     story.end(report)
+    possible = _possible(work, task, report, now)
+    if not grid.count(possible):
+        return Outcome(series, report, dict.fromkeys(task.windows, PartState()), ())
     parts = part_states(
-        work.database, series, {key: part.intersect(report.window) for key, part in windows.items()}
+        work.database, series, {key: part.intersect(possible) for key, part in task.windows.items()}
     )
     unanswered = story.failed_windows
     if report.failed_batches > len(unanswered):  # there was nobody to ask, and so no event of a batch
         unanswered = [report.window]
     failed = tuple(
         key
-        for key, part in windows.items()
-        if parts[key].unexplained and any(part.intersect(lost) for lost in unanswered)
+        for key, part in task.windows.items()
+        if parts[key].missing and any(part.intersect(lost) for lost in unanswered)
     )
     return Outcome(series, report, parts, failed)
+
+
+def _possible(work: Context, task: Task, report: SyncReport, now: int) -> TimeRange:
+    """Where candles of the run's partitions can exist; a sync of all of it has found that out."""
+    if not task.is_refresh:
+        return report.window
+    listed = listed_at(work.database, task.series, task.settings.priority(task.series))
+    return closed_window(task.window, grid_of(task.series), now, listed)
 
 
 def _log_succeeded(context: AssetExecutionContext, key: AssetKey, outcome: Outcome) -> None:

@@ -1,13 +1,14 @@
 """The checks: one subsettable multi-asset check per (asset class, timeframe), evaluated in bulk.
 
 A check speaks of its series as a whole, not of the partitions of a run: it fails as long as anything
-stored of the series is wrong, and it can be run alone, without fetching. It blocks nothing: what a
-failed check says is true of candles that are stored already.
+stored of the series is wrong, in whichever partition; its metadata names those partitions. It can be
+run alone, without fetching. It blocks nothing: what a failed check says is true of candles that are
+stored already.
 """
 
 # No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 from dagster import (
     AssetCheckExecutionContext,
@@ -21,10 +22,20 @@ from dagster import (
     multi_asset_check,
 )
 
+from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso
 from fks_backfill_dagster.orchestration.groups import Group
+from fks_backfill_dagster.orchestration.names import is_monthly
 from fks_backfill_dagster.orchestration.resources import DATABASE
-from fks_backfill_dagster.store.checking import Completeness, Sanity, completeness, sanity
+from fks_backfill_dagster.store.checking import (
+    Completeness,
+    Sanity,
+    bad_parts,
+    completeness,
+    open_parts,
+    sanity,
+)
+from fks_backfill_dagster.store.database import Database
 
 SANITY = "ohlc_sanity"
 COMPLETENESS = "completeness"
@@ -33,6 +44,9 @@ _DESCRIPTIONS = {
     SANITY: "Prices are finite and above zero, high is the highest and low the lowest, volume is not negative.",
     COMPLETENESS: "No gap is open in what was synced: every expected candle is stored or its absence explained.",
 }
+
+
+CHECK_NAMES = tuple(_DESCRIPTIONS)
 
 
 def build_checks(group: Group) -> AssetChecksDefinition:
@@ -58,18 +72,25 @@ def _evaluate(context: AssetCheckExecutionContext, group: Group) -> Iterator[Ass
     """All selected checks with one query per kind, however many series they are about."""
     database = getattr(context.resources, DATABASE).database
     wanted = context.selected_asset_check_keys
-    sane = [key for key in group.series if AssetCheckKey(key, SANITY) in wanted]
-    whole = [key for key in group.series if AssetCheckKey(key, COMPLETENESS) in wanted]
-    found = sanity(database, [group.series[key] for key in sane])
-    states = completeness(database, [group.series[key] for key in whole])
-    results = [_sanity_result(key, found[group.series[key]]) for key in sane]
-    results += [_completeness_result(key, states[group.series[key]]) for key in whole]
+    part = "month" if is_monthly(group.timeframe) else "year"
+    results = _sanity(database, _wanted(group, wanted, SANITY), part)
+    results += _completeness(database, _wanted(group, wanted, COMPLETENESS), part)
     failed = sum(not result.passed for result in results)
     context.log.info(f"{group.asset_class} {group.timeframe}: {len(results)} checks, {failed} failed")
     yield from results
 
 
-def _sanity_result(key: AssetKey, found: Sanity) -> AssetCheckResult:
+def _wanted(group: Group, wanted: Set[AssetCheckKey], name: str) -> dict[AssetKey, Series]:
+    return {key: one for key, one in group.series.items() if AssetCheckKey(key, name) in wanted}
+
+
+def _sanity(database: Database, wanted: Mapping[AssetKey, Series], part: str) -> list[AssetCheckResult]:
+    found = sanity(database, list(wanted.values()))
+    broken = bad_parts(database, [one for one in wanted.values() if found[one].bad], part)
+    return [_sanity_result(key, found[one], broken.get(one, {})) for key, one in wanted.items()]
+
+
+def _sanity_result(key: AssetKey, found: Sanity, broken: Mapping[str, int]) -> AssetCheckResult:
     first = {} if found.first is None else {"first": iso(found.first)}
     return AssetCheckResult(
         asset_key=key,
@@ -77,11 +98,22 @@ def _sanity_result(key: AssetKey, found: Sanity) -> AssetCheckResult:
         passed=found.bad == 0,
         severity=AssetCheckSeverity.ERROR,
         description=f"{found.bad:,} of {found.candles:,} candles break a rule" if found.bad else None,
-        metadata={"candles": found.candles, **found.violations, **first},
+        metadata={
+            "candles": found.candles,
+            **found.violations,
+            **first,
+            "failed_partitions": MetadataValue.json(dict(broken)),
+        },
     )
 
 
-def _completeness_result(key: AssetKey, found: Completeness) -> AssetCheckResult:
+def _completeness(database: Database, wanted: Mapping[AssetKey, Series], part: str) -> list[AssetCheckResult]:
+    found = completeness(database, list(wanted.values()))
+    lacking = open_parts(database, [one for one in wanted.values() if found[one].open_gaps], part)
+    return [_completeness_result(key, found[one], lacking.get(one, [])) for key, one in wanted.items()]
+
+
+def _completeness_result(key: AssetKey, found: Completeness, lacking: Sequence[str]) -> AssetCheckResult:
     text = None
     if not found.expected:
         text = "nothing is synced yet"
@@ -100,5 +132,6 @@ def _completeness_result(key: AssetKey, found: Completeness) -> AssetCheckResult
             "explained": found.missing - found.open_missing,
             "open_gaps": found.open_gaps,
             "coverage": MetadataValue.float(found.coverage),
+            "failed_partitions": MetadataValue.json(list(lacking)),
         },
     )

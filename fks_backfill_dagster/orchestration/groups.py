@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 from dagster import AssetKey
 
-from fks_backfill_dagster.domain.series import AssetClass, Series, identifier
+from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.orchestration.names import asset_path
 from fks_backfill_dagster.settings import Settings
-
-KEY_PREFIX = "ohlcv"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ class Group:
 
 
 def asset_key(series: Series) -> AssetKey:
-    return AssetKey([KEY_PREFIX, identifier(series.symbol), series.timeframe.value])
+    return AssetKey(asset_path(series))
 
 
 def groups_of(settings: Settings) -> tuple[Group, ...]:

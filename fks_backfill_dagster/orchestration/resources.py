@@ -6,7 +6,7 @@ definitions are loaded. Secrets are no fields: Dagster shows fields in its UI an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from fks_backfill_dagster import wiring
 from fks_backfill_dagster.pipeline.sync import Context
 from fks_backfill_dagster.providers.base import Provider, ProviderOptions
 from fks_backfill_dagster.providers.http import Limiter, RequestPool
-from fks_backfill_dagster.providers.registry import BUILT, build, limiter_for, resolve_options
+from fks_backfill_dagster.providers.registry import BUILT, build, resolve_options
 from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.database import Database
 
@@ -59,7 +59,8 @@ class ProviderResource(ConfigurableResource):  # type: ignore[type-arg]
     archive_url: str | None = None
     requests_per_minute: int | None = None
     timeout_seconds: float = 30.0
-    retry_budget_seconds: float = 120.0
+    retry_budget_seconds: float = 20.0
+    longest_wait_seconds: float = 300.0
 
     def options(self, key: str | None) -> ProviderOptions:
         return resolve_options(
@@ -69,11 +70,12 @@ class ProviderResource(ConfigurableResource):  # type: ignore[type-arg]
             requests_per_minute=self.requests_per_minute,
             timeout_seconds=self.timeout_seconds,
             retry_budget_seconds=self.retry_budget_seconds,
+            longest_wait_seconds=self.longest_wait_seconds,
             key=key,
         )
 
     def make(self, options: ProviderOptions, pool: RequestPool, limiter: Limiter) -> Provider:
-        return build(self.provider, options, pool, limiter)
+        return build(self.provider, options, pool, limiter, wiring.now)
 
 
 def default_resources(settings: Settings) -> dict[str, object]:
@@ -107,23 +109,26 @@ def _provider(settings: Settings, name: str) -> ProviderResource:
         requests_per_minute=options.requests_per_minute,
         timeout_seconds=options.timeout_seconds,
         retry_budget_seconds=options.retry_budget_seconds,
+        longest_wait_seconds=options.longest_wait_seconds,
     )
 
 
 @contextmanager
-def opened(resources: Any, settings: Settings) -> Iterator[Context]:
-    """What a sync works with, from a run's resources: one pool and one limiter for all providers."""
+def opened(resources: Any, settings: Settings, tell: Callable[[str], None]) -> Iterator[Context]:
+    """What a sync works with, from a run's resources: one pool for all, limits shared with every process.
+
+    `tell` gets a sentence when a provider keeps everybody waiting, from any thread.
+    """
     given: Mapping[str, ProviderResource] = {name: getattr(resources, name) for name in PROVIDERS}
     options = {name: resource.options(settings.key_of(name)) for name, resource in given.items()}
-    pool = RequestPool(settings.max_concurrent_requests)
+    database: Database = getattr(resources, DATABASE).database
+    pool = RequestPool(settings.max_concurrent_requests, tell=tell)
     try:
-        limiter = limiter_for(options, pool)
-        yield Context(
-            database=getattr(resources, DATABASE).database,
-            providers={name: given[name].make(options[name], pool, limiter) for name in given},
-            clock=wiring.now,
-            batch_size_days=settings.batch_size_days,
-            max_concurrent_requests=settings.max_concurrent_requests,
-        )
+        limiter = wiring.limiter_for(options, database)
+        providers = {name: given[name].make(options[name], pool, limiter) for name in given}
+        yield wiring.make_context(settings, database, providers, options)
+    except BaseException:
+        pool.stop.set()  # ends every wait of a provider at once
+        raise
     finally:
         pool.close()

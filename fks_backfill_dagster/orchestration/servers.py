@@ -39,6 +39,9 @@ START_SECONDS = 120.0
 EVENTS_AT_ONCE = "100"
 """Materialization events of a range run are written in batches: half the time (dagster-postgres only)."""
 
+FRESHNESS_SECONDS = "120"
+"""Between two looks at the freshness of all series: thousands cost seconds, and none is stale within minutes."""
+
 Say = Callable[[str], object]
 
 
@@ -109,6 +112,19 @@ def down(settings: Settings, *, say: Say = click.echo) -> list[str]:
     return ran
 
 
+def stop_part(settings: Settings, name: str) -> None:
+    """Stops one of the two, as a restart of it begins."""
+    with _alone(settings):
+        stop([Background(settings.home, name)])
+
+
+def free_port() -> int:
+    """A port on which nobody listens now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
 def _alone(settings: Settings) -> Iterator[None]:
     """Two `up` at the same time wait for each other; the kernel frees the lock of one that dies."""
@@ -136,7 +152,11 @@ def _start(settings: Settings, missing: list[Background], port: int, environment
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(_project_file(settings, "dagster.yaml"), folder / "dagster.yaml")
     workspace = ["--workspace", str(_project_file(settings, "workspace.yaml"))]
-    own = {"DAGSTER_HOME": str(folder), "DAGSTER_EVENT_BATCH_SIZE": EVENTS_AT_ONCE}
+    own = {
+        "DAGSTER_HOME": str(folder),
+        "DAGSTER_EVENT_BATCH_SIZE": EVENTS_AT_ONCE,
+        "FRESHNESS_DAEMON_INTERVAL_SECONDS": FRESHNESS_SECONDS,
+    }
     if settings.config_file is not None:
         own["FKS_CONFIG"] = str(settings.config_file)
     commands = {

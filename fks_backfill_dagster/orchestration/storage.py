@@ -20,9 +20,7 @@ from dagster_postgres import DagsterPostgresStorage
 from fks_backfill_dagster import wiring
 from fks_backfill_dagster.orchestration.servers import dagster_folder
 from fks_backfill_dagster.settings import load_settings
-from fks_backfill_dagster.store.lending import lend_schema
-
-SCHEMA = "dagster"
+from fks_backfill_dagster.store.lending import DAGSTER_SCHEMA, lend_schema
 
 
 class DatabaseStorage(DagsterPostgresStorage):
@@ -72,4 +70,4 @@ def storage_url(database_url: str) -> str:
 
     The driver is named: SQLAlchemy 2.1 reads `postgresql://` as psycopg 3, which breaks dagster-postgres.
     """
-    return lend_schema(database_url, SCHEMA, "psycopg2")
+    return lend_schema(database_url, DAGSTER_SCHEMA, "psycopg2")

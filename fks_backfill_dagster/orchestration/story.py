@@ -1,12 +1,14 @@
-"""The story of one sync in a few log lines: every line is an event in Dagster's database.
+"""The story of a run in some twenty log lines: every line is an event in Dagster's database.
 
-What is planned, a line per tenth of the way as long as that takes seconds, warnings, the result.
+Of a few series: what is planned, a line per tenth of the way as long as that takes seconds, the result.
+Of many: a line per tenth of the series, and the sum. Warnings always, up to a number.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Protocol
 
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.pipeline.events import BatchDone, Planned, SyncEvent, Warned
@@ -14,15 +16,54 @@ from fks_backfill_dagster.pipeline.sync import SyncReport
 
 STEPS = 10
 QUIET_SECONDS = 2.0
+MOST_WARNINGS = 8
 
-Log = Callable[[str], object]
+
+class Log(Protocol):
+    """What lines are written to in the end, such as Dagster's log."""
+
+    def info(self, message: str, /) -> object: ...
+
+    def warning(self, message: str, /) -> object: ...
+
+
+class Lines:
+    """What several threads have to say, until one of them writes it."""
+
+    def __init__(self) -> None:
+        self._waiting: SimpleQueue[tuple[bool, str]] = SimpleQueue()
+        self._warnings = 0
+
+    def info(self, text: str) -> None:
+        self._waiting.put((False, text))
+
+    def warn(self, text: str) -> None:
+        self._waiting.put((True, text))
+
+    def write(self, log: Log) -> None:
+        """Writes what has come; of warnings the first ones only, and how to see the others."""
+        while True:
+            try:
+                is_warning, text = self._waiting.get_nowait()
+            except Empty:
+                return
+            if not is_warning:
+                log.info(text)
+                continue
+            self._warnings += 1
+            if self._warnings <= MOST_WARNINGS:
+                log.warning(text)
+            elif self._warnings == MOST_WARNINGS + 1:
+                log.warning(
+                    "Further warnings are left out; the partitions and checks tell what came of them."
+                )
 
 
 class Story:
     """The listener of one sync. `failed_windows` are the windows of the batches that failed."""
 
-    def __init__(self, info: Log, warn: Log) -> None:
-        self._info, self._warn = info, warn
+    def __init__(self, lines: Lines, detailed: bool = True) -> None:
+        self._lines, self._detailed = lines, detailed
         self._batches = self._done = self._candles = self._told = 0
         self._spoke_at = time.monotonic()
         self.failed_windows: list[TimeRange] = []
@@ -34,23 +75,26 @@ class Story:
             case BatchDone():
                 self._progress(event)
             case Warned():
-                self._warn(f"{event.series}: {event.message}")
+                self._lines.warn(f"{event.series}: {event.message}")
 
     def end(self, report: SyncReport) -> None:
-        speed = round(report.total_candles / report.seconds) if report.seconds else 0
-        self._info(
-            f"{report.series}: {report.total_candles:,} candles stored in {report.seconds:.1f} s"
-            f" ({speed:,} a second, {report.requests:,} requests);"
+        if not self._detailed:
+            return
+        if not report.expected:
+            self._lines.info(f"{report.series}: nothing is expected in {report.window}")
+            return
+        self._lines.info(
+            f"{report.series}: {_stored(report.total_candles, report.requests, report.seconds)};"
             f" {report.missing:,} of {report.expected:,} expected are missing"
         )
 
     def _plan(self, event: Planned) -> None:
         plan = event.plan
         self._batches = len(plan.batches)
-        if not plan.batches:
+        if not plan.batches or not self._detailed:
             return  # the result says it all
         asked = ", ".join(event.providers) or "nobody"
-        self._info(
+        self._lines.info(
             f"{event.series}: {plan.missing:,} of {plan.expected:,} candles are missing in {plan.window};"
             f" asking {asked} in {self._batches} batches"
         )
@@ -62,10 +106,44 @@ class Story:
             self.failed_windows.append(event.window)
         step = self._done * STEPS // self._batches
         quiet = time.monotonic() - self._spoke_at < QUIET_SECONDS
-        if step == self._told or quiet or self._done == self._batches:
+        if step == self._told or quiet or self._done == self._batches or not self._detailed:
             return
         self._told, self._spoke_at = step, time.monotonic()
-        self._info(
+        self._lines.info(
             f"{event.series}: {self._done} of {self._batches} batches, {self._candles:,} candles,"
             f" up to {event.window}"
         )
+
+
+class Progress:
+    """The story of a run of many series; of a single one its own story says it all."""
+
+    def __init__(self, series: int, lines: Lines) -> None:
+        self._series, self._lines = series, lines
+        self._done = self._told = self._candles = self._requests = self._left = 0
+        self._began = self._spoke_at = time.monotonic()
+
+    def add(self, report: SyncReport) -> None:
+        self._done += 1
+        self._candles += report.total_candles
+        self._requests += report.requests
+        self._left += not report.complete
+        step = self._done * STEPS // self._series
+        if step == self._told or time.monotonic() - self._spoke_at < QUIET_SECONDS:
+            return
+        self._told, self._spoke_at = step, time.monotonic()
+        self._lines.info(f"{self._done} of {self._series} series, {self._candles:,} candles")
+
+    def end(self) -> None:
+        if self._series == 1:
+            return
+        seconds = time.monotonic() - self._began
+        self._lines.info(
+            f"{self._done} of {self._series} series: {_stored(self._candles, self._requests, seconds)};"
+            f" {self._left} of them are not complete"
+        )
+
+
+def _stored(candles: int, requests: int, seconds: float) -> str:
+    speed = round(candles / seconds) if seconds else 0
+    return f"{candles:,} candles stored in {seconds:.1f} s ({speed:,} a second, {requests:,} requests)"

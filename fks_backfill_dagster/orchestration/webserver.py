@@ -28,15 +28,21 @@ class DagsterRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run as Dagster sees it; `assets` are the keys it was asked for."""
+    """A run as Dagster sees it: `assets` are the keys it was asked for, `partitions` the first and the last.
+
+    `will_retry`: its worker was lost, and Dagster is about to start it once more; `retried`: it has.
+    """
 
     id: str
     status: str
     assets: tuple[tuple[str, ...], ...] = ()
+    partitions: tuple[str, str] | None = None
+    will_retry: bool = False
+    retried: bool = False
 
     @property
     def finished(self) -> bool:
-        return self.status in FINISHED
+        return self.status in FINISHED and (self.retried or not self.will_retry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +145,8 @@ class Webserver:
         """The status of a backfill and its runs so far. Raises DagsterRefused."""
         found = self.ask(
             "query($id: String!) { partitionBackfillOrError(backfillId: $id) { __typename"
-            " ... on PartitionBackfill { status error { message } runs { id status assetSelection { path } } }"
+            " ... on PartitionBackfill { status error { message }"
+            " runs { id status tags { key value } assetSelection { path } } }"
             " ... on PythonError { message } } }",
             id=identity,
         )["partitionBackfillOrError"]
@@ -148,6 +155,18 @@ class Webserver:
         if found["error"]:
             raise DagsterRefused(f"the backfill failed: {found['error']['message']}")
         return found["status"], [_run(run) for run in found["runs"]]
+
+    def failed_partitions(self, asset: tuple[str, ...], keys: Sequence[str]) -> list[str]:
+        """Those of `keys` that the asset's page shows as failed."""
+        found = self.ask(
+            "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { __typename ... on AssetNode {"
+            " assetPartitionStatuses { ... on TimePartitionStatuses { ranges { status startKey endKey } } } } } }",
+            key={"path": list(asset)},
+        )["assetNodeOrError"]
+        if found["__typename"] != "AssetNode":
+            raise DagsterRefused(f"{'/'.join(asset)}: {found['__typename']}")
+        ranges = [r for r in found["assetPartitionStatuses"]["ranges"] if r["status"] == "FAILED"]
+        return [key for key in keys if any(r["startKey"] <= key <= r["endKey"] for r in ranges)]
 
     def run(self, identity: str) -> Run:
         found = self.ask(
@@ -184,4 +203,15 @@ class Webserver:
 
 def _run(found: Mapping[str, Any]) -> Run:
     assets = tuple(tuple(key["path"]) for key in found["assetSelection"] or ())
-    return Run(found["id"], found["status"], assets)
+    tags = {tag["key"]: tag["value"] for tag in found["tags"]}
+    one = tags.get("dagster/partition")
+    first = tags.get("dagster/asset_partition_range_start", one)
+    last = tags.get("dagster/asset_partition_range_end", one)
+    return Run(
+        found["id"],
+        found["status"],
+        assets,
+        (first, last) if first and last else None,
+        will_retry=tags.get("dagster/will_retry") == "true",
+        retried="dagster/auto_retry_run_id" in tags,
+    )

@@ -130,9 +130,11 @@ def test_candles_that_an_answer_lacks_are_a_gap_and_no_failure(
     market.plant_outage("binance", TimeRange(instant("2024-02-01"), instant("2024-03-01")), "BTC/USDT")
     done = mine.materialize("15m", "2024-02-01")
     assert done.success
-    assert metadata_of(mine.instance, mine.key("BTC/USDT", "15m"))["2024-02-01"]["missing"] == 2784
-    failed = {e.check_name: e.passed for e in done.get_asset_check_evaluations()}
-    assert failed == {"ohlc_sanity": True, "completeness": False}
+    numbers = metadata_of(mine.instance, mine.key("BTC/USDT", "15m"))["2024-02-01"]
+    assert (numbers["missing"], numbers["explained"], numbers["coverage"]) == (2784, 2784, 0)
+    # The only provider was asked, so the gap is explained, which is no open one.
+    passed = {e.check_name: e.passed for e in done.get_asset_check_evaluations()}
+    assert passed == {"ohlc_sanity": True, "completeness": True}
 
 
 def test_a_provider_that_is_not_there_fails_every_partition(

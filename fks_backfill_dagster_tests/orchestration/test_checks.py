@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 from dagster import AssetCheckKey, AssetSelection, ExecuteInProcessResult
 
-from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project
+from fks_backfill_dagster_tests.orchestration.test_assets import plant_failure
 from fks_backfill_dagster_tests.store.builders import execute
 
 
@@ -74,6 +73,7 @@ def test_whole_series_pass_and_nothing_is_fetched(stored: Project, market: Local
         "explained": 0,
         "open_gaps": 0,
         "coverage": 1.0,
+        "failed_partitions": [],
     }
 
 
@@ -99,24 +99,29 @@ def test_a_broken_candle_is_found_whichever_rule_it_breaks(stored: Project, data
     assert found["bad_volume"] == found["not_finite"] == found["not_positive"] == 1
     assert found["high_low"] == 2  # a NaN open is above its high
     assert found["first"] == "2024-01-03T00:00:00+00:00"
+    assert found["failed_partitions"] == {"2024-01-01": 4}
 
 
 def test_an_open_gap_of_any_month_fails_the_series_until_it_is_filled(
     project: MakeProject, market: LocalMarket
 ) -> None:
     mine = project("BTC/USDT", "ETH/USDT")
-    outage = TimeRange(instant("2024-01-10T00:00"), instant("2024-01-10T06:00"))
-    market.plant_outage("binance", outage, "BTC/USDT")
-    january = mine.materialize("15m", "2024-01-01")
-    assert outcomes(january)["BTC_USDT", "completeness"] is False
+    plant_failure(market, "BTCUSDT", "2024-01-10T00:00", "2024-01-10T06:00")
+    assert not mine.materialize("15m", "2024-01-01").success
+    alone = run_checks(mine, AssetCheckKey(mine.key("BTC/USDT", "15m"), "completeness"))
+    assert outcomes(alone) == {("BTC_USDT", "completeness"): False}
     february = mine.materialize("15m", "2024-02-01")
     assert outcomes(february)["BTC_USDT", "completeness"] is False
     found = metadata(february, "BTC_USDT", "completeness")
-    assert (found["expected"], found["missing"], found["open_gaps"]) == (5760, 24, 1)
-    assert found["coverage"] == pytest.approx(5736 / 5760)
-    market.clear_outages()
+    assert found["expected"] == 5760
+    assert found["open_gaps"] > 0
+    assert found["stored"] + found["missing"] == 5760
+    assert found["coverage"] == pytest.approx(found["stored"] / 5760)
+    assert found["failed_partitions"] == ["2024-01-01"]
+    market.clear_faults()
     filled = mine.materialize("15m", "2024-01-01")
     assert outcomes(filled)["BTC_USDT", "completeness"] is True
+    assert metadata(filled, "BTC_USDT", "completeness")["failed_partitions"] == []
 
 
 def test_a_series_that_was_never_synced_is_pending_and_fails_nothing(project: MakeProject) -> None:

@@ -8,9 +8,10 @@ from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe
 from fks_backfill_dagster.orchestration import story
-from fks_backfill_dagster.orchestration.story import Story
+from fks_backfill_dagster.orchestration.story import Lines, Progress, Story
 from fks_backfill_dagster.pipeline.events import BatchDone, Planned, Warned
 from fks_backfill_dagster.pipeline.plan import Batch, Plan
+from fks_backfill_dagster.pipeline.sync import SyncReport
 
 SERIES = Series("BTC/USDT", Timeframe.M1, AssetClass.CRYPTO)
 
@@ -19,11 +20,32 @@ def day(n: int) -> TimeRange:
     return TimeRange(n * MICROS_PER_DAY, (n + 1) * MICROS_PER_DAY)
 
 
-def told(batches: int, failed: frozenset[int] = frozenset()) -> tuple[list[str], list[str], Story]:
-    """The lines of a sync of so many batches, a day each: information and warnings."""
-    info: list[str] = []
-    warnings: list[str] = []
-    listener = Story(info.append, warnings.append)
+class Heard:
+    """A log that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.warnings: list[str] = []
+
+    def info(self, message: str, /) -> None:
+        self.lines.append(message)
+
+    def warning(self, message: str, /) -> None:
+        self.warnings.append(message)
+
+
+def heard(lines: Lines) -> Heard:
+    log = Heard()
+    lines.write(log)
+    return log
+
+
+def told(
+    batches: int, failed: frozenset[int] = frozenset(), detailed: bool = True
+) -> tuple[list[str], Lines, Story]:
+    """The lines of a sync of so many batches, a day each."""
+    lines = Lines()
+    listener = Story(lines, detailed)
     hull = TimeRange(0, batches * MICROS_PER_DAY)
     parts = tuple(Batch(day(n), RangeSet([day(n)]), 1440) for n in range(batches))
     plan = Plan(SERIES, hull, 1440 * batches, 1440 * batches, RangeSet([hull]), parts)
@@ -31,7 +53,7 @@ def told(batches: int, failed: frozenset[int] = frozenset()) -> tuple[list[str],
     for n in range(batches):
         error = "binance: 503" if n in failed else None
         listener(BatchDone(SERIES, day(n), 0 if error else 1440, 0, ("binance",), error))
-    return info, warnings, listener
+    return heard(lines).lines, lines, listener
 
 
 def test_a_quick_sync_says_only_what_it_is_about() -> None:
@@ -51,8 +73,45 @@ def test_failed_windows_are_kept() -> None:
     assert told(5, frozenset({1, 3}))[2].failed_windows == [day(1), day(3)]
 
 
+def test_one_of_many_says_nothing_and_notes_its_failures() -> None:
+    info, _, listener = told(10, frozenset({7}), detailed=False)
+    assert info == []
+    assert listener.failed_windows == [day(7)]
+
+
 def test_a_warning_is_one() -> None:
-    info, warnings, listener = told(1)
+    _, lines, listener = told(1)
     listener(Warned(SERIES, "polygon is skipped: POLYGON_API_KEY is not set"))
-    assert warnings == ["BTC/USDT 1m: polygon is skipped: POLYGON_API_KEY is not set"]
-    assert len(info) == 1
+    assert heard(lines).warnings == ["BTC/USDT 1m: polygon is skipped: POLYGON_API_KEY is not set"]
+
+
+def test_many_warnings_are_cut_and_that_is_said() -> None:
+    lines = Lines()
+    for n in range(40):
+        lines.warn(f"warning {n}")
+    said = heard(lines).warnings
+    assert said[:2] == ["warning 0", "warning 1"]
+    assert len(said) == story.MOST_WARNINGS + 1
+    assert "left out" in said[-1]
+    lines.warn("one more")
+    assert heard(lines).warnings == []
+
+
+def test_many_series_take_ten_lines_and_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(story, "QUIET_SECONDS", 0)
+    lines = Lines()
+    progress = Progress(50, lines)
+    for n in range(50):
+        progress.add(SyncReport(SERIES, day(0), total_candles=2, requests=1, missing=int(n == 3)))
+    progress.end()
+    said = heard(lines).lines
+    assert len(said) == 11
+    assert said[-1].startswith("50 of 50 series: 100 candles stored in ")
+    assert said[-1].endswith("50 requests); 1 of them are not complete")
+
+
+def test_a_single_series_needs_no_sum() -> None:
+    lines = Lines()
+    progress = Progress(1, lines)
+    progress.end()
+    assert heard(lines).lines == []

@@ -1,0 +1,159 @@
+"""Cases with Dagster in them: what a run costs, how long pages take, a refresh of thousands of series."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+from bench.dagster_world import (
+    Orchestra,
+    environment_of,
+    launch_all,
+    orchestra,
+    requests_of,
+    took,
+    until_ended,
+)
+from bench.result import Result
+from bench.world import World, window
+from fks_backfill_dagster import wiring
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.orchestration import launching
+from fks_backfill_dagster.orchestration.webserver import Webserver
+from fks_backfill_dagster.pipeline.plan import GRACE
+from fks_backfill_dagster.pipeline.sync import sync
+from fks_backfill_dagster.settings import CHECKOUT, load_settings
+
+MANY = 2000
+SIXTY_MONTHS = window(2019, 5)
+_MINUTES = [{"symbol": "BTC/USDT", "asset_class": "crypto", "timeframes": ["1m"]}]
+
+
+def overhead(place: World, runs: int) -> list[Result]:
+    """(h) a Dagster run of 60 months of 1m against the command line's sync of the same; (i) an empty run."""
+    place.prepare("archive", SIXTY_MONTHS)
+    ratios, empty, walls = [], [], []
+    with tempfile.TemporaryDirectory(prefix="fks-bench-") as home:
+        environment = environment_of(Path(home), place.database_url, place.market_url, _MINUTES, "2019-01-01")
+        with orchestra(environment) as dagster:
+            for _ in range(runs):
+                place.clear()
+                began = time.perf_counter()
+                plain = _command_line(environment)
+                walls.append(time.perf_counter() - began)
+                place.clear()
+                ratios.append(_run_seconds(dagster) / plain)
+                empty.append(_run_seconds(dagster))
+    detail = f"the whole command takes {median(walls):.1f} s"
+    return [
+        Result("(h) run of 60 months of 1m / fks-backfill backfill", ratios, 1.3, False, detail),
+        Result("(i) the same again: a run's own cost, seconds", empty, 2.0, False, "nothing to fetch"),
+    ]
+
+
+def _command_line(environment: dict[str, str]) -> float:
+    """Seconds of the sync itself, without imports."""
+    asked = ["BTC/USDT", "1m", "--start", "2019-01-01", "--end", "2024-01-01", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fks_backfill_dagster", "backfill", *asked],
+        env=environment,
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(json.loads(done.stdout)["seconds"])
+
+
+def _run_seconds(dagster: Orchestra) -> float:
+    """From RUN_START to RUN_SUCCESS of one run over the 60 months."""
+    series = dagster.settings.series()[0]
+    one = launching.order(dagster.settings, series, SIXTY_MONTHS)
+    identity = launching.start(dagster.web, [one])
+    done = launching.watch(dagster.web, identity, [one], lambda seen: None)
+    (times,) = until_ended(dagster.web, [run.id for run in done.runs])
+    if not done.succeeded:
+        raise SystemExit(f"the run did not do what was to be measured: {done}")
+    return times.ended - times.started
+
+
+def refresh(place: World, runs: int) -> list[Result]:
+    """(j) one look that finds a new candle of 2,000 series; (k) the UI's pages with them. Once, it is long."""
+    symbols = [
+        {"symbol": f"C{n:04d}/USDT", "asset_class": "crypto", "timeframes": ["1h"]} for n in range(MANY)
+    ]
+    place.clear()
+    with tempfile.TemporaryDirectory(prefix="fks-bench-") as home:
+        environment = environment_of(Path(home), place.database_url, place.market_url, symbols, "2024-01-01")
+        _seed(environment)
+        with orchestra(environment) as dagster:
+            web = dagster.web
+            began = time.perf_counter()
+            asked = requests_of(web, "refresh_1h", time.time() // 3600 * 3600 + 1200)
+            looked = time.perf_counter() - began
+            ids = launch_all(web, "ohlcv_years", asked)
+            launched = time.perf_counter() - began
+            times = until_ended(web, ids)
+            seconds = time.perf_counter() - began
+            if {t.status for t in times} != {"SUCCESS"}:
+                raise SystemExit(f"not all of the refresh succeeded: {[t.status for t in times]}")
+            detail = (
+                f"{len(ids)} runs: look {looked:.1f} s, launching {launched - looked:.1f} s; of a run:"
+                f" worker {median(t.started - t.launched for t in times):.1f} s,"
+                f" work {median(t.ended - t.started for t in times):.1f} s"
+            )
+            pages = [_page(web, name, *query) for name, query in _PAGES.items()]
+    return [Result(f"(j) refresh of {MANY:,} series, seconds", [seconds], 300, False, detail), *pages]
+
+
+def _page(web: Webserver, name: str, query: str, variables: dict[str, object]) -> Result:
+    values = [took(lambda: web.ask(query, **variables)) for _ in range(3)]
+    return Result(f"(k) {name}, seconds", values, 3.0, False, f"{MANY:,} series")
+
+
+_KEY = {"path": ["ohlcv", "C0007_USDT", "1h"]}
+# What the UI's asset page, its asset list and the dialog of a backfill ask for.
+_PAGES: dict[str, tuple[str, dict[str, object]]] = {
+    "asset page": (
+        "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode { id description"
+        " groupName kinds owners { ... on TeamAssetOwner { team } } partitionStats { numMaterialized numFailed }"
+        " partitionKeysByDimension { name partitionKeys } assetMaterializations(limit: 100) { partition timestamp"
+        " metadataEntries { label } } assetChecksOrError { ... on AssetChecks { checks { name"
+        " executionForLatestMaterialization { status } } } } } } }",
+        {"key": _KEY},
+    ),
+    "backfill dialog": (
+        "query($keys: [AssetKeyInput!]!) { assetNodes(assetKeys: $keys) { id assetKey { path }"
+        " partitionKeysByDimension { name type partitionKeys } assetPartitionStatuses { ... on"
+        " TimePartitionStatuses { ranges { status startKey endKey } } } } }",
+        {"keys": [_KEY]},
+    ),
+    "asset catalogue": (
+        "{ assetNodes { id assetKey { path } groupName kinds isPartitioned hasAssetChecks } }",
+        {},
+    ),
+}
+
+
+def _seed(environment: dict[str, str]) -> None:
+    """Syncs every series up to its last candle but one."""
+    settings = load_settings(environment, CHECKOUT)
+    with wiring.open_app(settings) as app, ThreadPoolExecutor(4) as pool:
+        now = wiring.now()
+
+        def seed(series: Series) -> None:
+            step = series.timeframe.micros
+            end = grid_of(series).closed_end(now - GRACE) - step
+            report = sync(app.context, series, TimeRange(end - 3 * step, end), ["binance"])
+            if report.missing:
+                raise SystemExit(f"the seed went wrong: {report}")
+
+        list(pool.map(seed, settings.series()))

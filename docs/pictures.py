@@ -1,0 +1,212 @@
+"""`make pictures`: the pictures of the README, taken from the real pages of a real demo.
+
+Runs the demo in a scratch home with its servers left up, opens Dagster's pages in a headless Chromium over
+the DevTools protocol, waits until each shows what its caption says, and writes docs/pictures/*.png. A picture
+whose page never shows it is an error, not a picture of a spinner. Nothing is left running.
+
+To add one: a line in PICTURES. Names of pictures on the command line take only these.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.request import ProxyHandler, Request, build_opener
+
+import click
+from websockets.sync.client import ClientConnection, connect  # Dagster's webserver brings it along
+
+from fks_backfill_dagster.demo import run_demo
+from fks_backfill_dagster.orchestration import servers
+from fks_backfill_dagster.orchestration.processes import Background
+from fks_backfill_dagster.settings import CHECKOUT, load_settings
+
+FOLDER = Path(__file__).parent / "pictures"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+LARGEST = 200_000
+"""Bytes of a PNG: a clone should stay small."""
+
+READY_SECONDS = 60.0
+SETTLED_SECONDS = 1.5
+"""How long a page must have shown everything, without a spinner, before it is taken: animations end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One page. `shows` are texts that must be visible; `presses` is clicked first, by its text."""
+
+    name: str
+    path: str
+    shows: tuple[str, ...]
+    width: int = 1280
+    height: int = 720
+    presses: tuple[str, ...] = ()
+
+
+_GROUP = "/locations/__repository__@fks_backfill/asset-groups/crypto"
+_BTC = "/assets/ohlcv/BTC_USDT/1m"
+
+# The demo plants its outages in the month before this one: the partition that has two providers.
+_HIT = f"{datetime.now(UTC).replace(day=1) - timedelta(days=1):%Y-%m}-01"
+
+PICTURES = (
+    # The list and not the graph: a node of the graph shows the last part of a key only, so nine nodes
+    # would be called 1m, 1h or 1d, and nothing depends on anything.
+    Picture("assets", f"{_GROUP}/list", ("BTC_USDT", "SOL_USDT", "25 partitions"), width=1440, height=780),
+    Picture(
+        "partition",
+        f"{_BTC}?view=partitions&partition={_HIT}",
+        ("coverage", '"polygon": 240', "candles_per_second"),
+        height=880,
+    ),
+    Picture("check", f"{_BTC}?view=checks&checkDetail=completeness", ("coverage", "Passed")),
+)
+
+
+class NoPicture(Exception):
+    """One sentence: what is missing, and what to do."""
+
+
+class Page:
+    """A tab of the browser."""
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self._connection, self._last = connection, 0
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """One command of the DevTools protocol; events that come in between are passed over."""
+        self._last += 1
+        self._connection.send(json.dumps({"id": self._last, "method": method, "params": parameters}))
+        while True:
+            answer = json.loads(self._connection.recv(timeout=READY_SECONDS))
+            if answer.get("id") != self._last:
+                continue
+            if "error" in answer:
+                raise NoPicture(f"the browser refused {method}: {answer['error']['message']}.")
+            found: dict[str, Any] = answer["result"]
+            return found
+
+    def value(self, expression: str) -> Any:
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        return found["result"].get("value")
+
+    def take(self, url: str, picture: Picture) -> bytes:
+        """The page as PNG, once it shows what it should."""
+        size = {"width": picture.width, "height": picture.height, "deviceScaleFactor": 1, "mobile": False}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.call("Page.navigate", url=f"{url}{picture.path}")
+        for text in picture.presses:
+            self._wait(picture, f"Boolean({_element(text)})", f"has no {text!r} to press")
+            self.value(f"{_element(text)}.click()")
+        shown = " && ".join(f"document.body.innerText.includes({json.dumps(text)})" for text in picture.shows)
+        self._wait(picture, f"({shown}) && {_QUIET}", f"does not show {', '.join(picture.shows)}")
+        return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
+
+    def _wait(self, picture: Picture, condition: str, otherwise: str) -> None:
+        deadline, since = time.monotonic() + READY_SECONDS, None
+        while time.monotonic() < deadline:
+            if not self.value(condition):
+                since = None
+            elif since is None:
+                since = time.monotonic()
+            elif time.monotonic() - since > SETTLED_SECONDS:
+                return
+            time.sleep(0.2)
+        said = self.value("document.body.innerText.slice(0, 600)")
+        raise NoPicture(f"{picture.name}: {picture.path} {otherwise}; it says:\n{said}")
+
+
+_QUIET = "!document.querySelector('[class*=pinner], [class*=oast] [class*=ntent-danger]')"
+
+
+def _element(text: str) -> str:
+    """The innermost element with exactly this text."""
+    return (
+        "[...document.querySelectorAll('button, a, div, span')]"
+        f".findLast(e => e.innerText?.trim() === {json.dumps(text)})"
+    )
+
+
+@contextmanager
+def browser() -> Iterator[Page]:
+    """A headless Chromium of its own, gone afterwards."""
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        raise NoPicture(
+            f"no browser found ({', '.join(BROWSERS)}): install Chromium (Debian: apt-get install chromium)."
+        )
+    quiet = ("gpu", "quic", "background-networking", "component-update", "sync", "extensions")
+    with tempfile.TemporaryDirectory(prefix="fks-browser-", ignore_cleanup_errors=True) as profile:
+        command = [program, "--headless", "--no-first-run", "--hide-scrollbars", "--remote-debugging-port=0"]
+        command += [f"--disable-{name}" for name in quiet]
+        command += ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses root
+        command += [f"--user-data-dir={profile}", "about:blank"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            with connect(_tab(Path(profile), process), max_size=None, proxy=None) as connection:
+                yield Page(connection)
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _tab(profile: Path, process: subprocess.Popen[bytes]) -> str:
+    """The address of a new tab's debugger."""
+    told, deadline = profile / "DevToolsActivePort", time.monotonic() + READY_SECONDS
+    while not (told.exists() and told.read_text().strip()):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise NoPicture(f"the browser did not start (exit code {process.poll()}).")
+        time.sleep(0.1)
+    url = f"http://127.0.0.1:{told.read_text().split()[0]}/json/new?about:blank"
+    with build_opener(ProxyHandler({})).open(Request(url, method="PUT"), timeout=READY_SECONDS) as answer:
+        return str(json.loads(answer.read())["webSocketDebuggerUrl"])
+
+
+@contextmanager
+def demo() -> Iterator[str]:
+    """The URL of Dagster after a demo in a scratch home; stopped and removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="fks-pictures-", ignore_cleanup_errors=True) as folder:
+        home = Path(folder)
+        try:
+            if run_demo(keep=True, home=home):
+                raise NoPicture("the demo did not succeed, so there is nothing to take a picture of.")
+            yield f"http://{servers.HOST}:{Background(home, servers.WEBSERVER).port}"
+        finally:
+            environment = {"FKS_HOME": folder, "FKS_CONFIG": f"{folder}/backfill.yaml"}
+            servers.down(load_settings(environment, CHECKOUT), say=lambda text: None)
+
+
+def main(names: Sequence[str]) -> int:
+    chosen = [picture for picture in PICTURES if not names or picture.name in names]
+    try:
+        unknown = set(names) - {picture.name for picture in PICTURES}
+        if unknown:
+            raise NoPicture(f"there is no picture {', '.join(sorted(unknown))}.")
+        with browser() as page, demo() as url:
+            FOLDER.mkdir(exist_ok=True)
+            for picture in chosen:
+                content = page.take(url, picture)
+                if len(content) > LARGEST:
+                    raise NoPicture(f"{picture.name} has {len(content):,} bytes: make its page smaller.")
+                (FOLDER / f"{picture.name}.png").write_bytes(content)
+                click.echo(f"docs/pictures/{picture.name}.png  {len(content):,} bytes")
+    except NoPicture as error:
+        click.echo(f"Error: {error}", err=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,37 @@
+"""The jobs: one per grain of partitions, as one run cannot mix them, and one for all checks.
+
+The backfills of the UI need none of these: Dagster's own asset job runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dagster import AssetSelection
+from dagster import define_asset_job as define
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+
+from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.orchestration.groups import Group
+from fks_backfill_dagster.orchestration.names import is_monthly
+
+MONTHS, YEARS, CHECKS = "ohlcv_months", "ohlcv_years", "ohlcv_checks"
+
+
+def job_name(timeframe: Timeframe) -> str:
+    """The job that materializes series of this timeframe."""
+    return MONTHS if is_monthly(timeframe) else YEARS
+
+
+def build_jobs(groups: Sequence[Group]) -> list[UnresolvedAssetJobDefinition]:
+    """The jobs that have anything to do."""
+    jobs = []
+    for name, text in ((MONTHS, "below 1h, by month"), (YEARS, "from 1h up, by year")):
+        keys = [key for group in groups if job_name(group.timeframe) == name for key in group.series]
+        if keys:
+            selection = AssetSelection.assets(*keys).without_checks()
+            jobs.append(define(name, selection, description=f"Materializes the series {text}; no checks."))
+    if groups:
+        checks = AssetSelection.all_asset_checks()
+        jobs.append(define(CHECKS, checks, description="All checks of all series. Fetches nothing."))
+    return jobs

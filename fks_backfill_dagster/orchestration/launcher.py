@@ -1,0 +1,61 @@
+"""Launches runs as Dagster does by default, and can tell whether a run's worker still lives.
+
+Dagster's own launcher cannot, so a run whose code server was killed would stay "started" for ever. The
+code server that launched a run is asked; where nobody answers at its address any more, or it does not
+know the run, the worker is gone. Run monitoring (dagster.yaml) fails such a run, and it is tried again.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dagster import DagsterRun
+from dagster._core.errors import DagsterUserCodeUnreachableError
+from dagster._core.launcher import DefaultRunLauncher, WorkerStatus
+from dagster._core.launcher.base import CheckRunHealthResult
+from dagster._core.storage.tags import GRPC_INFO_TAG
+from dagster._grpc.client import DagsterGrpcClient
+from dagster._grpc.types import CanCancelExecutionRequest, CanCancelExecutionResult
+from dagster._serdes import deserialize_value
+
+ANSWER_SECONDS = 10
+
+
+class WatchedRunLauncher(DefaultRunLauncher):
+    """The default launcher with the health check that run monitoring asks for."""
+
+    @property
+    def supports_check_run_worker_health(self) -> bool:
+        return True
+
+    def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
+        told = run.tags.get(GRPC_INFO_TAG)
+        if told is None:  # not launched by a code server, such as `dagster job execute`
+            return CheckRunHealthResult(WorkerStatus.RUNNING)
+        try:
+            found = _client(json.loads(told)).can_cancel_execution(
+                CanCancelExecutionRequest(run_id=run.run_id), timeout=ANSWER_SECONDS
+            )
+        except DagsterUserCodeUnreachableError as error:
+            if _code(error.__cause__) == "UNAVAILABLE":
+                return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "its code server is gone")
+            return CheckRunHealthResult(WorkerStatus.RUNNING)  # it is there, and too busy to say so
+        if deserialize_value(found, CanCancelExecutionResult).can_cancel:
+            return CheckRunHealthResult(WorkerStatus.RUNNING)
+        return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "its code server does not know it any more")
+
+
+def _code(error: BaseException | None) -> str:
+    """The name of a gRPC error's status; empty for any other error."""
+    code = getattr(error, "code", None)
+    return str(code().name) if callable(code) else ""
+
+
+def _client(told: dict[str, Any]) -> DagsterGrpcClient:
+    return DagsterGrpcClient(
+        host=told["host"],
+        port=told.get("port"),
+        socket=told.get("socket"),
+        use_ssl=bool(told.get("use_ssl", False)),
+    )

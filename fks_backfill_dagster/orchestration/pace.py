@@ -1,0 +1,59 @@
+"""How often each timeframe is looked at, when a series counts as stale, and what goes first.
+
+Belongs here: the figures that schedules, assets and the queue share. Does not belong here: what is
+done at a tick (`schedules`), how many runs go side by side (dagster.yaml).
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from dagster import FreshnessPolicy
+
+from fks_backfill_dagster.domain.series import AssetClass
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, Timeframe
+
+MOST_SERIES = 50
+"""A run that nobody asked for takes at most so many series."""
+
+PRIORITY = "dagster/priority"
+FIRST, LAST = "10", "-10"
+"""Priority in the queue: refresh before backfill (0, Dagster's default) before gap filling."""
+
+_MINUTES = {
+    Timeframe.M1: 15,
+    Timeframe.M5: 15,
+    Timeframe.M15: 15,
+    Timeframe.M30: 30,
+    Timeframe.H1: 60,
+    Timeframe.H4: 60,
+    Timeframe.D1: 60,
+    Timeframe.W1: 60,
+}
+"""Minutes between two looks. A look asks the database whether a candle has closed, and providers only
+then: from 4h up an hour is as good as never, and finds the close of every exchange."""
+
+
+def cron(timeframe: Timeframe) -> str:
+    """When a timeframe is looked at: a minute or more after candles close, each in its own minute."""
+    every, offset = _MINUTES[timeframe], 1 + list(Timeframe).index(timeframe)
+    return f"{offset} * * * *" if every == 60 else f"{offset}-59/{every} * * * *"
+
+
+def interval_of_looks(timeframe: Timeframe) -> int:
+    """Microseconds."""
+    return _MINUTES[timeframe] * MICROS_PER_MINUTE
+
+
+def interval(timeframe: Timeframe) -> timedelta:
+    """The longest time between two materializations of a series that is kept fresh, its market open."""
+    return timedelta(minutes=max(timeframe.minutes, _MINUTES[timeframe]))
+
+
+def freshness(asset_class: AssetClass, timeframe: Timeframe) -> FreshnessPolicy:
+    """Stale is what was not materialized for two intervals; exchanges that close are looked at daily."""
+    expected = interval(timeframe)
+    if asset_class is not AssetClass.CRYPTO:
+        expected = max(expected, timedelta(days=1))
+    slack = max(timedelta(hours=1), expected / 4)
+    return FreshnessPolicy.time_window(fail_window=2 * expected + slack, warn_window=expected + slack)

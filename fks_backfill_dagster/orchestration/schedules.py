@@ -1,0 +1,181 @@
+"""What Dagster does by itself: it keeps every series fresh, runs all checks daily, and forgets old runs.
+
+A look (a tick of a refresh) asks the database which series have a candle that has closed since their
+last sync, and requests runs for those: a look that finds nothing new costs two queries. A series
+whose refresh still waits or runs is not asked for again.
+
+Does not belong here: how often (`pace`), what a run does (`assets`, `checks`, `housekeeping`).
+"""
+
+# No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+
+from dagster import (
+    AssetCheckKey,
+    AssetKey,
+    DagsterInstance,
+    DefaultScheduleStatus,
+    RunRequest,
+    RunsFilter,
+    ScheduleDefinition,
+    ScheduleEvaluationContext,
+    SkipReason,
+    schedule,
+)
+from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
+from dagster._core.storage.tags import (
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
+)
+
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_micros
+from fks_backfill_dagster.orchestration import pace
+from fks_backfill_dagster.orchestration.checks import CHECK_NAMES
+from fks_backfill_dagster.orchestration.groups import Group
+from fks_backfill_dagster.orchestration.housekeeping import HOUSEKEEPING
+from fks_backfill_dagster.orchestration.jobs import CHECKS, job_name
+from fks_backfill_dagster.orchestration.names import key_at
+from fks_backfill_dagster.orchestration.refreshing import REFRESH, asked_range
+from fks_backfill_dagster.orchestration.resources import DATABASE
+from fks_backfill_dagster.pipeline.refresh import is_due
+from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.store.checking import synced_ends
+from fks_backfill_dagster.store.database import Database
+
+Tick = RunRequest | SkipReason
+
+
+def build_schedules(groups: Sequence[Group], settings: Settings) -> list[ScheduleDefinition]:
+    """A refresh per configured timeframe, the daily checks, the daily housekeeping."""
+    if not groups:
+        return []
+    frames = sorted({group.timeframe for group in groups}, key=list(Timeframe).index)
+    refreshes = [
+        _refresh(frame, [group for group in groups if group.timeframe is frame], settings) for frame in frames
+    ]
+    return [*refreshes, _checks(groups, settings), _housekeeping(settings)]
+
+
+def _status(on: bool) -> DefaultScheduleStatus:
+    """What is switched off stands in the UI all the same, stopped."""
+    return DefaultScheduleStatus.RUNNING if on else DefaultScheduleStatus.STOPPED
+
+
+# Refresh ------------------------------------------------------------------------------------------------
+
+
+def _refresh(frame: Timeframe, groups: Sequence[Group], settings: Settings) -> ScheduleDefinition:
+    series = {key: one for group in groups for key, one in group.series.items()}
+
+    @schedule(
+        name=f"refresh_{frame}",
+        cron_schedule=pace.cron(frame),
+        execution_timezone="UTC",
+        job_name=job_name(frame),
+        default_status=_status(frame in settings.automation.refresh),
+        description=f"Fetches what has closed of the {frame} series since their last sync.",
+        required_resource_keys={DATABASE},
+    )
+    def refresh(context: ScheduleEvaluationContext) -> Iterator[Tick]:
+        moment = context.scheduled_execution_time
+        database = getattr(context.resources, DATABASE).database
+        waiting = unfinished(context.instance, {REFRESH: frame.value})
+        idle = {key: one for key, one in series.items() if key not in waiting}
+        found: list[Tick] = list(refresh_requests(frame, idle, settings, database, moment))
+        yield from found or [SkipReason(_why_nothing(frame, len(waiting)))]
+
+    return refresh
+
+
+def _why_nothing(frame: Timeframe, waiting: int) -> str:
+    if waiting:
+        return f"no {frame} candle to ask for; {waiting} series are being refreshed already"
+    return f"no {frame} candle has closed since the last sync of any series"
+
+
+def unfinished(instance: DagsterInstance, tags: Mapping[str, str]) -> set[AssetKey]:
+    """The assets of runs with these tags that wait or run."""
+    runs = instance.get_runs(RunsFilter(tags=dict(tags), statuses=NOT_FINISHED_STATUSES))
+    return {key for run in runs for key in run.asset_selection or ()}
+
+
+def refresh_requests(
+    frame: Timeframe, series: Mapping[AssetKey, Series], settings: Settings, database: Database, at: datetime
+) -> Iterator[RunRequest]:
+    """Runs for the series that are due at a look: those with the same partitions together, 50 at most.
+
+    The first look of a day takes all series: one whose exchange is closed for a holiday is shown as
+    looked after too, at the price of no request.
+    """
+    now = to_micros(at)
+    ends = synced_ends(database, list(series.values()))
+    daily = now % MICROS_PER_DAY < pace.interval_of_looks(frame)
+    by_first: dict[str, list[AssetKey]] = {}
+    for key, one in series.items():
+        if daily or is_due(ends.get(one), grid_of(one), now):
+            begin = asked_range(one, ends.get(one), settings, now).start
+            by_first.setdefault(key_at(frame, min(begin, now)), []).append(key)
+    for first, keys in sorted(by_first.items()):
+        for number, start in enumerate(range(0, len(keys), pace.MOST_SERIES)):
+            yield RunRequest(
+                run_key=f"refresh {frame} {first} {number}",
+                asset_selection=keys[start : start + pace.MOST_SERIES],
+                tags={
+                    REFRESH: frame.value,
+                    pace.PRIORITY: pace.FIRST,
+                    ASSET_PARTITION_RANGE_START_TAG: first,
+                    ASSET_PARTITION_RANGE_END_TAG: key_at(frame, now),
+                },
+            )
+
+
+# Checks and housekeeping --------------------------------------------------------------------------------
+
+
+def _checks(groups: Sequence[Group], settings: Settings) -> ScheduleDefinition:
+    @schedule(
+        name="checks_daily",
+        cron_schedule="40 0 * * *",
+        execution_timezone="UTC",
+        job_name=CHECKS,
+        default_status=_status(settings.automation.checks),
+        description="Runs all checks of all series that were ever synced. Fetches nothing.",
+        required_resource_keys={DATABASE},
+    )
+    def checks_daily(context: ScheduleEvaluationContext) -> Iterator[Tick]:
+        database = getattr(context.resources, DATABASE).database
+        found: list[Tick] = list(check_requests(groups, database))
+        yield from found or [SkipReason("no series was ever synced")]
+
+    return checks_daily
+
+
+def check_requests(groups: Sequence[Group], database: Database) -> Iterator[RunRequest]:
+    """A run per 50 series of a group, so that a run meets one table."""
+    for group in groups:
+        synced = synced_ends(database, list(group.series.values()))
+        keys = [key for key, one in group.series.items() if one in synced]
+        for number, start in enumerate(range(0, len(keys), pace.MOST_SERIES)):
+            some = keys[start : start + pace.MOST_SERIES]
+            yield RunRequest(
+                run_key=f"checks {group.name} {number}",
+                asset_selection=[],
+                asset_check_keys=[AssetCheckKey(key, name) for key in some for name in CHECK_NAMES],
+                tags={pace.PRIORITY: pace.LAST},
+            )
+
+
+def _housekeeping(settings: Settings) -> ScheduleDefinition:
+    return ScheduleDefinition(
+        name="housekeeping_daily",
+        cron_schedule="20 3 * * *",
+        execution_timezone="UTC",
+        job_name=HOUSEKEEPING,
+        default_status=_status(settings.automation.housekeeping),
+        description="Forgets runs, with their events, that later runs have made obsolete.",
+        tags={pace.PRIORITY: pace.LAST},
+    )
