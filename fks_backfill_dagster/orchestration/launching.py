@@ -21,9 +21,6 @@ from fks_backfill_dagster.settings import Settings
 LOOK_SECONDS = 1.0
 ENDED = frozenset({"CANCELED", "FAILED", "COMPLETED", "COMPLETED_FAILED", "COMPLETED_SUCCESS"})
 
-RETRY_SECONDS = 120.0
-"""For Dagster to start a run once more whose worker was lost: its daemon looks every 30 s."""
-
 
 @dataclass(frozen=True, slots=True)
 class Order:
@@ -100,17 +97,11 @@ def watch(web: Webserver, identity: str, orders: Sequence[Order], see: Callable[
 
     Dagster's daemon looks for new backfills every 30 seconds, and as long after their end.
     """
-    ended_at: float | None = None
     while True:
         status, runs = web.backfill(identity)
         seen = _seen(orders, runs)
         see(seen)
-        if seen.over:
-            break
-        # Ended by itself or by a person: only a run that is to be tried again is waited for.
-        now = time.monotonic()
-        ended_at = (ended_at or now) if status in ENDED else None
-        if ended_at and (seen.ended == len(runs) or now - ended_at > RETRY_SECONDS):
+        if seen.over or status in ENDED:  # of a backfill that has ended no lost run is tried again
             break
         time.sleep(LOOK_SECONDS)
     return Launched(
