@@ -265,7 +265,7 @@ def _provider_rows(
 
     enabled = settings.provider(name).enabled
     if provider is None:
-        state = "not in this version" if enabled else "disabled"
+        state = "disabled"
         none: Document = {
             "asset_class": None,
             "timeframes": [],

@@ -233,14 +233,6 @@ def _listing(context: Context, series: Series, chain: Chain, listen: Listener) -
     return min((found[name] for name in chain.names if name in found), default=None)
 
 
-def _nobody(series: Series, priority: Sequence[str]) -> str:
-    asked = ", ".join(priority) or "none"
-    return (
-        f"no provider can serve {series} (asked for: {asked}); see `fks-backfill series providers`"
-        " and provider_priority in the settings"
-    )
-
-
 class _Work:
     """One running sync: the threads, the lease, the sums. Lives as long as `run`."""
 
@@ -255,10 +247,10 @@ class _Work:
     ) -> None:
         self.context, self.series, self.grid, self.chain = context, series, grid, chain
         self.run_id, self.listen = run_id, listen
-        # A gap is explained when everybody was heard, not only those of this call.
         self.strict = frozenset(
             name for name, provider in context.providers.items() if not provider.capabilities.omits_quiet
         )
+        # A gap is explained when everybody was heard, not only those of this call.
         everybody = _chain(context, series, context.priority(series))
         self.others = frozenset(everybody.names) - frozenset(chain.unfit)
         self.identity: int | None = None

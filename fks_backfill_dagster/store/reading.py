@@ -10,7 +10,6 @@ import numpy as np
 import sqlalchemy as sa
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime, to_micros
@@ -165,21 +164,6 @@ def ledger_gaps(database: Database, series: Series, window: TimeRange) -> tuple[
     """The unfilled gaps that overlap `window`, ascending, not clipped to it."""
     with database.begin() as connection:
         return known(connection, series_id(connection, series), window).gaps
-
-
-def open_gap_count(database: Database, series: Series) -> int:
-    with database.begin() as connection:
-        return (
-            connection.scalar(
-                sa.select(sa.func.count())
-                .select_from(schema.gap)
-                .where(
-                    schema.gap.c.series_id == series_id(connection, series),
-                    schema.gap.c.status == GapStatus.OPEN.value,
-                )
-            )
-            or 0
-        )
 
 
 def batches(database: Database, series: Series | None = None, limit: int | None = None) -> list[BatchInfo]:

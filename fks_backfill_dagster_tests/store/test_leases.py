@@ -93,7 +93,7 @@ def test_of_a_series_that_never_was(shared: Database, hours: Shelf) -> None:
         assert ledger.series_id(connection, hours.series) == hours.identity
         known = ledger.known(connection, None, hours.span(0, 5))
     assert list(known.missing(hours.span(0, 5))) == [hours.span(0, 5)]
-    assert reading.open_gap_count(shared, hours.series) == 0
+    assert reading.sync_status(shared, hours.series)[0].open_gaps == 0
     assert reading.ledger_gaps(shared, fresh("1h"), hours.span(0, 5)) == ()
 
 
@@ -111,4 +111,4 @@ def test_what_is_known_within_a_window(hours: Shelf) -> None:
     assert touching.gaps == ()
     assert [g.start for g in around.gaps] == [starts[15], starts[25]]
     assert list(inside.synced) == [hours.span(12, 28)]
-    assert reading.open_gap_count(hours.database, hours.series) == 4
+    assert reading.sync_status(hours.database, hours.series)[0].open_gaps == 4
