@@ -198,19 +198,24 @@ class Chain:
         found = Fetched()
         wanted = np.concatenate([grid.opens(part) for batch in batches for part in batch.wanted])
         evidence: list[Evidence] = []
+        first = True
         for name in self.names:
             if not len(wanted) or self._stopped.is_set():
                 break
-            question = self._question(name, wanted, first=not evidence)
-            if not len(question.wanted):  # all of it lies beyond its depth
+            question = self._question(name, wanted, first=first)
+            if not len(question.wanted):  # heard without a request: it will never have them
+                evidence.append(question.word("refused", "all of it lies beyond its depth"))
                 continue
             word, wanted = self._ask(question, wanted, plan, grid, found)
             evidence.append(word)
+            first = False
             if plan.refetch:  # stored candles are compared with the first provider only
                 wanted = wanted[plan.missing_ranges.contains(wanted)]
         answered = any(word.answered for word in evidence)
         found.evidence = tuple(evidence)
         found.failed = not answered and (plan.refetch or len(wanted) > 0)
+        if found.failed and not found.errors:
+            found.errors = [f"{word.provider}: {word.detail}" for word in evidence]
         found.recordable = answered or any(word.provider not in self._dropped for word in evidence)
         return found
 

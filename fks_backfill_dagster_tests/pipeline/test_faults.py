@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fks_backfill_dagster.domain.candles import PRICES
+from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
@@ -126,3 +127,17 @@ def test_a_fault_is_never_stored_and_never_hidden(
     assert healed.failed_batches == 0
     after = reading.read_candles(database, case.series, case.window)
     assert len(after) >= len(stored)
+
+
+def test_what_lies_beyond_the_depth_of_all_is_explained_without_a_request(
+    database: Database, market: LocalMarket
+) -> None:
+    case = Case("yfinance", "yahoo", APPLE, days("2023-06-12", "2023-06-15"))
+    context = context_of(database, market, case)
+    sync(context, APPLE, WEEK, ["yfinance"])  # the listing time is known from here on
+    market.reset_requests()
+    report = sync(context, APPLE, case.window, ["yfinance"])
+    assert market.requests() == 0
+    assert report.errors == ("yfinance: all of it lies beyond its depth",)
+    (gap,) = reading.ledger_gaps(database, APPLE, case.window)
+    assert (gap.status, gap.missing) == (GapStatus.UNAVAILABLE, report.expected)
