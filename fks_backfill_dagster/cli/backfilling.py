@@ -175,7 +175,7 @@ def _sync_all(
     done: list[tuple[Document, bool]] = []
     seen, told = _Seen(), set[str]()
     try:
-        with open_app(settings, _waiting) as app, _interruptible(app):
+        with open_app(settings, waiting) as app, interruptible(app):
             for task in tasks:
                 seen = _Seen()
                 done.append(_sync_one(app, task, scope, as_json, seen, told))
@@ -213,7 +213,7 @@ def _sync_one(
     return documents.sync_report(report), report.complete
 
 
-def _waiting(sentence: str) -> None:
+def waiting(sentence: str) -> None:
     tell(f"waiting: {sentence}")
 
 
@@ -232,7 +232,7 @@ def _answer(report: SyncReport) -> None:
 
 
 @contextmanager
-def _interruptible(app: App) -> Iterator[None]:
+def interruptible(app: App) -> Iterator[None]:
     """Ctrl-C ends every wait of a provider at once; a batch that is being committed is rolled back whole."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -260,7 +260,7 @@ def _dry_run(settings: Settings, tasks: Sequence[Task], several: bool, scope: Sc
     from fks_backfill_dagster.pipeline.sync import dry_run
     from fks_backfill_dagster.wiring import open_app
 
-    with open_app(settings, _waiting) as app, _interruptible(app):
+    with open_app(settings, waiting) as app, interruptible(app):
         found = [
             dry_run(app.context, series, window, priority, scope=scope, recheck=True)
             for series, window, priority in tasks

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fks_backfill_dagster.domain.gaps import GapStatus
-from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.pipeline.events import Listener, silent
@@ -17,7 +16,7 @@ from fks_backfill_dagster.pipeline.gaps import find_gaps
 from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
 from fks_backfill_dagster.store.checking import PartState, part_states
-from fks_backfill_dagster.store.ledger import Known, LedgerGap
+from fks_backfill_dagster.store.ledger import Known, LedgerGap, latest
 from fks_backfill_dagster.store.reading import what_is_known
 
 
@@ -37,6 +36,15 @@ class FilledGap:
     def success(self) -> bool:
         """Nothing that traded is missing of it any more."""
         return all(row.status is GapStatus.NO_TRADE for row in self.left)
+
+    @property
+    def error(self) -> str | None:
+        """Why candles of it are still missing, in the words of those who were asked."""
+        if self.success:
+            return None
+        words = latest(word for row in self.left for word in row.evidence)
+        said = "; ".join(f"{word.provider}: {word.said}" for word in words)
+        return said or "nobody could be asked"
 
     @property
     def coverage(self) -> float:

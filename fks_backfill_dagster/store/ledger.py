@@ -46,6 +46,11 @@ class Evidence:
         """Asking again soon would bring the same word."""
         return self.outcome in ("absent", "refused")
 
+    @property
+    def said(self) -> str:
+        """Its words without its name, which errors begin with."""
+        return self.detail.removeprefix(f"{self.provider}: ") or self.outcome
+
     def to_json(self) -> dict[str, str]:
         found = {
             "provider": self.provider,
