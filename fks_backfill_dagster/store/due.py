@@ -39,7 +39,8 @@ WITH wanted AS (
         (g.gap_end - interval '1 microsecond') AT TIME ZONE 'UTC',
         CAST('1 ' || w.part AS interval)) p
     WHERE g.next_attempt_at <= :now
-        OR (g.status = 'open' AND g.next_attempt_at IS NULL)
+        OR (g.status = 'open' AND (g.next_attempt_at IS NULL
+            OR NOT jsonb_path_query_array(g.evidence, '$[*].provider') ?& w.able))
         OR (g.status = 'unavailable' AND NOT g.heard ?& w.able)
     GROUP BY 1, 2, 3
 )

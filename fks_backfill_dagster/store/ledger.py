@@ -99,7 +99,7 @@ class LedgerGap:
         if now is None or (self.next_attempt_at is not None and self.next_attempt_at <= now):
             return True
         if self.status is GapStatus.OPEN:
-            return self.next_attempt_at is None
+            return self.next_attempt_at is None or not able <= {word.provider for word in self.evidence}
         return not able <= self.heard()
 
 
@@ -119,8 +119,8 @@ class Known:
 
     def due(self, window: TimeRange, able: frozenset[str], now: int | None) -> RangeSet:
         """The gaps that are to be asked for: when their time has come, or when a provider of `able` was
-        not heard of one that nobody could fill (a new key, a new provider). With `now` None all of
-        them, apart from intervals in which nothing traded."""
+        never asked for an open one, or not heard of one that nobody could fill (a new key, a new
+        provider). With `now` None all of them, apart from intervals in which nothing traded."""
         ranges = [TimeRange(g.start, g.end) for g in self.gaps if g.is_due(able, now)]
         return RangeSet(ranges) & RangeSet([window])
 

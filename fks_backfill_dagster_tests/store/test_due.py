@@ -72,14 +72,21 @@ def due(shelf: Shelf, wanted: Wanted = MONTHS, most: int = 100) -> list[Place]:
 
 
 def test_an_open_gap_waits_for_its_time(hours: Shelf) -> None:
-    write(hours, gap(hours, 0, 3, next_attempt_at=NOW + 1))
+    words = (*absent("binance"), Evidence("polygon", NOW, "error", "polygon: HTTP 503"))
+    write(hours, gap(hours, 0, 3, next_attempt_at=NOW + 1, evidence=words))
     assert due(hours) == []
-    write(hours, gap(hours, 5, 9, next_attempt_at=NOW))
+    write(hours, gap(hours, 5, 9, next_attempt_at=NOW, evidence=words))
     (place,) = due(hours)
     assert (place.series, place.key, place.window) == (hours.series, "2024-01-01", hours.span(5, 9))
     assert place.missing == 4
     write(hours, gap(hours, 20, 21))  # nobody was ever asked for it
     assert [place.window for place in due(hours)] == [hours.span(5, 21)]
+
+
+def test_who_was_never_asked_for_an_open_gap_is_asked(hours: Shelf) -> None:
+    write(hours, gap(hours, 0, 3, next_attempt_at=NOW + MICROS_PER_DAY, evidence=absent("binance")))
+    assert len(due(hours)) == 1
+    assert due(hours, Wanted(MONTHS.since, "month", frozenset({"binance"}))) == []
 
 
 def test_who_was_not_heard_of_an_unavailable_gap_is_asked(hours: Shelf) -> None:
