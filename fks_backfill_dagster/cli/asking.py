@@ -13,6 +13,7 @@ from fks_backfill_dagster.cli.speaking import (
     answer_table,
     example,
     json_option,
+    length,
     many,
     short,
     tell,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.documents import Document
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.pipeline.gaps import FoundGap
+    from fks_backfill_dagster.pipeline.outages import Outage
     from fks_backfill_dagster.providers.base import Provider
     from fks_backfill_dagster.settings import Settings
     from fks_backfill_dagster.store.ledger import Evidence
@@ -42,27 +44,34 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
     """List the gaps of a series, in every state but filled.
 
     Without --start from the oldest stored candle, without --end to the last closed one. History
-    that was never synced is no gap; what closed since the last sync is an open one.
+    that was never synced is no gap; what closed since the last sync is an open one. Of several series
+    the outages of whole venues are told as well, each once.
     """
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.pipeline.gaps import find_gaps
+    from fks_backfill_dagster.pipeline.outages import find_outages
     from fks_backfill_dagster.settings import load_settings
     from fks_backfill_dagster.store.reading import stored_series
     from fks_backfill_dagster.wiring import now, open_database
 
-    settings = load_settings()
+    settings, present = load_settings(), now()
     if start is not None and end is not None:
         with usage():
             TimeRange(start, end)
     with open_database(settings) as database:
         stored = stored_series(database)
         chosen = choose(settings, names, everything, stored)
-        found = [(s, gap) for s in chosen.series for gap in find_gaps(database, s, now(), start, end)]
+        found = [(s, gap) for s in chosen.series for gap in find_gaps(database, s, present, start, end)]
+        past = present if end is None else end
+        window = TimeRange(min(start or 0, past), past)
+        outages = find_outages(database, chosen.series, window) if chosen.many else ()
     synced = {(s.symbol, s.timeframe) for s in stored}
     for one in chosen.series:
         if (one.symbol, one.timeframe) not in synced:
             tell(f"{one}: never synced, so no gap of it is known; run `fks-backfill backfill {one}` first.")
+    for outage in outages:
+        tell(_outage_line(outage))
     if as_json:
         answer_json([documents.gap_of(*one) if chosen.many else documents.gap(one[1]) for one in found])
         return
@@ -85,6 +94,18 @@ def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:
         row.missing,
         row.status.value,
         words if found.asked else NOT_ASKED,
+    )
+
+
+def _outage_line(outage: Outage) -> str:
+    from fks_backfill_dagster.domain.timeframe import to_datetime
+
+    start, end = to_datetime(outage.window.start), to_datetime(outage.window.end)
+    until = f"{end:%H:%M}" if start.date() == end.date() else short(end)
+    return (
+        f"{outage.venue}: {start:%Y-%m-%d %H:%M} .. {until}:"
+        f" {len(outage.symbols):,} of {many(outage.synced, 'symbol')} lack {length(outage.window.duration)};"
+        f" asked: {', '.join(outage.providers) or 'nobody yet'}"
     )
 
 
