@@ -473,16 +473,21 @@ class Settings(BaseSettings):
         """Every configured symbol at every timeframe of its own, in the order of the file."""
         return tuple(entry.series(timeframe) for entry in self.symbols for timeframe in entry.timeframes)
 
-    def find_series(self, symbol: str, timeframe: str | Timeframe) -> Series:
+    def find_series(self, symbol: str, timeframe: str | Timeframe, stored: Iterable[Series] = ()) -> Series:
         """The series that is meant by a written symbol (`BTC/USDT`, `BTC_USDT`, `btc/usdt`).
 
-        A symbol that is not configured is inferred: `X_Y` is `X/Y`, the asset class follows from the
-        form. Raises ValueError, with the nearest configured symbol, for what cannot be one.
+        A symbol that is not configured is the one of `stored` that is written so, else inferred: `X_Y`
+        is `X/Y`, the asset class follows from the form. Raises ValueError, with the nearest configured
+        symbol, for what cannot be one.
         """
         frame = parse_timeframe(timeframe)
         entry = self._configured(symbol)
         if entry is not None:
             return entry.series(frame)
+        wanted = identifier(symbol.strip()).upper()
+        known = [s for s in stored if s.timeframe is frame and identifier(s.symbol).upper() == wanted]
+        if len(known) == 1:
+            return known[0]
         return self._inferred(symbol, frame)
 
     def match_symbols(self, pattern: str | None = None) -> tuple[str, ...]:

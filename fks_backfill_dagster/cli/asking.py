@@ -215,13 +215,14 @@ def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
     """Delete a series from the database: candles, lineage, gaps, quarantine. The settings stay as they are."""
     from fks_backfill_dagster.settings import load_settings
     from fks_backfill_dagster.store import commit
-    from fks_backfill_dagster.store.reading import sync_status
+    from fks_backfill_dagster.store.reading import stored_series, sync_status
     from fks_backfill_dagster.wiring import open_database
 
     settings = load_settings()
     with usage():
         found = settings.find_series(symbol, timeframe)
     with open_database(settings) as database:
+        found = settings.find_series(symbol, timeframe, stored_series(database))
         state = next(iter(sync_status(database, found)), None)
         if state is None:
             tell(f"Error: nothing is stored of {found}; see `fks-backfill series list`.")
@@ -353,8 +354,10 @@ def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
     if len(names) not in (0, 2):
         raise click.UsageError("give a SYMBOL and a TIMEFRAME, or neither")
     with usage():
-        wanted = settings.find_series(*names) if names else None
+        wanted = settings.find_series(names[0], names[1]) if names else None
     with open_database(settings) as database:
+        if names:
+            wanted = settings.find_series(names[0], names[1], reading.stored_series(database))
         found = reading.batches(database, wanted, limit)
     if as_json:
         answer_json([documents.batch(one) for one in found])

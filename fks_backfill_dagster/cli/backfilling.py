@@ -191,11 +191,15 @@ def _sync_one(
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.cli.watching import watched
     from fks_backfill_dagster.pipeline.sync import sync
+    from fks_backfill_dagster.store.errors import SeriesChanged
 
     series, window, priority = task
     try:
         with watched(seen, told) as listen:
             report = sync(app.context, series, window, priority, refetch=refetch, recheck=True, listen=listen)
+    except SeriesChanged as error:
+        tell(f"Error: {error}")
+        return seen.report(series, error), False
     except ValueError as error:  # of its calendar: the other series may have another one
         tell(f"Error: {series}: {error}.")
         return seen.report(series, error), False

@@ -57,7 +57,8 @@ def choose(
 ) -> Chosen:
     """The series meant by the arguments of `series_arguments`.
 
-    `--all` and globs choose among the configured ones, and `stored` ones where a command reads them.
+    `--all` and globs choose among the configured ones, and `stored` ones where a command reads them;
+    a name that is not configured means a stored one first.
     """
     with usage():
         if everything:
@@ -69,7 +70,7 @@ def choose(
         symbol, timeframe = names
         if re.search(r"[*?\[]", symbol):
             return Chosen(_matching(settings, symbol, timeframe, stored), many=True)
-        return Chosen((settings.find_series(symbol, timeframe),), many=False)
+        return Chosen((settings.find_series(symbol, timeframe, stored),), many=False)
 
 
 def _matching(

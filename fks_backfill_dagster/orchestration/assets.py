@@ -44,7 +44,7 @@ from fks_backfill_dagster.pipeline.plan import closed_window
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
 from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.checking import PartState, listed_at, part_states, synced_ends
-from fks_backfill_dagster.store.errors import StoreError
+from fks_backfill_dagster.store.errors import SeriesChanged, StoreError
 
 # A run costs seconds before its first request and a partition of it milliseconds, so a run takes five
 # years of months. More would leave nothing to run side by side.
@@ -239,7 +239,11 @@ def materialize_series(work: Context, task: Task, story: Story) -> Outcome:
         priority = task.settings.priority(series)
         # A person who asks for a partition means its gaps as well, however lately nobody could fill them.
         recheck = not task.is_refresh
-        report = sync(work, series, asked, priority, recheck=recheck, run_id=task.run_id, listen=story)
+        try:
+            report = sync(work, series, asked, priority, recheck=recheck, run_id=task.run_id, listen=story)
+        except SeriesChanged as error:  # nothing was asked; the other series of the run go on
+            report = SyncReport(series, asked, errors=(str(error),))
+            return Outcome(series, report, dict.fromkeys(task.windows, PartState()), tuple(task.windows))
     else:  # known without asking anybody
         report = SyncReport(series, asked)
     story.end(report)

@@ -118,7 +118,8 @@ def sync(
     `refetch` asks for the whole window again and corrects what differs. `recheck` also asks for the
     gaps that nobody could fill lately, and providers that are being left alone: what a person wants,
     and no schedule. Provider errors end up in
-    the report; a StoreError (the database is gone or full) is raised, and what was committed stays.
+    the report; a StoreError (the database is gone or full) is raised, and what was committed stays. So
+    is SeriesChanged, before anything is asked.
     """
     began = time.monotonic()
     chain = _chain(context, series, priority, heed_circuit=not recheck)
@@ -180,6 +181,8 @@ def _plan(
     recheck: bool,
     listen: Listener,
 ) -> tuple[Plan, Grid]:
+    with context.database.begin() as connection:
+        ledger.refuse_changed(connection, series)
     grid = grid_of(series)
     listed_at = _listing(context, series, chain, listen)
     possible = closed_window(window, grid, context.clock(), listed_at)
