@@ -62,7 +62,11 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
     with open_database(settings) as database:
         stored = stored_series(database)
         chosen = choose(settings, names, everything, stored)
-        found = [(s, gap) for s in chosen.series for gap in find_gaps(database, s, present, start, end)]
+        found = [
+            (s, gap)
+            for s in chosen.series
+            for gap in find_gaps(database, s, present, start, _sooner(end, settings.end_of(s)))
+        ]
         past = present if end is None else end
         window = TimeRange(min(start or 0, past), past)
         outages = find_outages(database, chosen.series, window) if chosen.many else ()
@@ -79,6 +83,10 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
     answer_table(("series", "start", "end", "missing", "status", "evidence"), rows)
     if synced and not found:
         tell("No gaps.")
+
+
+def _sooner(one: int | None, other: int | None) -> int | None:
+    return min((moment for moment in (one, other) if moment is not None), default=None)
 
 
 def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:

@@ -37,6 +37,9 @@ _GOOD = (
     " AND (volume IS NULL OR (volume >= 0 AND volume < 'Infinity'))"
 )
 
+# Nobody can fill them. They differ in length only.
+EXHAUSTED = (GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
+
 # An instant of ours: whole numbers need no datetime a row.
 _MICROS = "CAST(extract(epoch FROM {}) * 1000000 AS bigint)"
 
@@ -275,6 +278,36 @@ def synced_ends(database: Database, series: Sequence[Series]) -> dict[Series, in
             {"ids": list(owners)},
         )
         return {owners[row.series_id]: to_micros(row.synced_end) for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How far a series was synced, and from where on up to there nobody has a candle of it.
+
+    `absent_since` is the first open after the newest stored candle, where everything from it on is
+    missing and no provider has it; None where something is stored up to the end or may yet come.
+    """
+
+    synced_end: int
+    absent_since: int | None = None
+
+
+def reaches(database: Database, series: Sequence[Series]) -> dict[Series, Reach]:
+    """The reach of each series in one query; those that were never synced are left out."""
+    with database.begin() as connection:
+        owners = _owners(connection, series)
+        rows = connection.execute(
+            sa.text(
+                f"SELECT s.series_id, {_MICROS.format('upper(s.synced)')} AS synced_end, ("
+                f"   SELECT CASE WHEN bool_and(g.status = ANY(:exhausted))"
+                f"     THEN {_MICROS.format('min(g.gap_start)')} END FROM fks.gap g"
+                "    WHERE g.series_id = s.series_id AND g.status <> 'filled'"
+                "      AND g.gap_start > coalesce(s.newest, '-infinity')) AS absent_since"
+                " FROM fks.sync_state s WHERE s.series_id = ANY(:ids) AND NOT isempty(s.synced)"
+            ),
+            {"ids": list(owners), "exhausted": [status.value for status in EXHAUSTED]},
+        )
+        return {owners[row.series_id]: Reach(row.synced_end, row.absent_since) for row in rows}
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,3 +183,34 @@ def test_a_name_that_means_something_else_by_itself_is_found(
     assert len(read_candles("BRK_B", "1d")) == 13
     assert len(fks("batches", "list", "BRK_B", "1d", "--json").json) == 1
     assert fks("series", "remove", "BRK_B", "1d", "--yes", "--json").json["candles_removed"] == 13
+
+
+# Ended
+
+
+def test_nothing_is_expected_after_the_end(settings: Path, fks: Command, world: LocalMarket) -> None:
+    ended = "symbol: LUNA/USDT, asset_class: crypto, timeframes: [1h], end: 2024-01-20T05:00"
+    configure(settings, ended, "symbol: ETH/USDT, asset_class: crypto, timeframes: [1h]")
+    # As if trade had ended there: the market knows no candle from then on.
+    gone = TimeRange(instant("2024-01-20T05:00"), instant("2030-01-01"))
+    world.plant_outage("binance", gone, "LUNAUSDT")
+    done = fks("backfill", "LUNA/USDT", "1h", *ONLY, "--json")
+    assert (done.exit_code, done.json["expected"], done.json["missing"]) == (0, 19 * 24 + 5, 0)
+    assert fks("gaps", "LUNA/USDT", "1h", "--json").json == []
+    world.reset_requests()
+    late = fks("backfill", "--all", "1h", *FEBRUARY, *ONLY, "--json")
+    assert (late.exit_code, [d["total_candles"] for d in late.json]) == (0, [0, 29 * 24])
+    assert "LUNA/USDT 1h: nothing is expected of it from 2024-01-20T05:00:00+00:00 on" in late.stderr
+    assert "LUNA" not in str(world.journal()["last"])
+
+
+def test_an_end_that_is_set_later_takes_the_silence_out_of_the_gaps(
+    settings: Path, fks: Command, world: LocalMarket
+) -> None:
+    line = "symbol: LUNA/USDT, asset_class: crypto, timeframes: [1h]"
+    configure(settings, line)
+    world.plant_outage("binance", TimeRange(instant("2024-01-20"), instant("2030-01-01")), "LUNAUSDT")
+    fks("backfill", "LUNA/USDT", "1h", "--start", "2024-01-01", "--end", "2024-03-01", *ONLY)
+    assert fks("gaps", "LUNA/USDT", "1h", "--json").json[0]["missing_candles"] == (12 + 29) * 24
+    configure(settings, line + ", end: 2024-01-20")
+    assert fks("gaps", "LUNA/USDT", "1h", "--json").json == []
