@@ -69,7 +69,7 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
         ]
         past = present if end is None else end
         window = TimeRange(min(start or 0, past), past)
-        outages = find_outages(database, chosen.series, window) if chosen.many else ()
+        outages = find_outages(database, chosen.series, window, settings.end_of) if chosen.many else ()
     synced = {(s.symbol, s.timeframe) for s in stored}
     for one in chosen.series:
         if (one.symbol, one.timeframe) not in synced:
@@ -131,7 +131,10 @@ def _said(evidence: Evidence) -> str:
 def status(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
     """Tell how far a series is synced; without arguments all of them."""
     from fks_backfill_dagster import documents
+    from fks_backfill_dagster.domain.timeframe import to_datetime
+    from fks_backfill_dagster.pipeline.refresh import quiet_until, silent_since
     from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.store.checking import reaches
     from fks_backfill_dagster.store.reading import stored_series, sync_status
     from fks_backfill_dagster.wiring import open_database
 
@@ -139,6 +142,7 @@ def status(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
     with open_database(settings) as database:
         chosen = choose(settings, names, everything or not names, stored_series(database))
         states = {(s.symbol, s.timeframe): s for s in sync_status(database)}
+        known = reaches(database, chosen.series)
     found = [(s, states.get((s.symbol, s.timeframe.value))) for s in chosen.series]
     if as_json:
         shown = [documents.status(state) if state else documents.not_started(s) for s, state in found]
@@ -146,6 +150,14 @@ def status(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
         return
     header = ("series", "status", "oldest", "newest", "candles", "open gaps", "last sync", "error")
     answer_table(header, [_status_row(series, state) for series, state in found])
+    configured = set(settings.series())
+    for series in chosen.series:
+        since, wait = silent_since(known.get(series)), quiet_until(known.get(series))
+        if since is not None and wait is not None and series in configured and not settings.end_of(series):
+            tell(
+                f"{series}: silent since {short(to_datetime(since))}: nobody has a newer candle. A refresh asks"
+                f" again after {short(to_datetime(wait))}; if it was delisted, set its `end` in the settings."
+            )
 
 
 def _status_row(series: Series, state: SyncStatus | None) -> tuple[object, ...]:

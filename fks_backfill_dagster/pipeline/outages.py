@@ -7,8 +7,8 @@ Does not belong here: how an outage is recognised (`domain.outages`), how it is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,13 +38,19 @@ class Outage:
     providers: tuple[str, ...]
 
 
-def find_outages(database: Database, series: Sequence[Series], window: TimeRange) -> tuple[Outage, ...]:
+def find_outages(
+    database: Database,
+    series: Sequence[Series],
+    window: TimeRange,
+    end_of: Callable[[Series], int | None] = lambda one: None,
+) -> tuple[Outage, ...]:
     """The outages of the venues of `series` within `window`, cut to it; ascending by venue and time.
 
-    Three queries, whatever the number of series. What was not synced yet is no outage.
+    From its `end_of` on nothing is missing of a series (`Settings.end_of`). What was not synced yet is
+    no outage. Four queries, whatever the number of series.
     """
     series = list(dict.fromkeys(series))
-    known = absences(database, series, window)
+    known = _until_their_ends(absences(database, series, window), [end_of(one) for one in series])
     found = recognise(series, known.synced, known.missing)
     part_of = [_rows_within(one, series, known) for one in found]
     words = told(
@@ -54,6 +60,16 @@ def find_outages(database: Database, series: Sequence[Series], window: TimeRange
         _outage(one, series, known, rows, [words[gap] for gap in known.gaps[rows].tolist() if gap in words])
         for one, rows in zip(found, part_of, strict=True)
     )
+
+
+def _until_their_ends(known: Absences, ends: Sequence[int | None]) -> Absences:
+    last = np.array([np.iinfo(np.int64).max if end is None else end for end in ends], dtype=np.int64)
+    synced, missing = (
+        replace(spans, ends=np.minimum(spans.ends, last[spans.owner]))
+        for spans in (known.synced, known.missing)
+    )
+    left = missing.starts < missing.ends
+    return Absences(synced.of(synced.starts < synced.ends), missing.of(left), known.gaps[left])
 
 
 def _rows_within(outage: VenueOutage, series: Sequence[Series], known: Absences) -> Instants:

@@ -214,3 +214,18 @@ def test_an_end_that_is_set_later_takes_the_silence_out_of_the_gaps(
     assert fks("gaps", "LUNA/USDT", "1h", "--json").json[0]["missing_candles"] == (12 + 29) * 24
     configure(settings, line + ", end: 2024-01-20")
     assert fks("gaps", "LUNA/USDT", "1h", "--json").json == []
+
+
+def test_the_status_tells_who_is_silent(
+    settings: Path, fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "symbol: LUNA/USDT, asset_class: crypto, timeframes: [1h], provider_priority: [binance]"
+    configure(settings, line)
+    world.plant_outage("binance", TimeRange(instant("2024-01-20T05:00"), instant("2030-01-01")), "LUNAUSDT")
+    fks("backfill", "LUNA/USDT", "1h", "--start", "2024-01-01", "--end", "2024-02-01")
+    told = fks("status", "LUNA/USDT", "1h")
+    assert "LUNA/USDT 1h: silent since 2024-01-20 05:00: nobody has a newer candle." in told.stderr
+    assert "asks again after 2024-02-12 19:00;" in told.stderr  # twelve days short of five hours later
+    assert fks("status", "LUNA/USDT", "1h", "--json").stderr == ""
+    configure(settings, line + ", end: 2024-01-20T05:00")
+    assert fks("status").stderr == ""

@@ -64,6 +64,15 @@ def test_what_was_never_synced_is_no_outage(database: Database) -> None:
     assert find_outages(database, SERIES, SYNCED) == ()
 
 
+def test_nothing_is_missing_of_a_symbol_that_has_ended(synced: Context) -> None:
+    ends = {series: DOWN.start for series in SERIES if series.symbol == "SOL/USDT"}
+    assert find_outages(synced.database, SERIES, SYNCED, ends.get) == ()
+    ends = {series: instant("2024-01-10T12:00") for series in ends}
+    (outage,) = find_outages(synced.database, SERIES, SYNCED, ends.get)
+    assert outage.window == TimeRange(DOWN.start, instant("2024-01-10T12:00"))
+    assert outage.missing == 3 * (5 + 1)
+
+
 def test_a_quiet_interval_is_none(synced: Context) -> None:
     execute(synced.database, "UPDATE fks.gap SET status = 'no_trade'")
     assert find_outages(synced.database, SERIES, SYNCED) == ()
