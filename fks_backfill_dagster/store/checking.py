@@ -284,8 +284,8 @@ def synced_ends(database: Database, series: Sequence[Series]) -> dict[Series, in
 class Reach:
     """How far a series was synced, and from where on up to there nobody has a candle of it.
 
-    `absent_since` is the first open after the newest stored candle, where everything from it on is
-    missing and no provider has it; None where something is stored up to the end or may yet come.
+    `absent_since` is the start of its last gap, where nothing is stored after it and nobody can fill it;
+    else None. A part that nobody has answered for yet ends it: that may come.
     """
 
     synced_end: int
@@ -298,12 +298,12 @@ def reaches(database: Database, series: Sequence[Series]) -> dict[Series, Reach]
         owners = _owners(connection, series)
         rows = connection.execute(
             sa.text(
-                f"SELECT s.series_id, {_MICROS.format('upper(s.synced)')} AS synced_end, ("
-                f"   SELECT CASE WHEN bool_and(g.status = ANY(:exhausted))"
-                f"     THEN {_MICROS.format('min(g.gap_start)')} END FROM fks.gap g"
-                "    WHERE g.series_id = s.series_id AND g.status <> 'filled'"
-                "      AND g.gap_start > coalesce(s.newest, '-infinity')) AS absent_since"
-                " FROM fks.sync_state s WHERE s.series_id = ANY(:ids) AND NOT isempty(s.synced)"
+                f"SELECT s.series_id, {_MICROS.format('upper(s.synced)')} AS synced_end,"
+                f"   CASE WHEN g.status = ANY(:exhausted) THEN {_MICROS.format('g.gap_start')} END AS absent_since"
+                " FROM fks.sync_state s LEFT JOIN LATERAL ("
+                "   SELECT status, gap_start FROM fks.gap WHERE series_id = s.series_id AND status <> 'filled'"
+                "     AND gap_start > coalesce(s.newest, '-infinity') ORDER BY gap_start DESC LIMIT 1) g ON true"
+                " WHERE s.series_id = ANY(:ids) AND NOT isempty(s.synced)"
             ),
             {"ids": list(owners), "exhausted": [status.value for status in EXHAUSTED]},
         )

@@ -116,3 +116,14 @@ def test_a_tail_that_is_partly_open_may_yet_come(hours: Shelf) -> None:
     hours.commit(hours.span(10, 12))
     assert [gap.status for gap in hours.gaps()] == ["unavailable", "open"]
     assert reaches(hours.database, [hours.series]) == {hours.series: Reach(hours.span(0, 12).end)}
+    last = hours.span(12, 14)
+    hours.commit(last)
+    execute(
+        hours.database,
+        f"UPDATE fks.gap SET gap_end = '{to_datetime(last.start)}', missing_candles = 2"
+        f" WHERE series_id = {hours.identity} AND status = 'open'",
+        "INSERT INTO fks.gap (series_id, gap_start, gap_end, missing_candles, status, attempts, evidence)"
+        f" VALUES ({hours.identity}, '{to_datetime(last.start)}', '{to_datetime(last.end)}',"
+        " 2, 'unavailable', 1, '[]')",
+    )
+    assert reaches(hours.database, [hours.series]) == {hours.series: Reach(last.end, last.start)}
