@@ -118,7 +118,7 @@ def sync(
     `scope` tells what of it is asked for. `recheck` asks for its gaps though their time has not come,
     and providers that are being left alone: what a person wants, and no schedule. Provider errors end
     up in the report; a StoreError (the database is gone or full) is raised, and what was committed
-    stays.
+    stays. So is SeriesChanged, before anything is asked.
     """
     began = time.monotonic()
     chain = _chain(context, series, priority, heed_circuit=not recheck)
@@ -185,6 +185,8 @@ def _plan(
     recheck: bool,
     listen: Listener,
 ) -> tuple[Plan, Grid]:
+    with context.database.begin() as connection:
+        ledger.refuse_changed(connection, series)
     grid = grid_of(series)
     listed_at = _listing(context, series, chain, listen)
     possible = closed_window(window, grid, context.clock(), listed_at)
