@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.grid import Grid, grid_of
@@ -127,7 +128,7 @@ def sync(
     plan, grid = _plan(context, series, window, chain, scope, recheck, listen)
     listen(Planned(series, plan, chain.names))
     work = _Work(context, series, grid, chain, run_id, listen)
-    if chain.names or not plan.batches:
+    if chain.names or not plan.batches or work.is_kept:
         work.run(plan)
     return work.report(plan, time.monotonic() - began)
 
@@ -258,13 +259,19 @@ class _Work:
             name for name, provider in context.providers.items() if not provider.capabilities.omits_quiet
         )
         # A gap is explained when everybody was heard, not only those of this call.
-        self.others = able(context, series) - frozenset(chain.unfit)
+        self.able = frozenset((*chain.names, *chain.unfit)) | able(context, series)
         self.identity: int | None = None
         self.succeeded = self.failed = self.candles = self.requests = 0
         # Sets that keep the order in which they came.
         self.errors: dict[str, None] = {}
         self.warnings: dict[str, None] = dict.fromkeys(chain.warnings)
         self.told: set[str] = set()
+
+    @cached_property
+    def is_kept(self) -> bool:
+        """Whether it has candles: then a symbol that nobody knows any more is an answer, and a mistyped
+        one no more."""
+        return any(state.total_candles for state in reading.sync_status(self.context.database, self.series))
 
     def run(self, plan: Plan) -> None:
         """Commits the batches of the plan. Where there are none, the last error of the series is over."""
@@ -317,7 +324,7 @@ class _Work:
         self.warnings.update(dict.fromkeys(fetched.warnings))
         self.errors.update(dict.fromkeys(fetched.errors))
         for batch in batches:
-            if not fetched.recordable:
+            if not fetched.recordable and not self.is_kept:
                 self._count(batch, 0, batch.candles, (), fetched)
                 continue
             write = self._batch_write(batch, fetched)
@@ -348,7 +355,7 @@ class _Work:
                 asked=batch.wanted,
                 quiet=fetched.quiet,
                 strict=self.strict,
-                able=frozenset(self.chain.names) | self.others,
+                able=self.able,
                 tolerated=self.context.max_gap_minutes // self.series.timeframe.minutes,
             ),
             run_id=self.run_id,

@@ -31,6 +31,7 @@ from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.pacing import SharedCircuit
 from fks_backfill_dagster_tests.pipeline.conftest import NOW, make_context
+from fks_backfill_dagster_tests.store.builders import execute
 
 MINUTES = Series("BTC/USDT", Timeframe.M1, AssetClass.CRYPTO)
 HOURS = Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)
@@ -422,6 +423,29 @@ def test_every_failed_batch_says_why(database: Database) -> None:
     told = [event.error for event in events if isinstance(event, BatchDone)]
     assert len(told) == 5
     assert all(error and error.startswith("binance: ") for error in told)
+
+
+@pytest.mark.parametrize("asked", [["binance"], BOTH], ids="+".join)
+@pytest.mark.parametrize("is_listing_known", [True, False])
+def test_a_symbol_that_nobody_knows_any_more_is_explained(
+    context: Context, database: Database, market: LocalMarket, asked: list[str], is_listing_known: bool
+) -> None:
+    """Providers forget the delisted. Asked for ever, each look would be a failure."""
+    context = replace(context, priority=lambda series: asked)
+    assert sync(context, HOURS, days("2024-01-01", "2024-01-02"), asked).complete
+    if not is_listing_known:
+        execute(database, "DELETE FROM fks.listing")
+    gone = replace(HOURS, provider_symbols=(("binance", "NOPEUSDT"), ("polygon", "X:NOPEUSD")))
+    report = sync(context, gone, days("2024-01-01", "2024-01-03"), asked)
+    assert (report.missing, report.total_batches) == (24, 1)
+    (gap,) = reading.ledger_gaps(database, HOURS, days("2024-01-01", "2024-01-04"))
+    assert (gap.status, gap.missing) == (GapStatus.UNAVAILABLE, 24)
+    assert {word.provider for word in gap.evidence} == set(asked)
+    assert gap.evidence[0].outcome == "refused"
+    market.reset_requests()
+    again = sync(context, gone, days("2024-01-01", "2024-01-03"), asked)
+    assert (again.total_batches, again.errors) == (0, ())
+    assert market.requests() <= 1, "at most since when it has it"
 
 
 def test_an_unknown_symbol_leaves_no_trace(context: Context, database: Database) -> None:
