@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from fks_backfill_dagster.cli.asking import batches, gaps, series, status
+from fks_backfill_dagster.cli.auditing import audit
 from fks_backfill_dagster.cli.backfilling import backfill
 from fks_backfill_dagster.cli.databases import db
 from fks_backfill_dagster.cli.exporting import export
@@ -103,5 +104,5 @@ def main() -> None:
     """Brings every candle that should exist into one table, and knows why any other is absent."""
 
 
-for command in (demo, up, down, launch, backfill, gaps, status, series, batches, export, simulate, db):
+for command in (demo, up, down, launch, backfill, gaps, audit, status, series, batches, export, simulate, db):
     main.add_command(command)

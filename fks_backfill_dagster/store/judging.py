@@ -53,6 +53,11 @@ class Kind(StrEnum):
     def repairable(self) -> bool:
         return self not in _FOR_A_PERSON
 
+    @property
+    def tells_time(self) -> bool:
+        """What is recorded and actual are instants; of all others they are numbers."""
+        return self in (Kind.OLDEST, Kind.NEWEST)
+
 
 # A candle is what somebody delivered: what is wrong with one is told, and not deleted.
 _FOR_A_PERSON = frozenset({Kind.OFF_GRID, Kind.UNCLOSED, Kind.BROKEN_RULE, Kind.NO_LINEAGE, Kind.NO_CALENDAR})
