@@ -126,11 +126,11 @@ def _series_audit(found: SeriesAudit) -> Document:
         "expected": found.expected,
         "missing": found.missing,
         "explained": found.explained,
-        "differences": [_difference(one) for one in found.differences],
+        "differences": [difference(one) for one in found.differences],
     }
 
 
-def _difference(found: Difference) -> Document:
+def difference(found: Difference) -> Document:
     """`recorded` and `actual` are numbers, and times where the kind is `oldest` or `newest`."""
 
     def shown(value: int | None) -> int | str | None:
