@@ -75,11 +75,11 @@ def _wanted(
     stored = {(one.symbol, one.timeframe): one for one in auditable(database, settings.series())}
     if not names:
         return tuple(stored.values())
-    chosen = choose(settings, names, everything, stored.values()).series
-    for one in chosen:
+    chosen = choose(settings, names, everything, stored.values())
+    for one in () if chosen.many else chosen.series:
         if (one.symbol, one.timeframe) not in stored:
             tell(f"{one}: never synced, so there is nothing to audit.")
-    return tuple(stored[key] for one in chosen if (key := (one.symbol, one.timeframe)) in stored)
+    return tuple(stored[key] for one in chosen.series if (key := (one.symbol, one.timeframe)) in stored)
 
 
 def _words(found: Difference) -> str:

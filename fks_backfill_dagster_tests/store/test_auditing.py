@@ -530,3 +530,16 @@ def test_a_repair_looks_again_under_the_lock(shared: Database) -> None:
         stand.insert(stand.opens[30])
     repairing.join()
     assert found[0].differences == ()
+
+
+def test_the_server_may_give_the_candles_in_any_order(database: Database) -> None:
+    """As it does where it reads the table and not the index: in the order in which they were written."""
+    shelf = Shelf.of(database, fresh("1h"))
+    for first in (48, 24, 0):
+        shelf.put(first, first + 24)
+    for plan in ("indexscan", "indexonlyscan", "bitmapscan"):
+        execute(database, f'ALTER DATABASE "{database.url.database}" SET enable_{plan} = off')
+    database.dispose()  # the settings are those of new connections
+    plain = shelf.rows(f"SELECT ts FROM {shelf.table} WHERE series_id = :id")
+    assert plain != sorted(plain, key=str), "they came in order: this shows nothing"
+    assert shelf.audit().differences == ()
