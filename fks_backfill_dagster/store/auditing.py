@@ -123,6 +123,8 @@ _OPENS = (
     " WHERE series_id = %(id)s AND ts >= %(start)s AND ts < %(end)s"
 )
 
+# Those that can have brought something to the block. A candle of any other batch is suspect, and its
+# lineage looked up.
 _BATCHES = """
 SELECT coalesce(array_agg(id), '{}') FROM fks.batch
 WHERE series_id = :id AND committed_at < 'infinity' AND range_start < :end AND range_end > :start
@@ -134,7 +136,8 @@ SELECT f.kind, f.batch_id, b.provider, f.candles, f.first, f.last FROM (
     FROM {{table}} c
     CROSS JOIN LATERAL (VALUES
         ('{Kind.BROKEN_RULE}', NOT ({GOOD})),
-        ('{Kind.NO_LINEAGE}', batch_id <> ALL(CAST(:batches AS int[]))),
+        ('{Kind.NO_LINEAGE}', NOT EXISTS (SELECT FROM fks.batch l
+            WHERE l.id = c.batch_id AND l.series_id = :id AND l.committed_at < 'infinity')),
         ('{Kind.OFF_GRID}', ts = ANY(CAST(:astray AS timestamptz[]))),
         ('{Kind.UNCLOSED}', ts >= :closed_end)) k(kind, is_so)
     WHERE c.series_id = :id AND c.ts >= :start AND c.ts < :end AND k.is_so
@@ -149,7 +152,6 @@ class _Block:
     """The opens of one block, ascending, and whether a candle of it breaks a rule or has no lineage."""
 
     window: TimeRange
-    batches: list[int]
     opens: Instants
     suspect: bool
 
@@ -195,7 +197,7 @@ def _blocks(connection: sa.Connection, series: Series, identity: int, table: str
             query = _OPENS.format(table=table)
             row = cursor.execute(query, named | {"batches": batches}, binary=True).fetchone()
         assert row is not None
-        yield _Block(window, batches, _ascending(decode_array(row[0])), row[1] > 0)
+        yield _Block(window, _ascending(decode_array(row[0])), row[1] > 0)
 
 
 def _named(identity: int, window: TimeRange) -> dict[str, Any]:
@@ -222,7 +224,6 @@ def _flaws(
         sa.text(_FLAWS.format(table=table)),
         _named(identity, block.window)
         | {
-            "batches": block.batches,
             "astray": [to_datetime(ts) for ts in astray.tolist()],
             "closed_end": to_datetime(closed_end),
         },

@@ -484,6 +484,19 @@ def test_many_blocks_are_one_series(minutes: Shelf, monkeypatch: pytest.MonkeyPa
     ]
 
 
+def test_a_batch_may_be_far_from_its_candles(minutes: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody but a hand brings that about. The lineage is wrong, and yet it is there."""
+    monkeypatch.setattr("fks_backfill_dagster.store.auditing._BLOCK", 50)
+    minutes.put(0, 500)
+    minutes.put(500, 1000)
+    first, second = minutes.batches()
+    execute(minutes.database, f"UPDATE {minutes.table} SET batch_id = {first} WHERE batch_id = {second}")
+    assert minutes.audit().differences == ()
+    execute(minutes.database, f"DELETE FROM fks.batch WHERE id = {first}")
+    (found,) = minutes.audit().differences
+    assert (found.kind, found.actual) == (Kind.NO_LINEAGE, 1000)
+
+
 def test_a_sync_meanwhile_is_no_finding(hours: Shelf, shared: Database) -> None:
     """Commits, undos and corrections on another connection, one after the other, while audits look."""
     over = threading.Event()
