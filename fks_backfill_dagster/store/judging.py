@@ -340,9 +340,7 @@ def _row(history: LedgerGap, low: int, high: int, grid: Grid) -> LedgerGap:
 
 
 def _both(one: LedgerGap, other: LedgerGap) -> LedgerGap:
-    """The history of two open gaps that are one: due as soon as either was."""
-    if one is other:
-        return one
+    """The history of two open gaps that are one."""
     found = [g.found_at for g in (one, other) if g.found_at is not None]
     due = [g.next_attempt_at for g in (one, other) if g.next_attempt_at is not None]
     return replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from hypothesis import given, settings
@@ -52,13 +53,9 @@ def situations(draw: st.DrawFn) -> tuple[Series, Recorded, Seen, int]:
     spans = st.tuples(edge, edge).filter(lambda e: e[0] < e[1])
     synced = RangeSet([TimeRange(*pair) for pair in draw(st.lists(spans, max_size=4))])
     rows = {
-        start: LedgerGap(
-            start,
-            end,
-            draw(st.integers(1, 12)),
-            draw(st.sampled_from(UNFILLED)),
-            attempts,
-            evidence_of(attempts),
+        start: replace(
+            LedgerGap(start, end, draw(st.integers(1, 12)), draw(st.sampled_from(UNFILLED))),
+            **history_of(attempts),
         )
         for attempts, (start, end) in enumerate(draw(st.lists(spans, max_size=6)), 1)
     }
@@ -76,6 +73,16 @@ def situations(draw: st.DrawFn) -> tuple[Series, Recorded, Seen, int]:
     gaps = tuple(rows[start] for start in sorted(rows))
     recorded = Recorded(draw(st.booleans()), synced, total, seen.oldest, seen.newest, gaps)
     return series, recorded, seen, int(opens[closed])
+
+
+def history_of(attempts: int) -> dict[str, Any]:
+    """Different in every row, so that it is seen which one is kept."""
+    return {
+        "attempts": attempts,
+        "evidence": evidence_of(attempts),
+        "found_at": 100 - attempts,
+        "next_attempt_at": None if attempts == 3 else 200 - attempts,
+    }
 
 
 def evidence_of(attempts: int) -> tuple[Evidence, ...]:
@@ -139,15 +146,24 @@ def test_nothing_is_explained_away_and_no_history_is_lost(
     grid = grid_of(series)
     found = judge(series, grid, recorded, seen, closed_end)
     for gap in repaired(recorded, found).gaps:
+        assert gap.next_attempt_at in {None, *(g.next_attempt_at for g in recorded.gaps)}
         for ts in grid.opens(TimeRange(gap.start, gap.end)).tolist():
             before = [g for g in recorded.gaps if g.start <= ts < g.end]
             openly = [g for g in before if g.status is GapStatus.OPEN]
             if openly or not before:
                 assert gap.status is GapStatus.OPEN
-                assert gap.attempts >= max((g.attempts for g in openly[:1]), default=0)
+                for one in openly[:1]:
+                    assert gap.attempts >= one.attempts
+                    assert gap.found_at is not None
+                    assert gap.found_at <= (one.found_at or 0)
+                    assert one.next_attempt_at is None or (gap.next_attempt_at or 0) <= one.next_attempt_at
+                if not before and gap.attempts == 0:
+                    assert (gap.evidence, gap.found_at, gap.next_attempt_at) == ((), None, None)
                 assert {e for g in openly[:1] for e in g.evidence} <= set(gap.evidence)
             else:
-                assert (gap.status, gap.evidence) == (before[0].status, before[0].evidence)
+                assert replace(gap, start=0, end=0, missing=0) == replace(
+                    before[0], start=0, end=0, missing=0
+                )
 
 
 @given(situations())
