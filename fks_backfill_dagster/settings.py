@@ -324,6 +324,7 @@ class Automation(Section):
     refresh: Many[EachTimeframe] = tuple(Timeframe)
     fill_gaps: bool = True
     checks: bool = True
+    audit: bool = True
     housekeeping: bool = True
     keep_runs_days: Annotated[int, _between(1, 3_650)] = 3
 

@@ -32,7 +32,7 @@ _RULES = {
 }
 
 # What all of them together demand, in the fewest comparisons: every candle of a series is looked at.
-_GOOD = (
+GOOD = (
     "low > 0 AND high < 'Infinity' AND open BETWEEN low AND high AND close BETWEEN low AND high"
     " AND (volume IS NULL OR (volume >= 0 AND volume < 'Infinity'))"
 )
@@ -198,7 +198,7 @@ def _broken(connection: sa.Connection, timeframe: Timeframe, ids: Sequence[int])
     return connection.execute(
         sa.text(
             f"SELECT series_id, count(*) AS bad, {counts}, min(ts) AS first"
-            f' FROM fks."candles_{timeframe}" WHERE series_id = ANY(:ids) AND NOT ({_GOOD}) GROUP BY series_id'
+            f' FROM fks."candles_{timeframe}" WHERE series_id = ANY(:ids) AND NOT ({GOOD}) GROUP BY series_id'
         ),
         {"ids": list(ids)},
     ).all()
@@ -237,7 +237,7 @@ def bad_parts(database: Database, series: Sequence[Series], part: str) -> dict[S
                 sa.text(
                     "SELECT series_id, to_char(date_trunc(:part, ts AT TIME ZONE 'UTC'), 'YYYY-MM-DD') AS key,"
                     f' count(*) AS bad FROM fks."candles_{timeframe}"'
-                    f" WHERE series_id = ANY(:ids) AND NOT ({_GOOD}) GROUP BY 1, 2 ORDER BY 1, 2"
+                    f" WHERE series_id = ANY(:ids) AND NOT ({GOOD}) GROUP BY 1, 2 ORDER BY 1, 2"
                 ),
                 {"part": part, "ids": [i for i, one in owners.items() if one.timeframe is timeframe]},
             )

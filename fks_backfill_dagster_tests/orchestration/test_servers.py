@@ -26,7 +26,7 @@ from fks_backfill_dagster.store.reading import batches, read_candles
 CONFIG = """\
 history_start: 2024-01-01
 provider_priority: {crypto: [binance]}
-automation: {refresh: [], checks: false, housekeeping: false}
+automation: {refresh: [], checks: false, audit: false, housekeeping: false}
 symbols:
   - {symbol: BTC/USDT, asset_class: crypto, timeframes: [15m, 1h]}
   - {symbol: ETH/USDT, asset_class: crypto, timeframes: [15m, 1h]}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.grid import Grid, grid_of
-from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_DAY,
@@ -23,6 +23,7 @@ from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_MINUTE,
     Timeframe,
 )
+from fks_backfill_dagster.store.judging import Recorded, Seen, judge
 from fks_backfill_dagster.store.ledger import Evidence, LedgerGap
 from fks_backfill_dagster.store.settling import LONGEST_PAUSE, Findings, Settlement, settle
 from fks_backfill_dagster_tests.domain.builders import at, grid, window
@@ -172,6 +173,16 @@ def around(ledger: Sequence[LedgerGap], window: TimeRange) -> list[LedgerGap]:
     return [*left, *(g for g in ledger if g.start < window.end and g.end > window.start), *right]
 
 
+def audited(ledger: Sequence[LedgerGap], synced: RangeSet, stored: list[int], grid: Grid) -> None:
+    """The audit, which knows nothing of settling, finds nothing."""
+    ends = (stored[0], stored[-1]) if stored else (None, None)
+    ranks = grid.rank(np.array(stored, dtype=np.int64))
+    seen = Seen(len(stored), *ends, RangeSet.from_arrays(ranks, ranks + 1))
+    recorded = Recorded(True, synced, len(stored), *ends, tuple(ledger))
+    found = judge(Series("ANY", Timeframe.H1, AssetClass.CRYPTO), grid, recorded, seen, synced.hull.end)
+    assert (found.differences, found.removed, found.added) == ((), (), ())
+
+
 STEP = st.tuples(
     st.integers(0, CANDLES),  # a window from this open ...
     st.integers(0, CANDLES),  # ... to that one,
@@ -193,6 +204,7 @@ def test_any_history_gives_the_slow_ledger(grid: Grid, steps: list[tuple[Any, ..
     edges = [*opens, opens[-1] + MICROS_PER_HOUR]
     slow = Slow(opens)
     ledger: list[LedgerGap] = []
+    synced = RangeSet()
     now = 0
     for first, past, before, after, given_, provider, silent, able, tolerated, later in steps:
         now += later
@@ -221,6 +233,8 @@ def test_any_history_gives_the_slow_ledger(grid: Grid, steps: list[tuple[Any, ..
         ledger += [g for g in added if g.status != GapStatus.FILLED]
         ledger.sort(key=lambda g: g.start)
         assert rows_of(ledger) == slow_rows(slow, grid)
+        synced = synced | RangeSet([asked])
+        audited(ledger, synced, [ts for ts in opens if ts in slow.known and slow.known[ts] is None], grid)
         told = [ts for g in filled for ts in grid.opens(TimeRange(g.start, g.end)).tolist()]
         assert sorted(told) == sorted(filled_then)
         assert sum(g.missing for g in filled) == len(told)
