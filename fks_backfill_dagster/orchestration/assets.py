@@ -35,6 +35,7 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series, identifier
 from fks_backfill_dagster.orchestration import pace
+from fks_backfill_dagster.orchestration.checks import evaluate_after_failure
 from fks_backfill_dagster.orchestration.errands import Errand
 from fks_backfill_dagster.orchestration.groups import Group
 from fks_backfill_dagster.orchestration.partitions import partitions_for, windows_of
@@ -179,6 +180,8 @@ def _materialize(
                 for partition in windows:
                     context.add_asset_metadata(outcome.metadata(partition), key, partition)
                 yield MaterializeResult(asset_key=key)
+            if failed:
+                evaluate_after_failure(context, work.database, group, set(selected))
         except StoreError as error:  # the database is gone or full: the next series would meet the same
             raise Failure(description=str(error), allow_retries=False) from error
         finally:

@@ -122,7 +122,7 @@ def refresh_requests(
             yield RunRequest(
                 run_key=f"refresh {frame} {first} {number}",
                 asset_selection=keys[start : start + pace.MOST_SERIES],
-                asset_check_keys=[],  # once a day is enough (`checks_daily`)
+                asset_check_keys=[],  # without it Dagster takes all checks of the assets, whatever the job says
                 tags={
                     REFRESH: frame.value,
                     pace.PRIORITY: pace.FIRST,
