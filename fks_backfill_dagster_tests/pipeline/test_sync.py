@@ -211,6 +211,24 @@ def test_a_missing_key_skips_the_provider_with_one_warning(database: Database, m
     assert report.complete
 
 
+def test_filling_gaps_leaves_the_history_between_them_pending(
+    context: Context, database: Database, market: LocalMarket
+) -> None:
+    """Two gaps of one month, and days between them that nobody ever asked for."""
+    early, late = days("2024-01-01", "2024-01-03"), days("2024-01-20", "2024-01-22")
+    for provider in BOTH:
+        for window in (early, late):
+            market.plant_outage(provider, TimeRange(window.start, window.start + 6 * MICROS_PER_HOUR))
+    for window in (early, late):
+        sync(context, HOURS, window, BOTH)
+    market.clear_outages()
+    month = days("2024-01-01", "2024-02-01")
+    report = sync(context, HOURS, month, BOTH, scope=Scope.GAPS, recheck=True)
+    assert report.total_candles == 12
+    known = reading.what_is_known(database, HOURS, month)
+    assert (list(known.synced), known.gaps) == ([early, late], ()), "what was never synced is nobody's gap"
+
+
 # Explained: quiet, tolerated, out of depth, another market -----------------------------------------------
 
 
