@@ -153,7 +153,8 @@ def _after_asking(
         evidence=latest((*old.evidence, *evidence)),
         found_at=_asked_at(evidence) if old.found_at is None else old.found_at,
     )
-    if was_quiet and not row.heard() & findings.strict:
+    # Who gives every interval and did not answer may have it.
+    if was_quiet and not (row.heard() | findings.able) & findings.strict:
         return replace(row, status=GapStatus.NO_TRADE, next_attempt_at=None)
     exhausted = bool(findings.able) and findings.able <= row.heard()
     return replace(row, status=GapStatus.UNAVAILABLE if exhausted else GapStatus.OPEN, next_attempt_at=None)

@@ -273,6 +273,23 @@ def test_what_was_quiet_is_no_gap(context: Context, database: Database, market: 
     assert (report.missing, report.complete) == (0, True)
 
 
+def test_what_looks_quiet_while_the_other_one_does_not_answer_stays_open(
+    context: Context, database: Database, market: LocalMarket
+) -> None:
+    """Polygon had an outage, Binance is down: it may have what Polygon left out between two bars."""
+    window = days("2024-01-01", "2024-01-03")
+    outage = TimeRange.of(datetime(2024, 1, 1, 3, tzinfo=UTC), datetime(2024, 1, 1, 4, tzinfo=UTC))
+    market.plant_outage("polygon", outage)
+    for transport in ("binance", "archive"):
+        market.plant_fault(transport, "status", status=503, count=None)
+    sync(context, MINUTES, window, BOTH)
+    (gap,) = reading.ledger_gaps(database, MINUTES, window)
+    assert (gap.status, gap.missing) == (GapStatus.OPEN, 60)
+    market.clear_faults()
+    assert sync(context, MINUTES, window, BOTH).complete
+    holds_the_truth(database, market, MINUTES, window)
+
+
 def test_an_outage_of_a_provider_that_gives_every_interval_is_not_quiet(
     context: Context, database: Database, market: LocalMarket
 ) -> None:
