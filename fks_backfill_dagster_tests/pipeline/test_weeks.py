@@ -188,7 +188,7 @@ def test_the_requests_for_what_nobody_has_grow_like_the_logarithm_of_time(
         begun, (gap,) = world.now, world.gaps(BITCOIN)
         assert gap.found_at is not None
         world.asked.clear()
-        world.run(begun + 56 * MICROS_PER_DAY, 4 * MICROS_PER_HOUR, refreshing=False)
+        world.run(begun + 56 * MICROS_PER_DAY, 6 * MICROS_PER_HOUR, refreshing=False)
         ages = sorted({one.at - gap.found_at for one in world.asked})
         assert 5 <= len(ages) <= 1 + math.log2((world.now - gap.found_at) / (begun - gap.found_at))
         assert all(later >= 2 * earlier for earlier, later in itertools.pairwise(ages))
