@@ -284,8 +284,9 @@ def synced_ends(database: Database, series: Sequence[Series]) -> dict[Series, in
 class Reach:
     """How far a series was synced, and from where on up to there nobody has a candle of it.
 
-    `absent_since` is the start of its last gap, where nothing is stored after it and nobody can fill it;
-    else None. A part that nobody has answered for yet ends it: that may come.
+    `absent_since` is the start of what is missing after the newest candle, as far as nobody can fill it;
+    None where there is no such gap at the end. A part that somebody has not answered for breaks it off:
+    that may come.
     """
 
     synced_end: int
@@ -299,10 +300,15 @@ def reaches(database: Database, series: Sequence[Series]) -> dict[Series, Reach]
         rows = connection.execute(
             sa.text(
                 f"SELECT s.series_id, {_MICROS.format('upper(s.synced)')} AS synced_end,"
-                f"   CASE WHEN g.status = ANY(:exhausted) THEN {_MICROS.format('g.gap_start')} END AS absent_since"
+                f"   {_MICROS.format('g.absent_since')} AS absent_since"
                 " FROM fks.sync_state s LEFT JOIN LATERAL ("
-                "   SELECT status, gap_start FROM fks.gap WHERE series_id = s.series_id AND status <> 'filled'"
-                "     AND gap_start > coalesce(s.newest, '-infinity') ORDER BY gap_start DESC LIMIT 1) g ON true"
+                "   SELECT min(x.gap_start) AS absent_since FROM fks.gap x"
+                "   WHERE x.series_id = s.series_id AND x.status <> 'filled' AND x.status = ANY(:exhausted)"
+                "     AND x.gap_start > coalesce("
+                "       (SELECT max(y.gap_start) FROM fks.gap y WHERE y.series_id = s.series_id"
+                "         AND y.status <> 'filled' AND NOT y.status = ANY(:exhausted)"
+                "         AND y.gap_start > coalesce(s.newest, '-infinity')),"
+                "       s.newest, '-infinity')) g ON true"
                 " WHERE s.series_id = ANY(:ids) AND NOT isempty(s.synced)"
             ),
             {"ids": list(owners), "exhausted": [status.value for status in EXHAUSTED]},

@@ -23,7 +23,7 @@ from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso, to_datetime
-from fks_backfill_dagster.store.ledger import LedgerGap, latest
+from fks_backfill_dagster.store.ledger import LedgerGap
 
 
 class Kind(StrEnum):
@@ -34,7 +34,6 @@ class Kind(StrEnum):
     GAP_COUNT = "gap_count"
     GAP_EDGES = "gap_edges"
     GAP_OVERLAP = "gap_overlap"
-    GAP_SPLIT = "gap_split"  # two open rows that are neighbours in the grid
     GAP_OUTSIDE = "gap_outside_coverage"
     CANDLES_OUTSIDE = "candles_outside_coverage"
     COVERAGE_AHEAD = "coverage_ahead"  # beyond the last closed candle
@@ -301,7 +300,11 @@ def _rightful(claims: _Claims, missing: RangeSet, grid: Grid) -> tuple[LedgerGap
         parts += _parts(chosen[some], low[some], high[some], left)
         left = left - RangeSet.from_arrays(low, high)
     parts += [(-1, low, high) for low, high in zip(left.starts.tolist(), left.ends.tolist(), strict=True)]
-    return tuple(_joined(parts, claims.rows, grid))
+    new = LedgerGap(0, 0, 0, GapStatus.OPEN)
+    return tuple(
+        _row(claims.rows[owner] if owner >= 0 else new, low, high, grid)
+        for owner, low, high in sorted(parts, key=lambda part: part[1])
+    )
 
 
 def _parts(
@@ -316,40 +319,9 @@ def _parts(
     return zip(owner.tolist(), starts.tolist(), ends.tolist(), strict=True)
 
 
-def _joined(
-    parts: Iterable[tuple[int, int, int]], rows: Sequence[LedgerGap], grid: Grid
-) -> Iterator[LedgerGap]:
-    """The parts as rows; open ones that are neighbours in the grid are one gap."""
-    new = LedgerGap(0, 0, 0, GapStatus.OPEN)
-    held: tuple[LedgerGap, int, int] | None = None
-    for owner, low, high in sorted(parts, key=lambda part: part[1]):
-        row = rows[owner] if owner >= 0 else new
-        if held and held[2] == low and held[0].status is row.status is GapStatus.OPEN:
-            held = (_both(held[0], row), held[1], high)
-            continue
-        if held:
-            yield _row(*held, grid)
-        held = (row, low, high)
-    if held:
-        yield _row(*held, grid)
-
-
 def _row(history: LedgerGap, low: int, high: int, grid: Grid) -> LedgerGap:
     span = _span(low, high, grid)
     return replace(history, start=span.start, end=span.end, missing=high - low)
-
-
-def _both(one: LedgerGap, other: LedgerGap) -> LedgerGap:
-    """The history of two open gaps that are one."""
-    found = [g.found_at for g in (one, other) if g.found_at is not None]
-    due = [g.next_attempt_at for g in (one, other) if g.next_attempt_at is not None]
-    return replace(
-        one,
-        attempts=max(one.attempts, other.attempts),
-        evidence=latest((*one.evidence, *other.evidence)),
-        found_at=min(found, default=None),
-        next_attempt_at=min(due, default=None),
-    )
 
 
 def _unrecorded(missing: RangeSet, claims: _Claims, grid: Grid) -> Iterator[Difference]:
@@ -374,11 +346,9 @@ def _gap_differences(
     tidy = np.ones(len(some), dtype=bool)
     tidy[some] = (grid.at(first) == claims.starts[some]) & (grid.closes(grid.at(last)) == claims.ends[some])
     overlaps = some & (claims.low < _reached(claims.high))
-    follows = np.concatenate([[False], claims.low[1:] == claims.high[:-1]]) & some
-    split = follows & (claims.is_open == 1) & (np.roll(claims.is_open, 1) == 1)
     counts = np.array([g.missing for g in claims.rows], dtype=np.int64)
     miscounted = (counts != spanned) & (counts != absent)
-    wrong = (inside != spanned) | (absent != inside) | ~tidy | overlaps | split | miscounted | ~some
+    wrong = (inside != spanned) | (absent != inside) | ~tidy | overlaps | miscounted | ~some
     for i in np.flatnonzero(wrong).tolist():
         row, of, gone = claims.rows[i], int(spanned[i]), int(absent[i])
         at, name = (row.start, row.end), f"the {row.status} gap"
@@ -402,9 +372,6 @@ def _gap_differences(
         if overlaps[i]:
             text = f"{name} overlaps the one before it, which spans some of its candles too"
             yield Difference(Kind.GAP_OVERLAP, *at, row.missing, gone, text)
-        if split[i]:
-            text = f"{name} is one with the open gap before it: no candle lies between them"
-            yield Difference(Kind.GAP_SPLIT, *at, row.missing, gone, text)
 
 
 # Status and candles -------------------------------------------------------------------------------------

@@ -212,6 +212,24 @@ def test_a_missing_key_skips_the_provider_with_one_warning(database: Database, m
     assert report.complete
 
 
+def test_filling_gaps_leaves_the_history_between_them_pending(
+    context: Context, database: Database, market: LocalMarket
+) -> None:
+    """Two gaps of one month, and days between them that nobody ever asked for."""
+    early, late = days("2024-01-01", "2024-01-03"), days("2024-01-20", "2024-01-22")
+    for provider in BOTH:
+        for window in (early, late):
+            market.plant_outage(provider, TimeRange(window.start, window.start + 6 * MICROS_PER_HOUR))
+    for window in (early, late):
+        sync(context, HOURS, window, BOTH)
+    market.clear_outages()
+    month = days("2024-01-01", "2024-02-01")
+    report = sync(context, HOURS, month, BOTH, scope=Scope.GAPS, recheck=True)
+    assert report.total_candles == 12
+    known = reading.what_is_known(database, HOURS, month)
+    assert (list(known.synced), known.gaps) == ([early, late], ()), "what was never synced is nobody's gap"
+
+
 # Explained: quiet, tolerated, out of depth, another market -----------------------------------------------
 
 
@@ -254,6 +272,23 @@ def test_what_was_quiet_is_no_gap(context: Context, database: Database, market: 
     assert (gap.start, gap.end, gap.missing) == (quiet.start, quiet.end, 40)
     assert gap.status is GapStatus.NO_TRADE
     assert (report.missing, report.complete) == (0, True)
+
+
+def test_what_looks_quiet_while_the_other_one_does_not_answer_stays_open(
+    context: Context, database: Database, market: LocalMarket
+) -> None:
+    """Polygon had an outage, Binance is down: it may have what Polygon left out between two bars."""
+    window = days("2024-01-01", "2024-01-03")
+    outage = TimeRange.of(datetime(2024, 1, 1, 3, tzinfo=UTC), datetime(2024, 1, 1, 4, tzinfo=UTC))
+    market.plant_outage("polygon", outage)
+    for transport in ("binance", "archive"):
+        market.plant_fault(transport, "status", status=503, count=None)
+    sync(context, MINUTES, window, BOTH)
+    (gap,) = reading.ledger_gaps(database, MINUTES, window)
+    assert (gap.status, gap.missing) == (GapStatus.OPEN, 60)
+    market.clear_faults()
+    assert sync(context, MINUTES, window, BOTH).complete
+    holds_the_truth(database, market, MINUTES, window)
 
 
 def test_an_outage_of_a_provider_that_gives_every_interval_is_not_quiet(

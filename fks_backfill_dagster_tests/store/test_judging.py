@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.gaps import GapStatus, find_gaps
+from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
@@ -128,9 +128,6 @@ def test_the_ledger_is_what_its_definition_says(situation: tuple[Series, Recorde
     assert all(g.start == part[0] for g, part in zip(gaps, spanned, strict=True))
     assert all(g.end == grid.closes(np.array(part))[-1] for g, part in zip(gaps, spanned, strict=True))
     openly = [ts for g, part in zip(gaps, spanned, strict=True) if g.status == "open" for ts in part]
-    assert [(g.start, g.end) for g in gaps if g.status == "open"] == [
-        (g.start, g.end) for g in find_gaps(np.array(openly, dtype=np.int64), grid)
-    ]
     assert all(ts < closed_end for ts in absent)
     assert found.coverage.contains(np.array(stored, dtype=np.int64)).all()
     assert (found.missing, found.expected) == (len(absent), sum(grid.count(p) for p in found.coverage))
