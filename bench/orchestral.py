@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
+from bench.cpu import metered
 from bench.dagster_world import (
     Orchestra,
     environment_of,
@@ -96,19 +97,21 @@ def refresh(place: World, runs: int) -> list[Result]:
         _seed(environment)
         with orchestra(environment) as dagster:
             web = dagster.web
-            began = time.perf_counter()
-            asked = requests_of(web, "refresh_1h", time.time() // 3600 * 3600 + 1200)
-            looked = time.perf_counter() - began
-            ids = launch_all(web, "ohlcv_years", asked)
-            launched = time.perf_counter() - began
-            times = until_ended(web, ids)
-            seconds = time.perf_counter() - began
+            with place.connect() as connection, metered(Path(home), connection.info.backend_pid) as cpu:
+                began = time.perf_counter()
+                asked = requests_of(web, "refresh_1h", time.time() // 3600 * 3600 + 1200)
+                looked = time.perf_counter() - began
+                ids = launch_all(web, "ohlcv_years", asked)
+                launched = time.perf_counter() - began
+                times = until_ended(web, ids)
+                seconds = time.perf_counter() - began
             if {t.status for t in times} != {"SUCCESS"}:
                 raise SystemExit(f"not all of the refresh succeeded: {[t.status for t in times]}")
             detail = (
                 f"{len(ids)} runs: look {looked:.1f} s, launching {launched - looked:.1f} s; of a run:"
                 f" worker {median(t.started - t.launched for t in times):.1f} s,"
-                f" work {median(t.ended - t.started for t in times):.1f} s"
+                f" work {median(t.ended - t.started for t in times):.1f} s; CPU "
+                + ", ".join(f"{part} {used:.0f} s" for part, used in sorted(cpu.items(), key=lambda i: -i[1]))
             )
             pages = [_page(web, name, *query) for name, query in _PAGES.items()]
     return [Result(f"(j) refresh of {MANY:,} series, seconds", [seconds], 300, False, detail), *pages]
