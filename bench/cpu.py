@@ -67,10 +67,7 @@ class Meter:
 
 
 def _part(process: psutil.Process, leader: str) -> str:
-    line = " ".join(process.cmdline())
-    if "spawn_main" in line:
-        return "run workers"
-    return "code servers" if " grpc" in line or "code-server" in line else leader
+    return "run workers" if "multiprocessing.forkserver" in " ".join(process.cmdline()) else leader
 
 
 def _seconds(process: psutil.Process) -> float:
