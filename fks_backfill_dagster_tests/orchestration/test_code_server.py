@@ -84,8 +84,8 @@ def status_of(web: Webserver, run: str) -> str:
     return web.run(run).status
 
 
-def launch(web: Webserver) -> str:
-    """A run of one partition of BTC/USDT 15m."""
+def launch(web: Webserver, symbol: str = "BTC_USDT") -> str:
+    """A run of one partition of its 15m series."""
     found = web.ask(
         "mutation($p: ExecutionParams!) { launchRun(executionParams: $p) { __typename"
         " ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }",
@@ -94,7 +94,7 @@ def launch(web: Webserver) -> str:
                 "repositoryName": "__repository__",
                 "repositoryLocationName": code_server.LOCATION,
                 "pipelineName": "ohlcv_months",
-                "assetSelection": [{"path": ["ohlcv", "BTC_USDT", "15m"]}],
+                "assetSelection": [{"path": ["ohlcv", symbol, "15m"]}],
                 "assetCheckSelection": [],
             },
             "mode": "default",
@@ -134,3 +134,30 @@ def test_its_workers_are_forks_that_can_be_told_to_end(
     assert [Background(settings.home, name).pid for name in (servers.WEBSERVER, servers.DAEMON)] == others
     again = launch(web)
     until(lambda: status_of(web, again) == "SUCCESS")
+
+    # "Reload definitions" in the UI reads the settings anew, and shows that they are wrong.
+    config = Path(environment["FKS_CONFIG"])
+    before = config.read_text()
+    config.write_text(before + "nonsense: 1\n")
+    reload(web)
+    (error,) = web.load_errors()
+    assert "DagsterUserCodeLoadError" in error
+    config.write_text(before + "  - {symbol: SOL/USDT, asset_class: crypto, timeframes: [15m]}\n")
+    reload(web)
+    assert web.load_errors() == []
+    assert ["ohlcv", "SOL_USDT", "15m"] in keys(web)
+    third = launch(web, "SOL_USDT")
+    until(lambda: status_of(web, third) == "SUCCESS")
+
+
+def reload(web: Webserver) -> None:
+    web.ask(
+        "mutation($name: String!) { reloadRepositoryLocation(repositoryLocationName: $name) { __typename } }",
+        name=code_server.LOCATION,
+    )
+
+
+def keys(web: Webserver) -> list[list[str]]:
+    return [
+        node["assetKey"]["path"] for node in web.ask("{ assetNodes { assetKey { path } } }")["assetNodes"]
+    ]
