@@ -39,6 +39,10 @@ _IMPORTED = (
     "fks_backfill_dagster.store.pacing",
 )
 
+# Four launches wait here for their workers, beside ticks, pages and those who watch the server: Python's own
+# choice, by the number of cores, is for one client.
+_ANSWERS_AT_ONCE = 16
+
 _logger = logging.getLogger("dagster.code_server")
 
 
@@ -82,7 +86,7 @@ def serve(port: int) -> None:
     configure_loggers()
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(_IMPORTED))
     forkserver.ensure_running()  # imports while we do
-    ended, threads = threading.Event(), FuturesAwareThreadPoolExecutor()
+    ended, threads = threading.Event(), FuturesAwareThreadPoolExecutor(_ANSWERS_AT_ONCE)
     server = DagsterGrpcServer(
         server_termination_event=ended,
         dagster_api_servicer=ForkingServer(ended, threads),

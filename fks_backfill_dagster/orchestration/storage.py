@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import sqlalchemy as sa
 from dagster._config.config_schema import UserConfigSchema
 from dagster._core.execution.compute_logs import redirect_to_file
 from dagster._core.storage.compute_log_manager import CapturedLogContext, ComputeIOType
@@ -24,6 +23,7 @@ from dagster._core.storage.root import LocalArtifactStorage
 from dagster._serdes import ConfigurableClassData
 from dagster._utils import ensure_file, touch_file
 from dagster_postgres import DagsterPostgresStorage
+from dagster_postgres.utils import create_pg_engine
 
 from fks_backfill_dagster import wiring
 from fks_backfill_dagster.orchestration.servers import dagster_folder
@@ -125,8 +125,8 @@ def _prepared(database_url: str) -> str:
 
 
 @cache
-def _engine(url: str) -> sa.Engine:
-    return sa.create_engine(
+def _engine(url: str) -> Any:
+    return create_pg_engine(
         url, isolation_level="AUTOCOMMIT", pool_size=_CONNECTIONS_KEPT, max_overflow=-1, pool_pre_ping=True
     )
 
