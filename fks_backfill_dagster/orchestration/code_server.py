@@ -10,6 +10,7 @@ Dagster, for the keeper lives as long as the server and should weigh nothing.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,15 @@ load_from:
 def write_workspace(path: Path, port: int) -> None:
     """The file that leads to the code server at `port`."""
     path.write_text(_WORKSPACE.format(host=HOST, port=port, location=LOCATION))
+
+
+def told_port(path: Path) -> int | None:
+    """The port in such a file; None where there is none."""
+    try:
+        found = re.search(r"port: (\d+)", path.read_text())
+    except FileNotFoundError:
+        return None
+    return int(found[1]) if found else None
 
 
 def keep(port: int) -> int:

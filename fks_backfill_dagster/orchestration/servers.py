@@ -78,10 +78,10 @@ def up(
 ) -> Servers:
     """Starts what is not running: the embedded database, the code server, Dagster's webserver and daemon.
 
-    Tells where. `environment` replaces this process's for the servers and their runs. Without `keep_database` the
-    embedded database ends with its last user. Returns when the webserver answers, the definitions are
-    loaded and every daemon has given a sign of life. Raises ServersError, StoreError or EmbeddedError;
-    what was started by then is stopped.
+    Tells where. `environment` replaces this process's for the servers and their runs. Without
+    `keep_database` the embedded database ends with its last user. Returns when the webserver answers,
+    the definitions are loaded and every daemon has given a sign of life. Raises ServersError, StoreError
+    or EmbeddedError; what was started by then is stopped.
     """
     with _alone(settings):
         _open_database(settings, keep_database)
@@ -162,20 +162,19 @@ def _start(settings: Settings, missing: list[Background], port: int, environment
     }
     if settings.config_file is not None:
         own["FKS_CONFIG"] = str(settings.config_file)
-    # Where the others look for a killed one, if it ran before.
-    code_port = Background(settings.home, CODE).port or free_port()
-    workspace = ["--workspace", str(folder / "workspace.yaml")]
+    for process in missing:
+        stop([process])  # what a killed one left behind
+        if process.name == WEBSERVER:
+            _check_port(port)
+    code_port = Background(settings.home, CODE).port or _code_port(folder / "workspace.yaml")
     code_server.write_workspace(folder / "workspace.yaml", code_port)
+    workspace = ["--workspace", str(folder / "workspace.yaml")]
     ports = {CODE: code_port, WEBSERVER: port}
     modules = {
         CODE: [code_server.__name__, str(code_port)],
         WEBSERVER: ["dagster_webserver", "--host", HOST, "--port", str(port), *workspace],
         DAEMON: ["dagster._daemon", "run", *workspace],
     }
-    for process in missing:
-        stop([process])  # what a killed one left behind
-        if process.name == WEBSERVER:
-            _check_port(port)
     for process in missing:
         process.start(
             [sys.executable, "-m", *modules[process.name]],
@@ -195,15 +194,27 @@ def _project_file(settings: Settings, name: str) -> Path:
 
 
 def _check_port(port: int) -> None:
+    if not _is_free(port):
+        raise ServersError(
+            f"port {port} on {HOST} is in use, so Dagster's webserver cannot listen there: stop what does,"
+            " or choose another port."
+        )
+
+
+def _code_port(workspace: Path) -> int:
+    """That of last time where it can be had: a webserver or daemon that still runs looks there."""
+    told = code_server.told_port(workspace)
+    return told if told and _is_free(told) else free_port()
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError:
-            raise ServersError(
-                f"port {port} on {HOST} is in use, so Dagster's webserver cannot listen there: stop what does,"
-                " or choose another port."
-            ) from None
+            return False
+        return True
 
 
 def _wait_for(process: Background, port: int) -> None:

@@ -158,6 +158,7 @@ def test_from_up_to_down(
     assert daemon.is_running()
     assert Background(settings.home, WEBSERVER).pid == survivor
     os.kill(daemon.pid, signal.SIGKILL)
+    until(lambda: not daemon.is_running())
     groups = [Background(settings.home, name) for name in (CODE, DAEMON, WEBSERVER)]
     assert servers.down(settings, say=said.append) == [CODE, WEBSERVER]
     assert not any(group.members() for group in groups)
