@@ -259,9 +259,9 @@ def test_every_error_is_told_at_once_with_its_line(problems: Callable[..., list[
     ("text", "expected"),
     [
         ("a: 1\na: 2\n", "config/backfill.yaml:2: a: is there twice, first in line 1"),
-        ("symbols: [a\nb: c", "config/backfill.yaml:2: not YAML: expected ',' or ']', but got ':'"),
+        ("symbols: [a\nb: c", "config/backfill.yaml:2: not YAML: did not find expected ',' or ']'"),
         ("- a\n- b\n", "config/backfill.yaml:1: the file has to consist of `key: value` settings"),
-        ("a:\n\tx: 1", "config/backfill.yaml:2: not YAML: found character '\\t' that cannot start any token"),
+        ("a:\n\tx: 1", "config/backfill.yaml:2: not YAML: found character"),
         ("alerts: &x {urls: [*x]}", "config/backfill.yaml:1: alerts.urls[0]: refers to itself"),
         ("alerts: !!python/name:os.system x", "config/backfill.yaml:1: not YAML: could not determine"),
         (
