@@ -31,5 +31,4 @@ def asked_range(series: Series, reach: Reach | None, settings: Settings, now: in
     if now < (quiet_until(reach) or now):
         return TimeRange(now, now)
     start = max(start_before(series.timeframe, now), settings.start_of(series))
-    synced_end = None if reach is None else reach.synced_end
-    return settings.kept(series, refresh_range(synced_end, grid_of(series), series.timeframe, start, now))
+    return settings.kept(series, refresh_range(reach, grid_of(series), series.timeframe, start, now))

@@ -67,14 +67,17 @@ def is_due(reach: Reach | None, grid: Grid, now: int, end: int | None = None) ->
     return last > reach.synced_end and grid.count(TimeRange(reach.synced_end, last)) > 0
 
 
-def refresh_range(
-    synced_end: int | None, grid: Grid, timeframe: Timeframe, start: int, now: int
-) -> TimeRange:
+def refresh_range(reach: Reach | None, grid: Grid, timeframe: Timeframe, start: int, now: int) -> TimeRange:
     """What a refresh at `now` covers: since the last sync, or from `start` where that is no answer.
 
-    It reaches to the next candle that is not closed yet, so over a weekend beyond `now`.
+    What is missing at its end belongs to it, so that an outage which goes on stays one gap, until it is
+    older than SILENT_AFTER: then it would be much to ask for. It reaches to the next candle that is not
+    closed yet, so over a weekend beyond `now`.
     """
     end = grid.closed_end(now - GRACE)
-    away = synced_end is None or synced_end < now - CATCH_UP
-    begin = start if away or synced_end is None else synced_end - settling(timeframe)
+    if reach is None or reach.synced_end < now - CATCH_UP:
+        return TimeRange(min(start, end), end)
+    begin = reach.synced_end - settling(timeframe)
+    if reach.lacking_since is not None and reach.synced_end - reach.lacking_since <= SILENT_AFTER:
+        begin = min(begin, reach.lacking_since)
     return TimeRange(min(begin, end), end)

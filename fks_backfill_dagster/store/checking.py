@@ -282,14 +282,14 @@ def synced_ends(database: Database, series: Sequence[Series]) -> dict[Series, in
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """How far a series was synced, and from where on up to there nobody has a candle of it.
+    """How far a series was synced, and what is missing up to there after its newest candle.
 
-    `absent_since` is the start of what is missing after the newest candle, as far as nobody can fill it;
-    None where there is no such gap at the end. A part that somebody has not answered for breaks it off:
-    that may come.
+    `lacking_since` is where that begins, `absent_since` where it begins as far as nobody can fill it: a
+    part that somebody has not answered for breaks it off, as that may come. None: nothing of that kind.
     """
 
     synced_end: int
+    lacking_since: int | None = None
     absent_since: int | None = None
 
 
@@ -300,20 +300,24 @@ def reaches(database: Database, series: Sequence[Series]) -> dict[Series, Reach]
         rows = connection.execute(
             sa.text(
                 f"SELECT s.series_id, {_MICROS.format('upper(s.synced)')} AS synced_end,"
+                f"   {_MICROS.format('g.lacking_since')} AS lacking_since,"
                 f"   {_MICROS.format('g.absent_since')} AS absent_since"
                 " FROM fks.sync_state s LEFT JOIN LATERAL ("
-                "   SELECT min(x.gap_start) AS absent_since FROM fks.gap x"
-                "   WHERE x.series_id = s.series_id AND x.status <> 'filled' AND x.status = ANY(:exhausted)"
-                "     AND x.gap_start > coalesce("
-                "       (SELECT max(y.gap_start) FROM fks.gap y WHERE y.series_id = s.series_id"
-                "         AND y.status <> 'filled' AND NOT y.status = ANY(:exhausted)"
-                "         AND y.gap_start > coalesce(s.newest, '-infinity')),"
-                "       s.newest, '-infinity')) g ON true"
+                "   SELECT max(gap_start) FILTER (WHERE NOT status = ANY(:exhausted)) AS broken_off FROM fks.gap"
+                "   WHERE series_id = s.series_id AND status <> 'filled'"
+                "     AND gap_start > coalesce(s.newest, '-infinity')) b ON true"
+                " LEFT JOIN LATERAL ("
+                "   SELECT min(gap_start) FILTER (WHERE status <> 'no_trade') AS lacking_since,"
+                "     min(gap_start) FILTER (WHERE gap_start > coalesce(b.broken_off, '-infinity')) AS absent_since"
+                "   FROM fks.gap WHERE series_id = s.series_id AND status <> 'filled'"
+                "     AND gap_start > coalesce(s.newest, '-infinity')) g ON true"
                 " WHERE s.series_id = ANY(:ids) AND NOT isempty(s.synced)"
             ),
             {"ids": list(owners), "exhausted": [status.value for status in EXHAUSTED]},
         )
-        return {owners[row.series_id]: Reach(row.synced_end, row.absent_since) for row in rows}
+        return {
+            owners[row.series_id]: Reach(row.synced_end, row.lacking_since, row.absent_since) for row in rows
+        }
 
 
 @dataclass(frozen=True, slots=True)

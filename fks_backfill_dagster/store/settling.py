@@ -94,8 +94,8 @@ def settle(
     untouched = [g for g, inside in zip(before, within, strict=True) if not inside]
     pieces = [piece for g in touched for piece in _outside(g, window, grid)]
     pieces += _inside(touched, missing, evidence, grid, findings)
-    passed_over = [_passed_over(g, evidence, findings) for g in (*pieces, *untouched)]
-    pieces, absorbed = _joined(pieces, untouched, passed_over, grid)
+    waiting = [_waits(g, evidence, findings) for g in (*pieces, *untouched)]
+    pieces, absorbed = _joined(pieces, untouched, waiting, grid)
     pieces = [_judged(piece, evidence, findings) for piece in pieces]
     return Settlement(
         removed=tuple(g.start for g in (*touched, *absorbed)),
@@ -181,10 +181,12 @@ def _asked(gap: LedgerGap, evidence: tuple[Evidence, ...]) -> bool:
     return any(word in evidence for word in gap.evidence)
 
 
-def _passed_over(gap: LedgerGap, evidence: tuple[Evidence, ...], findings: Findings) -> bool:
-    """Whether its time had come when others were asked for, and it was not."""
-    if not evidence or _asked(gap, evidence):
+def _waits(gap: LedgerGap, evidence: tuple[Evidence, ...], findings: Findings) -> bool:
+    """Whether it is still to be asked for, now that others were, or not by everybody."""
+    if not evidence or gap.status is GapStatus.NO_TRADE:
         return False
+    if _asked(gap, evidence):
+        return not findings.able <= {word.provider for word in gap.evidence}
     return gap.is_due(findings.able, _asked_at(evidence))
 
 
@@ -215,18 +217,18 @@ def _owners(gaps: Sequence[LedgerGap], opens: Instants) -> Instants:
 
 
 def _joined(
-    pieces: list[LedgerGap], untouched: Sequence[LedgerGap], passed_over: Sequence[bool], grid: Grid
+    pieces: list[LedgerGap], untouched: Sequence[LedgerGap], waiting: Sequence[bool], grid: Grid
 ) -> tuple[list[LedgerGap], list[LedgerGap]]:
     """Rows of one kind that are neighbours in the grid made one; also tells which untouched ones it took in.
 
-    One that was passed over stays a row of its own until it is asked for: its neighbour's rest is not
-    its own. `passed_over` tells of `pieces`, then of `untouched`.
+    One that still waits to be asked for stays apart from one that does not: its neighbour's rest is not
+    its own. `waiting` tells of `pieces`, then of `untouched`.
     """
     known = {id(g): g for g in untouched}
     joined: list[LedgerGap] = []
     absorbed: list[LedgerGap] = []
     waited = False
-    marked = zip([*pieces, *untouched], passed_over, strict=True)
+    marked = zip([*pieces, *untouched], waiting, strict=True)
     for piece, waits in sorted(marked, key=lambda pair: pair[0].start):
         last = joined[-1] if joined else None
         if last is None or waits != waited or not _neighbours(last, piece, grid):

@@ -24,7 +24,7 @@ def looks(series: Series, first: str, days: int, synced: str) -> list[int]:
         now = instant(first) + hour * MICROS_PER_HOUR + MICROS_PER_HOUR // 20
         if is_due(Reach(end), grid, now):
             due.append(hour)
-            end = refresh_range(end, grid, series.timeframe, 0, now).end
+            end = refresh_range(Reach(end), grid, series.timeframe, 0, now).end
     return due
 
 
@@ -61,7 +61,7 @@ def test_it_begins_before_the_end_of_the_last_one_as_providers_publish_late(
 ) -> None:
     series = Series("BTC/USDT", timeframe, AssetClass.CRYPTO)
     now, synced = instant("2024-03-10T12:30"), instant("2024-03-10")
-    found = refresh_range(synced, grid_of(series), timeframe, 0, now)
+    found = refresh_range(Reach(synced), grid_of(series), timeframe, 0, now)
     assert (found.start, settling(timeframe)) == (synced - expected, expected)
 
 
@@ -69,14 +69,30 @@ def test_months_away_are_caught_up_and_years_are_a_backfills() -> None:
     now, start = instant("2024-03-10T12:30"), instant("2024-02-01")
     grid = grid_of(HOURLY)
     for away, begin in ((100 * MICROS_PER_DAY, None), (CATCH_UP + MICROS_PER_DAY, start)):
-        found = refresh_range(now - away, grid, Timeframe.H1, start, now)
+        found = refresh_range(Reach(now - away), grid, Timeframe.H1, start, now)
         assert found.start == (now - away - settling(Timeframe.H1) if begin is None else begin)
 
 
 def silence(days: float) -> Reach:
     """Of an hourly series that was synced up to 2024-03-10, the last candle so many days before."""
     end = instant("2024-03-10")
-    return Reach(end, end - int(days * MICROS_PER_DAY))
+    since = end - int(days * MICROS_PER_DAY)
+    return Reach(end, since, since)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "expected"),
+    [
+        (None, MICROS_PER_HOUR * 3),  # as much as providers publish late
+        (MICROS_PER_HOUR, MICROS_PER_HOUR * 3),
+        (5 * MICROS_PER_DAY, 5 * MICROS_PER_DAY),
+        (8 * MICROS_PER_DAY, MICROS_PER_HOUR * 3),
+    ],
+)
+def test_what_is_missing_at_the_end_belongs_to_a_refresh(lacking: int | None, expected: int) -> None:
+    end, now = instant("2024-03-10"), instant("2024-03-10T03:30")
+    reach = Reach(end, None if lacking is None else end - lacking)
+    assert refresh_range(reach, grid_of(HOURLY), Timeframe.H1, 0, now).start == end - expected
 
 
 @pytest.mark.parametrize(

@@ -123,8 +123,7 @@ class World:
         due = [one for one in self.series if is_due(known.get(one), grid_of(one), self.now)]
 
         def bring(one: Series) -> None:
-            synced_end = known[one].synced_end if one in known else None
-            window = refresh_range(synced_end, grid_of(one), one.timeframe, self.since, self.now)
+            window = refresh_range(known.get(one), grid_of(one), one.timeframe, self.since, self.now)
             sync(self.context, one, window, self.series[one], listen=self._watch)
 
         list(self._threads.map(bring, due))

@@ -93,11 +93,11 @@ def test_how_far_a_series_reaches_and_from_where_on_nobody_has_it(hours: Shelf) 
 
     assert reach() is None, "it was never synced"
     hours.commit(hours.span(0, 24), brought(candles_at([*hours.opens(0, 5), *hours.opens(7, 20)])))
-    assert reach() == Reach(end), "somebody may have its end"
+    assert reach() == Reach(end, last), "somebody may have its end"
     execute(hours.database, f"UPDATE fks.gap SET status = 'unavailable' {own}")
-    assert reach() == Reach(end, last), "not the gap before"
+    assert reach() == Reach(end, last, last), "not the gap before"
     execute(hours.database, f"UPDATE fks.gap SET status = 'tolerated' {own} AND missing_candles = 4")
-    assert reach() == Reach(end, last)
+    assert reach() == Reach(end, last, last)
     execute(hours.database, f"UPDATE fks.gap SET status = 'no_trade' {own} AND missing_candles = 4")
     assert reach() == Reach(end)
 
@@ -106,7 +106,7 @@ def test_a_series_that_nobody_ever_had_is_absent_from_its_beginning(hours: Shelf
     hours.commit(hours.span(0, 24))
     execute(hours.database, f"UPDATE fks.gap SET status = 'unavailable' WHERE series_id = {hours.identity}")
     span = hours.span(0, 24)
-    assert reaches(hours.database, [hours.series]) == {hours.series: Reach(span.end, span.start)}
+    assert reaches(hours.database, [hours.series]) == {hours.series: Reach(span.end, span.start, span.start)}
 
 
 def test_a_tail_that_is_partly_open_may_yet_come(hours: Shelf) -> None:
@@ -115,7 +115,9 @@ def test_a_tail_that_is_partly_open_may_yet_come(hours: Shelf) -> None:
     execute(hours.database, f"UPDATE fks.gap SET status = 'unavailable' WHERE series_id = {hours.identity}")
     hours.commit(hours.span(10, 12))
     assert [gap.status for gap in hours.gaps()] == ["unavailable", "open"]
-    assert reaches(hours.database, [hours.series]) == {hours.series: Reach(hours.span(0, 12).end)}
+    assert reaches(hours.database, [hours.series]) == {
+        hours.series: Reach(hours.span(0, 12).end, hours.span(5, 12).start)
+    }
     last = hours.span(12, 14)
     hours.commit(last)
     execute(
@@ -126,4 +128,6 @@ def test_a_tail_that_is_partly_open_may_yet_come(hours: Shelf) -> None:
         f" VALUES ({hours.identity}, '{to_datetime(last.start)}', '{to_datetime(last.end)}',"
         " 2, 'unavailable', 1, '[]')",
     )
-    assert reaches(hours.database, [hours.series]) == {hours.series: Reach(last.end, last.start)}
+    assert reaches(hours.database, [hours.series]) == {
+        hours.series: Reach(last.end, hours.span(5, 12).start, last.start)
+    }

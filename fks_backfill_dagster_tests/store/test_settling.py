@@ -69,10 +69,12 @@ class Ask:
             return GapStatus.NO_TRADE
         return GapStatus.UNAVAILABLE if self.able and self.able <= set(asked) else GapStatus.OPEN
 
-    def passed_over(self, hole: Hole) -> bool:
-        """Its time had come, somebody was asked, and not for this."""
-        if self.provider is None or self.now in hole.asked.values() or hole.status is GapStatus.NO_TRADE:
+    def waits(self, hole: Hole) -> bool:
+        """Somebody was asked: not for this, though its time had come, or not by everybody."""
+        if self.provider is None or hole.status is GapStatus.NO_TRADE:
             return False
+        if self.now in hole.asked.values():
+            return not self.able <= set(hole.asked)
         never = hole.status is GapStatus.OPEN and hole.due is None
         return never or (hole.due or self.now + 1) <= self.now or not self.able <= set(hole.asked)
 
@@ -84,7 +86,7 @@ class Slow:
     opens: list[int]
     known: dict[int, Hole | None] = field(default_factory=dict)
     cuts: set[int] = field(default_factory=set)
-    """Where a row begins though the hole before it is of its kind: one of them was passed over."""
+    """Where a row begins though the hole before it is of its kind: one of them still waits to be asked for."""
 
     def ask(self, ask: Ask) -> set[int]:
         """Returns which holes were filled."""
@@ -113,7 +115,7 @@ class Slow:
             if touched & {before, ts}:
                 self.cuts.discard(ts)
                 left, right = self.known.get(before), self.known.get(ts)
-                if left and right and ask.passed_over(left) != ask.passed_over(right):
+                if left and right and ask.waits(left) != ask.waits(right):
                     self.cuts.add(ts)
         for run in self.runs():
             self.settle(run, ask)
