@@ -70,7 +70,7 @@ class SyncReport:
     """What one sync did.
 
     `missing` is what the range still lacks, explained or not; an interval in which nothing traded
-    lacks nothing. `total_candles` were inserted or changed by this call.
+    lacks nothing, and is `quiet`. `total_candles` were inserted or changed by this call.
     """
 
     series: Series
@@ -81,11 +81,17 @@ class SyncReport:
     total_candles: int = 0
     expected: int = 0
     missing: int = 0
+    quiet: int = 0
     requests: int = 0
     seconds: float = 0.0
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     providers: Mapping[str, Tally] = field(default_factory=dict)
+
+    @property
+    def stored(self) -> int:
+        """What the range holds now."""
+        return self.expected - self.missing - self.quiet
 
     @property
     def complete(self) -> bool:
@@ -377,6 +383,7 @@ class _Work:
             total_candles=self.candles,
             expected=plan.expected,
             missing=sum(self.grid.count(part) for part in known.lacking(plan.window)),
+            quiet=sum(self.grid.count(part) for part in known.quiet(plan.window)),
             requests=self.requests,
             seconds=seconds,
             errors=errors if failed else (),
