@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from fks_backfill_dagster.providers.base import (
     PermanentError,
     Provider,
     ProviderError,
+    TooOld,
     TransientError,
     UnknownSymbol,
 )
@@ -89,7 +90,8 @@ class Chain:
     Left out from the start: who cannot serve the series, and, with a sentence in `warnings`, who
     lacks a key. Dropped on the way, with a sentence in `dropped`: who does not know the symbol. Left
     alone for the rest of the sync: who failed PATIENCE times in a row; another error may concern
-    one range only (a plan without today's data). `fetch` is called from several threads.
+    one range only (a plan without today's data). Who says from when on its key covers data is not
+    asked for older ones again. `fetch` is called from several threads.
 
     `stored` gives the stored candles of some opens; `tolerance` is the largest relative difference
     of a price between two quotes of one market. `circuit` is told of every success and failure, and
@@ -117,6 +119,7 @@ class Chain:
         self._lock = threading.Lock()
         self._dropped: dict[str, str] = {}
         self._failures: dict[str, int] = {}
+        self._since: dict[str, int] = {}
         self._tallies: dict[str, Tally] = {}
         self._stopped = threading.Event()
         for name in dict.fromkeys(priority):
@@ -243,6 +246,8 @@ class Chain:
             raise
         except ProviderError as error:
             left = before - len(wanted)
+            if isinstance(error, TooOld) and int(question.wanted[0]) < error.since:
+                return self._ask_newer(question, error, left, wanted, plan, grid, found)
             self._count(name, Tally(asked=asked, delivered=left, failed=asked - left))
             if isinstance(error, UnknownSymbol):
                 self.drop(name, error)
@@ -259,10 +264,36 @@ class Chain:
             return question.word("rejected", f"{rejected} rows quarantined"), wanted
         return question.word("absent", "it quotes another market" if rejected else ""), wanted
 
+    def _ask_newer(
+        self,
+        question: _Question,
+        error: TooOld,
+        delivered: int,
+        wanted: Instants,
+        plan: Plan,
+        grid: Grid,
+        found: Fetched,
+    ) -> tuple[Evidence, Instants]:
+        """As `_ask`, for what the key covers, of one that refused because of the older part."""
+        name = question.name
+        with self._lock:
+            self._since[name] = error.since
+        newer = self._question(name, wanted, first=question.first)
+        older = len(question.wanted) - delivered - len(newer.wanted)
+        self._count(name, Tally(asked=delivered + older, delivered=delivered, failed=older))
+        if not len(newer.wanted):
+            found.errors.append(str(error))
+            return question.word("refused", str(error)), wanted
+        found.warnings.append(str(error))
+        word, wanted = self._ask(newer, wanted, plan, grid, found)
+        return replace(word, detail=word.detail or str(error)), wanted
+
     def _question(self, name: str, wanted: Instants, *, first: bool) -> _Question:
         provider, now = self._providers[name], self.clock()
         reach = provider.capabilities.reach(self.series.timeframe, now)
-        return _Question(name, provider, wanted if reach is None else wanted[wanted >= reach], now, first)
+        since = max((edge for edge in (reach, self._since.get(name)) if edge is not None), default=None)
+        within = wanted if since is None else wanted[wanted >= since]
+        return _Question(name, provider, within, now, first, since)
 
     def _accept(
         self,
@@ -327,13 +358,17 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """What one provider is asked for: opens within its depth. `first`: nobody was asked before it."""
+    """What one provider is asked for: opens from `since` on, beyond which it has nothing.
+
+    `first`: nobody was asked before it.
+    """
 
     name: str
     provider: Provider
     wanted: Instants
     asked_at: int
     first: bool
+    since: int | None = None
 
     def hulls(self, timeframe: Timeframe) -> list[TimeRange]:
         """The ranges to ask for: scattered candles share a request where one page reaches both."""
@@ -349,7 +384,10 @@ class _Question:
         """
         if self.first and not self.provider.capabilities.omits_quiet:
             return hull
-        before = grid.opens(TimeRange(hull.start - LONGEST_PAUSE, hull.start))[-1:]
+        earliest = hull.start - LONGEST_PAUSE
+        if self.since is not None:
+            earliest = min(max(earliest, self.since), hull.start)
+        before = grid.opens(TimeRange(earliest, hull.start))[-1:]
         after = grid.opens(TimeRange(hull.end, hull.end + LONGEST_PAUSE))[:1]
         end = int(grid.closes(after)[0]) if len(after) else hull.end
         return TimeRange(int(before[0]) if len(before) else hull.start, end)

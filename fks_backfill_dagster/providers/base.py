@@ -4,6 +4,7 @@ ProviderError                  something a provider said or failed to say
   PermanentError               asking again will not help: ask the next provider
     UnknownSymbol              it does not know the symbol
     NotEntitled                key missing, wrong, or without the right to this data
+      TooOld                   the key covers newer data only: ask again from `since` on
   TransientError               asking again may help: wait as told, retry within a budget
     RateLimited                too many requests; `retry_after` tells how long
     BadAnswer                  the answer is garbage: HTML, truncated JSON, another shape
@@ -46,6 +47,14 @@ class UnknownSymbol(PermanentError):
 
 class NotEntitled(PermanentError):
     """A key is missing, wrong, or does not cover this data."""
+
+
+class TooOld(NotEntitled):
+    """The key does not reach back so far: it covers nothing that opens before `since` (microseconds)."""
+
+    def __init__(self, provider: str, message: str, since: int) -> None:
+        super().__init__(provider, message)
+        self.since = since
 
 
 class TransientError(ProviderError):

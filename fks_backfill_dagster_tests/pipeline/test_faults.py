@@ -6,7 +6,7 @@ Binance has its own, finer cases in test_sync.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -86,11 +86,11 @@ def market() -> Iterator[LocalMarket]:
         yield running
 
 
-def context_of(database: Database, market: LocalMarket, case: Case) -> Context:
+def context_of(database: Database, market: LocalMarket, case: Case, *, key: str = "premium") -> Context:
     options = resolve_options(
         case.provider,
         base_url=f"{market.url}/{case.market}",
-        key="premium",
+        key=key,
         retry_budget_seconds=0.3,
         longest_wait_seconds=0.3,
         timeout_seconds=5,
@@ -141,3 +141,27 @@ def test_what_lies_beyond_the_depth_of_all_is_explained_without_a_request(
     assert report.errors == ("yfinance: all of it lies beyond its depth",)
     (gap,) = reading.ledger_gaps(database, APPLE, case.window)
     assert (gap.status, gap.missing) == (GapStatus.UNAVAILABLE, report.expected)
+
+
+def test_a_free_key_brings_what_it_covers_however_much_older_was_asked_first(
+    database: Database, market: LocalMarket
+) -> None:
+    """Alpha Vantage gives a free key the last 100 days; the batches of four years come before them."""
+    case = Case(
+        "alphavantage",
+        "alphavantage",
+        replace(APPLE, timeframe=Timeframe.D1),
+        days("2020-06-01", "2024-06-15"),
+    )
+    context = replace(context_of(database, market, case, key="free"), batch_size_days=100)
+    market.reset_requests()
+    report = sync(context, case.series, case.window, ["alphavantage"])
+    truth = market.truth("alphavantage", "AAPL", Timeframe.D1, case.window)
+    stored = reading.read_candles(database, case.series, case.window)
+    assert stored.equals(truth.take(slice(-100, None)))
+    assert report.failed_batches == 0
+    assert any("the last 100 days only" in warning for warning in report.warnings)
+    assert market.requests() == 2, "the history was refused, the last days were given"
+    gaps = reading.ledger_gaps(database, case.series, case.window)
+    assert sum(gap.missing for gap in gaps) == report.missing == report.expected - 100
+    assert all("the last 100 days only" in gap.evidence[0].detail for gap in gaps)
