@@ -120,6 +120,7 @@ class Chain:
         self._dropped: dict[str, str] = {}
         self._failures: dict[str, int] = {}
         self._since: dict[str, int] = {}
+        self._rests: dict[str, str] = {}
         self._tallies: dict[str, Tally] = {}
         self._stopped = threading.Event()
         for name in dict.fromkeys(priority):
@@ -159,27 +160,38 @@ class Chain:
         with self._lock:
             self._dropped[name] = str(error)
 
-    def remember_failure(self, name: str, error: ProviderError) -> None:
-        """It did not answer, its own retries included, or refused to."""
+    def remember_failure(self, name: str, error: ProviderError) -> list[str]:
+        """It did not answer, its own retries included, or refused to. Returns warnings about it."""
         with self._lock:
             self._failures[name] = self._failures.get(name, 0) + 1
-        if self._circuit is not None and isinstance(error, TransientError):
-            self._circuit.failed(name, str(error))
+        if self._circuit is None or not isinstance(error, TransientError):
+            return []
+        rest = self._circuit.failed(name, str(error))
+        return (
+            []
+            if rest is None
+            else [f"{name}: from now on left alone for {rest.seconds:.0f} s: {rest.reason}"]
+        )
 
-    def _remember_success(self, name: str) -> None:
+    def _remember_success(self, name: str) -> list[str]:
+        """It answered. Returns warnings about it."""
         with self._lock:
             self._failures[name] = 0
-        if self._circuit is not None:
-            self._circuit.succeeded(name)
+        if self._circuit is None or not self._circuit.succeeded(name):
+            return []
+        return [f"{name}: it answers again, and is no longer left alone"]
 
     def _left_alone(self, name: str) -> str | None:
         """Why the provider is not asked now, if so."""
         if self._failures.get(name, 0) >= PATIENCE:
             return f"left alone after {PATIENCE} failures in a row"
-        if self._circuit is None or not self._heed_circuit:
-            return None
-        rest = self._circuit.closed_for(name)
-        return None if rest is None else f"left alone for another {rest.seconds:.0f} s: {rest.reason}"
+        rest = self._circuit.closed_for(name) if self._circuit and self._heed_circuit else None
+        with self._lock:
+            if rest is None:
+                self._rests.pop(name, None)
+                return None
+            # The same words until it is over, so that they are told once and not with every span.
+            return self._rests.setdefault(name, f"left alone for another {rest.seconds:.0f} s: {rest.reason}")
 
     def stop(self) -> None:
         """Spans that have not begun are not fetched any more."""
@@ -252,12 +264,12 @@ class Chain:
             if isinstance(error, UnknownSymbol):
                 self.drop(name, error)
             else:
-                self.remember_failure(name, error)
+                found.warnings += self.remember_failure(name, error)
             found.errors.append(str(error))
             return question.word(
                 "refused" if isinstance(error, PermanentError) else "error", str(error)
             ), wanted
-        self._remember_success(name)
+        found.warnings += self._remember_success(name)
         rejected = sum(len(r.candles) for r in found.refused[refused:])
         self._count(name, Tally(asked=asked, delivered=before - len(wanted), rejected=rejected))
         if found.refused[refused:] and any(r.reason != Reason.SPLICE for r in found.refused[refused:]):

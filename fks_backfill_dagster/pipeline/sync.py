@@ -230,7 +230,8 @@ def _listing(context: Context, series: Series, chain: Chain, listen: Listener) -
             raise
         except ProviderError as error:  # asked again at the next sync
             listen(Warned(series, f"{error} (asked since when it has {series.symbol})"))
-            chain.remember_failure(name, error)
+            for message in chain.remember_failure(name, error):
+                listen(Warned(series, message))
             continue
         if listed_at is not None:
             found[name] = listed_at

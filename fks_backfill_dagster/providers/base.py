@@ -193,12 +193,15 @@ class Circuit(Protocol):
         """For how long it must not be asked, and why; None: it may be."""
         ...
 
-    def failed(self, provider: str, reason: str) -> None:
-        """It did not answer, its own retries included. `reason` holds no key."""
+    def failed(self, provider: str, reason: str) -> Rest | None:
+        """It did not answer, its own retries included. `reason` holds no key.
+
+        Returns the rest that begins with this failure, if one does.
+        """
         ...
 
-    def succeeded(self, provider: str) -> None:
-        """It answered: all its failures are forgotten."""
+    def succeeded(self, provider: str) -> bool:
+        """It answered: all its failures are forgotten. Returns whether it was left alone until now."""
         ...
 
 
