@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import PRICES, Candles
 from fks_backfill_dagster.domain.gaps import missing_of
@@ -35,6 +36,10 @@ from fks_backfill_dagster.store.settling import LONGEST_PAUSE
 # A provider that failed this often in a row, each time after its own retries, is left alone for the
 # rest of the sync: an hour of retries for every month of a decade helps nobody.
 PATIENCE = 2
+
+# A first provider that differs by more than this in every price of a stored candle serves another market:
+# a correction changes a price or two, a split changes none of what was traded before it.
+FAR = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +321,7 @@ class Chain:
         found: Fetched,
     ) -> Instants:
         """Keeps of a verified answer what is wanted; returns what still is."""
-        spliced = not question.first and self._spliced(question.name, verdicts, hull, found)
+        spliced = self._spliced(question, verdicts, hull, found)
         for delivery, verdict in verdicts:
             for part in verdict.rejected:
                 found.refuse(question.name, delivery, part.reason, part.candles)
@@ -330,16 +335,22 @@ class Chain:
             bars = np.concatenate([np.empty(0, np.int64), *(v.good.ts for _, v in verdicts)])
             if len(bars):
                 between = wanted[(wanted > bars.min()) & (wanted < bars.max())]
-                found.quiet = np.union1d(found.quiet, between)
+                told = [part.candles.ts for _, v in verdicts for part in v.rejected]
+                found.quiet = np.union1d(found.quiet, between[~_covering(between, told, self.series)])
         return wanted
 
     def _spliced(
-        self, name: str, verdicts: Sequence[tuple[Delivery, Verdict]], hull: TimeRange, found: Fetched
+        self,
+        question: _Question,
+        verdicts: Sequence[tuple[Delivery, Verdict]],
+        hull: TimeRange,
+        found: Fetched,
     ) -> bool:
         """Whether the provider disagrees beyond the tolerance about a candle beside the hull.
 
         Then it quotes another market, and its candles would be a step in the series. Compared are
-        the prices of the neighbours on either side, as far as both have them.
+        the prices of the neighbours on either side, as far as both have them. The first provider
+        may correct what it said, so of it only what cannot be the same market is refused.
         """
         theirs = Candles.concat([v.good for _, v in verdicts]).sorted()
         theirs = theirs.take((theirs.ts < hull.start) | (theirs.ts >= hull.end))
@@ -348,15 +359,15 @@ class Chain:
         theirs = _only(theirs, ours.ts)
         if not len(ours):
             return False
-        difference = max(
-            float(np.max(np.abs(getattr(ours, p) - getattr(theirs, p)) / getattr(theirs, p))) for p in PRICES
-        )
-        if difference > self._tolerance:
+        differences = [np.abs(getattr(ours, p) - getattr(theirs, p)) / getattr(theirs, p) for p in PRICES]
+        difference = float(np.min(differences) if question.first else np.max(differences))
+        spliced = difference > (FAR if question.first else self._tolerance)
+        if spliced:
             found.warnings.append(
-                f"{name}: its candles of {hull} are quarantined as a splice: beside them it differs by"
+                f"{question.name}: its candles of {hull} are quarantined as a splice: beside them it differs by"
                 f" {difference:.2%} from what is stored, so it quotes another market"
             )
-        return difference > self._tolerance
+        return spliced
 
     def _windows(self, batches: Sequence[Batch], provider: Provider) -> list[TimeRange]:
         wanted = RangeSet([part for batch in batches for part in batch.wanted])
@@ -406,6 +417,13 @@ class _Question:
 
     def word(self, outcome: str, detail: str = "") -> Evidence:
         return Evidence(self.name, self.asked_at, outcome, detail)
+
+
+def _covering(opens: Instants, rows: Sequence[Instants], series: Series) -> NDArray[np.bool_]:
+    """In which of these intervals rows lie, on the grid or off it; `opens` ascending."""
+    ts = np.sort(np.concatenate([np.empty(0, np.int64), *rows]))
+    closes = grid_of(series).closes(opens)
+    return np.searchsorted(ts, opens) < np.searchsorted(ts, closes)
 
 
 def _only(candles: Candles, wanted: Instants) -> Candles:
