@@ -52,6 +52,7 @@ from fks_backfill_dagster.providers.base import (
     TooOld,
     Transport,
     UnknownSymbol,
+    check_served,
 )
 from fks_backfill_dagster.providers.http import (
     HttpClient,
@@ -138,10 +139,7 @@ class AlphaVantage:
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
-        if self.missing_key():
-            raise NotEntitled(NAME, f"it needs a key: set {KEY_VARIABLE}")
-        if not self.capabilities.serve(series):
-            raise PermanentError(NAME, f"it has no {series.timeframe} candles of {series.asset_class}")
+        check_served(self, series)
         (fine, span), tally = _asked(series, window), Tally()
         queries = self._queries(fine, span)
         if not queries:

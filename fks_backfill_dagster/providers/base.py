@@ -186,6 +186,14 @@ class Provider(Protocol):
         ...
 
 
+def check_served(provider: Provider, series: Series) -> None:
+    """What every `fetch` does first. Raises NotEntitled without its key, PermanentError for what it has not."""
+    if (variable := provider.missing_key()) is not None:
+        raise NotEntitled(provider.name, f"it needs a key: set {variable}")
+    if not provider.capabilities.serve(series):
+        raise PermanentError(provider.name, f"it has no {series.timeframe} candles of {series.asset_class}")
+
+
 class Circuit(Protocol):
     """Which providers are left alone because they fail again and again; shared by all who ask them."""
 

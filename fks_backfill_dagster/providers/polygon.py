@@ -58,6 +58,7 @@ from fks_backfill_dagster.providers.base import (
     TransientError,
     Transport,
     UnknownSymbol,
+    check_served,
 )
 from fks_backfill_dagster.providers.http import (
     HttpClient,
@@ -166,10 +167,7 @@ class Polygon:
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
-        if self.missing_key():
-            raise NotEntitled(NAME, f"it needs a key: set {KEY_VARIABLE}")
-        if not self.capabilities.serve(series):
-            raise PermanentError(NAME, f"it has no {series.timeframe} candles of {series.asset_class}")
+        check_served(self, series)
         ticker, tally = ticker_of(series), Tally()
         asked, native = self._asked(series, window)
         if not asked:

@@ -35,20 +35,17 @@ _GOOD = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class PartState:
-    """What the ledger says of one window: expected = stored + missing + quiet.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Candles: expected = stored + missing + quiet.
 
-    `missing` did trade, as far as anybody knows, and is not stored, explained or not; `unexplained` is
-    the part of it that nobody has answered for. `quiet` are intervals in which nothing traded.
-    `providers` are the stored candles by who brought them, the largest share first.
+    `missing` did trade, as far as anybody knows, and is not stored, explained or not. `quiet` are
+    intervals in which nothing traded.
     """
 
     expected: int = 0
     missing: int = 0
-    unexplained: int = 0
     quiet: int = 0
-    providers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def stored(self) -> int:
@@ -58,6 +55,17 @@ class PartState:
     def coverage(self) -> float:
         """The share of what is expected that is not missing; 1 where nothing is expected."""
         return (self.expected - self.missing) / self.expected if self.expected else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartState(Counts):
+    """What the ledger says of one window; `unexplained` is the part of `missing` that nobody answered for.
+
+    `providers` are the stored candles by who brought them, the largest share first.
+    """
+
+    unexplained: int = 0
+    providers: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,27 +78,15 @@ class Sanity:
     first: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Completeness:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completeness(Counts):
     """Of all that was ever synced of a series; history that never was is pending, and no gap.
 
-    As for `PartState`, expected = stored + missing + quiet.
+    `open_missing` is the part of `missing` that lies in open gaps.
     """
 
-    expected: int = 0
-    missing: int = 0
     open_gaps: int = 0
     open_missing: int = 0
-    quiet: int = 0
-
-    @property
-    def stored(self) -> int:
-        return self.expected - self.missing - self.quiet
-
-    @property
-    def coverage(self) -> float:
-        """The share of what is expected that is not missing; 1 where nothing is expected."""
-        return (self.expected - self.missing) / self.expected if self.expected else 1.0
 
 
 def part_states(database: Database, series: Series, windows: Mapping[str, TimeRange]) -> dict[str, PartState]:
@@ -229,7 +225,13 @@ def completeness(database: Database, series: Sequence[Series]) -> dict[Series, C
     for row in rows:
         one = owners[row.series_id]
         expected = sum(grid_of(one).count(part) for part in ledger.from_multirange(row.synced))
-        found[one] = Completeness(expected, row.missing, row.open_gaps, row.open_missing, row.quiet)
+        found[one] = Completeness(
+            expected=expected,
+            missing=row.missing,
+            quiet=row.quiet,
+            open_gaps=row.open_gaps,
+            open_missing=row.open_missing,
+        )
     return found
 
 

@@ -18,9 +18,9 @@ def test_a_window_tells_what_is_stored_and_by_whom(hours: Shelf) -> None:
         {"first": hours.span(0, 24), "both": hours.span(12, 48), "never": hours.span(48, 60)},
     )
     assert found == {
-        "first": PartState(24, 0, 0, providers={"binance": 24}),
-        "both": PartState(36, 8, 8, providers={"polygon": 16, "binance": 12}),
-        "never": PartState(12, 12, 12),
+        "first": PartState(expected=24, providers={"binance": 24}),
+        "both": PartState(expected=36, missing=8, unexplained=8, providers={"polygon": 16, "binance": 12}),
+        "never": PartState(expected=12, missing=12, unexplained=12),
     }
     assert list(found["both"].providers) == ["polygon", "binance"]
     assert (found["both"].stored, found["both"].coverage) == (28, 28 / 36)
@@ -31,7 +31,7 @@ def test_an_explained_gap_is_missing_but_not_unexplained(hours: Shelf) -> None:
     execute(hours.database, f"UPDATE fks.gap SET status = 'unavailable' WHERE series_id = {hours.identity}")
     state = part_states(hours.database, hours.series, {"": hours.span(0, 24)})[""]
     assert (state.expected, state.missing, state.unexplained) == (24, 4, 0)
-    assert completeness(hours.database, [hours.series])[hours.series] == Completeness(24, 4, 0, 0)
+    assert completeness(hours.database, [hours.series])[hours.series] == Completeness(expected=24, missing=4)
 
 
 def test_what_did_not_trade_is_neither_stored_nor_missing(hours: Shelf) -> None:
@@ -65,7 +65,9 @@ def test_an_empty_window_is_covered(hours: Shelf) -> None:
 def test_completeness_is_about_what_was_synced(hours: Shelf) -> None:
     hours.put(0, 24)
     hours.commit(hours.span(100, 124), brought(candles_at(hours.opens(100, 122))))
-    assert completeness(hours.database, [hours.series])[hours.series] == Completeness(48, 2, 1, 2)
+    assert completeness(hours.database, [hours.series])[hours.series] == Completeness(
+        expected=48, missing=2, open_gaps=1, open_missing=2
+    )
 
 
 def test_many_series_are_judged_together(hours: Shelf, minutes: Shelf, shared: Database) -> None:
