@@ -18,6 +18,7 @@ from statistics import median
 import ccxt
 import numpy as np
 
+from bench.gaps import sensor
 from bench.orchestral import overhead, refresh
 from bench.result import Result
 from bench.world import SERIES, World, limited_market, prepare, stopwatch, window, world
@@ -242,6 +243,7 @@ CASES: dict[str, Callable[[World, int], list[Result]]] = {
     "weight": full_weight,
     "dagster_overhead": overhead,
     "refresh": refresh,
+    "sensor": sensor,
 }
 
 

@@ -17,6 +17,7 @@ from fks_backfill_dagster.settings import CHECKOUT, Settings, load_settings
 
 _AUTOMATION_OFF = {
     "FKS_AUTOMATION__REFRESH": "[]",
+    "FKS_AUTOMATION__FILL_GAPS": "false",
     "FKS_AUTOMATION__CHECKS": "false",
     "FKS_AUTOMATION__HOUSEKEEPING": "false",
 }

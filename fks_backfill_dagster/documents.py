@@ -16,6 +16,7 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, iso
 
 if TYPE_CHECKING:
+    from fks_backfill_dagster.pipeline.fill import FilledGap
     from fks_backfill_dagster.pipeline.gaps import FoundGap
     from fks_backfill_dagster.pipeline.sync import DryRun, SyncReport
     from fks_backfill_dagster.store.reading import BatchInfo, SyncStatus
@@ -106,6 +107,20 @@ def gap(found: FoundGap) -> Document:
 def gap_of(series: Series, found: FoundGap) -> Document:
     """The same where several series stand in one list."""
     return _names(series) | gap(found)
+
+
+def filled_gap(series: Series, found: FilledGap) -> Document:
+    """What became of a gap that was asked for. `coverage` is the share of its candles that came."""
+    return _names(series) | {
+        "start": iso(found.gap.start),
+        "end": iso(found.gap.end),
+        "success": found.success,
+        "provider": ", ".join(found.providers) or None,
+        "candles_filled": found.filled,
+        "expected_candles": found.gap.missing,
+        "coverage": round(found.coverage, 6),
+        "error": found.error,
+    }
 
 
 def status(found: SyncStatus) -> Document:

@@ -37,7 +37,7 @@ FAILED_SYMBOL, FAILED_MONTH = "ETH/USDT", 9
 _CONFIG = """\
 history_start: {start}
 provider_priority: {{crypto: [binance]}}
-automation: {{refresh: [], checks: false, housekeeping: false}}
+automation: {{refresh: [], fill_gaps: false, checks: false, housekeeping: false}}
 symbols:
 """
 _SYMBOL = "  - {{symbol: {symbol}, asset_class: crypto, timeframes: [{timeframe}]}}\n"

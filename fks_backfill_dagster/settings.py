@@ -306,11 +306,13 @@ class Validation(Section):
 class Automation(Section):
     """What Dagster does by itself once it is up. What is off here can still be started in its UI.
 
-    `refresh`: the timeframes whose series are kept fresh. `keep_runs_days`: after which runs whose
+    `refresh`: the timeframes whose series are kept fresh. `fill_gaps`: whether gaps that are due are asked
+    for. `keep_runs_days`: after which runs whose
     partitions a later run has materialized again are forgotten, with their events.
     """
 
     refresh: Many[EachTimeframe] = tuple(Timeframe)
+    fill_gaps: bool = True
     checks: bool = True
     housekeeping: bool = True
     keep_runs_days: Annotated[int, _between(1, 3_650)] = 3

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fks_backfill_dagster.cli.choosing import choose, series_arguments, usage, window_option
+from fks_backfill_dagster.cli.choosing import (
+    choose,
+    series_arguments,
+    tell_never_synced,
+    usage,
+    window_option,
+)
 from fks_backfill_dagster.cli.speaking import (
     answer,
     answer_json,
@@ -24,7 +30,6 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.pipeline.gaps import FoundGap
     from fks_backfill_dagster.providers.base import Provider
     from fks_backfill_dagster.settings import Settings
-    from fks_backfill_dagster.store.ledger import Evidence
     from fks_backfill_dagster.store.pacing import ProviderState
     from fks_backfill_dagster.store.reading import SyncStatus
 
@@ -59,16 +64,13 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
         stored = stored_series(database)
         chosen = choose(settings, names, everything, stored)
         found = [(s, gap) for s in chosen.series for gap in find_gaps(database, s, now(), start, end)]
-    synced = {(s.symbol, s.timeframe) for s in stored}
-    for one in chosen.series:
-        if (one.symbol, one.timeframe) not in synced:
-            tell(f"{one}: never synced, so no gap of it is known; run `fks-backfill backfill {one}` first.")
+    tell_never_synced(chosen, stored)
     if as_json:
         answer_json([documents.gap_of(*one) if chosen.many else documents.gap(one[1]) for one in found])
         return
     rows = [_gap_row(series, gap) for series, gap in found]
     answer_table(("series", "start", "end", "missing", "status", "evidence"), rows)
-    if synced and not found:
+    if stored and not found:
         tell("No gaps.")
 
 
@@ -77,7 +79,7 @@ def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:
     from fks_backfill_dagster.domain.timeframe import to_datetime
 
     row = found.row
-    words = "; ".join(f"{e.provider}: {_said(e)}" for e in row.evidence)
+    words = "; ".join(f"{e.provider}: {e.said}" for e in row.evidence)
     return (
         series,
         to_datetime(row.start),
@@ -86,11 +88,6 @@ def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:
         row.status.value,
         words if found.asked else NOT_ASKED,
     )
-
-
-def _said(evidence: Evidence) -> str:
-    """Errors of providers name themselves."""
-    return evidence.detail.removeprefix(f"{evidence.provider}: ") or evidence.outcome
 
 
 # Status -----------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.pipeline.events import SyncEvent
+    from fks_backfill_dagster.pipeline.plan import Scope
     from fks_backfill_dagster.pipeline.sync import DryRun, SyncReport
     from fks_backfill_dagster.settings import Settings
     from fks_backfill_dagster.wiring import App
@@ -83,13 +84,15 @@ def backfill(
     again fetches only what is missing. Exit code 0 only if every expected candle is there or its
     absence is explained.
     """
+    from fks_backfill_dagster.pipeline.plan import Scope
     from fks_backfill_dagster.settings import load_settings
 
     settings = load_settings()
+    scope = Scope.EVERYTHING if refetch else Scope.MISSING
     tasks, several = _tasks(settings, names, everything, start, end, providers)
     if dry_run:
-        return _dry_run(settings, tasks, several, refetch, as_json)
-    done = _sync_all(settings, tasks, refetch, as_json)
+        return _dry_run(settings, tasks, several, scope, as_json)
+    done = _sync_all(settings, tasks, scope, as_json)
     if as_json:
         documents = [document for document, _ in done]
         answer_json(documents if several else documents[0])
@@ -158,7 +161,7 @@ class _Seen:
 
 
 def _sync_all(
-    settings: Settings, tasks: Sequence[Task], refetch: bool, as_json: bool
+    settings: Settings, tasks: Sequence[Task], scope: Scope, as_json: bool
 ) -> list[tuple[Document, bool]]:
     """Every task's report as a document, and whether it is complete.
 
@@ -172,10 +175,10 @@ def _sync_all(
     done: list[tuple[Document, bool]] = []
     seen, told = _Seen(), set[str]()
     try:
-        with open_app(settings, _waiting) as app, _interruptible(app):
+        with open_app(settings, waiting) as app, interruptible(app):
             for task in tasks:
                 seen = _Seen()
-                done.append(_sync_one(app, task, refetch, as_json, seen, told))
+                done.append(_sync_one(app, task, scope, as_json, seen, told))
     except (StoreError, EmbeddedError) as error:
         tell(f"Error: {error}")
         for series, _, _ in tasks[len(done) :]:
@@ -185,7 +188,7 @@ def _sync_all(
 
 
 def _sync_one(
-    app: App, task: Task, refetch: bool, as_json: bool, seen: _Seen, told: set[str]
+    app: App, task: Task, scope: Scope, as_json: bool, seen: _Seen, told: set[str]
 ) -> tuple[Document, bool]:
     """One task's report as a document, and whether it is complete; `told` are the warnings so far."""
     from fks_backfill_dagster import documents
@@ -195,7 +198,7 @@ def _sync_one(
     series, window, priority = task
     try:
         with watched(seen, told) as listen:
-            report = sync(app.context, series, window, priority, refetch=refetch, recheck=True, listen=listen)
+            report = sync(app.context, series, window, priority, scope=scope, recheck=True, listen=listen)
     except ValueError as error:  # of its calendar: the other series may have another one
         tell(f"Error: {series}: {error}.")
         return seen.report(series, error), False
@@ -210,7 +213,7 @@ def _sync_one(
     return documents.sync_report(report), report.complete
 
 
-def _waiting(sentence: str) -> None:
+def waiting(sentence: str) -> None:
     tell(f"waiting: {sentence}")
 
 
@@ -229,7 +232,7 @@ def _answer(report: SyncReport) -> None:
 
 
 @contextmanager
-def _interruptible(app: App) -> Iterator[None]:
+def interruptible(app: App) -> Iterator[None]:
     """Ctrl-C ends every wait of a provider at once; a batch that is being committed is rolled back whole."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -252,14 +255,14 @@ def _interruptible(app: App) -> Iterator[None]:
 # Only telling -----------------------------------------------------------------------------------------
 
 
-def _dry_run(settings: Settings, tasks: Sequence[Task], several: bool, refetch: bool, as_json: bool) -> int:
+def _dry_run(settings: Settings, tasks: Sequence[Task], several: bool, scope: Scope, as_json: bool) -> int:
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.pipeline.sync import dry_run
     from fks_backfill_dagster.wiring import open_app
 
-    with open_app(settings, _waiting) as app, _interruptible(app):
+    with open_app(settings, waiting) as app, interruptible(app):
         found = [
-            dry_run(app.context, series, window, priority, refetch=refetch, recheck=True)
+            dry_run(app.context, series, window, priority, scope=scope, recheck=True)
             for series, window, priority in tasks
         ]
     told: dict[str, Series] = {}

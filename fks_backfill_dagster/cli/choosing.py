@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from fks_backfill_dagster.cli.speaking import tell
+
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.domain.series import Series
@@ -96,6 +98,14 @@ def _matching(
         )
     order = {key: position for position, key in enumerate((s.symbol, s.timeframe) for s in settings.series())}
     return tuple(sorted(found, key=lambda s: order.get((s.symbol, s.timeframe), len(order))))
+
+
+def tell_never_synced(chosen: Chosen, stored: Iterable[Series]) -> None:
+    """For commands about gaps: there are none where nothing was ever synced, which is no good news."""
+    synced = {(s.symbol, s.timeframe) for s in stored}
+    for one in chosen.series:
+        if (one.symbol, one.timeframe) not in synced:
+            tell(f"{one}: never synced, so no gap of it is known; run `fks-backfill backfill {one}` first.")
 
 
 # Providers --------------------------------------------------------------------------------------------

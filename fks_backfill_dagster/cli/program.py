@@ -14,6 +14,7 @@ from fks_backfill_dagster.cli.asking import batches, gaps, series, status
 from fks_backfill_dagster.cli.backfilling import backfill
 from fks_backfill_dagster.cli.databases import db
 from fks_backfill_dagster.cli.exporting import export
+from fks_backfill_dagster.cli.filling import fill_gaps
 from fks_backfill_dagster.cli.launching import launch
 from fks_backfill_dagster.cli.serving import demo, down, simulate, up
 from fks_backfill_dagster.cli.speaking import tell
@@ -103,5 +104,19 @@ def main() -> None:
     """Brings every candle that should exist into one table, and knows why any other is absent."""
 
 
-for command in (demo, up, down, launch, backfill, gaps, status, series, batches, export, simulate, db):
+for command in (
+    demo,
+    up,
+    down,
+    launch,
+    backfill,
+    gaps,
+    fill_gaps,
+    status,
+    series,
+    batches,
+    export,
+    simulate,
+    db,
+):
     main.add_command(command)

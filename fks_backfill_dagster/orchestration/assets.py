@@ -1,11 +1,11 @@
 """The assets: one subsettable multi-asset per (asset class, timeframe), materialized by `sync`.
 
 A run may cover many partitions and many series. Each series is synced once over the whole window of
-the run (a refresh: from where its last sync ended), and then every partition is judged by itself from
-the ledger: what succeeded is materialized with its own numbers, and a run in which something failed
-ends as failed, which leaves exactly the other partitions failed. A failed partition is one that nobody
-answered for. A candle that is absent although a provider answered is a gap: the partition is
-materialized, the completeness check tells.
+the run (a refresh: from where its last sync ended; a filling: its gaps alone), and then every partition
+is judged by itself from the ledger: what succeeded is materialized with its own numbers, and a run in
+which something failed ends as failed, which leaves exactly the other partitions failed. A failed
+partition is one that nobody answered for. A candle that is absent although a provider answered is a gap:
+the partition is materialized, the completeness check tells.
 """
 
 # No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
@@ -35,12 +35,13 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series, identifier
 from fks_backfill_dagster.orchestration import pace
+from fks_backfill_dagster.orchestration.errands import Errand
 from fks_backfill_dagster.orchestration.groups import Group
 from fks_backfill_dagster.orchestration.partitions import partitions_for, windows_of
-from fks_backfill_dagster.orchestration.refreshing import REFRESH, asked_range
+from fks_backfill_dagster.orchestration.refreshing import asked_range
 from fks_backfill_dagster.orchestration.resources import ALL, opened
 from fks_backfill_dagster.orchestration.story import Lines, Progress, Story
-from fks_backfill_dagster.pipeline.plan import closed_window
+from fks_backfill_dagster.pipeline.plan import Scope, closed_window
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
 from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.checking import PartState, listed_at, part_states, synced_ends
@@ -188,14 +189,14 @@ def _outcomes(
     lines: Lines,
 ) -> Iterator[tuple[AssetKey, Outcome]]:
     """The outcome of every series as it ends. What the threads tell is logged here: Dagster is not theirs."""
-    is_refresh = REFRESH in context.run.tags
-    ends = synced_ends(work.database, list(selected.values())) if is_refresh else {}
+    errand = Errand.of(context.run.tags)
+    ends = synced_ends(work.database, list(selected.values())) if errand is Errand.REFRESH else {}
     detailed = len(selected) <= SERIES_AT_ONCE
     pool = ThreadPoolExecutor(SERIES_AT_ONCE, thread_name_prefix="series")
     waiting: dict[Future[Outcome], AssetKey] = {}
     try:
         for key, series in selected.items():
-            task = Task(series, windows, settings, context.run.run_id, is_refresh, ends.get(series))
+            task = Task(series, windows, settings, context.run.run_id, errand, ends.get(series))
             waiting[pool.submit(materialize_series, work, task, Story(lines, detailed))] = key
         while waiting:
             done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -215,7 +216,7 @@ class Task:
     windows: Mapping[str, TimeRange]
     settings: Settings
     run_id: str
-    is_refresh: bool = False
+    errand: Errand = Errand.BACKFILL
     synced_end: int | None = None
 
     @property
@@ -226,7 +227,7 @@ class Task:
 
     def asked(self, now: int) -> TimeRange:
         """What is synced."""
-        if not self.is_refresh:
+        if self.errand is not Errand.REFRESH:
             return self.window
         asked = asked_range(self.series, self.synced_end, self.settings, now)
         return self.window.intersect(asked)
@@ -237,10 +238,17 @@ def materialize_series(work: Context, task: Task, story: Story) -> Outcome:
     series, now, grid = task.series, work.clock(), grid_of(task.series)
     asked = closed_window(task.asked(now), grid, now, None)
     if grid.count(asked):
-        priority = task.settings.priority(series)
-        # A person who asks for a partition means its gaps as well, however lately nobody could fill them.
-        recheck = not task.is_refresh
-        report = sync(work, series, asked, priority, recheck=recheck, run_id=task.run_id, listen=story)
+        report = sync(
+            work,
+            series,
+            asked,
+            task.settings.priority(series),
+            scope=Scope.GAPS if task.errand is Errand.FILL else Scope.MISSING,
+            # A person who asks for a partition means its gaps as well, however lately nobody had them.
+            recheck=task.errand is Errand.BACKFILL,
+            run_id=task.run_id,
+            listen=story,
+        )
     else:  # known without asking anybody
         report = SyncReport(series, asked)
     story.end(report)
@@ -263,7 +271,7 @@ def materialize_series(work: Context, task: Task, story: Story) -> Outcome:
 
 def _possible(work: Context, task: Task, report: SyncReport, now: int) -> TimeRange:
     """Where candles of the run's partitions can exist; a sync of all of it has found that out."""
-    if not task.is_refresh:
+    if task.errand is not Errand.REFRESH:
         return report.window
     listed = listed_at(work.database, task.series, task.settings.priority(task.series))
     return closed_window(task.window, grid_of(task.series), now, listed)

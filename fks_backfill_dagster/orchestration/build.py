@@ -8,9 +8,10 @@ from dagster import Definitions, in_process_executor
 
 from fks_backfill_dagster.orchestration.assets import build_asset
 from fks_backfill_dagster.orchestration.checks import build_checks
+from fks_backfill_dagster.orchestration.filling import build_sensors
 from fks_backfill_dagster.orchestration.groups import groups_of
 from fks_backfill_dagster.orchestration.housekeeping import build_housekeeping
-from fks_backfill_dagster.orchestration.jobs import build_jobs
+from fks_backfill_dagster.orchestration.jobs import build_check_jobs, build_jobs
 from fks_backfill_dagster.orchestration.resources import default_resources
 from fks_backfill_dagster.orchestration.schedules import build_schedules
 from fks_backfill_dagster.settings import Settings, load_settings
@@ -26,11 +27,13 @@ def build_defs(
     """
     settings = load_settings() if settings is None else settings
     groups = groups_of(settings)
+    jobs = build_jobs(groups)
     return Definitions(
         assets=[build_asset(group, settings) for group in groups],
         asset_checks=[build_checks(group) for group in groups],
-        jobs=[*build_jobs(groups), build_housekeeping(settings)],
+        jobs=[*jobs, *build_check_jobs(groups), build_housekeeping(settings)],
         schedules=build_schedules(groups, settings),
+        sensors=build_sensors(groups, jobs, settings),
         resources={**default_resources(settings), **(resource_overrides or {})},
         # A run is one op that brings its own threads. With a process per step it would cost 7 s before
         # any work, in this process 0.9 s.

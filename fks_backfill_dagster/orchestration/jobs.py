@@ -24,14 +24,19 @@ def job_name(timeframe: Timeframe) -> str:
 
 
 def build_jobs(groups: Sequence[Group]) -> list[UnresolvedAssetJobDefinition]:
-    """The jobs that have anything to do."""
+    """The jobs that materialize series, one per grain that any of them has."""
     jobs = []
     for name, text in ((MONTHS, "below 1h, by month"), (YEARS, "from 1h up, by year")):
         keys = [key for group in groups if job_name(group.timeframe) == name for key in group.series]
         if keys:
-            selection = AssetSelection.assets(*keys).without_checks()
-            jobs.append(define(name, selection, description=f"Materializes the series {text}; no checks."))
-    if groups:
-        checks = AssetSelection.all_asset_checks()
-        jobs.append(define(CHECKS, checks, description="All checks of all series. Fetches nothing."))
+            selection = AssetSelection.assets(*keys)
+            jobs.append(define(name, selection, description=f"Materializes the series {text}."))
     return jobs
+
+
+def build_check_jobs(groups: Sequence[Group]) -> list[UnresolvedAssetJobDefinition]:
+    """The job of all checks, where there is any series."""
+    if not groups:
+        return []
+    checks = AssetSelection.all_asset_checks()
+    return [define(CHECKS, checks, description="All checks of all series. Fetches nothing.")]

@@ -20,6 +20,15 @@ PRIORITY = "dagster/priority"
 FIRST, LAST = "10", "-10"
 """Priority in the queue: refresh before backfill (0, Dagster's default) before gap filling."""
 
+FILL_SECONDS = 60
+"""Between two looks at the ledger for gaps that are due."""
+
+FILL_RUNS = 10
+"""So many runs that fill gaps wait or run at most: the rest is asked for when these are over."""
+
+FILL_AGAIN_SECONDS = 600
+"""A partition of a series is not asked for again so soon, whatever became of the run."""
+
 _MINUTES = {
     Timeframe.M1: 15,
     Timeframe.M5: 15,

@@ -124,6 +124,7 @@ def refresh_requests(
             yield RunRequest(
                 run_key=f"refresh {frame} {first} {number}",
                 asset_selection=keys[start : start + pace.MOST_SERIES],
+                asset_check_keys=[],  # once a day is enough (`checks_daily`)
                 tags={
                     REFRESH: frame.value,
                     pace.PRIORITY: pace.FIRST,

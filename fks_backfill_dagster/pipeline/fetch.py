@@ -16,7 +16,7 @@ from fks_backfill_dagster.domain.quality import Reason, Verdict, verify
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
-from fks_backfill_dagster.pipeline.plan import GRACE, Batch, Plan
+from fks_backfill_dagster.pipeline.plan import GRACE, Batch, Plan, Scope
 from fks_backfill_dagster.providers.base import (
     Cancelled,
     Circuit,
@@ -218,7 +218,8 @@ class Chain:
         found = Fetched()
         wanted = np.concatenate([grid.opens(part) for batch in batches for part in batch.wanted])
         evidence: list[Evidence] = []
-        first = True
+        unfit = tuple(Evidence(name, self.clock(), "refused", why) for name, why in self._dropped.items())
+        first, refetch = True, plan.scope is Scope.EVERYTHING
         for name in self.names:
             if not len(wanted) or self._stopped.is_set():
                 break
@@ -229,11 +230,11 @@ class Chain:
             word, wanted = self._ask(question, wanted, plan, grid, found)
             evidence.append(word)
             first = False
-            if plan.refetch:  # stored candles are compared with the first provider only
+            if refetch:  # stored candles are compared with the first provider only
                 wanted = wanted[plan.missing_ranges.contains(wanted)]
         answered = any(word.answered for word in evidence)
-        found.evidence = tuple(evidence)
-        found.failed = not answered and (plan.refetch or len(wanted) > 0)
+        found.evidence = (*unfit, *evidence)
+        found.failed = not answered and (refetch or len(wanted) > 0)
         if found.failed and not found.errors:
             found.errors = [f"{word.provider}: {word.detail}" for word in evidence]
         found.recordable = answered or any(word.provider not in self._dropped for word in evidence)

@@ -1,6 +1,6 @@
 """What is missing from a range, and how it is cut into batches: known before anything is asked.
 
-missing  = the range - before listing - not closed yet - synced, plus its open gaps
+wanted   = the range - before listing - not closed yet - synced, plus its open gaps and those that are due
 batch    = at most `batch_size_days` of it: one transaction
 span     = neighbouring batches that one request can answer together: one fetch
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from operator import itemgetter
 
 import numpy as np
@@ -27,6 +28,17 @@ GRACE = 10 * MICROS_PER_SECOND
 _MONTH_DAYS = 28
 
 
+class Scope(Enum):
+    """What of its range a sync asks for."""
+
+    MISSING = "missing"
+    """What was never synced, and its gaps."""
+    GAPS = "gaps"
+    """Its gaps alone: what was never synced is pending, and nobody's gap."""
+    EVERYTHING = "everything"
+    """The whole of it again; stored candles that the source gives differently are corrected."""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One transaction's worth: a window, the parts of it to ask for, and the candles expected in them."""
@@ -41,8 +53,8 @@ class Plan:
     """What a sync of `window` will do.
 
     `window` is the asked range without what lies before listing or is not closed yet. `expected`
-    counts all candles of it, `missing` those that are neither stored nor explained; they lie in
-    `missing_ranges`.
+    counts all candles of it, `missing` those that are neither stored nor explained, or are due for
+    another look; they lie in `missing_ranges`.
     """
 
     series: Series
@@ -51,7 +63,7 @@ class Plan:
     missing: int
     missing_ranges: RangeSet
     batches: tuple[Batch, ...]
-    refetch: bool = False
+    scope: Scope = Scope.MISSING
 
     def spans(self, page_size: int) -> tuple[tuple[Batch, ...], ...]:
         """Neighbouring batches in groups that a page of `page_size` candles can answer."""
@@ -91,15 +103,18 @@ def make_plan(
     batch_size_days: int,
     able: frozenset[str] = frozenset(),
     now: int | None = None,
-    refetch: bool = False,
+    scope: Scope = Scope.MISSING,
 ) -> Plan:
     """Plans a sync of `window`, which `closed_window` has cut. Pure: asks nobody.
 
     `able` are the providers that can be asked: an explained gap is asked for again when it is due at
-    `now` (None: at once), or when one of them was not heard yet.
+    `now` (None: at once), or when one of them was not heard yet. An open one is always asked for,
+    unless gaps alone are wanted: then it waits for its time as well.
     """
-    missing = known.worth_asking(window, able, now)
-    wanted = RangeSet([window]) if refetch else missing
+    missing = known.due(window, able, now)
+    if scope is not Scope.GAPS:
+        missing |= known.missing(window)
+    wanted = RangeSet([window]) if scope is Scope.EVERYTHING else missing
     return Plan(
         series=series,
         window=window,
@@ -107,7 +122,7 @@ def make_plan(
         missing=int(_counts(missing, grid).sum()),
         missing_ranges=missing,
         batches=tuple(_batches(wanted, grid, batch_size_days)),
-        refetch=refetch,
+        scope=scope,
     )
 
 

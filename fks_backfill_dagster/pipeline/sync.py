@@ -26,7 +26,7 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso
 from fks_backfill_dagster.pipeline.events import BatchDone, Listener, Planned, SyncEvent, Warned, silent
 from fks_backfill_dagster.pipeline.fetch import Chain, Fetched, Tally
-from fks_backfill_dagster.pipeline.plan import Batch, Plan, closed_window, make_plan
+from fks_backfill_dagster.pipeline.plan import Batch, Plan, Scope, closed_window, make_plan
 from fks_backfill_dagster.providers.base import (
     Cancelled,
     Circuit,
@@ -114,23 +114,23 @@ def sync(
     window: TimeRange,
     priority: Sequence[str],
     *,
-    refetch: bool = False,
+    scope: Scope = Scope.MISSING,
     recheck: bool = False,
     run_id: str | None = None,
     listen: Listener = silent,
 ) -> SyncReport:
     """Brings every candle of `window` that should exist and is not stored, from `priority` in order.
 
-    `refetch` asks for the whole window again and corrects what differs. `recheck` also asks for the
-    gaps that nobody could fill lately, and providers that are being left alone: what a person wants,
-    and no schedule. Provider errors end up in
-    the report; a StoreError (the database is gone or full) is raised, and what was committed stays.
+    `scope` tells what of it is asked for. `recheck` asks for its gaps though their time has not come,
+    and providers that are being left alone: what a person wants, and no schedule. Provider errors end
+    up in the report; a StoreError (the database is gone or full) is raised, and what was committed
+    stays.
     """
     began = time.monotonic()
     chain = _chain(context, series, priority, heed_circuit=not recheck)
     for message in chain.warnings:
         listen(Warned(series, message))
-    plan, grid = _plan(context, series, window, chain, refetch, recheck, listen)
+    plan, grid = _plan(context, series, window, chain, scope, recheck, listen)
     listen(Planned(series, plan, chain.names))
     work = _Work(context, series, grid, chain, run_id, listen)
     if chain.names or not plan.batches:
@@ -144,7 +144,7 @@ def dry_run(
     window: TimeRange,
     priority: Sequence[str],
     *,
-    refetch: bool = False,
+    scope: Scope = Scope.MISSING,
     recheck: bool = False,
 ) -> DryRun:
     """Plans without fetching a candle. May ask once for a listing time that is not known yet."""
@@ -155,9 +155,14 @@ def dry_run(
         if isinstance(event, Warned):
             heard[event.message] = None
 
-    plan, _ = _plan(context, series, window, chain, refetch, recheck, hear)
+    plan, _ = _plan(context, series, window, chain, scope, recheck, hear)
     estimates = tuple((name, chain.estimate(name, plan)) for name in chain.names)
     return DryRun(plan, estimates, tuple(dict.fromkeys((*heard, *chain.dropped))))
+
+
+def able(context: Context, series: Series) -> frozenset[str]:
+    """Who can be asked for a series by the settings: who serves it and, where one is needed, has a key."""
+    return frozenset(_chain(context, series, context.priority(series)).names)
 
 
 def _chain(context: Context, series: Series, priority: Sequence[str], *, heed_circuit: bool = True) -> Chain:
@@ -182,7 +187,7 @@ def _plan(
     series: Series,
     window: TimeRange,
     chain: Chain,
-    refetch: bool,
+    scope: Scope,
     recheck: bool,
     listen: Listener,
 ) -> tuple[Plan, Grid]:
@@ -202,7 +207,7 @@ def _plan(
         batch_size_days=context.batch_size_days,
         able=frozenset(chain.names),
         now=None if recheck else context.clock(),
-        refetch=refetch,
+        scope=scope,
     )
     return plan, grid
 
@@ -258,8 +263,7 @@ class _Work:
             name for name, provider in context.providers.items() if not provider.capabilities.omits_quiet
         )
         # A gap is explained when everybody was heard, not only those of this call.
-        everybody = _chain(context, series, context.priority(series))
-        self.others = frozenset(everybody.names) - frozenset(chain.unfit)
+        self.others = able(context, series) - frozenset(chain.unfit)
         self.identity: int | None = None
         self.succeeded = self.failed = self.candles = self.requests = 0
         # Sets that keep the order in which they came.

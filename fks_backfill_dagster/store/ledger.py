@@ -46,6 +46,11 @@ class Evidence:
         """Asking again soon would bring the same word."""
         return self.outcome in ("absent", "refused")
 
+    @property
+    def said(self) -> str:
+        """Its words without its name, which errors begin with."""
+        return self.detail.removeprefix(f"{self.provider}: ") or self.outcome
+
     def to_json(self) -> dict[str, str]:
         found = {
             "provider": self.provider,
@@ -87,6 +92,16 @@ class LedgerGap:
         """The providers that do not have its candles, by their own word."""
         return frozenset(word.provider for word in self.evidence if word.final)
 
+    def is_due(self, able: frozenset[str], now: int | None) -> bool:
+        """See `Known.due`."""
+        if self.status in (GapStatus.NO_TRADE, GapStatus.FILLED):
+            return False
+        if now is None or (self.next_attempt_at is not None and self.next_attempt_at <= now):
+            return True
+        if self.status is GapStatus.OPEN:
+            return self.next_attempt_at is None or not able <= {word.provider for word in self.evidence}
+        return not able <= self.heard()
+
 
 @dataclass(frozen=True, slots=True)
 class Known:
@@ -102,21 +117,12 @@ class Known:
         """Where candles can be missing that nothing explains: never synced, or an open gap."""
         return (RangeSet([window]) - self.synced) | (self.ranges(GapStatus.OPEN) & RangeSet([window]))
 
-    def worth_asking(self, window: TimeRange, able: frozenset[str], now: int | None) -> RangeSet:
-        """Where a sync would ask: what nothing explains, what is due for another look, and what a
-        provider of `able` has not been asked for yet (a new key, a new provider). With `now` None
-        everything that nobody could fill is due."""
-        again = [
-            TimeRange(g.start, g.end)
-            for g in self.gaps
-            if g.status in (GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
-            and (
-                now is None
-                or not able <= g.heard()
-                or (g.next_attempt_at is not None and g.next_attempt_at <= now)
-            )
-        ]
-        return self.missing(window) | (RangeSet(again) & RangeSet([window]))
+    def due(self, window: TimeRange, able: frozenset[str], now: int | None) -> RangeSet:
+        """The gaps that are to be asked for: when their time has come, or when a provider of `able` was
+        never asked for an open one, or not heard of one that nobody could fill (a new key, a new
+        provider). With `now` None all of them, apart from intervals in which nothing traded."""
+        ranges = [TimeRange(g.start, g.end) for g in self.gaps if g.is_due(able, now)]
+        return RangeSet(ranges) & RangeSet([window])
 
     def lacking(self, window: TimeRange) -> RangeSet:
         """Where candles are absent that did trade: never synced, or a gap in any state but no_trade."""

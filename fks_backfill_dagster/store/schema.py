@@ -131,6 +131,16 @@ gap = sa.Table(
     sa.Column("evidence", JSONB, nullable=False),
     sa.Column("found_at", _instant, nullable=False, server_default=_now),
     sa.Column("changed_at", _instant, nullable=False, server_default=_now),
+    sa.Column(
+        "heard",
+        JSONB,
+        sa.Computed(
+            "jsonb_path_query_array(evidence,"
+            """ '$[*] ? (@."outcome" == "absent" || @."outcome" == "refused")."provider"')""",
+            persisted=True,
+        ),
+        nullable=False,
+    ),
     sa.CheckConstraint(
         "status IN ('open', 'filled', 'no_trade', 'unavailable', 'tolerated')", name="gap_status"
     ),
@@ -141,6 +151,12 @@ gap = sa.Table(
         "gap_start",
         unique=True,
         postgresql_where=sa.text("status <> 'filled'"),
+    ),
+    sa.Index(
+        "gap_undecided",
+        "series_id",
+        "gap_start",
+        postgresql_where=sa.text("status IN ('open', 'unavailable')"),
     ),
 )
 

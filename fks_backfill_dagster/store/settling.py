@@ -14,7 +14,7 @@ import numpy as np
 from fks_backfill_dagster.domain.gaps import GapStatus, find_gaps
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
-from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, MICROS_PER_MINUTE
 from fks_backfill_dagster.store.ledger import Evidence, LedgerGap, latest
 
 # No exchange was closed for longer (the record is Shanghai, 20 days of February 1999), so the open next
@@ -22,12 +22,26 @@ from fks_backfill_dagster.store.ledger import Evidence, LedgerGap, latest
 LONGEST_PAUSE = 30 * MICROS_PER_DAY
 
 
-# When a gap that nobody could fill is looked at again: an hour after the first attempt, then after
-# twice as long each time, so that the attempts grow like the logarithm of time.
-FIRST_RECHECK = MICROS_PER_HOUR
-LONGEST_RECHECK = 30 * MICROS_PER_DAY
+@dataclass(frozen=True, slots=True)
+class BackOff:
+    """How long a gap rests after it was asked for in vain: as long again as it has been known.
 
-_EXHAUSTED = (GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
+    So the rests double, and the attempts grow like the logarithm of time. Microseconds.
+    """
+
+    first: int
+    longest: int
+
+    def rest(self, known_for: int) -> int:
+        return min(max(self.first, known_for), self.longest)
+
+
+# Somebody has not answered, and may do so soon.
+UNANSWERED = BackOff(5 * MICROS_PER_MINUTE, MICROS_PER_DAY)
+# Everybody has answered, and nobody has it: late data are published within hours or never.
+EXHAUSTED = BackOff(MICROS_PER_HOUR, 30 * MICROS_PER_DAY)
+
+_GIVEN_UP = (GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
 _NOTHING = np.empty(0, dtype=np.int64)
 
 
@@ -133,7 +147,12 @@ def _after_asking(
     """The state of what was asked for and is still missing; its length decides later what it is called."""
     if not evidence:
         return old
-    row = replace(old, attempts=old.attempts + 1, evidence=latest((*old.evidence, *evidence)))
+    row = replace(
+        old,
+        attempts=old.attempts + 1,
+        evidence=latest((*old.evidence, *evidence)),
+        found_at=_asked_at(evidence) if old.found_at is None else old.found_at,
+    )
     if was_quiet and not row.heard() & findings.strict:
         return replace(row, status=GapStatus.NO_TRADE, next_attempt_at=None)
     exhausted = bool(findings.able) and findings.able <= row.heard()
@@ -141,14 +160,22 @@ def _after_asking(
 
 
 def _judged(gap: LedgerGap, evidence: tuple[Evidence, ...], findings: Findings) -> LedgerGap:
-    """A gap that nobody can fill and that was asked for just now: tolerated, or to be looked at again."""
-    if gap.status not in _EXHAUSTED or not any(word in evidence for word in gap.evidence):
+    """When a gap that was asked for just now is looked at again. One that nobody can fill and that is
+    short enough is tolerated, and is not."""
+    if gap.status is GapStatus.NO_TRADE or not any(word in evidence for word in gap.evidence):
         return gap
-    if gap.missing <= findings.tolerated:
+    exhausted = gap.status in _GIVEN_UP
+    if exhausted and gap.missing <= findings.tolerated:
         return replace(gap, status=GapStatus.TOLERATED, next_attempt_at=None)
-    pause = min(FIRST_RECHECK << min(gap.attempts - 1, 20), LONGEST_RECHECK)
-    asked_at = max(word.asked_at for word in evidence)
-    return replace(gap, status=GapStatus.UNAVAILABLE, next_attempt_at=asked_at + pause)
+    asked_at = _asked_at(evidence)
+    known_for = asked_at - (asked_at if gap.found_at is None else gap.found_at)
+    rest = (EXHAUSTED if exhausted else UNANSWERED).rest(known_for)
+    status = GapStatus.UNAVAILABLE if exhausted else GapStatus.OPEN
+    return replace(gap, status=status, next_attempt_at=asked_at + rest)
+
+
+def _asked_at(evidence: tuple[Evidence, ...]) -> int:
+    return max(word.asked_at for word in evidence)
 
 
 def _filled(touched: Sequence[LedgerGap], stored: Instants, grid: Grid) -> list[LedgerGap]:
@@ -212,4 +239,4 @@ def _neighbours(left: LedgerGap, right: LedgerGap, grid: Grid) -> bool:
 
 def _kind(status: GapStatus) -> GapStatus:
     """Tolerated and unavailable differ in length only, which may grow."""
-    return GapStatus.UNAVAILABLE if status in _EXHAUSTED else status
+    return GapStatus.UNAVAILABLE if status in _GIVEN_UP else status

@@ -58,6 +58,9 @@ def lines(definitions: Definitions) -> Iterator[str]:
         yield f"schedule {schedule.name}: {schedule.description}"
         yield f"  at {schedule.cron_schedule} {schedule.execution_timezone}, job {schedule.job_name},"
         yield f"  {schedule.default_status.value}"
+    for sensor in sorted(repository.sensor_defs, key=lambda sensor: sensor.name):
+        yield f"sensor {sensor.name}: {sensor.description}"
+        yield f"  every {sensor.minimum_interval_seconds} s, {sensor.default_status.value}"
 
 
 def test_the_definitions_are_what_the_snapshot_says() -> None:

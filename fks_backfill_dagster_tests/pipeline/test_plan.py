@@ -24,7 +24,7 @@ from fks_backfill_dagster.domain.timeframe import (
     Timeframe,
     to_datetime,
 )
-from fks_backfill_dagster.pipeline.plan import GRACE, Batch, Plan, closed_window, make_plan
+from fks_backfill_dagster.pipeline.plan import GRACE, Batch, Plan, Scope, closed_window, make_plan
 from fks_backfill_dagster.store.ledger import Known, LedgerGap
 from fks_backfill_dagster_tests.domain.builders import at, window
 
@@ -77,8 +77,8 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(series, whole, Known(synced, tuple(sorted(gaps, key=lambda g: g.start))), wanted)
 
 
-def plan_of(case: Case, days: int = 30, *, refetch: bool = False) -> Plan:
-    return make_plan(case.series, case.window, case.known, case.grid, batch_size_days=days, refetch=refetch)
+def plan_of(case: Case, days: int = 30, scope: Scope = Scope.MISSING) -> Plan:
+    return make_plan(case.series, case.window, case.known, case.grid, batch_size_days=days, scope=scope)
 
 
 def opens_of(batches: Sequence[Batch], grid: Grid) -> list[int]:
@@ -104,7 +104,7 @@ def test_the_batches_hold_exactly_what_is_wanted(case: Case, days: int) -> None:
 @given(cases(), st.integers(1, 400))
 @settings(deadline=None)
 def test_a_refetch_takes_all_and_still_tells_what_is_missing(case: Case, days: int) -> None:
-    plan = plan_of(case, days, refetch=True)
+    plan = plan_of(case, days, Scope.EVERYTHING)
     assert opens_of(plan.batches, case.grid) == case.grid.opens(case.window).tolist()
     assert plan.missing == len(case.wanted)
 
@@ -163,7 +163,9 @@ def test_spans_fill_a_page_and_no_more(case: Case, days: int, page: int) -> None
 
 def test_a_weekend_needs_no_batch() -> None:
     weekend = window("2024-01-06T00:00Z", "2024-01-08T00:00Z")
-    plan = make_plan(STOCKS_1H, weekend, NOTHING, grid_of(STOCKS_1H), batch_size_days=30, refetch=True)
+    plan = make_plan(
+        STOCKS_1H, weekend, NOTHING, grid_of(STOCKS_1H), batch_size_days=30, scope=Scope.EVERYTHING
+    )
     assert (plan.expected, plan.missing, plan.batches) == (0, 0, ())
 
 
@@ -238,7 +240,9 @@ def test_a_candle_exists_when_the_grace_is_over() -> None:
 def test_listed_after_the_range() -> None:
     found = closed_window(JANUARY, grid_of(CRYPTO_1H), at("2025-01-01T00:00Z"), at("2024-03-01T00:00Z"))
     assert not found
-    plan = make_plan(CRYPTO_1H, found, NOTHING, grid_of(CRYPTO_1H), batch_size_days=30, refetch=True)
+    plan = make_plan(
+        CRYPTO_1H, found, NOTHING, grid_of(CRYPTO_1H), batch_size_days=30, scope=Scope.EVERYTHING
+    )
     assert plan.batches == ()
 
 

@@ -23,6 +23,7 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
 from fks_backfill_dagster.pipeline.events import BatchDone, Planned, SyncEvent, Warned
+from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, dry_run, sync
 from fks_backfill_dagster.providers.registry import paces, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
@@ -308,11 +309,11 @@ def test_refetch_corrects_and_keeps_what_was(database: Database, market: LocalMa
     context = make_context(database, market.binance_url)
     assert sync(context, HOURS, window, ["binance"]).total_candles == 0
     held_then = datetime.now(UTC)
-    report = sync(context, HOURS, window, ["binance"], refetch=True)
+    report = sync(context, HOURS, window, ["binance"], scope=Scope.EVERYTHING)
     assert report.total_candles == 168
     holds_the_truth(database, market, HOURS, window)
     assert reading.read_candles(database, HOURS, window, held_then).equals(wrong)
-    again = sync(context, HOURS, window, ["binance"], refetch=True)
+    again = sync(context, HOURS, window, ["binance"], scope=Scope.EVERYTHING)
     assert (again.total_candles, again.total_batches) == (0, 1)
 
 

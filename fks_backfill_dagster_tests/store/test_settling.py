@@ -17,9 +17,14 @@ from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
-from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, MICROS_PER_MINUTE, Timeframe
+from fks_backfill_dagster.domain.timeframe import (
+    MICROS_PER_DAY,
+    MICROS_PER_HOUR,
+    MICROS_PER_MINUTE,
+    Timeframe,
+)
 from fks_backfill_dagster.store.ledger import Evidence, LedgerGap
-from fks_backfill_dagster.store.settling import LONGEST_PAUSE, LONGEST_RECHECK, Findings, Settlement, settle
+from fks_backfill_dagster.store.settling import LONGEST_PAUSE, Findings, Settlement, settle
 from fks_backfill_dagster_tests.domain.builders import at, grid, window
 
 HALF_HOUR = 30 * MICROS_PER_MINUTE
@@ -102,13 +107,17 @@ class Slow:
         attempts = max(hole.attempts for hole in holes)
         due = min((hole.due for hole in holes if hole.due is not None), default=None)
         status = holes[0].status
-        if status in (GapStatus.UNAVAILABLE, GapStatus.TOLERATED) and ask.now in asked.values():
-            short = len(run) <= ask.tolerated
-            status = GapStatus.TOLERATED if short else GapStatus.UNAVAILABLE
-            due = None if short else ask.now + min(MICROS_PER_HOUR * 2 ** (attempts - 1), LONGEST_RECHECK)
+        found_at = min(h.found_at for h in holes)
+        if status is not GapStatus.NO_TRADE and ask.now in asked.values():
+            due = ask.now + min(max(5 * MICROS_PER_MINUTE, ask.now - found_at), MICROS_PER_DAY)
+            if status is not GapStatus.OPEN:
+                short = len(run) <= ask.tolerated
+                status = GapStatus.TOLERATED if short else GapStatus.UNAVAILABLE
+                rest = min(max(MICROS_PER_HOUR, ask.now - found_at), 30 * MICROS_PER_DAY)
+                due = None if short else ask.now + rest
         for hole in holes:
             hole.status, hole.asked, hole.attempts, hole.due = status, asked, attempts, due
-            hole.found_at = min(h.found_at for h in holes)
+            hole.found_at = found_at
 
     def hole(self, ts: int) -> Hole:
         hole = self.known[ts]
@@ -173,6 +182,7 @@ STEP = st.tuples(
     st.sets(st.integers(0, CANDLES - 1), max_size=5),  # candles that were quiet
     st.sampled_from([frozenset(), frozenset({"binance"}), frozenset({"binance", "polygon"})]),  # who is able
     st.integers(0, 3),  # how many may be lacking
+    st.sampled_from([1, 7, 61, 3_000, 90_000]).map(lambda n: n * MICROS_PER_MINUTE),  # how much later
 )
 
 
@@ -183,7 +193,9 @@ def test_any_history_gives_the_slow_ledger(grid: Grid, steps: list[tuple[Any, ..
     edges = [*opens, opens[-1] + MICROS_PER_HOUR]
     slow = Slow(opens)
     ledger: list[LedgerGap] = []
-    for now, (first, past, before, after, given_, provider, silent, able, tolerated) in enumerate(steps):
+    now = 0
+    for first, past, before, after, given_, provider, silent, able, tolerated, later in steps:
+        now += later
         start, end = sorted([edges[first] + before * HALF_HOUR, edges[past] + after * HALF_HOUR])
         asked = TimeRange(*(min(max(edge, opens[0]), edges[-1]) for edge in (start, end)))
         if not asked:

@@ -1,0 +1,98 @@
+"""Filling the gaps of a series: a sync of nothing but them, and what became of each.
+
+Does not belong here: which gaps are due (`store.due`), who asks when (the faces).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fks_backfill_dagster.domain.gaps import GapStatus
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.pipeline.events import Listener, silent
+from fks_backfill_dagster.pipeline.gaps import find_gaps
+from fks_backfill_dagster.pipeline.plan import Scope
+from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
+from fks_backfill_dagster.store.checking import PartState, part_states
+from fks_backfill_dagster.store.ledger import Known, LedgerGap, latest
+from fks_backfill_dagster.store.reading import what_is_known
+
+
+@dataclass(frozen=True, slots=True)
+class FilledGap:
+    """What became of one gap: `gap` as it was before, `left` the rows that are left of it.
+
+    `providers` brought its candles, the largest share first.
+    """
+
+    gap: LedgerGap
+    filled: int
+    left: tuple[LedgerGap, ...]
+    providers: tuple[str, ...]
+
+    @property
+    def success(self) -> bool:
+        """Nothing that traded is missing of it any more."""
+        return all(row.status is GapStatus.NO_TRADE for row in self.left)
+
+    @property
+    def error(self) -> str | None:
+        """Why candles of it are still missing, in the words of those who were asked."""
+        if self.success:
+            return None
+        words = latest(word for row in self.left for word in row.evidence)
+        said = "; ".join(f"{word.provider}: {word.said}" for word in words)
+        return said or "nobody could be asked"
+
+    @property
+    def coverage(self) -> float:
+        """The share of its candles that came."""
+        return self.filled / self.gap.missing
+
+
+@dataclass(frozen=True, slots=True)
+class FillReport:
+    """What one call did for the gaps of one series."""
+
+    sync: SyncReport
+    gaps: tuple[FilledGap, ...]
+
+    @property
+    def complete(self) -> bool:
+        return all(one.success for one in self.gaps)
+
+
+def fill_gaps(
+    context: Context,
+    series: Series,
+    priority: Sequence[str],
+    start: int | None = None,
+    end: int | None = None,
+    *,
+    listen: Listener = silent,
+) -> FillReport:
+    """Asks for every gap that opens in `[start, end)`, though its time may not have come.
+
+    Without them for all of the series. What closed since its last sync is in no ledger yet and a
+    refresh's business, and history that was never synced is nobody's gap. Raises as `sync` does.
+    """
+    found = find_gaps(context.database, series, context.clock(), start, end)
+    wanted = [one.row for one in found if one.asked and one.row.status is not GapStatus.NO_TRADE]
+    if not wanted:
+        at = context.clock()
+        return FillReport(SyncReport(series, TimeRange(at, at)), ())
+    window = TimeRange(wanted[0].start, wanted[-1].end)
+    report = sync(context, series, window, priority, scope=Scope.GAPS, recheck=True, listen=listen)
+    windows = {str(number): TimeRange(gap.start, gap.end) for number, gap in enumerate(wanted)}
+    parts = part_states(context.database, series, windows)
+    known = what_is_known(context.database, series, window)
+    return FillReport(
+        report, tuple(_outcome(gap, parts[key], known) for key, gap in zip(windows, wanted, strict=True))
+    )
+
+
+def _outcome(gap: LedgerGap, part: PartState, known: Known) -> FilledGap:
+    left = tuple(row for row in known.gaps if row.start < gap.end and row.end > gap.start)
+    return FilledGap(gap, part.stored, left, tuple(part.providers))

@@ -1,0 +1,114 @@
+"""Which gaps are to be asked for now: of thousands of series in one query, from the ledger alone.
+
+Belongs here: whose time has come, and in which order. Does not belong here: asking for them, and how many
+at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
+from fks_backfill_dagster.store.database import Database
+
+# LedgerGap.is_due in SQL, of gaps that somebody may still fill. One that is tolerated is left alone, and
+# so is a series that is being synced just now: that may fill it.
+_DUE = """
+WITH wanted AS (
+    SELECT s.id, s.symbol, w.part, w.since, string_to_array(w.able, ',') AS able
+    FROM unnest(CAST(:symbols AS text[]), CAST(:timeframes AS text[]), CAST(:parts AS text[]),
+        CAST(:sinces AS timestamptz[]), CAST(:ables AS text[])) AS w(symbol, timeframe, part, since, able)
+    JOIN fks.series s ON s.symbol = w.symbol AND s.timeframe = w.timeframe
+    WHERE NOT EXISTS (
+        SELECT FROM fks.lease l WHERE l.series_id = s.id AND l.expires_at > clock_timestamp())
+), place AS (
+    SELECT w.id, w.symbol, to_char(p, 'YYYY-MM-DD') AS key,
+        min(greatest(g.gap_start, w.since, p AT TIME ZONE 'UTC')) AS first,
+        max(least(g.gap_end, (p + CAST('1 ' || w.part AS interval)) AT TIME ZONE 'UTC')) AS past,
+        min(g.found_at) AS found_at, sum(g.missing_candles)::bigint AS missing
+    FROM wanted w
+    JOIN fks.gap g ON g.series_id = w.id AND g.status IN ('open', 'unavailable') AND g.gap_end > w.since
+    CROSS JOIN LATERAL generate_series(
+        date_trunc(w.part, greatest(g.gap_start, w.since) AT TIME ZONE 'UTC'),
+        (g.gap_end - interval '1 microsecond') AT TIME ZONE 'UTC',
+        CAST('1 ' || w.part AS interval)) p
+    WHERE g.next_attempt_at <= :now
+        OR (g.status = 'open' AND (g.next_attempt_at IS NULL
+            OR NOT jsonb_path_query_array(g.evidence, '$[*].provider') ?& w.able))
+        OR (g.status = 'unavailable' AND NOT g.heard ?& w.able)
+    GROUP BY 1, 2, 3
+)
+SELECT s.symbol, s.timeframe, p.key, p.first, p.past, p.found_at, p.missing
+FROM (
+    SELECT *, row_number() OVER (PARTITION BY symbol ORDER BY found_at, missing DESC, id, key) AS turn
+    FROM place
+) p
+JOIN fks.series s ON s.id = p.id
+ORDER BY p.turn, p.found_at, p.missing DESC, p.id, p.key
+LIMIT :most
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A series whose gaps matter: from when on, by which "month" or "year", and who can be asked."""
+
+    since: int
+    part: str
+    able: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The due gaps of one series in one month or year; `key` is the day on which it begins.
+
+    `window` spans them within it. `found_at`: since when the oldest of them is known. `missing`: how
+    many candles they lack, elsewhere too where a gap reaches further.
+    """
+
+    series: Series
+    key: str
+    window: TimeRange
+    found_at: int
+    missing: int
+
+
+def due_places(database: Database, wanted: Mapping[Series, Wanted], now: int, most: int) -> list[Place]:
+    """Where gaps are due at `now`: at most `most` places.
+
+    Fair between symbols: each has its first place before any has its second. Otherwise the gap that has
+    waited longest goes first, then the largest. A series that nobody can be asked for has none.
+    """
+    asked = {one: want for one, want in wanted.items() if want.able}
+    by_name = {(one.symbol, one.timeframe.value): one for one in asked}
+    with database.begin() as connection:
+        rows = connection.execute(
+            sa.text(_DUE),
+            {
+                "symbols": [one.symbol for one in asked],
+                "timeframes": [one.timeframe.value for one in asked],
+                "parts": [want.part for want in asked.values()],
+                "sinces": [to_datetime(want.since) for want in asked.values()],
+                "ables": [",".join(sorted(want.able)) for want in asked.values()],
+                "now": to_datetime(now),
+                "most": most,
+            },
+        ).all()
+    places = [
+        Place(
+            by_name[row.symbol, row.timeframe],
+            row.key,
+            TimeRange(to_micros(row.first), to_micros(row.past)),
+            to_micros(row.found_at),
+            row.missing,
+        )
+        for row in rows
+    ]
+    # A gap ends with the close of its last candle, which may lie in the part after that of its open.
+    return [place for place in places if grid_of(place.series).count(place.window)]

@@ -1,0 +1,135 @@
+"""`fill-gaps`: what is asked for, what is told, and the exit code."""
+
+from __future__ import annotations
+
+import pytest
+
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.simulator.config import instant
+from fks_backfill_dagster.simulator.local import LocalMarket
+from fks_backfill_dagster_tests.cli.conftest import Command, start
+from fks_backfill_dagster_tests.cli.test_backfill import JANUARY
+
+ONLY = ("--provider", "binance")
+FIRST = TimeRange(instant("2024-01-10T05:00"), instant("2024-01-10T09:00"))
+SECOND = TimeRange(instant("2024-01-20T00:00"), instant("2024-01-20T02:00"))
+
+
+@pytest.fixture
+def holed(fks: Command, world: LocalMarket) -> LocalMarket:
+    """January 2024 of BTC/USDT 1h without four and without two hours, which Polygon was not asked for."""
+    for window in (FIRST, SECOND):
+        world.plant_outage("binance", window)
+    fks("backfill", "BTC/USDT", "1h", *JANUARY, *ONLY)
+    world.reset_requests()
+    return world
+
+
+def test_every_gap_is_filled_from_the_next_provider(fks: Command, holed: LocalMarket) -> None:
+    done = fks("fill-gaps", "BTC/USDT", "1h", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert done.json == [
+        {
+            "symbol": "BTC/USDT",
+            "timeframe": "1h",
+            "start": start,
+            "end": end,
+            "success": True,
+            "provider": "polygon",
+            "candles_filled": candles,
+            "expected_candles": candles,
+            "coverage": 1.0,
+            "error": None,
+        }
+        for start, end, candles in (
+            ("2024-01-10T05:00:00+00:00", "2024-01-10T09:00:00+00:00", 4),
+            ("2024-01-20T00:00:00+00:00", "2024-01-20T02:00:00+00:00", 2),
+        )
+    ]
+    assert fks("gaps", "BTC/USDT", "1h", *JANUARY, "--json").json == []
+    again = fks("fill-gaps", "--json")
+    assert (again.exit_code, again.json) == (0, [])
+    assert "No gaps to fill." in fks("fill-gaps", "BTC/USDT", "1h").stdout
+
+
+def test_nothing_but_the_gaps_is_asked_for(fks: Command, holed: LocalMarket) -> None:
+    """Neither what closed since the last sync nor history that was never synced."""
+    assert fks("fill-gaps").exit_code == 0
+    status = fks("status", "BTC/USDT", "1h", "--json").json
+    assert status["total_candles"] == 31 * 24
+    assert status["newest_data"] == "2024-01-31T23:00:00+00:00"
+
+
+def test_a_window_chooses_among_them(fks: Command, holed: LocalMarket) -> None:
+    window = ("--start", "2024-01-10T06:00", "--end", "2024-01-15")
+    [gap] = fks("fill-gaps", "BTC/USDT", "1h", *window, "--json").json
+    assert (gap["start"][11:16], gap["candles_filled"]) == ("06:00", 3)
+    left = fks("gaps", "BTC/USDT", "1h", *JANUARY, "--json").json
+    assert [(gap["start"][:13], gap["missing_candles"]) for gap in left] == [
+        ("2024-01-10T05", 1),
+        ("2024-01-20T00", 2),
+    ]
+
+
+def test_a_gap_that_is_filled_in_part_tells_so(fks: Command, holed: LocalMarket) -> None:
+    holed.plant_outage("polygon", TimeRange(FIRST.start, FIRST.start + 3600_000_000))
+    done = fks("fill-gaps", "BTC/USDT", "1h", "--json")
+    assert done.exit_code == 1
+    partly, wholly = done.json
+    assert (partly["success"], partly["candles_filled"], partly["coverage"]) == (False, 3, 0.75)
+    assert partly["error"] == "binance: absent; polygon: absent"
+    assert wholly["success"]
+    [left] = fks("gaps", "BTC/USDT", "1h", *JANUARY, "--json").json
+    assert (left["missing_candles"], left["status"]) == (1, "unavailable")
+    table = fks("fill-gaps", "BTC/USDT", "1h")
+    assert table.exit_code == 1
+    assert "0 of 1 gap filled" in table.stdout
+    assert "binance: absent; polygon: absent" in table.stdout
+
+
+def test_a_person_asks_though_the_time_has_not_come(fks: Command, holed: LocalMarket) -> None:
+    holed.plant_outage("polygon", FIRST)
+    assert fks("fill-gaps").exit_code == 1
+    holed.clear_outages()
+    done = fks("fill-gaps")
+    assert done.exit_code == 0, done.stderr
+    assert fks("gaps", "BTC/USDT", "1h", *JANUARY, "--json").json == []
+
+
+def test_a_provider_that_fails_is_told(
+    fks: Command, holed: LocalMarket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FKS_PROVIDERS__POLYGON__BASE_URL", "http://127.0.0.1:1")
+    done = fks("fill-gaps", "BTC/USDT", "1h", "--start", "2024-01-20", "--json")
+    assert done.exit_code == 1
+    [gap] = done.json
+    assert not gap["success"]
+    assert gap["error"].startswith("binance: absent; polygon: ")
+    assert (
+        fks("gaps", "BTC/USDT", "1h", "--start", "2024-01-20", "--end", "2024-02-01", "--json").json[0][
+            "status"
+        ]
+        == "open"
+    )
+
+
+def test_wrong_arguments_are_usage_errors(fks: Command, holed: LocalMarket) -> None:
+    assert fks("fill-gaps", "BTC/USDT").exit_code == 2
+    wrong = fks("fill-gaps", "BTC/USDT", "1h", "--start", "2024-02-01", "--end", "2024-01-01")
+    assert wrong.exit_code == 2
+
+
+def test_nothing_was_ever_synced(fks: Command, world: LocalMarket) -> None:
+    done = fks("fill-gaps", "--json")
+    assert (done.exit_code, done.json) == (0, [])
+    named = fks("fill-gaps", "BTC/USDT", "1h")
+    assert "BTC/USDT 1h: never synced" in named.stderr
+
+
+def test_two_at_once_fill_it_once(fks: Command, holed: LocalMarket) -> None:
+    both = [start("fill-gaps", "BTC/USDT", "1h", "--json") for _ in range(2)]
+    for one in both:
+        one.communicate(timeout=120)
+    assert [one.returncode for one in both] == [0, 0]
+    assert fks("gaps", "BTC/USDT", "1h", *JANUARY, "--json").json == []
+    assert fks("status", "BTC/USDT", "1h", "--json").json["total_candles"] == 31 * 24
