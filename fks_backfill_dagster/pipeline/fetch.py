@@ -172,11 +172,9 @@ class Chain:
         if self._circuit is None or not isinstance(error, TransientError):
             return []
         rest = self._circuit.failed(name, str(error))
-        return (
-            []
-            if rest is None
-            else [f"{name}: from now on left alone for {rest.seconds:.0f} s: {rest.reason}"]
-        )
+        if rest is None:
+            return []
+        return [f"{name}: from now on left alone for {rest.seconds:.0f} s: {rest.reason}"]
 
     def _remember_success(self, name: str) -> list[str]:
         """It answered. Returns warnings about it."""
@@ -295,7 +293,7 @@ class Chain:
         """As `_ask`, for what the key covers, of one that refused because of the older part."""
         name = question.name
         with self._lock:
-            self._since[name] = error.since
+            self._since[name] = max(error.since, self._since.get(name, error.since))
         newer = self._question(name, wanted, first=question.first)
         older = len(question.wanted) - delivered - len(newer.wanted)
         self._count(name, Tally(asked=delivered + older, delivered=delivered, failed=older))

@@ -19,6 +19,7 @@ from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso
+from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
 from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool
 from fks_backfill_dagster.providers.oanda import PAGE_SIZE
@@ -235,7 +236,7 @@ def test_a_fault_is_never_stored_and_never_hidden(
         case.window,
         [case.provider],
         recheck=True,
-        refetch=fault.lacking,
+        scope=Scope.EVERYTHING if fault.lacking else Scope.MISSING,
     )
     assert (healed.failed_batches, healed.errors) == (0, ())
     assert accounted_for(database, case, truth, healed).equals(truth), "and once it is over, all of it"
