@@ -112,8 +112,7 @@ def status(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
         states = {(s.symbol, s.timeframe): s for s in sync_status(database)}
         providers = provider_states(settings, database)
     for name, stands in providers.items():
-        if stands.is_out:
-            tell(f"{name}: {_standing(stands)}")
+        tell(f"{name}: {_standing(stands)}")
     found = [(s, states.get((s.symbol, s.timeframe.value))) for s in chosen.series]
     if as_json:
         shown = [documents.status(state) if state else documents.not_started(s) for s, state in found]
