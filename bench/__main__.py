@@ -18,6 +18,7 @@ from statistics import median
 import ccxt
 import numpy as np
 
+from bench.auditing import auditing
 from bench.gaps import sensor
 from bench.orchestral import overhead, refresh
 from bench.result import Result
@@ -244,6 +245,7 @@ CASES: dict[str, Callable[[World, int], list[Result]]] = {
     "dagster_overhead": overhead,
     "refresh": refresh,
     "sensor": sensor,
+    "audit": auditing,
 }
 
 

@@ -19,6 +19,7 @@ _AUTOMATION_OFF = {
     "FKS_AUTOMATION__REFRESH": "[]",
     "FKS_AUTOMATION__FILL_GAPS": "false",
     "FKS_AUTOMATION__CHECKS": "false",
+    "FKS_AUTOMATION__AUDIT": "false",
     "FKS_AUTOMATION__HOUSEKEEPING": "false",
 }
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
+from bench.cpu import metered
 from bench.dagster_world import (
     Orchestra,
     environment_of,
@@ -96,22 +97,40 @@ def refresh(place: World, runs: int) -> list[Result]:
         _seed(environment)
         with orchestra(environment) as dagster:
             web = dagster.web
-            began = time.perf_counter()
-            asked = requests_of(web, "refresh_1h", time.time() // 3600 * 3600 + 1200)
-            looked = time.perf_counter() - began
-            ids = launch_all(web, "ohlcv_years", asked)
-            launched = time.perf_counter() - began
-            times = until_ended(web, ids)
-            seconds = time.perf_counter() - began
+            with place.connect() as connection, metered(Path(home), connection.info.backend_pid) as cpu:
+                began = time.perf_counter()
+                asked = requests_of(web, "refresh_1h", time.time() // 3600 * 3600 + 1200)
+                looked = time.perf_counter() - began
+                ids = launch_all(web, "ohlcv_years", asked)
+                launched = time.perf_counter() - began
+                times = until_ended(web, ids)
+                seconds = time.perf_counter() - began
             if {t.status for t in times} != {"SUCCESS"}:
                 raise SystemExit(f"not all of the refresh succeeded: {[t.status for t in times]}")
             detail = (
                 f"{len(ids)} runs: look {looked:.1f} s, launching {launched - looked:.1f} s; of a run:"
                 f" worker {median(t.started - t.launched for t in times):.1f} s,"
-                f" work {median(t.ended - t.started for t in times):.1f} s"
+                f" work {median(t.ended - t.started for t in times):.1f} s; CPU "
+                + ", ".join(f"{part} {used:.0f} s" for part, used in sorted(cpu.items(), key=lambda i: -i[1]))
             )
+            events = _events(place, ids)
             pages = [_page(web, name, *query) for name, query in _PAGES.items()]
-    return [Result(f"(j) refresh of {MANY:,} series, seconds", [seconds], 300, False, detail), *pages]
+    return [Result(f"(j) refresh of {MANY:,} series, seconds", [seconds], 300, False, detail), events, *pages]
+
+
+def _events(place: World, runs: list[str]) -> Result:
+    """How many events of Dagster each of these runs has left."""
+    with place.connect() as connection:
+        found = connection.execute(
+            "SELECT coalesce(dagster_event_type, 'log line') AS kind, count(*) FROM dagster.event_logs"
+            " WHERE run_id = ANY(%s) GROUP BY 1 ORDER BY 2 DESC",
+            [runs],
+        ).fetchall()
+        per_run = connection.execute(
+            "SELECT count(*) FROM dagster.event_logs WHERE run_id = ANY(%s) GROUP BY run_id", [runs]
+        ).fetchall()
+    detail = ", ".join(f"{kind.lower()} {count / len(runs):g}" for kind, count in found)
+    return Result("(j) events of a run of 50 series", [count for (count,) in per_run], 250, False, detail)
 
 
 def _page(web: Webserver, name: str, query: str, variables: dict[str, object]) -> Result:

@@ -1,8 +1,9 @@
 """`make pictures`: the pictures of the README, taken from the real pages of a real demo.
 
-Runs the demo in a scratch home with its servers left up, opens Dagster's pages in a headless Chromium over
-the DevTools protocol, waits until each shows what its caption says, and writes docs/pictures/*.png. A picture
-whose page never shows it is an error, not a picture of a spinner. Nothing is left running.
+Runs the demo and the scenario of the failed month in scratch homes, opens Dagster's pages in a headless
+Chromium over the DevTools protocol, waits until each shows what its caption says, and writes
+docs/pictures/*.png. A picture whose page never shows it is an error, not a picture of a spinner. Nothing is
+left running.
 
 To add one: a line in PICTURES. Names of pictures on the command line take only these.
 """
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from enum import Enum
 from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
@@ -28,6 +30,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 import click
 from websockets.sync.client import ClientConnection, connect  # Dagster's webserver brings it along
 
+from fks_backfill_dagster import scenario
 from fks_backfill_dagster.demo import run_demo
 from fks_backfill_dagster.orchestration import servers
 from fks_backfill_dagster.orchestration.processes import Background
@@ -43,10 +46,18 @@ SETTLED_SECONDS = 1.5
 """How long a page must have shown everything, without a spinner, before it is taken: animations end."""
 
 
+class Stage(Enum):
+    """What is set up for pictures, once for all of them."""
+
+    DEMO = "demo"
+    FAILED_MONTH = "failed month"
+
+
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One page. `shows` are texts that must be visible; `presses` is clicked first, by its text."""
+    """One page of what `stage` sets up. `shows` are texts that must be visible; `presses` is clicked first."""
 
+    stage: Stage
     name: str
     path: str
     shows: tuple[str, ...]
@@ -55,23 +66,47 @@ class Picture:
     presses: tuple[str, ...] = ()
 
 
-_GROUP = "/locations/__repository__@fks_backfill/asset-groups/crypto"
-_BTC = "/assets/ohlcv/BTC_USDT/1m"
+_GROUP = "/locations/fks_backfill/asset-groups/crypto"
+_BTC, _ETH = "/assets/ohlcv/BTC_USDT/1m", "/assets/ohlcv/ETH_USDT/15m"
 
 # The demo plants its outages in the month before this one: the partition that has two providers.
 _HIT = f"{datetime.now(UTC).replace(day=1) - timedelta(days=1):%Y-%m}-01"
 
+_LOST = scenario.failed_partition()
+
 PICTURES = (
-    # The list and not the graph: a node of the graph shows the last part of a key only, so nine nodes
-    # would be called 1m, 1h or 1d, and nothing depends on anything.
-    Picture("assets", f"{_GROUP}/list", ("BTC_USDT", "SOL_USDT", "25 partitions"), width=1440, height=780),
     Picture(
+        Stage.DEMO,
+        "assets",
+        f"{_GROUP}/list",
+        ("BTC_USDT", "SOL_USDT", "25 partitions"),
+        width=1440,
+        height=780,
+    ),
+    # Of three series, one of them selected: a node shows the last part of its key only.
+    Picture(
+        Stage.FAILED_MONTH,
+        "graph",
+        f"{_GROUP}/lineage/ohlcv%2FETH_USDT%2F15m",
+        ("92% filled (1 failed)", "ohlcv / ETH_USDT / 15m", "ETH/USDT: 15m candles"),
+        width=1440,
+        height=800,
+    ),
+    Picture(
+        Stage.FAILED_MONTH,
+        "failed",
+        f"{_ETH}?view=partitions&partition={_LOST}",
+        ("Failed (1)", "Materialized (23)", _LOST, "did not materialize this asset"),
+        height=760,
+    ),
+    Picture(
+        Stage.DEMO,
         "partition",
         f"{_BTC}?view=partitions&partition={_HIT}",
         ("coverage", '"polygon": 240', "candles_per_second"),
         height=880,
     ),
-    Picture("check", f"{_BTC}?view=checks&checkDetail=completeness", ("coverage", "Passed")),
+    Picture(Stage.DEMO, "check", f"{_BTC}?view=checks&checkDetail=completeness", ("coverage", "Passed")),
 )
 
 
@@ -175,17 +210,38 @@ def _tab(profile: Path, process: subprocess.Popen[bytes]) -> str:
 
 
 @contextmanager
-def demo() -> Iterator[str]:
-    """The URL of Dagster after a demo in a scratch home; stopped and removed afterwards."""
+def staged(stage: Stage) -> Iterator[str]:
+    """The URL of Dagster after what the stage does in a scratch home; stopped and removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="fks-pictures-", ignore_cleanup_errors=True) as folder:
-        home = Path(folder)
-        try:
-            if run_demo(keep=True, home=home):
-                raise NoPicture("the demo did not succeed, so there is nothing to take a picture of.")
-            yield f"http://{servers.HOST}:{Background(home, servers.WEBSERVER).port}"
-        finally:
-            environment = {"FKS_HOME": folder, "FKS_CONFIG": f"{folder}/backfill.yaml"}
-            servers.down(load_settings(environment, CHECKOUT), say=lambda text: None)
+        if stage is Stage.FAILED_MONTH:
+            with scenario.failed_month(Path(folder)) as scene:
+                yield scene.web.url
+        else:
+            with _demo(Path(folder)) as url:
+                yield url
+
+
+@contextmanager
+def _demo(home: Path) -> Iterator[str]:
+    try:
+        if run_demo(keep=True, home=home):
+            raise NoPicture("the demo did not succeed, so there is nothing to take a picture of.")
+        yield f"http://{servers.HOST}:{Background(home, servers.WEBSERVER).port}"
+    finally:
+        environment = {"FKS_HOME": str(home), "FKS_CONFIG": str(home / "backfill.yaml")}
+        servers.down(load_settings(environment, CHECKOUT), say=lambda text: None)
+
+
+def _take(page: Page, stage: Stage, pictures: Sequence[Picture]) -> None:
+    if not pictures:
+        return
+    with staged(stage) as url:
+        for picture in pictures:
+            content = page.take(url, picture)
+            if len(content) > LARGEST:
+                raise NoPicture(f"{picture.name} has {len(content):,} bytes: make its page smaller.")
+            (FOLDER / f"{picture.name}.png").write_bytes(content)
+            click.echo(f"docs/pictures/{picture.name}.png  {len(content):,} bytes")
 
 
 def main(names: Sequence[str]) -> int:
@@ -194,14 +250,10 @@ def main(names: Sequence[str]) -> int:
         unknown = set(names) - {picture.name for picture in PICTURES}
         if unknown:
             raise NoPicture(f"there is no picture {', '.join(sorted(unknown))}.")
-        with browser() as page, demo() as url:
-            FOLDER.mkdir(exist_ok=True)
-            for picture in chosen:
-                content = page.take(url, picture)
-                if len(content) > LARGEST:
-                    raise NoPicture(f"{picture.name} has {len(content):,} bytes: make its page smaller.")
-                (FOLDER / f"{picture.name}.png").write_bytes(content)
-                click.echo(f"docs/pictures/{picture.name}.png  {len(content):,} bytes")
+        FOLDER.mkdir(exist_ok=True)
+        with browser() as page:
+            for stage in Stage:
+                _take(page, stage, [picture for picture in chosen if picture.stage is stage])
     except NoPicture as error:
         click.echo(f"Error: {error}", err=True)
         return 1

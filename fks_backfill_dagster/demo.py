@@ -380,7 +380,7 @@ def _clean_environment(home: Path, config: Path) -> dict[str, str]:
         if not name.startswith(theirs) and name not in KEY_VARIABLES.values()
     }
     # It shows what it does itself; a refresh in between would be one thing too many.
-    quiet = {f"FKS_AUTOMATION__{name}": "false" for name in ("FILL_GAPS", "CHECKS")}
+    quiet = {f"FKS_AUTOMATION__{name}": "false" for name in ("FILL_GAPS", "CHECKS", "AUDIT")}
     quiet["FKS_AUTOMATION__REFRESH"] = "[]"
     return {**kept, **quiet, "FKS_HOME": str(home), "FKS_CONFIG": str(config)}
 

@@ -16,9 +16,11 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, iso
 
 if TYPE_CHECKING:
+    from fks_backfill_dagster.pipeline.audit import AuditReport
     from fks_backfill_dagster.pipeline.fill import FilledGap
     from fks_backfill_dagster.pipeline.gaps import FoundGap
     from fks_backfill_dagster.pipeline.sync import DryRun, SyncReport
+    from fks_backfill_dagster.store.judging import Difference, SeriesAudit
     from fks_backfill_dagster.store.reading import BatchInfo, SyncStatus
 
 Document = dict[str, object]
@@ -120,6 +122,43 @@ def filled_gap(series: Series, found: FilledGap) -> Document:
         "expected_candles": found.gap.missing,
         "coverage": round(found.coverage, 6),
         "error": found.error,
+    }
+
+
+def audit_report(report: AuditReport) -> Document:
+    return {
+        "series": [_series_audit(one) for one in report.series],
+        "candles": report.candles,
+        "differences": report.differences,
+        "repaired": report.repaired,
+        "seconds": round(report.seconds, 3),
+    }
+
+
+def _series_audit(found: SeriesAudit) -> Document:
+    return _names(found.series) | {
+        "candles": found.candles,
+        "expected": found.expected,
+        "missing": found.missing,
+        "explained": found.explained,
+        "differences": [difference(one) for one in found.differences],
+    }
+
+
+def difference(found: Difference) -> Document:
+    """`recorded` and `actual` are numbers, and times where the kind is `oldest` or `newest`."""
+
+    def shown(value: int | None) -> int | str | None:
+        return iso(value) if found.kind.tells_time and value is not None else value
+
+    return {
+        "kind": found.kind.value,
+        "start": None if found.start is None else iso(found.start),
+        "end": None if found.end is None else iso(found.end),
+        "recorded": shown(found.recorded),
+        "actual": shown(found.actual),
+        "message": found.message,
+        "repaired": found.repaired,
     }
 
 

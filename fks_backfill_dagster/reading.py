@@ -6,10 +6,12 @@ is not stored is absent from the answer.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.settings import load_settings
 from fks_backfill_dagster.store import reading as store
@@ -56,7 +58,7 @@ def read_candles(
     or a timeframe that is none, SettingsError, StoreError and EmbeddedError with their remedy.
     """
     settings = load_settings()
-    series = settings.find_series(symbol, timeframe)
+    settings.find_series(symbol, timeframe)  # what is wrong with them is told before anything is opened
     window = TimeRange(
         _EVER.start if start is None else _micros(start), _EVER.end if end is None else _micros(end)
     )
@@ -64,6 +66,7 @@ def read_candles(
     database = Database(url or database_url(settings), pool_size=1)
     try:
         database.check()
+        series = settings.find_series(symbol, timeframe, _stored(database))
         candles = store.read_candles(database, series, window, moment)
         if len(candles) == 0 and not store.sync_status(database, series):
             raise UnknownSeries(
@@ -73,6 +76,11 @@ def read_candles(
     finally:
         database.dispose()
     return _frame(candles)
+
+
+def _stored(database: Database) -> Iterator[Series]:
+    """The stored series; the database is asked when somebody wants the first of them."""
+    yield from store.stored_series(database)
 
 
 def _micros(moment: Moment) -> int:

@@ -37,7 +37,7 @@ FAILED_SYMBOL, FAILED_MONTH = "ETH/USDT", 9
 _CONFIG = """\
 history_start: {start}
 provider_priority: {{crypto: [binance]}}
-automation: {{refresh: [], fill_gaps: false, checks: false, housekeeping: false}}
+automation: {{refresh: [], fill_gaps: false, checks: false, audit: false, housekeeping: false}}
 symbols:
 """
 _SYMBOL = "  - {{symbol: {symbol}, asset_class: crypto, timeframes: [{timeframe}]}}\n"
@@ -64,6 +64,11 @@ class Scene:
         return done, [batch for batch in _batches(self.settings) if batch.id not in before]
 
 
+def failed_partition() -> str:
+    """The key of the partition that fails in a scene made now."""
+    return _key(_months()[FAILED_MONTH])
+
+
 @contextmanager
 def failed_month(home: Path, *, port: int = 0, environ: Mapping[str, str] | None = None) -> Iterator[Scene]:
     """The scene in `home`, which is made; `port` 0 takes a free one for Dagster's webserver.
@@ -84,8 +89,8 @@ def failed_month(home: Path, *, port: int = 0, environ: Mapping[str, str] | None
                 count=None,
                 status=400,  # an answer that no client asks for again
                 symbol=FAILED_SYMBOL.replace("/", ""),
-                start=f"{to_datetime(failed.start):%Y-%m-%d}",
-                end=f"{to_datetime(failed.end):%Y-%m-%d}",
+                start=_key(failed.start),
+                end=_key(failed.end),
             )
         with Guard(home, settings.root):
             try:
@@ -93,8 +98,7 @@ def failed_month(home: Path, *, port: int = 0, environ: Mapping[str, str] | None
                 orders = tuple(launching.order(settings, one, window) for one in settings.series())
                 first = _backfill(settings, environment, orders, port)
                 web = launching.running_webserver(settings)
-                key = f"{to_datetime(failed.start):%Y-%m-%d}"
-                yield Scene(settings, environment, market, web, orders, key, first)
+                yield Scene(settings, environment, market, web, orders, _key(failed.start), first)
             finally:
                 servers.down(settings, say=_silent)
 
@@ -132,11 +136,15 @@ def _months() -> list[int]:
     return [to_micros(edge) for edge in reversed(edges)]
 
 
+def _key(month: int) -> str:
+    return f"{to_datetime(month):%Y-%m-%d}"
+
+
 def _write(home: Path, start: int) -> Path:
     home.mkdir(parents=True, exist_ok=True)
     config = home / "backfill.yaml"
     symbols = "".join(_SYMBOL.format(symbol=symbol, timeframe=TIMEFRAME) for symbol in SYMBOLS)
-    config.write_text(_CONFIG.format(start=f"{to_datetime(start):%Y-%m-%d}") + symbols)
+    config.write_text(_CONFIG.format(start=_key(start)) + symbols)
     return config
 
 

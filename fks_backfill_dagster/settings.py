@@ -17,7 +17,7 @@ from datetime import UTC, date, datetime
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Self, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -37,6 +37,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series, identifier
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso, to_micros
 from fks_backfill_dagster.settings_sources import (
@@ -155,7 +156,14 @@ def _folder(path: Path) -> Path:
 
 
 def _instant(raw: object) -> int:
-    """A date or time as microseconds; UTC where no zone is written."""
+    """A date or time as microseconds, not in the future; UTC where no zone is written."""
+    micros = _any_instant(raw)
+    if micros > to_micros(datetime.now(UTC)):
+        raise ValueError(f"{raw} is not between 1970 and now")
+    return micros
+
+
+def _any_instant(raw: object) -> int:
     try:
         moment = datetime.fromisoformat(raw.strip()) if isinstance(raw, str) else raw
     except ValueError:
@@ -165,8 +173,8 @@ def _instant(raw: object) -> int:
     if not isinstance(moment, datetime):
         raise ValueError(f"{raw!r} is not a time such as 2017-08-17 or 2017-08-17T04:00:00Z")
     micros = to_micros(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
-    if not 0 <= micros <= to_micros(datetime.now(UTC)):
-        raise ValueError(f"{raw} is not between 1970 and now")
+    if micros < 0:
+        raise ValueError(f"{raw} lies before 1970")
     return micros
 
 
@@ -208,7 +216,9 @@ def _provider_name(name: str) -> str:
 Many = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_once_each)]
 Url = Annotated[str, AfterValidator(_url)]
 ProviderName = Annotated[str, AfterValidator(_provider_name)]
-Instant = Annotated[int, BeforeValidator(_instant), PlainSerializer(iso, return_type=str, when_used="json")]
+_AS_ISO = PlainSerializer(iso, return_type=str, when_used="json")
+Instant = Annotated[int, BeforeValidator(_instant), _AS_ISO]
+AnyInstant = Annotated[int, BeforeValidator(_any_instant), _AS_ISO]
 EachTimeframe = Annotated[Timeframe, BeforeValidator(parse_timeframe)]
 TimeoutSeconds = Annotated[float, AfterValidator(_seconds)]
 
@@ -314,6 +324,7 @@ class Automation(Section):
     refresh: Many[EachTimeframe] = tuple(Timeframe)
     fill_gaps: bool = True
     checks: bool = True
+    audit: bool = True
     housekeeping: bool = True
     keep_runs_days: Annotated[int, _between(1, 3_650)] = 3
 
@@ -325,14 +336,16 @@ class Alerts(Section):
 class SymbolSettings(Section):
     """One symbol and the timeframes that are kept of it.
 
-    `start` None is `history_start`; `calendar` (stocks) None is XNYS; `provider_priority` None is
-    that of the asset class. The order of the fields matters: later ones are checked against earlier.
+    `start` None is `history_start`; from `end` on nothing is expected (delisted); `calendar` (stocks)
+    None is XNYS; `provider_priority` None is that of the asset class. The order of the fields matters:
+    later ones are checked against earlier.
     """
 
     asset_class: Annotated[AssetClass, BeforeValidator(_asset_class)]
     symbol: str
     timeframes: Annotated[Many[EachTimeframe], AfterValidator(_some)]
     start: Instant | None = None
+    end: AnyInstant | None = None
     calendar: str | None = None
     provider_symbols: dict[ProviderName, Annotated[str, Field(min_length=1)]] = {}
     provider_priority: Priority | None = None
@@ -343,6 +356,14 @@ class SymbolSettings(Section):
         if "asset_class" in info.data:
             check_symbol(symbol, info.data["asset_class"])
         return symbol
+
+    @field_validator("end")
+    @classmethod
+    def _after_start(cls, end: int | None, info: ValidationInfo) -> int | None:
+        start = info.data.get("start")
+        if end is not None and start is not None and end <= start:
+            raise ValueError(f"{iso(end)} does not lie after start, {iso(start)}")
+        return end
 
     @field_validator("calendar")
     @classmethod
@@ -475,16 +496,21 @@ class Settings(BaseSettings):
         """Every configured symbol at every timeframe of its own, in the order of the file."""
         return tuple(entry.series(timeframe) for entry in self.symbols for timeframe in entry.timeframes)
 
-    def find_series(self, symbol: str, timeframe: str | Timeframe) -> Series:
+    def find_series(self, symbol: str, timeframe: str | Timeframe, stored: Iterable[Series] = ()) -> Series:
         """The series that is meant by a written symbol (`BTC/USDT`, `BTC_USDT`, `btc/usdt`).
 
-        A symbol that is not configured is inferred: `X_Y` is `X/Y`, the asset class follows from the
-        form. Raises ValueError, with the nearest configured symbol, for what cannot be one.
+        A symbol that is not configured is the one of `stored` that is written so, else inferred: `X_Y`
+        is `X/Y`, the asset class follows from the form. Raises ValueError, with the nearest configured
+        symbol, for what cannot be one.
         """
         frame = parse_timeframe(timeframe)
         entry = self._configured(symbol)
         if entry is not None:
             return entry.series(frame)
+        wanted = identifier(symbol.strip()).upper()
+        known = [s for s in stored if s.timeframe is frame and identifier(s.symbol).upper() == wanted]
+        if len(known) == 1:
+            return known[0]
         return self._inferred(symbol, frame)
 
     def match_symbols(self, pattern: str | None = None) -> tuple[str, ...]:
@@ -509,6 +535,12 @@ class Settings(BaseSettings):
     def by_asset_key(self) -> dict[str, SymbolSettings]:
         """The configured symbols by `identifier(symbol)`: thousands of series are looked up one by one."""
         return {identifier(entry.symbol): entry for entry in self.symbols}
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other symbols has its own `by_asset_key`: pydantic copies what was cached too."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("by_asset_key", None)
+        return copied
 
     def _inferred(self, written: str, timeframe: Timeframe) -> Series:
         symbol = written.strip().upper()
@@ -540,6 +572,17 @@ class Settings(BaseSettings):
         """From when on the series is kept, in microseconds."""
         entry = self._entry(series)
         return self.history_start if entry is None or entry.start is None else entry.start
+
+    def end_of(self, series: Series) -> int | None:
+        """From when on nothing is expected of the series, in microseconds; None: it goes on."""
+        entry = self._entry(series)
+        return None if entry is None else entry.end
+
+    def kept(self, series: Series, window: TimeRange) -> TimeRange:
+        """The part of `window` from the series' start to its end; empty where there is none."""
+        start, end = self.start_of(series), self.end_of(series)
+        last = window.end if end is None else end
+        return window.intersect(TimeRange(start, max(start, last)))
 
     def provider(self, name: str) -> ProviderSettings:
         """The settings of a provider. Raises ValueError for an unknown one."""

@@ -117,7 +117,11 @@ class _Source(PydanticBaseSettingsSource):
         raise NotImplementedError("this source is read as a whole")  # pydantic-settings declares it abstract
 
 
-class _Loader(yaml.SafeLoader):
+# libyaml where PyYAML was built with it: thousands of symbols take a second and a half otherwise, in every process.
+_Safe = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+
+
+class _Loader(_Safe):  # type: ignore[valid-type, misc]
     """YAML without its surprises: `on`, `no` and dates are text.
 
     YAML 1.1 reads the ticker ON as true, and a malformed date as a crash.

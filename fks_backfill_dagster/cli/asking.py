@@ -9,6 +9,7 @@ import click
 from fks_backfill_dagster.cli.choosing import (
     choose,
     series_arguments,
+    sooner,
     tell_never_synced,
     usage,
     window_option,
@@ -19,6 +20,7 @@ from fks_backfill_dagster.cli.speaking import (
     answer_table,
     example,
     json_option,
+    length,
     many,
     short,
     tell,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.documents import Document
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.pipeline.gaps import FoundGap
+    from fks_backfill_dagster.pipeline.outages import Outage
     from fks_backfill_dagster.providers.base import Provider
     from fks_backfill_dagster.settings import Settings
     from fks_backfill_dagster.store.pacing import ProviderState
@@ -47,24 +50,35 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
     """List the gaps of a series, in every state but filled.
 
     Without --start from the oldest stored candle, without --end to the last closed one. History
-    that was never synced is no gap; what closed since the last sync is an open one.
+    that was never synced is no gap; what closed since the last sync is an open one. Of several series
+    the outages of whole venues are told as well, each once.
     """
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.pipeline.gaps import find_gaps
+    from fks_backfill_dagster.pipeline.outages import find_outages
     from fks_backfill_dagster.settings import load_settings
     from fks_backfill_dagster.store.reading import stored_series
     from fks_backfill_dagster.wiring import now, open_database
 
-    settings = load_settings()
+    settings, present = load_settings(), now()
     if start is not None and end is not None:
         with usage():
             TimeRange(start, end)
     with open_database(settings) as database:
         stored = stored_series(database)
         chosen = choose(settings, names, everything, stored)
-        found = [(s, gap) for s in chosen.series for gap in find_gaps(database, s, now(), start, end)]
+        found = [
+            (s, gap)
+            for s in chosen.series
+            for gap in find_gaps(database, s, present, start, sooner(end, settings.end_of(s)))
+        ]
+        past = present if end is None else end
+        window = TimeRange(min(start or 0, past), past)
+        outages = find_outages(database, chosen.series, window, settings.end_of) if chosen.many else ()
     tell_never_synced(chosen, stored)
+    for outage in outages:
+        tell(_outage_line(outage))
     if as_json:
         answer_json([documents.gap_of(*one) if chosen.many else documents.gap(one[1]) for one in found])
         return
@@ -90,6 +104,18 @@ def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:
     )
 
 
+def _outage_line(outage: Outage) -> str:
+    from fks_backfill_dagster.domain.timeframe import to_datetime
+
+    start, end = to_datetime(outage.window.start), to_datetime(outage.window.end)
+    until = f"{end:%H:%M}" if start.date() == end.date() else short(end)
+    return (
+        f"{outage.venue}: {start:%Y-%m-%d %H:%M} .. {until}:"
+        f" {len(outage.symbols):,} of {many(outage.synced, 'symbol')} lack {length(outage.window.duration)};"
+        f" asked: {', '.join(outage.providers) or 'nobody yet'}"
+    )
+
+
 # Status -----------------------------------------------------------------------------------------------
 
 
@@ -102,7 +128,10 @@ def status(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
     Providers that are left alone for a while, or told us to wait, are named on stderr.
     """
     from fks_backfill_dagster import documents
+    from fks_backfill_dagster.domain.timeframe import to_datetime
+    from fks_backfill_dagster.pipeline.refresh import quiet_until, silent_since
     from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.store.checking import reaches
     from fks_backfill_dagster.store.reading import stored_series, sync_status
     from fks_backfill_dagster.wiring import open_database, provider_states
 
@@ -110,6 +139,7 @@ def status(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
     with open_database(settings) as database:
         chosen = choose(settings, names, everything or not names, stored_series(database))
         states = {(s.symbol, s.timeframe): s for s in sync_status(database)}
+        known = reaches(database, chosen.series)
         providers = provider_states(settings, database)
     for name, stands in providers.items():
         tell(f"{name}: {_standing(stands)}")
@@ -120,6 +150,14 @@ def status(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
         return
     header = ("series", "status", "oldest", "newest", "candles", "open gaps", "last sync", "error")
     answer_table(header, [_status_row(series, state) for series, state in found])
+    configured = set(settings.series())
+    for series in chosen.series:
+        since, wait = silent_since(known.get(series)), quiet_until(known.get(series))
+        if since is not None and wait is not None and series in configured and not settings.end_of(series):
+            tell(
+                f"{series}: silent since {short(to_datetime(since))}: nobody has a newer candle. A refresh asks"
+                f" again after {short(to_datetime(wait))}; if it was delisted, set its `end` in the settings."
+            )
 
 
 def _status_row(series: Series, state: SyncStatus | None) -> tuple[object, ...]:
@@ -197,13 +235,14 @@ def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
     """Delete a series from the database: candles, lineage, gaps, quarantine. The settings stay as they are."""
     from fks_backfill_dagster.settings import load_settings
     from fks_backfill_dagster.store import commit
-    from fks_backfill_dagster.store.reading import sync_status
+    from fks_backfill_dagster.store.reading import stored_series, sync_status
     from fks_backfill_dagster.wiring import open_database
 
     settings = load_settings()
     with usage():
         found = settings.find_series(symbol, timeframe)
     with open_database(settings) as database:
+        found = settings.find_series(symbol, timeframe, stored_series(database))
         state = next(iter(sync_status(database, found)), None)
         if state is None:
             tell(f"Error: nothing is stored of {found}; see `fks-backfill series list`.")
@@ -335,8 +374,10 @@ def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
     if len(names) not in (0, 2):
         raise click.UsageError("give a SYMBOL and a TIMEFRAME, or neither")
     with usage():
-        wanted = settings.find_series(*names) if names else None
+        wanted = settings.find_series(names[0], names[1]) if names else None
     with open_database(settings) as database:
+        if names:
+            wanted = settings.find_series(names[0], names[1], reading.stored_series(database))
         found = reading.batches(database, wanted, limit)
     if as_json:
         answer_json([documents.batch(one) for one in found])

@@ -110,19 +110,27 @@ def _tasks(
     from fks_backfill_dagster.wiring import now
 
     chosen, asked, present = choose(settings, names, everything), check_providers(settings, providers), now()
-    tasks = [
-        (
-            series,
-            check_window(
-                settings.start_of(series) if start is None else start,
-                present if end is None else end,
-                present,
-            ),
-            asked or settings.priority(series),
-        )
-        for series in chosen.series
-    ]
+    tasks: list[Task] = []
+    for series in chosen.series:
+        first = settings.start_of(series) if start is None else start
+        window = check_window(first, present if end is None else end, present)
+        tasks.append((series, _until_its_end(settings, series, window), asked or settings.priority(series)))
     return tasks, chosen.many
+
+
+def _until_its_end(settings: Settings, series: Series, window: TimeRange) -> TimeRange:
+    """The window up to the `end` of a symbol that has one; that nothing is left of it is told."""
+    from fks_backfill_dagster.domain.ranges import TimeRange
+    from fks_backfill_dagster.domain.timeframe import iso
+
+    end = settings.end_of(series)
+    if end is None:
+        return window
+    if end <= window.start:
+        tell(
+            f"{series}: nothing is expected of it from {iso(end)} on, the end of {series.symbol} in the settings."
+        )
+    return TimeRange(window.start, max(window.start, min(window.end, end)))
 
 
 # Doing it ---------------------------------------------------------------------------------------------
@@ -193,12 +201,18 @@ def _sync_one(
     """One task's report as a document, and whether it is complete; `told` are the warnings so far."""
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.cli.watching import watched
-    from fks_backfill_dagster.pipeline.sync import sync
+    from fks_backfill_dagster.pipeline.sync import SyncReport, sync
+    from fks_backfill_dagster.store.errors import SeriesChanged
 
     series, window, priority = task
+    if not window:
+        return documents.sync_report(SyncReport(series, window)), True
     try:
         with watched(seen, told) as listen:
             report = sync(app.context, series, window, priority, scope=scope, recheck=True, listen=listen)
+    except SeriesChanged as error:
+        tell(f"Error: {error}")
+        return seen.report(series, error), False
     except ValueError as error:  # of its calendar: the other series may have another one
         tell(f"Error: {series}: {error}.")
         return seen.report(series, error), False

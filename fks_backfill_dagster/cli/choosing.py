@@ -59,7 +59,8 @@ def choose(
 ) -> Chosen:
     """The series meant by the arguments of `series_arguments`.
 
-    `--all` and globs choose among the configured ones, and `stored` ones where a command reads them.
+    `--all` and globs choose among the configured ones, and `stored` ones where a command reads them;
+    a name that is not configured means a stored one first.
     """
     with usage():
         if everything:
@@ -71,7 +72,7 @@ def choose(
         symbol, timeframe = names
         if re.search(r"[*?\[]", symbol):
             return Chosen(_matching(settings, symbol, timeframe, stored), many=True)
-        return Chosen((settings.find_series(symbol, timeframe),), many=False)
+        return Chosen((settings.find_series(symbol, timeframe, stored),), many=False)
 
 
 def _matching(
@@ -151,6 +152,10 @@ def window_option(command: F) -> F:
     start = click.option("--start", type=Moment(), help="The first candle opens here or later.")
     end = click.option("--end", type=Moment(), help="Every candle opens before this (exclusive).")
     return start(end(command))
+
+
+def sooner(one: int | None, other: int | None) -> int | None:
+    return min((moment for moment in (one, other) if moment is not None), default=None)
 
 
 def check_window(start: int, end: int, now: int) -> TimeRange:

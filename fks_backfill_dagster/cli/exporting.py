@@ -58,7 +58,7 @@ def export(
     """
     from fks_backfill_dagster.domain.timeframe import iso, to_datetime
     from fks_backfill_dagster.settings import load_settings
-    from fks_backfill_dagster.store.reading import iterate_candles, sync_status
+    from fks_backfill_dagster.store.reading import iterate_candles, stored_series, sync_status
     from fks_backfill_dagster.wiring import now, open_database
 
     settings, present = load_settings(), now()
@@ -68,6 +68,7 @@ def export(
         if as_of is not None and as_of > present:
             raise ValueError(f"--as-of {iso(as_of)} lies in the future: what it would hold can still change")
     with open_database(settings) as database:
+        series = settings.find_series(symbol, timeframe, stored_series(database))
         state = next(iter(sync_status(database, series)), None)
         oldest = None if state is None else state.oldest_data_time
         if oldest is None:

@@ -9,6 +9,7 @@ import click
 from fks_backfill_dagster.cli.choosing import (
     choose,
     series_arguments,
+    sooner,
     tell_never_synced,
     usage,
     window_option,
@@ -66,15 +67,16 @@ def fill_gaps(
 def _fill_all(
     settings: Settings, names: tuple[str, ...], everything: bool, start: int | None, end: int | None
 ) -> tuple[list[FillReport], bool]:
-    """The reports of all series that have gaps, and whether the work broke off."""
+    """The reports of the series, and whether one is lacking."""
     from fks_backfill_dagster.cli.backfilling import interruptible, waiting
     from fks_backfill_dagster.cli.watching import watched
     from fks_backfill_dagster.pipeline.fill import fill_gaps
-    from fks_backfill_dagster.store.errors import StoreError
+    from fks_backfill_dagster.store.errors import SeriesChanged, StoreError
     from fks_backfill_dagster.store.reading import stored_series
     from fks_backfill_dagster.wiring import open_app
 
     found: list[FillReport] = []
+    broken = False
     told: set[str] = set()
     with open_app(settings, waiting) as app, interruptible(app):
         stored = stored_series(app.database)
@@ -86,16 +88,21 @@ def _fill_all(
         for series in chosen.series:
             try:
                 with watched(told=told) as listen:
+                    until = sooner(end, settings.end_of(series))
                     report = fill_gaps(
-                        app.context, series, settings.priority(series), start, end, listen=listen
+                        app.context, series, settings.priority(series), start, until, listen=listen
                     )
-            except StoreError as error:  # the same database for all
+            except (SeriesChanged, ValueError) as error:  # of this series: the others go on
+                tell(f"Error: {error}")
+                broken = True
+                continue
+            except StoreError as error:  # of the database, which is the same for all
                 tell(f"Error: {error}")
                 return found, True
             found.append(report)
             for message in report.sync.errors:
                 tell(f"Error: {series}: {message}")
-    return found, False
+    return found, broken
 
 
 def _answer(gaps: Sequence[tuple[Series, FilledGap]]) -> None:

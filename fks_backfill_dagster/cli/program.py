@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from fks_backfill_dagster.cli.asking import batches, gaps, series, status
+from fks_backfill_dagster.cli.auditing import audit
 from fks_backfill_dagster.cli.backfilling import backfill
 from fks_backfill_dagster.cli.databases import db
 from fks_backfill_dagster.cli.exporting import export
@@ -113,6 +114,7 @@ for command in (
     gaps,
     fill_gaps,
     status,
+    audit,
     series,
     batches,
     export,

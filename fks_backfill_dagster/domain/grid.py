@@ -61,6 +61,10 @@ class Grid(Protocol):
         """
         ...
 
+    def at(self, ranks: Instants) -> Instants:
+        """The expected open of each rank: the inverse of `rank`."""
+        ...
+
     def closes(self, opens: Instants) -> Instants:
         """The close of each expected open. For any other instant the answer has no meaning."""
         ...
@@ -126,6 +130,9 @@ class _EvenGrid:
     def rank(self, instants: Instants) -> Instants:
         return -((self.anchor - instants) // self.step)
 
+    def at(self, ranks: Instants) -> Instants:
+        return ranks * self.step + self.anchor
+
     def closes(self, opens: Instants) -> Instants:
         return opens + self.step
 
@@ -182,6 +189,11 @@ class _BlockGrid:
         passed = -((self.first[block] - instants) // self.step)
         ranks: Instants = self.before[block] + np.clip(passed, 0, self.slots[block])
         return ranks
+
+    def at(self, ranks: Instants) -> Instants:
+        block = np.searchsorted(self.before, ranks, side="right") - 1
+        opens: Instants = self.first[block] + (ranks - self.before[block]) * self.step
+        return opens
 
     def closes(self, opens: Instants) -> Instants:
         block = self._block(opens)

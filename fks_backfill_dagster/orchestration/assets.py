@@ -35,6 +35,7 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series, identifier
 from fks_backfill_dagster.orchestration import pace
+from fks_backfill_dagster.orchestration.checks import evaluate_after_failure
 from fks_backfill_dagster.orchestration.errands import Errand
 from fks_backfill_dagster.orchestration.groups import Group
 from fks_backfill_dagster.orchestration.partitions import partitions_for, windows_of
@@ -44,8 +45,8 @@ from fks_backfill_dagster.orchestration.story import Lines, Progress, Story
 from fks_backfill_dagster.pipeline.plan import Scope, closed_window
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
 from fks_backfill_dagster.settings import Settings
-from fks_backfill_dagster.store.checking import PartState, listed_at, part_states, synced_ends
-from fks_backfill_dagster.store.errors import StoreError
+from fks_backfill_dagster.store.checking import PartState, Reach, listed_at, part_states, reaches
+from fks_backfill_dagster.store.errors import SeriesChanged, StoreError
 
 # A run costs seconds before its first request and a partition of it milliseconds, so a run takes five
 # years of months. More would leave nothing to run side by side.
@@ -79,7 +80,10 @@ def build_asset(group: Group, settings: Settings) -> AssetsDefinition:
 
     @multi_asset(
         name=f"ohlcv_{group.name}",
-        specs=[_spec(key, series, group, partitions) for key, series in group.series.items()],
+        specs=[
+            _spec(key, series, group, partitions, ended=settings.end_of(series) is not None)
+            for key, series in group.series.items()
+        ],
         partitions_def=partitions,
         backfill_policy=BackfillPolicy.multi_run(PARTITIONS_PER_RUN),
         required_resource_keys=set(ALL),
@@ -93,8 +97,14 @@ def build_asset(group: Group, settings: Settings) -> AssetsDefinition:
 
 
 def _spec(
-    key: AssetKey, series: Series, group: Group, partitions: TimeWindowPartitionsDefinition
+    key: AssetKey,
+    series: Series,
+    group: Group,
+    partitions: TimeWindowPartitionsDefinition,
+    *,
+    ended: bool,
 ) -> AssetSpec:
+    """An asset. Nobody looks after a symbol once it has ended, so it cannot become stale."""
     return AssetSpec(
         key,
         description=f"{series.symbol}: {series.timeframe} candles, rows of {TABLE}.",
@@ -108,7 +118,7 @@ def _spec(
         kinds={"timescaledb"},
         owners=[OWNER],
         tags={"symbol": identifier(series.symbol), "timeframe": series.timeframe.value},
-        freshness_policy=pace.freshness(group.asset_class, group.timeframe),
+        freshness_policy=None if ended else pace.freshness(group.asset_class, group.timeframe),
         partitions_def=partitions,
         skippable=True,
     )
@@ -171,6 +181,8 @@ def _materialize(
                 for partition in windows:
                     context.add_asset_metadata(outcome.metadata(partition), key, partition)
                 yield MaterializeResult(asset_key=key)
+            if failed:
+                evaluate_after_failure(context, work.database, group, set(selected))
         except StoreError as error:  # the database is gone or full: the next series would meet the same
             raise Failure(description=str(error), allow_retries=False) from error
         finally:
@@ -190,13 +202,13 @@ def _outcomes(
 ) -> Iterator[tuple[AssetKey, Outcome]]:
     """The outcome of every series as it ends. What the threads tell is logged here: Dagster is not theirs."""
     errand = Errand.of(context.run.tags)
-    ends = synced_ends(work.database, list(selected.values())) if errand is Errand.REFRESH else {}
+    known = reaches(work.database, list(selected.values())) if errand is Errand.REFRESH else {}
     detailed = len(selected) <= SERIES_AT_ONCE
     pool = ThreadPoolExecutor(SERIES_AT_ONCE, thread_name_prefix="series")
     waiting: dict[Future[Outcome], AssetKey] = {}
     try:
         for key, series in selected.items():
-            task = Task(series, windows, settings, context.run.run_id, errand, ends.get(series))
+            task = Task(series, windows, settings, context.run.run_id, errand, known.get(series))
             waiting[pool.submit(materialize_series, work, task, Story(lines, detailed))] = key
         while waiting:
             done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -210,26 +222,26 @@ def _outcomes(
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One series of a run. `windows` follow each other; `synced_end` matters for a refresh only."""
+    """One series of a run. `windows` follow each other; `reach` matters for a refresh only."""
 
     series: Series
     windows: Mapping[str, TimeRange]
     settings: Settings
     run_id: str
     errand: Errand = Errand.BACKFILL
-    synced_end: int | None = None
+    reach: Reach | None = None
 
     @property
     def window(self) -> TimeRange:
-        """The partitions of the run, from where the series is kept."""
+        """The partitions of the run, from where the series is kept to where it ends."""
         start, end = min(w.start for w in self.windows.values()), max(w.end for w in self.windows.values())
-        return TimeRange(min(max(start, self.settings.start_of(self.series)), end), end)
+        return self.settings.kept(self.series, TimeRange(start, end))
 
     def asked(self, now: int) -> TimeRange:
         """What is synced."""
         if self.errand is not Errand.REFRESH:
             return self.window
-        asked = asked_range(self.series, self.synced_end, self.settings, now)
+        asked = asked_range(self.series, self.reach, self.settings, now)
         return self.window.intersect(asked)
 
 
@@ -238,17 +250,21 @@ def materialize_series(work: Context, task: Task, story: Story) -> Outcome:
     series, now, grid = task.series, work.clock(), grid_of(task.series)
     asked = closed_window(task.asked(now), grid, now, None)
     if grid.count(asked):
-        report = sync(
-            work,
-            series,
-            asked,
-            task.settings.priority(series),
-            scope=Scope.GAPS if task.errand is Errand.FILL else Scope.MISSING,
-            # A person who asks for a partition means its gaps as well, however lately nobody had them.
-            recheck=task.errand is Errand.BACKFILL,
-            run_id=task.run_id,
-            listen=story,
-        )
+        try:
+            report = sync(
+                work,
+                series,
+                asked,
+                task.settings.priority(series),
+                scope=Scope.GAPS if task.errand is Errand.FILL else Scope.MISSING,
+                # A person who asks for a partition means its gaps, however lately nobody had them.
+                recheck=task.errand is Errand.BACKFILL,
+                run_id=task.run_id,
+                listen=story,
+            )
+        except SeriesChanged as error:  # nothing was asked; the other series of the run go on
+            report = SyncReport(series, asked, errors=(str(error),))
+            return Outcome(series, report, dict.fromkeys(task.windows, PartState()), tuple(task.windows))
     else:  # known without asking anybody
         report = SyncReport(series, asked)
     story.end(report)

@@ -11,12 +11,14 @@ stored already.
 from collections.abc import Iterator, Mapping, Sequence, Set
 
 from dagster import (
+    AssetCheckEvaluation,
     AssetCheckExecutionContext,
     AssetCheckKey,
     AssetCheckResult,
     AssetChecksDefinition,
     AssetCheckSeverity,
     AssetCheckSpec,
+    AssetExecutionContext,
     AssetKey,
     MetadataValue,
     multi_asset_check,
@@ -49,11 +51,15 @@ _DESCRIPTIONS = {
 CHECK_NAMES = tuple(_DESCRIPTIONS)
 
 
+def op_name(group: Group) -> str:
+    return f"checks_{group.name}"
+
+
 def build_checks(group: Group) -> AssetChecksDefinition:
     """Both checks of every series of one group."""
 
     @multi_asset_check(
-        name=f"checks_{group.name}",
+        name=op_name(group),
         specs=[
             AssetCheckSpec(name, asset=key, description=text)
             for key in group.series
@@ -69,15 +75,47 @@ def build_checks(group: Group) -> AssetChecksDefinition:
 
 
 def _evaluate(context: AssetCheckExecutionContext, group: Group) -> Iterator[AssetCheckResult]:
-    """All selected checks with one query per kind, however many series they are about."""
     database = getattr(context.resources, DATABASE).database
-    wanted = context.selected_asset_check_keys
-    part = "month" if is_monthly(group.timeframe) else "year"
-    results = _sanity(database, _wanted(group, wanted, SANITY), part)
-    results += _completeness(database, _wanted(group, wanted, COMPLETENESS), part)
+    results = evaluate(database, group, context.selected_asset_check_keys)
     failed = sum(not result.passed for result in results)
     context.log.info(f"{group.asset_class} {group.timeframe}: {len(results)} checks, {failed} failed")
     yield from results
+
+
+def evaluate(database: Database, group: Group, wanted: Set[AssetCheckKey]) -> list[AssetCheckResult]:
+    """The checks of a group with one query per kind, however many series they are about."""
+    part = "month" if is_monthly(group.timeframe) else "year"
+    return [
+        *_sanity(database, _wanted(group, wanted, SANITY), part),
+        *_completeness(database, _wanted(group, wanted, COMPLETENESS), part),
+    ]
+
+
+def evaluate_after_failure(
+    context: AssetExecutionContext, database: Database, group: Group, keys: Set[AssetKey]
+) -> None:
+    """The run's checks of these series, in the op that is about to fail.
+
+    Dagster skips the op of the checks after a failure, and shows them as failed for every series of the
+    run. They speak of what is stored, which a failure does not change.
+    """
+    if not context.job_def.has_node_named(op_name(group)):
+        return
+    wanted = {AssetCheckKey(key, name) for key in keys for name in CHECK_NAMES}
+    planned = context.run.asset_check_selection
+    for result in evaluate(database, group, wanted if planned is None else wanted & planned):
+        assert result.asset_key is not None
+        assert result.check_name is not None
+        context.log_event(
+            AssetCheckEvaluation(
+                asset_key=result.asset_key,
+                check_name=result.check_name,
+                passed=bool(result.passed),
+                severity=result.severity,
+                description=result.description,
+                metadata=result.metadata,
+            )
+        )
 
 
 def _wanted(group: Group, wanted: Set[AssetCheckKey], name: str) -> dict[AssetKey, Series]:

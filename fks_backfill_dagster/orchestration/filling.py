@@ -130,6 +130,7 @@ def _wanted(groups: Sequence[Group], settings: Settings, work: Context) -> dict[
             since=max(settings.start_of(one), settings.history_start),
             part="month" if is_monthly(one.timeframe) else "year",
             able=able(work, one),
+            until=settings.end_of(one),
         )
         for group in groups
         for one in group.series.values()

@@ -3,7 +3,7 @@
 Each is the leader of a process group of its own, and `run/<name>.json` tells its pid. Neither is
 believed by itself: a member of the group counts as ours only if its environment names our home, so a
 pid that was given to somebody else meanwhile is left alone. That also finds what a leader left behind
-that was killed: the code servers and the run workers of a dead webserver or daemon.
+that was killed: the code server and the run workers of a dead keeper.
 
 `python -m ...processes HOME` is the guard of a demo: it waits for the end of its standard input and
 then stops everything of that home, so a demo that is killed leaves nothing behind.
@@ -70,6 +70,9 @@ class Background:
         part = self.record.with_suffix(".part")
         part.write_text(json.dumps({"pid": child.pid, "port": port}))
         part.replace(self.record)
+        # For a moment after its start the system shows a process without an environment, so without our mark.
+        while child.poll() is None and not self.is_running():
+            time.sleep(0.01)
 
     @property
     def pid(self) -> int | None:

@@ -30,7 +30,6 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_START_TAG,
 )
 
-from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_micros
 from fks_backfill_dagster.orchestration import pace
@@ -39,11 +38,10 @@ from fks_backfill_dagster.orchestration.groups import Group
 from fks_backfill_dagster.orchestration.housekeeping import HOUSEKEEPING
 from fks_backfill_dagster.orchestration.jobs import CHECKS, job_name
 from fks_backfill_dagster.orchestration.names import key_at
-from fks_backfill_dagster.orchestration.refreshing import REFRESH, asked_range
+from fks_backfill_dagster.orchestration.refreshing import REFRESH, asked_range, is_wanted
 from fks_backfill_dagster.orchestration.resources import DATABASE
-from fks_backfill_dagster.pipeline.refresh import is_due
 from fks_backfill_dagster.settings import Settings
-from fks_backfill_dagster.store.checking import synced_ends
+from fks_backfill_dagster.store.checking import reaches, synced_ends
 from fks_backfill_dagster.store.database import Database
 
 Tick = RunRequest | SkipReason
@@ -108,23 +106,23 @@ def refresh_requests(
 ) -> Iterator[RunRequest]:
     """Runs for the series that are due at a look: those with the same partitions together, 50 at most.
 
-    The first look of a day takes all series: one whose exchange is closed for a holiday is shown as
-    looked after too, at the price of no request.
+    The first look of a day takes all series that have not ended: one whose exchange is closed for a
+    holiday, or that is silent, is shown as looked after too, at the price of no request.
     """
     now = to_micros(at)
-    ends = synced_ends(database, list(series.values()))
+    known = reaches(database, list(series.values()))
     daily = now % MICROS_PER_DAY < pace.interval_of_looks(frame)
     by_first: dict[str, list[AssetKey]] = {}
     for key, one in series.items():
-        if daily or is_due(ends.get(one), grid_of(one), now):
-            begin = asked_range(one, ends.get(one), settings, now).start
+        if is_wanted(one, known.get(one), settings, now, daily=daily):
+            begin = asked_range(one, known.get(one), settings, now).start
             by_first.setdefault(key_at(frame, min(begin, now)), []).append(key)
     for first, keys in sorted(by_first.items()):
         for number, start in enumerate(range(0, len(keys), pace.MOST_SERIES)):
             yield RunRequest(
                 run_key=f"refresh {frame} {first} {number}",
                 asset_selection=keys[start : start + pace.MOST_SERIES],
-                asset_check_keys=[],  # once a day is enough (`checks_daily`)
+                asset_check_keys=[],  # without it Dagster takes all checks of the assets, whatever the job says
                 tags={
                     REFRESH: frame.value,
                     pace.PRIORITY: pace.FIRST,

@@ -1,9 +1,9 @@
 """Starting and stopping Dagster: `up` and `down`.
 
-The webserver and the daemon run in the background, with logs in `<home>/logs` and what is needed to
-find them again in `<home>/run`. DAGSTER_HOME is `<home>/dagster`, where a copy of the project's
-dagster.yaml stands; its storage is our database, so that these, `dagster dev` and every run share one
-instance whichever way they were started.
+The webserver, the daemon and the code server that both share run in the background, with logs in
+`<home>/logs` and what is needed to find them again in `<home>/run`. DAGSTER_HOME is `<home>/dagster`,
+where a copy of the project's dagster.yaml stands; its storage is our database, so that these,
+`dagster dev` and every run share one instance whichever way they were started.
 
 Does not belong here: Dagster's own modules. They take seconds to import, and its processes do that.
 """
@@ -24,14 +24,18 @@ from pathlib import Path
 import click
 
 from fks_backfill_dagster import wiring
+from fks_backfill_dagster.orchestration import code_server
 from fks_backfill_dagster.orchestration.processes import Background, backgrounds, stop
 from fks_backfill_dagster.orchestration.webserver import DagsterRefused, Webserver
 from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.database import Database
 
-HOST = "127.0.0.1"
+HOST = code_server.HOST
 PORT = 3000
 WEBSERVER, DAEMON = "webserver", "daemon"
+
+CODE = "code-server"
+"""Not among the parts that a caller names: whichever runs needs it."""
 
 START_SECONDS = 120.0
 """A cold start of Dagster on a busy machine; a process that ends is noticed at once."""
@@ -72,17 +76,17 @@ def up(
     environment: Mapping[str, str] | None = None,
     say: Say = click.echo,
 ) -> Servers:
-    """Starts what is not running: the embedded database, Dagster's webserver and daemon. Tells where.
+    """Starts what is not running: the embedded database, the code server, Dagster's webserver and daemon.
 
-    `environment` replaces this process's for the servers and their runs. Without `keep_database` the
-    embedded database ends with its last user. Returns when the webserver answers, the definitions are
-    loaded and every daemon has given a sign of life. Raises ServersError, StoreError or EmbeddedError;
-    what was started by then is stopped.
+    Tells where. `environment` replaces this process's for the servers and their runs. Without
+    `keep_database` the embedded database ends with its last user. Returns when the webserver answers,
+    the definitions are loaded and every daemon has given a sign of life. Raises ServersError, StoreError
+    or EmbeddedError; what was started by then is stopped.
     """
     with _alone(settings):
         _open_database(settings, keep_database)
-        processes = {name: Background(settings.home, name) for name in parts}
-        missing = [process for process in processes.values() if not process.is_running()]
+        processes = [Background(settings.home, name) for name in (CODE, *parts)]
+        missing = [process for process in processes if not process.is_running()]
         server = Background(settings.home, WEBSERVER)
         found_port = server.port if server.is_running() and server.port else port
         web = Webserver(f"http://{HOST}:{found_port}")
@@ -90,7 +94,7 @@ def up(
             began = time.time()
             try:
                 _start(settings, missing, found_port, os.environ if environment is None else environment)
-                _wait(web, list(processes.values()), began if DAEMON in {m.name for m in missing} else None)
+                _wait(web, processes, began if DAEMON in {m.name for m in missing} else None)
             except BaseException:
                 stop(missing)
                 raise
@@ -113,7 +117,7 @@ def down(settings: Settings, *, say: Say = click.echo) -> list[str]:
 
 
 def stop_part(settings: Settings, name: str) -> None:
-    """Stops one of the two, as a restart of it begins."""
+    """Stops one of them, as a restart of it begins."""
     with _alone(settings):
         stop([Background(settings.home, name)])
 
@@ -151,7 +155,6 @@ def _start(settings: Settings, missing: list[Background], port: int, environment
     folder = dagster_folder(settings.home)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(_project_file(settings, "dagster.yaml"), folder / "dagster.yaml")
-    workspace = ["--workspace", str(_project_file(settings, "workspace.yaml"))]
     own = {
         "DAGSTER_HOME": str(folder),
         "DAGSTER_EVENT_BATCH_SIZE": EVENTS_AT_ONCE,
@@ -159,29 +162,28 @@ def _start(settings: Settings, missing: list[Background], port: int, environment
     }
     if settings.config_file is not None:
         own["FKS_CONFIG"] = str(settings.config_file)
-    commands = {
-        WEBSERVER: [
-            sys.executable,
-            "-m",
-            "dagster_webserver",
-            "--host",
-            HOST,
-            "--port",
-            str(port),
-            *workspace,
-        ],
-        DAEMON: [sys.executable, "-m", "dagster._daemon", "run", *workspace],
-    }
     for process in missing:
         stop([process])  # what a killed one left behind
         if process.name == WEBSERVER:
             _check_port(port)
+    code_port = Background(settings.home, CODE).port or _code_port(folder / "workspace.yaml")
+    code_server.write_workspace(folder / "workspace.yaml", code_port)
+    workspace = ["--workspace", str(folder / "workspace.yaml")]
+    ports = {CODE: code_port, WEBSERVER: port}
+    modules = {
+        CODE: [code_server.__name__, str(code_port)],
+        WEBSERVER: ["dagster_webserver", "--host", HOST, "--port", str(port), *workspace],
+        DAEMON: ["dagster._daemon", "run", *workspace],
+    }
+    for process in missing:
         process.start(
-            commands[process.name],
+            [sys.executable, "-m", *modules[process.name]],
             cwd=settings.root,
             environment={**environment, **own},
-            port=port if process.name == WEBSERVER else 0,
+            port=ports.get(process.name, 0),
         )
+        if process.name == CODE:
+            _wait_for(process, code_port)
 
 
 def _project_file(settings: Settings, name: str) -> Path:
@@ -192,15 +194,49 @@ def _project_file(settings: Settings, name: str) -> Path:
 
 
 def _check_port(port: int) -> None:
+    if not _is_free(port):
+        raise ServersError(
+            f"port {port} on {HOST} is in use, so Dagster's webserver cannot listen there: stop what does,"
+            " or choose another port."
+        )
+
+
+def _code_port(workspace: Path) -> int:
+    """That of last time where it can be had: a webserver or daemon that still runs looks there."""
+    told = code_server.told_port(workspace)
+    return told if told and _is_free(told) else free_port()
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError:
-            raise ServersError(
-                f"port {port} on {HOST} is in use, so Dagster's webserver cannot listen there: stop what does,"
-                " or choose another port."
-            ) from None
+            return False
+        return True
+
+
+def _wait_for(process: Background, port: int) -> None:
+    """Until it listens: then its definitions are loaded, and the others find them at their first look."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex((HOST, port)) == 0:
+                return
+        _still_runs(process)
+        time.sleep(0.05)
+    raise ServersError(
+        f"the {process.name} was not ready after {START_SECONDS:.0f} seconds: see {process.log}."
+    )
+
+
+def _still_runs(process: Background) -> None:
+    if not process.is_running():
+        raise ServersError(
+            f"Dagster's {process.name} ended while it was starting; the end of {process.log}:\n"
+            f"{process.last_words()}"
+        )
 
 
 def _wait(web: Webserver, processes: Sequence[Background], daemons_since: float | None) -> None:
@@ -208,11 +244,7 @@ def _wait(web: Webserver, processes: Sequence[Background], daemons_since: float 
     deadline = time.monotonic() + START_SECONDS
     while not _ready(web, daemons_since):
         for process in processes:
-            if not process.is_running():
-                raise ServersError(
-                    f"Dagster's {process.name} ended while it was starting; the end of {process.log}:\n"
-                    f"{process.last_words()}"
-                )
+            _still_runs(process)
         if time.monotonic() > deadline:
             logs = " and ".join(str(process.log) for process in processes)
             raise ServersError(f"Dagster was not ready after {START_SECONDS:.0f} seconds: look into {logs}.")

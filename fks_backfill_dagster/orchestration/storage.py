@@ -8,23 +8,43 @@ Does not belong here: how the database is found (wiring), what Dagster keeps (Da
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from dagster._config.config_schema import UserConfigSchema
-from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
+from dagster._core.execution.compute_logs import redirect_to_file
+from dagster._core.storage.compute_log_manager import CapturedLogContext, ComputeIOType
+from dagster._core.storage.local_compute_log_manager import IO_TYPE_EXTENSION, LocalComputeLogManager
 from dagster._core.storage.root import LocalArtifactStorage
 from dagster._serdes import ConfigurableClassData
+from dagster._utils import ensure_file, touch_file
 from dagster_postgres import DagsterPostgresStorage
+from dagster_postgres.utils import create_pg_engine
 
 from fks_backfill_dagster import wiring
 from fks_backfill_dagster.orchestration.servers import dagster_folder
-from fks_backfill_dagster.settings import load_settings
+from fks_backfill_dagster.settings import Settings, load_settings
 from fks_backfill_dagster.store.lending import DAGSTER_SCHEMA, lend_schema
+
+_CONNECTIONS_KEPT = 2
+"""A process writes one event at a time; what more threads need at the same moment is closed after use."""
 
 
 class DatabaseStorage(DagsterPostgresStorage):
-    """Runs, events and schedules in the database of the settings."""
+    """Runs, events and schedules in the database of the settings.
+
+    Dagster's own opens a connection for every query, lest each instance keep some: a run of 50 series
+    opened hundreds. Here all instances of a process share an engine, which keeps a few.
+    """
+
+    def __init__(self, url: str, inst_data: ConfigurableClassData | None = None) -> None:
+        super().__init__(url, should_autocreate_tables=False, inst_data=inst_data)
+        for part in (self._run_storage, self._event_log_storage, self._schedule_storage):
+            part._engine = _engine(url)
 
     @classmethod
     def config_type(cls) -> UserConfigSchema:
@@ -34,7 +54,7 @@ class DatabaseStorage(DagsterPostgresStorage):
     def from_config_value(
         cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
     ) -> DatabaseStorage:
-        return cls(storage_url(wiring.database_url(load_settings())), inst_data=inst_data)
+        return cls(_prepared(wiring.database_url(_settings())), inst_data)
 
 
 class HomeArtifacts(LocalArtifactStorage):
@@ -48,11 +68,15 @@ class HomeArtifacts(LocalArtifactStorage):
     def from_config_value(
         cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
     ) -> HomeArtifacts:
-        return cls(str(dagster_folder(load_settings().home)), inst_data=inst_data)
+        return cls(str(dagster_folder(_settings().home)), inst_data=inst_data)
 
 
 class HomeComputeLogs(LocalComputeLogManager):
-    """What runs print, below FKS_HOME."""
+    """What runs print, below FKS_HOME.
+
+    It is repeated on a terminal (`dagster dev`), and nowhere else: Dagster's own takes four processes a
+    run to repeat it in the log of whoever started the run.
+    """
 
     @classmethod
     def config_type(cls) -> UserConfigSchema:
@@ -62,7 +86,49 @@ class HomeComputeLogs(LocalComputeLogManager):
     def from_config_value(
         cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
     ) -> HomeComputeLogs:
-        return cls(str(dagster_folder(load_settings().home) / "compute_logs"), inst_data=inst_data)
+        return cls(str(dagster_folder(_settings().home) / "compute_logs"), inst_data=inst_data)
+
+    @contextmanager
+    def capture_logs(self, log_key: Sequence[str]) -> Iterator[CapturedLogContext]:
+        if sys.stdout.isatty() or sys.stderr.isatty():
+            with super().capture_logs(log_key) as context:
+                yield context
+            return
+        out, err = (
+            self.get_captured_local_path(log_key, IO_TYPE_EXTENSION[kind])
+            for kind in (ComputeIOType.STDOUT, ComputeIOType.STDERR)
+        )
+        ensure_file(out)
+        ensure_file(err)
+        with redirect_to_file(sys.stdout, out), redirect_to_file(sys.stderr, err):
+            yield CapturedLogContext(log_key)
+        touch_file(self.complete_artifact_path(log_key))  # type: ignore[no-untyped-call]
+
+
+def _settings() -> Settings:
+    """Those of this process. Every Dagster instance asks three times, and every run makes some."""
+    return _settings_of(tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("FKS_"))))
+
+
+@cache
+def _settings_of(environment: tuple[tuple[str, str], ...]) -> Settings:
+    """What these classes take from the settings, home and database, comes from the environment alone."""
+    return load_settings()
+
+
+@cache
+def _prepared(database_url: str) -> str:
+    """Dagster's URL, with its schema and its tables made where there are none: looked after once a process."""
+    url = storage_url(database_url)
+    DagsterPostgresStorage(url)
+    return url
+
+
+@cache
+def _engine(url: str) -> Any:
+    return create_pg_engine(
+        url, isolation_level="AUTOCOMMIT", pool_size=_CONNECTIONS_KEPT, max_overflow=-1, pool_pre_ping=True
+    )
 
 
 def storage_url(database_url: str) -> str:

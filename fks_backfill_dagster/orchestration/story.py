@@ -134,7 +134,8 @@ class Progress:
         self._requests += report.requests
         self._left += not report.complete
         step = self._done * STEPS // self._series
-        if step == self._told or time.monotonic() - self._spoke_at < QUIET_SECONDS:
+        quiet = time.monotonic() - self._spoke_at < QUIET_SECONDS
+        if step == self._told or quiet or self._series == 1:
             return
         self._told, self._spoke_at = step, time.monotonic()
         self._lines.info(f"{self._done} of {self._series} series, {self._candles:,} candles")

@@ -65,7 +65,7 @@ class Fetched:
     """What the providers together gave for one span, verified.
 
     `failed`: candles are missing that nobody has answered for. `recordable`: somebody answered, or
-    may answer another time; a symbol that nobody knows leaves nothing to record. `quiet`: the
+    may answer another time; a symbol that nobody knows leaves nothing to record, if it never did. `quiet`: the
     missing opens that a provider which omits quiet intervals left out between two bars.
     """
 
@@ -216,9 +216,10 @@ class Chain:
         found = Fetched()
         wanted = np.concatenate([grid.opens(part) for batch in batches for part in batch.wanted])
         evidence: list[Evidence] = []
-        unfit = tuple(Evidence(name, self.clock(), "refused", why) for name, why in self._dropped.items())
+        dropped = dict(self._dropped)  # another thread may drop one any time
+        unfit = tuple(Evidence(name, self.clock(), "refused", why) for name, why in dropped.items())
         first, refetch = True, plan.scope is Scope.EVERYTHING
-        for name in self.names:
+        for name in (name for name in self._providers if name not in dropped):
             if not len(wanted) or self._stopped.is_set():
                 break
             question = self._question(name, wanted, first=first)

@@ -115,13 +115,17 @@ def make_plan(
     if scope is not Scope.GAPS:
         missing |= known.missing(window)
     wanted = RangeSet([window]) if scope is Scope.EVERYTHING else missing
+    # A batch covers all of its window, so the gaps on either side of pending history are two batches.
+    apart = known.synced if scope is Scope.GAPS else RangeSet([window])
     return Plan(
         series=series,
         window=window,
         expected=grid.count(window),
         missing=int(_counts(missing, grid).sum()),
         missing_ranges=missing,
-        batches=tuple(_batches(wanted, grid, batch_size_days)),
+        batches=tuple(
+            batch for part in apart for batch in _batches(wanted & RangeSet([part]), grid, batch_size_days)
+        ),
         scope=scope,
     )
 

@@ -4,6 +4,11 @@ A refresh is a sync like any other; what makes it one is its range, which begins
 ended. So a 1d series is due once a day and a series without trade today is not due at all, whatever
 the pace at which somebody looks.
 
+A symbol that was delisted has no newer candles, and nobody says so. Once nobody has had a candle for
+SILENT_AFTER, the series is asked for again only when the silence is twice as long as at the last look
+(at most LONGEST_WAIT later): so the requests grow like the logarithm of time, its gap stays visible, and
+a symbol that comes back is found.
+
 Does not belong here: when one looks (orchestration), which gaps are asked for again later (gaps).
 """
 
@@ -13,9 +18,13 @@ from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_SECOND, Timeframe
 from fks_backfill_dagster.pipeline.plan import GRACE
+from fks_backfill_dagster.store.checking import Reach
 
 CATCH_UP = 366 * MICROS_PER_DAY
 """Who was away for longer comes back with the range's own start; the rest of the history is a backfill's."""
+
+SILENT_AFTER = 7 * MICROS_PER_DAY
+LONGEST_WAIT = 30 * MICROS_PER_DAY
 
 _SETTLING_CANDLES = 3
 _SETTLING_LEAST = 3600 * MICROS_PER_SECOND
@@ -29,12 +38,33 @@ def settling(timeframe: Timeframe) -> int:
     return max(_SETTLING_CANDLES * timeframe.micros, _SETTLING_LEAST)
 
 
-def is_due(synced_end: int | None, grid: Grid, now: int) -> bool:
-    """Whether a candle has closed since; a series that was never synced is due."""
-    if synced_end is None:
+def silent_since(reach: Reach | None) -> int | None:
+    """From which open on nobody has a candle, where that is long enough to be no delay; else None."""
+    if reach is None or reach.absent_since is None:
+        return None
+    return reach.absent_since if reach.synced_end - reach.absent_since > SILENT_AFTER else None
+
+
+def quiet_until(reach: Reach | None) -> int | None:
+    """Until when a silent series is not asked for; None for one that is not silent."""
+    since = silent_since(reach)
+    if reach is None or since is None:
+        return None
+    return reach.synced_end + min(reach.synced_end - since, LONGEST_WAIT)
+
+
+def is_due(reach: Reach | None, grid: Grid, now: int, end: int | None = None) -> bool:
+    """Whether a candle has closed since the last sync; a series that was never synced is due.
+
+    From `end` on none is expected. A silent series is not due before it is `quiet_until`.
+    """
+    if reach is None:
         return True
-    end = grid.closed_end(now - GRACE)
-    return end > synced_end and grid.count(TimeRange(synced_end, end)) > 0
+    if now < (quiet_until(reach) or now):
+        return False
+    closed = grid.closed_end(now - GRACE)
+    last = closed if end is None else min(closed, end)
+    return last > reach.synced_end and grid.count(TimeRange(reach.synced_end, last)) > 0
 
 
 def refresh_range(

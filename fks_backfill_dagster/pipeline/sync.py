@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.grid import Grid, grid_of
@@ -124,7 +125,7 @@ def sync(
     `scope` tells what of it is asked for. `recheck` asks for its gaps though their time has not come,
     and providers that are being left alone: what a person wants, and no schedule. Provider errors end
     up in the report; a StoreError (the database is gone or full) is raised, and what was committed
-    stays.
+    stays. So is SeriesChanged, before anything is asked.
     """
     began = time.monotonic()
     chain = _chain(context, series, priority, heed_circuit=not recheck)
@@ -133,7 +134,7 @@ def sync(
     plan, grid = _plan(context, series, window, chain, scope, recheck, listen)
     listen(Planned(series, plan, chain.names))
     work = _Work(context, series, grid, chain, run_id, listen)
-    if chain.names or not plan.batches:
+    if chain.names or not plan.batches or work.is_kept:
         work.run(plan)
     return work.report(plan, time.monotonic() - began)
 
@@ -191,6 +192,8 @@ def _plan(
     recheck: bool,
     listen: Listener,
 ) -> tuple[Plan, Grid]:
+    with context.database.begin() as connection:
+        ledger.refuse_changed(connection, series)
     grid = grid_of(series)
     listed_at = _listing(context, series, chain, listen)
     possible = closed_window(window, grid, context.clock(), listed_at)
@@ -263,13 +266,19 @@ class _Work:
             name for name, provider in context.providers.items() if not provider.capabilities.omits_quiet
         )
         # A gap is explained when everybody was heard, not only those of this call.
-        self.others = able(context, series) - frozenset(chain.unfit)
+        self.able = frozenset((*chain.names, *chain.unfit)) | able(context, series)
         self.identity: int | None = None
         self.succeeded = self.failed = self.candles = self.requests = 0
         # Sets that keep the order in which they came.
         self.errors: dict[str, None] = {}
         self.warnings: dict[str, None] = dict.fromkeys(chain.warnings)
         self.told: set[str] = set()
+
+    @cached_property
+    def is_kept(self) -> bool:
+        """Whether it has candles: then a symbol that nobody knows any more is an answer, and a mistyped
+        one no more."""
+        return any(state.total_candles for state in reading.sync_status(self.context.database, self.series))
 
     def run(self, plan: Plan) -> None:
         """Commits the batches of the plan. Where there are none, the last error of the series is over."""
@@ -322,7 +331,7 @@ class _Work:
         self.warnings.update(dict.fromkeys(fetched.warnings))
         self.errors.update(dict.fromkeys(fetched.errors))
         for batch in batches:
-            if not fetched.recordable:
+            if not fetched.recordable and not self.is_kept:
                 self._count(batch, 0, batch.candles, (), fetched)
                 continue
             write = self._batch_write(batch, fetched)
@@ -353,7 +362,7 @@ class _Work:
                 asked=batch.wanted,
                 quiet=fetched.quiet,
                 strict=self.strict,
-                able=frozenset(self.chain.names) | self.others,
+                able=self.able,
                 tolerated=self.context.max_gap_minutes // self.series.timeframe.minutes,
             ),
             run_id=self.run_id,

@@ -29,11 +29,15 @@ def plain_symbol(symbol: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """Minutes a provider does not have; `symbol` None means all of its symbols."""
+    """Minutes a provider does not have; `symbol` None means all of its symbols.
+
+    `published`: it has them from this instant of the market's clock on, late; None: never.
+    """
 
     provider: str
     window: TimeRange
     symbol: str | None = None
+    published: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "provider", ALIASES.get(self.provider, self.provider))

@@ -108,7 +108,13 @@ class Control:
         elif request.method == "POST":
             symbol = document.get("symbol")
             window = TimeRange(instant(document["start"]), instant(document["end"]))
-            planted = Outage(document["provider"], window, plain_symbol(symbol) if symbol else None)
+            late = document.get("published")
+            planted = Outage(
+                document["provider"],
+                window,
+                plain_symbol(symbol) if symbol else None,
+                None if late is None else instant(late),
+            )
             self._sandbox.plant_outage(planted)
         return JSONResponse(
             [
@@ -117,6 +123,7 @@ class Control:
                     "symbol": o.symbol,
                     "start": iso(o.window.start),
                     "end": iso(o.window.end),
+                    "published": None if o.published is None else iso(o.published),
                 }
                 for o in self._sandbox.outages()
             ]

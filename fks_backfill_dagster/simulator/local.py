@@ -120,9 +120,18 @@ class LocalMarket:
         columns = [table[name].to_numpy() for name in table.column_names]
         return Candles(columns[0].astype(np.int64, copy=False), *columns[1:])
 
-    def plant_outage(self, provider: str, window: TimeRange, symbol: str | None = None) -> None:
-        document = {"provider": provider, "start": iso(window.start), "end": iso(window.end)}
-        self.post("/sim/outages", **document, **({"symbol": symbol} if symbol else {}))
+    def plant_outage(
+        self, provider: str, window: TimeRange, symbol: str | None = None, *, published: int | None = None
+    ) -> None:
+        """`published`: the market's clock from which on the candles are there after all."""
+        self.post(
+            "/sim/outages",
+            provider=provider,
+            symbol=symbol,
+            start=iso(window.start),
+            end=iso(window.end),
+            published=None if published is None else iso(published),
+        )
 
     def clear_outages(self) -> None:
         self._ask("DELETE", "/sim/outages")

@@ -121,9 +121,14 @@ class Sandbox:
         self.prepared.clear()
 
     def outage(self, provider: str, symbol: str) -> RangeSet:
-        """The minutes that `provider` does not have of the market's `symbol`."""
+        """The minutes that `provider` does not have of the market's `symbol` at the clock's time."""
+        now = self.clock.now()
         mine = [
-            o.window for o in self._outages if o.provider == provider and self._meant(o, provider, symbol)
+            o.window
+            for o in self._outages
+            if o.provider == provider
+            and (o.published is None or now < o.published)
+            and self._meant(o, provider, symbol)
         ]
         return RangeSet(mine) if mine else NO_OUTAGE
 

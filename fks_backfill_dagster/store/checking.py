@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import sqlalchemy as sa
+from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.outages import Spans
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime, to_micros
@@ -29,10 +32,16 @@ _RULES = {
 }
 
 # What all of them together demand, in the fewest comparisons: every candle of a series is looked at.
-_GOOD = (
+GOOD = (
     "low > 0 AND high < 'Infinity' AND open BETWEEN low AND high AND close BETWEEN low AND high"
     " AND (volume IS NULL OR (volume >= 0 AND volume < 'Infinity'))"
 )
+
+# Nobody can fill them. They differ in length only.
+EXHAUSTED = (GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
+
+# An instant of ours: whole numbers need no datetime a row.
+_MICROS = "CAST(extract(epoch FROM {}) * 1000000 AS bigint)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +202,7 @@ def _broken(connection: sa.Connection, timeframe: Timeframe, ids: Sequence[int])
     return connection.execute(
         sa.text(
             f"SELECT series_id, count(*) AS bad, {counts}, min(ts) AS first"
-            f' FROM fks."candles_{timeframe}" WHERE series_id = ANY(:ids) AND NOT ({_GOOD}) GROUP BY series_id'
+            f' FROM fks."candles_{timeframe}" WHERE series_id = ANY(:ids) AND NOT ({GOOD}) GROUP BY series_id'
         ),
         {"ids": list(ids)},
     ).all()
@@ -245,7 +254,7 @@ def bad_parts(database: Database, series: Sequence[Series], part: str) -> dict[S
                 sa.text(
                     "SELECT series_id, to_char(date_trunc(:part, ts AT TIME ZONE 'UTC'), 'YYYY-MM-DD') AS key,"
                     f' count(*) AS bad FROM fks."candles_{timeframe}"'
-                    f" WHERE series_id = ANY(:ids) AND NOT ({_GOOD}) GROUP BY 1, 2 ORDER BY 1, 2"
+                    f" WHERE series_id = ANY(:ids) AND NOT ({GOOD}) GROUP BY 1, 2 ORDER BY 1, 2"
                 ),
                 {"part": part, "ids": [i for i, one in owners.items() if one.timeframe is timeframe]},
             )
@@ -286,6 +295,111 @@ def synced_ends(database: Database, series: Sequence[Series]) -> dict[Series, in
             {"ids": list(owners)},
         )
         return {owners[row.series_id]: to_micros(row.synced_end) for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How far a series was synced, and from where on up to there nobody has a candle of it.
+
+    `absent_since` is the start of what is missing after the newest candle, as far as nobody can fill it;
+    None where there is no such gap at the end. A part that somebody has not answered for breaks it off:
+    that may come.
+    """
+
+    synced_end: int
+    absent_since: int | None = None
+
+
+def reaches(database: Database, series: Sequence[Series]) -> dict[Series, Reach]:
+    """The reach of each series in one query; those that were never synced are left out."""
+    with database.begin() as connection:
+        owners = _owners(connection, series)
+        rows = connection.execute(
+            sa.text(
+                f"SELECT s.series_id, {_MICROS.format('upper(s.synced)')} AS synced_end,"
+                f"   {_MICROS.format('g.absent_since')} AS absent_since"
+                " FROM fks.sync_state s LEFT JOIN LATERAL ("
+                "   SELECT min(x.gap_start) AS absent_since FROM fks.gap x"
+                "   WHERE x.series_id = s.series_id AND x.status <> 'filled' AND x.status = ANY(:exhausted)"
+                "     AND x.gap_start > coalesce("
+                "       (SELECT max(y.gap_start) FROM fks.gap y WHERE y.series_id = s.series_id"
+                "         AND y.status <> 'filled' AND NOT y.status = ANY(:exhausted)"
+                "         AND y.gap_start > coalesce(s.newest, '-infinity')),"
+                "       s.newest, '-infinity')) g ON true"
+                " WHERE s.series_id = ANY(:ids) AND NOT isempty(s.synced)"
+            ),
+            {"ids": list(owners), "exhausted": [status.value for status in EXHAUSTED]},
+        )
+        return {owners[row.series_id]: Reach(row.synced_end, row.absent_since) for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class Absences:
+    """What is missing of many series, `no_trade` left out, and what was synced of them.
+
+    `gaps`: their ids, one per range of `missing`. Owners are indices into the series that were asked for.
+    """
+
+    synced: Spans
+    missing: Spans
+    gaps: NDArray[np.int64]
+
+
+def absences(database: Database, series: Sequence[Series], window: TimeRange) -> Absences:
+    """The absences of all `series` within `window`, cut to it, in two queries."""
+    index = {one: position for position, one in enumerate(series)}
+    with database.begin() as connection:
+        owners = {identity: index[one] for identity, one in _owners(connection, series).items()}
+        named = {"ids": list(owners), "from": to_datetime(window.start), "to": to_datetime(window.end)}
+        synced = connection.execute(
+            sa.text(
+                f"SELECT s.series_id, {_MICROS.format('lower(r)')}, {_MICROS.format('upper(r)')}"
+                " FROM fks.sync_state s, unnest(s.synced * tstzmultirange(tstzrange(:from, :to))) AS r"
+                " WHERE s.series_id = ANY(:ids)"
+            ),
+            named,
+        ).all()
+        missing = connection.execute(
+            sa.text(
+                f"SELECT series_id, {_MICROS.format('greatest(gap_start, :from)')},"
+                f"   {_MICROS.format('least(gap_end, :to)')}, id FROM fks.gap"
+                " WHERE series_id = ANY(:ids) AND status <> 'filled' AND status <> 'no_trade'"
+                "   AND gap_start < :to AND gap_end > :from"
+            ),
+            named,
+        ).all()
+    return Absences(
+        _spans([*map(tuple, synced)], owners),
+        _spans([*map(tuple, missing)], owners),
+        np.array([row.id for row in missing], dtype=np.int64),
+    )
+
+
+def _spans(rows: Sequence[Sequence[int]], owners: Mapping[int, int]) -> Spans:
+    """Rows of (series_id, start, end, ...) as columns."""
+    table = np.array([(owners[row[0]], row[1], row[2]) for row in rows], dtype=np.int64).reshape(-1, 3)
+    return Spans(table[:, 0], table[:, 1], table[:, 2])
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """The state of a gap, and who was asked about it."""
+
+    status: GapStatus
+    providers: tuple[str, ...]
+
+
+def told(database: Database, gaps: Sequence[int]) -> dict[int, Told]:
+    """What the ledger says of gaps, by id."""
+    with database.begin() as connection:
+        rows = connection.execute(
+            sa.text(
+                "SELECT id, status, ARRAY(SELECT jsonb_array_elements(evidence)->>'provider') AS providers"
+                " FROM fks.gap WHERE id = ANY(:ids)"
+            ),
+            {"ids": list(gaps)},
+        )
+        return {row.id: Told(GapStatus(row.status), tuple(row.providers)) for row in rows}
 
 
 def listed_at(database: Database, series: Series, providers: Sequence[str]) -> int | None:

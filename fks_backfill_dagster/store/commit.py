@@ -27,9 +27,11 @@ from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.store import copying, schema
+from fks_backfill_dagster.store.auditing import Clock, examine_within
 from fks_backfill_dagster.store.database import Database, cursor_of
 from fks_backfill_dagster.store.errors import StoreError
-from fks_backfill_dagster.store.ledger import Evidence, Known, known_around, to_multirange
+from fks_backfill_dagster.store.judging import SeriesAudit
+from fks_backfill_dagster.store.ledger import Evidence, Known, known_around, series_id, to_multirange
 from fks_backfill_dagster.store.settling import Findings, Settlement, settle
 
 # Advisory locks: (class, series id) for one series, one key for the gate (see fks.ohlcv_as_of).
@@ -442,7 +444,8 @@ def undo_batch(database: Database, series: Series, identity: int, batch_id: int,
         opens = np.array(sorted(to_micros(ts) for (ts,) in removed), dtype=np.int64)
         before = known_around(connection, identity, window)
         absent = _still_missing(before, window, np.empty(0, dtype=np.int64), grid)
-        missing = np.union1d(absent, opens)
+        # A candle that opened where none is expected leaves no gap.
+        missing = np.union1d(absent, opens[grid.contains(opens)])
         settlement = settle(before.gaps, window, missing, np.empty(0, dtype=np.int64), (), grid)
         _write_gaps(connection, identity, settlement)
         connection.execute(
@@ -518,6 +521,47 @@ WHERE f.batch_id IS NOT NULL AND f.ts = c.ts AND {_UNDONE_CANDLES}
 _REMOVE = f"DELETE FROM {{table}} c WHERE {_UNDONE_CANDLES} RETURNING c.ts"
 
 
+# Repair -------------------------------------------------------------------------------------------------
+
+
+def repair_series(database: Database, series: Series, grid: Grid, clock: Clock) -> SeriesAudit | None:
+    """Makes ledger, coverage and totals what the candles say; None where the series is not stored.
+
+    What is wrong is looked for anew under the lock, where it stands still, and that is what is told.
+    No candle is touched: what is wrong with one of them stays, for a person to judge. A gap keeps its
+    history where its candles are still missing.
+    """
+    with database.begin() as connection:
+        identity = series_id(connection, series)
+        if identity is None:
+            return None
+        _lock(connection, identity)
+        found = examine_within(connection, series, grid, clock)
+        if found is None or not found.repairable:
+            return found
+        _write_gaps(connection, identity, Settlement(found.removed, found.added))
+        _rewrite_state(connection, identity, found)
+        connection.execute(
+            sa.text("DELETE FROM fks.lease WHERE series_id = :id AND expires_at < now()"), {"id": identity}
+        )
+        return found.after_repair()
+
+
+def _rewrite_state(connection: sa.Connection, identity: int, found: SeriesAudit) -> None:
+    """How the last sync ended is not among it: no candle tells that."""
+    row = {
+        "synced": to_multirange(found.coverage),
+        "total_candles": found.candles,
+        "oldest": None if found.oldest is None else to_datetime(found.oldest),
+        "newest": None if found.newest is None else to_datetime(found.newest),
+    }
+    connection.execute(
+        sa.dialects.postgresql.insert(schema.sync_state)
+        .values(row | {"series_id": identity})
+        .on_conflict_do_update(index_elements=["series_id"], set_=row)
+    )
+
+
 # Removal ------------------------------------------------------------------------------------------------
 
 
@@ -554,5 +598,6 @@ __all__ = [
     "Refused",
     "commit_batch",
     "remove_series",
+    "repair_series",
     "undo_batch",
 ]

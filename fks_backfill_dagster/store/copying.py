@@ -39,6 +39,9 @@ _WITH_VOLUME = _record([*_KEYS, *((name, ">f8") for name in _VALUES)])
 _READ = _record([("ts", ">i8"), *((name, ">f8") for name in _VALUES)])
 _READ_OPENS = _record([("ts", ">i8")])
 
+_SENT_HEADER = 20
+_SENT_ELEMENT = np.dtype([("ts_length", ">i4"), ("ts", ">i8")])
+
 # A NULL has a length and no bytes: the record simply ends there.
 _WITHOUT_VOLUME = np.dtype(
     [*((name, _WITH_VOLUME[name].str) for name in (_WITH_VOLUME.names or ())[:-1])]  # no `volume` bytes
@@ -96,6 +99,18 @@ def decode(chunks: Iterable[bytes | bytearray | memoryview]) -> Candles:
 def decode_opens(chunks: Iterable[bytes | bytearray | memoryview]) -> Instants:
     """The opens of one binary COPY of (ts)."""
     return _records(_READ_OPENS, chunks)["ts"].astype(np.int64) + _POSTGRES_EPOCH
+
+
+def decode_array(sent: bytes | None) -> Instants:
+    """The instants of one `array_send(array_agg(ts))`, in the order of the array; None for no row.
+
+    An array on the wire (PostgreSQL's array_send) is a header of five int32 for one dimension, then
+    length and value of each element.
+    """
+    if sent is None:
+        return np.empty(0, dtype=np.int64)
+    elements = np.frombuffer(sent, dtype=_SENT_ELEMENT, offset=_SENT_HEADER)
+    return elements["ts"].astype(np.int64) + _POSTGRES_EPOCH
 
 
 def _records(record: np.dtype[np.void], chunks: Iterable[bytes | bytearray | memoryview]) -> NDArray[np.void]:

@@ -58,6 +58,14 @@ class Database:
             yield connection
 
     @contextmanager
+    def snapshot(self) -> Iterator[sa.Connection]:
+        """A transaction that only reads, and sees the database as it was at its first query."""
+        with translated(self.where), self._engine.connect() as connection:
+            frozen = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            with frozen.begin():
+                yield frozen
+
+    @contextmanager
     def autocommit(self) -> Iterator[sa.Connection]:
         """A connection on which every statement commits by itself."""
         with translated(self.where), self._engine.connect() as connection:

@@ -21,22 +21,25 @@ from fks_backfill_dagster.store.database import Database
 # so is a series that is being synced just now: that may fill it.
 _DUE = """
 WITH wanted AS (
-    SELECT s.id, s.symbol, w.part, w.since, string_to_array(w.able, ',') AS able
+    SELECT s.id, s.symbol, w.part, w.since, coalesce(w.until, 'infinity') AS until,
+        string_to_array(w.able, ',') AS able
     FROM unnest(CAST(:symbols AS text[]), CAST(:timeframes AS text[]), CAST(:parts AS text[]),
-        CAST(:sinces AS timestamptz[]), CAST(:ables AS text[])) AS w(symbol, timeframe, part, since, able)
+        CAST(:sinces AS timestamptz[]), CAST(:untils AS timestamptz[]), CAST(:ables AS text[]))
+        AS w(symbol, timeframe, part, since, until, able)
     JOIN fks.series s ON s.symbol = w.symbol AND s.timeframe = w.timeframe
     WHERE NOT EXISTS (
         SELECT FROM fks.lease l WHERE l.series_id = s.id AND l.expires_at > clock_timestamp())
 ), place AS (
     SELECT w.id, w.symbol, to_char(p, 'YYYY-MM-DD') AS key,
         min(greatest(g.gap_start, w.since, p AT TIME ZONE 'UTC')) AS first,
-        max(least(g.gap_end, (p + CAST('1 ' || w.part AS interval)) AT TIME ZONE 'UTC')) AS past,
+        max(least(g.gap_end, w.until, (p + CAST('1 ' || w.part AS interval)) AT TIME ZONE 'UTC')) AS past,
         min(g.found_at) AS found_at, sum(g.missing_candles)::bigint AS missing
     FROM wanted w
-    JOIN fks.gap g ON g.series_id = w.id AND g.status IN ('open', 'unavailable') AND g.gap_end > w.since
+    JOIN fks.gap g ON g.series_id = w.id AND g.status IN ('open', 'unavailable')
+        AND g.gap_end > w.since AND g.gap_start < w.until
     CROSS JOIN LATERAL generate_series(
         date_trunc(w.part, greatest(g.gap_start, w.since) AT TIME ZONE 'UTC'),
-        (g.gap_end - interval '1 microsecond') AT TIME ZONE 'UTC',
+        (least(g.gap_end, w.until) - interval '1 microsecond') AT TIME ZONE 'UTC',
         CAST('1 ' || w.part AS interval)) p
     WHERE g.next_attempt_at <= :now
         OR (g.status = 'open' AND (g.next_attempt_at IS NULL
@@ -57,11 +60,13 @@ LIMIT :most
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A series whose gaps matter: from when on, by which "month" or "year", and who can be asked."""
+    """A series whose gaps matter: from when on, by which "month" or "year", who can be asked, and up to
+    when (None: for ever)."""
 
     since: int
     part: str
     able: frozenset[str]
+    until: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,7 @@ def due_places(database: Database, wanted: Mapping[Series, Wanted], now: int, mo
                 "timeframes": [one.timeframe.value for one in asked],
                 "parts": [want.part for want in asked.values()],
                 "sinces": [to_datetime(want.since) for want in asked.values()],
+                "untils": [None if w.until is None else to_datetime(w.until) for w in asked.values()],
                 "ables": [",".join(sorted(want.able)) for want in asked.values()],
                 "now": to_datetime(now),
                 "most": most,

@@ -5,6 +5,7 @@ StoreError                 one sentence with the remedy
   SchemaTooOld             made by an older fks-backfill
   SchemaTooNew             made by a newer fks-backfill
   DatabaseFull             no space left, or a quota is used up
+  SeriesChanged            a series is stored as one of another asset class or calendar
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class SchemaTooNew(StoreError):
 
 class DatabaseFull(StoreError):
     pass
+
+
+class SeriesChanged(StoreError):
+    """Concerns one series, and leaves all others alone."""
 
 
 # libpq tells why a connection failed in words only, without the SQLSTATE. A server that speaks

@@ -18,9 +18,10 @@ from psycopg.types.range import TimestamptzRange
 
 from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
-from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.store import schema
+from fks_backfill_dagster.store.errors import SeriesChanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +148,38 @@ def series_id(connection: sa.Connection, series: Series) -> int | None:
     return connection.scalar(query)
 
 
+def refuse_changed(connection: sa.Connection, series: Series) -> None:
+    """Raises SeriesChanged where the series is stored as one of another asset class or calendar.
+
+    Its ledger was reckoned on another grid: to go on would call closed days missing, and open ones
+    complete. The calendar matters for stocks only.
+    """
+    table = schema.series
+    row = connection.execute(
+        sa.select(table).where(table.c.id == series_id(connection, series))
+    ).one_or_none()
+    if row is None:
+        return
+    stored = Series(series.symbol, series.timeframe, AssetClass(row.asset_class), row.calendar)
+    if _kind(stored) == _kind(series):
+        return
+    is_stock = stored.asset_class is AssetClass.STOCKS
+    raise SeriesChanged(
+        f"{series} is stored as {_kind(stored)}, and is now asked for as {_kind(series)}: put asset_class:"
+        f" {stored.asset_class}{f' and calendar: {stored.calendar}' if is_stock else ''} into its entry of the"
+        f" settings, or delete what is stored with `fks-backfill series remove {series} --yes`."
+    )
+
+
+def _kind(series: Series) -> str:
+    """What decides about its grid."""
+    is_stock = series.asset_class is AssetClass.STOCKS
+    return f"stocks with the calendar {series.calendar}" if is_stock else series.asset_class.value
+
+
 def register(connection: sa.Connection, series: Series) -> int:
-    """The id of a series, made on its first use."""
+    """The id of a series, made on its first use. Raises SeriesChanged."""
+    refuse_changed(connection, series)
     found = series_id(connection, series)
     if found is not None:
         return found

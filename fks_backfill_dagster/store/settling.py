@@ -94,7 +94,8 @@ def settle(
     untouched = [g for g, inside in zip(before, within, strict=True) if not inside]
     pieces = [piece for g in touched for piece in _outside(g, window, grid)]
     pieces += _inside(touched, missing, evidence, grid, findings)
-    pieces, absorbed = _joined(pieces, untouched, grid)
+    passed_over = [_passed_over(g, evidence, findings) for g in (*pieces, *untouched)]
+    pieces, absorbed = _joined(pieces, untouched, passed_over, grid)
     pieces = [_judged(piece, evidence, findings) for piece in pieces]
     return Settlement(
         removed=tuple(g.start for g in (*touched, *absorbed)),
@@ -153,7 +154,8 @@ def _after_asking(
         evidence=latest((*old.evidence, *evidence)),
         found_at=_asked_at(evidence) if old.found_at is None else old.found_at,
     )
-    if was_quiet and not row.heard() & findings.strict:
+    # Who gives every interval and did not answer may have it.
+    if was_quiet and not (row.heard() | findings.able) & findings.strict:
         return replace(row, status=GapStatus.NO_TRADE, next_attempt_at=None)
     exhausted = bool(findings.able) and findings.able <= row.heard()
     return replace(row, status=GapStatus.UNAVAILABLE if exhausted else GapStatus.OPEN, next_attempt_at=None)
@@ -162,7 +164,7 @@ def _after_asking(
 def _judged(gap: LedgerGap, evidence: tuple[Evidence, ...], findings: Findings) -> LedgerGap:
     """When a gap that was asked for just now is looked at again. One that nobody can fill and that is
     short enough is tolerated, and is not."""
-    if gap.status is GapStatus.NO_TRADE or not any(word in evidence for word in gap.evidence):
+    if gap.status is GapStatus.NO_TRADE or not _asked(gap, evidence):
         return gap
     exhausted = gap.status in _GIVEN_UP
     if exhausted and gap.missing <= findings.tolerated:
@@ -171,7 +173,19 @@ def _judged(gap: LedgerGap, evidence: tuple[Evidence, ...], findings: Findings) 
     known_for = asked_at - (asked_at if gap.found_at is None else gap.found_at)
     rest = (EXHAUSTED if exhausted else UNANSWERED).rest(known_for)
     status = GapStatus.UNAVAILABLE if exhausted else GapStatus.OPEN
-    return replace(gap, status=status, next_attempt_at=asked_at + rest)
+    return replace(gap, status=status, next_attempt_at=_earlier(gap.next_attempt_at, asked_at + rest))
+
+
+def _asked(gap: LedgerGap, evidence: tuple[Evidence, ...]) -> bool:
+    """Whether it was asked for just now, or a part of it."""
+    return any(word in evidence for word in gap.evidence)
+
+
+def _passed_over(gap: LedgerGap, evidence: tuple[Evidence, ...], findings: Findings) -> bool:
+    """Whether its time had come when others were asked for, and it was not."""
+    if not evidence or _asked(gap, evidence):
+        return False
+    return gap.is_due(findings.able, _asked_at(evidence))
 
 
 def _asked_at(evidence: tuple[Evidence, ...]) -> int:
@@ -201,16 +215,23 @@ def _owners(gaps: Sequence[LedgerGap], opens: Instants) -> Instants:
 
 
 def _joined(
-    pieces: list[LedgerGap], untouched: Sequence[LedgerGap], grid: Grid
+    pieces: list[LedgerGap], untouched: Sequence[LedgerGap], passed_over: Sequence[bool], grid: Grid
 ) -> tuple[list[LedgerGap], list[LedgerGap]]:
-    """Rows of one kind that are neighbours in the grid made one; also tells which untouched ones it took in."""
+    """Rows of one kind that are neighbours in the grid made one; also tells which untouched ones it took in.
+
+    One that was passed over stays a row of its own until it is asked for: its neighbour's rest is not
+    its own. `passed_over` tells of `pieces`, then of `untouched`.
+    """
     known = {id(g): g for g in untouched}
     joined: list[LedgerGap] = []
     absorbed: list[LedgerGap] = []
-    for piece in sorted([*pieces, *untouched], key=lambda g: g.start):
+    waited = False
+    marked = zip([*pieces, *untouched], passed_over, strict=True)
+    for piece, waits in sorted(marked, key=lambda pair: pair[0].start):
         last = joined[-1] if joined else None
-        if last is None or not _neighbours(last, piece, grid):
+        if last is None or waits != waited or not _neighbours(last, piece, grid):
             joined.append(piece)
+            waited = waits
             continue
         absorbed += [g for g in (last, piece) if id(g) in known]
         joined[-1] = LedgerGap(
@@ -221,9 +242,18 @@ def _joined(
             attempts=max(last.attempts, piece.attempts),
             evidence=latest((*last.evidence, *piece.evidence)),
             found_at=_earlier(last.found_at, piece.found_at),
-            next_attempt_at=_earlier(last.next_attempt_at, piece.next_attempt_at),
+            next_attempt_at=_next_of_both(last, piece),
         )
     return [g for g in joined if id(g) not in known], absorbed
+
+
+def _next_of_both(one: LedgerGap, other: LedgerGap) -> int | None:
+    """Together they are as old as the older one, and so rest as long: an outage that goes on is not asked
+    for as a whole whenever a candle more is missing, nor put off by it."""
+    if one.found_at == other.found_at:
+        return _earlier(one.next_attempt_at, other.next_attempt_at)
+    older = one if _earlier(one.found_at, other.found_at) == one.found_at else other
+    return older.next_attempt_at
 
 
 def _earlier(one: int | None, other: int | None) -> int | None:

@@ -95,6 +95,18 @@ def test_gaps_of_many_series_tell_whose_they_are(fks: Command, synced: LocalMark
     )
 
 
+def test_an_outage_of_the_venue_is_told_once(fks: Command, world: LocalMarket) -> None:
+    world.plant_outage("binance", TimeRange(instant("2024-01-10T05:00"), instant("2024-01-10T11:00")))
+    for symbol in ("BTC/USDT", "ETH/USDT", "SOL/BTC"):
+        fks("backfill", symbol, "1h", *JANUARY, *ONLY)
+    told = fks("gaps", "--all", "1h", *JANUARY, "--json")
+    assert len(told.json) == 3
+    line = "crypto: 2024-01-10 05:00 .. 11:00: 3 of 3 symbols lack 6 h; asked: binance\n"
+    assert told.stderr == line
+    assert fks("gaps", "*", "1h", *JANUARY).stderr == line
+    assert fks("gaps", "BTC/USDT", "1h", *JANUARY).stderr == ""
+
+
 # Status
 
 

@@ -7,8 +7,10 @@ import pytest
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.simulator.local import LocalMarket
+from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.cli.conftest import Command, start
 from fks_backfill_dagster_tests.cli.test_backfill import JANUARY
+from fks_backfill_dagster_tests.store.builders import execute
 
 ONLY = ("--provider", "binance")
 FIRST = TimeRange(instant("2024-01-10T05:00"), instant("2024-01-10T09:00"))
@@ -117,6 +119,17 @@ def test_wrong_arguments_are_usage_errors(fks: Command, holed: LocalMarket) -> N
     assert fks("fill-gaps", "BTC/USDT").exit_code == 2
     wrong = fks("fill-gaps", "BTC/USDT", "1h", "--start", "2024-02-01", "--end", "2024-01-01")
     assert wrong.exit_code == 2
+
+
+def test_a_series_that_is_another_one_now_stops_no_other(
+    fks: Command, holed: LocalMarket, database: Database
+) -> None:
+    fks("backfill", "ETH/USDT", "1h", *JANUARY, *ONLY)
+    execute(database, "UPDATE fks.series SET asset_class = 'forex' WHERE symbol = 'BTC/USDT'")
+    done = fks("fill-gaps", "--all", "1h", "--json")
+    assert done.exit_code == 1
+    assert "BTC/USDT 1h" in done.stderr
+    assert [(gap["symbol"], gap["success"]) for gap in done.json] == [("ETH/USDT", True)] * 2
 
 
 def test_nothing_was_ever_synced(fks: Command, world: LocalMarket) -> None:

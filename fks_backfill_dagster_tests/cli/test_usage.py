@@ -35,6 +35,7 @@ def test_the_commands_of_the_contract_are_there(fks: Command) -> None:
         "down",
         "backfill",
         "gaps",
+        "audit",
         "status",
         "series",
         "batches",
@@ -114,7 +115,9 @@ def test_a_malformed_database_url_is_a_settings_error(
     assert "hush" not in told.stderr
 
 
-@pytest.mark.parametrize("line", ["status", "gaps BTC/USDT 1h", "batches list", "series list", "db init"])
+@pytest.mark.parametrize(
+    "line", ["status", "gaps BTC/USDT 1h", "audit", "batches list", "series list", "db init"]
+)
 def test_an_absent_database_is_one_sentence_without_the_password(fks: Command, line: str) -> None:
     told = fks(*line.split(), "--json")
     assert (told.exit_code, told.stdout) == (1, "")

@@ -89,6 +89,7 @@ def test_the_parts_agree(drawn: tuple[Grid, TimeRange, int]) -> None:
     assert it.contains(opens).all()
     assert it.on_clock(opens).all()
     assert (np.diff(it.rank(opens)) == 1).all()
+    assert np.array_equal(it.at(it.rank(opens)), opens)
     assert all(span.contains(ts) for ts in opens.tolist())
 
     closes = it.closes(opens)
@@ -133,7 +134,7 @@ def test_empty_window(asset_class: str, timeframe: str, calendar: str) -> None:
     somewhere = TimeRange(at("2024-01-03T15:00Z"), at("2024-01-03T15:00Z"))
     assert len(it.opens(somewhere)) == it.count(somewhere) == 0
     none = np.empty(0, dtype=np.int64)
-    assert all(len(f(none)) == 0 for f in (it.closes, it.contains, it.rank, it.on_clock))
+    assert all(len(f(none)) == 0 for f in (it.closes, it.contains, it.rank, it.at, it.on_clock))
 
 
 # --- slow definitions ----------------------------------------------------------------------------

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from dagster import AssetCheckKey, AssetSelection, ExecuteInProcessResult
+from dagster import (
+    AssetCheckEvaluation,
+    AssetCheckKey,
+    AssetCheckSeverity,
+    AssetSelection,
+    ExecuteInProcessResult,
+)
 
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store.database import Database
@@ -123,6 +129,43 @@ def test_an_open_gap_of_any_month_fails_the_series_until_it_is_filled(
     filled = mine.materialize("15m", "2024-01-01")
     assert outcomes(filled)["BTC_USDT", "completeness"] is True
     assert metadata(filled, "BTC_USDT", "completeness")["failed_partitions"] == []
+
+
+def shown(project: Project) -> dict[tuple[str, str], AssetCheckEvaluation]:
+    """The newest evaluations, as the pages of the series show them."""
+    storage = project.instance.event_log_storage
+    latest = storage.get_latest_asset_check_execution_by_key(every(project))
+    found = {(key.asset_key.path[1], key.name): record.evaluation for key, record in latest.items()}
+    return {key: evaluation for key, evaluation in found.items() if evaluation is not None}
+
+
+def test_a_failed_run_has_checked_its_series_all_the_same(project: MakeProject, market: LocalMarket) -> None:
+    """Dagster skips the op of the checks then, and would show every series of the run as failed."""
+    mine = project("BTC/USDT", "ETH/USDT")
+    plant_failure(market, "ETHUSDT", "2024-02-01", "2024-03-01")
+    assert not mine.materialize("15m", "2024-01-01", "2024-02-01").success
+    assert {key: evaluation.passed for key, evaluation in shown(mine).items()} == {
+        ("BTC_USDT", "ohlc_sanity"): True,
+        ("BTC_USDT", "completeness"): True,
+        ("ETH_USDT", "ohlc_sanity"): True,
+        ("ETH_USDT", "completeness"): False,
+    }
+    told = shown(mine)["ETH_USDT", "completeness"]
+    assert told.metadata["failed_partitions"].value == ["2024-02-01"]
+    assert told.severity is AssetCheckSeverity.WARN
+
+
+def test_a_run_without_checks_that_fails_checks_nothing(project: MakeProject, market: LocalMarket) -> None:
+    mine = project("BTC/USDT", "ETH/USDT")
+    plant_failure(market, "BTCUSDT", "2024-01-01", "2024-02-01")
+    # As the run of a refresh is: of assets alone.
+    job = mine.definitions.resolve_job_def("ohlcv_months").get_subset(
+        asset_selection=frozenset(mine.key(symbol, "15m") for symbol in ("BTC/USDT", "ETH/USDT")),
+        asset_check_selection=frozenset(),
+    )
+    done = job.execute_in_process(instance=mine.instance, partition_key="2024-01-01", raise_on_error=False)
+    assert not done.success
+    assert shown(mine) == {}
 
 
 def test_a_series_that_was_never_synced_is_pending_and_fails_nothing(project: MakeProject) -> None:

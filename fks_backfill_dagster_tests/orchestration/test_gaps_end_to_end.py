@@ -35,7 +35,7 @@ JANUARY = ("--start", "2024-01-01", "--end", "2024-02-01", "--provider", "binanc
 CONFIG = """
 history_start: 2024-01-01
 provider_priority: {crypto: [binance, polygon]}
-automation: {refresh: [], fill_gaps: false, checks: false, housekeeping: false}
+automation: {refresh: [], fill_gaps: false, checks: false, audit: false, housekeeping: false}
 symbols:
   - {symbol: BTC/USDT, asset_class: crypto, timeframes: [15m]}
   - {symbol: ETH/USDT, asset_class: crypto, timeframes: [15m]}

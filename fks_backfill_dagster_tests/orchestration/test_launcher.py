@@ -1,13 +1,14 @@
-"""Whether a run's worker still lives: asked of the code server that started it."""
+"""Whether a run's worker still lives: asked of the code server that started it. test_kills.py kills some."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from dagster import DagsterRun
+import pytest
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 from dagster._core.launcher import WorkerStatus
-from dagster._core.storage.tags import GRPC_INFO_TAG
+from dagster._core.storage.tags import GRPC_INFO_TAG, WILL_RETRY_TAG
 
 from fks_backfill_dagster.orchestration.launcher import WatchedRunLauncher
 
@@ -24,3 +25,26 @@ def test_nobody_at_its_address_means_gone(tmp_path: Path) -> None:
 
 def test_a_run_that_no_code_server_launched_is_left_alone() -> None:
     assert status_of({}) is WorkerStatus.RUNNING
+
+
+@pytest.mark.parametrize(
+    ("status", "retries", "tag"),
+    [
+        (DagsterRunStatus.STARTED, 1, "true"),
+        (DagsterRunStatus.STARTED, 0, None),
+        (DagsterRunStatus.SUCCESS, 1, None),  # it has ended since run monitoring has listed it
+    ],
+)
+def test_a_lost_run_is_known_to_be_tried_again_before_it_is_failed(
+    tmp_path: Path, status: DagsterRunStatus, retries: int, tag: str | None
+) -> None:
+    told = {GRPC_INFO_TAG: json.dumps({"host": "localhost", "socket": str(tmp_path / "gone")})}
+    options = {"run_retries": {"enabled": True, "max_retries": retries}}
+    with DagsterInstance.local_temp(str(tmp_path), overrides=options) as instance:
+        run = instance.add_run(DagsterRun(job_name="ohlcv_months", tags=told, status=status))
+        launcher = WatchedRunLauncher()
+        launcher.register_instance(instance)
+        assert launcher.check_run_worker_health(run).status is WorkerStatus.NOT_FOUND
+        found = instance.get_run_by_id(run.run_id)
+        assert found is not None
+        assert found.tags.get(WILL_RETRY_TAG) == tag

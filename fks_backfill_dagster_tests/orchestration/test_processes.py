@@ -56,6 +56,15 @@ def test_another_process_finds_it(home: Path) -> None:
     assert (found.name, found.port, found.is_running()) == ("server", 4711, True)
 
 
+def test_it_is_found_from_the_first_moment(home: Path) -> None:
+    """The system shows a process without its environment at first: every fifth was taken for dead."""
+    for number in range(40):
+        process = Background(home, f"server{number}")
+        process.start([sys.executable, "-c", _STUBBORN], cwd=home, environment=os.environ, port=0)
+        assert process.is_running()
+        process.members()[0].kill()
+
+
 def test_it_is_stopped_with_all_that_it_started(home: Path) -> None:
     process = started(home)
     members = process.members()

@@ -22,6 +22,7 @@ from fks_backfill_dagster.orchestration.processes import Background
 from fks_backfill_dagster.orchestration.webserver import Webserver
 from fks_backfill_dagster.scenario import FAILED_SYMBOL, MONTHS, SYMBOLS, Scene, failed_month
 from fks_backfill_dagster.settings import CHECKOUT
+from fks_backfill_dagster_tests.orchestration.site import compute_log
 from fks_backfill_dagster_tests.orchestration.test_servers import until
 
 
@@ -68,6 +69,17 @@ def test_a_failed_month(scene: Scene) -> None:
         assert numbers["stored"] == numbers["expected"] == numbers["dagster/partition_row_count"]
         assert (numbers["missing"], numbers["explained"], numbers["coverage"]) == (0, 0, 1.0)
         assert numbers["candles_per_second"] > 0
+
+    # The checks have spoken although the run failed, and the compute log is short although it was long.
+    passed = {one.series.symbol: scene.web.check_outcomes(one.asset) for one in scene.orders}
+    for symbol in SYMBOLS:
+        outcomes = [outcome.passed for outcome in passed[symbol]]
+        assert None not in outcomes
+        assert symbol == FAILED_SYMBOL or outcomes == [True, True]
+    (run,) = scene.first.runs
+    told = compute_log(scene.web, run.id)
+    told = told[: next(n for n, line in enumerate(told) if "STEP_FAILURE" in line) + 1]
+    assert 4 <= len(told) <= 20
 
     # Asked again as a whole after the recovery, it alone is fetched.
     done, fetched = scene.ask_again()

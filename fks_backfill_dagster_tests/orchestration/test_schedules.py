@@ -199,8 +199,9 @@ def test_all_of_it_is_on_by_default_and_each_part_can_be_switched_off() -> None:
         "refresh_1h",
         "checks_daily",
         "housekeeping_daily",
+        "audit",
     }
-    off = Automation(refresh=(Timeframe.H1,), checks=False, housekeeping=False)
+    off = Automation(refresh=(Timeframe.H1,), checks=False, audit=False, housekeeping=False)
     assert running_schedules(settings.model_copy(update={"automation": off})) == {"refresh_1h"}
 
 

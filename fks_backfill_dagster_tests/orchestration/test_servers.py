@@ -15,7 +15,7 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.orchestration import servers
 from fks_backfill_dagster.orchestration.processes import Background, backgrounds, stop
-from fks_backfill_dagster.orchestration.servers import DAEMON, WEBSERVER, ServersError
+from fks_backfill_dagster.orchestration.servers import CODE, DAEMON, WEBSERVER, ServersError
 from fks_backfill_dagster.orchestration.webserver import DagsterRefused, Run, Webserver
 from fks_backfill_dagster.settings import CHECKOUT, Settings, load_settings
 from fks_backfill_dagster.simulator import LocalMarket
@@ -26,7 +26,7 @@ from fks_backfill_dagster.store.reading import batches, read_candles
 CONFIG = """\
 history_start: 2024-01-01
 provider_priority: {crypto: [binance]}
-automation: {refresh: [], checks: false, housekeeping: false}
+automation: {refresh: [], checks: false, audit: false, housekeeping: false}
 symbols:
   - {symbol: BTC/USDT, asset_class: crypto, timeframes: [15m, 1h]}
   - {symbol: ETH/USDT, asset_class: crypto, timeframes: [15m, 1h]}
@@ -149,7 +149,7 @@ def test_from_up_to_down(
     found = {o.name: o.passed for o in web.check_outcomes(("ohlcv", "BTC_USDT", "15m"))}
     assert found == {"ohlc_sanity": True, "completeness": True}
 
-    # kill -9 of one: `up` starts that one, `down` leaves nothing of either.
+    # kill -9 of one: `up` starts that one, `down` leaves nothing of any.
     daemon = Background(settings.home, DAEMON)
     survivor = Background(settings.home, WEBSERVER).pid
     assert daemon.pid is not None
@@ -158,8 +158,9 @@ def test_from_up_to_down(
     assert daemon.is_running()
     assert Background(settings.home, WEBSERVER).pid == survivor
     os.kill(daemon.pid, signal.SIGKILL)
-    groups = [daemon, Background(settings.home, WEBSERVER)]
-    assert servers.down(settings, say=said.append) == [DAEMON, WEBSERVER]
+    until(lambda: not daemon.is_running())
+    groups = [Background(settings.home, name) for name in (CODE, DAEMON, WEBSERVER)]
+    assert servers.down(settings, say=said.append) == [CODE, WEBSERVER]
     assert not any(group.members() for group in groups)
     assert not web.answers()
     assert servers.down(settings, say=said.append) == []

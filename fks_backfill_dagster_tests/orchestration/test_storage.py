@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import sqlalchemy as sa
 from dagster import DagsterInstance
@@ -49,6 +51,41 @@ def test_its_files_are_below_the_home(instance: DagsterInstance, tmp_path: Path)
         assert instance.storage_directory() == str(tmp_path / "home" / "dagster" / "storage")
         logs = instance.compute_log_manager.get_captured_local_path(["a"], "out")  # type: ignore[attr-defined]
         assert logs.startswith(str(tmp_path / "home" / "dagster" / "compute_logs"))
+
+
+def backend(instance: DagsterInstance) -> int:
+    """The process of the server that serves a query of the event log."""
+    with instance.event_log_storage.index_connection() as connection:  # type: ignore[attr-defined]
+        return int(connection.scalar(sa.text("SELECT pg_backend_pid()")))
+
+
+def test_connections_are_kept_for_the_whole_process(instance: DagsterInstance, tmp_path: Path) -> None:
+    with instance:
+        first = backend(instance)
+        assert backend(instance) == first
+        with DagsterInstance.from_ref(
+            InstanceRef.from_dir(str(tmp_path), config_dir=str(CHECKOUT))
+        ) as second:
+            assert backend(second) == first
+
+
+def test_a_server_that_was_restarted_meanwhile_is_connected_to_again(
+    instance: DagsterInstance, empty_database_url: str
+) -> None:
+    with instance:
+        first = backend(instance)
+        database = Database(empty_database_url)
+        assert fetch(database, f"SELECT pg_terminate_backend({first}, 5000)") == [(True,)]
+        database.dispose()
+        assert backend(instance) != first
+
+
+def test_what_a_run_prints_is_kept_without_a_process_for_it(instance: DagsterInstance) -> None:
+    with instance, instance.compute_log_manager.capture_logs(["a", "b"]):
+        sys.stdout.write("said in a run\n")
+        assert [child for child in psutil.Process().children() if "tail" in child.name()] == []
+    path = instance.compute_log_manager.get_captured_local_path(["a", "b"], "out")  # type: ignore[attr-defined]
+    assert Path(path).read_text() == "said in a run\n"
 
 
 def test_a_few_runs_go_side_by_side(instance: DagsterInstance) -> None:

@@ -122,8 +122,10 @@ def test_many_series_take_ten_lines_and_a_sum(monkeypatch: pytest.MonkeyPatch) -
     assert said[-1].endswith("50 requests); 1 of them are not complete")
 
 
-def test_a_single_series_needs_no_sum() -> None:
+def test_a_single_series_needs_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(story, "QUIET_SECONDS", 0)
     lines = Lines()
     progress = Progress(1, lines)
+    progress.add(SyncReport(SERIES, day(0), total_candles=2, requests=1))
     progress.end()
     assert heard(lines).lines == []

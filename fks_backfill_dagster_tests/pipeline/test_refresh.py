@@ -8,8 +8,9 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe
-from fks_backfill_dagster.pipeline.refresh import CATCH_UP, is_due, refresh_range, settling
+from fks_backfill_dagster.pipeline.refresh import CATCH_UP, is_due, refresh_range, settling, silent_since
 from fks_backfill_dagster.simulator.config import instant
+from fks_backfill_dagster.store.checking import Reach
 
 DAILY = Series("BTC/USDT", Timeframe.D1, AssetClass.CRYPTO)
 HOURLY = Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)
@@ -21,7 +22,7 @@ def looks(series: Series, first: str, days: int, synced: str) -> list[int]:
     end, grid, due = instant(synced), grid_of(series), []
     for hour in range(24 * days):
         now = instant(first) + hour * MICROS_PER_HOUR + MICROS_PER_HOUR // 20
-        if is_due(end, grid, now):
+        if is_due(Reach(end), grid, now):
             due.append(hour)
             end = refresh_range(end, grid, series.timeframe, 0, now).end
     return due
@@ -70,3 +71,31 @@ def test_months_away_are_caught_up_and_years_are_a_backfills() -> None:
     for away, begin in ((100 * MICROS_PER_DAY, None), (CATCH_UP + MICROS_PER_DAY, start)):
         found = refresh_range(now - away, grid, Timeframe.H1, start, now)
         assert found.start == (now - away - settling(Timeframe.H1) if begin is None else begin)
+
+
+def silence(days: float) -> Reach:
+    """Of an hourly series that was synced up to 2024-03-10, the last candle so many days before."""
+    end = instant("2024-03-10")
+    return Reach(end, end - int(days * MICROS_PER_DAY))
+
+
+@pytest.mark.parametrize(
+    ("days", "wait"), [(0.5, 0), (7, 0), (7.5, 7.5), (20, 20), (30, 30), (31, 30), (900, 30)]
+)
+def test_a_silent_series_is_due_when_its_silence_has_doubled_or_after_a_month(
+    days: float, wait: float
+) -> None:
+    reach, grid = silence(days), grid_of(HOURLY)
+    assert (silent_since(reach) is None) == (wait == 0)
+    due = reach.synced_end + max(int(wait * MICROS_PER_DAY), MICROS_PER_HOUR + MICROS_PER_HOUR // 60)
+    assert is_due(reach, grid, due)
+    assert not is_due(reach, grid, due - MICROS_PER_HOUR)
+
+
+def test_nothing_is_due_from_the_end_on() -> None:
+    now, end = instant("2024-03-10T12:30"), instant("2024-03-01T05:00")
+    grid = grid_of(HOURLY)
+    assert not is_due(Reach(end), grid, now, end)
+    assert not is_due(Reach(end + MICROS_PER_DAY), grid, now, end)
+    assert is_due(Reach(end - MICROS_PER_HOUR), grid, now, end), "the last candle is still to come"
+    assert is_due(Reach(now - MICROS_PER_DAY), grid, now, now + MICROS_PER_DAY), "it has not ended yet"

@@ -31,6 +31,7 @@ from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.pacing import SharedCircuit
 from fks_backfill_dagster_tests.pipeline.conftest import NOW, make_context
+from fks_backfill_dagster_tests.store.builders import execute
 
 MINUTES = Series("BTC/USDT", Timeframe.M1, AssetClass.CRYPTO)
 HOURS = Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)
@@ -211,6 +212,24 @@ def test_a_missing_key_skips_the_provider_with_one_warning(database: Database, m
     assert report.complete
 
 
+def test_filling_gaps_leaves_the_history_between_them_pending(
+    context: Context, database: Database, market: LocalMarket
+) -> None:
+    """Two gaps of one month, and days between them that nobody ever asked for."""
+    early, late = days("2024-01-01", "2024-01-03"), days("2024-01-20", "2024-01-22")
+    for provider in BOTH:
+        for window in (early, late):
+            market.plant_outage(provider, TimeRange(window.start, window.start + 6 * MICROS_PER_HOUR))
+    for window in (early, late):
+        sync(context, HOURS, window, BOTH)
+    market.clear_outages()
+    month = days("2024-01-01", "2024-02-01")
+    report = sync(context, HOURS, month, BOTH, scope=Scope.GAPS, recheck=True)
+    assert report.total_candles == 12
+    known = reading.what_is_known(database, HOURS, month)
+    assert (list(known.synced), known.gaps) == ([early, late], ()), "what was never synced is nobody's gap"
+
+
 # Explained: quiet, tolerated, out of depth, another market -----------------------------------------------
 
 
@@ -253,6 +272,23 @@ def test_what_was_quiet_is_no_gap(context: Context, database: Database, market: 
     assert (gap.start, gap.end, gap.missing) == (quiet.start, quiet.end, 40)
     assert gap.status is GapStatus.NO_TRADE
     assert (report.missing, report.complete) == (0, True)
+
+
+def test_what_looks_quiet_while_the_other_one_does_not_answer_stays_open(
+    context: Context, database: Database, market: LocalMarket
+) -> None:
+    """Polygon had an outage, Binance is down: it may have what Polygon left out between two bars."""
+    window = days("2024-01-01", "2024-01-03")
+    outage = TimeRange.of(datetime(2024, 1, 1, 3, tzinfo=UTC), datetime(2024, 1, 1, 4, tzinfo=UTC))
+    market.plant_outage("polygon", outage)
+    for transport in ("binance", "archive"):
+        market.plant_fault(transport, "status", status=503, count=None)
+    sync(context, MINUTES, window, BOTH)
+    (gap,) = reading.ledger_gaps(database, MINUTES, window)
+    assert (gap.status, gap.missing) == (GapStatus.OPEN, 60)
+    market.clear_faults()
+    assert sync(context, MINUTES, window, BOTH).complete
+    holds_the_truth(database, market, MINUTES, window)
 
 
 def test_an_outage_of_a_provider_that_gives_every_interval_is_not_quiet(
@@ -422,6 +458,29 @@ def test_every_failed_batch_says_why(database: Database) -> None:
     told = [event.error for event in events if isinstance(event, BatchDone)]
     assert len(told) == 5
     assert all(error and error.startswith("binance: ") for error in told)
+
+
+@pytest.mark.parametrize("asked", [["binance"], BOTH], ids="+".join)
+@pytest.mark.parametrize("is_listing_known", [True, False])
+def test_a_symbol_that_nobody_knows_any_more_is_explained(
+    context: Context, database: Database, market: LocalMarket, asked: list[str], is_listing_known: bool
+) -> None:
+    """Providers forget the delisted. Asked for ever, each look would be a failure."""
+    context = replace(context, priority=lambda series: asked)
+    assert sync(context, HOURS, days("2024-01-01", "2024-01-02"), asked).complete
+    if not is_listing_known:
+        execute(database, "DELETE FROM fks.listing")
+    gone = replace(HOURS, provider_symbols=(("binance", "NOPEUSDT"), ("polygon", "X:NOPEUSD")))
+    report = sync(context, gone, days("2024-01-01", "2024-01-03"), asked)
+    assert (report.missing, report.total_batches) == (24, 1)
+    (gap,) = reading.ledger_gaps(database, HOURS, days("2024-01-01", "2024-01-04"))
+    assert (gap.status, gap.missing) == (GapStatus.UNAVAILABLE, 24)
+    assert {word.provider for word in gap.evidence} == set(asked)
+    assert gap.evidence[0].outcome == "refused"
+    market.reset_requests()
+    again = sync(context, gone, days("2024-01-01", "2024-01-03"), asked)
+    assert (again.total_batches, again.errors) == (0, ())
+    assert market.requests() <= 1, "at most since when it has it"
 
 
 def test_an_unknown_symbol_leaves_no_trace(context: Context, database: Database) -> None:

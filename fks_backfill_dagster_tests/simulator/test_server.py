@@ -83,9 +83,22 @@ def test_outages_are_listed_and_lifted(market: LocalMarket) -> None:
         "symbol": "BTCUSDT",
         "start": "2024-01-01T00:00:00+00:00",
         "end": "2024-01-02T00:00:00+00:00",
+        "published": None,
     }
     market.clear_outages()
     assert requests.get(f"{market.url}/sim/outages", timeout=10).json() == []
+
+
+def test_what_comes_late_is_there_from_its_time_on(market: LocalMarket) -> None:
+    day, published = window("2025-03-18", "2025-03-19"), instant("2025-03-20T13:00")
+    market.plant_outage("binance", day, "BTC/USDT", published=published)
+    (told,) = requests.get(f"{market.url}/sim/outages", timeout=10).json()
+    assert told["published"] == "2025-03-20T13:00:00+00:00"
+    for now, there in ((published - 1, 0), (published, 24)):
+        market.set_clock(now)
+        assert len(market.truth("binance", "BTC/USDT", Timeframe.H1, day)) == there
+        rows = klines(market, interval="1h", startTime=day.start // 1000, endTime=day.end // 1000 - 1).json()
+        assert len(rows) == there
 
 
 def test_outages_of_the_configuration() -> None:

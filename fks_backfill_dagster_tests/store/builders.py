@@ -15,15 +15,18 @@ from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE
 from fks_backfill_dagster.store import ledger, reading
+from fks_backfill_dagster.store.auditing import examine
 from fks_backfill_dagster.store.commit import (
     BatchWrite,
     Brought,
     Committed,
     Refused,
     commit_batch,
+    repair_series,
     undo_batch,
 )
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.judging import SeriesAudit
 from fks_backfill_dagster.store.ledger import Evidence, LedgerGap
 from fks_backfill_dagster_tests.domain.builders import at
 
@@ -97,6 +100,18 @@ class Shelf:
 
     def undo(self, batch: int) -> Committed:
         return undo_batch(self.database, self.series, self.identity, batch, self.grid)
+
+    def audit(self, now: int | None = None) -> SeriesAudit:
+        """What an audit finds, in 2026 if nothing else is said."""
+        found = examine(self.database, self.series, self.grid, lambda: EVER.end if now is None else now)
+        assert found is not None
+        return found
+
+    def repair(self, now: int | None = None) -> SeriesAudit:
+        clock = lambda: EVER.end if now is None else now  # noqa: E731
+        found = repair_series(self.database, self.series, self.grid, clock)
+        assert found is not None
+        return found
 
     def read(self, as_of: datetime | None = None) -> Candles:
         return reading.read_candles(self.database, self.series, EVER, as_of)

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from fks_backfill_dagster.domain.timeframe import to_datetime
-from fks_backfill_dagster.store.checking import Completeness, PartState, completeness, part_states, sanity
+from fks_backfill_dagster.store.checking import (
+    Completeness,
+    PartState,
+    Reach,
+    completeness,
+    part_states,
+    reaches,
+    sanity,
+)
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, execute
 from fks_backfill_dagster_tests.store.conftest import fresh
@@ -98,3 +106,48 @@ def test_infinity_is_not_finite_and_no_volume_is_fine(hours: Shelf) -> None:
     found = sanity(hours.database, [hours.series])[hours.series]
     assert found.violations == {"not_finite": 24, "not_positive": 24, "high_low": 0, "bad_volume": 0}
     assert found.bad == 24
+
+
+def test_how_far_a_series_reaches_and_from_where_on_nobody_has_it(hours: Shelf) -> None:
+    end, last = hours.span(0, 24).end, int(hours.opens(20, 21)[0])
+    own = f"WHERE series_id = {hours.identity}"
+
+    def reach() -> Reach | None:
+        return reaches(hours.database, [hours.series]).get(hours.series)
+
+    assert reach() is None, "it was never synced"
+    hours.commit(hours.span(0, 24), brought(candles_at([*hours.opens(0, 5), *hours.opens(7, 20)])))
+    assert reach() == Reach(end), "somebody may have its end"
+    execute(hours.database, f"UPDATE fks.gap SET status = 'unavailable' {own}")
+    assert reach() == Reach(end, last), "not the gap before"
+    execute(hours.database, f"UPDATE fks.gap SET status = 'tolerated' {own} AND missing_candles = 4")
+    assert reach() == Reach(end, last)
+    execute(hours.database, f"UPDATE fks.gap SET status = 'no_trade' {own} AND missing_candles = 4")
+    assert reach() == Reach(end)
+
+
+def test_a_series_that_nobody_ever_had_is_absent_from_its_beginning(hours: Shelf) -> None:
+    hours.commit(hours.span(0, 24))
+    execute(hours.database, f"UPDATE fks.gap SET status = 'unavailable' WHERE series_id = {hours.identity}")
+    span = hours.span(0, 24)
+    assert reaches(hours.database, [hours.series]) == {hours.series: Reach(span.end, span.start)}
+
+
+def test_a_tail_that_is_partly_open_may_yet_come(hours: Shelf) -> None:
+    hours.put(0, 5)
+    hours.commit(hours.span(5, 10))
+    execute(hours.database, f"UPDATE fks.gap SET status = 'unavailable' WHERE series_id = {hours.identity}")
+    hours.commit(hours.span(10, 12))
+    assert [gap.status for gap in hours.gaps()] == ["unavailable", "open"]
+    assert reaches(hours.database, [hours.series]) == {hours.series: Reach(hours.span(0, 12).end)}
+    last = hours.span(12, 14)
+    hours.commit(last)
+    execute(
+        hours.database,
+        f"UPDATE fks.gap SET gap_end = '{to_datetime(last.start)}', missing_candles = 2"
+        f" WHERE series_id = {hours.identity} AND status = 'open'",
+        "INSERT INTO fks.gap (series_id, gap_start, gap_end, missing_candles, status, attempts, evidence)"
+        f" VALUES ({hours.identity}, '{to_datetime(last.start)}', '{to_datetime(last.end)}',"
+        " 2, 'unavailable', 1, '[]')",
+    )
+    assert reaches(hours.database, [hours.series]) == {hours.series: Reach(last.end, last.start)}

@@ -36,6 +36,11 @@ def round_trip(database: Database, candles: Candles, series_id: int = 7) -> tupl
             back = copying.decode(copy)
         with cursor.copy("COPY (SELECT ts FROM there ORDER BY ts) TO STDOUT (FORMAT BINARY)") as copy:
             assert np.array_equal(copying.decode_opens(copy), back.ts)
+        sent = cursor.execute(
+            "SELECT array_send(array_agg(ts ORDER BY ts)) FROM there", binary=True
+        ).fetchone()
+        assert sent is not None
+        assert np.array_equal(copying.decode_array(sent[0]), back.ts)
         cursor.execute(
             "SELECT coalesce(bool_and(series_id = %s), true), count(*) FILTER (WHERE volume = 'NaN'),"
             " count(*) FILTER (WHERE volume IS NULL) FROM there",

@@ -140,6 +140,17 @@ def test_a_gap_across_an_edge_is_due_on_both_sides(hours: Shelf) -> None:
     assert (later.key, later.window.start) == ("2024-02-01", at("2024-02-01T02:00Z"))
 
 
+def test_nothing_is_due_after_the_end_of_a_symbol(hours: Shelf) -> None:
+    write(hours, LedgerGap(at("2024-01-31T20:00Z"), at("2024-03-01T04:00Z"), 700, GapStatus.OPEN))
+    until = replace(MONTHS, until=at("2024-02-01T02:00Z"))
+    places = [(place.key, place.window.end) for place in due(hours, until)]
+    assert places == [
+        ("2024-01-01", at("2024-02-01T00:00Z")),
+        ("2024-02-01", at("2024-02-01T02:00Z")),
+    ]
+    assert due(hours, replace(MONTHS, until=at("2024-01-31T20:00Z"))) == []
+
+
 def test_a_candle_that_closes_in_the_next_part_is_due_in_its_own_alone(shared: Database) -> None:
     """A day in New York opens at 22:00 UTC; the last of a year closes in the next one."""
     shelf = Shelf.of(shared, replace(fresh("1d"), asset_class=AssetClass.FOREX))

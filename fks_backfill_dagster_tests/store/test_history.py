@@ -1,6 +1,6 @@
 """Any sequence of commits and undos, against a model that keeps every version of every candle.
 
-After each step: candles, totals, ledger, corrections and what a plan would ask for. At the end:
+After each step: candles, totals, ledger, corrections, what a plan would ask for, and an audit. At the end:
 `ohlcv_as_of` gives every state that ever was, at every moment that was remembered.
 """
 
@@ -157,6 +157,14 @@ def check(shelf: Shelf, model: Model) -> None:
     assert changes == model.changes
     lineage = {b.source for b in reading.batches(shelf.database, shelf.series) if b.undoes is None}
     assert lineage == {f"model {batch}" for batch in model.useful}
+    audited = shelf.audit()
+    assert audited.differences == ()
+    assert (audited.candles, audited.expected, audited.missing, audited.explained) == (
+        len(state),
+        len(model.synced),
+        len(absent),
+        0,
+    )
 
 
 def candles_of(shelf: Shelf, state: State) -> Candles:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.grid import Grid, grid_of
-from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_DAY,
@@ -23,6 +23,7 @@ from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_MINUTE,
     Timeframe,
 )
+from fks_backfill_dagster.store.judging import Recorded, Seen, judge
 from fks_backfill_dagster.store.ledger import Evidence, LedgerGap
 from fks_backfill_dagster.store.settling import LONGEST_PAUSE, Findings, Settlement, settle
 from fks_backfill_dagster_tests.domain.builders import at, grid, window
@@ -68,6 +69,13 @@ class Ask:
             return GapStatus.NO_TRADE
         return GapStatus.UNAVAILABLE if self.able and self.able <= set(asked) else GapStatus.OPEN
 
+    def passed_over(self, hole: Hole) -> bool:
+        """Its time had come, somebody was asked, and not for this."""
+        if self.provider is None or self.now in hole.asked.values() or hole.status is GapStatus.NO_TRADE:
+            return False
+        never = hole.status is GapStatus.OPEN and hole.due is None
+        return never or (hole.due or self.now + 1) <= self.now or not self.able <= set(hole.asked)
+
 
 @dataclass
 class Slow:
@@ -75,10 +83,18 @@ class Slow:
 
     opens: list[int]
     known: dict[int, Hole | None] = field(default_factory=dict)
+    cuts: set[int] = field(default_factory=set)
+    """Where a row begins though the hole before it is of its kind: one of them was passed over."""
 
     def ask(self, ask: Ask) -> set[int]:
         """Returns which holes were filled."""
-        filled = set()
+        filled: set[int] = set()
+        if not any(ask.window.contains(ts) for ts in self.opens):
+            return filled
+        touched = {ts for ts in self.opens if ask.window.contains(ts)}
+        for run in self.runs():
+            if run[0] < ask.window.end and run[-1] + MICROS_PER_HOUR > ask.window.start:
+                touched.update(run)
         for ts in self.opens:
             if not ask.window.contains(ts):
                 continue
@@ -93,6 +109,12 @@ class Slow:
             if ask.provider is not None:
                 asked = hole.asked | {ask.provider: ask.now}
                 self.known[ts] = Hole(ask.state(asked, ts), hole.attempts + 1, asked, hole.found_at)
+        for before, ts in itertools.pairwise(self.opens):
+            if touched & {before, ts}:
+                self.cuts.discard(ts)
+                left, right = self.known.get(before), self.known.get(ts)
+                if left and right and ask.passed_over(left) != ask.passed_over(right):
+                    self.cuts.add(ts)
         for run in self.runs():
             self.settle(run, ask)
         return filled
@@ -105,16 +127,18 @@ class Slow:
             for name, when in hole.asked.items():
                 asked[name] = max(when, asked.get(name, when))
         attempts = max(hole.attempts for hole in holes)
-        due = min((hole.due for hole in holes if hole.due is not None), default=None)
-        status = holes[0].status
         found_at = min(h.found_at for h in holes)
+        dues = [h.due for h in holes if h.due is not None and h.found_at == found_at]
+        due = min(dues, default=None)
+        status = holes[0].status
         if status is not GapStatus.NO_TRADE and ask.now in asked.values():
-            due = ask.now + min(max(5 * MICROS_PER_MINUTE, ask.now - found_at), MICROS_PER_DAY)
+            rest = min(max(5 * MICROS_PER_MINUTE, ask.now - found_at), MICROS_PER_DAY)
+            short = False
             if status is not GapStatus.OPEN:
                 short = len(run) <= ask.tolerated
                 status = GapStatus.TOLERATED if short else GapStatus.UNAVAILABLE
                 rest = min(max(MICROS_PER_HOUR, ask.now - found_at), 30 * MICROS_PER_DAY)
-                due = None if short else ask.now + rest
+            due = None if short else min(*dues, ask.now + rest) if dues else ask.now + rest
         for hole in holes:
             hole.status, hole.asked, hole.attempts, hole.due = status, asked, attempts, due
             hole.found_at = found_at
@@ -131,7 +155,7 @@ class Slow:
             hole, last = self.known.get(ts), self.known.get(before)
             if hole is None:
                 continue
-            if last is None or last.kin != hole.kin:
+            if last is None or last.kin != hole.kin or ts in self.cuts:
                 runs.append([])
             runs[-1].append(ts)
         return runs
@@ -172,6 +196,16 @@ def around(ledger: Sequence[LedgerGap], window: TimeRange) -> list[LedgerGap]:
     return [*left, *(g for g in ledger if g.start < window.end and g.end > window.start), *right]
 
 
+def audited(ledger: Sequence[LedgerGap], synced: RangeSet, stored: list[int], grid: Grid) -> None:
+    """The audit, which knows nothing of settling, finds nothing."""
+    ends = (stored[0], stored[-1]) if stored else (None, None)
+    ranks = grid.rank(np.array(stored, dtype=np.int64))
+    seen = Seen(len(stored), *ends, RangeSet.from_arrays(ranks, ranks + 1))
+    recorded = Recorded(True, synced, len(stored), *ends, tuple(ledger))
+    found = judge(Series("ANY", Timeframe.H1, AssetClass.CRYPTO), grid, recorded, seen, synced.hull.end)
+    assert (found.differences, found.removed, found.added) == ((), (), ())
+
+
 STEP = st.tuples(
     st.integers(0, CANDLES),  # a window from this open ...
     st.integers(0, CANDLES),  # ... to that one,
@@ -193,6 +227,7 @@ def test_any_history_gives_the_slow_ledger(grid: Grid, steps: list[tuple[Any, ..
     edges = [*opens, opens[-1] + MICROS_PER_HOUR]
     slow = Slow(opens)
     ledger: list[LedgerGap] = []
+    synced = RangeSet()
     now = 0
     for first, past, before, after, given_, provider, silent, able, tolerated, later in steps:
         now += later
@@ -221,6 +256,8 @@ def test_any_history_gives_the_slow_ledger(grid: Grid, steps: list[tuple[Any, ..
         ledger += [g for g in added if g.status != GapStatus.FILLED]
         ledger.sort(key=lambda g: g.start)
         assert rows_of(ledger) == slow_rows(slow, grid)
+        synced = synced | RangeSet([asked])
+        audited(ledger, synced, [ts for ts in opens if ts in slow.known and slow.known[ts] is None], grid)
         told = [ts for g in filled for ts in grid.opens(TimeRange(g.start, g.end)).tolist()]
         assert sorted(told) == sorted(filled_then)
         assert sum(g.missing for g in filled) == len(told)
@@ -240,6 +277,54 @@ def test_an_outage_that_two_batches_saw_is_one_gap() -> None:
     assert [(g.start, g.end, g.missing) for g in second.added] == [
         (at("2024-01-05T19:00Z"), at("2024-01-08T15:00Z"), 3)
     ]
+
+
+# When a gap is asked for again ---------------------------------------------------------------------------
+
+EVERYBODY = Findings(able=frozenset({"binance"}))
+
+
+def absent(now: int) -> tuple[Evidence, ...]:
+    return (Evidence("binance", now, "absent"),)
+
+
+def in_vain(ledger: Sequence[LedgerGap], asked: TimeRange, now: int) -> list[LedgerGap]:
+    """The rows after `asked` was asked for and nobody had it."""
+    nothing = np.empty(0, dtype=np.int64)
+    change = settle(
+        around(ledger, asked), asked, CRYPTO.opens(asked), nothing, absent(now), CRYPTO, EVERYBODY
+    )
+    kept = [g for g in ledger if g.start not in change.removed]
+    return sorted([*kept, *change.added], key=lambda g: g.start)
+
+
+def hours(first: int, past: int) -> TimeRange:
+    return TimeRange(FROM + first * MICROS_PER_HOUR, FROM + past * MICROS_PER_HOUR)
+
+
+def test_an_outage_that_goes_on_does_not_put_off_its_beginning() -> None:
+    """Each hour a candle more is missing; the gap that it lengthens is due when it was due before."""
+    ledger = in_vain([], hours(0, 6), FROM + 6 * MICROS_PER_HOUR)
+    ledger = in_vain(ledger, hours(0, 6), FROM + 16 * MICROS_PER_HOUR)
+    assert [g.next_attempt_at for g in ledger] == [FROM + 26 * MICROS_PER_HOUR]
+    for hour in range(6, 15):
+        ledger = in_vain(ledger, hours(hour, hour + 1), FROM + (hour + 11) * MICROS_PER_HOUR)
+        assert [(g.missing, g.next_attempt_at) for g in ledger] == [(hour + 1, FROM + 26 * MICROS_PER_HOUR)]
+    ledger = in_vain(ledger, hours(0, 15), FROM + 26 * MICROS_PER_HOUR)
+    assert [(g.missing, g.next_attempt_at) for g in ledger] == [(15, FROM + 46 * MICROS_PER_HOUR)]
+
+
+def test_the_part_of_a_due_gap_that_was_not_asked_for_stays_due() -> None:
+    """One of two months; the other one's run comes later, or never."""
+    due = FROM + 7 * MICROS_PER_HOUR
+    ledger = in_vain([], hours(0, 6), due - MICROS_PER_HOUR)
+    assert [g.next_attempt_at for g in ledger] == [due]
+    first, second = in_vain(ledger, hours(0, 2), due)
+    assert (first.missing, first.next_attempt_at) == (2, due + MICROS_PER_HOUR)
+    assert (second.missing, second.next_attempt_at) == (4, due)
+    (whole,) = in_vain([first, second], hours(2, 6), due + MICROS_PER_MINUTE)
+    assert (whole.missing, whole.attempts) == (6, 2)
+    assert whole.next_attempt_at == due + MICROS_PER_HOUR
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.store import timescale
 from fks_backfill_dagster.store.commit import Committed
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.judging import Kind
 from fks_backfill_dagster_tests.postgres import needs_timescale
-from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, fetch
+from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, execute, fetch
 from fks_backfill_dagster_tests.store.conftest import fresh
 
 HYPERTABLES = (
@@ -122,3 +124,21 @@ def test_the_extension_comes_later(empty_database_url: str, monkeypatch: pytest.
     assert days.read().equals(candles_at(days.opens(0, 400)))
     database.check()
     database.dispose()
+
+
+@needs_timescale
+def test_an_audit_reads_compressed_chunks(compressed: Shelf) -> None:
+    found = compressed.audit()
+    assert (found.candles, found.missing, found.differences) == (127_000, 3000, ())
+    first = compressed.opens(60_000, 60_001)[0]
+    execute(compressed.database, "UPDATE fks.sync_state SET total_candles = 1", "DELETE FROM fks.gap")
+    execute(
+        compressed.database,
+        f"DELETE FROM {compressed.table} WHERE series_id = {compressed.identity} AND ts = '{to_datetime(int(first))}'",
+    )
+    assert [(d.kind, d.actual) for d in compressed.repair().differences] == [
+        (Kind.TOTAL, 126_999),
+        (Kind.UNRECORDED_GAP, 3000),
+        (Kind.UNRECORDED_GAP, 1),
+    ]
+    assert compressed.audit().differences == ()

@@ -1,0 +1,96 @@
+"""The audit against the fastest exact way to find gaps: the opens as one array a series, differences in numpy.
+
+`BENCH_AUDIT_CANDLES` sets how many candles there are (5 million); 50 million take 8 GB on the disk and ten
+minutes.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime, timedelta
+from statistics import median
+
+import numpy as np
+import psycopg
+
+from bench.result import Result
+from bench.world import World, stopwatch
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, Timeframe
+from fks_backfill_dagster.pipeline.audit import audit
+from fks_backfill_dagster.store import ledger
+from fks_backfill_dagster.store.copying import decode_array
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.wiring import now
+
+CANDLES = int(os.environ.get("BENCH_AUDIT_CANDLES", "5000000"))
+SERIES = 10
+
+_FIRST = datetime(2015, 1, 1, tzinfo=UTC)
+
+_BATCH = """
+INSERT INTO fks.batch (series_id, provider, transport, source, range_start, range_end, fetched_at,
+    committed_at, inserted, updated)
+SELECT %(id)s, 'binance', 'rest', 'bench', m, m + interval '1 month', now(), now(), 0, 0
+FROM generate_series(%(first)s, %(past)s, interval '1 month') m
+RETURNING id, range_start
+"""
+
+_CANDLES = """
+INSERT INTO fks."candles_1m" (series_id, ts, batch_id, open, high, low, close, volume)
+SELECT %(id)s, ts, b.id, 2, 3, 1, 2, 1 FROM fks.batch b
+CROSS JOIN LATERAL generate_series(b.range_start,
+    least(b.range_end, %(past)s) - interval '1 minute', interval '1 minute') ts
+WHERE b.series_id = %(id)s ORDER BY ts
+"""
+
+_STATE = """
+UPDATE fks.sync_state SET synced = tstzmultirange(tstzrange(%(first)s, %(past)s)), total_candles = %(candles)s,
+    oldest = %(first)s, newest = %(past)s - interval '1 minute' WHERE series_id = %(id)s
+"""
+
+
+def auditing(place: World, runs: int) -> list[Result]:
+    """(l) the audit of all series against the reference, one connection each, in turn."""
+    database = Database(place.database_url)
+    place.clear()
+    series = [Series(f"C{n}/USDT", Timeframe.M1, AssetClass.CRYPTO) for n in range(SERIES)]
+    identities = [_fill(place, database, one, CANDLES // SERIES) for one in series]
+    ratios, seconds = [], []
+    with place.connect() as connection:
+        connection.execute('VACUUM ANALYZE fks."candles_1m"')
+        for _ in range(runs):
+            with stopwatch() as reference:
+                counted = sum(_reference(connection, identity) for identity in identities)
+            with stopwatch() as ours:
+                report = audit(database, series, now)
+            if counted != report.candles or report.differences:
+                raise SystemExit(f"not the work that was to be measured: {counted}, {report}")
+            ratios.append(ours[0] / reference[0])
+            seconds.append(ours[0])
+    database.dispose()
+    detail = f"{report.candles:,} candles in {median(seconds):.1f} s"
+    return [Result("(l) audit / array_agg and numpy.diff", ratios, 2.0, False, detail)]
+
+
+def _fill(place: World, database: Database, series: Series, candles: int) -> int:
+    with database.begin() as connection:
+        identity = ledger.register(connection, series)
+    past = _FIRST + timedelta(minutes=candles)
+    named = {"id": identity, "first": _FIRST, "past": past, "candles": candles}
+    with place.connect() as connection:
+        for statement in (_BATCH, _CANDLES, _STATE):
+            connection.execute(statement, named)
+    return identity
+
+
+def _reference(connection: psycopg.Connection, identity: int) -> int:
+    """Looks for gaps of a minute's grid between the first and the last candle; tells the candles."""
+    query = 'SELECT array_send(array_agg(ts)) FROM fks."candles_1m" WHERE series_id = %s'
+    with connection.cursor(binary=True) as cursor:
+        row = cursor.execute(query, (identity,)).fetchone()
+    assert row is not None
+    opens = np.sort(decode_array(row[0]))
+    if bool((np.diff(opens) != MICROS_PER_MINUTE).any()):
+        raise SystemExit("the bench's own candles have a gap")
+    return len(opens)

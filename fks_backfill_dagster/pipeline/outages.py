@@ -1,0 +1,102 @@
+"""Outages of whole venues as the ledger knows them: who lacks what, and who was asked.
+
+Belongs here: which gaps count (open, unavailable and tolerated ones; a quiet interval is no outage),
+and what is told of an outage. Reads, changes nothing, asks no provider.
+Does not belong here: how an outage is recognised (`domain.outages`), how it is worded (the faces).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fks_backfill_dagster.domain.gaps import GapStatus
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.outages import VenueOutage, recognise, venue_of
+from fks_backfill_dagster.domain.ranges import Instants, TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.store.checking import Absences, Told, absences, told
+from fks_backfill_dagster.store.database import Database
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """`symbols` of `synced` symbols of a venue lack candles within `window`.
+
+    `missing` are the candles that open in it and are absent, of all timeframes together; `statuses`
+    and `providers` those of the gaps they belong to: how they stand, and who was asked.
+    """
+
+    venue: str
+    window: TimeRange
+    symbols: tuple[str, ...]
+    synced: int
+    missing: int
+    statuses: tuple[GapStatus, ...]
+    providers: tuple[str, ...]
+
+
+def find_outages(
+    database: Database,
+    series: Sequence[Series],
+    window: TimeRange,
+    end_of: Callable[[Series], int | None] = lambda one: None,
+) -> tuple[Outage, ...]:
+    """The outages of the venues of `series` within `window`, cut to it; ascending by venue and time.
+
+    From its `end_of` on nothing is missing of a series (`Settings.end_of`). What was not synced yet is
+    no outage. Four queries, whatever the number of series.
+    """
+    series = list(dict.fromkeys(series))
+    known = _until_their_ends(absences(database, series, window), [end_of(one) for one in series])
+    found = recognise(series, known.synced, known.missing)
+    part_of = [_rows_within(one, series, known) for one in found]
+    words = told(
+        database, np.unique(np.concatenate([known.gaps[:0], *(known.gaps[r] for r in part_of)])).tolist()
+    )
+    return tuple(
+        _outage(one, series, known, rows, [words[gap] for gap in known.gaps[rows].tolist() if gap in words])
+        for one, rows in zip(found, part_of, strict=True)
+    )
+
+
+def _until_their_ends(known: Absences, ends: Sequence[int | None]) -> Absences:
+    last = np.array([np.iinfo(np.int64).max if end is None else end for end in ends], dtype=np.int64)
+    synced, missing = (
+        replace(spans, ends=np.minimum(spans.ends, last[spans.owner]))
+        for spans in (known.synced, known.missing)
+    )
+    left = missing.starts < missing.ends
+    return Absences(synced.of(synced.starts < synced.ends), missing.of(left), known.gaps[left])
+
+
+def _rows_within(outage: VenueOutage, series: Sequence[Series], known: Absences) -> Instants:
+    """The gaps that an outage is made of, as positions."""
+    missing, window = known.missing, outage.window
+    rows = np.flatnonzero((missing.starts < window.end) & (missing.ends > window.start))
+    mine = [venue_of(series[owner]) == outage.venue for owner in missing.owner[rows].tolist()]
+    within: Instants = rows[np.array(mine, dtype=bool)]
+    return within
+
+
+def _outage(
+    outage: VenueOutage, series: Sequence[Series], known: Absences, rows: Instants, words: Sequence[Told]
+) -> Outage:
+    starts = np.maximum(known.missing.starts[rows], outage.window.start)
+    ends = np.minimum(known.missing.ends[rows], outage.window.end)
+    missing = 0
+    for owner in np.unique(known.missing.owner[rows]).tolist():
+        mine, grid = known.missing.owner[rows] == owner, grid_of(series[owner])
+        missing += int((grid.rank(ends[mine]) - grid.rank(starts[mine])).sum())
+    statuses = {word.status for word in words}
+    return Outage(
+        outage.venue,
+        outage.window,
+        outage.symbols,
+        outage.synced,
+        missing,
+        tuple(status for status in GapStatus if status in statuses),
+        tuple(sorted({name for word in words for name in word.providers})),
+    )

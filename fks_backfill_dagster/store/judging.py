@@ -1,0 +1,434 @@
+"""What an audit finds: the tables as they are against the tables as the candles say they should be.
+
+Pure arithmetic, no SQL, and none of `settling`: a mistake there must not be repeated here. Settling
+knows only the window that was asked for and changes what is recorded; this knows every candle and
+derives the whole anew. From what is recorded it takes only what the candles cannot tell: the coverage,
+and the history of a gap (status, attempts, evidence, when it was found).
+
+All of it happens in ranks, the numbers of the expected candles (`Grid.rank`): there a candle is a
+whole number, neighbours differ by one, and neither nights nor weekends exist. A `RangeSet` is a set
+of integers, so it serves for sets of ranks as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import numpy as np
+
+from fks_backfill_dagster.domain.gaps import GapStatus
+from fks_backfill_dagster.domain.grid import Grid
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import iso, to_datetime
+from fks_backfill_dagster.store.ledger import LedgerGap
+
+
+class Kind(StrEnum):
+    """What can be wrong. All but the last five can be put right from the candles alone."""
+
+    UNRECORDED_GAP = "unrecorded_gap"  # absent inside the coverage, and in no row of the ledger
+    STORED_IN_GAP = "stored_in_gap"  # a row spans candles that are stored
+    GAP_COUNT = "gap_count"
+    GAP_EDGES = "gap_edges"
+    GAP_OVERLAP = "gap_overlap"
+    GAP_OUTSIDE = "gap_outside_coverage"
+    CANDLES_OUTSIDE = "candles_outside_coverage"
+    COVERAGE_AHEAD = "coverage_ahead"  # beyond the last closed candle
+    NO_STATUS = "no_status"
+    TOTAL = "total_candles"
+    OLDEST = "oldest"
+    NEWEST = "newest"
+    EXPIRED_LEASE = "expired_lease"
+    OFF_GRID = "off_grid"
+    UNCLOSED = "unclosed"
+    BROKEN_RULE = "broken_rule"
+    NO_LINEAGE = "no_lineage"
+    NO_CALENDAR = "no_calendar"
+
+    @property
+    def repairable(self) -> bool:
+        return self not in _FOR_A_PERSON
+
+    @property
+    def tells_time(self) -> bool:
+        """What is recorded and actual are instants; of all others they are numbers."""
+        return self in (Kind.OLDEST, Kind.NEWEST)
+
+
+# A candle is what somebody delivered: what is wrong with one is told, and not deleted.
+_FOR_A_PERSON = frozenset({Kind.OFF_GRID, Kind.UNCLOSED, Kind.BROKEN_RULE, Kind.NO_LINEAGE, Kind.NO_CALENDAR})
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing that is wrong. `start` to `end` is where, `end` exclusive; None where it is nowhere.
+
+    `recorded` is what the tables say, `actual` what the candles say: numbers of candles (of a lease:
+    of leases), and instants for `oldest` and `newest`.
+    """
+
+    kind: Kind
+    start: int | None
+    end: int | None
+    recorded: int | None
+    actual: int | None
+    message: str
+    repaired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What the tables say of a series. `gaps` are its unfilled rows, ascending."""
+
+    exists: bool
+    synced: RangeSet
+    total: int
+    oldest: int | None
+    newest: int | None
+    gaps: tuple[LedgerGap, ...]
+    expired_leases: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Flaw:
+    """Candles of one batch that are wrong in one way: how many, the first and the last of them."""
+
+    kind: Kind
+    batch: int
+    provider: str | None
+    candles: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the candles say. `stored` are the ranks of those on the grid that have closed."""
+
+    candles: int
+    oldest: int | None
+    newest: int | None
+    stored: RangeSet
+    flaws: tuple[Flaw, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesAudit:
+    """What was found of one series, and what its tables should say.
+
+    `expected`, `missing` and `explained` count candles inside the coverage as it should be. `removed`
+    (by their start) and `added` are the rows of the ledger that must go and come.
+    """
+
+    series: Series
+    candles: int = 0
+    expected: int = 0
+    missing: int = 0
+    explained: int = 0
+    differences: tuple[Difference, ...] = ()
+    coverage: RangeSet = field(default_factory=RangeSet)
+    oldest: int | None = None
+    newest: int | None = None
+    removed: tuple[int, ...] = ()
+    added: tuple[LedgerGap, ...] = ()
+
+    @property
+    def left(self) -> tuple[Difference, ...]:
+        """What is still wrong."""
+        return tuple(d for d in self.differences if not d.repaired)
+
+    @property
+    def repairable(self) -> bool:
+        return any(d.kind.repairable for d in self.differences)
+
+    def after_repair(self) -> SeriesAudit:
+        marked = tuple(replace(d, repaired=d.kind.repairable) for d in self.differences)
+        return replace(self, differences=marked)
+
+
+def judge(series: Series, grid: Grid, recorded: Recorded, seen: Seen, closed_end: int) -> SeriesAudit:
+    """Compares. `closed_end` is the open of the first candle that is not closed yet."""
+    claims = _Claims.of(recorded.gaps, grid)
+    kept = _closed_part(recorded.synced, grid, closed_end)
+    coverage = _extended(kept, seen.stored, grid)
+    covered = _ranks(coverage, grid)
+    missing = covered - seen.stored
+    gaps = _rightful(claims, missing, grid)
+    rightful, standing = set(gaps), set(recorded.gaps)
+    found = [
+        *_state_differences(recorded, seen),
+        *_coverage_differences(recorded.synced, kept, seen.stored, grid, closed_end),
+        *_unrecorded(missing, claims, grid),
+        *_gap_differences(claims, covered, missing, grid),
+        *(_flaw_difference(series, flaw) for flaw in seen.flaws),
+    ]
+    return SeriesAudit(
+        series=series,
+        candles=seen.candles,
+        expected=_size(covered),
+        missing=_size(missing),
+        explained=sum(g.missing for g in gaps if g.status is not GapStatus.OPEN),
+        differences=tuple(sorted(found, key=lambda d: (d.start is not None, d.start or 0))),
+        coverage=coverage,
+        oldest=seen.oldest,
+        newest=seen.newest,
+        removed=tuple(g.start for g in recorded.gaps if g not in rightful),
+        added=tuple(g for g in gaps if g not in standing),
+    )
+
+
+# Ranks --------------------------------------------------------------------------------------------------
+
+
+def _ranks(ranges: RangeSet, grid: Grid) -> RangeSet:
+    """The ranks of the candles that are expected to open in `ranges`."""
+    return RangeSet.from_arrays(grid.rank(ranges.starts), grid.rank(ranges.ends))
+
+
+def _size(ranks: RangeSet) -> int:
+    return int((ranks.ends - ranks.starts).sum())
+
+
+def _count_within(ranks: RangeSet, low: Instants, high: Instants) -> Instants:
+    """How many of `ranks` lie in each `[low, high)`."""
+    before = np.concatenate([[0], np.cumsum(ranks.ends - ranks.starts)])
+
+    def below(bound: Instants) -> Instants:
+        index = np.searchsorted(ranks.starts, bound, side="right") - 1
+        if not len(ranks):
+            return np.zeros(len(bound), dtype=np.int64)
+        inside = np.minimum(bound, ranks.ends[index]) - ranks.starts[index]
+        return np.where(index >= 0, before[index] + inside, 0)
+
+    return below(high) - below(low)
+
+
+def _reached(high: Instants) -> Instants:
+    """For each of some spans how far those before it reach."""
+    return np.maximum.accumulate(np.concatenate([[np.iinfo(np.int64).min], high]))[:-1]
+
+
+def _span(low: int, high: int, grid: Grid) -> TimeRange:
+    """From the open of the first candle to the close of the last of the ranks `[low, high)`."""
+    first, last = grid.at(np.array([low, high - 1], dtype=np.int64))
+    return TimeRange(int(first), int(grid.closes(np.array([last]))[0]))
+
+
+# Coverage -----------------------------------------------------------------------------------------------
+
+
+def _closed_part(synced: RangeSet, grid: Grid, closed_end: int) -> RangeSet:
+    """The coverage without candles that are not closed yet, of which nobody can know anything."""
+    ahead = synced - RangeSet([TimeRange(min(closed_end, synced.hull.start), closed_end)])
+    return synced if not _size(_ranks(ahead, grid)) else synced - ahead
+
+
+def _extended(synced: RangeSet, stored: RangeSet, grid: Grid) -> RangeSet:
+    """The coverage, with every stored candle in it.
+
+    A run of stored neighbours is covered by itself, so that history which nobody asked for does not
+    become a gap. What lies after the end is different: from there on a series is kept up to date, by
+    asking from the end of the coverage, so a range left out would never be asked for again. It is
+    covered up to the run, and what is absent in it is a gap.
+    """
+    outside = stored - _ranks(synced, grid)
+    end = synced.hull.end
+    last_rank = int(grid.rank(np.array([end]))[0])
+    added = []
+    for low, high in zip(outside.starts.tolist(), outside.ends.tolist(), strict=True):
+        run = _span(low, high, grid)
+        added.append(TimeRange(end, run.end) if synced and low >= last_rank else run)
+    return synced | RangeSet(added)
+
+
+def _coverage_differences(
+    synced: RangeSet, kept: RangeSet, stored: RangeSet, grid: Grid, closed_end: int
+) -> Iterator[Difference]:
+    ahead = _size(_ranks(synced - kept, grid))
+    if ahead:
+        text = f"the coverage reaches beyond {iso(closed_end)}, up to where candles have closed"
+        yield Difference(Kind.COVERAGE_AHEAD, closed_end, synced.hull.end, ahead, 0, text)
+    outside = stored - _ranks(kept, grid)
+    for low, high in zip(outside.starts.tolist(), outside.ends.tolist(), strict=True):
+        span, count = _span(low, high, grid), high - low
+        text = f"{_candles(count)} stored outside what was synced"
+        yield Difference(Kind.CANDLES_OUTSIDE, span.start, span.end, 0, count, text)
+
+
+# The ledger ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Claims:
+    """The unfilled rows of the ledger, ascending, and the ranks `[low, high)` that each one spans."""
+
+    rows: tuple[LedgerGap, ...]
+    starts: Instants
+    ends: Instants
+    low: Instants
+    high: Instants
+    is_open: Instants
+
+    @classmethod
+    def of(cls, rows: Sequence[LedgerGap], grid: Grid) -> _Claims:
+        starts = np.array([g.start for g in rows], dtype=np.int64)
+        ends = np.array([g.end for g in rows], dtype=np.int64)
+        is_open = np.array([g.status is GapStatus.OPEN for g in rows], dtype=np.int64)
+        return cls(tuple(rows), starts, ends, grid.rank(starts), grid.rank(ends), is_open)
+
+    @property
+    def ranks(self) -> RangeSet:
+        return RangeSet.from_arrays(self.low, self.high)
+
+
+def _rightful(claims: _Claims, missing: RangeSet, grid: Grid) -> tuple[LedgerGap, ...]:
+    """The rows that the ledger should have for these missing candles.
+
+    Each candle keeps the history of the row that it was in; one that was in none is a new open gap.
+    Where rows overlap, an open one goes before an explained one, so that nothing is explained away,
+    and the one that starts first before the other.
+    """
+    parts: list[tuple[int, int, int]] = []
+    left = missing
+    for chosen in (np.flatnonzero(claims.is_open == 1), np.flatnonzero(claims.is_open == 0)):
+        low, high = claims.low[chosen], claims.high[chosen]
+        low = np.maximum(low, _reached(high))  # what a row before it has is not this one's any more
+        some = low < high
+        parts += _parts(chosen[some], low[some], high[some], left)
+        left = left - RangeSet.from_arrays(low, high)
+    parts += [(-1, low, high) for low, high in zip(left.starts.tolist(), left.ends.tolist(), strict=True)]
+    new = LedgerGap(0, 0, 0, GapStatus.OPEN)
+    return tuple(
+        _row(claims.rows[owner] if owner >= 0 else new, low, high, grid)
+        for owner, low, high in sorted(parts, key=lambda part: part[1])
+    )
+
+
+def _parts(
+    owners: Instants, low: Instants, high: Instants, missing: RangeSet
+) -> Iterable[tuple[int, int, int]]:
+    """(owner, first rank, past the last) of the missing candles in each of some disjoint spans, ascending."""
+    common = RangeSet.from_arrays(low, high) & missing
+    inside = low[common.contains(low)]
+    starts = np.union1d(common.starts, inside)
+    ends = np.union1d(common.ends, inside[~np.isin(inside, common.starts)])
+    owner = owners[np.searchsorted(low, starts, side="right") - 1]
+    return zip(owner.tolist(), starts.tolist(), ends.tolist(), strict=True)
+
+
+def _row(history: LedgerGap, low: int, high: int, grid: Grid) -> LedgerGap:
+    span = _span(low, high, grid)
+    return replace(history, start=span.start, end=span.end, missing=high - low)
+
+
+def _unrecorded(missing: RangeSet, claims: _Claims, grid: Grid) -> Iterator[Difference]:
+    nowhere = missing - claims.ranks
+    for low, high in zip(nowhere.starts.tolist(), nowhere.ends.tolist(), strict=True):
+        span, count = _span(low, high, grid), high - low
+        text = f"{_candles(count)} absent, and in no gap of the ledger"
+        yield Difference(Kind.UNRECORDED_GAP, span.start, span.end, 0, count, text)
+
+
+def _gap_differences(
+    claims: _Claims, covered: RangeSet, missing: RangeSet, grid: Grid
+) -> Iterator[Difference]:
+    """What is wrong with the rows as they stand, row by row."""
+    if not claims.rows:
+        return
+    spanned = claims.high - claims.low
+    inside = _count_within(covered, claims.low, claims.high)
+    absent = _count_within(missing, claims.low, claims.high)
+    some = spanned > 0
+    first, last = claims.low[some], claims.high[some] - 1
+    tidy = np.ones(len(some), dtype=bool)
+    tidy[some] = (grid.at(first) == claims.starts[some]) & (grid.closes(grid.at(last)) == claims.ends[some])
+    overlaps = some & (claims.low < _reached(claims.high))
+    counts = np.array([g.missing for g in claims.rows], dtype=np.int64)
+    miscounted = (counts != spanned) & (counts != absent)
+    wrong = (inside != spanned) | (absent != inside) | ~tidy | overlaps | miscounted | ~some
+    for i in np.flatnonzero(wrong).tolist():
+        row, of, gone = claims.rows[i], int(spanned[i]), int(absent[i])
+        at, name = (row.start, row.end), f"the {row.status} gap"
+        if not of:
+            text = f"{name} spans no expected candle"
+            yield Difference(Kind.GAP_COUNT, *at, row.missing, 0, text)
+            continue
+        if stored := int(inside[i]) - gone:
+            text = f"{name} spans {_candles(of)}, of which {stored:,} are stored"
+            yield Difference(Kind.STORED_IN_GAP, *at, row.missing, gone, text)
+        if strange := of - int(inside[i]):
+            text = f"{name} spans {_candles(strange)} outside what was synced"
+            yield Difference(Kind.GAP_OUTSIDE, *at, row.missing, gone, text)
+        if miscounted[i]:
+            text = f"{name} says {_candles(row.missing)} missing, and it is {gone:,}"
+            yield Difference(Kind.GAP_COUNT, *at, row.missing, gone, text)
+        if not tidy[i]:
+            span = _span(int(claims.low[i]), int(claims.high[i]), grid)
+            text = f"{name} does not go from an open to a close: the candles that it spans are {span}"
+            yield Difference(Kind.GAP_EDGES, *at, row.missing, gone, text)
+        if overlaps[i]:
+            text = f"{name} overlaps the one before it, which spans some of its candles too"
+            yield Difference(Kind.GAP_OVERLAP, *at, row.missing, gone, text)
+
+
+# Status and candles -------------------------------------------------------------------------------------
+
+
+def _state_differences(recorded: Recorded, seen: Seen) -> Iterator[Difference]:
+    if recorded.expired_leases:
+        text = f"{recorded.expired_leases} leases of syncs that ended without giving them back"
+        yield Difference(Kind.EXPIRED_LEASE, None, None, recorded.expired_leases, 0, text)
+    if not recorded.exists:
+        text = "the row of sync_state is gone, and with it what was synced and when"
+        yield Difference(Kind.NO_STATUS, None, None, None, seen.candles, text)
+        return
+    if recorded.total != seen.candles:
+        text = f"the status says {_candles(recorded.total)}, and there are {seen.candles:,}"
+        yield Difference(Kind.TOTAL, None, None, recorded.total, seen.candles, text)
+    ends: Mapping[Kind, tuple[int | None, int | None]] = {
+        Kind.OLDEST: (recorded.oldest, seen.oldest),
+        Kind.NEWEST: (recorded.newest, seen.newest),
+    }
+    for kind, (said, found) in ends.items():
+        if said != found:
+            text = f"the status gives {_when(said)} as the {kind} candle, and it is {_when(found)}"
+            yield Difference(kind, None, None, said, found, text)
+
+
+_FLAWS = {
+    Kind.OFF_GRID: "open where no candle is expected",
+    Kind.UNCLOSED: "open in the future or are not closed yet",
+    Kind.BROKEN_RULE: "break a rule of OHLC",
+    Kind.NO_LINEAGE: "point to a batch that does not exist, so that no view shows them",
+}
+
+
+def _flaw_difference(series: Series, flaw: Flaw) -> Difference:
+    by = f"batch {flaw.batch}" + (f" of {flaw.provider}" if flaw.provider else "")
+    text = f"{_candles(flaw.candles)} of {by} {_FLAWS[flaw.kind]}: {_remedy(series, flaw)}"
+    return Difference(flaw.kind, flaw.first, flaw.last + series.timeframe.micros, None, flaw.candles, text)
+
+
+def _remedy(series: Series, flaw: Flaw) -> str:
+    undo = f"`fks-backfill batches undo {flaw.batch}` takes the batch back"
+    if flaw.kind is Kind.OFF_GRID:
+        return undo
+    if flaw.kind is Kind.NO_LINEAGE:
+        return (
+            f"restore fks.batch from a backup, or `fks-backfill series remove {series}` and backfill it again"
+        )
+    first, past = to_datetime(flaw.first), to_datetime(flaw.last + series.timeframe.micros)
+    span = f"--start {first:%Y-%m-%dT%H:%M} --end {past:%Y-%m-%dT%H:%M}"
+    again = f"`fks-backfill backfill {series} {span} --refetch` asks again"
+    return f"{again} once they have closed" if flaw.kind is Kind.UNCLOSED else f"{again}, {undo}"
+
+
+def _candles(number: int) -> str:
+    return f"{number:,} candle" if number == 1 else f"{number:,} candles"
+
+
+def _when(instant: int | None) -> str:
+    return "none" if instant is None else iso(instant)

@@ -1,0 +1,166 @@
+"""The code server that webserver and daemon share: it comes back when killed, and its forked workers obey."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fks_backfill_dagster.orchestration import code_server, servers
+from fks_backfill_dagster.orchestration.processes import Background, stop
+from fks_backfill_dagster.orchestration.servers import CODE
+from fks_backfill_dagster.orchestration.webserver import Webserver
+from fks_backfill_dagster.settings import CHECKOUT, Settings
+from fks_backfill_dagster.simulator import LocalMarket
+from fks_backfill_dagster_tests.orchestration.test_processes import lives
+from fks_backfill_dagster_tests.orchestration.test_servers import environment, free_port, settings, until
+
+__all__ = ["environment", "settings"]
+
+
+def command(port: int) -> list[str]:
+    return [sys.executable, "-m", code_server.__name__, str(port)]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((code_server.HOST, port)) == 0
+
+
+def template_processes(code: Background) -> list[psutil.Process]:
+    """Those of which the workers are forks."""
+    return [
+        process for process in code.members() if "multiprocessing.forkserver" in " ".join(process.cmdline())
+    ]
+
+
+@pytest.fixture
+def code(environment: Mapping[str, str], tmp_path: Path) -> Iterator[Background]:
+    """One without webserver and daemon."""
+    made, port = Background(Path(environment["FKS_HOME"]), CODE), free_port()
+    made.start(command(port), cwd=CHECKOUT, environment=environment, port=port)
+    until(lambda: listens(port))
+    yield made
+    stop([made])
+
+
+def test_a_killed_one_is_started_again(code: Background) -> None:
+    assert code.pid is not None
+    assert code.port is not None
+    port, keeper = code.port, psutil.Process(code.pid)
+    (server,) = keeper.children()
+    server.kill()
+    until(lambda: [child.pid for child in keeper.children()] not in ([], [server.pid]) and listens(port))
+    until(lambda: len(template_processes(code)) == 1)  # the old one's is gone
+
+    keeper.kill()
+    until(lambda: not code.is_running())
+    assert listens(port)
+    left = code.members()
+    assert stop([code]) == [CODE]
+    assert not any(lives(process) for process in left)
+
+
+def test_one_that_cannot_begin_ends_with_its_keeper(environment: Mapping[str, str]) -> None:
+    with socket.socket() as other:
+        other.bind((code_server.HOST, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        done = subprocess.run(
+            command(port), cwd=CHECKOUT, env=dict(environment), capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert str(port) in done.stderr
+
+
+def status_of(web: Webserver, run: str) -> str:
+    return web.run(run).status
+
+
+def launch(web: Webserver, symbol: str = "BTC_USDT") -> str:
+    """A run of one partition of its 15m series."""
+    found = web.ask(
+        "mutation($p: ExecutionParams!) { launchRun(executionParams: $p) { __typename"
+        " ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }",
+        p={
+            "selector": {
+                "repositoryName": "__repository__",
+                "repositoryLocationName": code_server.LOCATION,
+                "pipelineName": "ohlcv_months",
+                "assetSelection": [{"path": ["ohlcv", symbol, "15m"]}],
+                "assetCheckSelection": [],
+            },
+            "mode": "default",
+            "executionMetadata": {"tags": [{"key": "dagster/partition", "value": "2024-01-01"}]},
+        },
+    )["launchRun"]
+    assert found["__typename"] == "LaunchRunSuccess", found
+    return str(found["run"]["runId"])
+
+
+def test_its_workers_are_forks_that_can_be_told_to_end(
+    settings: Settings, environment: Mapping[str, str], market: LocalMarket
+) -> None:
+    for provider in ("binance", "archive"):
+        market.plant_fault(provider, "hang", count=None, seconds=15)
+    up = servers.up(settings, port=free_port(), environment=environment, say=lambda text: None)
+    web, code = Webserver(up.url), Background(settings.home, CODE)
+    run = launch(web)
+    until(
+        lambda: market.requests() > 0
+    )  # it waits for an answer: an interruption before its step can get lost
+    (template,) = (one for one in template_processes(code) if one.children())
+    (worker,) = template.children()
+    web.ask("mutation($id: String!) { terminateRun(runId: $id) { __typename } }", id=run)
+    until(lambda: status_of(web, run) == "CANCELED")
+    until(lambda: not lives(worker))
+
+    # kill -9 of the whole of it: `up` starts that alone, where the others look for it.
+    market.clear_faults()
+    port, others = (
+        code.port,
+        [Background(settings.home, name).pid for name in (servers.WEBSERVER, servers.DAEMON)],
+    )
+    for member in code.members():
+        os.kill(member.pid, signal.SIGKILL)
+    until(lambda: not code.members())
+    code.record.unlink()  # as an `up` that failed leaves it
+    assert servers.up(settings, environment=environment, say=lambda text: None).started
+    assert code.port == port
+    assert [Background(settings.home, name).pid for name in (servers.WEBSERVER, servers.DAEMON)] == others
+    again = launch(web)
+    until(lambda: status_of(web, again) == "SUCCESS")
+
+    # "Reload definitions" in the UI reads the settings anew, and shows that they are wrong.
+    config = Path(environment["FKS_CONFIG"])
+    before = config.read_text()
+    config.write_text(before + "nonsense: 1\n")
+    reload(web)
+    (error,) = web.load_errors()
+    assert "DagsterUserCodeLoadError" in error
+    config.write_text(before + "  - {symbol: SOL/USDT, asset_class: crypto, timeframes: [15m]}\n")
+    reload(web)
+    assert web.load_errors() == []
+    assert ["ohlcv", "SOL_USDT", "15m"] in keys(web)
+    third = launch(web, "SOL_USDT")
+    until(lambda: status_of(web, third) == "SUCCESS")
+
+
+def reload(web: Webserver) -> None:
+    web.ask(
+        "mutation($name: String!) { reloadRepositoryLocation(repositoryLocationName: $name) { __typename } }",
+        name=code_server.LOCATION,
+    )
+
+
+def keys(web: Webserver) -> list[list[str]]:
+    return [
+        node["assetKey"]["path"] for node in web.ask("{ assetNodes { assetKey { path } } }")["assetNodes"]
+    ]

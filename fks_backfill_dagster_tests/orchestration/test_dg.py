@@ -1,0 +1,25 @@
+"""`dg` in the top folder: it finds the definitions, and has nothing to warn of."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from fks_backfill_dagster.settings import CHECKOUT
+
+
+def test_dg_checks_the_definitions(tmp_path: Path) -> None:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FKS_", "DAGSTER_"))}
+    done = subprocess.run(
+        [Path(sys.executable).parent / "dg", "check", "defs", "--use-active-venv"],
+        cwd=CHECKOUT,
+        env=kept | {"FKS_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "All definitions loaded successfully."
+    assert "warning" not in (done.stdout + done.stderr).lower()

@@ -1,0 +1,137 @@
+"""kill -9 while a backfill runs: of the run's worker alone, and of everything but the webserver.
+
+The market holds up the last month for longer than a test takes: the others are committed when the worker is
+killed, so a retry has that month to fetch and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import psutil
+import pytest
+
+from fks_backfill_dagster.orchestration.processes import backgrounds
+from fks_backfill_dagster.orchestration.servers import DAEMON, WEBSERVER, stop_part
+from fks_backfill_dagster.orchestration.webserver import Run
+from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
+from fks_backfill_dagster.store.reading import batches
+from fks_backfill_dagster_tests.orchestration.site import Site, site
+
+SYMBOLS = ("BTC/USDT", "ETH/USDT")
+MONTHS = ("2024-01-01", "2024-02-01", "2024-03-01", "2024-04-01", "2024-05-01", "2024-06-01")
+HELD = MONTHS[-1]
+
+MONITORED_SECONDS = 45
+"""Run monitoring looks every 20 seconds, also right after the daemon's start; the rest is for busy machines."""
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """The webserver alone: a daemon looks for backfills when it starts, and then every 30 s."""
+    home = tmp_path_factory.mktemp("kills") / "home"
+    with (
+        LocalMarket(MarketConfig(limits=False)) as market,
+        site(home, market, SYMBOLS, "15m", MONTHS[0]) as made,
+    ):
+        made.up(WEBSERVER)
+        yield made
+
+
+@dataclass(frozen=True)
+class Held:
+    """A backfill that waits for its last month; the others are stored. `worker` executes its only run."""
+
+    site: Site
+    symbol: str
+    backfill: str
+    run: str
+    worker: psutil.Process
+
+    def runs(self) -> list[Run]:
+        return self.site.web.backfill(self.backfill)[1]
+
+    def brought_by(self) -> dict[str, str | None]:
+        """The months that are stored, each with the run that has brought it."""
+        with self.site.database() as database:
+            return {
+                f"{one.range_start:%Y-%m-%d}": one.run_id
+                for one in batches(database)
+                if one.symbol == self.symbol
+            }
+
+    def lost_and_tried_again(self) -> None:
+        """The run fails and is retried once, by a run that asks for the month that was held and no other."""
+        self.site.until(lambda: self.site.web.run(self.run).status == "FAILURE", MONITORED_SECONDS)
+        self.site.until(lambda: len(self.runs()) == 2 and all(run.finished for run in self.runs()))
+        (retry,) = [run for run in self.runs() if run.id != self.run]
+        assert retry.status == "SUCCESS"
+        assert self.site.run(retry.id)["parentRunId"] == self.run
+        assert self.brought_by() == dict.fromkeys(MONTHS, self.run) | {HELD: retry.id}
+        asked = [line["target"] for line in self.site.market.journal()["last"]]
+        name = self.symbol.replace("/", "")
+        assert asked
+        assert all(f"{name}-15m-{HELD[:7]}" in target for target in asked)
+        assert self.site.web.failed_partitions(asset_of(self.symbol), MONTHS) == []
+
+
+def asset_of(symbol: str) -> tuple[str, str, str]:
+    return ("ohlcv", symbol.replace("/", "_"), "15m")
+
+
+def backfill_and_hold(made: Site, symbol: str) -> Held:
+    for transport in ("archive", "binance"):
+        made.market.plant_fault(
+            transport,
+            "hang",
+            count=None,
+            seconds=300,
+            symbol=symbol.replace("/", ""),
+            start=HELD,
+            end="2024-07-01",
+        )
+    stop_part(made.settings, DAEMON)
+    backfill = made.web.launch_backfill({asset_of(symbol): (MONTHS[0], MONTHS[-1])})
+    made.up()
+    made.until(lambda: bool(made.web.backfill(backfill)[1]))
+    (run,) = made.web.backfill(backfill)[1]
+    made.until(lambda: len(pids_of(made, run.id)) == 1)
+    held = Held(made, symbol, backfill, run.id, psutil.Process(*pids_of(made, run.id)))
+    made.until(lambda: set(held.brought_by()) == set(MONTHS) - {HELD})
+    assert made.web.run(run.id).status == "STARTED"
+    return held
+
+
+def pids_of(made: Site, run: str) -> set[int]:
+    """The process that executes a run, as its events tell; empty before it has begun."""
+    return {int(found[1]) for _, text in made.messages(run) if (found := re.search(r"\(pid: (\d+)\)", text))}
+
+
+def recover(made: Site) -> None:
+    made.market.clear_faults()
+    made.market.reset_requests()
+
+
+def test_a_killed_worker(running: Site) -> None:
+    held = backfill_and_hold(running, "BTC/USDT")
+    held.worker.kill()
+    recover(running)
+    held.lost_and_tried_again()
+
+
+def test_a_worker_killed_with_everything_but_the_webserver(running: Site) -> None:
+    """Nobody is left who could notice: it is the next daemon's to find out."""
+    held = backfill_and_hold(running, "ETH/USDT")
+    groups = [group for group in backgrounds(running.settings.home) if group.name != WEBSERVER]
+    victims = sorted((one for group in groups for one in group.members()), key=lambda one: one.pid)
+    assert held.worker in victims
+    for victim in victims:  # whoever started a process before the process
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
+    assert running.web.run(held.run).status == "STARTED"
+    recover(running)
+    running.up()
+    held.lost_and_tried_again()

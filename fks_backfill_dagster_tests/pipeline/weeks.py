@@ -1,0 +1,308 @@
+"""Weeks of operation in seconds: a clock that is moved, and at every step what Dagster's schedules and sensor do.
+
+A `World` is a real database and a real local market with several providers. `run` moves both clocks; a step
+looks for closed candles (a refresh) and for gaps that are due (filling), by the functions that schedules
+and sensor call, and compares all that is stored with the market once a day.
+
+Does not belong here: what happens in these weeks, and what is asserted of it (test_weeks.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+
+from fks_backfill_dagster.domain.candles import PRICES, Candles
+from fks_backfill_dagster.domain.gaps import missing_of
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe, iso, to_micros
+from fks_backfill_dagster.pipeline.events import Planned, SyncEvent
+from fks_backfill_dagster.pipeline.plan import Scope
+from fks_backfill_dagster.pipeline.refresh import is_due, refresh_range
+from fks_backfill_dagster.pipeline.sync import Context, able, sync
+from fks_backfill_dagster.providers.base import Provider
+from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool
+from fks_backfill_dagster.providers.registry import build, resolve_options
+from fks_backfill_dagster.simulator import LocalMarket
+from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store.checking import reaches
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.due import Place, Wanted, due_places
+from fks_backfill_dagster.store.ledger import LedgerGap
+
+PLACES_A_STEP = 10
+
+
+@dataclass(frozen=True)
+class Down:
+    """A provider answers every request with 503."""
+
+    provider: str
+    window: TimeRange
+
+
+@dataclass(frozen=True)
+class Outage:
+    """What some providers have no candles of; `published`: when they have them after all."""
+
+    series: Series
+    window: TimeRange
+    providers: tuple[str, ...]
+    published: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One line of the market's journal that asked for candles of a crypto pair; `at` is the moved clock."""
+
+    at: int
+    provider: str
+    symbol: str
+    window: TimeRange
+
+
+@dataclass
+class World:
+    """The series with their providers in order of priority, kept since `since`.
+
+    `keys`: who has one, and from when on. Everything that happens is given beforehand. `requests`: how
+    many came to the market; `asked`: those for candles of crypto pairs.
+    """
+
+    database: Database
+    market: LocalMarket
+    series: Mapping[Series, Sequence[str]]
+    since: int
+    now: int
+    keys: Mapping[str, int]
+    outages: Sequence[Outage] = ()
+    downs: Sequence[Down] = ()
+    requests: int = 0
+    asked: list[Request] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._threads = ThreadPoolExecutor(4)
+        self._pool = RequestPool(5)
+        self._down: frozenset[str] = frozenset()
+        self._keys = self._granted()
+        self.context = self._context()
+        for one in self.outages:
+            for provider in one.providers:
+                self.market.plant_outage(provider, one.window, one.series.symbol, published=one.published)
+
+    def run(self, until: int, step: int = MICROS_PER_HOUR, *, refreshing: bool = True) -> None:
+        """Up to, not including, `until`."""
+        while self.now + step < until:
+            self.now += step
+            self.market.set_clock(self.now)
+            self._let_happen()
+            if refreshing:
+                self.refresh()
+            self.fill()
+            self._read_journal()
+            if self.now % MICROS_PER_DAY < step:
+                for one in self.series:
+                    self.compare(one, step)
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        self._pool.close()
+
+    # What a step does -------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """As the schedules and the op of a refresh, which takes a few series at once."""
+        known = reaches(self.database, list(self.series))
+        due = [one for one in self.series if is_due(known.get(one), grid_of(one), self.now)]
+
+        def bring(one: Series) -> None:
+            synced_end = known[one].synced_end if one in known else None
+            window = refresh_range(synced_end, grid_of(one), one.timeframe, self.since, self.now)
+            sync(self.context, one, window, self.series[one], listen=self._watch)
+
+        list(self._threads.map(bring, due))
+
+    def due(self) -> list[Place]:
+        wanted = {
+            one: Wanted(self.since, "year" if _is_yearly(one) else "month", able(self.context, one))
+            for one in self.series
+        }
+        return due_places(self.database, wanted, self.now, PLACES_A_STEP)
+
+    def fill(self) -> None:
+        """As the sensor and the op of a filling: the gaps of one partition of one series at a time."""
+        for place in self.due():
+            window = _partition(place)
+            window = TimeRange(max(window.start, self.since), window.end)
+            sync(
+                self.context,
+                place.series,
+                window,
+                self.series[place.series],
+                scope=Scope.GAPS,
+                listen=self._watch,
+            )
+
+    def _watch(self, event: SyncEvent) -> None:
+        """Nothing that is stored is asked for."""
+        if isinstance(event, Planned):
+            stored = reading.stored_opens(self.database, event.series, event.plan.window)
+            again = stored[event.plan.missing_ranges.contains(stored)]
+            assert not len(again), f"{event.series}: {len(again)} stored candles are asked for again"
+
+    def _let_happen(self) -> None:
+        """Who is down from now on, or up again; who has a key from now on."""
+        down = frozenset(one.provider for one in self.downs if one.window.contains(self.now))
+        if down != self._down:
+            self.market.clear_faults()
+            for provider in down:
+                self.market.plant_fault(provider, "status", status=503, count=None)
+            self._down = down
+        if self._granted() != self._keys:
+            self._keys = self._granted()
+            self.context = self._context()
+
+    def _granted(self) -> frozenset[str]:
+        return frozenset(provider for provider, since in self.keys.items() if since <= self.now)
+
+    def _read_journal(self) -> None:
+        journal = self.market.journal()
+        came = journal["total"] - self.requests
+        self.requests = journal["total"]
+        assert came <= len(journal["last"]), "the market keeps the last thousand"
+        news = journal["last"][len(journal["last"]) - came :]
+        found = (_request(self.now, one["provider"], one["target"]) for one in news)
+        self.asked += [one for one in found if one is not None]
+
+    def _context(self) -> Context:
+        return Context(
+            self.database,
+            {name: self._provider(name) for names in self.series.values() for name in names},
+            lambda: self.now,
+            priority=lambda one: self.series[one],
+        )
+
+    def _provider(self, name: str) -> Provider:
+        options = resolve_options(
+            name,
+            base_url=f"{self.market.url}/{'yahoo' if name == 'yfinance' else name}",
+            key="any" if name in self._keys else None,
+            retry_budget_seconds=0.001,
+            timeout_seconds=5,
+        )
+        return build(name, options, self._pool, ProcessLimiter({}), lambda: self.now)
+
+    # What there is to see -----------------------------------------------------------------------------------
+
+    def gaps(self, series: Series) -> tuple[LedgerGap, ...]:
+        return reading.ledger_gaps(self.database, series, TimeRange(self.since, self.now))
+
+    def compare(self, series: Series, step: int) -> None:
+        """Every expected candle is stored, or in exactly one gap; what is stored is what the market gave;
+        and no gap lacks what could be had for longer than it had been known then, and a step."""
+        (reach,) = reaches(self.database, [series]).values()
+        window = TimeRange(self.since, reach.synced_end)
+        expected = grid_of(series).opens(window)
+        stored = reading.read_candles(self.database, series, window)
+        truth = self.truth(series, window)
+        given = truth.take(np.isin(truth.ts, stored.ts))
+        assert _same(stored, given), f"{series}: not what the market gave"
+        gaps = self.gaps(series)
+        lacking = [grid_of(series).opens(TimeRange(gap.start, gap.end)) for gap in gaps]
+        assert [len(opens) for opens in lacking] == [gap.missing for gap in gaps]
+        known = np.sort(np.concatenate([np.empty(0, np.int64), *lacking]))
+        assert np.array_equal(known, missing_of(expected, stored.ts)), f"{series}: the ledger is wrong"
+        for gap, opens in zip(gaps, lacking, strict=True):
+            assert gap.found_at is not None
+            assert gap.found_at <= self.now, "known by another clock"
+            had = opens[np.isin(opens, truth.ts)]
+            if len(had):
+                since = max(self._fillable_since(series, had), gap.found_at)
+                patience = max(MICROS_PER_HOUR, since - gap.found_at) + step
+                assert self.now <= since + patience, f"{series}: could be had since {iso(since)}: {gap}"
+
+    def lacking(self, series: Series) -> Instants:
+        """What somebody has by now and is not stored."""
+        window = TimeRange(self.since, self.now)
+        return missing_of(self.truth(series, window).ts, reading.stored_opens(self.database, series, window))
+
+    def _fillable_since(self, series: Series, opens: Instants) -> int:
+        """Since when nothing stands in the way of the last of `opens`: published, and nobody down."""
+        late = [
+            one.published
+            for one in self.outages
+            if one.series == series
+            and one.published is not None
+            and RangeSet([one.window]).contains(opens).any()
+        ]
+        downs = [
+            min(one.window.end, self.now)
+            for one in self.downs
+            if one.provider in self.series[series] and one.window.start <= self.now
+        ]
+        keys = [self.keys[name] for name in self.series[series] if name in self.keys]
+        return max(at for at in (int(opens[-1]), *late, *downs, *keys) if at <= self.now)
+
+    def truth(self, series: Series, window: TimeRange) -> Candles:
+        """What those who can be asked have of a series by now; all of them quote one market."""
+        names = able(self.context, series)
+        both = Candles.concat(
+            [self.market.truth(name, series.symbol, series.timeframe, window) for name in names]
+        )
+        _, first = np.unique(both.ts, return_index=True)
+        return both.take(first)
+
+    def filled_at(self, outage: Outage) -> int:
+        """When the last candle of it was fetched."""
+        fetched = [
+            to_micros(one.fetched_at)
+            for one in reading.batches(self.database, outage.series)
+            if to_micros(one.range_start) < outage.window.end
+            and to_micros(one.range_end) > outage.window.start
+        ]
+        return max(fetched)
+
+    def requests_for(self, series: Series, window: TimeRange) -> list[Request]:
+        """The requests that reached into `window`, of a crypto pair."""
+        symbols = (series.symbol.replace("/", ""), f"X:{series.symbol.replace('/', '').removesuffix('T')}")
+        return [one for one in self.asked if one.symbol in symbols and one.window.intersect(window)]
+
+
+def _is_yearly(series: Series) -> bool:
+    return series.timeframe.micros >= Timeframe.H1.micros
+
+
+def _partition(place: Place) -> TimeRange:
+    """The month or year of a place."""
+    start = datetime.fromisoformat(place.key).replace(tzinfo=UTC)
+    year, month = divmod(start.year * 12 + start.month - 1 + (12 if _is_yearly(place.series) else 1), 12)
+    return TimeRange.of(start, start.replace(year=year, month=month + 1))
+
+
+def _same(one: Candles, other: Candles) -> bool:
+    """Bit for bit; the volume of a derived candle is a sum of floats."""
+    exact = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("ts", *PRICES))
+    return exact and np.allclose(one.volume, other.volume, rtol=1e-12, atol=0, equal_nan=True)
+
+
+def _request(at: int, provider: str, target: str) -> Request | None:
+    """A request for candles of a crypto pair; None for anything else."""
+    url = urlsplit(target)
+    if provider == "binance" and url.path.endswith("/klines"):
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        if "endTime" not in query:  # since when it has the symbol
+            return None
+        edges = TimeRange(int(query["startTime"]) * 1000, int(query["endTime"]) * 1000 + 1)
+        return Request(at, provider, query["symbol"], edges)
+    if provider == "polygon" and "/X:" in url.path.replace("%3A", ":"):
+        parts = url.path.replace("%3A", ":").split("/")
+        ticker, start, end = parts[parts.index("ticker") + 1], parts[-2], parts[-1]
+        return Request(at, provider, ticker, TimeRange(int(start) * 1000, int(end) * 1000 + 1))
+    return None
