@@ -178,14 +178,21 @@ def circuit_for(options: Mapping[str, ProviderOptions], database: Database) -> C
 
 
 def provider_states(settings: Settings, database: Database) -> dict[str, ProviderState]:
-    """How the enabled providers stand now with the accounts of the settings; no entry: nothing to tell."""
-    from fks_backfill_dagster.providers import registry
+    """The enabled providers that are not asked now, with the accounts of the settings; usually none.
+
+    Providers are imported only where there is something to tell.
+    """
     from fks_backfill_dagster.store import pacing
+
+    out = [state for state in pacing.provider_states(database) if state.is_out]
+    if not out:
+        return {}
+    from fks_backfill_dagster.providers import registry
 
     paces = registry.paces(enabled_options(settings))
     return {
         state.provider: state
-        for state in pacing.provider_states(database)
+        for state in out
         if state.provider in paces and paces[state.provider].account == state.account
     }
 

@@ -123,20 +123,26 @@ def _outage_line(outage: Outage) -> str:
 @series_arguments
 @json_option
 def status(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
-    """Tell how far a series is synced; without arguments all of them."""
+    """Tell how far a series is synced; without arguments all of them.
+
+    Providers that are left alone for a while, or told us to wait, are named on stderr.
+    """
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.domain.timeframe import to_datetime
     from fks_backfill_dagster.pipeline.refresh import quiet_until, silent_since
     from fks_backfill_dagster.settings import load_settings
     from fks_backfill_dagster.store.checking import reaches
     from fks_backfill_dagster.store.reading import stored_series, sync_status
-    from fks_backfill_dagster.wiring import open_database
+    from fks_backfill_dagster.wiring import open_database, provider_states
 
     settings = load_settings()
     with open_database(settings) as database:
         chosen = choose(settings, names, everything or not names, stored_series(database))
         states = {(s.symbol, s.timeframe): s for s in sync_status(database)}
         known = reaches(database, chosen.series)
+        providers = provider_states(settings, database)
+    for name, stands in providers.items():
+        tell(f"{name}: {_standing(stands)}")
     found = [(s, states.get((s.symbol, s.timeframe.value))) for s in chosen.series]
     if as_json:
         shown = [documents.status(state) if state else documents.not_started(s) for s, state in found]

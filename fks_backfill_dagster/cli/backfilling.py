@@ -232,9 +232,9 @@ def waiting(sentence: str) -> None:
 
 
 def _answer(report: SyncReport) -> None:
-    stored = report.expected - report.missing
+    quiet = f" nothing traded in {report.quiet:,}," if report.quiet else ""
     answer(
-        f"{report.series}: {stored:,} of {many(report.expected, 'candle')} stored,"
+        f"{report.series}: {report.stored:,} of {many(report.expected, 'candle')} stored,{quiet}"
         f" {report.total_candles:,} of them by this call"
         f" ({many(report.total_batches, 'batch')}, {many(report.requests, 'request')}, {report.seconds:.1f} s)"
     )

@@ -144,6 +144,7 @@ class Outcome:
             "stored": part.stored,
             "missing": part.missing,
             "explained": part.missing - part.unexplained,
+            "quiet": part.quiet,
             "coverage": part.coverage,
             "providers": MetadataValue.json(dict(part.providers)),
             "requests": report.requests,

@@ -168,6 +168,7 @@ def _completeness_result(key: AssetKey, found: Completeness, lacking: Sequence[s
             "stored": found.stored,
             "missing": found.missing,
             "explained": found.missing - found.open_missing,
+            "quiet": found.quiet,
             "open_gaps": found.open_gaps,
             "coverage": MetadataValue.float(found.coverage),
             "failed_partitions": MetadataValue.json(list(lacking)),

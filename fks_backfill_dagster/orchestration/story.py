@@ -31,28 +31,33 @@ class Lines:
     """What several threads have to say, until one of them writes it."""
 
     def __init__(self) -> None:
-        self._waiting: SimpleQueue[tuple[bool, str]] = SimpleQueue()
+        self._waiting: SimpleQueue[tuple[bool, str, str]] = SimpleQueue()
+        self._told: set[str] = set()
         self._warnings = 0
 
     def info(self, text: str) -> None:
-        self._waiting.put((False, text))
+        self._waiting.put((False, text, ""))
 
-    def warn(self, text: str) -> None:
-        self._waiting.put((True, text))
+    def warn(self, text: str, about: str = "") -> None:
+        """A key that is missing is missing for all series: the same text about another one is told once."""
+        self._waiting.put((True, text, f"{about}: " if about else ""))
 
     def write(self, log: Log) -> None:
         """Writes what has come; of warnings the first ones only, and how to see the others."""
         while True:
             try:
-                is_warning, text = self._waiting.get_nowait()
+                is_warning, text, about = self._waiting.get_nowait()
             except Empty:
                 return
             if not is_warning:
                 log.info(text)
                 continue
+            if text in self._told:
+                continue
+            self._told.add(text)
             self._warnings += 1
             if self._warnings <= MOST_WARNINGS:
-                log.warning(text)
+                log.warning(f"{about}{text}")
             elif self._warnings == MOST_WARNINGS + 1:
                 log.warning(
                     "Further warnings are left out; the partitions and checks tell what came of them."
@@ -75,7 +80,7 @@ class Story:
             case BatchDone():
                 self._progress(event)
             case Warned():
-                self._lines.warn(f"{event.series}: {event.message}")
+                self._lines.warn(event.message, about=str(event.series))
 
     def end(self, report: SyncReport) -> None:
         if not self._detailed:

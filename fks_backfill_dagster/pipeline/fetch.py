@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import PRICES, Candles
 from fks_backfill_dagster.domain.gaps import missing_of
@@ -24,6 +25,7 @@ from fks_backfill_dagster.providers.base import (
     PermanentError,
     Provider,
     ProviderError,
+    TooOld,
     TransientError,
     UnknownSymbol,
 )
@@ -34,6 +36,10 @@ from fks_backfill_dagster.store.settling import LONGEST_PAUSE
 # A provider that failed this often in a row, each time after its own retries, is left alone for the
 # rest of the sync: an hour of retries for every month of a decade helps nobody.
 PATIENCE = 2
+
+# A first provider that differs by more than this in every price of a stored candle serves another market:
+# a correction changes a price or two, a split changes none of what was traded before it.
+FAR = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,8 @@ class Chain:
     Left out from the start: who cannot serve the series, and, with a sentence in `warnings`, who
     lacks a key. Dropped on the way, with a sentence in `dropped`: who does not know the symbol. Left
     alone for the rest of the sync: who failed PATIENCE times in a row; another error may concern
-    one range only (a plan without today's data). `fetch` is called from several threads.
+    one range only (a plan without today's data). Who says from when on its key covers data is not
+    asked for older ones again. `fetch` is called from several threads.
 
     `stored` gives the stored candles of some opens; `tolerance` is the largest relative difference
     of a price between two quotes of one market. `circuit` is told of every success and failure, and
@@ -117,6 +124,8 @@ class Chain:
         self._lock = threading.Lock()
         self._dropped: dict[str, str] = {}
         self._failures: dict[str, int] = {}
+        self._since: dict[str, int] = {}
+        self._rests: dict[str, str] = {}
         self._tallies: dict[str, Tally] = {}
         self._stopped = threading.Event()
         for name in dict.fromkeys(priority):
@@ -156,27 +165,36 @@ class Chain:
         with self._lock:
             self._dropped[name] = str(error)
 
-    def remember_failure(self, name: str, error: ProviderError) -> None:
-        """It did not answer, its own retries included, or refused to."""
+    def remember_failure(self, name: str, error: ProviderError) -> list[str]:
+        """It did not answer, its own retries included, or refused to. Returns warnings about it."""
         with self._lock:
             self._failures[name] = self._failures.get(name, 0) + 1
-        if self._circuit is not None and isinstance(error, TransientError):
-            self._circuit.failed(name, str(error))
+        if self._circuit is None or not isinstance(error, TransientError):
+            return []
+        rest = self._circuit.failed(name, str(error))
+        if rest is None:
+            return []
+        return [f"{name}: from now on left alone for {rest.seconds:.0f} s: {rest.reason}"]
 
-    def _remember_success(self, name: str) -> None:
+    def _remember_success(self, name: str) -> list[str]:
+        """It answered. Returns warnings about it."""
         with self._lock:
             self._failures[name] = 0
-        if self._circuit is not None:
-            self._circuit.succeeded(name)
+        if self._circuit is None or not self._circuit.succeeded(name):
+            return []
+        return [f"{name}: it answers again, and is no longer left alone"]
 
     def _left_alone(self, name: str) -> str | None:
         """Why the provider is not asked now, if so."""
         if self._failures.get(name, 0) >= PATIENCE:
             return f"left alone after {PATIENCE} failures in a row"
-        if self._circuit is None or not self._heed_circuit:
-            return None
-        rest = self._circuit.closed_for(name)
-        return None if rest is None else f"left alone for another {rest.seconds:.0f} s: {rest.reason}"
+        rest = self._circuit.closed_for(name) if self._circuit and self._heed_circuit else None
+        with self._lock:
+            if rest is None:
+                self._rests.pop(name, None)
+                return None
+            # The same words until it is over, so that they are told once and not with every span.
+            return self._rests.setdefault(name, f"left alone for another {rest.seconds:.0f} s: {rest.reason}")
 
     def stop(self) -> None:
         """Spans that have not begun are not fetched any more."""
@@ -245,26 +263,54 @@ class Chain:
             raise
         except ProviderError as error:
             left = before - len(wanted)
+            if isinstance(error, TooOld) and int(question.wanted[0]) < error.since:
+                return self._ask_newer(question, error, left, wanted, plan, grid, found)
             self._count(name, Tally(asked=asked, delivered=left, failed=asked - left))
             if isinstance(error, UnknownSymbol):
                 self.drop(name, error)
             else:
-                self.remember_failure(name, error)
+                found.warnings += self.remember_failure(name, error)
             found.errors.append(str(error))
             return question.word(
                 "refused" if isinstance(error, PermanentError) else "error", str(error)
             ), wanted
-        self._remember_success(name)
+        found.warnings += self._remember_success(name)
         rejected = sum(len(r.candles) for r in found.refused[refused:])
         self._count(name, Tally(asked=asked, delivered=before - len(wanted), rejected=rejected))
         if found.refused[refused:] and any(r.reason != Reason.SPLICE for r in found.refused[refused:]):
             return question.word("rejected", f"{rejected} rows quarantined"), wanted
         return question.word("absent", "it quotes another market" if rejected else ""), wanted
 
+    def _ask_newer(
+        self,
+        question: _Question,
+        error: TooOld,
+        delivered: int,
+        wanted: Instants,
+        plan: Plan,
+        grid: Grid,
+        found: Fetched,
+    ) -> tuple[Evidence, Instants]:
+        """As `_ask`, for what the key covers, of one that refused because of the older part."""
+        name = question.name
+        with self._lock:
+            self._since[name] = max(error.since, self._since.get(name, error.since))
+        newer = self._question(name, wanted, first=question.first)
+        older = len(question.wanted) - delivered - len(newer.wanted)
+        self._count(name, Tally(asked=delivered + older, delivered=delivered, failed=older))
+        if not len(newer.wanted):
+            found.errors.append(str(error))
+            return question.word("refused", str(error)), wanted
+        found.warnings.append(str(error))
+        word, wanted = self._ask(newer, wanted, plan, grid, found)
+        return replace(word, detail=word.detail or str(error)), wanted
+
     def _question(self, name: str, wanted: Instants, *, first: bool) -> _Question:
         provider, now = self._providers[name], self.clock()
         reach = provider.capabilities.reach(self.series.timeframe, now)
-        return _Question(name, provider, wanted if reach is None else wanted[wanted >= reach], now, first)
+        since = max((edge for edge in (reach, self._since.get(name)) if edge is not None), default=None)
+        within = wanted if since is None else wanted[wanted >= since]
+        return _Question(name, provider, within, now, first, since)
 
     def _accept(
         self,
@@ -275,7 +321,7 @@ class Chain:
         found: Fetched,
     ) -> Instants:
         """Keeps of a verified answer what is wanted; returns what still is."""
-        spliced = not question.first and self._spliced(question.name, verdicts, hull, found)
+        spliced = self._spliced(question, verdicts, hull, found)
         for delivery, verdict in verdicts:
             for part in verdict.rejected:
                 found.refuse(question.name, delivery, part.reason, part.candles)
@@ -289,16 +335,22 @@ class Chain:
             bars = np.concatenate([np.empty(0, np.int64), *(v.good.ts for _, v in verdicts)])
             if len(bars):
                 between = wanted[(wanted > bars.min()) & (wanted < bars.max())]
-                found.quiet = np.union1d(found.quiet, between)
+                told = [part.candles.ts for _, v in verdicts for part in v.rejected]
+                found.quiet = np.union1d(found.quiet, between[~_covering(between, told, self.series)])
         return wanted
 
     def _spliced(
-        self, name: str, verdicts: Sequence[tuple[Delivery, Verdict]], hull: TimeRange, found: Fetched
+        self,
+        question: _Question,
+        verdicts: Sequence[tuple[Delivery, Verdict]],
+        hull: TimeRange,
+        found: Fetched,
     ) -> bool:
         """Whether the provider disagrees beyond the tolerance about a candle beside the hull.
 
         Then it quotes another market, and its candles would be a step in the series. Compared are
-        the prices of the neighbours on either side, as far as both have them.
+        the prices of the neighbours on either side, as far as both have them. The first provider
+        may correct what it said, so of it only what cannot be the same market is refused.
         """
         theirs = Candles.concat([v.good for _, v in verdicts]).sorted()
         theirs = theirs.take((theirs.ts < hull.start) | (theirs.ts >= hull.end))
@@ -307,15 +359,15 @@ class Chain:
         theirs = _only(theirs, ours.ts)
         if not len(ours):
             return False
-        difference = max(
-            float(np.max(np.abs(getattr(ours, p) - getattr(theirs, p)) / getattr(theirs, p))) for p in PRICES
-        )
-        if difference > self._tolerance:
+        differences = [np.abs(getattr(ours, p) - getattr(theirs, p)) / getattr(theirs, p) for p in PRICES]
+        difference = float(np.min(differences) if question.first else np.max(differences))
+        spliced = difference > (FAR if question.first else self._tolerance)
+        if spliced:
             found.warnings.append(
-                f"{name}: its candles of {hull} are quarantined as a splice: beside them it differs by"
+                f"{question.name}: its candles of {hull} are quarantined as a splice: beside them it differs by"
                 f" {difference:.2%} from what is stored, so it quotes another market"
             )
-        return difference > self._tolerance
+        return spliced
 
     def _windows(self, batches: Sequence[Batch], provider: Provider) -> list[TimeRange]:
         wanted = RangeSet([part for batch in batches for part in batch.wanted])
@@ -329,13 +381,17 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """What one provider is asked for: opens within its depth. `first`: nobody was asked before it."""
+    """What one provider is asked for: opens from `since` on, beyond which it has nothing.
+
+    `first`: nobody was asked before it.
+    """
 
     name: str
     provider: Provider
     wanted: Instants
     asked_at: int
     first: bool
+    since: int | None = None
 
     def hulls(self, timeframe: Timeframe) -> list[TimeRange]:
         """The ranges to ask for: scattered candles share a request where one page reaches both."""
@@ -351,13 +407,23 @@ class _Question:
         """
         if self.first and not self.provider.capabilities.omits_quiet:
             return hull
-        before = grid.opens(TimeRange(hull.start - LONGEST_PAUSE, hull.start))[-1:]
+        earliest = hull.start - LONGEST_PAUSE
+        if self.since is not None:
+            earliest = min(max(earliest, self.since), hull.start)
+        before = grid.opens(TimeRange(earliest, hull.start))[-1:]
         after = grid.opens(TimeRange(hull.end, hull.end + LONGEST_PAUSE))[:1]
         end = int(grid.closes(after)[0]) if len(after) else hull.end
         return TimeRange(int(before[0]) if len(before) else hull.start, end)
 
     def word(self, outcome: str, detail: str = "") -> Evidence:
         return Evidence(self.name, self.asked_at, outcome, detail)
+
+
+def _covering(opens: Instants, rows: Sequence[Instants], series: Series) -> NDArray[np.bool_]:
+    """In which of these intervals rows lie, on the grid or off it; `opens` ascending."""
+    ts = np.sort(np.concatenate([np.empty(0, np.int64), *rows]))
+    closes = grid_of(series).closes(opens)
+    return np.searchsorted(ts, opens) < np.searchsorted(ts, closes)
 
 
 def _only(candles: Candles, wanted: Instants) -> Candles:

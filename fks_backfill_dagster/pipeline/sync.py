@@ -71,7 +71,7 @@ class SyncReport:
     """What one sync did.
 
     `missing` is what the range still lacks, explained or not; an interval in which nothing traded
-    lacks nothing. `total_candles` were inserted or changed by this call.
+    lacks nothing, and is `quiet`. `total_candles` were inserted or changed by this call.
     """
 
     series: Series
@@ -82,11 +82,17 @@ class SyncReport:
     total_candles: int = 0
     expected: int = 0
     missing: int = 0
+    quiet: int = 0
     requests: int = 0
     seconds: float = 0.0
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     providers: Mapping[str, Tally] = field(default_factory=dict)
+
+    @property
+    def stored(self) -> int:
+        """What the range holds now."""
+        return self.expected - self.missing - self.quiet
 
     @property
     def complete(self) -> bool:
@@ -232,7 +238,8 @@ def _listing(context: Context, series: Series, chain: Chain, listen: Listener) -
             raise
         except ProviderError as error:  # asked again at the next sync
             listen(Warned(series, f"{error} (asked since when it has {series.symbol})"))
-            chain.remember_failure(name, error)
+            for message in chain.remember_failure(name, error):
+                listen(Warned(series, message))
             continue
         if listed_at is not None:
             found[name] = listed_at
@@ -390,6 +397,7 @@ class _Work:
             total_candles=self.candles,
             expected=plan.expected,
             missing=sum(self.grid.count(part) for part in known.lacking(plan.window)),
+            quiet=sum(self.grid.count(part) for part in known.quiet(plan.window)),
             requests=self.requests,
             seconds=seconds,
             errors=errors if failed else (),

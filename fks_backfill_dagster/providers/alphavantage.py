@@ -4,7 +4,8 @@ Belongs here: its functions, New York stamps, and what its answers (always statu
 Does not belong here: sessions (`domain.grid`), splits: prices are asked for as traded.
 
 What is asked for:
-  1d                TIME_SERIES_DAILY: the last 100 days, or the whole history (premium)
+  1d                TIME_SERIES_DAILY: the last 100 days, or the whole history (premium): a key that was
+                    refused the history once is asked for the last days only
   1w                derived from 1d
   1m 5m 15m 30m     TIME_SERIES_INTRADAY by New York month since 2000-01 (premium), regular session only
   1h 4h             derived from 30m: its own hours begin 09:30 or 09:00, which is not documented, and
@@ -36,7 +37,7 @@ from fks_backfill_dagster.domain.derive import derive, parts_span
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
-from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime, to_micros
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime, to_micros
 from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
@@ -48,8 +49,10 @@ from fks_backfill_dagster.providers.base import (
     ProviderError,
     ProviderOptions,
     RateLimited,
+    TooOld,
     Transport,
     UnknownSymbol,
+    check_served,
 )
 from fks_backfill_dagster.providers.http import (
     HttpClient,
@@ -97,6 +100,10 @@ class _Burst(RateLimited):
     """More than one request a second; premium functions answer free keys with the same text."""
 
 
+class _Premium(NotEntitled):
+    """What only a premium key is given."""
+
+
 class AlphaVantage:
     """Implements `Provider`; safe to call from several threads."""
 
@@ -116,6 +123,7 @@ class AlphaVantage:
         self._options = replace(options, key=self._key)
         self._clock = clock
         self._url = f"{options.base_url.rstrip('/')}/query"
+        self._refused_history: str | None = None  # in its words
         self._client = HttpClient(NAME, self._options, pool, limiter)
 
     def missing_key(self) -> str | None:
@@ -131,10 +139,7 @@ class AlphaVantage:
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
-        if self.missing_key():
-            raise NotEntitled(NAME, f"it needs a key: set {KEY_VARIABLE}")
-        if not self.capabilities.serve(series):
-            raise PermanentError(NAME, f"it has no {series.timeframe} candles of {series.asset_class}")
+        check_served(self, series)
         (fine, span), tally = _asked(series, window), Tally()
         queries = self._queries(fine, span)
         if not queries:
@@ -161,6 +166,8 @@ class AlphaVantage:
 
     def _days(self, series: Series, queries: list[dict[str, str]], tally: Tally) -> Candles:
         (query,) = queries
+        if query["outputsize"] == "full" and self._refused_history is not None:
+            raise self._without_history(series, self._refused_history)
         return self._ask(series, query, tally, premium=query["outputsize"] == "full")
 
     def _bars(self, series: Series, queries: list[dict[str, str]], tally: Tally) -> Candles:
@@ -198,14 +205,27 @@ class AlphaVantage:
 
         try:
             return self._client.pool.map(NAME, run, [None])[0]
+        except _Premium as error:
+            if not premium or series.timeframe.is_intraday:
+                raise
+            self._refused_history = str(error).removeprefix(f"{NAME}: ")
+            raise self._without_history(series, self._refused_history) from None
         except _Burst as error:
             if not premium:
                 raise
-            raise NotEntitled(
-                NAME,
+            text = (
                 f"{query['function']} stayed refused for asking too fast, which is also what a key without "
-                f"the right to it is told ({error})",
-            ) from None
+                f"the right to it is told ({error})"
+            )
+            if series.timeframe.is_intraday:
+                raise NotEntitled(NAME, text) from None
+            raise self._without_history(series, text) from None
+
+    def _without_history(self, series: Series, why: str) -> TooOld:
+        now = self._clock()
+        recent = grid_of(series).opens(TimeRange(now - 2 * _COMPACT_DAYS * MICROS_PER_DAY, now))
+        since = int(recent[-_COMPACT_DAYS:][0])
+        return TooOld(NAME, f"the key covers the last {_COMPACT_DAYS} days only: {why}", since)
 
     def _read(self, reply: Reply, series: Series, query: Mapping[str, str]) -> Candles:
         if reply.status != 200:
@@ -244,7 +264,7 @@ class AlphaVantage:
         if "1 request per second" in said or "sparingly" in said:
             return _Burst(NAME, text, retry_after=1.0)
         if re.search(r"premium (endpoint|feature)", said):
-            return NotEntitled(NAME, text)
+            return _Premium(NAME, text)
         if re.search(r"(calls|requests) per minute", said):
             return RateLimited(NAME, text, retry_after=60.0)
         if re.search(r"(calls|requests) per day", said):

@@ -4,6 +4,7 @@ ProviderError                  something a provider said or failed to say
   PermanentError               asking again will not help: ask the next provider
     UnknownSymbol              it does not know the symbol
     NotEntitled                key missing, wrong, or without the right to this data
+      TooOld                   the key covers newer data only: ask again from `since` on
   TransientError               asking again may help: wait as told, retry within a budget
     RateLimited                too many requests; `retry_after` tells how long
     BadAnswer                  the answer is garbage: HTML, truncated JSON, another shape
@@ -46,6 +47,14 @@ class UnknownSymbol(PermanentError):
 
 class NotEntitled(PermanentError):
     """A key is missing, wrong, or does not cover this data."""
+
+
+class TooOld(NotEntitled):
+    """The key does not reach back so far: it covers nothing that opens before `since` (microseconds)."""
+
+    def __init__(self, provider: str, message: str, since: int) -> None:
+        super().__init__(provider, message)
+        self.since = since
 
 
 class TransientError(ProviderError):
@@ -177,6 +186,14 @@ class Provider(Protocol):
         ...
 
 
+def check_served(provider: Provider, series: Series) -> None:
+    """What every `fetch` does first. Raises NotEntitled without its key, PermanentError for what it has not."""
+    if (variable := provider.missing_key()) is not None:
+        raise NotEntitled(provider.name, f"it needs a key: set {variable}")
+    if not provider.capabilities.serve(series):
+        raise PermanentError(provider.name, f"it has no {series.timeframe} candles of {series.asset_class}")
+
+
 class Circuit(Protocol):
     """Which providers are left alone because they fail again and again; shared by all who ask them."""
 
@@ -184,12 +201,15 @@ class Circuit(Protocol):
         """For how long it must not be asked, and why; None: it may be."""
         ...
 
-    def failed(self, provider: str, reason: str) -> None:
-        """It did not answer, its own retries included. `reason` holds no key."""
+    def failed(self, provider: str, reason: str) -> Rest | None:
+        """It did not answer, its own retries included. `reason` holds no key.
+
+        Returns the rest that begins with this failure, if one does.
+        """
         ...
 
-    def succeeded(self, provider: str) -> None:
-        """It answered: all its failures are forgotten."""
+    def succeeded(self, provider: str) -> bool:
+        """It answered: all its failures are forgotten. Returns whether it was left alone until now."""
         ...
 
 

@@ -44,12 +44,12 @@ from fks_backfill_dagster.providers.base import (
     Delivery,
     Estimate,
     NotEntitled,
-    PermanentError,
     ProviderError,
     ProviderOptions,
     RateLimited,
     Transport,
     UnknownSymbol,
+    check_served,
 )
 from fks_backfill_dagster.providers.http import (
     HttpClient,
@@ -217,10 +217,7 @@ class CoinGecko:
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
-        if self.missing_key():
-            raise NotEntitled(NAME, f"it needs a key: set {KEY_VARIABLE}")
-        if not self.capabilities.serve(series):
-            raise PermanentError(NAME, f"it has no {series.timeframe} candles of {series.asset_class}")
+        check_served(self, series)
         question = _Question(coin_of(series), currency_of(series), self._ways[series.timeframe])
         now, tally = self._clock(), Tally()
         pages = question.way.pages(_span(series, question.way, window), now)

@@ -39,12 +39,12 @@ from fks_backfill_dagster.providers.base import (
     Capabilities,
     Delivery,
     Estimate,
-    NotEntitled,
     PermanentError,
     ProviderError,
     ProviderOptions,
     Transport,
     UnknownSymbol,
+    check_served,
 )
 from fks_backfill_dagster.providers.http import (
     HttpClient,
@@ -122,7 +122,7 @@ class Oanda:
 
     def listed_at(self, series: Series) -> int | None:
         """The open of the first day it has."""
-        self._check(series)
+        check_served(self, series)
         instrument, first_day = instrument_of(series), {"from": _EPOCH_OF_FOREX, "count": "1"}
         candles = self._page(instrument, Timeframe.D1, first_day, Tally())
         return int(candles.ts[0]) if len(candles) else None
@@ -135,7 +135,7 @@ class Oanda:
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
-        self._check(series)
+        check_served(self, series)
         instrument, grid, tally = instrument_of(series), grid_of(series), Tally()
         opens = self._opens(series, window)
         if len(opens) == 0:
@@ -149,12 +149,6 @@ class Oanda:
         source = f"{_path(instrument)}?{urlencode(self._query(series.timeframe, asked.hull))}"
         delivery = Delivery(candles.sorted(), Transport.REST, source)
         return Answer((delivery,) if len(candles) else (), tally.count)
-
-    def _check(self, series: Series) -> None:
-        if self.missing_key():
-            raise NotEntitled(NAME, f"it needs a token: set {KEY_VARIABLE}")
-        if not self.capabilities.serve(series):
-            raise PermanentError(NAME, f"it has no {series.timeframe} candles of {series.asset_class}")
 
     def _opens(self, series: Series, window: TimeRange) -> Instants:
         """The closed candles of the window: nothing else needs to be asked for."""

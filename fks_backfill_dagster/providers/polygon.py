@@ -15,12 +15,15 @@ forex    up to 1h the session's edges are edges of bars. Longer ones open at 17:
 
 Prices are asked with adjusted=false. Intervals without a trade are omitted. A crypto ticker quotes
 the fiat dollar, so for BTC/USDT this is another market that lies close. How far back it has data
-depends on the plan, which it tells nobody: what lies beyond is answered with NOT_AUTHORIZED.
+depends on the plan, which it tells nobody: what lies beyond is answered with NOT_AUTHORIZED. When
+that happens, the plan's edge is looked for, once per asset class: a dozen requests for one day each,
+instead of a refusal for each of hundreds of pages.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from urllib.parse import quote, urlsplit
@@ -51,9 +54,11 @@ from fks_backfill_dagster.providers.base import (
     ProviderError,
     ProviderOptions,
     RateLimited,
+    TooOld,
     TransientError,
     Transport,
     UnknownSymbol,
+    check_served,
 )
 from fks_backfill_dagster.providers.http import (
     HttpClient,
@@ -110,6 +115,14 @@ _BAR = pa.struct(
 )
 
 
+# What end-of-day plans say of the running day.
+_TODAY = "before end of day"
+
+
+class _BeyondPlan(NotEntitled):
+    """The plan does not cover this data, which may be for its age."""
+
+
 class Polygon:
     """Implements `Provider`; safe to call from several threads."""
 
@@ -136,6 +149,8 @@ class Polygon:
         key = usable_key(NAME, options.key, KEY_VARIABLE) if options.key else None
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = HttpClient(NAME, options, pool, limiter, headers=headers)
+        self._edges: dict[AssetClass, int] = {}
+        self._looking = threading.Lock()
 
     def missing_key(self) -> str | None:
         return None if self._options.key else KEY_VARIABLE
@@ -152,20 +167,24 @@ class Polygon:
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
-        if self.missing_key():
-            raise NotEntitled(NAME, f"it needs a key: set {KEY_VARIABLE}")
-        if not self.capabilities.serve(series):
-            raise PermanentError(NAME, f"it has no {series.timeframe} candles of {series.asset_class}")
+        check_served(self, series)
         ticker, tally = ticker_of(series), Tally()
         asked, native = self._asked(series, window)
         if not asked:
             return Answer(())
+        edge = self._edges.get(series.asset_class, asked.start)
+        if window.start < edge:
+            raise _beyond(edge)
+        asked = TimeRange(max(asked.start, edge), asked.end)
         warnings: tuple[str, ...] = ()
         try:
             bars, source = self._bars(ticker, native, asked, tally)
+        except _BeyondPlan as refused:
+            error = self._too_old(series, native, asked.start, tally)
+            raise error or NotEntitled(NAME, str(refused).removeprefix(f"{NAME}: ")) from None
         except NotEntitled as refused:
             # An end-of-day plan refuses the whole range because of its last day.
-            if "before end of day" not in str(refused) or not asked.start < self._today() < asked.end:
+            if _TODAY not in str(refused) or not asked.start < self._today() < asked.end:
                 raise
             asked = TimeRange(asked.start, self._today())
             warnings = (f"{refused} (so it was asked for what lies before {iso(asked.end)})",)
@@ -180,6 +199,36 @@ class Polygon:
             candles, transport = derive(bars, fine, coarse, window, quiet_ok=True), Transport.DERIVED
         deliveries = (Delivery(candles, transport, source),) if len(candles) else ()
         return Answer(deliveries, tally.count, warnings)
+
+    def _too_old(self, series: Series, native: Timeframe, refused: int, tally: Tally) -> TooOld | None:
+        """The error that tells the plan's edge; None for a plan without any day of these bars.
+
+        `refused` is an instant beyond the edge. Found by halving, to the day.
+        """
+
+        def entitled(day: int) -> bool:
+            try:
+                self._bars(ticker_of(series), native, TimeRange(day, day + MICROS_PER_DAY), tally)
+            except _BeyondPlan:
+                return False
+            return True
+
+        with self._looking:
+            known = self._edges.get(series.asset_class)
+            if known is not None and known > refused:
+                return _beyond(known)
+            beyond = refused // MICROS_PER_DAY
+            within = self._today() // MICROS_PER_DAY - 1
+            if beyond >= within or not entitled(within * MICROS_PER_DAY):
+                return None
+            while within - beyond > 1:
+                middle = (beyond + within) // 2
+                if entitled(middle * MICROS_PER_DAY):
+                    within = middle
+                else:
+                    beyond = middle
+            self._edges[series.asset_class] = edge = within * MICROS_PER_DAY
+            return _beyond(edge)
 
     def _asked(self, series: Series, window: TimeRange) -> tuple[TimeRange, Timeframe]:
         """Which bars to ask for, and where: the parts of a derived candle reach beyond the window."""
@@ -238,7 +287,9 @@ class Polygon:
     def _document(self, reply: Reply, ticker: str) -> dict[str, object]:
         """The answer, if it is one; otherwise the error it stands for."""
         if reply.status != 200:
-            raise self._client.failure(reply)
+            failure = self._client.failure(reply)
+            is_plan = reply.status == 403 and b"NOT_AUTHORIZED" in reply.body
+            raise _refusal_of_plan(str(failure)) if is_plan else failure
         document = self._client.json(reply)
         if not isinstance(document, dict):
             raise BadAnswer(NAME, f"{reply.place} answered no object")
@@ -252,7 +303,9 @@ class Polygon:
         """An error that came with status 200."""
         said = str(document.get("error") or document.get("message") or document.get("status"))
         text = f"{reply.place} answered: {redact(said, self._options.key)[:200]}"
-        if document.get("status") == "NOT_AUTHORIZED" or "API Key" in said:
+        if document.get("status") == "NOT_AUTHORIZED":
+            return _refusal_of_plan(text)
+        if "API Key" in said:
             return NotEntitled(NAME, text)
         if "maximum requests" in said:
             return RateLimited(NAME, text, retry_after=retry_after(reply.headers))
@@ -285,6 +338,15 @@ class Polygon:
                 f"host: set providers.polygon.base_url to that if you trust it",
             )
         return str(following)
+
+
+def _refusal_of_plan(text: str) -> NotEntitled:
+    kind = NotEntitled if _TODAY in text else _BeyondPlan
+    return kind(NAME, text.removeprefix(f"{NAME}: "))
+
+
+def _beyond(edge: int) -> TooOld:
+    return TooOld(NAME, f"its plan covers nothing before {iso(edge)}", edge)
 
 
 def ticker_of(series: Series) -> str:

@@ -46,12 +46,12 @@ from fks_backfill_dagster.providers.base import (
     Capabilities,
     Delivery,
     Estimate,
-    PermanentError,
     ProviderError,
     ProviderOptions,
     TransientError,
     Transport,
     UnknownSymbol,
+    check_served,
 )
 from fks_backfill_dagster.providers.http import (
     HttpClient,
@@ -143,8 +143,7 @@ class YFinance:
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
-        if not self.capabilities.serve(series):
-            raise PermanentError(NAME, f"it has no {series.timeframe} candles of {series.asset_class}")
+        check_served(self, series)
         symbol, tally, now = symbol_of(series), Tally(), self._clock()
         asked, native = self._asked(series, window, now)
         pages = _pages(asked, native)

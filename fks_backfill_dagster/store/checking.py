@@ -44,26 +44,37 @@ EXHAUSTED = (GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
 _MICROS = "CAST(extract(epoch FROM {}) * 1000000 AS bigint)"
 
 
-@dataclass(frozen=True, slots=True)
-class PartState:
-    """What the ledger says of one window: candles expected, missing, and missing without an explanation.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Candles: expected = stored + missing + quiet.
 
-    `providers` are the stored candles by who brought them, the largest share first.
+    `missing` did trade, as far as anybody knows, and is not stored, explained or not. `quiet` are
+    intervals in which nothing traded.
     """
 
     expected: int = 0
     missing: int = 0
-    unexplained: int = 0
-    providers: Mapping[str, int] = field(default_factory=dict)
+    quiet: int = 0
 
     @property
     def stored(self) -> int:
-        return self.expected - self.missing
+        return self.expected - self.missing - self.quiet
 
     @property
     def coverage(self) -> float:
-        """The stored share of what is expected; 1 where nothing is."""
-        return self.stored / self.expected if self.expected else 1.0
+        """The share of what is expected that is not missing; 1 where nothing is expected."""
+        return (self.expected - self.missing) / self.expected if self.expected else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartState(Counts):
+    """What the ledger says of one window; `unexplained` is the part of `missing` that nobody answered for.
+
+    `providers` are the stored candles by who brought them, the largest share first.
+    """
+
+    unexplained: int = 0
+    providers: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +87,15 @@ class Sanity:
     first: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Completeness:
-    """Of all that was ever synced of a series; history that never was is pending, and no gap."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completeness(Counts):
+    """Of all that was ever synced of a series; history that never was is pending, and no gap.
 
-    expected: int = 0
-    missing: int = 0
+    `open_missing` is the part of `missing` that lies in open gaps.
+    """
+
     open_gaps: int = 0
     open_missing: int = 0
-
-    @property
-    def stored(self) -> int:
-        return self.expected - self.missing
-
-    @property
-    def coverage(self) -> float:
-        """The stored share of what is expected; 1 where nothing is."""
-        return self.stored / self.expected if self.expected else 1.0
 
 
 def part_states(database: Database, series: Series, windows: Mapping[str, TimeRange]) -> dict[str, PartState]:
@@ -109,8 +112,9 @@ def part_states(database: Database, series: Series, windows: Mapping[str, TimeRa
         found = {
             key: PartState(
                 expected=grid.count(window),
-                missing=sum(grid.count(part) for part in known.absent(window)),
+                missing=sum(grid.count(part) for part in known.lacking(window)),
                 unexplained=sum(grid.count(part) for part in known.missing(window)),
+                quiet=sum(grid.count(part) for part in known.quiet(window)),
             )
             for key, window in windows.items()
         }
@@ -211,19 +215,32 @@ def completeness(database: Database, series: Sequence[Series]) -> dict[Series, C
         owners = _owners(connection, series)
         rows = connection.execute(
             sa.text(
-                "SELECT s.series_id, s.synced, coalesce(sum(g.missing_candles), 0)::bigint AS missing,"
+                "SELECT s.series_id, s.synced,"
+                "   coalesce(sum(g.missing_candles) FILTER (WHERE g.status <> :quiet), 0)::bigint AS missing,"
+                "   coalesce(sum(g.missing_candles) FILTER (WHERE g.status = :quiet), 0)::bigint AS quiet,"
                 "   count(g.id) FILTER (WHERE g.status = :open) AS open_gaps,"
                 "   coalesce(sum(g.missing_candles) FILTER (WHERE g.status = :open), 0)::bigint AS open_missing"
                 " FROM fks.sync_state s LEFT JOIN fks.gap g"
                 "   ON g.series_id = s.series_id AND g.status <> :filled"
                 " WHERE s.series_id = ANY(:ids) GROUP BY s.series_id, s.synced"
             ),
-            {"ids": list(owners), "open": GapStatus.OPEN.value, "filled": GapStatus.FILLED.value},
+            {
+                "ids": list(owners),
+                "open": GapStatus.OPEN.value,
+                "quiet": GapStatus.NO_TRADE.value,
+                "filled": GapStatus.FILLED.value,
+            },
         ).all()
     for row in rows:
         one = owners[row.series_id]
         expected = sum(grid_of(one).count(part) for part in ledger.from_multirange(row.synced))
-        found[one] = Completeness(expected, row.missing, row.open_gaps, row.open_missing)
+        found[one] = Completeness(
+            expected=expected,
+            missing=row.missing,
+            quiet=row.quiet,
+            open_gaps=row.open_gaps,
+            open_missing=row.open_missing,
+        )
     return found
 
 

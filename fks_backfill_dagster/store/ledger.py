@@ -130,6 +130,10 @@ class Known:
         gaps = self.ranges(GapStatus.OPEN, GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
         return (RangeSet([window]) - self.synced) | (gaps & RangeSet([window]))
 
+    def quiet(self, window: TimeRange) -> RangeSet:
+        """Where nothing traded, so that nothing is lacking."""
+        return self.ranges(GapStatus.NO_TRADE) & RangeSet([window])
+
     def absent(self, window: TimeRange) -> RangeSet:
         """Where no candle is stored: never synced, or any gap, explained or not."""
         return (RangeSet([window]) - self.synced) | (self.ranges(*GapStatus) & RangeSet([window]))

@@ -48,11 +48,17 @@ _FAILED = sa.text(
             * least(CAST(:longest AS float8), :first * 2 ^ least(p.failures + 1 - :patience, 20)) END
     -- Who failed while it rests had asked before: one failure, not one for each process.
     WHERE coalesce(p.resting_until <= clock_timestamp(), true)
+    RETURNING CAST(extract(epoch FROM p.resting_until - clock_timestamp()) AS float8), p.failures, p.reason
     """
 )
 _SUCCEEDED = sa.text(
-    "UPDATE fks.pacing SET failures = 0, resting_until = NULL, reason = NULL"
-    " WHERE provider = :provider AND account = :account AND failures > 0"
+    """
+    UPDATE fks.pacing p SET failures = 0, resting_until = NULL, reason = NULL
+    FROM (SELECT provider, account, resting_until FROM fks.pacing
+          WHERE provider = :provider AND account = :account AND failures > 0 FOR UPDATE) before
+    WHERE p.provider = before.provider AND p.account = before.account
+    RETURNING before.resting_until IS NOT NULL
+    """
 )
 _RESTING = sa.text(
     "SELECT CAST(extract(epoch FROM resting_until - clock_timestamp()) AS float8), failures, reason"
@@ -136,17 +142,18 @@ class SharedCircuit:
             row = connection.execute(_RESTING, self._who(provider)).one_or_none()
         return None if row is None else _rest(row[0], row[1], row[2])
 
-    def failed(self, provider: str, reason: str) -> None:
+    def failed(self, provider: str, reason: str) -> Rest | None:
         with self._database.autocommit() as connection:
-            connection.execute(
+            row = connection.execute(
                 _FAILED,
                 self._who(provider)
                 | {"reason": reason, "patience": FAILURES, "first": FIRST_REST, "longest": LONGEST_REST},
-            )
+            ).one_or_none()
+        return None if row is None or row[0] is None else _rest(row[0], row[1], row[2])
 
-    def succeeded(self, provider: str) -> None:
+    def succeeded(self, provider: str) -> bool:
         with self._database.autocommit() as connection:
-            connection.execute(_SUCCEEDED, self._who(provider))
+            return bool(connection.scalar(_SUCCEEDED, self._who(provider)))
 
     def _who(self, provider: str) -> dict[str, object]:
         return {"provider": provider, "account": self._accounts.get(provider, "")}
@@ -166,6 +173,11 @@ class ProviderState:
     reason: str | None
     told_to_wait: float | None
     rest: Rest | None
+
+    @property
+    def is_out(self) -> bool:
+        """Whether it is not asked now."""
+        return self.rest is not None or self.told_to_wait is not None
 
 
 def provider_states(database: Database) -> list[ProviderState]:

@@ -231,6 +231,12 @@ def test_providers_that_are_left_alone_or_told_us_to_wait(
         r"left alone for (5\d|60) s: it failed 5 times in a row, at last: binance: answered 503",
         states["binance"],
     )
+    words = r"binance: left alone for \d+ s: it failed 5 times .*\npolygon: told us to wait another \d+ s\n"
+    for names in (["BTC/USDT", "1h"], []):
+        told = fks("status", *names, "--json")
+        assert re.fullmatch(words, told.stderr)
+        assert told.json == fks("status", *names, "--json").json, "stdout is the document alone"
+    assert re.fullmatch(words, fks("status").stderr)
 
 
 # Batches

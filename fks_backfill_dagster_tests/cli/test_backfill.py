@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import requests
 
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
@@ -293,3 +294,94 @@ def test_a_warning_that_concerns_all_is_told_once(
         told = fks("backfill", *line, *options)
         assert len(told.json) == 3
         assert told.stderr.count("POLYGON_API_KEY is not set") == 1
+
+
+# Exit codes ------------------------------------------------------------------------------------------------
+
+BOTH = ("--provider", "binance", "--provider", "polygon")
+DAY = {"start": "2024-01-10", "end": "2024-01-11"}
+
+
+def statuses(fks: Command) -> dict[str, int]:
+    """Missing candles by the state of their gap."""
+    found: dict[str, int] = {}
+    for gap in fks("gaps", "BTC/USDT", "1h", *JANUARY, "--json").json:
+        found[gap["status"]] = found.get(gap["status"], 0) + gap["missing_candles"]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["reset", "truncated", "html", "duplicated", "unsorted", "missing"])
+def test_what_is_healed_exits_0_and_tells_no_error(fks: Command, world: LocalMarket, kind: str) -> None:
+    window = ("--start", "2024-01-01", "--end", "2024-01-02")
+    fks("backfill", "BTC/USDT", "1h", *window)  # the listing time is known from here on
+    world.plant_fault("binance", kind, count=1, path="/klines", **DAY)
+    world.plant_fault("archive", "archive_404", count=None)
+    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance", "--json")
+    assert next(one["hits"] for one in requests.get(f"{world.url}/sim/faults", timeout=5).json()) == 1
+    assert (told.exit_code, told.json["missing"], told.json["failed_batches"]) == (0, 0, 0)
+    assert told.json["errors"] == []
+    assert told.json["providers"]["binance"]["delivered"] == 720
+    assert statuses(fks) == {}
+
+
+def test_what_a_fallback_filled_exits_0_and_warns(fks: Command, world: LocalMarket) -> None:
+    world.plant_fault("binance", "status", count=None, status=403, path="/klines")
+    world.plant_fault("archive", "archive_404", count=None)
+    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, *BOTH, "--json")
+    assert (told.exit_code, told.json["missing"], told.json["errors"]) == (0, 0, [])
+    providers = told.json["providers"]
+    assert (providers["binance"]["failed"], providers["polygon"]["delivered"]) == (744, 744)
+    assert "warning: binance: " in told.stderr
+    assert "403" in told.stderr
+    assert statuses(fks) == {}
+
+
+def test_what_nobody_answered_for_exits_1_and_stays_open(fks: Command, world: LocalMarket) -> None:
+    """It is told to wait for longer than anybody has the patience for."""
+    world.plant_fault("binance", "status", count=None, status=418, seconds=4000, path="/klines")
+    world.plant_fault("archive", "archive_404", count=None)
+    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance", "--json")
+    assert told.exit_code == 1
+    assert (told.json["missing"], told.json["failed_batches"], told.json["total_batches"]) == (744, 1, 1)
+    assert told.json["errors"]
+    assert all("418" in error or "wait" in error for error in told.json["errors"])
+    assert f"Error: BTC/USDT 1h: {told.json['errors'][0]}" in told.stderr
+    assert "744 candles still missing" in told.stderr
+    assert statuses(fks) == {"open": 744}
+    assert fks("status", "BTC/USDT", "1h", "--json").json["status"] == "error"
+
+
+def test_what_was_quarantined_exits_1_and_stays_open(
+    fks: Command, world: LocalMarket, database: Database
+) -> None:
+    world.plant_fault("binance", "nan", count=None, path="/klines", **DAY)
+    world.plant_fault("archive", "archive_404", count=None)
+    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance", "--json")
+    assert (told.exit_code, told.json["missing"], told.json["failed_batches"]) == (1, 24, 0)
+    assert told.json["providers"]["binance"]["rejected"] == 24
+    assert "24 candles still missing; see `fks-backfill gaps BTC/USDT 1h`" in told.stderr
+    assert statuses(fks) == {"open": 24}
+    with database.begin() as connection:
+        rows = connection.exec_driver_sql("SELECT reason, count(*) FROM fks.quarantine GROUP BY 1").all()
+    assert [tuple(row) for row in rows] == [("not_finite", 24)]
+
+
+def test_what_nobody_has_exits_1_and_is_explained(fks: Command, world: LocalMarket) -> None:
+    for provider in ("binance", "polygon"):
+        world.plant_outage(provider, span("2024-01-10", "2024-01-11"))
+    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, *BOTH, "--json")
+    assert (told.exit_code, told.json["missing"], told.json["errors"]) == (1, 24, [])
+    assert told.json["failed_batches"] == 0
+
+
+def test_what_did_not_trade_is_not_missing_and_exits_0(
+    fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the word of Polygon, which leaves quiet intervals out, where nobody gives every interval."""
+    monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ENABLED", "false")
+    world.plant_outage("polygon", span("2024-01-10", "2024-01-11"))
+    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
+    assert (told.exit_code, told.json["missing"], told.json["expected"]) == (0, 0, 744)
+    assert statuses(fks) == {"no_trade": 24}
+    words = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon").stdout
+    assert "720 of 744 candles stored, nothing traded in 24, 0 of them by this call" in words

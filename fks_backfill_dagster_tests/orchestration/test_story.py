@@ -85,6 +85,18 @@ def test_a_warning_is_one() -> None:
     assert heard(lines).warnings == ["BTC/USDT 1m: polygon is skipped: POLYGON_API_KEY is not set"]
 
 
+def test_the_same_warning_about_another_series_is_told_once() -> None:
+    lines = Lines()
+    other = Series("ETH/USDT", Timeframe.M1, AssetClass.CRYPTO)
+    for series in (SERIES, other, SERIES):
+        Story(lines)(Warned(series, "polygon is skipped: POLYGON_API_KEY is not set"))
+    Story(lines)(Warned(other, "binance: answered 503"))
+    assert heard(lines).warnings == [
+        "BTC/USDT 1m: polygon is skipped: POLYGON_API_KEY is not set",
+        "ETH/USDT 1m: binance: answered 503",
+    ]
+
+
 def test_many_warnings_are_cut_and_that_is_said() -> None:
     lines = Lines()
     for n in range(40):

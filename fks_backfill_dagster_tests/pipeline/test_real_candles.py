@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import csv
 import gzip
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from pyarrow import csv as arrow_csv
 
 from fks_backfill_dagster.domain.candles import PRICES, Candles
 from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.grid import grid_of
-from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
-from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime
 from fks_backfill_dagster.pipeline.sync import Context, sync
 from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool, system_micros
 from fks_backfill_dagster.providers.registry import build, resolve_options
-from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
+from fks_backfill_dagster.simulator import LocalMarket, MarketConfig, Split
 from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.database import Database
 
@@ -35,15 +36,27 @@ def days(start: str, end: str) -> TimeRange:
     )
 
 
+# In which the file's prices change; each new share of its day against one old one.
+APPLES_SPLITS = (
+    Split("AAPL", date(2000, 6, 21), 2),
+    Split("AAPL", date(2005, 2, 28), 2),
+    Split("AAPL", date(2014, 6, 9), 7),
+    Split("AAPL", date(2020, 8, 31), 4),
+)
+
+
 @contextmanager
-def replay(database: Database, folder: Path) -> Iterator[Context]:
+def replay(database: Database, folder: Path, splits: Sequence[Split] = ()) -> Iterator[Context]:
     """A context whose providers all ask the replayed market."""
-    with LocalMarket(MarketConfig(limits=False, replay=folder)) as market:
+    config = MarketConfig(limits=False, replay=folder, splits=tuple(splits), single_precision=True)
+    with LocalMarket(config) as market:
         pool = RequestPool(5)
         urls = {
             "binance": market.binance_url,
             "polygon": market.polygon_url,
             "oanda": market.oanda_url,
+            "yfinance": market.yahoo_url,
+            "alphavantage": market.alphavantage_url,
         }
         options = {name: resolve_options(name, base_url=url, key="any") for name, url in urls.items()}
         limiter = ProcessLimiter({})
@@ -58,6 +71,20 @@ def rows_of(file: Path, window: TimeRange) -> Candles:
     ts = table["ts"].cast(pa.timestamp("us", "UTC")).cast("int64").to_numpy()
     numbers = [table[name].to_numpy().astype(float) for name in (*PRICES, "volume")]
     return Candles(ts, *numbers).within(window)
+
+
+def invented(opens: Instants) -> Candles:
+    """Prices with two decimals that depend on nothing but the open."""
+    low = 100 + opens // Timeframe.H1.micros % 97 / 100
+    return Candles(opens, low + 1, low + 3.25, low, low + 2.5, 1000.0 + opens // Timeframe.H1.micros % 89)
+
+
+def write_csv(file: Path, candles: Candles) -> None:
+    file.parent.mkdir()
+    with file.open("w") as out:
+        out.write("ts,open,high,low,close,volume\n")
+        for ts, *numbers in zip(*(column.tolist() for column in candles.columns()), strict=True):
+            out.write(f"{to_datetime(ts):%Y-%m-%dT%H:%M:%SZ},{','.join(f'{n:.2f}' for n in numbers)}\n")
 
 
 def test_outage_hours_of_binance_filled_from_the_second_provider(
@@ -120,6 +147,67 @@ def test_aapl_hours_are_the_files_rows_inside_the_calendar(
         absent += [(gap.start, gap.missing) for gap in reading.ledger_gaps(database, series, window)]
     hours = [("2002-09-11T13:00", 1), ("2013-08-22T17:00", 2)]
     assert absent == [(days(at, at).start, missing) for at, missing in hours]
+
+
+@pytest.mark.parametrize("provider", ["yfinance", "alphavantage"])
+def test_aapl_days_are_the_files_rows_inside_the_calendar(
+    database: Database, shared_data: SharedData, provider: str
+) -> None:
+    """All 23 years of it, four splits among them: what Yahoo adjusts by them is stored as it was traded.
+
+    Polygon's days are made of its half hours, of regular sessions only, which is another figure than
+    the file's on 23 half-days before 2009.
+    """
+    file = shared_data("equity/AAPL-1d.csv.gz")
+    series, window = Series("AAPL", Timeframe.D1, AssetClass.STOCKS), days("1998-01-02", "2021-04-01")
+    with replay(database, file.parents[1], APPLES_SPLITS) as context:
+        report = sync(context, series, window, [provider])
+    rows = rows_of(file, window)
+    inside = rows.take(grid_of(series).contains(rows.ts))
+    assert (len(rows), len(inside)) == (5849, 5849)
+    assert reading.read_candles(database, series, window).equals(inside)
+    assert (report.complete, report.expected, report.stored) == (True, 5849, 5849)
+    assert reading.ledger_gaps(database, series, window) == ()
+
+
+def test_hours_of_an_invented_stock_lack_what_its_file_lacks(database: Database, tmp_path: Path) -> None:
+    """The same without the real file: Thanksgiving, a half-day with a row after its close, absent hours."""
+    series, window = Series("AAPL", Timeframe.H1, AssetClass.STOCKS), days("2013-11-25", "2013-12-03")
+    opens = grid_of(series).opens(window)
+    lacking = opens[[10, 17, 18]]
+    late = days("2013-11-29T18:00", "2013-11-29T18:00").start
+    assert (opens == late - Timeframe.H1.micros).any()
+    assert not (opens == late).any()
+    told = np.sort(np.append(np.setdiff1d(opens, lacking), late))
+    write_csv(tmp_path / "equity" / "AAPL-1h.csv", invented(told))
+    with replay(database, tmp_path) as context:
+        report = sync(context, series, window, ["polygon"])
+    assert reading.read_candles(database, series, window).equals(invented(np.setdiff1d(opens, lacking)))
+    gaps = reading.ledger_gaps(database, series, window)
+    assert [(gap.start, gap.missing) for gap in gaps] == [(lacking[0], 1), (lacking[1], 2)]
+    # Polygon leaves out half hours without a trade, and these had bars on both sides.
+    assert {gap.status for gap in gaps} == {GapStatus.NO_TRADE}
+    assert (report.expected, report.stored, report.quiet, report.missing) == (32, 29, 3, 0)
+
+
+@pytest.mark.parametrize("provider", ["yfinance", "alphavantage"])
+def test_days_of_an_invented_stock_lack_what_its_file_lacks(
+    database: Database, tmp_path: Path, provider: str
+) -> None:
+    """Across a split 7:1, with a day on a holiday that is none of the calendar, and one absent day."""
+    series, window = Series("AAPL", Timeframe.D1, AssetClass.STOCKS), days("2014-05-19", "2014-06-21")
+    opens = grid_of(series).opens(window)
+    memorial_day = days("2014-05-26", "2014-05-26").start
+    assert not (opens == memorial_day).any()
+    inside = invented(np.delete(opens, 12))
+    write_csv(tmp_path / "equity" / "AAPL-1d.csv", inside)
+    with replay(database, tmp_path, [Split("AAPL", date(2014, 6, 9), 7)]) as context:
+        report = sync(context, series, window, [provider])
+    assert reading.read_candles(database, series, window).equals(inside)
+    assert not report.complete
+    (gap,) = reading.ledger_gaps(database, series, window)
+    assert (gap.start, gap.missing, report.missing) == (opens[12], 1, 1)
+    assert [(word.provider, word.outcome) for word in gap.evidence] == [(provider, "absent")]
 
 
 def test_euro_hours_are_the_files_rows_and_its_holes_are_explained(

@@ -763,13 +763,27 @@ def test_a_provider_that_fails_again_and_again_is_left_alone_by_all(
     options = {"binance": resolve_options("binance", base_url="http://127.0.0.1:9/binance")}
     circuit = SharedCircuit(database, paces(options))
     broken = replace(make_context(database, "http://127.0.0.1:9/binance"), circuit=circuit)
+    heard: list[str] = []
+
+    def hear(event: SyncEvent) -> None:
+        if isinstance(event, Warned):
+            heard.append(event.message)
+
     for _ in range(3):
-        sync(broken, HOURS, days("2024-01-01", "2024-04-01"), ["binance"], recheck=True)
+        sync(broken, HOURS, days("2024-01-01", "2024-04-01"), ["binance"], recheck=True, listen=hear)
+    opened = [message for message in heard if "from now on left alone for 60 s" in message]
+    assert len(opened) == 1, "told once, by the sync in which it happened"
+    assert opened[0].startswith("binance: from now on left alone for 60 s: it failed 5 times in a row")
     market.reset_requests()
-    healed = replace(make_context(database, market.binance_url), circuit=circuit)
+    healed = replace(make_context(database, market.binance_url, batch_size_days=2), circuit=circuit)
     left_alone = sync(healed, HOURS, days("2024-01-01", "2024-04-01"), ["binance"])
     assert "left alone for another" in left_alone.errors[0]
+    assert len(left_alone.errors) == 1, "in the same words for all spans"
     assert market.requests() <= 1, "the listing time at most"
-    by_a_person = sync(healed, HOURS, days("2024-01-01", "2024-04-01"), ["binance"], recheck=True)
+    heard.clear()
+    by_a_person = sync(
+        healed, HOURS, days("2024-01-01", "2024-04-01"), ["binance"], recheck=True, listen=hear
+    )
     assert by_a_person.complete, "a person who asks wants an answer now"
     assert circuit.closed_for("binance") is None
+    assert heard == ["binance: it answers again, and is no longer left alone"]

@@ -28,6 +28,7 @@ from fks_backfill_dagster.providers.base import (
     PermanentError,
     ProviderError,
     RateLimited,
+    TooOld,
     Transport,
     UnknownSymbol,
 )
@@ -153,6 +154,19 @@ class TestHonest:
         for timeframe in (Timeframe.M1, Timeframe.H1, Timeframe.D1):
             with pytest.raises(NotEntitled, match="premium"):
                 fetch(make, market, NOVEMBER, timeframe)
+
+    def test_a_free_key_is_told_the_last_hundred_days_and_refused_the_history_once(self, make: Make) -> None:
+        with serve(SmallAlphaVantage(NOW, free=True)) as server:
+            provider = make("alphavantage", server.url, key=KEY, clock=lambda: NOW, requests_per_minute=99)
+            for window in (NOVEMBER, span("2010-01-01", "2024-05-30")):
+                with pytest.raises(TooOld, match=r"the last 100 days only: .*premium") as caught:
+                    provider.fetch(stock(Timeframe.D1), window)
+            assert [asked.query["outputsize"] for asked in server.requests] == ["full"]
+            newer = TimeRange(caught.value.since, us("2024-05-30"))
+            assert of(provider.fetch(stock(Timeframe.D1), newer)).equals(truth(Timeframe.D1, newer))
+            assert [asked.query["outputsize"] for asked in server.requests] == ["full", "compact"]
+            with pytest.raises(TooOld):
+                provider.fetch(stock(Timeframe.D1), TimeRange(caught.value.since - 86_400_000_000, newer.end))
 
 
 class TestStamps:

@@ -1,4 +1,4 @@
-"""Every provider against the contract of all of them."""
+"""Every provider against the contract of all of them; Yahoo's stands in test_yfinance.py, beside its market."""
 
 from __future__ import annotations
 

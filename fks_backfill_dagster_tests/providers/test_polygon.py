@@ -25,6 +25,7 @@ from fks_backfill_dagster.providers.base import (
     PermanentError,
     ProviderError,
     RateLimited,
+    TooOld,
     TransientError,
     Transport,
     UnknownSymbol,
@@ -327,6 +328,42 @@ class TestEndOfDayPlan:
     def test_today_alone(self, make: Make) -> None:
         with pytest.raises(NotEntitled, match="before end of day"):
             self.fetch(make, "5m", span("2015-12-23", "2015-12-24"))
+
+
+class TestPlanOfSomeYears:
+    NOW = us("2015-12-23T19:00")
+    EDGE = us("2013-12-23")
+
+    def test_tells_its_edge_once(self, make: Make) -> None:
+        asked = series(STOCKS, Timeframe.M5)
+        message = "Your plan doesn't include this data timeframe. Please upgrade your plan"
+        refused = json_said({"status": "NOT_AUTHORIZED", "message": message}, 403)
+        market = WholeMarket(asked, refuse=lambda r: refused if r.start < self.EDGE else None)
+        with serve(market) as server:
+            provider = make("polygon", server.url, key=KEY, clock=lambda: self.NOW, requests_per_minute=99)
+            with pytest.raises(TooOld, match=r"nothing before 2013-12-23") as caught:
+                provider.fetch(asked, span("2005-01-03", "2005-02-03"))
+            assert caught.value.since == self.EDGE
+            assert 10 < len(server.requests) < 16, "halving"
+            before = len(server.requests)
+            with pytest.raises(TooOld):
+                provider.fetch(series(STOCKS, Timeframe.D1), span("2013-01-03", "2014-02-03"))
+            assert len(server.requests) == before, "known by now, for every stock"
+            inside = TimeRange(self.EDGE, us("2013-12-28"))
+            good = verify(of(provider.fetch(asked, inside)), inside, grid_of(asked), inside.end).good
+            assert np.array_equal(good.ts, grid_of(asked).opens(inside))
+            assert len(server.requests) == before + 1
+
+    def test_a_plan_without_any_of_it_is_no_matter_of_age(self, make: Make) -> None:
+        refused = json_said(
+            {"status": "NOT_AUTHORIZED", "message": "You are not entitled to this data."}, 403
+        )
+        with serve(lambda _: refused) as server:
+            provider = make("polygon", server.url, key=KEY, clock=lambda: self.NOW, requests_per_minute=99)
+            with pytest.raises(NotEntitled, match="not entitled") as caught:
+                provider.fetch(series(STOCKS, Timeframe.M5), span("2005-01-03", "2005-02-03"))
+            assert type(caught.value) is NotEntitled
+            assert len(server.requests) == 2
 
 
 class TestKey:

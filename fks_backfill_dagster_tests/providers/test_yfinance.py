@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import orjson
@@ -31,6 +31,7 @@ from fks_backfill_dagster.providers.base import (
 )
 from fks_backfill_dagster.providers.yfinance import symbol_of
 from fks_backfill_dagster_tests.domain.builders import read_csv
+from fks_backfill_dagster_tests.providers.conformance import ProviderConformance
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.scripted import Asked, Said, candles_at, json_said, serve, span, us
 
@@ -38,6 +39,7 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 SHARED = Path(__file__).resolve().parents[2] / "../shared"
 APPLE_SPLITS = {us("2014-06-09T13:30"): (7, 1), us("2020-08-31T13:30"): (4, 1)}
 SECOND = 1_000_000
+DERIVED = {Timeframe(name) for name in ("30m", "1h", "4h", "1w")}
 
 
 def stock(timeframe: Timeframe, symbol: str = "AAPL") -> Series:
@@ -145,6 +147,24 @@ class SmallYahoo:
         if self.float32:
             prices = {name: price.astype(np.float32).astype(np.float64) for name, price in prices.items()}
         return replace(bars, **prices, volume=bars.volume * factor)
+
+
+class TestConformance(ProviderConformance):
+    name = "yfinance"
+    symbols: ClassVar = {AssetClass.STOCKS: "AAPL"}
+    honest: ClassVar = SmallYahoo(
+        {t.value: traded(t, span("2024-05-01", "2024-06-05")) for t in Timeframe if t not in DERIVED},
+        ProviderConformance.now,
+    )
+
+    def market(self, asked: Asked) -> Said:
+        return self.honest(asked)
+
+    def unknown(self, asked: Asked) -> Said:
+        return failed("Not Found", "No data found, symbol may be delisted", 404)
+
+    def window(self, series: Series) -> TimeRange:
+        return span("2024-05-13", "2024-05-25" if series.timeframe.minutes >= 240 else "2024-05-15")
 
 
 def always(answer: Said) -> Callable[[Asked], Said]:

@@ -26,9 +26,9 @@ def test_a_window_tells_what_is_stored_and_by_whom(hours: Shelf) -> None:
         {"first": hours.span(0, 24), "both": hours.span(12, 48), "never": hours.span(48, 60)},
     )
     assert found == {
-        "first": PartState(24, 0, 0, {"binance": 24}),
-        "both": PartState(36, 8, 8, {"polygon": 16, "binance": 12}),
-        "never": PartState(12, 12, 12, {}),
+        "first": PartState(expected=24, providers={"binance": 24}),
+        "both": PartState(expected=36, missing=8, unexplained=8, providers={"polygon": 16, "binance": 12}),
+        "never": PartState(expected=12, missing=12, unexplained=12),
     }
     assert list(found["both"].providers) == ["polygon", "binance"]
     assert (found["both"].stored, found["both"].coverage) == (28, 28 / 36)
@@ -39,7 +39,29 @@ def test_an_explained_gap_is_missing_but_not_unexplained(hours: Shelf) -> None:
     execute(hours.database, f"UPDATE fks.gap SET status = 'unavailable' WHERE series_id = {hours.identity}")
     state = part_states(hours.database, hours.series, {"": hours.span(0, 24)})[""]
     assert (state.expected, state.missing, state.unexplained) == (24, 4, 0)
-    assert completeness(hours.database, [hours.series])[hours.series] == Completeness(24, 4, 0, 0)
+    assert completeness(hours.database, [hours.series])[hours.series] == Completeness(expected=24, missing=4)
+
+
+def test_what_did_not_trade_is_neither_stored_nor_missing(hours: Shelf) -> None:
+    """One gap of each kind, and hours that were never synced: expected = stored + missing + quiet."""
+    kinds = {4: "no_trade", 8: "unavailable", 12: "tolerated", 16: "open"}
+    absent = {first + step for first in kinds for step in range(first // 4)}
+    there = hours.opens(0, 24)[[hour for hour in range(24) if hour not in absent]]
+    hours.commit(hours.span(0, 24), brought(candles_at(there)))
+    for first, status in kinds.items():
+        low = to_datetime(hours.span(first, first).start)
+        execute(
+            hours.database,
+            f"UPDATE fks.gap SET status = '{status}' WHERE series_id = {hours.identity} AND gap_start = '{low}'",
+        )
+    state = part_states(hours.database, hours.series, {"": hours.span(0, 30)})[""]
+    assert state == PartState(
+        expected=30, missing=2 + 3 + 4 + 6, unexplained=4 + 6, quiet=1, providers={"binance": 14}
+    )
+    assert (state.stored, state.coverage) == (14, 15 / 30)
+    whole = completeness(hours.database, [hours.series])[hours.series]
+    assert whole == Completeness(expected=24, missing=2 + 3 + 4, open_gaps=1, open_missing=4, quiet=1)
+    assert (whole.stored, whole.coverage) == (14, 15 / 24)
 
 
 def test_an_empty_window_is_covered(hours: Shelf) -> None:
@@ -51,7 +73,9 @@ def test_an_empty_window_is_covered(hours: Shelf) -> None:
 def test_completeness_is_about_what_was_synced(hours: Shelf) -> None:
     hours.put(0, 24)
     hours.commit(hours.span(100, 124), brought(candles_at(hours.opens(100, 122))))
-    assert completeness(hours.database, [hours.series])[hours.series] == Completeness(48, 2, 1, 2)
+    assert completeness(hours.database, [hours.series])[hours.series] == Completeness(
+        expected=48, missing=2, open_gaps=1, open_missing=2
+    )
 
 
 def test_many_series_are_judged_together(hours: Shelf, minutes: Shelf, shared: Database) -> None:

@@ -234,6 +234,16 @@ class TestCircuit:
         circuit.succeeded("p")
         assert circuit.closed_for("p") is None
 
+    def test_beginning_and_end_of_a_rest_are_told_once(self, circuit: SharedCircuit) -> None:
+        told = [circuit.failed("p", "p: answered 503") for _ in range(7)]
+        assert [rest is not None for rest in told] == [False] * 4 + [True] + [False] * 2
+        assert told[4] is not None
+        assert 59 < told[4].seconds <= 60
+        assert told[4].reason == "it failed 5 times in a row, at last: p: answered 503"
+        assert [circuit.succeeded("p"), circuit.succeeded("p")] == [True, False]
+        circuit.failed("p", "p: answered 503")
+        assert circuit.succeeded("p") is False, "one failure was no rest"
+
     def test_rests_double_up_to_an_hour(self, circuit: SharedCircuit, shared: Database, account: str) -> None:
         self.fail(circuit, 4)
         rests = []
