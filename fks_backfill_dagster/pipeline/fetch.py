@@ -22,7 +22,7 @@ from fks_backfill_dagster.providers.base import (
     Circuit,
     Delivery,
     Estimate,
-    PermanentError,
+    NotEntitled,
     Provider,
     ProviderError,
     TooOld,
@@ -271,9 +271,9 @@ class Chain:
             else:
                 found.warnings += self.remember_failure(name, error)
             found.errors.append(str(error))
-            return question.word(
-                "refused" if isinstance(error, PermanentError) else "error", str(error)
-            ), wanted
+            # A wrong key, an address that has moved: what a person mends is no word about the candles.
+            final = isinstance(error, UnknownSymbol | NotEntitled)
+            return question.word("refused" if final else "error", str(error)), wanted
         found.warnings += self._remember_success(name)
         rejected = sum(len(r.candles) for r in found.refused[refused:])
         self._count(name, Tally(asked=asked, delivered=before - len(wanted), rejected=rejected))

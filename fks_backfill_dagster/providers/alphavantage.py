@@ -52,6 +52,7 @@ from fks_backfill_dagster.providers.base import (
     TooOld,
     Transport,
     UnknownSymbol,
+    WrongKey,
     check_served,
 )
 from fks_backfill_dagster.providers.http import (
@@ -260,7 +261,7 @@ class AlphaVantage:
                 f"it has no {query['symbol']}: correct the symbol, or name Alpha Vantage's own in provider_symbols",
             )
         if "apikey is invalid" in said or "claim your free API key" in said:
-            return NotEntitled(NAME, f"{text} (check {KEY_VARIABLE})")
+            return WrongKey(NAME, f"{text} (check {KEY_VARIABLE})")
         if "1 request per second" in said or "sparingly" in said:
             return _Burst(NAME, text, retry_after=1.0)
         if re.search(r"premium (endpoint|feature)", said):

@@ -45,8 +45,12 @@ class UnknownSymbol(PermanentError):
     """The provider does not know the symbol."""
 
 
+class WrongKey(PermanentError):
+    """The key is missing, or the provider does not know it."""
+
+
 class NotEntitled(PermanentError):
-    """A key is missing, wrong, or does not cover this data."""
+    """The key does not cover this data, and without another one nobody gets it."""
 
 
 class TooOld(NotEntitled):
@@ -189,7 +193,7 @@ class Provider(Protocol):
 def check_served(provider: Provider, series: Series) -> None:
     """What every `fetch` does first. Raises NotEntitled without its key, PermanentError for what it has not."""
     if (variable := provider.missing_key()) is not None:
-        raise NotEntitled(provider.name, f"it needs a key: set {variable}")
+        raise WrongKey(provider.name, f"it needs a key: set {variable}")
     if not provider.capabilities.serve(series):
         raise PermanentError(provider.name, f"it has no {series.timeframe} candles of {series.asset_class}")
 

@@ -49,6 +49,7 @@ from fks_backfill_dagster.providers.base import (
     RateLimited,
     Transport,
     UnknownSymbol,
+    WrongKey,
     check_served,
 )
 from fks_backfill_dagster.providers.http import (
@@ -72,8 +73,9 @@ REQUESTS_PER_MINUTE = 100  # of a demo key
 _PRO_HOST = "pro-api"
 _RANGE_START = 1_518_134_400 * MICROS_PER_SECOND  # 2018-02-09
 _LATEST_MS = 1e14  # beyond any time; a float above it may be no whole number
-# Invalid key, wrong host for the key, or data that the plan does not cover.
-_KEY_CODES = frozenset({10002, 10005, 10006, 10010, 10011, 10012})
+# Invalid key or wrong host for it; data that the plan does not cover.
+_KEY_CODES = frozenset({10002, 10010, 10011})
+_PLAN_CODES = frozenset({10005, 10006, 10012})
 
 COINS: Mapping[str, str] = {
     "AAVE": "aave",
@@ -274,8 +276,9 @@ class CoinGecko:
             return UnknownSymbol(NAME, f"it has no prices in {question.currency}")
         if code == 429:
             return RateLimited(NAME, text, retry_after=retry_after(reply.headers))
-        if code in _KEY_CODES:
-            return NotEntitled(NAME, f"{text} (a paid key needs a base_url on the host {_PRO_HOST}...)")
+        if code in _KEY_CODES | _PLAN_CODES:
+            kind = WrongKey if code in _KEY_CODES else NotEntitled
+            return kind(NAME, f"{text} (a paid key needs a base_url on the host {_PRO_HOST}...)")
         if reply.status == 200:
             return BadAnswer(
                 NAME, f"{reply.place} answered no rows but {said_in(reply.body, self._options.key)}"

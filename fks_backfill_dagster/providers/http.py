@@ -49,6 +49,7 @@ from fks_backfill_dagster.providers.base import (
     ProviderOptions,
     RateLimited,
     TransientError,
+    WrongKey,
 )
 
 T = TypeVar("T")
@@ -506,14 +507,16 @@ def status_error(
 ) -> ProviderError:
     """What a status other than 200 means, where the provider's file knows nothing better.
 
-    429 and 418 are limits, 401 and 403 a matter of keys; 408, 425 and 5xx may pass. Everything else
+    429 and 418 are limits, 401 a wrong key, 403 one that does not cover it; 408, 425 and 5xx may pass. Everything else
     (451 for a forbidden country, a redirection, 404) would be the same the next time.
     """
     text = f"{place} answered {status}: {said_in(body, key)}"
     told = retry_after(headers)
     if status in (418, 429):
         return RateLimited(provider, text, retry_after=told)
-    if status in (401, 403):
+    if status == 401:
+        return WrongKey(provider, text)
+    if status == 403:
         return NotEntitled(provider, text)
     if status in (408, 425) or status >= 500:
         return TransientError(provider, text, retry_after=told)
@@ -604,11 +607,11 @@ def redact(text: str, key: str | None) -> str:
 def usable_key(provider: str, key: str, variable: str) -> str:
     """The key without surrounding blanks.
 
-    Raises NotEntitled for one that cannot go into a header: requests would quote it in its error.
+    Raises WrongKey for one that cannot go into a header: requests would quote it in its error.
     """
     key = key.strip()
     if not re.fullmatch(r"[!-~]+", key):
-        raise NotEntitled(provider, f"the value of {variable} is no key: it is empty or has odd characters")
+        raise WrongKey(provider, f"the value of {variable} is no key: it is empty or has odd characters")
     return key
 
 

@@ -58,6 +58,7 @@ from fks_backfill_dagster.providers.base import (
     TransientError,
     Transport,
     UnknownSymbol,
+    WrongKey,
     check_served,
 )
 from fks_backfill_dagster.providers.http import (
@@ -306,7 +307,7 @@ class Polygon:
         if document.get("status") == "NOT_AUTHORIZED":
             return _refusal_of_plan(text)
         if "API Key" in said:
-            return NotEntitled(NAME, text)
+            return WrongKey(NAME, text)
         if "maximum requests" in said:
             return RateLimited(NAME, text, retry_after=retry_after(reply.headers))
         return TransientError(NAME, text)

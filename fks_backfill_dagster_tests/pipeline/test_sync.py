@@ -483,6 +483,23 @@ def test_a_symbol_that_nobody_knows_any_more_is_explained(
     assert market.requests() <= 1, "at most since when it has it"
 
 
+@pytest.mark.parametrize(
+    ("status", "explained"),
+    [(400, False), (401, False), (403, True), (451, False)],  # 403: the plan does not cover it
+)
+def test_what_a_person_mends_explains_no_gap(
+    context: Context, database: Database, market: LocalMarket, status: int, explained: bool
+) -> None:
+    window = days("2024-01-01", "2024-01-02")
+    market.plant_fault("polygon", "status", count=None, status=status)
+    market.plant_outage("binance", window)
+    report = sync(replace(context, priority=lambda series: BOTH), HOURS, window, BOTH)
+    assert report.missing == 24
+    (gap,) = reading.ledger_gaps(database, HOURS, window)
+    assert gap.status is (GapStatus.UNAVAILABLE if explained else GapStatus.OPEN)
+    assert gap.evidence[-1].outcome == ("refused" if explained else "error")
+
+
 def test_an_unknown_symbol_leaves_no_trace(context: Context, database: Database) -> None:
     series = Series("NOPE/USDT", Timeframe.H1, AssetClass.CRYPTO)
     report = sync(context, series, days("2024-01-01", "2024-02-01"), ["binance"])

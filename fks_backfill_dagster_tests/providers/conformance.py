@@ -28,13 +28,13 @@ from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
-    NotEntitled,
     PermanentError,
     Provider,
     ProviderError,
     RateLimited,
     TransientError,
     UnknownSymbol,
+    WrongKey,
 )
 from fks_backfill_dagster.settings import KEY_VARIABLES
 from fks_backfill_dagster_tests.providers.conftest import Make
@@ -193,7 +193,7 @@ class ProviderConformance:
             variable = made.capabilities.needs_key
             assert made.missing_key() == variable
             if variable is not None:
-                with pytest.raises(NotEntitled, match=variable):
+                with pytest.raises(WrongKey, match=variable):
                     made.fetch(series, self.window(series))
                 assert server.requests == []
         assert provider("http://127.0.0.1:1").missing_key() is None

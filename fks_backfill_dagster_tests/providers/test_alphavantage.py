@@ -31,6 +31,7 @@ from fks_backfill_dagster.providers.base import (
     TooOld,
     Transport,
     UnknownSymbol,
+    WrongKey,
 )
 from fks_backfill_dagster_tests.providers.conformance import KEY
 from fks_backfill_dagster_tests.providers.conftest import Make
@@ -285,7 +286,7 @@ class TestLies:
 
 class TestErrors:
     expected: ClassVar[dict[str, tuple[type[ProviderError], float | None]]] = {
-        "bad key": (NotEntitled, None),
+        "bad key": (WrongKey, None),
         "bad symbol/function": (UnknownSymbol, None),
         "daily limit": (RateLimited, 42_600.0),  # from 12:10 to midnight in New York
         "burst limit": (RateLimited, 1.0),

@@ -19,6 +19,7 @@ from fks_backfill_dagster.providers.base import (
     ProviderOptions,
     RateLimited,
     TransientError,
+    WrongKey,
 )
 from fks_backfill_dagster.providers.http import (
     Cancelled,
@@ -252,7 +253,7 @@ class TestExchange:
         with serve(lambda _: Said(f"your key {KEY} is wrong".encode(), 401)) as server:
             client = client_of(pool, server.url)
             error = client.failure(client.exchange(server.url))
-            assert isinstance(error, NotEntitled)
+            assert isinstance(error, WrongKey)
             assert KEY not in str(error)
             assert "your key *** is wrong" in str(error)
 
@@ -273,7 +274,7 @@ class TestExchange:
     [
         (429, RateLimited),
         (418, RateLimited),
-        (401, NotEntitled),
+        (401, WrongKey),
         (403, NotEntitled),
         (408, TransientError),
         (425, TransientError),
@@ -308,7 +309,7 @@ def test_redact_leaves_no_key(key: str, before: str, after: str) -> None:
 
 @pytest.mark.parametrize("key", ["", "  ", "with blank", "line\nbreak", "naïve"])
 def test_keys_that_cannot_be_sent_are_refused_without_being_quoted(key: str) -> None:
-    with pytest.raises(NotEntitled, match="THE_KEY is no key") as caught:
+    with pytest.raises(WrongKey, match="THE_KEY is no key") as caught:
         usable_key("p", key, "THE_KEY")
     assert not key.strip() or key not in str(caught.value)
 

@@ -19,10 +19,10 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
 from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
-    NotEntitled,
     PermanentError,
     ProviderError,
     UnknownSymbol,
+    WrongKey,
 )
 from fks_backfill_dagster.providers.oanda import PAGE_SIZE, SECONDS_PER_CONNECTION, instrument_of
 from fks_backfill_dagster_tests.providers.conformance import KEY
@@ -259,7 +259,7 @@ class TestErrors:
         if not path.exists():
             pytest.skip(f"{path.name} is only there beside the shared folder")
         expected: dict[str, tuple[type[ProviderError], str]] = {
-            "bad token": (NotEntitled, "Insufficient authorization"),
+            "bad token": (WrongKey, "Insufficient authorization"),
             "bad instrument": (UnknownSymbol, "provider_symbols"),
             "window too large": (PermanentError, "'count' exceeded"),
             "to in future": (PermanentError, "clock is ahead"),

@@ -29,6 +29,7 @@ from fks_backfill_dagster.providers.base import (
     TransientError,
     Transport,
     UnknownSymbol,
+    WrongKey,
 )
 from fks_backfill_dagster.providers.polygon import ticker_of
 from fks_backfill_dagster_tests.providers.conftest import Make
@@ -370,7 +371,7 @@ class TestKey:
     def test_missing(self, make: Make) -> None:
         provider = make("polygon", "http://127.0.0.1:1")
         assert provider.missing_key() == "POLYGON_API_KEY"
-        with pytest.raises(NotEntitled, match="set POLYGON_API_KEY"):
+        with pytest.raises(WrongKey, match="set POLYGON_API_KEY"):
             provider.fetch(crypto(), WINDOW)
         assert make("polygon", "http://127.0.0.1:1", key=KEY).missing_key() is None
 
@@ -451,8 +452,8 @@ class TestErrors:
         if not path.exists():
             pytest.skip(f"{path.name} is only there beside the shared folder")
         expected: dict[str, type[ProviderError]] = {
-            "missing key": NotEntitled,
-            "bad key": NotEntitled,
+            "missing key": WrongKey,
+            "bad key": WrongKey,
             "plan": NotEntitled,
             "timeframe outside plan": NotEntitled,
             "today before EOD": NotEntitled,

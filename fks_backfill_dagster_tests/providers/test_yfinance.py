@@ -21,13 +21,13 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOU
 from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
-    NotEntitled,
     PermanentError,
     ProviderError,
     RateLimited,
     TransientError,
     Transport,
     UnknownSymbol,
+    WrongKey,
 )
 from fks_backfill_dagster.providers.yfinance import symbol_of
 from fks_backfill_dagster_tests.domain.builders import read_csv
@@ -483,7 +483,7 @@ class TestAnswers:
         [
             (failed("Not Found", "No data found, symbol may be delisted", 200), UnknownSymbol),
             (failed("Internal", "try later", 200), TransientError),
-            (failed("Unauthorized", "Invalid Crumb", 401), NotEntitled),
+            (failed("Unauthorized", "Invalid Crumb", 401), WrongKey),
             (failed("Bad Request", "Invalid input - interval=7m is not supported", 400), PermanentError),
             (Said(b"<html>Will be right back</html>", 404), PermanentError),
             (Said(b"<html>Will be right back</html>", 502), TransientError),
