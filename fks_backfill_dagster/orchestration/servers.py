@@ -86,7 +86,7 @@ def up(
     with _alone(settings):
         _open_database(settings, keep_database)
         processes = [Background(settings.home, name) for name in (CODE, *parts)]
-        missing = [process for process in processes if not process.is_running()]
+        missing = _missing(settings, processes)
         server = Background(settings.home, WEBSERVER)
         found_port = server.port if server.is_running() and server.port else port
         web = Webserver(f"http://{HOST}:{found_port}")
@@ -149,6 +149,15 @@ def _open_database(settings: Settings, keep: bool) -> None:
         database.dispose()
         if embedded:
             embedded.release()
+
+
+def _missing(settings: Settings, processes: list[Background]) -> list[Background]:
+    """What is to be started: what does not run, and where the code server cannot come back to its port,
+    all of them, as the others look for it there."""
+    missing = [process for process in processes if not process.is_running()]
+    told = code_server.told_port(dagster_folder(settings.home) / "workspace.yaml")
+    is_lost = told is not None and processes[0] in missing and not _is_free(told)
+    return processes if is_lost and len(missing) < len(processes) else missing
 
 
 def _start(settings: Settings, missing: list[Background], port: int, environment: Mapping[str, str]) -> None:

@@ -122,7 +122,7 @@ def test_its_workers_are_forks_that_can_be_told_to_end(
     until(lambda: status_of(web, run) == "CANCELED")
     until(lambda: not lives(worker))
 
-    # kill -9 of the whole of it: `up` starts that alone, where the others look for it.
+    # kill -9 of the whole of it: `up` starts that alone, where the others look for it, or them as well.
     market.clear_faults()
     port, others = (
         code.port,
@@ -133,8 +133,8 @@ def test_its_workers_are_forks_that_can_be_told_to_end(
     until(lambda: not code.members())
     code.record.unlink()  # as an `up` that failed leaves it
     assert servers.up(settings, environment=environment, say=lambda text: None).started
-    assert code.port == port
-    assert [Background(settings.home, name).pid for name in (servers.WEBSERVER, servers.DAEMON)] == others
+    now = [Background(settings.home, name).pid for name in (servers.WEBSERVER, servers.DAEMON)]
+    assert (now == others) == (code.port == port), "the port may have been taken meanwhile"
     again = launch(web)
     until(lambda: status_of(web, again) == "SUCCESS")
 
@@ -151,6 +151,26 @@ def test_its_workers_are_forks_that_can_be_told_to_end(
     assert ["ohlcv", "SOL_USDT", "15m"] in keys(web)
     third = launch(web, "SOL_USDT")
     until(lambda: status_of(web, third) == "SUCCESS")
+
+
+def test_all_are_started_again_when_the_port_of_the_code_server_is_taken(
+    settings: Settings, environment: Mapping[str, str]
+) -> None:
+    up = servers.up(settings, port=free_port(), environment=environment, say=lambda text: None)
+    code, server = Background(settings.home, CODE), Background(settings.home, servers.WEBSERVER)
+    port, before = code.port, server.pid
+    servers.stop_part(settings, CODE)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind((code_server.HOST, port))
+        other.listen()
+        servers.up(settings, environment=environment, say=lambda text: None)
+    assert code.port != port
+    assert server.pid != before
+    web = Webserver(up.url)
+    assert web.load_errors() == []
+    run = launch(web)
+    until(lambda: status_of(web, run) == "SUCCESS")
 
 
 def reload(web: Webserver) -> None:
