@@ -20,7 +20,6 @@ from fks_backfill_dagster.cli.speaking import (
     answer_table,
     example,
     json_option,
-    length,
     many,
     short,
     tell,
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.documents import Document
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.pipeline.gaps import FoundGap
-    from fks_backfill_dagster.pipeline.outages import Outage
     from fks_backfill_dagster.providers.base import Provider
     from fks_backfill_dagster.settings import Settings
     from fks_backfill_dagster.store.pacing import ProviderState
@@ -78,7 +76,7 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
         outages = find_outages(database, chosen.series, window, settings.end_of) if chosen.many else ()
     tell_never_synced(chosen, stored)
     for outage in outages:
-        tell(_outage_line(outage))
+        tell(str(outage))
     if as_json:
         answer_json([documents.gap_of(*one) if chosen.many else documents.gap(one[1]) for one in found])
         return
@@ -101,18 +99,6 @@ def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:
         row.missing,
         row.status.value,
         words if found.asked else NOT_ASKED,
-    )
-
-
-def _outage_line(outage: Outage) -> str:
-    from fks_backfill_dagster.domain.timeframe import to_datetime
-
-    start, end = to_datetime(outage.window.start), to_datetime(outage.window.end)
-    until = f"{end:%H:%M}" if start.date() == end.date() else short(end)
-    return (
-        f"{outage.venue}: {start:%Y-%m-%d %H:%M} .. {until}:"
-        f" {len(outage.symbols):,} of {many(outage.synced, 'symbol')} lack {length(outage.window.duration)};"
-        f" asked: {', '.join(outage.providers) or 'nobody yet'}"
     )
 
 

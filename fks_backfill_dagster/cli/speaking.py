@@ -88,11 +88,3 @@ def many(number: int, noun: str) -> str:
     if noun == "series":
         plural = noun
     return f"{number:,} {noun if number == 1 else plural}"
-
-
-def length(micros: int) -> str:
-    """A duration in its two largest units: `6 h`, `2 d 3 h`, `40 min`; below a minute `0 min`."""
-    minutes = micros // 60_000_000
-    units = (("d", minutes // 1440), ("h", minutes // 60 % 24), ("min", minutes % 60))
-    largest = next((at for at, (_, number) in enumerate(units) if number), 2)
-    return " ".join(f"{number} {unit}" for unit, number in units[largest : largest + 2] if number) or "0 min"

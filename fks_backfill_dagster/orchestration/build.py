@@ -13,6 +13,7 @@ from fks_backfill_dagster.orchestration.filling import build_sensors
 from fks_backfill_dagster.orchestration.groups import groups_of
 from fks_backfill_dagster.orchestration.housekeeping import build_housekeeping
 from fks_backfill_dagster.orchestration.jobs import build_check_jobs, build_jobs
+from fks_backfill_dagster.orchestration.outages import build_outage_sensors
 from fks_backfill_dagster.orchestration.resources import default_resources
 from fks_backfill_dagster.orchestration.schedules import build_schedules
 from fks_backfill_dagster.settings import Settings, load_settings
@@ -34,7 +35,7 @@ def build_defs(
         asset_checks=[build_checks(group) for group in groups],
         jobs=[*jobs, *build_check_jobs(groups), build_housekeeping(settings), build_audit(settings)],
         schedules=[*build_schedules(groups, settings), build_audit_schedule(settings)],
-        sensors=build_sensors(groups, jobs, settings),
+        sensors=[*build_sensors(groups, jobs, settings), *build_outage_sensors(groups, settings)],
         resources={**default_resources(settings), **(resource_overrides or {})},
         # A run is one op that brings its own threads. With a process per step it would cost 7 s before
         # any work, in this process 0.9 s.

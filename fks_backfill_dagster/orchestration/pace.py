@@ -23,6 +23,9 @@ FIRST, LAST = "10", "-10"
 FILL_SECONDS = 60
 """Between two looks at the ledger for gaps that are due."""
 
+OUTAGE_SECONDS = 600
+"""Between two looks for outages of whole venues."""
+
 FILL_RUNS = 10
 """So many runs that fill gaps wait or run at most: the rest is asked for when these are over."""
 

@@ -2,7 +2,7 @@
 
 Belongs here: which gaps count (open, unavailable and tolerated ones; a quiet interval is no outage),
 and what is told of an outage. Reads, changes nothing, asks no provider.
-Does not belong here: how an outage is recognised (`domain.outages`), how it is worded (the faces).
+Does not belong here: how an outage is recognised (`domain.outages`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.outages import VenueOutage, recognise, venue_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.store.checking import Absences, Told, absences, told
 from fks_backfill_dagster.store.database import Database
 
@@ -36,6 +37,15 @@ class Outage:
     missing: int
     statuses: tuple[GapStatus, ...]
     providers: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """`crypto: 2020-02-19 11:00 .. 17:00: 3 of 3 symbols lack 6 h; asked: binance`."""
+        start, end = to_datetime(self.window.start), to_datetime(self.window.end)
+        until = f"{end:%H:%M}" if start.date() == end.date() else f"{end:%Y-%m-%d %H:%M}"
+        return (
+            f"{self.venue}: {start:%Y-%m-%d %H:%M} .. {until}: {len(self.symbols):,} of {self.synced:,} symbols"
+            f" lack {_length(self.window.duration)}; asked: {', '.join(self.providers) or 'nobody yet'}"
+        )
 
 
 def find_outages(
@@ -100,3 +110,11 @@ def _outage(
         tuple(status for status in GapStatus if status in statuses),
         tuple(sorted({name for word in words for name in word.providers})),
     )
+
+
+def _length(micros: int) -> str:
+    """A duration in its two largest units: `6 h`, `2 d 3 h`, `40 min`; below a minute `0 min`."""
+    minutes = micros // 60_000_000
+    units = (("d", minutes // 1440), ("h", minutes // 60 % 24), ("min", minutes % 60))
+    largest = next((at for at, (_, number) in enumerate(units) if number), 2)
+    return " ".join(f"{number} {unit}" for unit, number in units[largest : largest + 2] if number) or "0 min"
