@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fks_backfill_dagster.cli.choosing import (
+    any_series,
     choose,
     series_arguments,
     sooner,
@@ -53,7 +54,7 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
     """
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.domain.ranges import TimeRange
-    from fks_backfill_dagster.pipeline.gaps import find_gaps
+    from fks_backfill_dagster.pipeline.gaps import earlier_gaps, find_gaps
     from fks_backfill_dagster.pipeline.outages import find_outages
     from fks_backfill_dagster.settings import load_settings
     from fks_backfill_dagster.store.reading import stored_series
@@ -71,10 +72,16 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
             for s in chosen.series
             for gap in find_gaps(database, s, present, start, sooner(end, settings.end_of(s)))
         ]
+        early = [] if start is not None else [(s, earlier_gaps(database, s, present)) for s in chosen.series]
         past = present if end is None else end
         window = TimeRange(min(start or 0, past), past)
         outages = find_outages(database, chosen.series, window, settings.end_of) if chosen.many else ()
     tell_never_synced(chosen, stored)
+    for one, missing in early:
+        if missing:
+            tell(
+                f"{one}: {many(missing, 'candle')} missing before its oldest one: see them with --start 1970."
+            )
     for outage in outages:
         tell(str(outage))
     if as_json:
@@ -106,7 +113,7 @@ def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:
 
 
 @click.command(epilog=example("status", "status BTC/USDT 1h --json"))
-@series_arguments
+@any_series
 @json_option
 def status(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
     """Tell how far a series is synced; without arguments all of them.

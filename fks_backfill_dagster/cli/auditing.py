@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fks_backfill_dagster.cli.choosing import choose, series_arguments
+from fks_backfill_dagster.cli.choosing import any_series, choose
 from fks_backfill_dagster.cli.speaking import (
     answer,
     answer_json,
@@ -32,7 +32,7 @@ QUIET_SECONDS = 5.0
 
 
 @click.command(epilog=example("audit", "audit BTC/USDT 1h --json", "audit --all --no-repair"))
-@series_arguments
+@any_series
 @click.option("--no-repair", is_flag=True, help="Only tell what is wrong, change nothing.")
 @json_option
 def audit(names: tuple[str, ...], everything: bool, no_repair: bool, as_json: bool) -> int:

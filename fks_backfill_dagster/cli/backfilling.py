@@ -81,8 +81,7 @@ def backfill(
     """Bring the candles of a range that are not stored yet.
 
     Without --start from the configured start of the symbol on, without --end up to now. Running it
-    again fetches only what is missing. Exit code 0 only if every expected candle is there or its
-    absence is explained.
+    again fetches only what is missing. Exit code 0 only if every expected candle that traded is there.
     """
     from fks_backfill_dagster.pipeline.plan import Scope
     from fks_backfill_dagster.settings import load_settings

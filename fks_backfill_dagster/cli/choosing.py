@@ -45,13 +45,18 @@ class Chosen:
     many: bool
 
 
-def series_arguments(command: F) -> F:
+def series_arguments(command: F, *, metavar: str = "SYMBOL TIMEFRAME") -> F:
     """`SYMBOL TIMEFRAME`, or `--all [TIMEFRAME]`; given to the command as `names` and `everything`."""
     everything = click.option(
         "--all", "everything", is_flag=True, help="All configured symbols; TIMEFRAME may then be left out."
     )
-    names = click.argument("names", nargs=-1, metavar="SYMBOL TIMEFRAME")
+    names = click.argument("names", nargs=-1, metavar=metavar)
     return names(everything(command))
+
+
+def any_series(command: F) -> F:
+    """As `series_arguments`, of a command that takes all series where none is named."""
+    return series_arguments(command, metavar="[SYMBOL TIMEFRAME]")
 
 
 def choose(

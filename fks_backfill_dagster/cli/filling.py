@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from fks_backfill_dagster.cli.choosing import (
+    any_series,
     choose,
-    series_arguments,
     sooner,
     tell_never_synced,
     usage,
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 @click.command(
     "fill-gaps", epilog=example("fill-gaps", "fill-gaps BTC/USDT 1h", "fill-gaps '*/USDT' 1m --json")
 )
-@series_arguments
+@any_series
 @window_option
 @json_option
 def fill_gaps(
     names: tuple[str, ...], everything: bool, start: int | None, end: int | None, as_json: bool
 ) -> int:
-    """Ask every provider for the gaps that are known; without arguments for those of all series.
+    """Ask every provider for the gaps that are known; without arguments for those of all configured series.
 
     What closed since the last sync is brought by `backfill`, and so is history that was never synced.
     Exit code 0 only if nothing that traded is missing of any of these gaps any more.
@@ -80,9 +80,10 @@ def _fill_all(
     told: set[str] = set()
     with open_app(settings, waiting) as app, interruptible(app):
         stored = stored_series(app.database)
-        if not (names or stored or settings.symbols):
+        if not (names or settings.symbols):
             return [], False
-        chosen = choose(settings, names, everything or not names, stored)
+        # Who was removed from the settings is asked for by name only.
+        chosen = choose(settings, names, everything or not names, stored if names else ())
         if names:
             tell_never_synced(chosen, stored)
         for series in chosen.series:

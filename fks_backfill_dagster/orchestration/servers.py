@@ -258,7 +258,8 @@ def _wait(web: Webserver, processes: Sequence[Background], daemons_since: float 
             logs = " and ".join(str(process.log) for process in processes)
             raise ServersError(f"Dagster was not ready after {START_SECONDS:.0f} seconds: look into {logs}.")
         time.sleep(0.1)
-    errors = web.load_errors()
+    # A webserver that ran on may still know the code server that is gone.
+    errors = web.load_errors() and web.reloaded()
     if errors:
         raise ServersError(f"the definitions did not load: {errors[0].strip()}")
 

@@ -106,6 +106,14 @@ class Webserver:
         outcomes = [entry["locationOrLoadError"] for entry in found["locationEntries"]]
         return [o["message"] for o in outcomes if o and o["__typename"] == "PythonError"]
 
+    def reloaded(self) -> list[str]:
+        """Has the code location looked at anew; why it does not load, empty when it does."""
+        self.ask(
+            "mutation($name: String!) { reloadRepositoryLocation(repositoryLocationName: $name) { __typename } }",
+            name=REPOSITORY["repositoryLocationName"],
+        )
+        return self.load_errors()
+
     # --- orders ---
 
     def launch_backfill(self, partitions: Mapping[tuple[str, ...], tuple[str, str]]) -> str:

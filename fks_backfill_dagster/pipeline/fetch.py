@@ -253,7 +253,7 @@ class Chain:
         closed_end = min(plan.window.end, grid.closed_end(question.asked_at - GRACE))
         try:
             for hull in question.hulls(self.series.timeframe):
-                window = question.window(hull, grid)
+                window = question.window(hull, self._beside(hull, plan, grid), grid)
                 answer = question.provider.fetch(self.series, window)
                 found.requests += answer.requests
                 found.warnings += [f"{name}: {message}" for message in answer.warnings]
@@ -369,6 +369,18 @@ class Chain:
             )
         return spliced
 
+    def _beside(self, hull: TimeRange, plan: Plan, grid: Grid) -> TimeRange:
+        """The hull with its neighbours, as far as they were stored before this sync; a refetch changes them."""
+        if plan.scope is Scope.EVERYTHING:
+            return hull
+        before, after = _neighbours(hull, grid)
+        opens = np.concatenate([before, after])
+        stored = self._stored(opens[~plan.missing_ranges.contains(opens)]).ts
+        return TimeRange(
+            int(before[0]) if np.isin(before, stored).any() else hull.start,
+            int(grid.closes(after)[0]) if np.isin(after, stored).any() else hull.end,
+        )
+
     def _windows(self, batches: Sequence[Batch], provider: Provider) -> list[TimeRange]:
         wanted = RangeSet([part for batch in batches for part in batch.wanted])
         timeframe = self.series.timeframe
@@ -398,25 +410,32 @@ class _Question:
         ranges = RangeSet.from_arrays(self.wanted, self.wanted + timeframe.micros)
         return list(ranges.merge_closer_than(self.provider.capabilities.page(timeframe) * timeframe.micros))
 
-    def window(self, hull: TimeRange, grid: Grid) -> TimeRange:
+    def window(self, hull: TimeRange, beside: TimeRange, grid: Grid) -> TimeRange:
         """With a neighbour on either side where that can tell something.
 
         Beside a fallback's candles it tells whether it quotes the same market; beside a quiet
-        interval, that the provider was there. A first provider's whole months stay what they are:
-        archives and pages are cut to them.
+        interval, that the provider was there. Of a first provider's whole months only those neighbours
+        are asked for that are stored (`beside`): archives and pages are cut to months.
         """
         if self.first and not self.provider.capabilities.omits_quiet:
-            return hull
-        earliest = hull.start - LONGEST_PAUSE
-        if self.since is not None:
-            earliest = min(max(earliest, self.since), hull.start)
-        before = grid.opens(TimeRange(earliest, hull.start))[-1:]
-        after = grid.opens(TimeRange(hull.end, hull.end + LONGEST_PAUSE))[:1]
+            return beside if self.since is None else TimeRange(max(beside.start, self.since), beside.end)
+        before, after = _neighbours(hull, grid, self.since)
         end = int(grid.closes(after)[0]) if len(after) else hull.end
         return TimeRange(int(before[0]) if len(before) else hull.start, end)
 
     def word(self, outcome: str, detail: str = "") -> Evidence:
         return Evidence(self.name, self.asked_at, outcome, detail)
+
+
+def _neighbours(hull: TimeRange, grid: Grid, since: int | None = None) -> tuple[Instants, Instants]:
+    """The open before a hull, not before `since`, and the one after it; none where there is none."""
+    earliest = hull.start - LONGEST_PAUSE
+    if since is not None:
+        earliest = min(max(earliest, since), hull.start)
+    return (
+        grid.opens(TimeRange(earliest, hull.start))[-1:],
+        grid.opens(TimeRange(hull.end, hull.end + LONGEST_PAUSE))[:1],
+    )
 
 
 def _covering(opens: Instants, rows: Sequence[Instants], series: Series) -> NDArray[np.bool_]:

@@ -78,7 +78,7 @@ def fill_gaps(
     Without them for all of the series. What closed since its last sync is in no ledger yet and a
     refresh's business, and history that was never synced is nobody's gap. Raises as `sync` does.
     """
-    found = find_gaps(context.database, series, context.clock(), start, end)
+    found = find_gaps(context.database, series, context.clock(), start or 0, end)
     wanted = [one.row for one in found if one.asked and one.row.status is not GapStatus.NO_TRADE]
     if not wanted:
         at = context.clock()

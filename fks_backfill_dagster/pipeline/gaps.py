@@ -52,6 +52,17 @@ def find_gaps(
     return (*found, *([FoundGap(tail, asked=False)] if tail else []))
 
 
+def earlier_gaps(database: Database, series: Series, now: int) -> int:
+    """How many candles were asked for and are missing before the oldest stored one, quiet ones apart."""
+    known = reading.what_is_known(database, series, TimeRange(0, now))
+    if not known.synced:
+        return 0
+    oldest = _oldest(database, series, known.synced.hull.end)
+    return sum(
+        gap.missing for gap in known.gaps if gap.end <= oldest and gap.status is not GapStatus.NO_TRADE
+    )
+
+
 def clipped(gap: LedgerGap, window: TimeRange, grid: Grid) -> LedgerGap | None:
     """The part of a gap whose candles open in `window`; None where there is none of them."""
     if gap.missing and window.start <= gap.start and gap.end <= window.end:

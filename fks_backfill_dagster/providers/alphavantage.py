@@ -75,6 +75,9 @@ REQUESTS_PER_DAY = 25
 ATTEMPTS = 3
 
 PAGE_SIZE = 23 * 390  # the minutes of a month with 23 sessions; more than the days of any history
+_MONTHS = {  # a request brings one month, however few candles that is
+    timeframe: 23 * -(-390 // timeframe.minutes) for timeframe in Timeframe if timeframe.is_intraday
+}
 _COMPACT_DAYS = 100
 _FIRST_MONTH = "2000-01"
 _NEW_YORK = ZoneInfo("America/New_York")
@@ -110,7 +113,10 @@ class AlphaVantage:
 
     name = NAME
     capabilities = Capabilities(
-        {AssetClass.STOCKS: frozenset(_FINE)}, page_size=PAGE_SIZE, needs_key=KEY_VARIABLE
+        {AssetClass.STOCKS: frozenset(_FINE)},
+        page_size=PAGE_SIZE,
+        page_sizes=_MONTHS,
+        needs_key=KEY_VARIABLE,
     )
 
     def __init__(

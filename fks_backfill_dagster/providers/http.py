@@ -516,7 +516,7 @@ def status_error(
         return RateLimited(provider, text, retry_after=told)
     if status == 401:
         return WrongKey(provider, text)
-    if status == 403:
+    if status == 403 and not body.lstrip().startswith(b"<"):  # a page is some firewall's
         return NotEntitled(provider, text)
     if status in (408, 425) or status >= 500:
         return TransientError(provider, text, retry_after=told)

@@ -154,8 +154,9 @@ def _after_asking(
         evidence=latest((*old.evidence, *evidence)),
         found_at=_asked_at(evidence) if old.found_at is None else old.found_at,
     )
-    # Who gives every interval and did not answer may have it.
-    if was_quiet and not (row.heard() | findings.able) & findings.strict:
+    # Who gives every interval and lacks it had an outage; who gives it and was not heard may have it.
+    lacked = {word.provider for word in row.evidence if word.outcome == "absent"}
+    if was_quiet and not (lacked | (findings.able - row.heard())) & findings.strict:
         return replace(row, status=GapStatus.NO_TRADE, next_attempt_at=None)
     exhausted = bool(findings.able) and findings.able <= row.heard()
     return replace(row, status=GapStatus.UNAVAILABLE if exhausted else GapStatus.OPEN, next_attempt_at=None)

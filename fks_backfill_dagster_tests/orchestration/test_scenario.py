@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -89,7 +90,11 @@ def test_a_failed_month(scene: Scene) -> None:
     assert (batch.symbol, f"{batch.range_start:%Y-%m-%d}") == (FAILED_SYMBOL, scene.failed)
     asked = [line["target"] for line in scene.market.journal()["last"]]
     assert asked
-    assert all("ETHUSDT-15m-" + scene.failed[:7] in target for target in asked)
+    # And beside it one stored candle on either side, which tell that it is the same market still.
+    month, beside = ([t for t in asked if ("-15m-" in t) == is_archive] for is_archive in (True, False))
+    assert month
+    assert all("ETHUSDT-15m-" + scene.failed[:7] in target for target in month)
+    assert [parse_qs(urlsplit(target).query)["symbol"] for target in beside] == [["ETHUSDT"]] * 2
 
     # And by the command line, which finds nothing to fetch and says so with its exit code.
     code, document = launched(scene, "BTC/USDT", "eth_usdt", "--start", scene.failed, "--end", eth.keys[-1])

@@ -367,3 +367,20 @@ def test_a_giant_gap_is_filled_month_by_month_in_no_time() -> None:
         ledger = [g for g in change.added if g.status != GapStatus.FILLED]
         assert sum(g.missing for g in ledger) == minutes.count(TimeRange(month.end, whole.end))
     assert slowest < 0.05
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status"),
+    [
+        ("refused", GapStatus.NO_TRADE),  # the interval lies beyond its depth, say
+        ("absent", GapStatus.UNAVAILABLE),
+        ("error", GapStatus.OPEN),
+    ],
+)
+def test_who_gives_every_interval_decides_what_was_quiet(outcome: str, status: GapStatus) -> None:
+    hours, day = grid("crypto", "1h"), window("2024-01-05T00:00Z", "2024-01-06T00:00Z")
+    quiet, able = hours.opens(day)[5:7], frozenset({"polygon", "yfinance"})
+    words = (Evidence("polygon", 1, "absent"), Evidence("yfinance", 1, outcome))
+    findings = Findings(quiet=quiet, strict=frozenset({"yfinance"}), able=able)
+    (row,) = settle([], day, quiet, hours.opens(day)[:0], words, hours, findings).added
+    assert row.status is status
