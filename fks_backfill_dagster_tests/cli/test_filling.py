@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fks_backfill_dagster.domain.ranges import TimeRange
@@ -60,6 +62,25 @@ def test_nothing_but_the_gaps_is_asked_for(fks: Command, holed: LocalMarket) -> 
     status = fks("status", "BTC/USDT", "1h", "--json").json
     assert status["total_candles"] == 31 * 24
     assert status["newest_data"] == "2024-01-31T23:00:00+00:00"
+
+
+def test_a_gap_before_the_oldest_candle_is_filled_and_told(fks: Command, world: LocalMarket) -> None:
+    world.plant_outage("binance", TimeRange(instant("2024-01-01"), instant("2024-01-03")))
+    fks("backfill", "BTC/USDT", "1h", *JANUARY, *ONLY)
+    told = fks("gaps", "BTC/USDT", "1h", "--end", "2024-02-01")
+    assert "48 candles missing before its oldest one" in told.stderr
+    done = fks("fill-gaps", "BTC/USDT", "1h", "--json")
+    assert done.exit_code == 0
+    assert [(gap["start"][:10], gap["candles_filled"]) for gap in done.json] == [("2024-01-01", 48)]
+    assert "before its oldest" not in fks("gaps", "BTC/USDT", "1h").stderr
+
+
+def test_without_a_name_the_configured_ones_are_asked_for(
+    fks: Command, holed: LocalMarket, settings: Path
+) -> None:
+    settings.write_text(settings.read_text().replace("BTC/USDT", "LTC/USDT"))
+    assert fks("fill-gaps", "--json").json == []
+    assert len(fks("fill-gaps", "BTC/USDT", "1h", "--json").json) == 2
 
 
 def test_a_window_chooses_among_them(fks: Command, holed: LocalMarket) -> None:

@@ -483,6 +483,23 @@ def test_a_symbol_that_nobody_knows_any_more_is_explained(
     assert market.requests() <= 1, "at most since when it has it"
 
 
+@pytest.mark.parametrize("archives", [True, False])
+def test_another_symbols_candles_beside_stored_ones_are_no_continuation(
+    database: Database, market: LocalMarket, archives: bool
+) -> None:
+    context = make_context(database, market.binance_url, archive_url=market.archive_url if archives else None)
+    assert sync(context, HOURS, days("2024-01-01", "2024-02-01"), ["binance"]).complete
+    for provider in ("binance", "archive"):
+        market.plant_fault(provider, "other_symbol", count=None)
+    report = sync(context, HOURS, days("2024-02-01", "2024-02-10"), ["binance"])
+    assert report.missing == 9 * 24
+    assert any("quotes another market" in warning for warning in report.warnings)
+    market.clear_faults()
+    healed = sync(context, HOURS, days("2024-02-01", "2024-02-10"), ["binance"], recheck=True)
+    assert healed.complete
+    holds_the_truth(database, market, HOURS, days("2024-01-01", "2024-02-10"))
+
+
 @pytest.mark.parametrize(
     ("status", "explained"),
     [(400, False), (401, False), (403, True), (451, False)],  # 403: the plan does not cover it

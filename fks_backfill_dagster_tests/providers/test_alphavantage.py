@@ -17,6 +17,7 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
 from fks_backfill_dagster.providers.alphavantage import (
     ATTEMPTS,
+    AlphaVantage,
     seconds_to_tomorrow,
     symbol_of,
     to_opens,
@@ -341,3 +342,10 @@ def test_symbols(make: Make) -> None:
     assert symbol_of(stock(symbol="BRK.B")) == "BRK.B"
     named = Series("VOD", Timeframe.D1, AssetClass.STOCKS, provider_symbols=(("alphavantage", "VOD.LON"),))
     assert symbol_of(named) == "VOD.LON"
+
+
+def test_a_request_is_a_month_whatever_the_timeframe() -> None:
+    """Pages of more would be many requests, and a daily budget that ends within one would lose them all."""
+    page = AlphaVantage.capabilities.page
+    frames = (Timeframe.M1, Timeframe.M5, Timeframe.M15, Timeframe.M30, Timeframe.H1)
+    assert [page(frame) for frame in frames] == [23 * bars for bars in (390, 78, 26, 13, 7)]
