@@ -57,7 +57,7 @@ _TICK = (
 
 
 def sensor(place: World, runs: int) -> list[Result]:
-    """(j) a tick over 4,000 series of 96 months, a gap in each; (k) the same beside five million candles."""
+    """(m) a tick over 4,000 series of 96 months, a gap in each; (n) the same beside five million candles."""
     candles = 5_000_000
     place.clear()
     Database(place.database_url).ensure()
@@ -80,8 +80,8 @@ def sensor(place: World, runs: int) -> list[Result]:
     ratios = [a / b for a, b in zip(full, empty, strict=True)]
     detail = f"{SYMBOLS * len(FRAMES):,} series x {MONTHS} months; asks for {asked} runs"
     return [
-        Result("(j) a tick of the gap sensor, seconds", empty, 2.0, False, detail),
-        Result("(k) the same beside 5 M candles / without", ratios, 1.3, False, f"{max(full):.2f} s at most"),
+        Result("(m) a tick of the gap sensor, seconds", empty, 2.0, False, detail),
+        Result("(n) the same beside 5 M candles / without", ratios, 1.3, False, f"{max(full):.2f} s at most"),
     ]
 
 
