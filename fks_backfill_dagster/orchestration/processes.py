@@ -124,16 +124,19 @@ def backgrounds(home: Path) -> list[Background]:
     return [Background(home, path.stem) for path in sorted((home / "run").glob("*.json"))]
 
 
-def stop(processes: Iterable[Background]) -> list[str]:
-    """Ends them and all that they started: asked first, killed after STOP_SECONDS. Names of those that ran."""
+def stop(processes: Iterable[Background], *, at_once: bool = False) -> list[str]:
+    """Ends them and all that they started: asked first, killed after STOP_SECONDS. Names of those that ran.
+
+    `at_once` kills without asking.
+    """
     wanted = list(processes)
     ran = [process.name for process in wanted if process.members()]
-    deadline = time.monotonic() + STOP_SECONDS
+    deadline = time.monotonic() + (0 if at_once else STOP_SECONDS)
     left: set[psutil.Process] = set()
     asked: set[psutil.Process] = set()
     # A member that is ending has no environment any more: who was seen once is waited for.
     while left := {*filter(_lives, left), *(member for process in wanted for member in process.members())}:
-        late = time.monotonic() > deadline
+        late = time.monotonic() >= deadline
         for member in left if late else left - asked:
             with contextlib.suppress(psutil.Error):
                 member.send_signal(signal.SIGKILL if late else signal.SIGTERM)

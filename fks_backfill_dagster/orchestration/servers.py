@@ -172,7 +172,9 @@ def _start(settings: Settings, missing: list[Background], port: int, environment
     if settings.config_file is not None:
         own["FKS_CONFIG"] = str(settings.config_file)
     for process in missing:
-        stop([process])  # what a killed one left behind
+        # What a killed one left behind is killed too: a worker that is asked to end says itself that its
+        # run has failed, while nobody is there to start it once more.
+        stop([process], at_once=not process.is_running())
         if process.name == WEBSERVER:
             _check_port(port)
     code_port = Background(settings.home, CODE).port or _code_port(folder / "workspace.yaml")

@@ -515,7 +515,7 @@ def status_error(
     if status in (418, 429):
         return RateLimited(provider, text, retry_after=told)
     if status == 401:
-        return WrongKey(provider, text)
+        return WrongKey(provider, f"{text} (check its key)")
     if status == 403 and not body.lstrip().startswith(b"<"):  # a page is some firewall's
         return NotEntitled(provider, text)
     if status in (408, 425) or status >= 500:

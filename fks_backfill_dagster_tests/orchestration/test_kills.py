@@ -15,13 +15,13 @@ import psutil
 import pytest
 
 from fks_backfill_dagster.orchestration.processes import backgrounds
-from fks_backfill_dagster.orchestration.servers import DAEMON, WEBSERVER, stop_part
+from fks_backfill_dagster.orchestration.servers import CODE, DAEMON, WEBSERVER, stop_part
 from fks_backfill_dagster.orchestration.webserver import Run
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.store.reading import batches
 from fks_backfill_dagster_tests.orchestration.site import Site, site
 
-SYMBOLS = ("BTC/USDT", "ETH/USDT")
+SYMBOLS = ("BTC/USDT", "ETH/USDT", "SOL/USDT")
 MONTHS = ("2024-01-01", "2024-02-01", "2024-03-01", "2024-04-01", "2024-05-01", "2024-06-01")
 HELD = MONTHS[-1]
 
@@ -72,9 +72,11 @@ class Held:
         assert self.site.run(retry.id)["parentRunId"] == self.run
         assert self.brought_by() == dict.fromkeys(MONTHS, self.run) | {HELD: retry.id}
         asked = [line["target"] for line in self.site.market.journal()["last"]]
-        name = self.symbol.replace("/", "")
-        assert asked
-        assert all(f"{name}-15m-{HELD[:7]}" in target for target in asked)
+        months = [target for target in asked if "-15m-" in target]
+        assert months
+        assert all(f"{self.symbol.replace('/', '')}-15m-{HELD[:7]}" in target for target in months)
+        # The stored candle before it, which tells that it is the same market still.
+        assert len(asked) - len(months) <= 1
         assert self.site.web.failed_partitions(asset_of(self.symbol), MONTHS) == []
 
 
@@ -134,4 +136,16 @@ def test_a_worker_killed_with_everything_but_the_webserver(running: Site) -> Non
     assert running.web.run(held.run).status == "STARTED"
     recover(running)
     running.up()
+    held.lost_and_tried_again()
+
+
+def test_a_worker_whose_code_server_is_killed_with_its_keeper(running: Site) -> None:
+    """The webserver has seen that nobody answers there; `up` brings both back, and the run with them."""
+    held = backfill_and_hold(running, "SOL/USDT")
+    (code,) = [group for group in backgrounds(running.settings.home) if group.name == CODE]
+    assert code.pid is not None
+    psutil.Process(code.pid).kill()
+    recover(running)
+    running.up()
+    assert running.web.load_errors() == []
     held.lost_and_tried_again()
