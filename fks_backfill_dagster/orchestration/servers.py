@@ -40,6 +40,9 @@ CODE = "code-server"
 START_SECONDS = 120.0
 """A cold start of Dagster on a busy machine; a process that ends is noticed at once."""
 
+PORT_SECONDS = 2.0
+"""How long the port of a killed server is waited for."""
+
 EVENTS_AT_ONCE = "100"
 """Materialization events of a range run are written in batches: half the time (dagster-postgres only)."""
 
@@ -154,10 +157,13 @@ def _open_database(settings: Settings, keep: bool) -> None:
 def _missing(settings: Settings, processes: list[Background]) -> list[Background]:
     """What is to be started: what does not run, and where the code server cannot come back to its port,
     all of them, as the others look for it there."""
+    code, *others = processes
     missing = [process for process in processes if not process.is_running()]
+    if code not in missing or len(missing) == len(processes):
+        return missing
+    stop([code], at_once=True)  # what it left behind holds the port
     told = code_server.told_port(dagster_folder(settings.home) / "workspace.yaml")
-    is_lost = told is not None and processes[0] in missing and not _is_free(told)
-    return processes if is_lost and len(missing) < len(processes) else missing
+    return missing if told is None or _becomes_free(told) else [code, *others]
 
 
 def _start(settings: Settings, missing: list[Background], port: int, environment: Mapping[str, str]) -> None:
@@ -216,6 +222,14 @@ def _code_port(workspace: Path) -> int:
     """That of last time where it can be had: a webserver or daemon that still runs looks there."""
     told = code_server.told_port(workspace)
     return told if told and _is_free(told) else free_port()
+
+
+def _becomes_free(port: int) -> bool:
+    """Whether it is free, or is so in a moment: what was killed just now may hold it a little longer."""
+    deadline = time.monotonic() + PORT_SECONDS
+    while not (free := _is_free(port)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return free
 
 
 def _is_free(port: int) -> bool:

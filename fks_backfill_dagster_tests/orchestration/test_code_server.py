@@ -134,7 +134,7 @@ def test_its_workers_are_forks_that_can_be_told_to_end(
     code.record.unlink()  # as an `up` that failed leaves it
     assert servers.up(settings, environment=environment, say=lambda text: None).started
     now = [Background(settings.home, name).pid for name in (servers.WEBSERVER, servers.DAEMON)]
-    assert (now == others) == (code.port == port), "the port may have been taken meanwhile"
+    assert now == others or code.port != port, "the port may have been taken meanwhile"
     again = launch(web)
     until(lambda: status_of(web, again) == "SUCCESS")
 
