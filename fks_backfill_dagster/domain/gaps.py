@@ -25,6 +25,10 @@ class GapStatus(StrEnum):
     TOLERATED = "tolerated"  # asked for once, and short enough to live with
 
 
+GIVEN_UP = (GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
+"""All were asked, and nobody has it; the two differ in length only."""
+
+
 @dataclass(frozen=True, order=True, slots=True)
 class Gap:
     """Candles that are neighbours in the grid and all absent.

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import sqlalchemy as sa
 
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
@@ -25,7 +24,7 @@ from fks_backfill_dagster.store.checking import GOOD
 from fks_backfill_dagster.store.copying import decode_array
 from fks_backfill_dagster.store.database import Database, cursor_of
 from fks_backfill_dagster.store.judging import Flaw, Kind, Recorded, Seen, SeriesAudit, judge
-from fks_backfill_dagster.store.ledger import Evidence, LedgerGap, from_multirange, series_id
+from fks_backfill_dagster.store.ledger import from_multirange, gap_of, series_id
 
 # Candles of a market that never closes in a block: some MB here and in the server. Twice and half as
 # many cost the same.
@@ -92,21 +91,8 @@ def _recorded(connection: sa.Connection, identity: int) -> Recorded:
         total=state.total_candles if state else 0,
         oldest=_micros(state.oldest) if state else None,
         newest=_micros(state.newest) if state else None,
-        gaps=tuple(_gap(row) for row in gaps),
+        gaps=tuple(gap_of(row) for row in gaps),
         expired_leases=leases or 0,
-    )
-
-
-def _gap(row: sa.Row[Any]) -> LedgerGap:
-    return LedgerGap(
-        start=to_micros(row.gap_start),
-        end=to_micros(row.gap_end),
-        missing=row.missing_candles,
-        status=GapStatus(row.status),
-        attempts=row.attempts,
-        evidence=tuple(Evidence.from_json(found) for found in row.evidence),
-        found_at=to_micros(row.found_at),
-        next_attempt_at=_micros(row.next_attempt_at),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from fks_backfill_dagster.domain.gaps import GapStatus
+from fks_backfill_dagster.domain.gaps import GIVEN_UP, GapStatus
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.outages import Spans
 from fks_backfill_dagster.domain.ranges import TimeRange
@@ -36,9 +36,6 @@ GOOD = (
     "low > 0 AND high < 'Infinity' AND open BETWEEN low AND high AND close BETWEEN low AND high"
     " AND (volume IS NULL OR (volume >= 0 AND volume < 'Infinity'))"
 )
-
-# Nobody can fill them. They differ in length only.
-EXHAUSTED = (GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
 
 # An instant of ours: whole numbers need no datetime a row.
 _MICROS = "CAST(extract(epoch FROM {}) * 1000000 AS bigint)"
@@ -330,7 +327,7 @@ def reaches(database: Database, series: Sequence[Series]) -> dict[Series, Reach]
                 "     AND gap_start > coalesce(s.newest, '-infinity')) g ON true"
                 " WHERE s.series_id = ANY(:ids) AND NOT isempty(s.synced)"
             ),
-            {"ids": list(owners), "exhausted": [status.value for status in EXHAUSTED]},
+            {"ids": list(owners), "exhausted": [status.value for status in GIVEN_UP]},
         )
         return {
             owners[row.series_id]: Reach(row.synced_end, row.lacking_since, row.absent_since) for row in rows

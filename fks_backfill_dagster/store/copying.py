@@ -37,7 +37,6 @@ def _record(fields: Iterable[tuple[str, str]]) -> np.dtype[np.void]:
 _KEYS = [("series_id", ">i4"), ("ts", ">i8"), ("batch_id", ">i4")]
 _WITH_VOLUME = _record([*_KEYS, *((name, ">f8") for name in _VALUES)])
 _READ = _record([("ts", ">i8"), *((name, ">f8") for name in _VALUES)])
-_READ_OPENS = _record([("ts", ">i8")])
 
 _SENT_HEADER = 20
 _SENT_ELEMENT = np.dtype([("ts_length", ">i4"), ("ts", ">i8")])
@@ -94,11 +93,6 @@ def decode(chunks: Iterable[bytes | bytearray | memoryview]) -> Candles:
     rows = _records(_READ, chunks)
     ts = rows["ts"].astype(np.int64) + _POSTGRES_EPOCH
     return Candles(ts, *(rows[name].astype(np.float64) for name in _VALUES))
-
-
-def decode_opens(chunks: Iterable[bytes | bytearray | memoryview]) -> Instants:
-    """The opens of one binary COPY of (ts)."""
-    return _records(_READ_OPENS, chunks)["ts"].astype(np.int64) + _POSTGRES_EPOCH
 
 
 def decode_array(sent: bytes | None) -> Instants:

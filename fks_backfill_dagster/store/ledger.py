@@ -240,10 +240,11 @@ def known_around(connection: sa.Connection, identity: int | None, window: TimeRa
         sa.text(_GAPS_AROUND),
         {"start": to_datetime(window.start), "end": to_datetime(window.end), "id": identity},
     )
-    return Known(from_multirange(synced), tuple(_gap(row) for row in rows))
+    return Known(from_multirange(synced), tuple(gap_of(row) for row in rows))
 
 
-def _gap(row: sa.Row[Any]) -> LedgerGap:
+def gap_of(row: sa.Row[Any]) -> LedgerGap:
+    """A row of fks.gap."""
     return LedgerGap(
         start=to_micros(row.gap_start),
         end=to_micros(row.gap_end),

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-import numpy as np
 import sqlalchemy as sa
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.ranges import Instants, TimeRange
+from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime, to_micros
 from fks_backfill_dagster.store import copying, schema
@@ -122,21 +121,6 @@ def _blocks(
                     block = copying.decode(copy)
                 if len(block):
                     yield block
-
-
-def stored_opens(database: Database, series: Series, window: TimeRange) -> Instants:
-    """The opens of the stored candles, ascending: what an audit compares with."""
-    with database.begin() as connection:
-        identity = series_id(connection, series)
-        if identity is None:
-            return np.empty(0, dtype=np.int64)
-        query = _STORED.format(columns="ts", timeframe=series.timeframe)
-        parameters = {"id": identity, "start": to_datetime(window.start), "end": to_datetime(window.end)}
-        with (
-            cursor_of(connection) as cursor,
-            cursor.copy(f"COPY ({query}) TO STDOUT (FORMAT BINARY)", parameters) as copy,
-        ):
-            return copying.decode_opens(copy)
 
 
 def sync_status(database: Database, series: Series | None = None) -> list[SyncStatus]:

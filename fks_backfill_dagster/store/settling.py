@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fks_backfill_dagster.domain.gaps import GapStatus, find_gaps
+from fks_backfill_dagster.domain.gaps import GIVEN_UP, GapStatus, find_gaps
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, MICROS_PER_MINUTE
@@ -41,7 +41,6 @@ UNANSWERED = BackOff(5 * MICROS_PER_MINUTE, MICROS_PER_DAY)
 # Everybody has answered, and nobody has it: late data are published within hours or never.
 EXHAUSTED = BackOff(MICROS_PER_HOUR, 30 * MICROS_PER_DAY)
 
-_GIVEN_UP = (GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
 _NOTHING = np.empty(0, dtype=np.int64)
 
 
@@ -167,7 +166,7 @@ def _judged(gap: LedgerGap, evidence: tuple[Evidence, ...], findings: Findings) 
     short enough is tolerated, and is not."""
     if gap.status is GapStatus.NO_TRADE or not _asked(gap, evidence):
         return gap
-    exhausted = gap.status in _GIVEN_UP
+    exhausted = gap.status in GIVEN_UP
     if exhausted and gap.missing <= findings.tolerated:
         return replace(gap, status=GapStatus.TOLERATED, next_attempt_at=None)
     asked_at = _asked_at(evidence)
@@ -272,4 +271,4 @@ def _neighbours(left: LedgerGap, right: LedgerGap, grid: Grid) -> bool:
 
 def _kind(status: GapStatus) -> GapStatus:
     """Tolerated and unavailable differ in length only, which may grow."""
-    return GapStatus.UNAVAILABLE if status in _GIVEN_UP else status
+    return GapStatus.UNAVAILABLE if status in GIVEN_UP else status

@@ -152,7 +152,7 @@ class World:
     def _watch(self, event: SyncEvent) -> None:
         """Nothing that is stored is asked for."""
         if isinstance(event, Planned):
-            stored = reading.stored_opens(self.database, event.series, event.plan.window)
+            stored = reading.read_candles(self.database, event.series, event.plan.window).ts
             again = stored[event.plan.missing_ranges.contains(stored)]
             assert not len(again), f"{event.series}: {len(again)} stored candles are asked for again"
 
@@ -230,7 +230,9 @@ class World:
     def lacking(self, series: Series) -> Instants:
         """What somebody has by now and is not stored."""
         window = TimeRange(self.since, self.now)
-        return missing_of(self.truth(series, window).ts, reading.stored_opens(self.database, series, window))
+        return missing_of(
+            self.truth(series, window).ts, reading.read_candles(self.database, series, window).ts
+        )
 
     def _fillable_since(self, series: Series, opens: Instants) -> int:
         """Since when nothing stands in the way of the last of `opens`: published, and nobody down."""

@@ -157,4 +157,4 @@ def test_of_an_unknown_series(shared: Database) -> None:
     moment = datetime.fromisoformat("2024-01-01T00:00:00+00:00")
     assert len(reading.read_candles(shared, fresh("1h"), EVER, moment)) == 0
     assert len(reading.read_candles(shared, fresh("1h"), EVER)) == 0
-    assert len(reading.stored_opens(shared, fresh("1h"), EVER)) == 0
+    assert len(reading.read_candles(shared, fresh("1h"), EVER).ts) == 0

@@ -181,7 +181,7 @@ def test_every_timeframe_has_its_table(shared: Database, timeframe: Timeframe) -
     done = shelf.commit(week, brought(stored))
     assert done.inserted == len(stored) > 0
     assert shelf.read().equals(stored)
-    assert reading.stored_opens(shared, shelf.series, EVER).tolist() == stored.ts.tolist()
+    assert reading.read_candles(shared, shelf.series, EVER).ts.tolist() == stored.ts.tolist()
     assert shelf.rows(f"SELECT count(*) FROM {shelf.table} WHERE series_id = :id") == [(len(stored),)]
 
 
