@@ -16,11 +16,11 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, iso
 
 if TYPE_CHECKING:
+    from fks_backfill_dagster.ledger.reconcile import Difference, SeriesAudit
     from fks_backfill_dagster.pipeline.audit import AuditReport
     from fks_backfill_dagster.pipeline.fill import FilledGap
     from fks_backfill_dagster.pipeline.gaps import FoundGap
     from fks_backfill_dagster.pipeline.sync import DryRun, SyncReport
-    from fks_backfill_dagster.store.judging import Difference, SeriesAudit
     from fks_backfill_dagster.store.reading import BatchInfo, SyncStatus
 
 Document = dict[str, object]

@@ -15,7 +15,7 @@ import pytest
 PACKAGE = "fks_backfill_dagster"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
-BELOW = {"domain", "providers", "store", "pipeline"}
+BELOW = {"domain", "ledger", "providers", "store", "pipeline"}
 FACE = BELOW | {"settings", "wiring", "reading", "documents", "embedded"}
 
 # For every part of the package the parts it may import, besides itself. A new part gets a line here.
@@ -26,8 +26,9 @@ MAY_IMPORT = {
     "settings_sources": set(),
     "settings": {"domain", "settings_sources"},
     "providers": {"domain"},
-    "store": {"domain"},
-    "pipeline": {"domain", "providers", "store"},
+    "ledger": {"domain"},
+    "store": {"domain", "ledger"},
+    "pipeline": {"domain", "ledger", "providers", "store"},
     # Where settings, providers, store and pipeline are put together; only faces use it.
     "wiring": BELOW | {"settings", "embedded"},
     "reading": BELOW | {"settings", "wiring", "embedded"},
@@ -61,6 +62,7 @@ KEPT_TO = {
 
 IMPURE = {"os", "time", "socket", "pathlib", "subprocess", "threading", "random", "tempfile", "shutil"}
 CLOCKS = {"now", "utcnow", "today"}
+PURE = {"domain", "ledger"}
 
 
 @dataclass(frozen=True)
@@ -131,19 +133,19 @@ def out_of_place(root: Path) -> list[str]:
 
 
 def impure(root: Path) -> list[str]:
-    """I/O and clocks in `domain`."""
+    """I/O and clocks in `domain` and `ledger`."""
     wrong = [
-        f"{found.place}: domain imports {found.module}"
+        f"{found.place}: {found.part} imports {found.module}"
         for found in imports(root)
-        if found.part == "domain" and found.module.partition(".")[0] in IMPURE
+        if found.part in PURE and found.module.partition(".")[0] in IMPURE
     ]
     for part, path, tree in sources(root):
-        for node in ast.walk(tree) if part == "domain" else ():
+        for node in ast.walk(tree) if part in PURE else ():
             if isinstance(node, ast.Attribute) and node.attr in CLOCKS:
-                wrong.append(f"{path}:{node.lineno}: domain reads the clock ({node.attr})")
+                wrong.append(f"{path}:{node.lineno}: {part} reads the clock ({node.attr})")
             called = node.func if isinstance(node, ast.Call) else None
             if isinstance(called, ast.Name) and called.id in ("open", "input", "print"):
-                wrong.append(f"{path}:{called.lineno}: domain does I/O ({called.id})")
+                wrong.append(f"{path}:{called.lineno}: {part} does I/O ({called.id})")
     return wrong
 
 
@@ -182,6 +184,8 @@ def test_there_is_a_package_to_look_at() -> None:
         (impure, "domain/a.py", "from time import monotonic", "domain imports time"),
         (impure, "domain/a.py", "x = datetime.now(UTC)", "domain reads the clock (now)"),
         (impure, "domain/a.py", "x = open('f')", "domain does I/O (open)"),
+        (impure, "ledger/a.py", "x = datetime.now(UTC)", "ledger reads the clock (now)"),
+        (upward, "ledger/a.py", f"from {PACKAGE}.store import x", "ledger imports store"),
     ],
 )
 def test_a_violation_is_found_with_its_place(rule, path, line, expected, tmp_path: Path) -> None:

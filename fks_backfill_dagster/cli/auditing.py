@@ -23,10 +23,10 @@ from fks_backfill_dagster.cli.speaking import (
 
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.series import Series
+    from fks_backfill_dagster.ledger.reconcile import Difference, SeriesAudit
     from fks_backfill_dagster.pipeline.audit import AuditReport
     from fks_backfill_dagster.settings import Settings
     from fks_backfill_dagster.store.database import Database
-    from fks_backfill_dagster.store.judging import Difference, SeriesAudit
 
 QUIET_SECONDS = 5.0
 

@@ -35,13 +35,13 @@ from pydantic import Field
 
 from fks_backfill_dagster import documents, wiring
 from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.ledger.reconcile import SeriesAudit
 from fks_backfill_dagster.orchestration import pace
 from fks_backfill_dagster.orchestration.groups import asset_key
 from fks_backfill_dagster.orchestration.resources import DATABASE
 from fks_backfill_dagster.pipeline.audit import AuditReport, audit, auditable
 from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.judging import SeriesAudit
 
 AUDIT, OP = "audit", "audit_series"
 

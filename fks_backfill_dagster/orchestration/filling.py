@@ -5,7 +5,7 @@ less. It is not asked for while a run that may fill it waits or runs, nor within
 broke before it could ask anybody must not be started again and again. History that was never synced is in
 no ledger, and never asked for here.
 
-Does not belong here: when a gap is due (`store.settling`, `store.due`), what a run does (`assets`).
+Does not belong here: when a gap is due (`ledger.settle`, `store.due`), what a run does (`assets`).
 """
 
 # No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.

@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import PRICES, Candles
-from fks_backfill_dagster.domain.gaps import missing_of
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.quality import Reason, Verdict, verify
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.ledger.gaps import missing_of
+from fks_backfill_dagster.ledger.records import Evidence
+from fks_backfill_dagster.ledger.settle import LONGEST_PAUSE
 from fks_backfill_dagster.pipeline.plan import GRACE, Batch, Plan, Scope
 from fks_backfill_dagster.providers.base import (
     Cancelled,
@@ -30,8 +32,6 @@ from fks_backfill_dagster.providers.base import (
     UnknownSymbol,
 )
 from fks_backfill_dagster.store.commit import Brought, Refused
-from fks_backfill_dagster.store.ledger import Evidence
-from fks_backfill_dagster.store.settling import LONGEST_PAUSE
 
 # A provider that failed this often in a row, each time after its own retries, is left alone for the
 # rest of the sync: an hour of retries for every month of a decade helps nobody.

@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.ledger.gaps import GapStatus
+from fks_backfill_dagster.ledger.records import Known, LedgerGap, latest
 from fks_backfill_dagster.pipeline.events import Listener, silent
 from fks_backfill_dagster.pipeline.gaps import find_gaps
 from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
 from fks_backfill_dagster.store.checking import PartState, part_states
-from fks_backfill_dagster.store.ledger import Known, LedgerGap, latest
 from fks_backfill_dagster.store.reading import what_is_known
 
 

@@ -2,23 +2,23 @@
 
 Belongs here: which rows of the ledger fall into a window and how they are clipped to it, and the
 tail that nobody has asked for yet. Reads, changes nothing.
-Does not belong here: finding gaps among candles (`domain.gaps`), their states (`store`).
+Does not belong here: finding gaps among candles (`ledger.gaps`), their states (`store`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_micros
+from fks_backfill_dagster.ledger.gaps import GapStatus
+from fks_backfill_dagster.ledger.records import LedgerGap
+from fks_backfill_dagster.ledger.settle import LONGEST_PAUSE
 from fks_backfill_dagster.pipeline.plan import GRACE
 from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.ledger import LedgerGap
-from fks_backfill_dagster.store.settling import LONGEST_PAUSE
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.outages import VenueOutage, recognise, venue_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime
+from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.store.checking import Absences, Told, absences, told
 from fks_backfill_dagster.store.database import Database
 

@@ -19,7 +19,7 @@ from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_SECOND, to_datetime, to_micros
-from fks_backfill_dagster.store.ledger import Known
+from fks_backfill_dagster.ledger.records import Known
 
 # How long after its close a candle is asked for: providers need a moment to settle it.
 GRACE = 10 * MICROS_PER_SECOND

@@ -25,6 +25,7 @@ from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso
+from fks_backfill_dagster.ledger.settle import Findings
 from fks_backfill_dagster.pipeline.events import BatchDone, Listener, Planned, SyncEvent, Warned, silent
 from fks_backfill_dagster.pipeline.fetch import Chain, Fetched, Tally
 from fks_backfill_dagster.pipeline.plan import Batch, Plan, Scope, closed_window, make_plan
@@ -40,7 +41,6 @@ from fks_backfill_dagster.store import ledger, reading
 from fks_backfill_dagster.store.commit import BatchWrite, Brought, Refused, commit_batch
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
-from fks_backfill_dagster.store.settling import Findings
 
 # A lease outlives a missed heartbeat or two, and is over soon after a kill -9.
 LEASE_SECONDS = 30.0

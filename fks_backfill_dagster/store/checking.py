@@ -14,12 +14,12 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from fks_backfill_dagster.domain.gaps import GIVEN_UP, GapStatus
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.outages import Spans
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime, to_micros
+from fks_backfill_dagster.ledger.gaps import GIVEN_UP, GapStatus
 from fks_backfill_dagster.store import ledger
 from fks_backfill_dagster.store.database import Database
 

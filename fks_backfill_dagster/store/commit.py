@@ -21,18 +21,19 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.gaps import missing_of
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
+from fks_backfill_dagster.ledger.gaps import missing_of
+from fks_backfill_dagster.ledger.reconcile import SeriesAudit
+from fks_backfill_dagster.ledger.records import Evidence, Known
+from fks_backfill_dagster.ledger.settle import Findings, Settlement, settle
 from fks_backfill_dagster.store import copying, schema
 from fks_backfill_dagster.store.auditing import Clock, examine_within
 from fks_backfill_dagster.store.database import Database, cursor_of
 from fks_backfill_dagster.store.errors import StoreError
-from fks_backfill_dagster.store.judging import SeriesAudit
-from fks_backfill_dagster.store.ledger import Evidence, Known, known_around, series_id, to_multirange
-from fks_backfill_dagster.store.settling import Findings, Settlement, settle
+from fks_backfill_dagster.store.ledger import known_around, series_id, to_multirange
 
 # Advisory locks: (class, series id) for one series, one key for the gate (see fks.ohlcv_as_of).
 _SERIES_LOCK = 46137

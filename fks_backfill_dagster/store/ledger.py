@@ -6,9 +6,7 @@ gap, so what is missing from a range follows from a few rows, never from a scan 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,127 +14,13 @@ import sqlalchemy as sa
 from psycopg.types.multirange import TimestamptzMultirange
 from psycopg.types.range import TimestamptzRange
 
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
+from fks_backfill_dagster.ledger.gaps import GapStatus
+from fks_backfill_dagster.ledger.records import Evidence, Known, LedgerGap
 from fks_backfill_dagster.store import schema
 from fks_backfill_dagster.store.errors import SeriesChanged
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What one provider said of a missing candle when it was last asked. `asked_at` in microseconds.
-
-    The outcome is `absent` (it answered without the candle), `rejected` (some of what it answered
-    broke a rule and is in the quarantine), `refused` (it will not give it: not entitled) or `error`
-    (it did not answer).
-    """
-
-    provider: str
-    asked_at: int
-    outcome: str
-    detail: str = ""
-
-    @property
-    def answered(self) -> bool:
-        return self.outcome in ("absent", "rejected")
-
-    @property
-    def final(self) -> bool:
-        """Asking again soon would bring the same word."""
-        return self.outcome in ("absent", "refused")
-
-    @property
-    def said(self) -> str:
-        """Its words without its name, which errors begin with."""
-        return self.detail.removeprefix(f"{self.provider}: ") or self.outcome
-
-    def to_json(self) -> dict[str, str]:
-        found = {
-            "provider": self.provider,
-            "asked_at": to_datetime(self.asked_at).isoformat(),
-            "outcome": self.outcome,
-        }
-        return found | {"detail": self.detail} if self.detail else found
-
-    @classmethod
-    def from_json(cls, found: dict[str, str]) -> Evidence:
-        asked_at = to_micros(datetime.fromisoformat(found["asked_at"]))
-        return cls(found["provider"], asked_at, found["outcome"], found.get("detail", ""))
-
-
-def latest(evidence: Iterable[Evidence]) -> tuple[Evidence, ...]:
-    """The newest word of every provider, in the order in which they were first named."""
-    newest: dict[str, Evidence] = {}
-    for item in evidence:
-        known = newest.get(item.provider)
-        if known is None or item.asked_at >= known.asked_at:
-            newest[item.provider] = item
-    return tuple(newest.values())
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerGap:
-    """One row of the ledger. `start` is the first missing open, `end` the close of the last one."""
-
-    start: int
-    end: int
-    missing: int
-    status: GapStatus
-    attempts: int = 0
-    evidence: tuple[Evidence, ...] = ()
-    found_at: int | None = None
-    next_attempt_at: int | None = None
-
-    def heard(self) -> frozenset[str]:
-        """The providers that do not have its candles, by their own word."""
-        return frozenset(word.provider for word in self.evidence if word.final)
-
-    def is_due(self, able: frozenset[str], now: int | None) -> bool:
-        """See `Known.due`."""
-        if self.status in (GapStatus.NO_TRADE, GapStatus.FILLED):
-            return False
-        if now is None or (self.next_attempt_at is not None and self.next_attempt_at <= now):
-            return True
-        if self.status is GapStatus.OPEN:
-            return self.next_attempt_at is None or not able <= {word.provider for word in self.evidence}
-        return not able <= self.heard()
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What the ledger says of one window."""
-
-    synced: RangeSet
-    gaps: tuple[LedgerGap, ...]
-
-    def ranges(self, *statuses: GapStatus) -> RangeSet:
-        return RangeSet([TimeRange(g.start, g.end) for g in self.gaps if g.status in statuses])
-
-    def missing(self, window: TimeRange) -> RangeSet:
-        """Where candles can be missing that nothing explains: never synced, or an open gap."""
-        return (RangeSet([window]) - self.synced) | (self.ranges(GapStatus.OPEN) & RangeSet([window]))
-
-    def due(self, window: TimeRange, able: frozenset[str], now: int | None) -> RangeSet:
-        """The gaps that are to be asked for: when their time has come, or when a provider of `able` was
-        never asked for an open one, or not heard of one that nobody could fill (a new key, a new
-        provider). With `now` None all of them, apart from intervals in which nothing traded."""
-        ranges = [TimeRange(g.start, g.end) for g in self.gaps if g.is_due(able, now)]
-        return RangeSet(ranges) & RangeSet([window])
-
-    def lacking(self, window: TimeRange) -> RangeSet:
-        """Where candles are absent that did trade: never synced, or a gap in any state but no_trade."""
-        gaps = self.ranges(GapStatus.OPEN, GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
-        return (RangeSet([window]) - self.synced) | (gaps & RangeSet([window]))
-
-    def quiet(self, window: TimeRange) -> RangeSet:
-        """Where nothing traded, so that nothing is lacking."""
-        return self.ranges(GapStatus.NO_TRADE) & RangeSet([window])
-
-    def absent(self, window: TimeRange) -> RangeSet:
-        """Where no candle is stored: never synced, or any gap, explained or not."""
-        return (RangeSet([window]) - self.synced) | (self.ranges(*GapStatus) & RangeSet([window]))
 
 
 def series_id(connection: sa.Connection, series: Series) -> int | None:

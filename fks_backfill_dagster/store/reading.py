@@ -12,9 +12,10 @@ from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime, to_micros
+from fks_backfill_dagster.ledger.records import Known, LedgerGap
 from fks_backfill_dagster.store import copying, schema
 from fks_backfill_dagster.store.database import Database, cursor_of
-from fks_backfill_dagster.store.ledger import Known, LedgerGap, known, series_id
+from fks_backfill_dagster.store.ledger import known, series_id
 
 _COLUMNS = "ts, open, high, low, close, coalesce(volume, 'NaN')"
 

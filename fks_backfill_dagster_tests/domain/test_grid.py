@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.gaps import find_gaps, missing_of
 from fks_backfill_dagster.domain.grid import Grid, _intraday, grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
@@ -29,6 +28,7 @@ from fks_backfill_dagster.domain.timeframe import (
     to_datetime,
     to_micros,
 )
+from fks_backfill_dagster.ledger.gaps import find_gaps, missing_of
 from fks_backfill_dagster_tests.domain.builders import at, grid, read_csv, window
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "grid"

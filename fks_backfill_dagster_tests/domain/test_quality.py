@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.gaps import find_gaps, missing_of
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.quality import Reason, Verdict, verify
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, iso
+from fks_backfill_dagster.ledger.gaps import find_gaps, missing_of
 from fks_backfill_dagster_tests.domain.builders import at, candles, flat, grid, read_csv, window
 
 NAN, INF = math.nan, math.inf

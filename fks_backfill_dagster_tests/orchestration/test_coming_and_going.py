@@ -6,9 +6,9 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe, to_datetime
+from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.orchestration.assets import Task, materialize_series
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.errands import Errand

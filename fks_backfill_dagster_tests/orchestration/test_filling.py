@@ -14,10 +14,10 @@ from dagster import (
     build_sensor_context,
 )
 
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.orchestration import pace
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.filling import bundled

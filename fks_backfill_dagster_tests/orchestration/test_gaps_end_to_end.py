@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from fks_backfill_dagster import wiring
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.ledger.gaps import GapStatus
+from fks_backfill_dagster.ledger.records import LedgerGap
 from fks_backfill_dagster.orchestration import servers
 from fks_backfill_dagster.orchestration.names import asset_path
 from fks_backfill_dagster.orchestration.processes import Background, Guard
@@ -26,7 +27,6 @@ from fks_backfill_dagster.orchestration.webserver import REPOSITORY, Webserver
 from fks_backfill_dagster.settings import CHECKOUT, KEY_VARIABLES, Settings, load_settings
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
-from fks_backfill_dagster.store.ledger import LedgerGap
 from fks_backfill_dagster.store.reading import ledger_gaps, origins
 
 MONTH = TimeRange(instant("2024-01-01"), instant("2024-02-01"))

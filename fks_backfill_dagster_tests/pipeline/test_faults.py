@@ -15,10 +15,10 @@ import pytest
 import requests
 
 from fks_backfill_dagster.domain.candles import PRICES, Candles
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso
+from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
 from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool

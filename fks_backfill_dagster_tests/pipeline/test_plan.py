@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.gaps import GapStatus, find_gaps
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
@@ -24,8 +23,9 @@ from fks_backfill_dagster.domain.timeframe import (
     Timeframe,
     to_datetime,
 )
+from fks_backfill_dagster.ledger.gaps import GapStatus, find_gaps
+from fks_backfill_dagster.ledger.records import Known, LedgerGap
 from fks_backfill_dagster.pipeline.plan import GRACE, Batch, Plan, Scope, closed_window, make_plan
-from fks_backfill_dagster.store.ledger import Known, LedgerGap
 from fks_backfill_dagster_tests.domain.builders import at, window
 
 CRYPTO_1H = Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)

@@ -15,11 +15,11 @@ import pytest
 from pyarrow import csv as arrow_csv
 
 from fks_backfill_dagster.domain.candles import PRICES, Candles
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime
+from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.pipeline.sync import Context, sync
 from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool, system_micros
 from fks_backfill_dagster.providers.registry import build, resolve_options

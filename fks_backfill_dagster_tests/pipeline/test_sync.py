@@ -18,10 +18,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv
 
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
+from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.pipeline.events import BatchDone, Planned, SyncEvent, Warned
 from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, dry_run, sync

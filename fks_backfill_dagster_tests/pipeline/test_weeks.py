@@ -14,7 +14,6 @@ from contextlib import closing
 
 import pytest
 
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import (
@@ -23,6 +22,7 @@ from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_MINUTE,
     Timeframe,
 )
+from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store import reading

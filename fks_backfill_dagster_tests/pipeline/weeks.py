@@ -18,11 +18,12 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 
 from fks_backfill_dagster.domain.candles import PRICES, Candles
-from fks_backfill_dagster.domain.gaps import missing_of
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe, iso, to_micros
+from fks_backfill_dagster.ledger.gaps import missing_of
+from fks_backfill_dagster.ledger.records import LedgerGap
 from fks_backfill_dagster.pipeline.events import Planned, SyncEvent
 from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.refresh import is_due, refresh_range
@@ -35,7 +36,6 @@ from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.checking import reaches
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.due import Place, Wanted, due_places
-from fks_backfill_dagster.store.ledger import LedgerGap
 
 PLACES_A_STEP = 10
 

@@ -14,6 +14,8 @@ from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE
+from fks_backfill_dagster.ledger.reconcile import SeriesAudit
+from fks_backfill_dagster.ledger.records import Evidence, LedgerGap
 from fks_backfill_dagster.store import ledger, reading
 from fks_backfill_dagster.store.auditing import examine
 from fks_backfill_dagster.store.commit import (
@@ -26,8 +28,6 @@ from fks_backfill_dagster.store.commit import (
     undo_batch,
 )
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.judging import SeriesAudit
-from fks_backfill_dagster.store.ledger import Evidence, LedgerGap
 from fks_backfill_dagster_tests.domain.builders import at
 
 MIDNIGHT = at("2024-01-01T00:00Z")

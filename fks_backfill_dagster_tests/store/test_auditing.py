@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, Timeframe, to_datetime
+from fks_backfill_dagster.ledger.gaps import GapStatus
+from fks_backfill_dagster.ledger.reconcile import Kind, SeriesAudit
+from fks_backfill_dagster.ledger.records import Evidence
 from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.auditing import examine
 from fks_backfill_dagster.store.commit import repair_series
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.judging import Kind, SeriesAudit
-from fks_backfill_dagster.store.ledger import Evidence
 from fks_backfill_dagster_tests.store.builders import EVER, MIDNIGHT, Shelf, brought, candles_at, execute
 from fks_backfill_dagster_tests.store.conftest import fresh
 

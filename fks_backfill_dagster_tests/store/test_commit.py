@@ -16,11 +16,11 @@ import sqlalchemy as sa
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe, to_datetime
+from fks_backfill_dagster.ledger.records import Evidence
 from fks_backfill_dagster.store import ledger, reading
 from fks_backfill_dagster.store.commit import Committed, Refused, remove_series
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import DatabaseFull, DatabaseUnavailable, StoreError
-from fks_backfill_dagster.store.ledger import Evidence
 from fks_backfill_dagster_tests.domain.builders import at, candles, window
 from fks_backfill_dagster_tests.store.builders import (
     EVER,

@@ -12,13 +12,14 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, to_datetime, to_micros
+from fks_backfill_dagster.ledger.gaps import GapStatus
+from fks_backfill_dagster.ledger.records import Evidence, LedgerGap
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.due import Place, Wanted, due_places
-from fks_backfill_dagster.store.ledger import Evidence, LedgerGap, hold_lease
+from fks_backfill_dagster.store.ledger import hold_lease
 from fks_backfill_dagster_tests.domain.builders import at
 from fks_backfill_dagster_tests.store.builders import MIDNIGHT, Shelf
 from fks_backfill_dagster_tests.store.conftest import fresh

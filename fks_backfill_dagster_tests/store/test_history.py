@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.gaps import find_gaps
 from fks_backfill_dagster.domain.timeframe import to_datetime
+from fks_backfill_dagster.ledger.gaps import find_gaps
 from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.commit import Committed
 from fks_backfill_dagster.store.database import Database

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.gaps import Gap, GapStatus, find_gaps, missing_of
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, MICROS_PER_MINUTE, Timeframe, iso
+from fks_backfill_dagster.ledger.gaps import Gap, GapStatus, find_gaps, missing_of
 from fks_backfill_dagster_tests.domain.builders import at, grid, read_csv, window
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "gaps"

@@ -9,13 +9,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, Timeframe
-from fks_backfill_dagster.store.judging import Kind, Recorded, Seen, SeriesAudit, judge
-from fks_backfill_dagster.store.ledger import Evidence, LedgerGap
+from fks_backfill_dagster.ledger.gaps import GapStatus
+from fks_backfill_dagster.ledger.reconcile import Kind, Recorded, Seen, SeriesAudit, judge
+from fks_backfill_dagster.ledger.records import Evidence, LedgerGap
 from fks_backfill_dagster_tests.domain.builders import at
 
 SERIES = [

@@ -18,12 +18,12 @@ from enum import StrEnum
 
 import numpy as np
 
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso, to_datetime
-from fks_backfill_dagster.store.ledger import LedgerGap
+from fks_backfill_dagster.ledger.gaps import GapStatus
+from fks_backfill_dagster.ledger.records import LedgerGap
 
 
 class Kind(StrEnum):

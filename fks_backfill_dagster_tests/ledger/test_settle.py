@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.gaps import GapStatus
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
@@ -23,9 +22,10 @@ from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_MINUTE,
     Timeframe,
 )
-from fks_backfill_dagster.store.judging import Recorded, Seen, judge
-from fks_backfill_dagster.store.ledger import Evidence, LedgerGap
-from fks_backfill_dagster.store.settling import LONGEST_PAUSE, Findings, Settlement, settle
+from fks_backfill_dagster.ledger.gaps import GapStatus
+from fks_backfill_dagster.ledger.reconcile import Recorded, Seen, judge
+from fks_backfill_dagster.ledger.records import Evidence, LedgerGap
+from fks_backfill_dagster.ledger.settle import LONGEST_PAUSE, Findings, Settlement, settle
 from fks_backfill_dagster_tests.domain.builders import at, grid, window
 
 HALF_HOUR = 30 * MICROS_PER_MINUTE

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fks_backfill_dagster.domain.gaps import GIVEN_UP, GapStatus, find_gaps
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, MICROS_PER_MINUTE
-from fks_backfill_dagster.store.ledger import Evidence, LedgerGap, latest
+from fks_backfill_dagster.ledger.gaps import GIVEN_UP, GapStatus, find_gaps
+from fks_backfill_dagster.ledger.records import Evidence, LedgerGap, latest
 
 # No exchange was closed for longer (the record is Shanghai, 20 days of February 1999), so the open next
 # to an instant is found within it.
