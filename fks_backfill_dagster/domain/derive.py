@@ -1,7 +1,8 @@
-"""Coarse candles out of fine ones: 4h from 1h, a day from its session's minutes.
+"""Coarse candles out of fine ones: 4h from 1h, a week from its days.
 
 Belongs here: which parts a candle has, and how they become one.
-Does not belong here: which finer timeframe a provider takes, or how it is asked for.
+Does not belong here: which timeframe a provider's candles are made from (its capabilities), how parts are
+requested and verified (`pipeline.request`), which absent part is a no-trade interval (`ledger.no_trade`).
 
 A part belongs to the first candle that closes after the part opens. That holds where "opens at or
 after the candle's own open" does not: a stock day is named by its date at 00:00 UTC, and in Sydney
@@ -10,54 +11,78 @@ the session begins an hour before that.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.grid import Grid
-from fks_backfill_dagster.domain.quality import verify
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_WEEK
 
+_NONE = np.empty(0, dtype=np.int64)
 
-def derive(parts: Candles, fine: Grid, coarse: Grid, window: TimeRange, *, quiet_ok: bool) -> Candles:
-    """The candles of `coarse` that open in `window`, made of `parts`, which are candles of `fine`.
 
-    `parts` may come in any order; those outside the session are passed over. A candle is made when all
-    its expected parts are there. With `quiet_ok`, for a source that leaves out the intervals without a
-    trade, one part is enough, if what is absent lies between two parts that are there: so give the
-    parts of a candle more on either side. Either way a candle that is still forming is not made, as
-    long as no part is given before it has closed. One volume of NaN makes the sum NaN.
+@dataclass(frozen=True, slots=True, eq=False)
+class Derived:
+    """What became of the candles of a window; arrays of one element per expected candle.
 
-    A part that `quality` would reject makes all four prices of its candle NaN, so that the candle is
-    rejected in its turn: left out silently, it would pass for a quiet interval.
+    opens: their opens. expected: how many parts each has, no-trade parts included. present: parts that
+    were given. no_trade: absent parts that are no-trade intervals. made: whether the candle exists.
+    """
+
+    candles: Candles
+    opens: Instants
+    expected: Instants
+    present: Instants
+    no_trade: Instants
+
+    @property
+    def made(self) -> NDArray[np.bool_]:
+        return (self.present > 0) & (self.present + self.no_trade == self.expected)
+
+    @property
+    def partial(self) -> NDArray[np.bool_]:
+        """Some parts were given, and others are absent without an explanation."""
+        return (self.present > 0) & (self.present + self.no_trade < self.expected)
+
+
+def derive(
+    parts: Candles, fine: Grid, coarse: Grid, window: TimeRange, no_trade: Instants = _NONE
+) -> Derived:
+    """The candles of `coarse` that open in `window`, made of `parts`.
+
+    `parts`: verified candles of `fine`, ascending and unique. `no_trade`: expected opens of `fine` in which
+    nothing traded, ascending. A candle is made only if every expected part is given or in `no_trade`, and
+    one at least is given. One volume of NaN makes the sum NaN.
 
     Raises ValueError when `fine` does not divide `coarse`: when a part reaches into the next candle.
     """
     opens = coarse.opens(window)
     if len(opens) == 0:
-        return Candles.empty()
+        return Derived(Candles.empty(), _NONE, _NONE, _NONE, _NONE)
     closes = coarse.closes(opens)
     span = parts_span(coarse, window)
-    verdict = verify(parts, span, fine, span.end)
-    good = verdict.good
-    owner = np.searchsorted(closes, good.ts, side="right")
-    if (fine.closes(good.ts) > closes[owner]).any():
+    parts = parts.within(span)
+    owner = np.searchsorted(closes, parts.ts, side="right")
+    if (fine.closes(parts.ts) > closes[owner]).any():
         raise ValueError("the parts reach over the edges of the candles: one grid does not divide the other")
-
-    spoilt = np.zeros(len(opens), dtype=bool)
-    for rejected in verdict.rejected:
-        spoilt[np.searchsorted(closes, rejected.candles.ts, side="right")] = True
+    quiet = no_trade[(no_trade >= span.start) & (no_trade < span.end)]
+    quiet = quiet[~np.isin(quiet, parts.ts)]
     present = np.bincount(owner, minlength=len(opens))
-    wanted = fine.opens(span)
-    ends = np.searchsorted(wanted, closes)
-    expected = np.diff(ends, prepend=0)
-    enough = present == expected
-    if quiet_ok and len(good):
-        given = parts.ts[fine.contains(parts.ts)]
-        enough |= (given.min() <= wanted[ends - expected]) & (given.max() >= wanted[ends - 1])
-    enough &= present > 0
-    return _merged(good, present, opens, spoilt).take(enough | spoilt)
+    absent = np.bincount(np.searchsorted(closes, quiet, side="right"), minlength=len(opens))
+    expected = np.diff(np.searchsorted(fine.opens(span), closes), prepend=0)
+    found = Derived(Candles.empty(), opens, expected, present, absent)
+    return Derived(_merged(parts, present, opens).take(found.made), opens, expected, present, absent)
+
+
+def owners(opens: Instants, coarse: Grid, parts: Instants) -> Instants:
+    """The open of the candle that each part belongs to; `opens`: the candles in question, ascending."""
+    if len(opens) == 0:
+        return parts
+    index = np.searchsorted(coarse.closes(opens), parts, side="right")
+    return opens[np.minimum(index, len(opens) - 1)]
 
 
 def parts_span(coarse: Grid, window: TimeRange) -> TimeRange:
@@ -72,8 +97,8 @@ def parts_span(coarse: Grid, window: TimeRange) -> TimeRange:
     return TimeRange(max(int(coarse.closes(before[-1:])[0]), earliest) if len(before) else earliest, end)
 
 
-def _merged(parts: Candles, present: Instants, opens: Instants, spoilt: NDArray[np.bool_]) -> Candles:
-    """A candle for each of `opens`, of its next `present` parts; NaN where it has none or is spoilt."""
+def _merged(parts: Candles, present: Instants, opens: Instants) -> Candles:
+    """A candle for each of `opens`, of its next `present` parts; NaN where it has none."""
     filled = present > 0
     first = (np.cumsum(present) - present)[filled]
     last = first + present[filled] - 1
@@ -84,5 +109,4 @@ def _merged(parts: Candles, present: Instants, opens: Instants, spoilt: NDArray[
         columns[2, filled] = np.minimum.reduceat(parts.low, first)
         columns[3, filled] = parts.close[last]
         columns[4, filled] = np.add.reduceat(parts.volume, first)
-    columns[:4, spoilt] = np.nan
     return Candles(opens, *columns)

@@ -69,6 +69,19 @@ class Grid(Protocol):
         """The close of each expected open. For any other instant the answer has no meaning."""
         ...
 
+    def next_open(self, instant: int) -> int | None:
+        """The first expected open at or after an instant; None beyond the end of the calendar."""
+        ...
+
+    def previous_open(self, instant: int) -> int | None:
+        """The last expected open before an instant; None before the first one of the grid."""
+        ...
+
+    def holds_session(self, first: Instants, last: Instants) -> NDArray[np.bool_]:
+        """For runs of expected opens from rank `first` to rank `last`: whether they hold a whole trading
+        session of an exchange (of one with a lunch break: a whole stretch of trading)."""
+        ...
+
     def closed_end(self, now: int) -> int:
         """The open of the first expected candle that is not closed at `now`; all before it are.
 
@@ -136,6 +149,15 @@ class _EvenGrid:
     def closes(self, opens: Instants) -> Instants:
         return opens + self.step
 
+    def next_open(self, instant: int) -> int | None:
+        return self._rank(instant) * self.step + self.anchor
+
+    def previous_open(self, instant: int) -> int | None:
+        return (self._rank(instant) - 1) * self.step + self.anchor
+
+    def holds_session(self, first: Instants, last: Instants) -> NDArray[np.bool_]:
+        return np.zeros(len(first), dtype=bool)
+
     def closed_end(self, now: int) -> int:
         return now - (now - self.anchor) % self.step
 
@@ -152,7 +174,8 @@ class _BlockGrid:
     """Blocks of equidistant opens: block k holds `first[k] + n * step` for n in 0 .. slots[k] - 1.
 
     Blocks ascend and do not overlap; none is empty. `last_close[k]` is the close of the block's
-    last candle, every other one closes where the next opens. `source` names the calendar.
+    last candle, every other one closes where the next opens. `source` names the calendar. `sessions`:
+    blocks are trading sessions of an exchange (days and weeks of one: every candle is a session or more).
     """
 
     source: str
@@ -160,6 +183,7 @@ class _BlockGrid:
     first: Instants
     slots: Instants
     last_close: Instants
+    sessions: bool = False
     before: Instants = field(init=False)  # before[k]: opens in all blocks before k; one longer than `first`
 
     def __post_init__(self) -> None:
@@ -200,6 +224,24 @@ class _BlockGrid:
         is_last = opens == (self.first + (self.slots - 1) * self.step)[block]
         return np.where(is_last, self.last_close[block], opens + self.step)
 
+    def next_open(self, instant: int) -> int | None:
+        return self._at(int(self.rank(np.array([instant]))[0]))
+
+    def previous_open(self, instant: int) -> int | None:
+        return self._at(int(self.rank(np.array([instant]))[0]) - 1)
+
+    def _at(self, rank: int) -> int | None:
+        return int(self.at(np.array([rank]))[0]) if 0 <= rank < self.before[-1] else None
+
+    def holds_session(self, first: Instants, last: Instants) -> NDArray[np.bool_]:
+        if not self.sessions:
+            return np.zeros(len(first), dtype=bool)
+        # The first block that begins at or after the run's first open, if it ends by its last one.
+        block = np.searchsorted(self.before, first, side="left")
+        end = self.before[np.minimum(block + 1, len(self.before) - 1)]
+        whole: NDArray[np.bool_] = (block < len(self.slots)) & (end <= last + 1)
+        return whole
+
     def closed_end(self, now: int) -> int:
         block = int(np.searchsorted(self.last_close, now, side="right"))
         if block == len(self.first):
@@ -230,17 +272,27 @@ class _BlockGrid:
         return np.maximum(np.searchsorted(self.first, instants, side="right") - 1, 0)
 
 
-def _single(source: str, step: int, opens: Instants, closes: Instants) -> _BlockGrid:
+def _single(
+    source: str, step: int, opens: Instants, closes: Instants, *, sessions: bool = False
+) -> _BlockGrid:
     """A grid of days or weeks: every candle is a block of its own.
 
     A day is named by its date at 00:00 UTC, and a half-day in Auckland ends before that. Its candle
     is given a minute, so that no candle closes before it opens.
     """
     closes = np.maximum(closes, opens + MICROS_PER_MINUTE)
-    return _BlockGrid(source, step, opens, np.ones_like(opens), closes)
+    return _BlockGrid(source, step, opens, np.ones_like(opens), closes, sessions)
 
 
-def _intraday(source: str, step: int, starts: Instants, ends: Instants, offsets: Instants) -> _BlockGrid:
+def _intraday(
+    source: str,
+    step: int,
+    starts: Instants,
+    ends: Instants,
+    offsets: Instants,
+    *,
+    sessions: bool = False,
+) -> _BlockGrid:
     """Bars on multiples of `step` of the local clock (UTC + offset) that overlap a session.
 
     Sessions ascend and do not overlap. Two of them can share a bar (a lunch break inside a 4h bar,
@@ -254,7 +306,7 @@ def _intraday(source: str, step: int, starts: Instants, ends: Instants, offsets:
     slots = (past - first) // step
     last_close = np.minimum(past, ends[np.searchsorted(starts, past, side="left") - 1])
     kept = slots > 0
-    return _BlockGrid(source, step, first[kept], slots[kept], last_close[kept])
+    return _BlockGrid(source, step, first[kept], slots[kept], last_close[kept], sessions)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -277,13 +329,15 @@ class _Sessions:
 def _stocks(sessions: _Sessions, timeframe: Timeframe) -> Grid:
     source = f"the exchange calendar {sessions.calendar}"
     if timeframe.is_intraday:
-        return _intraday(source, timeframe.micros, sessions.starts, sessions.ends, sessions.offsets)
+        return _intraday(
+            source, timeframe.micros, sessions.starts, sessions.ends, sessions.offsets, sessions=True
+        )
     if timeframe is Timeframe.D1:
-        return _single(source, timeframe.micros, sessions.dates, sessions.closes)
+        return _single(source, timeframe.micros, sessions.dates, sessions.closes, sessions=True)
     mondays = sessions.dates - (sessions.dates - FIRST_MONDAY) % MICROS_PER_WEEK
     # The last known week is left out: its later sessions may not be known.
     ends_week = np.flatnonzero(mondays[1:] != mondays[:-1])
-    return _single(source, timeframe.micros, mondays[ends_week], sessions.closes[ends_week])
+    return _single(source, timeframe.micros, mondays[ends_week], sessions.closes[ends_week], sessions=True)
 
 
 @cache

@@ -47,6 +47,13 @@ class Gap:
         return self.end - self.start
 
 
+def close_before(grid: Grid, instant: int) -> int:
+    """The close of the last expected candle that opens before an instant; there is one."""
+    last = grid.previous_open(instant)
+    assert last is not None
+    return int(grid.closes(np.array([last]))[0])
+
+
 def missing_of(expected: Instants, present: Instants) -> Instants:
     """The elements of `expected` that are not in `present`; both ascending and unique, as is the result."""
     return np.setdiff1d(expected, present, assume_unique=True)

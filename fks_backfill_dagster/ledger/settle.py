@@ -14,12 +14,8 @@ import numpy as np
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, MICROS_PER_MINUTE
-from fks_backfill_dagster.ledger.gaps import GIVEN_UP, GapStatus, find_gaps
+from fks_backfill_dagster.ledger.gaps import GIVEN_UP, GapStatus, close_before, find_gaps
 from fks_backfill_dagster.ledger.records import Evidence, LedgerGap, latest
-
-# No exchange was closed for longer (the record is Shanghai, 20 days of February 1999), so the open next
-# to an instant is found within it.
-LONGEST_PAUSE = 30 * MICROS_PER_DAY
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +103,12 @@ def _outside(gap: LedgerGap, window: TimeRange, grid: Grid) -> list[LedgerGap]:
     rest = []
     if gap.start < window.start:
         part = TimeRange(gap.start, window.start)
-        near = grid.opens(TimeRange(max(part.start, part.end - LONGEST_PAUSE), part.end))
-        end = int(grid.closes(near[-1:])[0])
-        rest.append(replace(gap, end=end, missing=grid.count(part)))
+        rest.append(replace(gap, end=close_before(grid, part.end), missing=grid.count(part)))
     if gap.end > window.end:
         part = TimeRange(window.end, gap.end)
-        near = grid.opens(TimeRange(part.start, min(part.end, part.start + LONGEST_PAUSE)))
-        if len(near):
-            rest.append(replace(gap, start=int(near[0]), missing=grid.count(part)))
+        first = grid.next_open(part.start)
+        if first is not None and first < part.end:
+            rest.append(replace(gap, start=first, missing=grid.count(part)))
     return rest
 
 

@@ -13,9 +13,8 @@ from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_micros
-from fks_backfill_dagster.ledger.gaps import GapStatus
+from fks_backfill_dagster.ledger.gaps import GapStatus, close_before
 from fks_backfill_dagster.ledger.records import LedgerGap
-from fks_backfill_dagster.ledger.settle import LONGEST_PAUSE
 from fks_backfill_dagster.pipeline.plan import GRACE
 from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.database import Database
@@ -70,9 +69,9 @@ def clipped(gap: LedgerGap, window: TimeRange, grid: Grid) -> LedgerGap | None:
     start, end = max(gap.start, window.start), min(gap.end, window.end)
     if start >= end or (missing := grid.count(TimeRange(start, end))) == 0:
         return None
-    first = grid.opens(TimeRange(start, min(end, start + LONGEST_PAUSE)))[:1]
-    last = grid.opens(TimeRange(max(start, end - LONGEST_PAUSE), end))[-1:]
-    return replace(gap, start=int(first[0]), end=int(grid.closes(last)[0]), missing=missing)
+    first = grid.next_open(start)
+    assert first is not None
+    return replace(gap, start=first, end=close_before(grid, end), missing=missing)
 
 
 def _oldest(database: Database, series: Series, otherwise: int) -> int:

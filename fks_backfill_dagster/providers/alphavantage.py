@@ -33,7 +33,6 @@ import numpy as np
 import pyarrow as pa
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.derive import derive, parts_span
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
@@ -45,6 +44,7 @@ from fks_backfill_dagster.providers.base import (
     Delivery,
     Estimate,
     NotEntitled,
+    Origin,
     PermanentError,
     ProviderError,
     ProviderOptions,
@@ -61,6 +61,7 @@ from fks_backfill_dagster.providers.http import (
     Reply,
     RequestPool,
     Tally,
+    host_of,
     redact,
     system_micros,
     usable_key,
@@ -117,6 +118,8 @@ class AlphaVantage:
         page_size=PAGE_SIZE,
         page_sizes=_MONTHS,
         needs_key=KEY_VARIABLE,
+        omits_quiet=True,
+        derived={AssetClass.STOCKS: {at: fine for at, fine in _FINE.items() if at is not fine}},
     )
 
     def __init__(
@@ -141,20 +144,26 @@ class AlphaVantage:
         return None
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
-        requests = len(self._queries(*_asked(series, window)))
+        requests = len(self._queries(series, window))
         a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
         check_served(self, series)
-        (fine, span), tally = _asked(series, window), Tally()
-        queries = self._queries(fine, span)
+        tally, now = Tally(), self._clock()
+        queries = self._queries(series, window)
         if not queries:
             return Answer(())
-        ask = self._bars if fine.timeframe.is_intraday else self._days
-        rows = ask(fine, queries, tally).sorted().within(span)
-        closed = rows.take(rows.ts < grid_of(fine).closed_end(self._clock()))
-        return Answer(_delivered(series, fine, window, closed, _source(queries)), tally.count)
+        request = self._bars if series.timeframe.is_intraday else self._days
+        pages = [page.sorted().within(window) for page in request(series, queries, tally)]
+        rows = Candles.concat(pages).sorted()
+        closed = rows.take(rows.ts < grid_of(series).closed_end(self._clock()))
+        seams = np.array([int(page.ts[0]) for page in pages[1:] if len(page)], dtype=np.int64)
+        origin = Origin(NAME, Transport.REST, _source(queries), host_of(self._url), symbol_of(series), now)
+        return Answer((Delivery(closed, origin, seams),) if len(closed) else (), tally.count)
+
+    def instrument(self, series: Series) -> str:
+        return symbol_of(series)
 
     def _queries(self, series: Series, span: TimeRange) -> list[dict[str, str]]:
         """What to ask for the candles that open in `span` and before now: the days, or each New York month."""
@@ -171,14 +180,14 @@ class AlphaVantage:
         months = np.arange(max(first, np.datetime64(_FIRST_MONTH)), last + 1)
         return [_intraday_query(series, str(month)) for month in months]
 
-    def _days(self, series: Series, queries: list[dict[str, str]], tally: Tally) -> Candles:
+    def _days(self, series: Series, queries: list[dict[str, str]], tally: Tally) -> list[Candles]:
         (query,) = queries
         if query["outputsize"] == "full" and self._refused_history is not None:
             raise self._without_history(series, self._refused_history)
-        return self._ask(series, query, tally, premium=query["outputsize"] == "full")
+        return [self._ask(series, query, tally, premium=query["outputsize"] == "full")]
 
-    def _bars(self, series: Series, queries: list[dict[str, str]], tally: Tally) -> Candles:
-        """The bars of all months by their open."""
+    def _bars(self, series: Series, queries: list[dict[str, str]], tally: Tally) -> list[Candles]:
+        """The bars of each month by their open."""
         blocks, refused = list[Candles](), False
         for query in queries:
             try:
@@ -195,7 +204,7 @@ class AlphaVantage:
             blocks.append(replace(rows, ts=opens))
         if refused and not blocks:
             self._ask(series, _daily_query(series, "compact"), tally, premium=False)
-        return Candles.concat(blocks)
+        return blocks
 
     # --- asking ---
 
@@ -304,23 +313,6 @@ def _source(queries: list[dict[str, str]]) -> str:
     """The request; with the first and the last month where there are several."""
     months = sorted({query["month"] for query in (queries[0], queries[-1]) if "month" in query})
     return f"/query?{urlencode({**queries[0], **({'month': '..'.join(months)} if months else {})})}"
-
-
-def _asked(series: Series, window: TimeRange) -> tuple[Series, TimeRange]:
-    """The series that is asked for, and where its candles lie: the parts of a derived one."""
-    fine = replace(series, timeframe=_FINE[series.timeframe])
-    return fine, window if fine == series else parts_span(grid_of(series), window)
-
-
-def _delivered(
-    series: Series, fine: Series, window: TimeRange, rows: Candles, source: str
-) -> tuple[Delivery, ...]:
-    if fine == series:
-        candles, transport = rows, Transport.REST
-    else:
-        candles = derive(rows, grid_of(fine), grid_of(series), window, quiet_ok=False)
-        transport = Transport.DERIVED
-    return (Delivery(candles, transport, source),) if len(candles) else ()
 
 
 def read_table(table: object, place: str, *, intraday: bool) -> Candles:

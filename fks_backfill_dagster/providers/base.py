@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Protocol
 
-from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.delivery import Delivery, Origin, Transport
 from fks_backfill_dagster.domain.pacing import Rest
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
@@ -81,22 +80,19 @@ class Cancelled(ProviderError):
     """The run is being interrupted: the request was given up, what it would have said is unknown."""
 
 
-class Transport(StrEnum):
-    REST = "rest"
-    ARCHIVE = "archive"
-    DERIVED = "derived"  # aggregated by us from finer candles of the same provider
-
-
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a provider can give.
 
-    timeframes: per asset class, those it gives on our grid, natively or derived from finer ones.
+    timeframes: per asset class, those it can give on our grid, natively or derived from finer ones.
+    derived: per asset class, which of them are derived, and from which native timeframe: where its own
+        candle does not mean what ours means. The pipeline derives them; `fetch` gives native ones only.
     page_size: the most candles one request brings; `page_sizes` where a timeframe has its own.
     needs_key: the environment variable of the key, None for a keyless provider.
     has_volume: whether the volume is one of base units; without, it is NULL.
-    omits_quiet: leaves out intervals without a trade, so that in a complete answer what is absent
-        between two bars was quiet. One that gives every interval and lacks one had an outage.
+    omits_quiet: leaves out intervals without a trade, so that what a complete answer lacks between two
+        rows may be a no-trade interval. One that gives every interval and lacks one had an outage.
+    confirms_absence: `fetch` itself requests a second time what a response lacks.
     adjusted: its prices are adjusted at the source; it un-adjusts them by known splits or declines.
     depth: microseconds before now beyond which it has nothing, per timeframe; no entry: since listing.
     """
@@ -106,9 +102,15 @@ class Capabilities:
     needs_key: str | None = None
     has_volume: bool = True
     omits_quiet: bool = False
+    confirms_absence: bool = False
     adjusted: bool = False
     depth: Mapping[Timeframe, int] = field(default_factory=dict)
     page_sizes: Mapping[Timeframe, int] = field(default_factory=dict)
+    derived: Mapping[AssetClass, Mapping[Timeframe, Timeframe]] = field(default_factory=dict)
+
+    def parts(self, series: Series) -> Timeframe:
+        """The native timeframe that the series is made from: its own where it is native."""
+        return self.derived.get(series.asset_class, {}).get(series.timeframe, series.timeframe)
 
     def page(self, timeframe: Timeframe) -> int:
         """The most candles of `timeframe` that one request brings."""
@@ -124,25 +126,10 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True)
-class Delivery:
-    """Candles with their origin: what one lineage row describes.
-
-    `source` is the request's path or the archive's, without any key. `sha256` is the archive's
-    checksum, verified; None for REST. `candles` are as the provider gave them, opens ascending
-    not promised, forming candle already taken out where the provider can tell.
-    """
-
-    candles: Candles
-    transport: Transport
-    source: str
-    sha256: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Answer:
-    """All that a provider brought for one range.
+    """All that a provider returned for one range.
 
-    Deliveries do not overlap each other. `requests` counts HTTP requests, retries included.
+    Deliveries do not overlap each other, and their `ts` need not ascend. `requests` counts HTTP requests, retries included.
     `warnings` are sentences for the log (an archive that failed its checksum and was passed over).
     """
 
@@ -166,7 +153,7 @@ class Provider(Protocol):
     capabilities: Capabilities
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
-        """Asks for the candles that open in `window`, however many requests that takes.
+        """Requests the candles of a native series that open in `window`, in as many requests as that takes.
 
         Returns what there is; rows outside the window may come along and are ignored by the
         caller. Nothing there is an empty answer. Raises PermanentError or TransientError when the
@@ -185,6 +172,10 @@ class Provider(Protocol):
         """
         ...
 
+    def instrument(self, series: Series) -> str:
+        """The symbol as this provider writes it. Raises UnknownSymbol where it cannot be written."""
+        ...
+
     def missing_key(self) -> str | None:
         """The name of the environment variable whose absence keeps this provider out; else None."""
         ...
@@ -196,6 +187,10 @@ def check_served(provider: Provider, series: Series) -> None:
         raise WrongKey(provider.name, f"it needs a key: set {variable}")
     if not provider.capabilities.serve(series):
         raise PermanentError(provider.name, f"it has no {series.timeframe} candles of {series.asset_class}")
+    if (parts := provider.capabilities.parts(series)) is not series.timeframe:
+        raise PermanentError(
+            provider.name, f"its {series.timeframe} candles are derived from {parts}: request those"
+        )
 
 
 class Circuit(Protocol):
@@ -232,3 +227,27 @@ class ProviderOptions:
     retry_budget_seconds: float = 20.0
     longest_wait_seconds: float = 300.0
     key: str | None = field(default=None, repr=False)
+
+
+__all__ = [
+    "Answer",
+    "BadAnswer",
+    "Cancelled",
+    "Capabilities",
+    "Circuit",
+    "Delivery",
+    "Estimate",
+    "NotEntitled",
+    "Origin",
+    "PermanentError",
+    "Provider",
+    "ProviderError",
+    "ProviderOptions",
+    "RateLimited",
+    "TooOld",
+    "TransientError",
+    "Transport",
+    "UnknownSymbol",
+    "WrongKey",
+    "check_served",
+]

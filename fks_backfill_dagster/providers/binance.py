@@ -40,6 +40,7 @@ from fks_backfill_dagster.providers.base import (
     Capabilities,
     Delivery,
     Estimate,
+    Origin,
     PermanentError,
     ProviderError,
     ProviderOptions,
@@ -54,6 +55,7 @@ from fks_backfill_dagster.providers.http import (
     Limiter,
     RequestPool,
     Tally,
+    host_of,
     network_error,
     place_of,
     read_body,
@@ -108,7 +110,9 @@ class Binance:
     """Implements `Provider`; safe to call from several threads."""
 
     name = NAME
-    capabilities = Capabilities({AssetClass.CRYPTO: frozenset(Timeframe)}, page_size=PAGE_SIZE)
+    capabilities = Capabilities(
+        {AssetClass.CRYPTO: frozenset(Timeframe)}, page_size=PAGE_SIZE, confirms_absence=True
+    )
 
     def __init__(
         self,
@@ -120,10 +124,14 @@ class Binance:
         self._options = options
         self._clock = clock
         self._klines = _Klines(options, pool, limiter, clock)
-        self._archives = Archives(options, pool, limiter)
+        self._archives = Archives(options, pool, limiter, clock)
+        self._host = host_of(options.base_url)
 
     def missing_key(self) -> str | None:
         return None
+
+    def instrument(self, series: Series) -> str:
+        return symbol_of(series)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
         plan = _Plan(symbol_of(series), series, self._opens(series, window))
@@ -187,6 +195,7 @@ class Binance:
         An archive file that covers a lacking candle is a first witness of its absence.
         """
         lacking = plan.lacking(have)
+        requested_at = self._clock()
         pages = self._ask(plan, lacking, tally)
         rows = _assemble(pages, lacking)
         now = min(page.server_time for page in pages)
@@ -197,7 +206,9 @@ class Binance:
             # A bad row that came twice is one row for the quarantine.
             rows = Candles.concat([rows, again.take(~_repeated(again, rows))]).sorted()
         query = _query(plan.symbol, plan.series.timeframe, lacking.hull)
-        return [Delivery(rows, Transport.REST, f"{KLINES_PATH}?{urlencode(query)}")] if len(rows) else []
+        source = f"{KLINES_PATH}?{urlencode(query)}"
+        origin = Origin(NAME, Transport.REST, source, self._host, plan.symbol, requested_at)
+        return [Delivery(rows, origin)] if len(rows) else []
 
     def _shortened(self, plan: _Plan, doubtful: RangeSet, tally: Tally) -> RangeSet:
         """`doubtful` without the long empty beginning of a range, at one request of one row each.
@@ -297,8 +308,7 @@ def _cut(seen: Fetched, lacking: RangeSet) -> Fetched:
         return seen
     candles = seen.delivery.candles
     kept = candles.take(lacking.contains(candles.ts))
-    delivery = Delivery(kept, Transport.ARCHIVE, seen.delivery.source, seen.delivery.sha256)
-    return Fetched(seen.file, seen.outcome, delivery, seen.warning)
+    return Fetched(seen.file, seen.outcome, seen.delivery.with_candles(kept), seen.warning)
 
 
 def _assemble(pages: Sequence[_Page], wanted: RangeSet) -> Candles:

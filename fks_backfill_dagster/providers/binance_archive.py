@@ -19,9 +19,10 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from enum import Enum
 from urllib.parse import quote
 
@@ -37,11 +38,13 @@ from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_WEEK,
     Timeframe,
     to_datetime,
+    to_micros,
 )
 from fks_backfill_dagster.providers.base import (
     BadAnswer,
     Cancelled,
     Delivery,
+    Origin,
     PermanentError,
     ProviderError,
     ProviderOptions,
@@ -50,12 +53,15 @@ from fks_backfill_dagster.providers.base import (
 from fks_backfill_dagster.providers.http import (
     HttpClient,
     Limiter,
+    Reply,
     RequestPool,
     Tally,
     Unreachable,
+    host_of,
     place_of,
 )
 
+PROVIDER = "binance"
 LANE = "binance-archive"
 
 # A month of 1m candles is 6 MB of text and 2 MB zipped; only a bomb comes near these.
@@ -219,7 +225,10 @@ class _HostFails(PermanentError):
 class Archives:
     """Reads archive files from `options.archive_url`. Safe to call from several threads."""
 
-    def __init__(self, options: ProviderOptions, pool: RequestPool, limiter: Limiter) -> None:
+    def __init__(
+        self, options: ProviderOptions, pool: RequestPool, limiter: Limiter, clock: Callable[[], int]
+    ) -> None:
+        self._clock = clock
         patience = min(ANSWER_SECONDS, options.timeout_seconds)
         quick = replace(options, timeout_seconds=patience, retry_budget_seconds=patience)
         self._client = HttpClient(LANE, quick, pool, limiter, setting="providers.binance.archive_url")
@@ -257,20 +266,20 @@ class Archives:
         """Zips and checksums side by side, then the reading, which lets go of the interpreter lock."""
         wanted = [(file, extra) for file in files for extra in ("", ".CHECKSUM")]
 
-        def download(item: tuple[ArchiveFile, str]) -> bytes | None:
+        def download(item: tuple[ArchiveFile, str]) -> Reply | None:
             return self._download(*item, tally)
 
-        bodies = self._client.pool.map(LANE, download, wanted)
+        replies = self._client.pool.map(LANE, download, wanted)
         return [
             self._judge(file, zipped, checksum)
-            for file, zipped, checksum in zip(files, bodies[::2], bodies[1::2], strict=True)
+            for file, zipped, checksum in zip(files, replies[::2], replies[1::2], strict=True)
         ]
 
-    def _download(self, file: ArchiveFile, extra: str, tally: Tally) -> bytes | None:
-        """The body; None for 404, which is "not yet" or "never". One retry for what may pass."""
+    def _download(self, file: ArchiveFile, extra: str, tally: Tally) -> Reply | None:
+        """The reply; None for 404, which is "not yet" or "never". One retry for what may pass."""
         limit = MAX_CHECKSUM if extra else MAX_ZIPPED
 
-        def attempt() -> bytes | None:
+        def attempt() -> Reply | None:
             try:
                 reply = self._client.exchange(self._base_url + file.path + extra, max_bytes=limit)
             except Unreachable as error:
@@ -279,19 +288,30 @@ class Archives:
                 return None
             if reply.status != 200:
                 raise self._client.failure(reply)
-            return reply.body
+            return reply
 
         return self._client.run(attempt, tally, attempts=2)
 
-    def _judge(self, file: ArchiveFile, zipped: bytes | None, checksum: bytes | None) -> Fetched:
+    def _judge(self, file: ArchiveFile, zipped: Reply | None, checksum: Reply | None) -> Fetched:
         if zipped is None:
             return Fetched(file, Outcome.ABSENT)
         try:
-            delivery = read_archive(file, zipped, checksum, self._base_url)
+            candles, sha256 = read_archive(file, zipped.body, checksum and checksum.body, self._base_url)
         except BadAnswer as error:
             warning = f"{error}: passed over, its candles are taken elsewhere"
             return Fetched(file, Outcome.FAILED, warning=warning)
-        return Fetched(file, Outcome.READ, delivery)
+        now = self._clock()
+        origin = Origin(
+            provider=PROVIDER,
+            transport=Transport.ARCHIVE,
+            source=file.path,
+            host=host_of(self._base_url),
+            instrument=file.symbol,
+            requested_at=now,
+            published_at=min(now, published_at(file, zipped.headers)),
+            sha256=sha256,
+        )
+        return Fetched(file, Outcome.READ, Delivery(candles, origin))
 
     def _leave_alone(self, error: ProviderError) -> str | None:
         """The warning, for the one thread that found out first."""
@@ -307,8 +327,20 @@ class Archives:
 # --- reading one ----------------------------------------------------------------------------------
 
 
-def read_archive(file: ArchiveFile, zipped: bytes, checksum: bytes | None, base_url: str) -> Delivery:
-    """The candles of a verified file, ascending, as they stand in it. Raises BadAnswer."""
+def published_at(file: ArchiveFile, headers: Mapping[str, str]) -> int:
+    """When the file was made: its Last-Modified. Without that header the day after its period; a monthly
+    file then counts as published the day after its first day, as it may be older than the daily file of any
+    of its days (binance-public-data#475)."""
+    try:
+        return to_micros(parsedate_to_datetime(headers["Last-Modified"]).astimezone(UTC))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return file.period.start + MICROS_PER_DAY if file.monthly else file.period.end
+
+
+def read_archive(
+    file: ArchiveFile, zipped: bytes, checksum: bytes | None, base_url: str
+) -> tuple[Candles, str]:
+    """The candles of a verified file, ascending, as they stand in it, and its SHA-256. Raises BadAnswer."""
     place = place_of(base_url + file.path)
     actual = hashlib.sha256(zipped).hexdigest()
     named = re.match(rb"\s*([0-9a-fA-F]{64})\s+\*?(\S+)", checksum or b"")
@@ -323,7 +355,7 @@ def read_archive(file: ArchiveFile, zipped: bytes, checksum: bytes | None, base_
         why = str(error).splitlines()[0][:200]
         raise BadAnswer(LANE, f"{place} is no archive of {file.stem} ({why})") from None
     # A row of another period would be stored twice, or under the wrong file's checksum.
-    return Delivery(candles.sorted().within(file.period), Transport.ARCHIVE, file.path, actual)
+    return candles.sorted().within(file.period), actual
 
 
 def _unzip(zipped: bytes, member: str) -> bytes:

@@ -20,15 +20,13 @@ nothing here would notice another coin's rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from urllib.parse import quote, urlencode, urlsplit
 
 import numpy as np
 import orjson
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.derive import derive, parts_span
-from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import (
@@ -44,6 +42,7 @@ from fks_backfill_dagster.providers.base import (
     Delivery,
     Estimate,
     NotEntitled,
+    Origin,
     ProviderError,
     ProviderOptions,
     RateLimited,
@@ -58,6 +57,7 @@ from fks_backfill_dagster.providers.http import (
     Reply,
     RequestPool,
     Tally,
+    host_of,
     retry_after,
     said_in,
     server_time,
@@ -199,6 +199,9 @@ class CoinGecko:
             ),
             needs_key=KEY_VARIABLE,
             has_volume=False,
+            derived={
+                AssetClass.CRYPTO: {at: way.fine for at, way in self._ways.items() if at is not way.fine}
+            },
             depth={at: way.days[-1] * MICROS_PER_DAY for at, way in self._ways.items() if way.days},
         )
         key = usable_key(NAME, options.key, KEY_VARIABLE) if options.key else None
@@ -213,8 +216,7 @@ class CoinGecko:
         return None
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
-        way = self._ways[series.timeframe]
-        requests = len(way.pages(_span(series, way, window), self._clock()))
+        requests = len(self._ways[series.timeframe].pages(window, self._clock()))
         a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
         return Estimate(requests, requests * 60 / a_minute)
 
@@ -222,15 +224,19 @@ class CoinGecko:
         check_served(self, series)
         question = _Question(coin_of(series), currency_of(series), self._ways[series.timeframe])
         now, tally = self._clock(), Tally()
-        pages = question.way.pages(_span(series, question.way, window), now)
+        pages = question.way.pages(window, now)
         if not window or not pages:
             return Answer(())
         blocks = self._client.pool.map(NAME, lambda page: self._ask(question, page, now, tally), pages)
         rows = Candles.concat(blocks)
         path, query = question.request(TimeRange(pages[0].start, pages[-1].end), now)
-        return Answer(
-            _delivered(series, question.way, window, rows, f"{path}?{urlencode(query)}"), tally.count
-        )
+        source = f"{path}?{urlencode(query)}"
+        origin = Origin(NAME, Transport.REST, source, host_of(self._base_url), question.coin, now)
+        seams = np.array([int(block.ts[0]) for block in blocks[1:] if len(block)], dtype=np.int64)
+        return Answer((Delivery(rows, origin, seams),) if len(rows) else (), tally.count)
+
+    def instrument(self, series: Series) -> str:
+        return coin_of(series)
 
     def _ask(self, question: _Question, page: TimeRange, now: int, tally: Tally) -> Candles:
         """The closed candles that open in `page`, ascending."""
@@ -346,23 +352,6 @@ def is_spaced(ts: Instants, step: int) -> bool:
     """Whether neighbours are mostly one step apart; holes, repetitions and strays are for `quality`."""
     distances, times = np.unique(np.diff(np.unique(ts)), return_counts=True)
     return len(distances) == 0 or bool(distances[np.argmax(times)] == step)
-
-
-def _span(series: Series, way: _Way, window: TimeRange) -> TimeRange:
-    """Where the candles lie that are asked for."""
-    return window if way.fine is series.timeframe else parts_span(grid_of(series), window)
-
-
-def _delivered(
-    series: Series, way: _Way, window: TimeRange, rows: Candles, source: str
-) -> tuple[Delivery, ...]:
-    if way.fine is series.timeframe:
-        candles, transport = rows, Transport.REST
-    else:
-        fine = grid_of(replace(series, timeframe=way.fine))
-        candles = derive(rows, fine, grid_of(series), window, quiet_ok=False)
-        transport = Transport.DERIVED
-    return (Delivery(candles, transport, source),) if len(candles) else ()
 
 
 def _code_and_message(body: bytes) -> tuple[int, str]:

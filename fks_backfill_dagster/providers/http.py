@@ -621,6 +621,12 @@ def place_of(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
+def host_of(url: str) -> str:
+    """Scheme, host and port of a URL, as lineage keeps them; never a user or password."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
 def seconds_to_next_minute(now: int) -> float:
     """From an instant (microseconds) to the next full minute, never 0."""
     return 60.0 - (now / MICROS_PER_SECOND) % 60.0

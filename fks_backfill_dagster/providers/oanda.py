@@ -39,6 +39,7 @@ from fks_backfill_dagster.providers.base import (
     Capabilities,
     Delivery,
     Estimate,
+    Origin,
     PermanentError,
     ProviderError,
     ProviderOptions,
@@ -52,6 +53,7 @@ from fks_backfill_dagster.providers.http import (
     Reply,
     RequestPool,
     Tally,
+    host_of,
     system_micros,
     usable_key,
 )
@@ -100,6 +102,7 @@ class Oanda:
         needs_key=KEY_VARIABLE,
         has_volume=False,
         omits_quiet=True,
+        confirms_absence=True,
     )
 
     def __init__(
@@ -137,6 +140,7 @@ class Oanda:
     def fetch(self, series: Series, window: TimeRange) -> Answer:
         check_served(self, series)
         instrument, grid, tally = instrument_of(series), grid_of(series), Tally()
+        requested_at = self._clock()
         opens = self._opens(series, window)
         if len(opens) == 0:
             return Answer(())
@@ -147,8 +151,12 @@ class Oanda:
             again = self._ask(instrument, series.timeframe, lacking, tally)
             candles = Candles.concat([candles, again.take(lacking.contains(again.ts))])
         source = f"{_path(instrument)}?{urlencode(self._query(series.timeframe, asked.hull))}"
-        delivery = Delivery(candles.sorted(), Transport.REST, source)
-        return Answer((delivery,) if len(candles) else (), tally.count)
+        origin = Origin(NAME, Transport.REST, source, host_of(self._base_url), instrument, requested_at)
+        seams = np.array([page.start for page in _pages(asked, series.timeframe.micros)[1:]], dtype=np.int64)
+        return Answer((Delivery(candles.sorted(), origin, seams),) if len(candles) else (), tally.count)
+
+    def instrument(self, series: Series) -> str:
+        return instrument_of(series)
 
     def _opens(self, series: Series, window: TimeRange) -> Instants:
         """The closed candles of the window: nothing else needs to be asked for."""

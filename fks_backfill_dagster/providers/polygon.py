@@ -32,8 +32,6 @@ import numpy as np
 import pyarrow as pa
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.derive import derive, parts_span
-from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import (
@@ -50,6 +48,7 @@ from fks_backfill_dagster.providers.base import (
     Delivery,
     Estimate,
     NotEntitled,
+    Origin,
     PermanentError,
     ProviderError,
     ProviderOptions,
@@ -67,6 +66,7 @@ from fks_backfill_dagster.providers.http import (
     Reply,
     RequestPool,
     Tally,
+    host_of,
     redact,
     retry_after,
     server_time,
@@ -107,9 +107,6 @@ _TRADED: Mapping[AssetClass, float] = {
     AssetClass.STOCKS: 5 * 16 / (7 * 24),
     AssetClass.FOREX: 5 / 7,
 }
-# A candle more on either side proves that what is absent was quiet; between two stock or forex
-# candles there may be a long weekend.
-_LONG_WEEKEND = 4 * MICROS_PER_DAY
 _DOLLARS = frozenset({"USD", "USDT", "USDC"})
 _BAR = pa.struct(
     [("t", pa.int64())] + [(name, pa.float64()) for name in ("o", "h", "l", "c", "v")],
@@ -135,6 +132,7 @@ class Polygon:
         page_sizes={timeframe: max(1, LIMIT // timeframe.minutes) for timeframe in Timeframe},
         needs_key=KEY_VARIABLE,
         omits_quiet=True,
+        derived=_PARTS,
     )
 
     def __init__(
@@ -147,6 +145,7 @@ class Polygon:
         self._options = options
         self._clock = clock
         self._base_url = options.base_url.rstrip("/")
+        self._host = host_of(self._base_url)
         key = usable_key(NAME, options.key, KEY_VARIABLE) if options.key else None
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = HttpClient(NAME, options, pool, limiter, headers=headers)
@@ -161,27 +160,24 @@ class Polygon:
         return None
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
-        asked, native = self._asked(series, window)
-        base = native.micros if native is Timeframe.D1 else MICROS_PER_MINUTE
-        requests = math.ceil(asked.duration / base * _TRADED[series.asset_class] / LIMIT)
+        base = series.timeframe.micros if series.timeframe is Timeframe.D1 else MICROS_PER_MINUTE
+        requests = math.ceil(window.duration / base * _TRADED[series.asset_class] / LIMIT)
         a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
         check_served(self, series)
-        ticker, tally = ticker_of(series), Tally()
-        asked, native = self._asked(series, window)
-        if not asked:
+        if not window:
             return Answer(())
-        edge = self._edges.get(series.asset_class, asked.start)
+        edge = self._edges.get(series.asset_class, window.start)
         if window.start < edge:
             raise _beyond(edge)
-        asked = TimeRange(max(asked.start, edge), asked.end)
+        asked, tally, requested_at = window, Tally(), self._clock()
         warnings: tuple[str, ...] = ()
         try:
-            bars, source = self._bars(ticker, native, asked, tally)
+            bars = self._bars(series, asked, tally)
         except _BeyondPlan as refused:
-            error = self._too_old(series, native, asked.start, tally)
+            error = self._too_old(series, asked.start, tally)
             raise error or NotEntitled(NAME, str(refused).removeprefix(f"{NAME}: ")) from None
         except NotEntitled as refused:
             # An end-of-day plan refuses the whole range because of its last day.
@@ -189,19 +185,20 @@ class Polygon:
                 raise
             asked = TimeRange(asked.start, self._today())
             warnings = (f"{refused} (so it was asked for what lies before {iso(asked.end)})",)
-            bars, source = self._bars(ticker, native, asked, tally)
+            bars = self._bars(series, asked, tally)
 
+        candles = Candles.concat(bars)
         if series.asset_class is AssetClass.FOREX:
-            bars = replace(bars, volume=np.full(len(bars), np.nan))
-        if native is series.timeframe:
-            candles, transport = bars.within(window), Transport.REST
-        else:
-            fine, coarse = grid_of(replace(series, timeframe=native)), grid_of(series)
-            candles, transport = derive(bars, fine, coarse, window, quiet_ok=True), Transport.DERIVED
-        deliveries = (Delivery(candles, transport, source),) if len(candles) else ()
-        return Answer(deliveries, tally.count, warnings)
+            candles = replace(candles, volume=np.full(len(candles), np.nan))
+        source = self._url(self.instrument(series), series.timeframe, asked).removeprefix(self._base_url)
+        origin = Origin(NAME, Transport.REST, source, self._host, self.instrument(series), requested_at)
+        seams = np.array([int(page.ts[0]) for page in bars[1:] if len(page)], dtype=np.int64)
+        return Answer((Delivery(candles, origin, seams),) if len(candles) else (), tally.count, warnings)
 
-    def _too_old(self, series: Series, native: Timeframe, refused: int, tally: Tally) -> TooOld | None:
+    def instrument(self, series: Series) -> str:
+        return ticker_of(series)
+
+    def _too_old(self, series: Series, refused: int, tally: Tally) -> TooOld | None:
         """The error that tells the plan's edge; None for a plan without any day of these bars.
 
         `refused` is an instant beyond the edge. Found by halving, to the day.
@@ -209,7 +206,7 @@ class Polygon:
 
         def entitled(day: int) -> bool:
             try:
-                self._bars(ticker_of(series), native, TimeRange(day, day + MICROS_PER_DAY), tally)
+                self._bars(series, TimeRange(day, day + MICROS_PER_DAY), tally)
             except _BeyondPlan:
                 return False
             return True
@@ -231,30 +228,13 @@ class Polygon:
             self._edges[series.asset_class] = edge = within * MICROS_PER_DAY
             return _beyond(edge)
 
-    def _asked(self, series: Series, window: TimeRange) -> tuple[TimeRange, Timeframe]:
-        """Which bars to ask for, and where: the parts of a derived candle reach beyond the window."""
-        native = _PARTS[series.asset_class].get(series.timeframe, series.timeframe)
-        if not window or native is series.timeframe:
-            return window, native
-        margin = series.timeframe.micros
-        if series.asset_class is not AssetClass.CRYPTO:
-            margin = max(margin, _LONG_WEEKEND)
-        needed = parts_span(grid_of(series), window)
-        if not needed:
-            return needed, native
-        wide = parts_span(grid_of(series), TimeRange(window.start - margin, window.end + margin))
-        # Not into today for the sake of the margin alone: some plans refuse whatever touches it.
-        end = wide.end if needed.end > self._today() else min(wide.end, self._today())
-        return TimeRange(wide.start, end), native
-
     def _today(self) -> int:
         """When today began, in UTC and in New York."""
         return (self._clock() - 5 * MICROS_PER_HOUR) // MICROS_PER_DAY * MICROS_PER_DAY
 
-    def _bars(
-        self, ticker: str, timeframe: Timeframe, window: TimeRange, tally: Tally
-    ) -> tuple[Candles, str]:
-        """The closed bars of all pages, ascending, and the path that was asked."""
+    def _bars(self, series: Series, window: TimeRange, tally: Tally) -> list[Candles]:
+        """The closed bars of each page that open in `window`."""
+        ticker, timeframe = self.instrument(series), series.timeframe
         url = self._url(ticker, timeframe, window)
         place, blocks, seen = url.partition("?")[0], list[Candles](), set[str]()
         following: str | None = url
@@ -265,7 +245,7 @@ class Polygon:
             if following in seen:
                 raise BadAnswer(NAME, f"{place} leads from page to page in a circle")
         # Polygon widens the asked range to whole intervals.
-        return Candles.concat(blocks).sorted().within(window), url.removeprefix(self._base_url)
+        return [block.sorted().within(window) for block in blocks]
 
     def _url(self, ticker: str, timeframe: Timeframe, window: TimeRange) -> str:
         multiplier, span = _SPANS[timeframe]

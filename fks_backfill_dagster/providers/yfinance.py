@@ -29,7 +29,6 @@ import numpy as np
 import pyarrow as pa
 
 from fks_backfill_dagster.domain.candles import PRICES, Candles, Floats
-from fks_backfill_dagster.domain.derive import derive, parts_span
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
@@ -46,6 +45,7 @@ from fks_backfill_dagster.providers.base import (
     Capabilities,
     Delivery,
     Estimate,
+    Origin,
     ProviderError,
     ProviderOptions,
     TransientError,
@@ -59,6 +59,7 @@ from fks_backfill_dagster.providers.http import (
     Reply,
     RequestPool,
     Tally,
+    host_of,
     server_time,
     system_micros,
 )
@@ -108,6 +109,8 @@ class YFinance:
         {AssetClass.STOCKS: frozenset(Timeframe)},
         page_size=7 * 390,  # minutes of a week's sessions: the shortest of its pages
         adjusted=True,
+        omits_quiet=True,
+        derived={AssetClass.STOCKS: _PARTS},
         depth={
             timeframe: _MINUTES_DEPTH if timeframe is Timeframe.M1 else _INTRADAY_DEPTH
             for timeframe in Timeframe
@@ -137,38 +140,36 @@ class YFinance:
         return self._charts(symbol, Timeframe.D1, [path], Tally())[0].first_trade
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
-        asked, native = self._asked(series, window, self._clock())
-        requests = len(_pages(asked, native))
+        requests = len(_pages(self._asked(series, window, self._clock()), series.timeframe))
         a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
         check_served(self, series)
         symbol, tally, now = symbol_of(series), Tally(), self._clock()
-        asked, native = self._asked(series, window, now)
+        asked, native = self._asked(series, window, now), series.timeframe
         pages = _pages(asked, native)
         if not pages:
             return Answer(())
         paths = [_range_path(symbol, native, page) for page in pages]
         charts = self._charts(symbol, native, paths, tally)
-        fine, coarse = grid_of(replace(series, timeframe=native)), grid_of(series)
-        bars = _joined(charts, pages, fine, native)
-        if native is series.timeframe:
-            candles, transport = bars.within(window), Transport.REST
-        else:
-            candles, transport = derive(bars, fine, coarse, window, quiet_ok=False), Transport.DERIVED
-        source = _range_path(symbol, native, asked)
-        return Answer((Delivery(candles, transport, source),) if len(candles) else (), tally.count)
+        candles = _joined(charts, pages, grid_of(series), native).within(window)
+        origin = Origin(
+            NAME, Transport.REST, _range_path(symbol, native, asked), host_of(self._base_url), symbol, now
+        )
+        delivery = Delivery(candles, origin, _seams(candles.ts, [page.start for page in pages[1:]]))
+        return Answer((delivery,) if len(candles) else (), tally.count)
 
-    def _asked(self, series: Series, window: TimeRange, now: int) -> tuple[TimeRange, Timeframe]:
-        """Which bars to ask for, and where: from the window on, as far as it reaches back, up to now."""
-        native = _PARTS.get(series.timeframe, series.timeframe)
-        span = window if native is series.timeframe else parts_span(grid_of(series), window)
-        reach = self.capabilities.reach(native, now)
-        start = span.start if reach is None else max(span.start, reach)
-        if native is Timeframe.D1:
+    def instrument(self, series: Series) -> str:
+        return symbol_of(series)
+
+    def _asked(self, series: Series, window: TimeRange, now: int) -> TimeRange:
+        """Where to request bars: from the window on, as far as Yahoo reaches back, up to now."""
+        reach = self.capabilities.reach(series.timeframe, now)
+        start = window.start if reach is None else max(window.start, reach)
+        if series.timeframe is Timeframe.D1:
             start -= MICROS_PER_DAY  # east of Greenwich a session opens before its date begins in UTC
-        return TimeRange(start, now if span and start < min(span.end, now) else start), native
+        return TimeRange(start, now if window and start < min(window.end, now) else start)
 
     def _charts(self, symbol: str, interval: Timeframe, paths: Sequence[str], tally: Tally) -> list[_Chart]:
         def ask(path: str) -> _Chart:
@@ -248,6 +249,12 @@ def _pages(window: TimeRange, interval: Timeframe) -> list[TimeRange]:
     length = _MINUTES_SPAN if interval is Timeframe.M1 else max(window.duration, 1)
     starts = range(window.start, window.end, length)
     return [TimeRange(start, min(start + length, window.end)) for start in starts]
+
+
+def _seams(opens: Instants, starts: Sequence[int]) -> Instants:
+    """The first open of every page but the first; `opens` ascending."""
+    index = np.searchsorted(opens, np.array(starts, dtype=np.int64))
+    return np.unique(opens[index[(index > 0) & (index < len(opens))]])
 
 
 def _joined(charts: Sequence[_Chart], pages: Sequence[TimeRange], grid: Grid, native: Timeframe) -> Candles:

@@ -21,6 +21,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.delivery import Delivery, RejectedRows
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
@@ -41,34 +42,15 @@ _COMMIT_GATE = 4613732
 
 
 @dataclass(frozen=True, slots=True)
-class Brought:
-    """Verified candles of one origin: ascending, unique, on the grid. One lineage row."""
-
-    provider: str
-    transport: str
-    source: str
-    sha256: str | None
-    fetched_at: int
-    candles: Candles
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """Rows of one origin that broke a rule."""
-
-    provider: str
-    source: str
-    reason: str
-    candles: Candles
-
-
-@dataclass(frozen=True, slots=True)
 class BatchWrite:
-    """All that one batch changes. No two `brought` hold the same open; none leaves the window."""
+    """All that one batch changes. No two deliveries hold the same open; none leaves the window.
+
+    Each delivery is verified: ascending, unique, on the grid; it becomes one lineage row.
+    """
 
     window: TimeRange
-    brought: tuple[Brought, ...]
-    refused: tuple[Refused, ...] = ()
+    deliveries: tuple[Delivery, ...]
+    rejected: tuple[RejectedRows, ...] = ()
     evidence: tuple[Evidence, ...] = ()
     findings: Findings = Findings()  # noqa: RUF009 - frozen
     run_id: str | None = None
@@ -90,18 +72,18 @@ def commit_batch(
 
     Raises ValueError for candles that the batch may not hold: the ledger would be wrong for ever.
     """
-    brought = tuple(b for b in write.brought if len(b.candles))
+    deliveries = tuple(d for d in write.deliveries if len(d.candles))
     with database.begin() as connection:
         _lock(connection, identity)
         before = known_around(connection, identity, write.window)
-        batch_ids = [_open_batch(connection, identity, b, write.run_id, grid) for b in brought]
-        rows, row_batches = _merge(brought, batch_ids)
+        batch_ids = [_open_batch(connection, identity, d, write.run_id, grid) for d in deliveries]
+        rows, row_batches = _merge(deliveries, batch_ids)
         _refuse_misplaced(rows.ts, write.window, grid)
         inserted, updated = _write_candles(connection, series, identity, rows, row_batches)
         missing = _still_missing(before, write.window, rows.ts, grid)
         settlement = settle(before.gaps, write.window, missing, rows.ts, write.evidence, grid, write.findings)
         _write_gaps(connection, identity, settlement)
-        _write_refused(connection, identity, write.refused)
+        _write_rejected(connection, identity, write.rejected)
         _cover(connection, identity, write.window, inserted, rows.ts)
         _drop_idle(connection, [b for b in batch_ids if not (b in inserted or b in updated)])
         _stamp(connection, [b for b in batch_ids if b in inserted or b in updated], inserted, updated)
@@ -129,20 +111,23 @@ def _lock(connection: sa.Connection, identity: int) -> None:
 
 
 def _open_batch(
-    connection: sa.Connection, identity: int, brought: Brought, run_id: str | None, grid: Grid
+    connection: sa.Connection, identity: int, delivery: Delivery, run_id: str | None, grid: Grid
 ) -> int:
     """A lineage row, not yet stamped: `infinity` until the gate."""
-    ts = brought.candles.ts
+    ts, origin = delivery.candles.ts, delivery.origin
     row = {
         "series_id": identity,
-        "provider": brought.provider,
-        "transport": brought.transport,
-        "source": brought.source,
-        "sha256": brought.sha256,
+        "provider": origin.provider,
+        "transport": origin.transport.value,
+        "source": origin.source,
+        "host": origin.host,
+        "instrument": origin.instrument,
+        "sha256": origin.sha256,
+        "published_at": None if origin.published_at is None else to_datetime(origin.published_at),
         "range_start": to_datetime(int(ts[0])),
         "range_end": to_datetime(int(grid.closes(ts[-1:])[0])),
         "run_id": run_id,
-        "fetched_at": to_datetime(brought.fetched_at),
+        "fetched_at": to_datetime(origin.requested_at),
         "committed_at": sa.text("'infinity'"),
         "inserted": 0,
         "updated": 0,
@@ -153,7 +138,7 @@ def _open_batch(
 
 
 def _drop_idle(connection: sa.Connection, batch_ids: Sequence[int]) -> None:
-    """No lineage for what brought nothing new."""
+    """Deletes lineage rows of batches that changed nothing."""
     if batch_ids:
         connection.execute(sa.text("DELETE FROM fks.batch WHERE id = ANY(:ids)"), {"ids": list(batch_ids)})
 
@@ -188,11 +173,11 @@ def _stamp(
 # Candles ------------------------------------------------------------------------------------------------
 
 
-def _merge(brought: Sequence[Brought], batch_ids: Sequence[int]) -> tuple[Candles, NDArray[np.int32]]:
+def _merge(deliveries: Sequence[Delivery], batch_ids: Sequence[int]) -> tuple[Candles, NDArray[np.int32]]:
     """All candles of the batch in the order of the primary key, each with its lineage."""
-    rows = Candles.concat([b.candles for b in brought])
-    origins = np.repeat(np.array(batch_ids, dtype=np.int32), [len(b.candles) for b in brought])
-    if len(brought) > 1:
+    rows = Candles.concat([d.candles for d in deliveries])
+    origins = np.repeat(np.array(batch_ids, dtype=np.int32), [len(d.candles) for d in deliveries])
+    if len(deliveries) > 1:
         order = np.argsort(rows.ts, kind="stable")
         rows, origins = rows.take(order), origins[order]
         if bool((rows.ts[1:] == rows.ts[:-1]).any()):
@@ -354,15 +339,15 @@ def _write_gaps(connection: sa.Connection, identity: int, settlement: Settlement
     )
 
 
-def _write_refused(connection: sa.Connection, identity: int, refused: Sequence[Refused]) -> None:
+def _write_rejected(connection: sa.Connection, identity: int, rejected: Sequence[RejectedRows]) -> None:
     """One row a broken row, however often it came. What is no number is kept as NULL."""
     rows = [
         {
             "series_id": identity,
             "ts": to_datetime(int(r.candles.ts[i])),
-            "provider": r.provider,
-            "source": r.source,
-            "reason": r.reason,
+            "provider": r.origin.provider,
+            "source": r.origin.source,
+            "reason": r.reason.value,
         }
         | {
             name: float(value) if np.isfinite(value) else None
@@ -372,7 +357,7 @@ def _write_refused(connection: sa.Connection, identity: int, refused: Sequence[R
                 strict=True,
             )
         }
-        for r in refused
+        for r in rejected
         for i in range(len(r.candles))
     ]
     if not rows:
@@ -594,9 +579,7 @@ def remove_series(database: Database, series: Series) -> int:
 
 __all__ = [
     "BatchWrite",
-    "Brought",
     "Committed",
-    "Refused",
     "commit_batch",
     "remove_series",
     "repair_series",

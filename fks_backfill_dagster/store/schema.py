@@ -48,6 +48,7 @@ series = sa.Table(
     sa.Column("asset_class", sa.Text, nullable=False),
     sa.Column("calendar", sa.Text, nullable=False),
     sa.Column("created_at", _instant, nullable=False, server_default=_now),
+    sa.Column("eligible", ARRAY(sa.Text)),
     sa.UniqueConstraint("symbol", "timeframe"),
 )
 
@@ -81,6 +82,9 @@ batch = sa.Table(
     sa.Column("inserted", sa.Integer, nullable=False),
     sa.Column("updated", sa.Integer, nullable=False),
     sa.Column("undoes", sa.Integer, sa.ForeignKey("fks.batch.id", ondelete="CASCADE")),
+    sa.Column("host", sa.Text),
+    sa.Column("instrument", sa.Text),
+    sa.Column("published_at", _instant),
     sa.Index("batch_by_series", "series_id", "id"),
     sa.Index("batch_by_commit", "committed_at"),
     # Without it every deletion of a batch would look through all of them for its undo.
@@ -208,6 +212,8 @@ listing = sa.Table(
     sa.Column("symbol", sa.Text, primary_key=True),
     sa.Column("listed_at", _instant, nullable=False),
     sa.Column("found_at", _instant, nullable=False, server_default=_now),
+    sa.Column("kind", sa.Text, nullable=False, server_default=sa.text("'claim'")),
+    sa.CheckConstraint("kind IN ('claim', 'observation')", name="listing_kind"),
 )
 
 

@@ -1,0 +1,95 @@
+"""Candles with their origin: the one type that travels from a provider to the lineage of the database.
+
+Belongs here: where candles come from, and rows that broke a rule with the same origin.
+Does not belong here: whether candles are good (`quality`), how they are requested or stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import numpy as np
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.quality import Reason
+from fks_backfill_dagster.domain.ranges import Instants, TimeRange
+
+
+class Transport(StrEnum):
+    REST = "rest"
+    ARCHIVE = "archive"
+    DERIVED = "derived"  # aggregated by us from finer candles of the same provider
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What one lineage row describes. All instants in microseconds.
+
+    provider: its name. instrument: the symbol as the provider writes it.
+    host: scheme, host and port of the server, such as `https://api.binance.com`.
+    source: the path of the request or of the archive, without any key.
+    requested_at: when it was requested. published_at: when the source declares that it was made, for an
+        archive; None: it is as new as its request.
+    sha256: the verified checksum of an archive; None for REST.
+    """
+
+    provider: str
+    transport: Transport
+    source: str
+    host: str
+    instrument: str
+    requested_at: int
+    published_at: int | None = None
+    sha256: str | None = None
+
+    @property
+    def as_of(self) -> int:
+        """How new its values are: of two publications of one provider the newer one is right."""
+        return self.requested_at if self.published_at is None else self.published_at
+
+
+_NO_SEAMS = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delivery:
+    """Candles of one origin. A provider gives them as they came; `opens ascending` is promised once verified.
+
+    `seams`: the opens at which another response of the same request begins (its first row), ascending,
+    without the very first: a response that belongs to another instrument begins and ends at seams.
+    """
+
+    candles: Candles
+    origin: Origin
+    seams: Instants = field(default_factory=lambda: _NO_SEAMS)
+
+    def with_candles(self, candles: Candles) -> Delivery:
+        return replace(self, candles=candles)
+
+    def within(self, window: TimeRange) -> Delivery:
+        """The candles that open in `window`; needs `ts` ascending."""
+        return replace(self, candles=self.candles.within(window))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RejectedRows:
+    """Rows of one origin that broke a rule; for the quarantine.
+
+    `owners`: for each row an instant inside the batch that it belongs to. It is the row's own open, and for
+    a part of a derived candle the open of that candle.
+    """
+
+    origin: Origin
+    reason: Reason
+    candles: Candles
+    owners: Instants
+
+    @classmethod
+    def of(cls, origin: Origin, reason: Reason, candles: Candles) -> RejectedRows:
+        return cls(origin, reason, candles, candles.ts)
+
+    def within(self, window: TimeRange) -> RejectedRows:
+        """The rows that belong to `window`."""
+        mine = (self.owners >= window.start) & (self.owners < window.end)
+        return replace(self, candles=self.candles.take(mine), owners=self.owners[mine])
