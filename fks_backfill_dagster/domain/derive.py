@@ -40,12 +40,14 @@ class Derived:
 
     @property
     def made(self) -> NDArray[np.bool_]:
-        return (self.present > 0) & (self.present + self.no_trade == self.expected)
+        made: NDArray[np.bool_] = (self.present > 0) & (self.present + self.no_trade == self.expected)
+        return made
 
     @property
     def partial(self) -> NDArray[np.bool_]:
         """Some parts were given, and others are absent without an explanation."""
-        return (self.present > 0) & (self.present + self.no_trade < self.expected)
+        some: NDArray[np.bool_] = (self.present > 0) & (self.present + self.no_trade < self.expected)
+        return some
 
 
 def derive(

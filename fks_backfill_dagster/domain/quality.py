@@ -29,8 +29,10 @@ class Reason(StrEnum):
     HIGH_LOW = "high_low"  # high is not the highest, or low not the lowest
     BAD_VOLUME = "bad_volume"  # negative or infinite; NaN is none and fine
     CONFLICT = "conflict"  # several sane rows of one open that differ: which is true is unknown
-    # Not judged here, for it needs what is stored:
+    # Not judged here, for they need other candles than the row's own:
     SPLICE = "splice"  # a fallback that disagrees beside the gap: it quotes another market
+    WRONG_SYMBOL = "wrong_symbol"  # a response that begins with a jump and ends with the same jump back
+    IMPLAUSIBLE = "implausible"  # a factor of 50 from the candles around it, and no second provider agrees
 
 
 @dataclass(frozen=True, slots=True, eq=False)

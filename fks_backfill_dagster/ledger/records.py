@@ -6,55 +6,75 @@ Belongs here: values and the questions that they alone can answer. Does not belo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
+from typing import Any
 
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.ledger.gaps import GapStatus
 
 
+class Outcome(StrEnum):
+    """How a provider responded to a request for a candle that is missing."""
+
+    ABSENT = "absent"  # it responded without the candle
+    REJECTED = "rejected"  # some of what it responded broke a rule and is in the quarantine
+    REFUSED = "refused"  # it will not give it: not entitled, unknown symbol, beyond its depth
+    ERROR = "error"  # it did not respond
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What one provider said of a missing candle when it was last asked. `asked_at` in microseconds.
+    """A provider's last response about a missing candle. `asked_at` in microseconds.
 
-    The outcome is `absent` (it answered without the candle), `rejected` (some of what it answered
-    broke a rule and is in the quarantine), `refused` (it will not give it: not entitled) or `error`
-    (it did not answer).
+    `confirmed`: a provider that omits intervals without trades lacked it in two complete responses, with
+    candles on both sides.
     """
 
     provider: str
     asked_at: int
-    outcome: str
+    outcome: Outcome
     detail: str = ""
+    confirmed: bool = False
 
     @property
     def answered(self) -> bool:
-        return self.outcome in ("absent", "rejected")
+        return self.outcome in (Outcome.ABSENT, Outcome.REJECTED)
 
     @property
     def final(self) -> bool:
-        """Asking again soon would bring the same word."""
-        return self.outcome in ("absent", "refused")
+        """Another request soon would bring the same response."""
+        return self.outcome in (Outcome.ABSENT, Outcome.REFUSED)
 
     @property
     def said(self) -> str:
-        """Its words without its name, which errors begin with."""
-        return self.detail.removeprefix(f"{self.provider}: ") or self.outcome
+        """Its text without the provider's name, which errors begin with."""
+        return self.detail.removeprefix(f"{self.provider}: ") or self.outcome.value
 
-    def to_json(self) -> dict[str, str]:
-        found = {
+    def to_json(self) -> dict[str, object]:
+        found: dict[str, object] = {
             "provider": self.provider,
             "asked_at": to_datetime(self.asked_at).isoformat(),
-            "outcome": self.outcome,
+            "outcome": self.outcome.value,
         }
-        return found | {"detail": self.detail} if self.detail else found
+        if self.detail:
+            found["detail"] = self.detail
+        if self.confirmed:
+            found["confirmed"] = True
+        return found
 
     @classmethod
-    def from_json(cls, found: dict[str, str]) -> Evidence:
-        asked_at = to_micros(datetime.fromisoformat(found["asked_at"]))
-        return cls(found["provider"], asked_at, found["outcome"], found.get("detail", ""))
+    def from_json(cls, found: Mapping[str, Any]) -> Evidence:
+        return cls(
+            found["provider"],
+            to_micros(datetime.fromisoformat(found["asked_at"])),
+            Outcome(found["outcome"]),
+            found.get("detail", ""),
+            found.get("confirmed", False),
+        )
 
 
 def latest(evidence: Iterable[Evidence]) -> tuple[Evidence, ...]:
@@ -81,13 +101,15 @@ class LedgerGap:
     next_attempt_at: int | None = None
 
     def heard(self) -> frozenset[str]:
-        """The providers that do not have its candles, by their own word."""
+        """The providers that have responded finally that they do not give its candles."""
         return frozenset(word.provider for word in self.evidence if word.final)
 
     def is_due(self, able: frozenset[str], now: int | None) -> bool:
         """See `Known.due`."""
-        if self.status in (GapStatus.NO_TRADE, GapStatus.FILLED):
+        if self.status is GapStatus.FILLED:
             return False
+        if self.status is GapStatus.NO_TRADE:  # what rests on others' responses, a new provider may have
+            return bool(self.evidence) and not able <= self.heard()
         if now is None or (self.next_attempt_at is not None and self.next_attempt_at <= now):
             return True
         if self.status is GapStatus.OPEN:
@@ -110,9 +132,9 @@ class Known:
         return (RangeSet([window]) - self.synced) | (self.ranges(GapStatus.OPEN) & RangeSet([window]))
 
     def due(self, window: TimeRange, able: frozenset[str], now: int | None) -> RangeSet:
-        """The gaps that are to be asked for: when their time has come, or when a provider of `able` was
-        never asked for an open one, or not heard of one that nobody could fill (a new key, a new
-        provider). With `now` None all of them, apart from intervals in which nothing traded."""
+        """The gaps that are to be requested: when their time has come, or when a provider of `able` was
+        never requested for an open one, or has not responded about one that is explained (a new key, a new
+        provider). With `now` None all of them; of no-trade intervals those that a new provider may have."""
         ranges = [TimeRange(g.start, g.end) for g in self.gaps if g.is_due(able, now)]
         return RangeSet(ranges) & RangeSet([window])
 

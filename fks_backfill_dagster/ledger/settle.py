@@ -8,14 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 import numpy as np
 
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
-from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, MICROS_PER_MINUTE
+from fks_backfill_dagster.domain.timeframe import (
+    MICROS_PER_DAY,
+    MICROS_PER_HOUR,
+    MICROS_PER_MINUTE,
+    to_micros,
+)
 from fks_backfill_dagster.ledger.gaps import GIVEN_UP, GapStatus, close_before, find_gaps
-from fks_backfill_dagster.ledger.records import Evidence, LedgerGap, latest
+from fks_backfill_dagster.ledger.no_trade import NEIGHBOURS, Absent, Mask, no_trade
+from fks_backfill_dagster.ledger.records import Evidence, LedgerGap, Outcome, latest
+
+_NOTHING = np.empty(0, dtype=np.int64)
+# Calendars end there at the latest.
+_LAST = to_micros(datetime(2050, 1, 1, tzinfo=UTC))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +48,42 @@ UNANSWERED = BackOff(5 * MICROS_PER_MINUTE, MICROS_PER_DAY)
 # Everybody has answered, and nobody has it: late data are published within hours or never.
 EXHAUSTED = BackOff(MICROS_PER_HOUR, 30 * MICROS_PER_DAY)
 
-_NOTHING = np.empty(0, dtype=np.int64)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Response:
+    """What a provider responded about candles that were requested of it and that it did not give."""
+
+    evidence: Evidence
+    opens: Instants
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
-    """What is known of the candles that are still missing, beside who said what.
+class Rules:
+    """What decides the state of a gap besides the responses.
 
-    asked: the parts of the window that were asked for; None for all of it.
-    quiet: missing opens that somebody left out between two bars, as it does where nothing traded.
-    strict: the providers that give every interval: what one of them lacks was no quiet interval.
-    able: the providers that can serve the series; when all of them were heard, a gap is explained.
-        Empty: nothing is explained.
-    tolerated: how many candles a gap may lack that one can live with, once all were asked.
+    eligible: the providers that serve the series and have their key; once all of them have responded, a gap
+        is explained. Empty: nothing is explained.
+    strict: the providers that give every interval: what one of them lacks is no no-trade interval.
+    tolerated: how many candles a gap may lack that is tolerated once all have responded.
+    closed: where the market was closed though candles are expected.
     """
 
-    asked: RangeSet | None = None
-    quiet: Instants = field(default_factory=lambda: _NOTHING)
+    eligible: frozenset[str] = frozenset()
     strict: frozenset[str] = frozenset()
-    able: frozenset[str] = frozenset()
     tolerated: int = 0
+    closed: RangeSet = field(default_factory=RangeSet)
+
+    def exhausted(self, gap: LedgerGap) -> bool:
+        """Whether every eligible provider has responded finally."""
+        return bool(self.eligible) and self.eligible <= gap.heard()
+
+    def confirmed_by(self, gap: LedgerGap) -> int:
+        """How many providers that omit no-trade intervals confirm the absence; 0 where a strict provider
+        lacks the candles too, or has not responded: it had an outage, or may have them."""
+        lacked = {item.provider for item in gap.evidence if item.outcome is Outcome.ABSENT}
+        if (lacked | (self.eligible - gap.heard())) & self.strict:
+            return 0
+        return len({item.provider for item in gap.evidence if item.confirmed})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +99,16 @@ def settle(
     window: TimeRange,
     missing: Instants,
     stored: Instants,
-    evidence: tuple[Evidence, ...],
+    responses: Sequence[Response],
     grid: Grid,
-    findings: Findings = Findings(),
+    covered: RangeSet,
+    rules: Rules = Rules(),
 ) -> Settlement:
-    """The ledger after `window` was asked for.
+    """The ledger after `window` was requested.
 
-    `before`: the unfilled rows that overlap the window, and the nearest one on either side;
-    ascending. `missing`: the expected opens of the window that are still not stored. `stored`: the
-    opens stored just now. `evidence`: what was said by those who were asked for the missing ones.
+    `before`: the unfilled rows of `surroundings(window, grid)` and the nearest one on either side of it;
+    ascending. `covered`: what is synced there. `missing`: the expected opens of the window that are still
+    not stored. `stored`: the opens stored just now. `responses`: of those that were requested and lack them.
     """
     if not grid.count(window):
         return Settlement((), ())
@@ -88,14 +116,112 @@ def settle(
     touched = [g for g, inside in zip(before, within, strict=True) if inside]
     untouched = [g for g, inside in zip(before, within, strict=True) if not inside]
     pieces = [piece for g in touched for piece in _outside(g, window, grid)]
-    pieces += _inside(touched, missing, evidence, grid, findings)
-    waiting = [_waits(g, evidence, findings) for g in (*pieces, *untouched)]
+    pieces += _inside(touched, missing, responses, grid, rules)
+    now = tuple(response.evidence for response in responses)
+    if rules.eligible:
+        covered = (covered | RangeSet([window])) & RangeSet([surroundings(window, grid)])
+        changed = _decided(pieces, untouched, window, now, grid, covered, rules)
+        kept = [g for g in untouched if id(g) not in changed.taken]
+        dropped = [g for g in untouched if id(g) in changed.taken]
+        pieces, untouched = changed.rows, kept
+    else:
+        dropped = []
+    waiting = [_waits(g, now, rules) for g in (*pieces, *untouched)]
     pieces, absorbed = _joined(pieces, untouched, waiting, grid)
-    pieces = [_judged(piece, evidence, findings) for piece in pieces]
+    pieces = [_timed(piece, now, rules) for piece in pieces]
     return Settlement(
-        removed=tuple(g.start for g in (*touched, *absorbed)),
+        removed=tuple(g.start for g in (*touched, *dropped, *absorbed)),
         added=(*pieces, *_filled(touched, stored, grid)),
     )
+
+
+def surroundings(window: TimeRange, grid: Grid) -> TimeRange:
+    """The window with the candles on either side that decide about its gaps, and about those beside it."""
+    low, high, end = grid.rank(np.array([window.start, window.end, _LAST])).tolist()
+    first, last = max(low - 2 * NEIGHBOURS, 0), min(high + 2 * NEIGHBOURS, end - 1)
+    edges = grid.at(np.array([first, last])).tolist()
+    return TimeRange(min(edges[0], window.start), max(edges[1], window.end))
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """Rows with their state; `taken`: the ids of untouched rows whose state has changed, now in `rows`."""
+
+    rows: list[LedgerGap]
+    taken: frozenset[int]
+
+
+def _decided(
+    pieces: Sequence[LedgerGap],
+    untouched: Sequence[LedgerGap],
+    window: TimeRange,
+    now: tuple[Evidence, ...],
+    grid: Grid,
+    covered: RangeSet,
+    rules: Rules,
+) -> _Decided:
+    """The rows split into what is a no-trade interval and what is not, by the rule of `no_trade`.
+
+    Rows near the window are decided again: what is stored in it belongs to their neighbourhood, too.
+    """
+    known = {id(g) for g in untouched}
+    rows = sorted((*pieces, *untouched), key=lambda g: g.start)
+    near = _near(window, grid)
+    opens = [grid.opens(TimeRange(g.start, g.end)) for g in rows]
+    owner = np.repeat(np.arange(len(rows)), [len(some) for some in opens])
+    confirmed = np.array([rules.confirmed_by(g) for g in rows], dtype=np.int64)
+    decided = np.array([_decided_before(g, now) for g in rows], dtype=bool)
+    absent = Absent(
+        np.concatenate([_NOTHING, *opens]), (confirmed > 0)[owner], (confirmed > 1)[owner], decided[owner]
+    )
+    is_no_trade = no_trade(absent, covered, grid, rules.closed)
+    found, taken = list[LedgerGap](), set[int]()
+    for index, (row, mask) in enumerate(zip(rows, _split(is_no_trade, opens), strict=True)):
+        if id(row) in known:
+            was = row.status is GapStatus.NO_TRADE
+            if not (near.start < row.end and row.start < near.end) or bool((mask == was).all()):
+                continue
+            taken.add(id(row))
+        found += _with_state(row, opens[index], mask, now, grid, rules)
+    return _Decided(found, frozenset(taken))
+
+
+def _near(window: TimeRange, grid: Grid) -> TimeRange:
+    """Where gaps have a candle of the window in their neighbourhood."""
+    low, high, end = grid.rank(np.array([window.start, window.end, _LAST])).tolist()
+    edges = grid.at(np.array([max(low - NEIGHBOURS, 0), min(high + NEIGHBOURS, end - 1)])).tolist()
+    return TimeRange(min(edges[0], window.start), max(edges[1], window.end))
+
+
+def _decided_before(gap: LedgerGap, now: tuple[Evidence, ...]) -> bool:
+    """A no-trade interval of an earlier version, whose evidence does not say how it was confirmed: it stays
+    until it is requested again."""
+    old = gap.status is GapStatus.NO_TRADE and not any(item.confirmed for item in gap.evidence)
+    return old and not _requested(gap, now)
+
+
+def _split(mask: Mask, opens: Sequence[Instants]) -> list[Mask]:
+    edges = np.cumsum([len(some) for some in opens])[:-1]
+    return list(np.split(mask, edges)) if len(opens) else []
+
+
+def _with_state(
+    row: LedgerGap, opens: Instants, is_no_trade: Mask, now: tuple[Evidence, ...], grid: Grid, rules: Rules
+) -> list[LedgerGap]:
+    """The row, cut where it begins or ends to be a no-trade interval."""
+    found = []
+    for quiet in (True, False):
+        parts = find_gaps(opens[is_no_trade == quiet], grid)
+        if not parts:
+            continue
+        state = row
+        if quiet:
+            state = replace(row, status=GapStatus.NO_TRADE, next_attempt_at=None)
+        elif row.status is GapStatus.NO_TRADE or _requested(row, now):
+            status = GapStatus.UNAVAILABLE if rules.exhausted(row) else GapStatus.OPEN
+            state = replace(row, status=status, next_attempt_at=None)
+        found += [replace(state, start=part.start, end=part.end, missing=part.missing) for part in parts]
+    return found
 
 
 def _outside(gap: LedgerGap, window: TimeRange, grid: Grid) -> list[LedgerGap]:
@@ -115,19 +241,19 @@ def _outside(gap: LedgerGap, window: TimeRange, grid: Grid) -> list[LedgerGap]:
 def _inside(
     touched: Sequence[LedgerGap],
     missing: Instants,
-    evidence: tuple[Evidence, ...],
+    responses: Sequence[Response],
     grid: Grid,
-    findings: Findings,
+    rules: Rules,
 ) -> list[LedgerGap]:
     """Rows for what is missing now; each keeps the history of the row it was part of."""
     owner = _owners(touched, missing)
-    asked = np.ones(len(missing), bool) if findings.asked is None else findings.asked.contains(missing)
-    quiet = asked & np.isin(missing, findings.quiet, assume_unique=True)
-    kinds, kind = np.unique(np.stack([owner, asked, quiet]), axis=1, return_inverse=True)
+    about = [np.isin(missing, response.opens, assume_unique=True) for response in responses]
+    kinds, kind = np.unique(np.stack([owner, *about]), axis=1, return_inverse=True)
     rows = []
-    for index, (of, was_asked, was_quiet) in enumerate(kinds.T.tolist()):
+    for index, (of, *heard) in enumerate(kinds.T.tolist()):
         old = touched[of] if of >= 0 else LedgerGap(0, 0, 0, GapStatus.OPEN)
-        new = _after_asking(old, evidence, findings, bool(was_quiet)) if was_asked else old
+        evidence = tuple(r.evidence for r, about_it in zip(responses, heard, strict=True) if about_it)
+        new = _after_request(old, evidence, rules)
         rows += [
             replace(new, start=part.start, end=part.end, missing=part.missing)
             for part in find_gaps(missing[kind.ravel() == index], grid)
@@ -135,57 +261,60 @@ def _inside(
     return rows
 
 
-def _after_asking(
-    old: LedgerGap, evidence: tuple[Evidence, ...], findings: Findings, was_quiet: bool
-) -> LedgerGap:
-    """The state of what was asked for and is still missing; its length decides later what it is called."""
+def _after_request(old: LedgerGap, evidence: tuple[Evidence, ...], rules: Rules) -> LedgerGap:
+    """The row of candles that were requested and are still missing; whether they traded is decided later."""
     if not evidence:
         return old
     row = replace(
         old,
         attempts=old.attempts + 1,
         evidence=latest((*old.evidence, *evidence)),
-        found_at=_asked_at(evidence) if old.found_at is None else old.found_at,
+        found_at=_requested_at(evidence) if old.found_at is None else old.found_at,
+        next_attempt_at=None,
     )
-    # Who gives every interval and lacks it had an outage; who gives it and was not heard may have it.
-    lacked = {word.provider for word in row.evidence if word.outcome == "absent"}
-    if was_quiet and not (lacked | (findings.able - row.heard())) & findings.strict:
-        return replace(row, status=GapStatus.NO_TRADE, next_attempt_at=None)
-    exhausted = bool(findings.able) and findings.able <= row.heard()
-    return replace(row, status=GapStatus.UNAVAILABLE if exhausted else GapStatus.OPEN, next_attempt_at=None)
+    return replace(row, status=GapStatus.UNAVAILABLE if rules.exhausted(row) else GapStatus.OPEN)
 
 
-def _judged(gap: LedgerGap, evidence: tuple[Evidence, ...], findings: Findings) -> LedgerGap:
-    """When a gap that was asked for just now is looked at again. One that nobody can fill and that is
+def _timed(gap: LedgerGap, now: tuple[Evidence, ...], rules: Rules) -> LedgerGap:
+    """When a gap that was requested just now is requested again. One that no provider can fill and that is
     short enough is tolerated, and is not."""
-    if gap.status is GapStatus.NO_TRADE or not _asked(gap, evidence):
-        return gap
+    if gap.status not in (GapStatus.OPEN, *GIVEN_UP) or not _requested(gap, now):
+        return gap if gap.next_attempt_at is not None else _timed_anew(gap, rules)
     exhausted = gap.status in GIVEN_UP
-    if exhausted and gap.missing <= findings.tolerated:
+    if exhausted and gap.missing <= rules.tolerated:
         return replace(gap, status=GapStatus.TOLERATED, next_attempt_at=None)
-    asked_at = _asked_at(evidence)
-    known_for = asked_at - (asked_at if gap.found_at is None else gap.found_at)
+    requested_at = _requested_at(now)
+    known_for = requested_at - (requested_at if gap.found_at is None else gap.found_at)
     rest = (EXHAUSTED if exhausted else UNANSWERED).rest(known_for)
     status = GapStatus.UNAVAILABLE if exhausted else GapStatus.OPEN
-    return replace(gap, status=status, next_attempt_at=_earlier(gap.next_attempt_at, asked_at + rest))
+    return replace(gap, status=status, next_attempt_at=_earlier(gap.next_attempt_at, requested_at + rest))
 
 
-def _asked(gap: LedgerGap, evidence: tuple[Evidence, ...]) -> bool:
-    """Whether it was asked for just now, or a part of it."""
-    return any(word in evidence for word in gap.evidence)
+def _timed_anew(gap: LedgerGap, rules: Rules) -> LedgerGap:
+    """A gap that was a no-trade interval until now is unavailable or tolerated by its length."""
+    if gap.status is not GapStatus.UNAVAILABLE or not gap.evidence:
+        return gap
+    if gap.missing <= rules.tolerated:
+        return replace(gap, status=GapStatus.TOLERATED)
+    return replace(gap, next_attempt_at=_requested_at(gap.evidence) + EXHAUSTED.first)
 
 
-def _waits(gap: LedgerGap, evidence: tuple[Evidence, ...], findings: Findings) -> bool:
-    """Whether it is still to be asked for, now that others were, or not by everybody."""
-    if not evidence or gap.status is GapStatus.NO_TRADE:
+def _requested(gap: LedgerGap, now: tuple[Evidence, ...]) -> bool:
+    """Whether it was requested just now, or a part of it."""
+    return any(item in now for item in gap.evidence)
+
+
+def _waits(gap: LedgerGap, now: tuple[Evidence, ...], rules: Rules) -> bool:
+    """Whether it is still to be requested, now that others were, or not of every provider."""
+    if not now or gap.status is GapStatus.NO_TRADE:
         return False
-    if _asked(gap, evidence):
-        return not findings.able <= {word.provider for word in gap.evidence}
-    return gap.is_due(findings.able, _asked_at(evidence))
+    if _requested(gap, now):
+        return not rules.eligible <= {item.provider for item in gap.evidence}
+    return gap.is_due(rules.eligible, _requested_at(now))
 
 
-def _asked_at(evidence: tuple[Evidence, ...]) -> int:
-    return max(word.asked_at for word in evidence)
+def _requested_at(evidence: tuple[Evidence, ...]) -> int:
+    return max(item.asked_at for item in evidence)
 
 
 def _filled(touched: Sequence[LedgerGap], stored: Instants, grid: Grid) -> list[LedgerGap]:

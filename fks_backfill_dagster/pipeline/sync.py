@@ -1,11 +1,11 @@
 """sync(series, range): plan -> fetch -> verify -> commit. Every backfill, refresh and refill is this.
 
-    spans ──> fetcher threads ──> verified batches ──> this thread commits, in order
+    spans ──> fetcher threads ──> verified spans, compared ──> this thread commits, in order
               (at most a few spans ahead: memory does not grow with the range)
 
 Fetching, parsing and writing overlap: the fetchers wait for the network and parse while this
 thread waits for the database. Fallback is per candle: what the first provider leaves missing, the
-next one is asked for, and so on down the priority.
+next one is requested for, and so on down the priority.
 """
 
 from __future__ import annotations
@@ -13,34 +13,32 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
+
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.grid import Grid, grid_of
-from fks_backfill_dagster.domain.ranges import Instants, TimeRange
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
-from fks_backfill_dagster.domain.timeframe import iso
-from fks_backfill_dagster.ledger.settle import Findings
+from fks_backfill_dagster.domain.timeframe import iso, to_micros
+from fks_backfill_dagster.ledger.settle import Rules, surroundings
+from fks_backfill_dagster.pipeline.eligible import eligible
 from fks_backfill_dagster.pipeline.events import BatchDone, Listener, Planned, SyncEvent, Warned, silent
-from fks_backfill_dagster.pipeline.fetch import Chain, Fetched, Tally
+from fks_backfill_dagster.pipeline.fallback import ChainOptions, Fetched, ProviderChain, Tally
+from fks_backfill_dagster.pipeline.ingest import Ingest, ingest
+from fks_backfill_dagster.pipeline.listing import Beginning, Listings, find_listings
 from fks_backfill_dagster.pipeline.plan import Batch, Plan, Scope, closed_window, make_plan
-from fks_backfill_dagster.providers.base import (
-    Cancelled,
-    Circuit,
-    Estimate,
-    Provider,
-    ProviderError,
-    UnknownSymbol,
-)
+from fks_backfill_dagster.pipeline.refetch import StoredRows
+from fks_backfill_dagster.pipeline.spans import fetch_spans
+from fks_backfill_dagster.providers.base import Cancelled, Circuit, Estimate, Provider
 from fks_backfill_dagster.store import ledger, reading
-from fks_backfill_dagster.store.commit import BatchWrite, Brought, Refused, commit_batch
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.errors import StoreError
+
+_NONE = np.empty(0, dtype=np.int64)
 
 # A lease outlives a missed heartbeat or two, and is over soon after a kill -9.
 LEASE_SECONDS = 30.0
@@ -51,8 +49,9 @@ _HEARTBEAT_SECONDS = 10.0
 class Context:
     """What a sync works with; the faces make it once and hand it to every verb.
 
-    `providers` by name; `clock` gives the present in microseconds; `priority` tells who is to be asked
-    for a series by the settings, whoever one call may be limited to.
+    `providers` by name; `clock` gives the present in microseconds; `priority` gives the providers of a series
+    by the settings, whichever ones a call may be limited to; `closed` where the market of a series was closed
+    within a window though candles are expected.
     """
 
     database: Database
@@ -64,6 +63,7 @@ class Context:
     max_gap_minutes: int = 5
     circuit: Circuit | None = None
     priority: Callable[[Series], Sequence[str]] = lambda series: ()
+    closed: Callable[[Series, TimeRange], RangeSet] = lambda series, window: RangeSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,9 @@ class SyncReport:
     """What one sync did.
 
     `missing` is what the range still lacks, explained or not; an interval in which nothing traded
-    lacks nothing, and is `quiet`. `total_candles` were inserted or changed by this call.
+    lacks nothing, and is `quiet`. `total_candles` were inserted or changed by this call. `outdated`: stored
+    candles that an older publication gives differently, left as they are. `withdrawn`: stored candles that
+    their provider does not return any more, removed. `listing`: what cut the range off at its beginning.
     """
 
     series: Series
@@ -88,6 +90,9 @@ class SyncReport:
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     providers: Mapping[str, Tally] = field(default_factory=dict)
+    outdated: int = 0
+    withdrawn: int = 0
+    listing: str | None = None
 
     @property
     def stored(self) -> int:
@@ -102,7 +107,7 @@ class SyncReport:
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What a sync would do, per provider in the order in which they would be asked."""
+    """What a sync would do, per provider in the order in which they would be requested."""
 
     plan: Plan
     estimates: tuple[tuple[str, Estimate], ...]
@@ -117,26 +122,34 @@ def sync(
     *,
     scope: Scope = Scope.MISSING,
     recheck: bool = False,
+    force: bool = False,
     run_id: str | None = None,
     listen: Listener = silent,
 ) -> SyncReport:
     """Brings every candle of `window` that should exist and is not stored, from `priority` in order.
 
-    `scope` tells what of it is asked for. `recheck` asks for its gaps though their time has not come,
-    and providers that are being left alone: what a person wants, and no schedule. Provider errors end
-    up in the report; a StoreError (the database is gone or full) is raised, and what was committed
-    stays. So is SeriesChanged, before anything is asked.
+    `scope` selects what of it is requested. `recheck` requests its gaps though their time has not come, and
+    providers that are left alone: what a person wants, and no schedule. `force` writes what a refetch would
+    refuse as another symbol's. Provider errors end up in the report; a StoreError (the database is gone or
+    full) is raised, and what was committed stays. So is SeriesChanged, before anything is requested.
     """
     began = time.monotonic()
-    chain = _chain(context, series, priority, heed_circuit=not recheck)
+    chain = _chain(context, series, priority, heed_circuit=not recheck, force=force)
     for message in chain.warnings:
         listen(Warned(series, message))
-    plan, grid = _plan(context, series, window, chain, scope, recheck, listen)
+    _reopen(context, series)
+    work = _Work(context, series, chain, run_id, listen)
+    plan, listings = _plan(context, series, window, chain, scope, recheck, listen)
     listen(Planned(series, plan, chain.names))
-    work = _Work(context, series, grid, chain, run_id, listen)
-    if chain.names or not plan.batches or work.is_kept:
-        work.run(plan)
-    return work.report(plan, time.monotonic() - began)
+    work.run(plan, listings)
+    if work.refuted(listings) and window.start < plan.window.start:
+        earlier = TimeRange(window.start, plan.window.start)
+        more = _planned(context, series, earlier, chain, scope, recheck)
+        chain.listed.clear()
+        listen(Planned(series, more, chain.names))
+        work.run(more, replace(listings, claims={}))
+        plan = _joined(more, plan)
+    return work.report(plan, listings, window, time.monotonic() - began)
 
 
 def dry_run(
@@ -148,7 +161,7 @@ def dry_run(
     scope: Scope = Scope.MISSING,
     recheck: bool = False,
 ) -> DryRun:
-    """Plans without fetching a candle. May ask once for a listing time that is not known yet."""
+    """Plans without fetching a candle. May request a listing time that is not known yet."""
     chain = _chain(context, series, priority)
     heard: dict[str, None] = dict.fromkeys(chain.warnings)
 
@@ -162,167 +175,203 @@ def dry_run(
 
 
 def able(context: Context, series: Series) -> frozenset[str]:
-    """Who can be asked for a series by the settings: who serves it and, where one is needed, has a key."""
-    return frozenset(_chain(context, series, context.priority(series)).names)
+    """The providers that can be requested for a series by the settings."""
+    return eligible(context.providers, series, context.priority(series)).names
 
 
-def _chain(context: Context, series: Series, priority: Sequence[str], *, heed_circuit: bool = True) -> Chain:
+def _reopen(context: Context, series: Series) -> None:
+    """What rests on one provider's response is open again once another provider can be requested."""
+    with context.database.begin() as connection:
+        ledger.reopen(connection, {series: able(context, series)})
+
+
+def _chain(
+    context: Context,
+    series: Series,
+    priority: Sequence[str],
+    *,
+    heed_circuit: bool = True,
+    force: bool = False,
+) -> ProviderChain:
     def stored(opens: Instants) -> Candles:
         hulls = (TimeRange(ts, ts + 1) for ts in opens.tolist())  # neighbours: two at most
         return Candles.concat([reading.read_candles(context.database, series, hull) for hull in hulls])
 
-    return Chain(
-        context.providers,
-        series,
-        priority,
-        context.clock,
-        stored,
-        context.tolerance,
-        context.circuit,
-        heed_circuit=heed_circuit,
+    def stored_rows(window: TimeRange) -> StoredRows:
+        found = reading.stored_origins(context.database, series, window)
+        candles = reading.read_candles(context.database, series, window)
+        return StoredRows(candles, *found.aligned(candles.ts))
+
+    options = ChainOptions(
+        clock=context.clock,
+        stored=stored,
+        stored_rows=stored_rows,
+        tolerance=context.tolerance,
+        closed=lambda window: context.closed(series, window),
+        force=force,
     )
+    chosen = eligible(context.providers, series, priority)
+    return ProviderChain(series, chosen, options, context.circuit, heed_circuit=heed_circuit)
 
 
 def _plan(
     context: Context,
     series: Series,
     window: TimeRange,
-    chain: Chain,
+    chain: ProviderChain,
     scope: Scope,
     recheck: bool,
     listen: Listener,
-) -> tuple[Plan, Grid]:
+) -> tuple[Plan, Listings]:
     with context.database.begin() as connection:
         ledger.refuse_changed(connection, series)
-    grid = grid_of(series)
-    listed_at = _listing(context, series, chain, listen)
-    possible = closed_window(window, grid, context.clock(), listed_at)
-    if window and not possible:
-        chain.warnings.append(_nothing_possible(series, window, listed_at))
-        listen(Warned(series, chain.warnings[-1]))
+
+    def warn(message: str) -> None:
+        listen(Warned(series, message))
+
+    listings = find_listings(
+        context.database, series, chain, window.start, context.clock(), warn, ask_again=recheck
+    )
+    for name in listings.claims:
+        since = listings.since(name)
+        if since is not None:
+            chain.listed[name] = since
+    start = min(window.end, listings.requested_from(window.start))
+    plan = _planned(context, series, TimeRange(start, window.end), chain, scope, recheck)
+    if window and not plan.window:
+        chain.warnings.append(_nothing_possible(series, window, listings))
+        warn(chain.warnings[-1])
+    return plan, listings
+
+
+def _planned(
+    context: Context, series: Series, window: TimeRange, chain: ProviderChain, scope: Scope, recheck: bool
+) -> Plan:
+    grid, now = grid_of(series), context.clock()
+    possible = closed_window(window, grid, now, None)
     with context.database.begin() as connection:
         known = ledger.known(connection, ledger.series_id(connection, series), possible)
-    plan = make_plan(
+    return make_plan(
         series,
         possible,
         known,
         grid,
         batch_size_days=context.batch_size_days,
         able=frozenset(chain.names),
-        now=None if recheck else context.clock(),
+        now=None if recheck else now,
         scope=scope,
     )
-    return plan, grid
 
 
-def _nothing_possible(series: Series, window: TimeRange, listed_at: int | None) -> str:
-    if listed_at is not None and window.end <= listed_at:
-        return f"nothing is expected of {series} in {window}: it was listed at {iso(listed_at)}"
+def _joined(earlier: Plan, later: Plan) -> Plan:
+    """Two plans of neighbouring windows as one, for the report."""
+    return replace(
+        later,
+        window=TimeRange(earlier.window.start, later.window.end),
+        expected=earlier.expected + later.expected,
+        missing=earlier.missing + later.missing,
+        missing_ranges=earlier.missing_ranges | later.missing_ranges,
+        batches=(*earlier.batches, *later.batches),
+    )
+
+
+def _nothing_possible(series: Series, window: TimeRange, listings: Listings) -> str:
+    if listings.earliest is not None and window.end <= listings.earliest:
+        return f"nothing is expected of {series} in {window}: it was listed at {iso(listings.earliest)} ({listings})"
     return f"nothing is expected of {series} in {window}: no candle of it is closed yet"
 
 
-def _listing(context: Context, series: Series, chain: Chain, listen: Listener) -> int | None:
-    """Since when the symbol exists: the earliest word of the providers asked; found once and kept."""
-    with context.database.begin() as connection:
-        found = ledger.listings(connection, series.symbol)
-    for name in chain.names:
-        if name in found:
-            continue
-        try:
-            listed_at = context.providers[name].listed_at(series)
-        except UnknownSymbol as error:
-            chain.drop(name, error)
-            listen(Warned(series, str(error)))
-            continue
-        except Cancelled:
-            raise
-        except ProviderError as error:  # asked again at the next sync
-            listen(Warned(series, f"{error} (asked since when it has {series.symbol})"))
-            for message in chain.remember_failure(name, error):
-                listen(Warned(series, message))
-            continue
-        if listed_at is not None:
-            found[name] = listed_at
-            with context.database.begin() as connection:
-                ledger.remember_listing(connection, name, series.symbol, listed_at)
-    return min((found[name] for name in chain.names if name in found), default=None)
-
-
 class _Work:
-    """One running sync: the threads, the lease, the sums. Lives as long as `run`."""
+    """One running sync: the lease, the commits, the sums."""
 
     def __init__(
         self,
         context: Context,
         series: Series,
-        grid: Grid,
-        chain: Chain,
+        chain: ProviderChain,
         run_id: str | None,
         listen: Listener,
     ) -> None:
-        self.context, self.series, self.grid, self.chain = context, series, grid, chain
+        self.context, self.series, self.grid, self.chain = context, series, grid_of(series), chain
         self.run_id, self.listen = run_id, listen
-        self.strict = frozenset(
-            name for name, provider in context.providers.items() if not provider.capabilities.omits_quiet
-        )
-        # A gap is explained when everybody was heard, not only those of this call.
-        self.able = frozenset((*chain.names, *chain.unfit)) | able(context, series)
+        # A gap is explained when every eligible provider has responded, not only those of this call.
+        self.eligible = frozenset((*chain.names, *chain.unfit)) | able(context, series)
         self.identity: int | None = None
-        self.succeeded = self.failed = self.candles = self.requests = 0
+        self.beginning = Beginning(None)
+        self.succeeded = self.failed = self.candles = self.requests = self.outdated = self.withdrawn = 0
         # Sets that keep the order in which they came.
         self.errors: dict[str, None] = {}
         self.warnings: dict[str, None] = dict.fromkeys(chain.warnings)
         self.told: set[str] = set()
+        self.first_given: dict[str, int] = {}
 
     @cached_property
     def is_kept(self) -> bool:
-        """Whether it has candles: then a symbol that nobody knows any more is an answer, and a mistyped
+        """Whether it has candles: then a symbol that no provider knows any more is an answer, and a mistyped
         one no more."""
         return any(state.total_candles for state in reading.sync_status(self.context.database, self.series))
 
-    def run(self, plan: Plan) -> None:
+    @cached_property
+    def _oldest(self) -> int | None:
+        """The oldest stored candle before this sync."""
+        states = reading.sync_status(self.context.database, self.series)
+        return next((to_micros(s.oldest_data_time) for s in states if s.oldest_data_time), None)
+
+    def run(self, plan: Plan, listings: Listings) -> None:
         """Commits the batches of the plan. Where there are none, the last error of the series is over."""
+        if not (self.chain.names or not plan.batches or self.is_kept):
+            return
         with self.context.database.begin() as connection:
             known = ledger.series_id(connection, self.series)
             if known is None and not plan.batches:
-                return  # asking for nothing makes no series
+                return  # requesting nothing makes no series
             self.identity = identity = ledger.register(connection, self.series)
+        self.beginning = Beginning(listings.earliest, self._oldest if self._oldest_before(listings) else None)
         with _lease(self.context.database, identity) as owner:
-            error: str | None = "interrupted"
+            error: str | None = None
+            interrupted = False
             try:
-                for batches, fetched in self._fetched(plan, plan.spans(self.chain.page_size)):
-                    self._commit(identity, batches, fetched)
-                error = "; ".join(self.errors) if self.failed else None
-            except StoreError as failure:
-                error = str(failure)
+                spans = plan.spans(self.chain.page_size)
+                for batches, fetched in fetch_spans(
+                    self.chain, plan, spans, self.context.max_concurrent_requests
+                ):
+                    self._commit(identity, plan, batches, fetched)
+                error = "; ".join(self.errors) if self.failed else self._found_nothing(plan)
+            except BaseException as failure:
+                interrupted, error = is_interruption(failure), str(failure) or type(failure).__name__
                 raise
             finally:
                 with self.context.database.begin() as connection:
-                    ledger.end_sync(connection, identity, owner, error)
+                    if interrupted:
+                        ledger.release_lease(connection, identity, owner)
+                    else:
+                        ledger.end_sync(connection, identity, owner, error)
+        self._remember_beginnings(plan, listings)
 
-    def _fetched(
-        self, plan: Plan, spans: Sequence[tuple[Batch, ...]]
-    ) -> Iterator[tuple[tuple[Batch, ...], Fetched]]:
-        """The spans' answers in order, a few of them fetched ahead."""
-        ahead = self.context.max_concurrent_requests
-        waiting: deque[tuple[tuple[Batch, ...], Future[Fetched]]] = deque()
-        rest = iter(spans)
-        pool = ThreadPoolExecutor(ahead, thread_name_prefix="fetch")
-        try:
-            for batches in rest:
-                waiting.append((batches, pool.submit(self.chain.fetch, batches, plan)))
-                if len(waiting) > ahead:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
-            while waiting:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        finally:
-            self.chain.stop()
-            # A fetcher may be in the middle of a retry: nobody waits for it after an interruption.
-            pool.shutdown(wait=False, cancel_futures=True)
+    def _oldest_before(self, listings: Listings) -> bool:
+        return self._oldest is not None and (listings.earliest is None or self._oldest < listings.earliest)
 
-    def _commit(self, identity: int, batches: Sequence[Batch], fetched: Fetched) -> None:
+    def _found_nothing(self, plan: Plan) -> str | None:
+        """The error of a sync after which its whole range holds no candle, whoever responded; else None."""
+        if self.candles or plan.scope is Scope.GAPS:  # a gap alone holds no candle: its series may be whole
+            return None
+        window = self._expected_window(plan)
+        missing, quiet = self._counted(window)
+        if not missing or missing + quiet < self.grid.count(window):
+            return None
+        return f"no provider has any of {missing:,} {'candle' if missing == 1 else 'candles'}"
+
+    def _counted(self, window: TimeRange) -> tuple[int, int]:
+        """How many candles of the window are missing, and how many are no-trade intervals."""
+        with self.context.database.begin() as connection:
+            known = ledger.known(connection, ledger.series_id(connection, self.series), window)
+        missing, quiet = (
+            sum(self.grid.count(part) for part in ranges)
+            for ranges in (known.lacking(window), known.quiet(window))
+        )
+        return missing, quiet
+
+    def _commit(self, identity: int, plan: Plan, batches: Sequence[Batch], fetched: Fetched) -> None:
         self.requests += fetched.requests
         for message in (*fetched.warnings, *fetched.errors):
             if message not in self.told:
@@ -330,42 +379,43 @@ class _Work:
                 self.listen(Warned(self.series, message))
         self.warnings.update(dict.fromkeys(fetched.warnings))
         self.errors.update(dict.fromkeys(fetched.errors))
+        for name, candles in fetched.seen.items():
+            if len(candles):
+                first = int(candles.ts[0])
+                self.first_given[name] = min(first, self.first_given.get(name, first))
+        given = Ingest(fetched.deliveries, fetched.rejected, fetched.responses, fetched.withdrawn)
         for batch in batches:
             if not fetched.recordable and not self.is_kept:
                 self._count(batch, 0, batch.candles, (), fetched)
                 continue
-            write = self._batch_write(batch, fetched)
-            done = commit_batch(self.context.database, self.series, identity, write, self.grid)
-            self.candles += done.inserted + done.updated
-            names = tuple(dict.fromkeys(b.provider for b in write.brought if len(b.candles)))
-            self._count(batch, done.inserted + done.updated, done.missing, names, fetched)
+            self._commit_batch(identity, plan, batch, fetched, given)
 
-    def _batch_write(self, batch: Batch, fetched: Fetched) -> BatchWrite:
-        """The part of a span's answer that belongs to one batch."""
-
-        def part(candles: Candles) -> Candles:
-            return candles.within(batch.window)
-
-        return BatchWrite(
-            window=batch.window,
-            brought=tuple(
-                Brought(b.provider, b.transport, b.source, b.sha256, b.fetched_at, part(b.candles))
-                for b in fetched.brought
+    def _commit_batch(self, identity: int, plan: Plan, batch: Batch, fetched: Fetched, given: Ingest) -> None:
+        window = batch.window
+        opens = np.concatenate([d.within(window).candles.ts for d in given.deliveries] or [_NONE])
+        start = self.beginning.cut(window.start, window.end, int(opens.min()) if len(opens) else None)
+        if start >= window.end:  # before the first candle of the symbol
+            self._count(batch, 0, 0, (), replace(fetched, failed=False))
+            return
+        window = TimeRange(start, window.end)
+        rules = Rules(
+            eligible=self.eligible,
+            strict=frozenset(
+                name
+                for name, provider in self.context.providers.items()
+                if not provider.capabilities.omits_quiet
             ),
-            refused=tuple(
-                Refused(r.provider, r.source, r.reason, part(r.candles))
-                for r in fetched.refused
-                if len(part(r.candles))
-            ),
-            evidence=fetched.evidence,
-            findings=Findings(
-                asked=batch.wanted,
-                quiet=fetched.quiet,
-                strict=self.strict,
-                able=self.able,
-                tolerated=self.context.max_gap_minutes // self.series.timeframe.minutes,
-            ),
-            run_id=self.run_id,
+            tolerated=self.context.max_gap_minutes // self.series.timeframe.minutes,
+            closed=self.context.closed(self.series, surroundings(window, self.grid)),
+        )
+        done = ingest(self.context.database, self.series, identity, window, given, rules, run_id=self.run_id)
+        changed = done.inserted + done.updated
+        self.candles += changed
+        self.outdated += done.outdated
+        self.withdrawn += done.withdrawn
+        mine = (d for d in given.deliveries if len(d.within(window).candles))
+        self._count(
+            batch, changed, done.missing, tuple(dict.fromkeys(d.origin.provider for d in mine)), fetched
         )
 
     def _count(
@@ -378,40 +428,111 @@ class _Work:
             self.succeeded += 1
         self.listen(BatchDone(self.series, batch.window, candles, missing, names, error))
 
-    def report(self, plan: Plan, seconds: float) -> SyncReport:
+    # --- the beginning of the history
+
+    def refuted(self, listings: Listings) -> bool:
+        """Whether a provider gave candles from before the claims that had cut the range off."""
+        found = self.beginning.found
+        return found is not None and listings.earliest is not None and not listings.settled
+
+    def _remember_beginnings(self, plan: Plan, listings: Listings) -> None:
+        """Keeps what the candles show of each provider's beginning, where the sync has looked before it."""
+        earliest = listings.earliest
+        if earliest is None or listings.settled or self.failed or not plan.batches:
+            return
+        if plan.batches[0].window.start >= earliest:
+            return
+        begin = earliest if self.beginning.found is None else self.beginning.found
+        with self.context.database.begin() as connection:
+            for name in self.chain.names:
+                first = self.first_given.get(name)
+                if first is not None:
+                    at = (
+                        min(first, begin) if first < earliest else max(begin, _claimed(listings, name, begin))
+                    )
+                    ledger.remember_listing(connection, name, self.series.symbol, at, ledger.OBSERVATION)
+
+    def _expected_window(self, plan: Plan) -> TimeRange:
+        """The window without what lies before the first candle of the symbol."""
+        claimed, found = self.beginning.claimed, self.beginning.found
+        begin = claimed if found is None else found if claimed is None else min(found, claimed)
+        if begin is None or plan.window.start >= begin:
+            return plan.window
+        return closed_window(plan.window, self.grid, self.context.clock(), begin)
+
+    def report(self, plan: Plan, listings: Listings, asked: TimeRange, seconds: float) -> SyncReport:
         """An error after which another provider filled in is a warning: nothing failed by it."""
         failed = self.failed
-        if plan.batches and self.identity is None:  # nobody to ask
+        if plan.batches and self.identity is None:  # no provider to request
             failed = len(plan.batches)
-            self.errors.update(dict.fromkeys(self.chain.dropped or self.chain.warnings or [self._nobody()]))
-        with self.context.database.begin() as connection:
-            identity = ledger.series_id(connection, self.series)
-            known = ledger.known(connection, identity, plan.window)
+            self.errors.update(
+                dict.fromkeys(self.chain.dropped or self.chain.warnings or [self._no_provider()])
+            )
+        window = self._expected_window(plan)
+        missing, quiet = self._counted(window)
         errors = tuple(self.errors)
+        if not failed:
+            nothing = self._found_nothing(plan) if plan.batches else None
+            errors = (*errors, nothing) if nothing else errors
+        told = (*self.warnings, *self._notes(asked, window, listings))
+        if not failed:
+            told = (*told, *self.chain.dropped, *self.errors)
         return SyncReport(
             series=self.series,
-            window=plan.window,
+            window=window,
             total_batches=len(plan.batches),
             successful_batches=self.succeeded,
             failed_batches=failed,
             total_candles=self.candles,
-            expected=plan.expected,
-            missing=sum(self.grid.count(part) for part in known.lacking(plan.window)),
-            quiet=sum(self.grid.count(part) for part in known.quiet(plan.window)),
+            expected=self.grid.count(window),
+            missing=missing,
+            quiet=quiet,
             requests=self.requests,
             seconds=seconds,
-            errors=errors if failed else (),
-            warnings=tuple(
-                dict.fromkeys((*self.warnings, *(() if failed else (*self.chain.dropped, *errors))))
-            ),
+            errors=errors if failed else tuple(e for e in errors if e not in self.errors),
+            warnings=tuple(dict.fromkeys(told)),
             providers=self.chain.tallies(),
+            outdated=self.outdated,
+            withdrawn=self.withdrawn,
+            listing=str(listings) if listings.first and asked.start < window.start else None,
         )
 
-    def _nobody(self) -> str:
+    def _notes(self, asked: TimeRange, window: TimeRange, listings: Listings) -> Iterator[str]:
+        """What the report adds to the warnings of the providers."""
+        if listings.first is not None and window and asked.start < window.start:
+            yield f"history begins at {iso(window.start)}: {listings}"
+        if self.outdated:
+            yield (
+                f"{self.outdated:,} stored candles differ from an older publication of the same provider, and were"
+                " kept"
+            )
+        if self.withdrawn:
+            yield f"{self.withdrawn:,} stored candles are not returned any more by any provider, and were removed"
+
+    def _no_provider(self) -> str:
         return (
             f"no provider can serve {self.series}; see `fks-backfill series providers`"
             " and provider_priority in the settings"
         )
+
+
+def _claimed(listings: Listings, name: str, otherwise: int) -> int:
+    claim = listings.claims.get(name)
+    return otherwise if claim is None else claim.listed_at
+
+
+def is_interruption(failure: BaseException) -> bool:
+    """Whether a sync was broken off from outside (Ctrl-C, a signal), which says nothing about its series.
+
+    A statement or a request that is torn off in the middle fails in ways of its own: what it was torn off by
+    is found among the exceptions that it was raised from.
+    """
+    seen: BaseException | None = failure
+    while seen is not None:
+        if isinstance(seen, Cancelled) or not isinstance(seen, Exception):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 @contextmanager

@@ -296,7 +296,8 @@ class Archives:
         if zipped is None:
             return Fetched(file, Outcome.ABSENT)
         try:
-            candles, sha256 = read_archive(file, zipped.body, checksum and checksum.body, self._base_url)
+            published = checksum.body if checksum else None
+            candles, sha256 = read_archive(file, zipped.body, published, self._base_url)
         except BadAnswer as error:
             warning = f"{error}: passed over, its candles are taken elsewhere"
             return Fetched(file, Outcome.FAILED, warning=warning)

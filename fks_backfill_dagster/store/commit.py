@@ -28,8 +28,8 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.ledger.gaps import missing_of
 from fks_backfill_dagster.ledger.reconcile import SeriesAudit
-from fks_backfill_dagster.ledger.records import Evidence, Known
-from fks_backfill_dagster.ledger.settle import Findings, Settlement, settle
+from fks_backfill_dagster.ledger.records import Known
+from fks_backfill_dagster.ledger.settle import Response, Rules, Settlement, settle, surroundings
 from fks_backfill_dagster.store import copying, schema
 from fks_backfill_dagster.store.auditing import Clock, examine_within
 from fks_backfill_dagster.store.database import Database, cursor_of
@@ -51,8 +51,8 @@ class BatchWrite:
     window: TimeRange
     deliveries: tuple[Delivery, ...]
     rejected: tuple[RejectedRows, ...] = ()
-    evidence: tuple[Evidence, ...] = ()
-    findings: Findings = Findings()  # noqa: RUF009 - frozen
+    responses: tuple[Response, ...] = ()
+    rules: Rules = Rules()  # noqa: RUF009 - frozen
     run_id: str | None = None
 
 
@@ -75,13 +75,15 @@ def commit_batch(
     deliveries = tuple(d for d in write.deliveries if len(d.candles))
     with database.begin() as connection:
         _lock(connection, identity)
-        before = known_around(connection, identity, write.window)
+        before = known_around(connection, identity, surroundings(write.window, grid))
         batch_ids = [_open_batch(connection, identity, d, write.run_id, grid) for d in deliveries]
         rows, row_batches = _merge(deliveries, batch_ids)
         _refuse_misplaced(rows.ts, write.window, grid)
         inserted, updated = _write_candles(connection, series, identity, rows, row_batches)
         missing = _still_missing(before, write.window, rows.ts, grid)
-        settlement = settle(before.gaps, write.window, missing, rows.ts, write.evidence, grid, write.findings)
+        settlement = settle(
+            before.gaps, write.window, missing, rows.ts, write.responses, grid, before.synced, write.rules
+        )
         _write_gaps(connection, identity, settlement)
         _write_rejected(connection, identity, write.rejected)
         _cover(connection, identity, write.window, inserted, rows.ts)
@@ -432,7 +434,8 @@ def undo_batch(database: Database, series: Series, identity: int, batch_id: int,
         absent = _still_missing(before, window, np.empty(0, dtype=np.int64), grid)
         # A candle that opened where none is expected leaves no gap.
         missing = np.union1d(absent, opens[grid.contains(opens)])
-        settlement = settle(before.gaps, window, missing, np.empty(0, dtype=np.int64), (), grid)
+        none = np.empty(0, dtype=np.int64)
+        settlement = settle(before.gaps, window, missing, none, (), grid, before.synced)
         _write_gaps(connection, identity, settlement)
         connection.execute(
             sa.text(

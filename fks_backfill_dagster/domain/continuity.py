@@ -1,0 +1,60 @@
+"""Whether responses of one request continue one another, or one of them belongs to another instrument.
+
+Belongs here: the comparison of neighbouring responses by their candles alone. Does not belong here: the
+comparison with stored candles (`pipeline.splice`), requesting again (`pipeline`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fks_backfill_dagster.domain.candles import PRICES, Candles, Floats
+from fks_backfill_dagster.domain.ranges import Instants
+
+JUMP = 0.20
+"""A step at the edge of a response below this share of the price is no jump."""
+
+_SAME = 0.5
+"""The jumps in and out of a response are one factor if the smaller is at least this share of the larger
+(in logarithms): the other instrument moves meanwhile."""
+
+
+def foreign(candles: Candles, seams: Instants) -> NDArray[np.bool_]:
+    """Which candles lie in responses that begin with a jump and end with the same jump back.
+
+    `candles` ascend; `seams` are the opens at which a response begins. A real move has no reason to begin
+    and to end exactly where responses do; a split or a crash jumps once. The first and the last response
+    have one edge only and are never foreign here.
+    """
+    mask = np.zeros(len(candles), dtype=bool)
+    index = np.searchsorted(candles.ts, seams)
+    index = np.unique(index[(index > 0) & (index < len(candles))])
+    if len(index) < 2:
+        return mask
+    step = np.log(candles.open[index]) - np.log(candles.close[index - 1])
+    jumps = np.flatnonzero(np.abs(step) >= np.log1p(JUMP))
+    at = 0
+    while at + 1 < len(jumps):
+        into, out = step[jumps[at]], step[jumps[at + 1]]
+        if into * out < 0 and min(abs(into), abs(out)) >= _SAME * max(abs(into), abs(out)):
+            mask[index[jumps[at]] : index[jumps[at + 1]]] = True
+            at += 1
+        at += 1
+    return mask
+
+
+def contradict(one: Candles, other: Candles, tolerance: float) -> bool:
+    """Whether two responses differ by more than `tolerance` in every price of a candle that both hold.
+
+    Both ascend. A correction between two requests changes a price or two; another instrument all four.
+    """
+    mine, theirs = one.take(np.isin(one.ts, other.ts)), other.take(np.isin(other.ts, one.ts))
+    return bool(len(mine)) and bool((difference(mine, theirs).min(axis=0) > tolerance).any())
+
+
+def difference(ours: Candles, theirs: Candles) -> Floats:
+    """The relative difference of each price (rows: open, high, low, close) of candles of the same opens."""
+    return np.stack(
+        [np.abs(getattr(ours, name) - getattr(theirs, name)) / getattr(theirs, name) for name in PRICES]
+    )

@@ -1,0 +1,667 @@
+"""The providers of one sync in order of priority: what one leaves missing, the next one is requested for.
+
+Belongs here: fallback per candle, what is remembered of a provider during a sync, the second opinion about
+implausible candles. Does not belong here: how one provider is requested (`request`), how candles are
+compared with stored ones (`splice`), storing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.continuity import difference
+from fks_backfill_dagster.domain.delivery import Delivery, Origin, RejectedRows
+from fks_backfill_dagster.domain.derive import parts_span
+from fks_backfill_dagster.domain.grid import Grid, grid_of
+from fks_backfill_dagster.domain.plausibility import implausible
+from fks_backfill_dagster.domain.quality import Reason
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import Timeframe, iso
+from fks_backfill_dagster.ledger.gaps import missing_of
+from fks_backfill_dagster.ledger.records import Evidence, Outcome
+from fks_backfill_dagster.ledger.settle import Response
+from fks_backfill_dagster.pipeline.eligible import Eligible
+from fks_backfill_dagster.pipeline.plan import Batch, Plan, Scope
+from fks_backfill_dagster.pipeline.refetch import StoredRows, Suspicion, confirmed, suspicion
+from fks_backfill_dagster.pipeline.request import ProviderAnswer, RangeRequest, request_range
+from fks_backfill_dagster.pipeline.splice import only, splice
+from fks_backfill_dagster.providers.base import (
+    Cancelled,
+    Circuit,
+    Estimate,
+    NotEntitled,
+    Provider,
+    ProviderError,
+    TooOld,
+    TransientError,
+    UnknownSymbol,
+)
+
+Mask = NDArray[np.bool_]
+
+_NONE = np.empty(0, dtype=np.int64)
+
+# A provider that failed this often in a row, each time after its own retries, is not requested again in
+# this sync: an hour of retries for every month of a decade helps nobody.
+MOST_FAILURES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Candles that were requested of a provider, delivered (good ones), rejected, not responded about."""
+
+    asked: int = 0
+    delivered: int = 0
+    rejected: int = 0
+    failed: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.asked + other.asked,
+            self.delivered + other.delivered,
+            self.rejected + other.rejected,
+            self.failed + other.failed,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Withdrawn:
+    """Stored candles that their own provider does not return any more, nor has any other provider."""
+
+    origin: Origin
+    opens: Instants
+
+
+@dataclass(slots=True)
+class Fetched:
+    """What the providers together gave for one span, verified.
+
+    failed: candles are missing about which no provider responded, or a refetch was refused. recordable: a
+    provider responded, or may respond another time; a symbol that no provider knows leaves nothing to record,
+    if it never did. seen: by provider, all its verified candles, neighbours of the span included.
+    """
+
+    deliveries: list[Delivery] = field(default_factory=list)
+    rejected: list[RejectedRows] = field(default_factory=list)
+    responses: list[Response] = field(default_factory=list)
+    withdrawn: list[Withdrawn] = field(default_factory=list)
+    requests: int = 0
+    warnings: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    failed: bool = False
+    recordable: bool = False
+    seen: dict[str, Candles] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ChainOptions:
+    """What the requests of a sync go by besides the providers.
+
+    clock: the present. stored: the stored candles of some opens. stored_rows: those of a window with their
+    lineage. tolerance: the largest relative difference of a price between two quotes of one market. closed:
+    where the market was closed within a window. force: a refetch is not guarded.
+    """
+
+    clock: Callable[[], int]
+    stored: Callable[[Instants], Candles]
+    stored_rows: Callable[[TimeRange], StoredRows]
+    tolerance: float
+    closed: Callable[[TimeRange], RangeSet] = lambda window: RangeSet()
+    force: bool = False
+
+
+class ProviderChain:
+    """The eligible providers of one sync in order of priority, and how they have behaved so far.
+
+    Dropped on the way, with a sentence in `dropped`: a provider that does not know the symbol. Not requested
+    for the rest of the sync: one that failed MOST_FAILURES times in a row; another error may concern one range
+    only (a plan without today's data). One whose key covers newer data only is not requested for older ones
+    again. `fetch` is called from several threads.
+
+    `circuit` receives every success and failure and decides which provider no process requests for a while;
+    unless `heed_circuit` is off, for a person who wants an answer now.
+    """
+
+    def __init__(
+        self,
+        series: Series,
+        chosen: Eligible,
+        options: ChainOptions,
+        circuit: Circuit | None = None,
+        *,
+        heed_circuit: bool = True,
+    ) -> None:
+        self.series, self.options = series, options
+        self._circuit, self._heed_circuit = circuit, heed_circuit
+        self.warnings: list[str] = list(chosen.warnings)
+        self._providers = dict(chosen.providers)
+        self.listed: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._dropped: dict[str, str] = {}
+        self._failures: dict[str, int] = {}
+        self._since: dict[str, int] = {}
+        self._rests: dict[str, str] = {}
+        self._tallies: dict[str, Tally] = {}
+        self._stopped = threading.Event()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in self._providers if name not in self._dropped)
+
+    @property
+    def unfit(self) -> tuple[str, ...]:
+        """The providers that do not know the symbol."""
+        return tuple(self._dropped)
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Why providers were dropped, a sentence each."""
+        return tuple(self._dropped.values())
+
+    @property
+    def page_size(self) -> int:
+        """Of the provider that is requested first."""
+        first = next(iter(self.names), None)
+        return self._providers[first].capabilities.page(self.series.timeframe) if first else 1
+
+    def tallies(self) -> dict[str, Tally]:
+        return dict(self._tallies)
+
+    def drop(self, name: str, error: UnknownSymbol) -> None:
+        with self._lock:
+            self._dropped[name] = str(error)
+
+    def remember_failure(self, name: str, error: ProviderError) -> list[str]:
+        """It did not respond, its own retries included, or refused to. Returns warnings about it."""
+        with self._lock:
+            self._failures[name] = self._failures.get(name, 0) + 1
+        if self._circuit is None or not isinstance(error, TransientError):
+            return []
+        rest = self._circuit.failed(name, str(error))
+        if rest is None:
+            return []
+        return [f"{name}: from now on left alone for {rest.seconds:.0f} s: {rest.reason}"]
+
+    def remember_success(self, name: str) -> list[str]:
+        """It responded. Returns warnings about it."""
+        with self._lock:
+            self._failures[name] = 0
+        if self._circuit is None or not self._circuit.succeeded(name):
+            return []
+        return [f"{name}: it answers again, and is no longer left alone"]
+
+    def remember_depth(self, name: str, since: int) -> None:
+        """Its key covers nothing that opens before `since`."""
+        with self._lock:
+            self._since[name] = max(since, self._since.get(name, since))
+
+    def left_alone(self, name: str) -> str | None:
+        """Why the provider is not requested now, if so."""
+        if self._failures.get(name, 0) >= MOST_FAILURES:
+            return f"left alone after {MOST_FAILURES} failures in a row"
+        rest = self._circuit.closed_for(name) if self._circuit and self._heed_circuit else None
+        with self._lock:
+            if rest is None:
+                self._rests.pop(name, None)
+                return None
+            # The same text until it is over, so that it is reported once and not with every span.
+            return self._rests.setdefault(name, f"left alone for another {rest.seconds:.0f} s: {rest.reason}")
+
+    def stop(self) -> None:
+        """Spans that have not begun are not fetched any more."""
+        self._stopped.set()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped.is_set()
+
+    def estimate(self, name: str, plan: Plan) -> Estimate:
+        """What it would cost if this provider alone answered the whole plan."""
+        provider, series = self._providers[name], self.series
+        native = replace(series, timeframe=provider.capabilities.parts(series))
+        parts = [
+            provider.estimate(native, window if native == series else parts_span(grid_of(series), window))
+            for batches in plan.spans(provider.capabilities.page(series.timeframe))
+            for window in self._windows(batches, provider)
+        ]
+        return Estimate(sum(p.requests for p in parts), sum(p.seconds for p in parts))
+
+    def fetch(
+        self, batches: Sequence[Batch], plan: Plan, *, without: frozenset[str] = frozenset()
+    ) -> Fetched:
+        """Requests one span. Errors of providers are in the answer; nothing is raised for them."""
+        dropped = dict(self._dropped)  # another thread may drop one any time
+        providers = {n: p for n, p in self._providers.items() if n not in dropped and n not in without}
+        return _Span(self, batches, plan).run(providers, dropped)
+
+    def question(self, name: str, provider: Provider, wanted: Instants, *, first: bool) -> _Question:
+        now, timeframe = self.options.clock(), self.series.timeframe
+        reach, listed = provider.capabilities.reach(timeframe, now), self.listed.get(name)
+        limits = [
+            (edge, why)
+            for edge, why in (
+                (reach, "it lies beyond its depth"),
+                (self._since.get(name), "it lies beyond what its key covers"),
+                (listed, f"it has the symbol since {iso(listed or 0)} only"),
+            )
+            if edge is not None
+        ]
+        since = max((edge for edge, _ in limits), default=None)
+        within = wanted if since is None else wanted[wanted >= since]
+        excluded, left = [], wanted
+        for edge, why in limits:
+            excluded.append((left[left < edge], why))
+            left = left[left >= edge]
+        return _Question(name, provider, within, now, first, since, tuple(excluded))
+
+    def listed_at(self, name: str) -> int | None:
+        """The provider's claim of its first candle; see `Provider.listed_at`."""
+        return self._providers[name].listed_at(self.series)
+
+    def count(self, name: str, tally: Tally) -> None:
+        with self._lock:
+            self._tallies[name] = self._tallies.get(name, Tally()) + tally
+
+    def _windows(self, batches: Sequence[Batch], provider: Provider) -> list[TimeRange]:
+        wanted = RangeSet([part for batch in batches for part in batch.wanted])
+        timeframe = self.series.timeframe
+        return list(wanted.merge_closer_than(provider.capabilities.page(timeframe) * timeframe.micros))
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What is requested of one provider: opens from `since` on, before which it has nothing.
+
+    `first`: no provider was requested before it. `excluded`: the opens that are not requested of it, with
+    the reason.
+    """
+
+    name: str
+    provider: Provider
+    wanted: Instants
+    asked_at: int
+    first: bool
+    since: int | None
+    excluded: tuple[tuple[Instants, str], ...]
+
+    def hulls(self, timeframe: Timeframe) -> list[TimeRange]:
+        """The ranges to request: scattered candles share a request where one page reaches both."""
+        ranges = RangeSet.from_arrays(self.wanted, self.wanted + timeframe.micros)
+        return list(ranges.merge_closer_than(self.provider.capabilities.page(timeframe) * timeframe.micros))
+
+    def window(self, hull: TimeRange, beside: TimeRange, grid: Grid) -> TimeRange:
+        """With a neighbour on either side where that shows something.
+
+        Beside a fallback's candles it shows whether it quotes the same market; beside an absent candle,
+        that the provider was there. Of a first provider's whole months only those neighbours are requested
+        that are stored (`beside`): archives and pages are cut to months.
+        """
+        if self.first and not self.provider.capabilities.omits_quiet:
+            return beside if self.since is None else TimeRange(max(beside.start, self.since), beside.end)
+        before, after = neighbours(hull, grid, self.since)
+        end = int(grid.closes(after)[0]) if len(after) else hull.end
+        return TimeRange(int(before[0]) if len(before) else hull.start, end)
+
+    def evidence(self, outcome: Outcome, detail: str = "", *, confirmed: bool = False) -> Evidence:
+        return Evidence(self.name, self.asked_at, outcome, detail, confirmed)
+
+
+class _Span:
+    """One span on its way through the providers: what is still wanted, and what was found."""
+
+    def __init__(self, chain: ProviderChain, batches: Sequence[Batch], plan: Plan) -> None:
+        self.chain, self.plan = chain, plan
+        self.series, self.options = chain.series, chain.options
+        self.grid = grid_of(self.series)
+        self.found = Fetched()
+        self.wanted = np.concatenate(
+            [_NONE, *(self.grid.opens(p) for batch in batches for p in batch.wanted)]
+        )
+        self.requested = self.wanted
+        self.refetch = plan.scope is Scope.EVERYTHING
+        self.stored = self._stored_rows() if self.refetch else None
+        self._held: list[tuple[_Question, Delivery]] = []
+        self._absent = RangeSet()
+        # Of the first provider of a refetch: what two complete responses lack, and where it was requested.
+        self._gone = _NONE
+        self._gone_origin: Origin | None = None
+
+    def _stored_rows(self) -> StoredRows:
+        window = TimeRange(int(self.wanted[0]), int(self.wanted[-1]) + 1)
+        return self.options.stored_rows(window)
+
+    def run(self, providers: dict[str, Provider], dropped: dict[str, str]) -> Fetched:
+        found, first = self.found, True
+        now = self.options.clock()
+        for name, why in dropped.items():
+            found.responses.append(Response(Evidence(name, now, Outcome.REFUSED, why), self.requested))
+        for name, provider in providers.items():
+            if not len(self.wanted) or self.chain.stopped:
+                break
+            question = self.chain.question(name, provider, self.wanted, first=first)
+            for opens, why in question.excluded:
+                self._respond(question, opens, Outcome.REFUSED, why)
+            if not len(question.wanted):  # known without a request: it will never have them
+                continue
+            self._ask(question)
+            if first and self.stored is not None:
+                # Stored candles are compared with the first provider only.
+                self._judge_refetch(question, providers)
+                delivered = self.stored.delivered_by(name, provider.instrument(self.series))
+                self._gone = _common(self._gone, delivered)
+                self.wanted = self.wanted[
+                    self.plan.missing_ranges.contains(self.wanted) | np.isin(self.wanted, self._gone)
+                ]
+            first = False
+        self._settle_held()
+        self._settle_withdrawn(providers)
+        return self._closed(dropped)
+
+    def _closed(self, dropped: dict[str, str]) -> Fetched:
+        found = self.found
+        heard = [r for r in found.responses if r.evidence.provider not in dropped]
+        answered = bool(found.seen)
+        given = np.unique(np.concatenate([_NONE, *(d.candles.ts for d in found.deliveries)]))
+        missing = missing_of(self.requested, given)
+        found.failed = found.failed or (not answered and (self.refetch or len(missing) > 0))
+        if found.failed and not found.errors:
+            found.errors = list(dict.fromkeys(f"{r.evidence.provider}: {r.evidence.detail}" for r in heard))
+        found.recordable = answered or bool(heard)
+        return found
+
+    def _ask(self, question: _Question) -> None:
+        """Requests one provider for what is wanted of it."""
+        name, found, count = question.name, self.found, len(question.wanted)
+        message = self.chain.left_alone(name)
+        if message is not None:
+            self.chain.count(name, Tally(asked=count, failed=count))
+            found.errors.append(f"{name}: {message}")
+            self._respond(question, question.wanted, Outcome.ERROR, message)
+            return
+        before, rejected = len(self.wanted), sum(len(r.candles) for r in found.rejected)
+        done = _NONE
+        try:
+            for hull in question.hulls(self.series.timeframe):
+                self._ask_hull(question, hull)
+                done = np.concatenate([done, _inside(question.wanted, hull)])
+        except Cancelled:
+            raise
+        except ProviderError as error:
+            delivered = before - len(self.wanted)
+            left = missing_of(question.wanted, done)
+            if isinstance(error, TooOld) and len(left) and int(left[0]) < error.since:
+                self._ask_newer(question, error, left, delivered)
+                return
+            self.chain.count(name, Tally(asked=count, delivered=delivered, failed=count - delivered))
+            if isinstance(error, UnknownSymbol):
+                self.chain.drop(name, error)
+            else:
+                found.warnings += self.chain.remember_failure(name, error)
+            found.errors.append(str(error))
+            # A wrong key, an address that has moved: what a person mends is no word about the candles.
+            final = isinstance(error, UnknownSymbol | NotEntitled)
+            self._respond(question, left, Outcome.REFUSED if final else Outcome.ERROR, str(error))
+            return
+        found.warnings += self.chain.remember_success(name)
+        rejected = sum(len(r.candles) for r in found.rejected) - rejected
+        self.chain.count(name, Tally(asked=count, delivered=before - len(self.wanted), rejected=rejected))
+
+    def _ask_newer(self, question: _Question, error: TooOld, left: Instants, delivered: int) -> None:
+        """As `_ask`, for what the key covers, of a provider that refused because of the older part."""
+        name = question.name
+        self.chain.remember_depth(name, error.since)
+        older = left[left < error.since]
+        self.chain.count(name, Tally(asked=delivered + len(older), delivered=delivered, failed=len(older)))
+        self._respond(question, older, Outcome.REFUSED, str(error))
+        newer = self.chain.question(name, question.provider, _common(self.wanted, left), first=question.first)
+        if not len(newer.wanted):
+            self.found.errors.append(str(error))
+            return
+        self.found.warnings.append(str(error))
+        self._ask(newer)
+
+    def _ask_hull(self, question: _Question, hull: TimeRange) -> None:
+        window = question.window(hull, self._beside(hull), self.grid)
+        answer = request_range(
+            question.provider,
+            RangeRequest(
+                series=self.series,
+                wanted=_inside(question.wanted, hull),
+                window=window,
+                now=question.asked_at,
+                since=question.since,
+                closed=self.options.closed(window),
+                absent_elsewhere=self._absent,
+                tolerance=self.options.tolerance,
+            ),
+        )
+        self.found.requests += answer.requests
+        self.found.warnings += [f"{question.name}: {message}" for message in answer.warnings]
+        self._accept(question, answer, hull)
+
+    def _accept(self, question: _Question, answer: ProviderAnswer, hull: TimeRange) -> None:
+        """Keeps of an answer what is wanted, and records its responses about the rest."""
+        found, theirs = self.found, answer.candles
+        found.rejected += answer.rejected
+        known = found.seen.get(question.name, Candles.empty())
+        found.seen[question.name] = Candles.concat(
+            [known, theirs.take(~np.isin(theirs.ts, known.ts))]
+        ).sorted()
+        asked = _inside(question.wanted, hull)
+        if self._is_splice(question, theirs, hull):
+            for delivery in answer.kept:
+                self._reject(delivery, only(delivery.candles, self.wanted), Reason.SPLICE)
+            self._respond(question, asked, Outcome.ABSENT, "it quotes another market")
+            return
+        self._second_opinion(theirs)
+        strange = theirs.ts[implausible(theirs)]
+        for delivery in answer.kept:
+            good = only(delivery.candles, self.wanted)
+            odd = np.isin(good.ts, strange)
+            if odd.any():
+                self._held.append((question, delivery.with_candles(good.take(odd))))
+                good = good.take(~odd)
+            if len(good):
+                found.deliveries.append(delivery.with_candles(good))
+                self.wanted = missing_of(self.wanted, good.ts)
+        self._respond_lacking(question, answer)
+        if self.refetch and question.first and answer.kept:
+            self._gone, self._gone_origin = np.union1d(self._gone, answer.confirmed), answer.kept[0].origin
+        if question.provider.capabilities.omits_quiet:
+            self._absent |= answer.absent
+
+    def _respond_lacking(self, question: _Question, answer: ProviderAnswer) -> None:
+        """What the provider responded about each candle that it did not give."""
+        lacking = answer.lacking
+        if answer.error is not None:
+            self._respond(question, lacking, Outcome.ERROR, f"its second request failed: {answer.error}")
+            return
+        bad = lacking[_owned(lacking, answer.rejected, self.grid)]
+        if len(bad):
+            rows = sum(len(part.candles) for part in answer.rejected)
+            self._respond(question, bad, Outcome.REJECTED, f"{rows} rows quarantined")
+        lacking = missing_of(lacking, bad)
+        for detail, opens in answer.partial:
+            mine = _common(opens, lacking)
+            self._respond(question, mine, Outcome.ABSENT, detail)
+            lacking = missing_of(lacking, mine)
+        sure = _common(answer.confirmed, lacking) if question.provider.capabilities.omits_quiet else _NONE
+        self._respond(question, sure, Outcome.ABSENT, confirmed=True)
+        self._respond(question, missing_of(lacking, sure), Outcome.ABSENT)
+
+    def _respond(
+        self,
+        question: _Question,
+        opens: Instants,
+        outcome: Outcome,
+        detail: str = "",
+        *,
+        confirmed: bool = False,
+    ) -> None:
+        if len(opens):
+            evidence = question.evidence(outcome, detail, confirmed=confirmed)
+            self.found.responses.append(Response(evidence, opens))
+
+    def _reject(self, delivery: Delivery, candles: Candles, reason: Reason) -> None:
+        if len(candles):
+            self.found.rejected.append(RejectedRows.of(delivery.origin, reason, candles.sorted()))
+
+    # --- neighbours
+
+    def _is_splice(self, question: _Question, theirs: Candles, hull: TimeRange) -> bool:
+        beside = theirs.take((theirs.ts < hull.start) | (theirs.ts >= hull.end))
+        fresh = Candles.concat([only(d.candles, beside.ts) for d in self.found.deliveries]).sorted()
+        stored = self.options.stored(missing_of(beside.ts, fresh.ts)) if len(beside) else Candles.empty()
+        ours = Candles.concat([fresh, stored]).sorted()
+        found = splice(ours, beside, self.options.tolerance, first=question.first)
+        if found is None:
+            return False
+        self.found.warnings.append(
+            f"{question.name}: its candles of {hull} are quarantined as a splice: beside them it differs by"
+            f" {found:.2%} from what is stored, so it quotes another market"
+        )
+        return True
+
+    def _beside(self, hull: TimeRange) -> TimeRange:
+        """The hull with its neighbours, as far as they were stored before this sync; a refetch changes them."""
+        if self.refetch:
+            return hull
+        before, after = neighbours(hull, self.grid)
+        opens = np.concatenate([before, after])
+        stored = self.options.stored(opens[~self.plan.missing_ranges.contains(opens)]).ts
+        return TimeRange(
+            int(before[0]) if np.isin(before, stored).any() else hull.start,
+            int(self.grid.closes(after)[0]) if np.isin(after, stored).any() else hull.end,
+        )
+
+    # --- implausible candles
+
+    def _second_opinion(self, theirs: Candles) -> None:
+        """Held candles that these agree with are what the market did; they are kept as they came."""
+        held = []
+        for question, delivery in self._held:
+            mine, its = only(delivery.candles, theirs.ts), only(theirs, delivery.candles.ts)
+            agrees = (
+                mine.ts[difference(mine, its).max(axis=0) <= self.options.tolerance] if len(mine) else _NONE
+            )
+            good = only(delivery.candles, _common(agrees, self.wanted))
+            if len(good):
+                self.found.deliveries.append(delivery.with_candles(good))
+                self.wanted = missing_of(self.wanted, good.ts)
+            rest = delivery.candles.take(~np.isin(delivery.candles.ts, good.ts))
+            if len(rest):
+                held.append((question, delivery.with_candles(rest)))
+        self._held = held
+
+    def _settle_held(self) -> None:
+        for question, delivery in self._held:
+            self._reject(delivery, delivery.candles, Reason.IMPLAUSIBLE)
+            count = len(delivery.candles)
+            self.found.warnings.append(
+                f"{question.name}: {count} candle{'s' * (count != 1)} quarantined as implausible: a price is a"
+                " factor of 50 or more from those around it, and no second provider agrees"
+            )
+            self._respond(
+                question,
+                _common(delivery.candles.ts, self.wanted),
+                Outcome.REJECTED,
+                "quarantined as implausible",
+            )
+
+    # --- refetch
+
+    def _judge_refetch(self, question: _Question, providers: dict[str, Provider]) -> None:
+        """Refuses what differs from the stored candles as another symbol would, unless a second provider
+        agrees; see `refetch.suspicion`."""
+        if self.options.force or self.stored is None:
+            return
+        for delivery in list(self.found.deliveries):
+            suspected = suspicion(self.stored, delivery, self.options.tolerance)
+            if suspected is None or self._confirmed_elsewhere(suspected, question, providers):
+                continue
+            self.found.deliveries = [d for d in self.found.deliveries if d is not delivery]
+            self.found.failed = True
+            self.found.errors.append(
+                f"{question.name}: {suspected.differ:,} of {suspected.compared:,} compared candles of"
+                f" {self.series} differ by more than {self.options.tolerance:.2%} from the stored ones, and no"
+                " other provider confirms them: nothing of them was written; --force writes them"
+            )
+
+    def _confirmed_elsewhere(
+        self, suspected: Suspicion, question: _Question, providers: dict[str, Provider]
+    ) -> bool:
+        for name, provider in providers.items():
+            if name == question.name or self.chain.left_alone(name) is not None:
+                continue
+            sample = self.chain.question(name, provider, suspected.given.ts, first=False)
+            if not len(sample.wanted):
+                continue
+            window = TimeRange(int(sample.wanted[0]), int(self.grid.closes(sample.wanted[-1:])[0]))
+            try:
+                answer = request_range(
+                    provider, RangeRequest(self.series, sample.wanted, window, sample.asked_at, sample.since)
+                )
+            except Cancelled:
+                raise
+            except ProviderError as error:
+                self.found.errors.append(str(error))
+                continue
+            self.found.requests += answer.requests
+            verdict = confirmed(suspected, answer.candles, self.options.tolerance)
+            if verdict is not None:
+                return verdict
+        return False
+
+    def _settle_withdrawn(self, providers: dict[str, Provider]) -> None:
+        """Stored candles that no provider has any more: all the others responded, and lack them."""
+        if not len(self._gone) or self._gone_origin is None or self.found.failed:
+            return
+        gone, kept = self._gone, []
+        for delivery in self.found.deliveries:
+            # Another provider has it: the stored candle stays.
+            kept.append(
+                delivery.with_candles(delivery.candles.take(~np.isin(delivery.candles.ts, self._gone)))
+            )
+            gone = missing_of(gone, delivery.candles.ts)
+        for name in providers:
+            about = [
+                r.opens for r in self.found.responses if r.evidence.provider == name and r.evidence.final
+            ]
+            gone = _common(gone, np.unique(np.concatenate([_NONE, *about])))
+        self.found.deliveries = [d for d in kept if len(d.candles)]
+        if len(gone):
+            self.found.withdrawn.append(Withdrawn(self._gone_origin, gone))
+
+
+def neighbours(hull: TimeRange, grid: Grid, since: int | None = None) -> tuple[Instants, Instants]:
+    """The open before a hull, not before `since`, and the one after it; none where there is none."""
+    before, after = grid.previous_open(hull.start), grid.next_open(hull.end)
+    if before is not None and since is not None and before < since:
+        before = None
+    return _one(before), _one(after)
+
+
+def _one(instant: int | None) -> Instants:
+    return _NONE if instant is None else np.array([instant], dtype=np.int64)
+
+
+def _inside(opens: Instants, hull: TimeRange) -> Instants:
+    first, last = np.searchsorted(opens, [hull.start, hull.end])
+    return opens[first:last]
+
+
+def _common(one: Instants, other: Instants) -> Instants:
+    return np.intersect1d(one, other, assume_unique=True)
+
+
+def _owned(opens: Instants, rejected: Iterable[RejectedRows], grid: Grid) -> Mask:
+    """In which of these candles' intervals rejected rows lie; `opens` ascending."""
+    ts = np.sort(np.concatenate([_NONE, *(part.owners for part in rejected)]))
+    return np.searchsorted(ts, opens) < np.searchsorted(ts, grid.closes(opens))

@@ -1,0 +1,58 @@
+"""Candles of one batch into the database: the one way in, whatever brought them.
+
+    deliveries ─> the batch's part of each ─> one commit: candles, lineage, ledger, coverage, quarantine
+
+Belongs here: what of a span belongs to which batch. Does not belong here: where candles come from (a sync, a
+file), whether they are good (`request` has verified them), how they are written (`store.commit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fks_backfill_dagster.domain.delivery import Delivery, RejectedRows
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.ledger.settle import Response, Rules
+from fks_backfill_dagster.pipeline.fallback import Withdrawn
+from fks_backfill_dagster.store.commit import BatchWrite, Committed, Withdrawal, commit_batch
+from fks_backfill_dagster.store.database import Database
+
+
+@dataclass(frozen=True, slots=True)
+class Ingest:
+    """What is to be stored of a series: verified deliveries, rejected rows, responses about what is missing,
+    and stored candles that their provider does not return any more."""
+
+    deliveries: Sequence[Delivery]
+    rejected: Sequence[RejectedRows] = ()
+    responses: Sequence[Response] = ()
+    withdrawn: Sequence[Withdrawn] = ()
+
+
+def ingest(
+    database: Database,
+    series: Series,
+    identity: int,
+    window: TimeRange,
+    given: Ingest,
+    rules: Rules,
+    *,
+    run_id: str | None = None,
+) -> Committed:
+    """Commits the part of `given` that belongs to `window`; all of it or nothing. Twice changes nothing."""
+    write = BatchWrite(
+        window=window,
+        deliveries=tuple(delivery.within(window) for delivery in given.deliveries),
+        rejected=tuple(part for one in given.rejected if len((part := one.within(window)).candles)),
+        responses=tuple(given.responses),
+        rules=rules,
+        run_id=run_id,
+        withdrawn=tuple(
+            Withdrawal(one.origin, one.opens[(one.opens >= window.start) & (one.opens < window.end)])
+            for one in given.withdrawn
+        ),
+    )
+    return commit_batch(database, series, identity, write, grid_of(series))

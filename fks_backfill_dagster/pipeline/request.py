@@ -1,0 +1,321 @@
+"""One range from one provider: request, verify, request once more what is lacking, derive.
+
+    fetch ─> verify ─> foreign responses out ─> what is lacking once more ─> (derive) ─> ProviderAnswer
+
+The second request removes glitches, and it is what makes an absence worth something: absent is what two
+complete responses lack. A derived series is requested as the parts that it is made from, and all of this
+happens to the parts.
+
+Belongs here: everything that concerns one provider and needs no stored candle. Does not belong here: which
+provider is requested next (`fallback`), comparison with stored candles (`splice`), storing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.continuity import contradict, foreign
+from fks_backfill_dagster.domain.delivery import Delivery, RejectedRows, Transport
+from fks_backfill_dagster.domain.derive import Derived, derive, owners, parts_span
+from fks_backfill_dagster.domain.grid import Grid, grid_of
+from fks_backfill_dagster.domain.quality import Reason, verify
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.ledger.gaps import missing_of
+from fks_backfill_dagster.ledger.no_trade import NEIGHBOURS, Absent, no_trade
+from fks_backfill_dagster.pipeline.plan import GRACE
+from fks_backfill_dagster.providers.base import BadAnswer, Cancelled, Provider, ProviderError
+
+_NONE = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RangeRequest:
+    """What is requested of one provider.
+
+    wanted: expected opens of the series, ascending. window: what is requested, `wanted` with a neighbour on
+    either side where that shows something. now: candles that are closed then are requested. since: the
+    earliest open that the provider can have, None: no limit. closed: where the market was closed.
+    absent_elsewhere: what complete responses of other providers lack, as ranges of time.
+    tolerance: the largest relative difference between two responses about one candle.
+    """
+
+    series: Series
+    wanted: Instants
+    window: TimeRange
+    now: int
+    since: int | None = None
+    closed: RangeSet = RangeSet()  # noqa: RUF009 - immutable
+    absent_elsewhere: RangeSet = RangeSet()  # noqa: RUF009 - immutable
+    tolerance: float = 0.01
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProviderAnswer:
+    """What a provider gave for a request.
+
+    kept: verified candles of the window, neighbours included; ascending. rejected: rows that broke a rule.
+    lacking: the wanted candles that it did not give; of these `confirmed` are absent in two complete
+    responses with candles on both sides, and `partial` are derived candles of which parts are absent, with a
+    sentence each. absent: what it confirmed to lack, as ranges of time, parts included.
+    error: why the second request failed, if it did: then nothing is confirmed.
+    """
+
+    kept: tuple[Delivery, ...]
+    rejected: tuple[RejectedRows, ...]
+    lacking: Instants
+    confirmed: Instants
+    partial: tuple[tuple[str, Instants], ...] = ()
+    absent: RangeSet = RangeSet()  # noqa: RUF009 - immutable
+    requests: int = 0
+    warnings: tuple[str, ...] = ()
+    error: str | None = None
+
+    @property
+    def candles(self) -> Candles:
+        return Candles.concat([delivery.candles for delivery in self.kept]).sorted()
+
+
+def request_range(provider: Provider, asked: RangeRequest) -> ProviderAnswer:
+    """Requests the wanted candles of one provider. Raises ProviderError when the first request fails."""
+    parts = provider.capabilities.parts(asked.series)
+    if parts is asked.series.timeframe:
+        found = _request_native(provider, asked, widen=False)
+        return replace(found.answer, lacking=missing_of(asked.wanted, found.answer.candles.ts))
+    return _request_derived(provider, asked, replace(asked.series, timeframe=parts))
+
+
+# Native candles -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Native:
+    """An answer in native candles; `covered` is where they were requested."""
+
+    answer: ProviderAnswer
+    covered: RangeSet
+
+
+def _request_native(provider: Provider, asked: RangeRequest, *, widen: bool) -> _Native:
+    grid = grid_of(asked.series)
+    closed_end = grid.closed_end(asked.now - GRACE)
+    first = _fetch(provider, asked.series, asked.window, grid, closed_end)
+    lacking = missing_of(_before(asked.wanted, closed_end), first.candles.ts)
+    again: list[_Fetched] = []
+    error: str | None = None
+    if len(lacking) and not (provider.capabilities.confirms_absence and not first.has_foreign):
+        try:
+            for window in _windows_again(provider, asked, lacking, grid, closed_end, widen=widen):
+                again.append(_fetch(provider, asked.series, window, grid, closed_end))
+                if contradict(first.candles, again[-1].candles, asked.tolerance):
+                    raise BadAnswer(
+                        provider.name, f"it gives different values for the same candles of {asked.series}"
+                    )
+        except Cancelled:
+            raise
+        except BadAnswer as failure:
+            if again and contradict(first.candles, again[-1].candles, asked.tolerance):
+                raise  # one of the two belongs to another instrument: neither is taken
+            error = str(failure)
+        except ProviderError as failure:
+            error = str(failure)
+    return _merged(first, again, asked, closed_end, error)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fetched:
+    """One verified fetch. `candles`: all that is good, ascending. `has_foreign`: a response of another
+    instrument was among it."""
+
+    window: TimeRange
+    kept: tuple[Delivery, ...]
+    rejected: tuple[RejectedRows, ...]
+    candles: Candles
+    requests: int
+    warnings: tuple[str, ...]
+    has_foreign: bool
+
+
+def _fetch(provider: Provider, series: Series, window: TimeRange, grid: Grid, closed_end: int) -> _Fetched:
+    answer = provider.fetch(series, window)
+    kept: list[Delivery] = []
+    rejected: list[RejectedRows] = []
+    has_foreign = False
+    for delivery in answer.deliveries:
+        verdict = verify(delivery.candles, window, grid, closed_end)
+        rejected += [RejectedRows.of(delivery.origin, part.reason, part.candles) for part in verdict.rejected]
+        good, strange = verdict.good, foreign(verdict.good, delivery.seams)
+        if strange.any():
+            has_foreign = True
+            rejected.append(RejectedRows.of(delivery.origin, Reason.WRONG_SYMBOL, good.take(strange)))
+            good = good.take(~strange)
+        kept.append(delivery.with_candles(good))
+    candles = Candles.concat([delivery.candles for delivery in kept]).sorted()
+    return _Fetched(
+        window, tuple(kept), tuple(rejected), candles, answer.requests, answer.warnings, has_foreign
+    )
+
+
+def _windows_again(
+    provider: Provider, asked: RangeRequest, lacking: Instants, grid: Grid, closed_end: int, *, widen: bool
+) -> list[TimeRange]:
+    """Where to request once more: what is lacking, with a neighbour on either side; `widen`: with the
+    neighbourhood that `no_trade` judges by, where that reaches beyond the window."""
+    timeframe = asked.series.timeframe
+    ranges = RangeSet.from_arrays(lacking, grid.closes(lacking)).merge_closer_than(
+        provider.capabilities.page(timeframe) * timeframe.micros
+    )
+    found = []
+    for part in ranges:
+        low, high = grid.previous_open(part.start), grid.next_open(part.end)
+        start = part.start if low is None else low
+        end = part.end if high is None else int(grid.closes(np.array([high]))[0])
+        if widen:
+            start, end = _widened(TimeRange(start, end), asked.window, grid)
+        if asked.since is not None:
+            start = max(start, min(asked.since, part.start))
+        found.append(TimeRange(start, max(start, min(end, max(closed_end, part.end)))))
+    return found
+
+
+def _widened(window: TimeRange, known: TimeRange, grid: Grid) -> tuple[int, int]:
+    """The window with NEIGHBOURS candles on either side, except on a side where `known` holds them."""
+    low, high = grid.rank(np.array([window.start, window.end])).tolist()
+    edges = grid.at(np.array([max(low - NEIGHBOURS, 0), high + NEIGHBOURS])).tolist()
+    start = window.start if edges[0] >= known.start else edges[0]
+    end = window.end if edges[1] <= known.end else edges[1]
+    return start, end
+
+
+def _merged(
+    first: _Fetched, again: Sequence[_Fetched], asked: RangeRequest, closed_end: int, error: str | None
+) -> _Native:
+    """The first answer, completed by what the second one has of what it lacked."""
+    kept, have = list(first.kept), first.candles.ts
+    for more in again:
+        for delivery in more.kept:
+            fresh = delivery.candles.take(~np.isin(delivery.candles.ts, have))
+            if len(fresh):
+                kept.append(replace(delivery.with_candles(fresh), seams=_NONE))
+                have = np.union1d(have, fresh.ts)
+    rejected = [*first.rejected, *(part for more in again for part in more.rejected)]
+    lacking = missing_of(_before(asked.wanted, closed_end), have)
+    between = lacking[(lacking > have.min()) & (lacking < have.max())] if len(have) else _NONE
+    grid = grid_of(asked.series)
+    confirmed = _NONE if error else between[~_holding(between, rejected, grid)]
+    answer = ProviderAnswer(
+        kept=tuple(delivery for delivery in kept if len(delivery.candles)),
+        rejected=tuple(_still_rejected(rejected, have)),
+        lacking=lacking,
+        confirmed=confirmed,
+        absent=RangeSet.from_arrays(confirmed, grid.closes(confirmed)),
+        requests=first.requests + sum(more.requests for more in again),
+        warnings=tuple(dict.fromkeys((*first.warnings, *(w for more in again for w in more.warnings)))),
+        error=error,
+    )
+    return _Native(answer, RangeSet([first.window, *(more.window for more in again)]))
+
+
+def _still_rejected(rejected: Sequence[RejectedRows], have: Instants) -> list[RejectedRows]:
+    """Rows of a response of another instrument are no news where the second request brought the right ones."""
+    found = []
+    for part in rejected:
+        if part.reason is Reason.WRONG_SYMBOL and np.isin(part.candles.ts, have).all():
+            continue
+        found.append(part)
+    return found
+
+
+def _holding(opens: Instants, rejected: Sequence[RejectedRows], grid: Grid) -> NDArray[np.bool_]:
+    """In which of these intervals rejected rows lie, on the grid or off it; `opens` ascending."""
+    ts = np.sort(np.concatenate([_NONE, *(part.candles.ts for part in rejected)]))
+    return np.searchsorted(ts, opens) < np.searchsorted(ts, grid.closes(opens))
+
+
+def _before(opens: Instants, end: int) -> Instants:
+    return opens[: int(np.searchsorted(opens, end))]
+
+
+# Derived candles ----------------------------------------------------------------------------------------
+
+
+def _request_derived(provider: Provider, asked: RangeRequest, parts: Series) -> ProviderAnswer:
+    """Requests the parts and derives. A part that is absent without being a no-trade interval leaves its
+    candle absent; rejected parts are quarantined as they came."""
+    coarse, fine = grid_of(asked.series), grid_of(parts)
+    span = parts_span(coarse, asked.window)
+    if asked.since is not None:
+        span = TimeRange(max(span.start, min(asked.since, span.end)), span.end)
+    closed_end = fine.closed_end(asked.now - GRACE)
+    wanted = _before(fine.opens(span), closed_end)
+    if not len(wanted):
+        return ProviderAnswer((), (), asked.wanted, _NONE)
+    native = _request_native(provider, replace(asked, series=parts, wanted=wanted, window=span), widen=True)
+    answer = native.answer
+    candles = answer.candles
+    quiet = _quiet_parts(native, candles, asked, fine, closed_end)
+    made = derive(candles, fine, coarse, asked.window, quiet)
+    closed = coarse.closed_end(asked.now - GRACE)
+    kept = _derived_delivery(answer.kept, made.candles.within(TimeRange(0, max(closed, 0))))
+    lacking = missing_of(_before(asked.wanted, closed), kept[0].candles.ts if kept else _NONE)
+    return replace(
+        answer,
+        kept=kept,
+        rejected=tuple(
+            replace(part, owners=owners(made.opens, coarse, part.candles.ts)) for part in answer.rejected
+        ),
+        lacking=lacking,
+        confirmed=_wholly_absent(made, lacking, answer.confirmed, coarse),
+        partial=tuple(_partial(made, lacking)),
+    )
+
+
+def _quiet_parts(
+    native: _Native, candles: Candles, asked: RangeRequest, fine: Grid, closed_end: int
+) -> Instants:
+    """The absent parts that are no-trade intervals, by the one rule."""
+    covered = native.covered & RangeSet([TimeRange(native.covered.hull.start, closed_end)])
+    expected = np.concatenate([_NONE, *(fine.opens(part) for part in covered)])
+    absent = missing_of(expected, candles.ts)
+    confirmed = native.answer.confirmed
+    closes = fine.closes(absent)
+    twice = absent[
+        asked.absent_elsewhere.contains(absent)
+        & asked.absent_elsewhere.contains(np.maximum(closes - 1, absent))
+    ]
+    mask = no_trade(Absent.of(absent, confirmed, twice), covered, fine, asked.closed)
+    return absent[mask]
+
+
+def _derived_delivery(parts: Sequence[Delivery], candles: Candles) -> tuple[Delivery, ...]:
+    """One delivery: the request of the parts is its source."""
+    if not len(candles) or not parts:
+        return ()
+    return (Delivery(candles, replace(parts[0].origin, transport=Transport.DERIVED)),)
+
+
+def _wholly_absent(made: Derived, lacking: Instants, confirmed: Instants, coarse: Grid) -> Instants:
+    """The lacking candles of which every part is confirmed to be absent."""
+    if not len(made.opens):
+        return _NONE
+    index = np.searchsorted(coarse.closes(made.opens), confirmed, side="right")
+    counted = np.bincount(index[index < len(made.opens)], minlength=len(made.opens))
+    return np.intersect1d(lacking, made.opens[(counted == made.expected) & (made.expected > 0)])
+
+
+def _partial(made: Derived, lacking: Instants) -> list[tuple[str, Instants]]:
+    """The candles of which some parts are there and others missing, by how many."""
+    mask = made.partial & np.isin(made.opens, lacking)
+    kinds = sorted(set(zip(made.present[mask].tolist(), made.expected[mask].tolist(), strict=True)))
+    return [
+        (
+            f"derived from {present} of {expected} parts",
+            made.opens[mask & (made.present == present) & (made.expected == expected)],
+        )
+        for present, expected in kinds
+    ]

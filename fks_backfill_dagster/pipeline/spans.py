@@ -1,0 +1,151 @@
+"""The spans of a plan, fetched a few ahead and given in order; each is compared with its neighbours.
+
+A response of another instrument that fills a whole span shows nothing strange inside it. It shows at its edges:
+neighbouring spans share a candle where neighbours were requested along, and a span that begins with a jump and
+ends with the same jump back is not of the market around it. A suspect span is fetched once more; if that does
+not help, the provider's candles are quarantined and the next providers are requested.
+
+Belongs here: the order, the look-ahead and the comparison. Does not belong here: what one span is (`fallback`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.continuity import contradict, foreign
+from fks_backfill_dagster.domain.delivery import RejectedRows
+from fks_backfill_dagster.domain.quality import Reason
+from fks_backfill_dagster.domain.ranges import Instants
+from fks_backfill_dagster.ledger.records import Evidence, Outcome
+from fks_backfill_dagster.ledger.settle import Response
+from fks_backfill_dagster.pipeline.fallback import Fetched, ProviderChain
+from fks_backfill_dagster.pipeline.plan import Batch, Plan
+
+Span = tuple[Batch, ...]
+
+_NONE = np.empty(0, dtype=np.int64)
+
+
+def fetch_spans(
+    chain: ProviderChain, plan: Plan, spans: Sequence[Span], ahead: int
+) -> Iterator[tuple[Span, Fetched]]:
+    """What the providers gave for every span, in order; at most `ahead` spans and two are in memory."""
+    rest = iter(spans)
+    waiting: deque[tuple[Span, Future[Fetched]]] = deque()
+    pool = ThreadPoolExecutor(ahead, thread_name_prefix="fetch")
+
+    def fill() -> None:
+        while len(waiting) <= ahead and (span := next(rest, None)) is not None:
+            waiting.append((span, pool.submit(chain.fetch, span, plan)))
+
+    try:
+        before: Fetched | None = None
+        fill()
+        while waiting:
+            span, future = waiting.popleft()
+            fill()
+            found = _checked(chain, plan, span, future.result(), before, waiting)
+            yield span, found
+            before = found
+    finally:
+        chain.stop()
+        # A fetcher may be in the middle of a retry: nothing waits for it after an interruption.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _checked(
+    chain: ProviderChain,
+    plan: Plan,
+    span: Span,
+    found: Fetched,
+    before: Fetched | None,
+    waiting: deque[tuple[Span, Future[Fetched]]],
+) -> Fetched:
+    """The span as it is to be committed: as it came, fetched once more, or without a suspect provider."""
+
+    def following(count: int) -> Fetched | None:
+        return waiting[count][1].result() if count < len(waiting) else None
+
+    if before is None and not waiting:
+        return found
+    if _suspect(found, before, following) is None:
+        return found
+    again = chain.fetch(span, plan)
+    again.requests += found.requests
+    found, name = again, _suspect(again, before, following)
+    return found if name is None else _without(chain, plan, span, found, name)
+
+
+def _suspect(
+    found: Fetched, before: Fetched | None, following: Callable[[int], Fetched | None]
+) -> str | None:
+    """The provider whose candles of the span belong to another instrument, as its neighbours show."""
+    for name in found.seen:
+        mine = found.seen[name]
+        left = _disagree(before, mine, name)
+        if left:
+            return name
+        after = following(0)
+        right = _disagree(after, mine, name)
+        if right and left is None:
+            # No candle before shows which of the two is wrong: the one after the next may.
+            beyond = following(1)
+            if after is None or not _disagree(beyond, after.seen[name], name):
+                return name
+        if _jumps_in_and_out(_own(before, name), _own(found, name), _own(after, name)):
+            return name
+    return None
+
+
+def _disagree(other: Fetched | None, mine: Candles, name: str) -> bool | None:
+    """Whether a neighbouring span gives other values for a candle that both hold; None: they share none."""
+    if other is None or name not in other.seen:
+        return None
+    theirs = other.seen[name]
+    if not np.isin(mine.ts, theirs.ts).any():
+        return None
+    return contradict(mine, theirs, _TOLERANCE)
+
+
+# Two responses of one sync about one closed candle are the same but for a correction of its last digits.
+_TOLERANCE = 0.01
+
+
+def _own(found: Fetched | None, name: str) -> Candles:
+    """The candles of a span that a provider gave, without its neighbours."""
+    if found is None:
+        return Candles.empty()
+    return Candles.concat([d.candles for d in found.deliveries if d.origin.provider == name]).sorted()
+
+
+def _jumps_in_and_out(before: Candles, mine: Candles, after: Candles) -> bool:
+    if not (len(before) and len(mine) and len(after)):
+        return False
+    last, first = before.take(slice(-1, None)), after.take(slice(0, 1))
+    seams: Instants = np.array([mine.ts[0], first.ts[0]])
+    if not last.ts[0] < mine.ts[0] <= mine.ts[-1] < first.ts[0]:
+        return False
+    return bool(foreign(Candles.concat([last, mine, first]), seams).any())
+
+
+def _without(chain: ProviderChain, plan: Plan, span: Span, found: Fetched, name: str) -> Fetched:
+    """What the other providers have of the span; what the suspect one gave is quarantined."""
+    others = chain.fetch(span, plan, without=frozenset((name,)))
+    others.requests += found.requests
+    mine = [delivery for delivery in found.deliveries if delivery.origin.provider == name]
+    others.rejected += [RejectedRows.of(d.origin, Reason.WRONG_SYMBOL, d.candles) for d in mine]
+    opens = np.unique(np.concatenate([_NONE, *(d.candles.ts for d in mine)]))
+    requested_at = max((d.origin.requested_at for d in mine), default=0)
+    text = "its candles do not continue those around them: they are quarantined as another symbol's"
+    others.responses.append(Response(Evidence(name, requested_at, Outcome.REJECTED, text), opens))
+    others.warnings.append(
+        f"{name}: {len(opens):,} candles are quarantined: they do not continue those around them"
+    )
+    others.recordable = True
+    others.failed = others.failed and not len(opens)
+    return others
