@@ -34,6 +34,7 @@ NEIGHBOURS = 500
 
 _CHANCE = 0.001
 _PRIOR_RUNS = 5
+_WITNESSES = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,8 +115,9 @@ def _fits(runs: _Runs, rank: Instants, covered: RangeSet, grid: Grid) -> Mask:
 
     The neighbourhood's shorter runs (of single candles: the others) tell how often a run begins, and how
     often one goes on. Longer ones are not asked: two outages must not explain one another. A run fits if at
-    least _CHANCE runs of its length are expected in its neighbourhood. Where no other candle is absent
-    nothing is known of intervals without trades, and no run fits.
+    least _CHANCE runs of its length are expected in its neighbourhood, and as many shorter ones are there as
+    it has candles (at most _WITNESSES are needed): where no other candle is absent nothing is known of
+    intervals without trades, and no run fits.
     """
     low, high = runs.first - NEIGHBOURS, runs.last + 1 + NEIGHBOURS
     covered_below = _counter(covered, grid)
@@ -133,7 +135,7 @@ def _fits(runs: _Runs, rank: Instants, covered: RangeSet, grid: Grid) -> Mask:
     share = begun / np.maximum(stored, 1)
     going_on = np.minimum((gone_on + _PRIOR_RUNS * share) / (begun + _PRIOR_RUNS), 1.0)
     expected = begun * going_on ** np.maximum(runs.length - 1, 0)
-    fits: Mask = runs.candidate & (begun > 0) & (expected >= _CHANCE)
+    fits: Mask = runs.candidate & (begun >= np.clip(runs.length, 1, _WITNESSES)) & (expected >= _CHANCE)
     return fits
 
 

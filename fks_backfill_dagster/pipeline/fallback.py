@@ -261,6 +261,11 @@ class ProviderChain:
             left = left[left >= edge]
         return _Question(name, provider, within, now, first, since, tuple(excluded))
 
+    def reaches(self, name: str, instant: int | None) -> bool:
+        """Whether the provider's depth reaches before an instant; None: of course."""
+        reach = self._providers[name].capabilities.reach(self.series.timeframe, self.options.clock())
+        return instant is None or reach is None or reach < instant
+
     def listed_at(self, name: str) -> int | None:
         """The provider's claim of its first candle; see `Provider.listed_at`."""
         return self._providers[name].listed_at(self.series)

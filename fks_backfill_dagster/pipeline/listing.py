@@ -10,11 +10,14 @@ Belongs here: the rules, and asking providers for claims. Does not belong here: 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import numpy as np
+
+from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.series import Series
-from fks_backfill_dagster.domain.timeframe import iso, to_datetime, to_micros
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_WEEK, Timeframe, iso, to_datetime, to_micros
 from fks_backfill_dagster.pipeline.fallback import ProviderChain
 from fks_backfill_dagster.providers.base import Cancelled, ProviderError, UnknownSymbol
 from fks_backfill_dagster.store import ledger
@@ -24,7 +27,8 @@ from fks_backfill_dagster.store.ledger import CLAIM, OBSERVATION, Listing
 
 @dataclass(frozen=True, slots=True)
 class Listings:
-    """What is known of a symbol's beginning, by eligible provider. `claims` by name; `silent` make none."""
+    """What is known of a symbol's beginning: `claims` by eligible provider. `silent`: providers that make no
+    claim, have not been requested for what lies before the claims, and could have it."""
 
     claims: Mapping[str, Listing]
     silent: frozenset[str] = frozenset()
@@ -39,30 +43,42 @@ class Listings:
         """The earliest claim; None where no provider makes one."""
         return None if self.first is None else self.claims[self.first].listed_at
 
-    @property
-    def settled(self) -> bool:
-        """Whether nothing can lie before the earliest claim: every provider's candles have borne theirs out."""
-        return not self.silent and all(one.kind == OBSERVATION for one in self.claims.values())
-
-    def since(self, name: str) -> int | None:
+    def since(self, name: str) -> int:
         """From when on a provider is requested: the month of its claim, whose archive may hold earlier
         candles than its API, at no further cost."""
-        claim = self.claims.get(name)
-        return None if claim is None else month_start(claim.listed_at)
+        return month_start(self.claims[name].listed_at)
 
-    def requested_from(self, start: int) -> int:
-        """Where a sync that is asked from `start` begins to request."""
+    def requested_from(self, start: int, grid: Grid, is_covered: Callable[[int], bool]) -> int:
+        """Where a sync that is asked from `start` begins to request; `is_covered`: whether an open is synced."""
         if self.earliest is None or self.silent:
             return start
-        if self.settled:
-            return max(start, self.earliest)
-        return max(start, min(month_start(one.listed_at) for one in self.claims.values()))
+        first = first_open(grid, self.earliest)
+        if is_covered(first):  # requested before, with what might lie before it
+            return max(start, first)
+        return max(start, min(self.since(name) for name in self.claims))
+
+    def beginning(self, grid: Grid) -> int | None:
+        """The open before which absent candles are not expected until one is found. What was observed in
+        coarse candles may begin later in fine ones."""
+        if self.first is None or self.earliest is None:
+            return None
+        observed = self.claims[self.first].kind == OBSERVATION
+        return first_open(grid, self.earliest + (MICROS_PER_WEEK if observed else 0))
 
     def __str__(self) -> str:
         assert self.first is not None
         claim = self.claims[self.first]
         verb = "lists it since" if claim.kind == CLAIM else "has it since"
         return f"{self.first} {verb} {iso(claim.listed_at)}"
+
+
+def first_open(grid: Grid, listed_at: int) -> int:
+    """The open of the first candle of a symbol: of the one that contains its listing, or else the next."""
+    before = grid.previous_open(listed_at + 1)
+    if before is not None and int(grid.closes(np.array([before]))[0]) > listed_at:
+        return before
+    following = grid.next_open(listed_at)
+    return listed_at if following is None else following
 
 
 def month_start(instant: int) -> int:
@@ -97,15 +113,20 @@ def find_listings(
             answer = _ask(database, series, chain, name, now, warn)
             # What it does not claim any more may still be what its candles show.
             claim = answer if answer is not None else claim if claim and claim.kind == OBSERVATION else None
-        if claim is not None and name in oldest and oldest[name] < claim.listed_at:
-            claim = Listing(oldest[name], CLAIM)
         if name not in chain.names:
             continue
         if claim is None:
             silent.add(name)
         else:
-            claims[name] = claim
-    return Listings(claims, frozenset(silent))
+            claims[name] = _borne_out(claim, oldest.get(name, {}))
+    found = Listings(claims)
+    return Listings(claims, frozenset(name for name in silent if chain.reaches(name, found.earliest)))
+
+
+def _borne_out(claim: Listing, oldest: Mapping[Timeframe, int]) -> Listing:
+    """The claim, unless stored candles of its provider closed before it."""
+    refuting = [ts for timeframe, ts in oldest.items() if ts + timeframe.micros <= claim.listed_at]
+    return Listing(min(refuting), OBSERVATION) if refuting else claim
 
 
 def _ask(
@@ -146,19 +167,18 @@ def _ask(
 class Beginning:
     """Where the history of a series begins, as a sync finds out while it commits in ascending order.
 
-    `claimed`: the earliest claim, None: there is none to go by. Until a candle is found, absent candles before
-    it are not expected.
+    claimed: the open before which absent candles are not expected until one is found; None: there is no
+    claim to go by. found: where what is expected begins.
     """
 
     claimed: int | None
     found: int | None = None
-    doubtful: bool = field(default=False)
 
     def cut(self, start: int, end: int, first: int | None) -> int:
         """Where what is expected of `[start, end)` begins; `first` is its first candle that a provider gave."""
-        if self.claimed is None or self.found is not None or start >= self.claimed:
+        if self.claimed is None or self.found is not None:
             return start
-        if first is None or first >= self.claimed:
-            return min(self.claimed, end)
-        self.found = first
-        return first
+        if first is None and end <= self.claimed:
+            return end
+        self.found = max(start, self.claimed if first is None else min(first, self.claimed))
+        return self.found

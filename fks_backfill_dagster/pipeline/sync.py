@@ -138,16 +138,17 @@ def sync(
     for message in chain.warnings:
         listen(Warned(series, message))
     _reopen(context, series)
-    work = _Work(context, series, chain, run_id, listen)
     plan, listings = _plan(context, series, window, chain, scope, recheck, listen)
+    work = _Work(context, series, chain, run_id, listen)
     listen(Planned(series, plan, chain.names))
     work.run(plan, listings)
-    if work.refuted(listings) and window.start < plan.window.start:
+    if window.start < plan.window.start and (refuted := work.refuted(listings)):
         earlier = TimeRange(window.start, plan.window.start)
         more = _planned(context, series, earlier, chain, scope, recheck)
-        chain.listed.clear()
+        for name in refuted:
+            chain.listed.pop(name, None)
         listen(Planned(series, more, chain.names))
-        work.run(more, replace(listings, claims={}))
+        work.run(more, listings)
         plan = _joined(more, plan)
     return work.report(plan, listings, window, time.monotonic() - began)
 
@@ -233,10 +234,14 @@ def _plan(
         context.database, series, chain, window.start, context.clock(), warn, ask_again=recheck
     )
     for name in listings.claims:
-        since = listings.since(name)
-        if since is not None:
-            chain.listed[name] = since
-    start = min(window.end, listings.requested_from(window.start))
+        chain.listed[name] = listings.since(name)
+
+    def is_covered(ts: int) -> bool:
+        with context.database.begin() as connection:
+            identity = ledger.series_id(connection, series)
+            return bool(ledger.known(connection, identity, TimeRange(ts, ts + 1)).synced)
+
+    start = min(window.end, listings.requested_from(window.start, grid_of(series), is_covered))
     plan = _planned(context, series, TimeRange(start, window.end), chain, scope, recheck)
     if window and not plan.window:
         chain.warnings.append(_nothing_possible(series, window, listings))
@@ -326,7 +331,7 @@ class _Work:
             if known is None and not plan.batches:
                 return  # requesting nothing makes no series
             self.identity = identity = ledger.register(connection, self.series)
-        self.beginning = Beginning(listings.earliest, self._oldest if self._oldest_before(listings) else None)
+        self.beginning = Beginning(self._claimed(plan, listings))
         with _lease(self.context.database, identity) as owner:
             error: str | None = None
             interrupted = False
@@ -348,8 +353,13 @@ class _Work:
                         ledger.end_sync(connection, identity, owner, error)
         self._remember_beginnings(plan, listings)
 
-    def _oldest_before(self, listings: Listings) -> bool:
-        return self._oldest is not None and (listings.earliest is None or self._oldest < listings.earliest)
+    def _claimed(self, plan: Plan, listings: Listings) -> int | None:
+        """The open before which absent candles are not expected; None where the plan begins behind it, or the
+        series holds candles from before the plan."""
+        claimed = listings.beginning(self.grid)
+        if claimed is None or plan.window.start >= claimed:
+            return None
+        return None if self._oldest is not None and self._oldest < plan.window.start else claimed
 
     def _found_nothing(self, plan: Plan) -> str | None:
         """The error of a sync after which its whole range holds no candle, whoever responded; else None."""
@@ -430,35 +440,35 @@ class _Work:
 
     # --- the beginning of the history
 
-    def refuted(self, listings: Listings) -> bool:
-        """Whether a provider gave candles from before the claims that had cut the range off."""
-        found = self.beginning.found
-        return found is not None and listings.earliest is not None and not listings.settled
+    def refuted(self, listings: Listings) -> set[str]:
+        """The providers that gave candles which closed before their own claim."""
+        step = self.series.timeframe.micros
+        return {
+            name
+            for name, claim in listings.claims.items()
+            if self.first_given.get(name, claim.listed_at) + step <= claim.listed_at
+        }
 
     def _remember_beginnings(self, plan: Plan, listings: Listings) -> None:
-        """Keeps what the candles show of each provider's beginning, where the sync has looked before it."""
-        earliest = listings.earliest
-        if earliest is None or listings.settled or self.failed or not plan.batches:
+        """Keeps what the candles of a provider show of its beginning: where they refute its claim, and where it
+        makes none and was requested for what lies before."""
+        if self.failed or not plan.batches:
             return
-        if plan.batches[0].window.start >= earliest:
-            return
-        begin = earliest if self.beginning.found is None else self.beginning.found
+        shown = self.refuted(listings)
+        if listings.earliest is not None and plan.batches[0].window.start < listings.earliest:
+            shown |= {name for name in listings.silent if name in self.first_given}
         with self.context.database.begin() as connection:
-            for name in self.chain.names:
-                first = self.first_given.get(name)
-                if first is not None:
-                    at = (
-                        min(first, begin) if first < earliest else max(begin, _claimed(listings, name, begin))
-                    )
-                    ledger.remember_listing(connection, name, self.series.symbol, at, ledger.OBSERVATION)
+            for name in sorted(shown):
+                ledger.remember_listing(
+                    connection, name, self.series.symbol, self.first_given[name], ledger.OBSERVATION
+                )
 
     def _expected_window(self, plan: Plan) -> TimeRange:
         """The window without what lies before the first candle of the symbol."""
-        claimed, found = self.beginning.claimed, self.beginning.found
-        begin = claimed if found is None else found if claimed is None else min(found, claimed)
+        begin = self.beginning.claimed if self.beginning.found is None else self.beginning.found
         if begin is None or plan.window.start >= begin:
             return plan.window
-        return closed_window(plan.window, self.grid, self.context.clock(), begin)
+        return TimeRange(min(begin, plan.window.end), plan.window.end)
 
     def report(self, plan: Plan, listings: Listings, asked: TimeRange, seconds: float) -> SyncReport:
         """An error after which another provider filled in is a warning: nothing failed by it."""
@@ -514,11 +524,6 @@ class _Work:
             f"no provider can serve {self.series}; see `fks-backfill series providers`"
             " and provider_priority in the settings"
         )
-
-
-def _claimed(listings: Listings, name: str, otherwise: int) -> int:
-    claim = listings.claims.get(name)
-    return otherwise if claim is None else claim.listed_at
 
 
 def is_interruption(failure: BaseException) -> bool:

@@ -1,0 +1,230 @@
+"""The one rule for no-trade intervals, against a slow definition, real files and its promises."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fks_backfill_dagster.domain.grid import Grid
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY
+from fks_backfill_dagster.ledger.gaps import find_gaps, missing_of
+from fks_backfill_dagster.ledger.no_trade import NEIGHBOURS, Absent, no_trade
+from fks_backfill_dagster_tests.domain.builders import at, grid, read_csv, window
+
+SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
+
+MONTH = window("2024-03-01T00:00:00Z", "2024-04-01T00:00:00Z")
+NOWHERE = RangeSet()
+
+
+def judged(
+    opens: Instants, missing: Instants, of: Grid, covered: TimeRange, closed: RangeSet = NOWHERE
+) -> Instants:
+    """The no-trade intervals where one provider confirms all that is missing."""
+    return missing[no_trade(Absent.of(missing, missing), RangeSet([covered]), of, closed)]
+
+
+def slowly(absent: Absent, covered: TimeRange, of: Grid, closed: RangeSet) -> list[bool]:
+    """One run after the other, one candle after the other."""
+    low, high = of.rank(np.array([covered.start, covered.end])).tolist()
+    ranks = of.rank(absent.opens).tolist()
+    gone = set(ranks)
+    shut = dict(zip(ranks, closed.contains(absent.opens).tolist(), strict=True))
+    possible = dict(zip(ranks, (absent.confirmed | absent.decided).tolist(), strict=True))
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    length = {run[0]: sum(not shut[r] for r in run) for run in runs}
+    candidates = [run for run in runs if any(possible[r] for r in run) and length[run[0]]]
+    fits = {}
+    for run in runs:
+        first, last, size = run[0], run[-1], length[run[0]]
+        around = range(max(first - NEIGHBOURS, low), min(last + 1 + NEIGHBOURS, high))
+        stored = sum(r not in gone for r in around)
+        judges = [
+            other
+            for other in candidates
+            if other is not run
+            and first - NEIGHBOURS <= other[0] < last + 1 + NEIGHBOURS
+            and length[other[0]] < max(size, 2)
+        ]
+        share = len(judges) / max(stored, 1)
+        longer = sum(length[other[0]] > 1 for other in judges)
+        on = min((longer + 5 * share) / (len(judges) + 5), 1.0)
+        bracketed = first > low and last + 1 < high
+        whole = bool(of.holds_session(np.array([first]), np.array([last]))[0])
+        able = bracketed and not whole
+        fits[first] = (
+            able
+            and run in candidates
+            and len(judges) >= min(max(size, 1), 5)
+            and len(judges) * on ** max(size - 1, 0) >= 0.001,
+            able,
+        )
+    answers = []
+    for run in runs:
+        for rank in run:
+            index = ranks.index(rank)
+            fit, able = fits[run[0]]
+            says = shut[rank] or fit or (bool(absent.corroborated[index]) and able)
+            answers.append(bool(absent.decided[index]) or (bool(absent.confirmed[index]) and says))
+    return answers
+
+
+KINDS = [
+    ("crypto", "1m"),
+    ("crypto", "1d"),
+    ("stocks", "30m"),
+    ("stocks", "1d"),
+    ("forex", "1h"),
+    ("stocks", "4h"),
+]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from(KINDS),
+    days=st.integers(1, 40),
+    share=st.sampled_from([0.0, 0.02, 0.3, 0.9]),
+    holes=st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 60)), max_size=4),
+    seed=st.integers(0, 2**32),
+)
+def test_like_the_slow_definition(
+    kind: tuple[str, str], days: int, share: float, holes: list[tuple[int, int]], seed: int
+) -> None:
+    of = grid(*kind)
+    length = min(days, 2) if kind[1] == "1m" else days * (20 if kind[1] == "1d" else 1)
+    covered = TimeRange(MONTH.start, MONTH.start + length * MICROS_PER_DAY)
+    opens = of.opens(covered)
+    random = np.random.default_rng(seed)
+    gone = random.random(len(opens)) < share
+    for start, size in holes:
+        gone[start % max(len(opens), 1) :][:size] = True
+    missing = opens[gone]
+    masks = random.random((3, len(missing))) < np.array([[0.9], [0.2], [0.05]])
+    absent = Absent(missing, masks[0], masks[1], masks[2])
+    closed = RangeSet([TimeRange(covered.start, covered.start + MICROS_PER_DAY)]) if seed % 2 else NOWHERE
+    found = no_trade(absent, RangeSet([covered]), of, closed)
+    assert found.tolist() == slowly(absent, covered, of, closed)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    share=st.sampled_from([0.0, 0.01, 0.1, 0.4]),
+    start=st.integers(600, 3000),
+    size=st.integers(30, 2000),
+    seed=st.integers(0, 2**32),
+)
+def test_an_outage_is_never_no_trade(share: float, start: int, size: int, seed: int) -> None:
+    """However thin the market, forty per cent of quiet minutes at most: half an hour in a row is an outage."""
+    minutes = grid("crypto", "1m")
+    covered = TimeRange(MONTH.start, MONTH.start + 5 * MICROS_PER_DAY)
+    opens = minutes.opens(covered)
+    gone = np.random.default_rng(seed).random(len(opens)) < share
+    gone[start : start + size] = True
+    assert not np.isin(opens[start : start + size], judged(opens, opens[gone], minutes, covered)).any()
+
+
+@settings(deadline=None, max_examples=30)
+@given(share=st.sampled_from([0.03, 0.2, 0.56, 0.8]), seed=st.integers(0, 2**32))
+def test_random_quiet_minutes_are_no_trade(share: float, seed: int) -> None:
+    stocks = grid("stocks", "1m")
+    opens = stocks.opens(MONTH)
+    random = np.random.default_rng(seed)
+    missing = opens[1:-1][random.random(len(opens) - 2) < share]
+    left = missing_of(missing, judged(opens, missing, stocks, MONTH))
+    assert len(left) <= 0.01 * len(missing) + 3
+
+
+@settings(deadline=None, max_examples=30)
+@given(cuts=st.lists(st.integers(1, 4000), max_size=6), seed=st.integers(0, 2**32))
+def test_what_is_beyond_the_neighbourhood_changes_nothing(cuts: list[int], seed: int) -> None:
+    """So the verdict depends on no batch: it is the same as soon as the neighbourhood is covered."""
+    minutes = grid("crypto", "1m")
+    covered = TimeRange(MONTH.start, MONTH.start + 3 * MICROS_PER_DAY)
+    opens = minutes.opens(covered)
+    missing = opens[np.random.default_rng(seed).random(len(opens)) < 0.3]
+    whole = no_trade(Absent.of(missing, missing), RangeSet([covered]), minutes, NOWHERE)
+    edges = sorted({0, len(opens), *cuts})
+    for first, last in pairwise(edges):
+        low, high = max(first - 2 * NEIGHBOURS, 0), min(last + 2 * NEIGHBOURS, len(opens))
+        part = TimeRange(int(opens[low]), int(opens[high - 1]) + 60_000_000)
+        near = missing[(missing >= part.start) & (missing < part.end)]
+        mask = no_trade(Absent.of(near, near), RangeSet([part]), minutes, NOWHERE)
+        mine = (near >= opens[first]) & (near < opens[last - 1])
+        inside = (missing >= opens[first]) & (missing < opens[last - 1])
+        assert mask[mine].tolist() == whole[inside].tolist()
+
+
+def test_two_outages_do_not_explain_one_another() -> None:
+    minutes = grid("crypto", "1m")
+    covered = TimeRange(MONTH.start, MONTH.start + 3 * MICROS_PER_DAY)
+    opens = minutes.opens(covered)
+    missing = np.concatenate([opens[1000:1040], opens[1200:1240], opens[1400:1450]])
+    assert len(judged(opens, missing, minutes, covered)) == 0
+
+
+def test_a_whole_session_is_never_no_trade_unless_the_exchange_was_closed() -> None:
+    half_hours = grid("stocks", "30m")
+    opens = half_hours.opens(MONTH)
+    day = opens[(opens >= at("2024-03-13T00:00:00Z")) & (opens < at("2024-03-14T00:00:00Z"))]
+    assert len(day) == 13
+    twice = Absent.of(day, day, day)
+    covered = RangeSet([MONTH])
+    assert not no_trade(twice, covered, half_hours, NOWHERE).any()
+    closed = RangeSet([window("2024-03-13T00:00:00Z", "2024-03-14T00:00:00Z")])
+    assert no_trade(Absent.of(day, day), covered, half_hours, closed).all()
+    assert no_trade(Absent.of(day[1:], day[1:], day[1:]), covered, half_hours, NOWHERE).all()
+
+
+def test_a_day_of_a_stock_is_a_session() -> None:
+    days = grid("stocks", "1d")
+    opens = days.opens(window("2020-01-01T00:00:00Z", "2024-01-01T00:00:00Z"))
+    missing = opens[100:900:7]
+    covered = RangeSet([window("2020-01-01T00:00:00Z", "2024-01-01T00:00:00Z")])
+    assert not no_trade(Absent.of(missing, missing, missing), covered, days, NOWHERE).any()
+
+
+def test_an_absence_at_the_edge_is_not_decided() -> None:
+    minutes = grid("crypto", "1m")
+    covered = TimeRange(MONTH.start, MONTH.start + MICROS_PER_DAY)
+    opens = minutes.opens(covered)
+    missing = np.concatenate([opens[:2], opens[10:1400:5], opens[-1:]])
+    found = judged(opens, missing, minutes, covered)
+    assert np.array_equal(found, missing[2:-1])
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real files are only there beside the shared folder")
+class TestRealFiles:
+    def test_ticks_of_euro_dollar(self) -> None:
+        minutes = grid("forex", "1m")
+        stored = read_csv(SHARED / "forex/EURUSD-1m.csv.gz").ts
+        covered = TimeRange(int(stored[0]), int(stored[-1]) + 1)
+        missing = missing_of(minutes.opens(covered), stored)
+        assert (len(missing), len(judged(stored, missing, minutes, covered))) == (474, 471)
+
+    def test_hours_of_euro_dollar(self) -> None:
+        hours = grid("forex", "1h")
+        covered = window("2016-01-01T00:00:00Z", "2018-01-01T00:00:00Z")
+        missing = missing_of(hours.opens(covered), read_csv(SHARED / "forex/EURUSD-1h.csv.gz").ts)
+        assert len(missing) == 240
+        assert len(judged(missing, missing, hours, covered)) == 0
+
+    def test_an_afternoon_without_coinbase(self) -> None:
+        minutes = grid("crypto", "1m")
+        stored = read_csv(SHARED / "coinbase/BTCUSD-1m.csv.gz").ts
+        days = np.unique(stored - stored % MICROS_PER_DAY)
+        covered = RangeSet.from_arrays(days, days + MICROS_PER_DAY)
+        expected = np.concatenate([minutes.opens(day) for day in covered])
+        missing = missing_of(expected, stored)
+        found = missing[no_trade(Absent.of(missing, missing), covered, minutes, NOWHERE)]
+        assert [g.missing for g in find_gaps(missing_of(missing, found), minutes)] == [1, 432]
