@@ -167,8 +167,8 @@ class Binance:
         if end <= full and ask.end is not None:
             return Ask(ask.symbol, ask.timeframe, start, end, MAX_LIMIT)
         page = TimeRange(start, full + step.length)
-        outage = self._sandbox.outage("binance", ask.symbol)
-        if self._sandbox.replays or any(r.intersect(page) for r in outage):
+        absences = self._sandbox.absences("binance", ask.symbol)
+        if self._sandbox.replays or any(r.intersect(page) for r in absences):
             return Ask(ask.symbol, ask.timeframe, start, ask.end, ask.limit)
         return Ask(ask.symbol, ask.timeframe, start, full, MAX_LIMIT)
 

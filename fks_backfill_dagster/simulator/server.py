@@ -33,7 +33,7 @@ from fks_backfill_dagster.simulator.binance import Binance
 from fks_backfill_dagster.simulator.coingecko import CoinGecko
 from fks_backfill_dagster.simulator.config import PROVIDERS, MarketConfig
 from fks_backfill_dagster.simulator.control import Control
-from fks_backfill_dagster.simulator.faults import ROWS, TRANSPORT, Fault, Kind, spoil
+from fks_backfill_dagster.simulator.faults import ROWS, TRANSPORT, Asked, Fault, Kind, Page, mixed, spoil
 from fks_backfill_dagster.simulator.journal import Entry, without_key
 from fks_backfill_dagster.simulator.oanda import Oanda
 from fks_backfill_dagster.simulator.polygon import Polygon
@@ -95,11 +95,12 @@ class ProviderApp:
         answer = self._face.answer(call)
         with_rows = answer.rows is not None and answer.reply.status == 200
         kinds = TRANSPORT | ROWS if with_rows else TRANSPORT
-        fault = self._sandbox.faults.pick(self._face.name, kinds, answer.symbol, target, answer.span)
+        held = Page(Asked(answer.span), lambda: _stamps(answer))
+        fault = self._sandbox.faults.pick(self._face.name, kinds, answer.symbol, target, held)
         if fault is None:
             return _Outcome(answer, answer.fault)
         if fault.kind is Kind.OTHER_SYMBOL and answer.symbol is not None:
-            return _Outcome(self._face.impostor(call, answer.symbol), fault)
+            return _Outcome(_other(answer, self._face.impostor(call, answer.symbol), fault), fault)
         return _Outcome(replace(answer, reply=self._faulty(answer, fault)), fault)
 
     def _faulty(self, answer: Answer, fault: Fault) -> Reply:
@@ -145,6 +146,25 @@ class ProviderApp:
             return
         body = b"" if kind is Kind.DRIP else reply.body
         await send({"type": "http.response.body", "body": body})
+
+
+def _stamps(answer: Answer) -> list[int]:
+    """When the rows of a JSON page open (or close, if that is what its stamps are), in microseconds."""
+    rows = answer.rows
+    if rows is None:
+        return []
+    return [int(row[rows.fields.ts]) * rows.unit for row in rows.take(orjson.loads(answer.reply.body))]
+
+
+def _other(honest: Answer, impostor: Answer, fault: Fault) -> Answer:
+    """The page of another symbol; with `fault.only` the honest one with some of its rows."""
+    rows = honest.rows
+    if fault.only is None or rows is None or impostor.reply.status != 200:
+        return impostor
+    document = orjson.loads(honest.reply.body)
+    theirs = rows.take(orjson.loads(impostor.reply.body))
+    body = rows.put(document, mixed(rows.take(document), theirs, rows.fields, rows.unit, fault.only))
+    return replace(honest, reply=replace(honest.reply, body=body))
 
 
 def _spoiled(answer: Answer, fault: Fault) -> bytes:

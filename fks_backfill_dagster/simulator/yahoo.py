@@ -158,7 +158,8 @@ class Yahoo:
         splits = self._sandbox.splits_of(what.name)
         if ask.interval != "1wk":
             return adjusted(self._sandbox.framed("yahoo", what, frame), splits)
-        return fill(adjusted(self._sandbox.framed("yahoo", what, _DAYS.frame(frame.hull)), splits), frame)
+        days = adjusted(self._sandbox.framed("yahoo", what, _DAYS.frame(frame.hull)), splits)
+        return self._sandbox.held_of("yahoo", what, fill(days, frame), frame)
 
     def _columns(self, bars: Bars, frame: Frame) -> dict[str, list[float | int | None]]:
         """One value for every bar of the frame, null for those without a trade."""
