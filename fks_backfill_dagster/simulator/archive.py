@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 
@@ -82,7 +82,7 @@ class Archives:
     def error(self, status: int, retry_after: int) -> Reply:
         return Reply(b"<Error><Code>InternalError</Code></Error>", status, "application/xml")
 
-    def impostor(self, call: Call, symbol: str) -> Answer:
+    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
         return self.answer(call)
 
     def answer(self, call: Call) -> Answer:
@@ -145,11 +145,9 @@ class Archives:
     def _spoiled(self, archive: Archive, fault: Fault) -> bytes:
         fields, unit = binance.ROWS.fields, _unit(archive.period)
         if fault.kind is Kind.OTHER_SYMBOL:
-            other = (
-                self._sandbox.other_symbol("binance", Instrument(AssetClass.CRYPTO, archive.symbol))
-                or archive.symbol
-            )
-            theirs = Archive(other, archive.timeframe, archive.grain, archive.period)
+            asked = Instrument(AssetClass.CRYPTO, archive.symbol)
+            other = self._sandbox.other_symbol("binance", asked, fault.other) or archive.symbol
+            theirs = replace(archive, symbol=other)
             if fault.only is None:
                 return _zipped(archive.name, self._text(theirs))
             rows = mixed(self._rows(archive), self._rows(theirs), fields, unit, fault.only)

@@ -88,8 +88,8 @@ class Binance:
             return Answer(reply, endpoint, weight, symbol=call.query.get("symbol"))
         return Answer(Reply(b"<html><body><h2>404 Not found</h2></body></html>", 404, "text/html"), "unknown")
 
-    def impostor(self, call: Call, symbol: str) -> Answer:
-        other = self._sandbox.other_symbol("binance", Instrument(AssetClass.CRYPTO, symbol))
+    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
+        other = self._sandbox.other_symbol("binance", Instrument(AssetClass.CRYPTO, symbol), other)
         if other is None:
             return self.answer(call)
         query = {**call.query, "symbol": other}

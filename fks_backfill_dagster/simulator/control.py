@@ -167,6 +167,11 @@ class Control:
             raise Refused(f"rows_start and rows_end are for faults of rows, and {kind} is none")
         if symbol := options.pop("symbol", None):
             options["symbol"] = self._faces[provider].spell(plain_symbol(symbol))
+        if other := options.get("other"):
+            if kind is not Kind.OTHER_SYMBOL:
+                raise Refused(f"other is for the fault other_symbol, not for {kind}")
+            market = "binance" if provider == "archive" else provider
+            options["other"] = self._instrument(market, other).name
         if (body := options.get("body")) is not None and not isinstance(body, str):
             options["body"] = json.dumps(body)
         for name, number in options.items():

@@ -72,7 +72,7 @@ class Fault:
     window and only narrow down which requests match. Of those, the first to get it is the nth; count of
     them get it (None: all from there on); or probability, per request. status and body (in place of the
     provider's own) are of kind status, seconds of hang, drip and Retry-After, rows how many rows a row
-    fault changes.
+    fault changes, other (a plain symbol) of other_symbol.
 
     window: requests that touch it match; a fault of rows needs an answer with a row in it. Kinds that
     change single rows change those in it. only: the same, and nothing but rows in it is changed by any
@@ -93,6 +93,7 @@ class Fault:
     body: str | None = None
     seconds: float = 1.0
     rows: int = 10
+    other: str | None = None
 
     @property
     def windows(self) -> tuple[TimeRange, ...]:

@@ -118,10 +118,10 @@ class Polygon:
         found = self._sandbox.find("polygon", plain)
         return plain if found is None else _ticker(found.asset_class, plain)
 
-    def impostor(self, call: Call, symbol: str) -> Answer:
+    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
         asked = self._instrument(symbol)
-        other = asked and self._sandbox.other_symbol("polygon", asked)
-        if not asked or not other:
+        other = None if asked is None else self._sandbox.other_symbol("polygon", asked, other)
+        if asked is None or other is None:
             return self.answer(call)
         ticker = _ticker(asked.asset_class, other)
         path = call.path.replace(f"/ticker/{symbol}/", f"/ticker/{ticker}/")

@@ -100,7 +100,9 @@ class ProviderApp:
         if fault is None:
             return _Outcome(answer, answer.fault)
         if fault.kind is Kind.OTHER_SYMBOL and answer.symbol is not None:
-            return _Outcome(_other(answer, self._face.impostor(call, answer.symbol), fault), fault)
+            return _Outcome(
+                _other(answer, self._face.impostor(call, answer.symbol, fault.other), fault), fault
+            )
         return _Outcome(replace(answer, reply=self._faulty(answer, fault)), fault)
 
     def _faulty(self, answer: Answer, fault: Fault) -> Reply:

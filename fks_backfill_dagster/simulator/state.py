@@ -249,9 +249,11 @@ class Sandbox:
     def _offset(self, provider: str) -> int:
         return self.config.polygon_offset_ppm if provider == "polygon" else 0
 
-    def other_symbol(self, provider: str, what: Instrument) -> str | None:
-        """An instrument of the same kind that is another one; None where a replay has only this one."""
-        names = self._market(provider, what).symbols()
+    def other_symbol(self, provider: str, what: Instrument, wanted: str | None = None) -> str | None:
+        """An instrument of the same kind that is another one: the one that is wanted (a plain symbol), if
+        it is one, else any; None where a replay has only this one."""
+        found = None if wanted is None else self.known(provider, what.asset_class, wanted)
+        names = [*([found.name] if found else []), *self._market(provider, what).symbols()]
         return next((name for name in names if name != what.name), None)
 
 
