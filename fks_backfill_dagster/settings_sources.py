@@ -107,6 +107,10 @@ class Places:
                 inside = f" {dotted(location)}:" if length < len(location) else ""
                 self.note(f"environment {variable}:{inside} {text}")
                 return
+        below = [name for at, name in self.variables.items() if at[: len(location)] == location]
+        if below and location not in self.lines:  # the name of a section that only this variable has made
+            self.note(f"environment {below[0]}: {dotted(location)}: {text}")
+            return
         for length in range(len(location), -1, -1):
             line = self.lines.get(location[:length])
             if line is not None:

@@ -43,6 +43,8 @@ from fks_backfill_dagster.simulator.yahoo import Yahoo
 
 _HTML = Reply(b"<!DOCTYPE html><html><body><h1>We'll be back soon</h1></body></html>", media_type="text/html")
 _DRIPS = 20
+TITLE = "fks-backfill local market"
+"""How the front page begins."""
 
 
 class PortInUse(OSError):
@@ -251,7 +253,7 @@ def _front_page(sandbox: Sandbox, url: str) -> str:
     kind = f"replay of {sandbox.config.replay}" if sandbox.replays else "synthetic"
     symbols = "\n".join(f"  {provider:13} {', '.join(sandbox.symbols(provider))}" for provider in PROVIDERS)
     return (
-        f"fks-backfill local market ({kind}), its clock: {iso(sandbox.clock.now())}\n\n"
+        f"{TITLE} ({kind}), its clock: {iso(sandbox.clock.now())}\n\n"
         f"Binance REST      {url}/binance/api/v3/klines?symbol=BTCUSDT&interval=1h\n"
         f"Binance archives  {url}/archive/data/spot/monthly/klines/...\n"
         f"Polygon           {url}/polygon/v2/aggs/ticker/X:BTCUSD/range/1/hour/2024-01-01/2024-01-02\n"
@@ -314,5 +316,9 @@ def run(config: MarketConfig, on_start: Callable[[str], None] | None = None) -> 
 
 def address(config: MarketConfig, sock: socket.socket) -> str:
     """The URL of a listening socket, with the port it really got."""
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"http://{host}:{sock.getsockname()[1]}"
+    return url_of(config.host, sock.getsockname()[1])
+
+
+def url_of(host: str, port: int) -> str:
+    """The URL of a sandbox at `host` and `port`."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
