@@ -11,7 +11,7 @@ from fks_backfill_dagster.cli.choosing import Moment, usage
 from fks_backfill_dagster.cli.speaking import Failed, answer, answer_json, example, json_option, tell
 
 MARKET_PORT = 8899
-SIMULATE_HOME = "simulate"
+SANDBOX_HOME = "sandbox"
 """The folder below the usual home that keeps what comes from a local market."""
 DAGSTER_PORT = 3000
 
@@ -130,7 +130,7 @@ def down(as_json: bool) -> None:
     "--home",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help=f"The FKS_HOME that is printed: by default the folder {SIMULATE_HOME} below the usual one.",
+    help=f"The FKS_HOME that is printed: by default the folder {SANDBOX_HOME} below the usual one.",
 )
 @click.option(
     "--env",
@@ -200,9 +200,7 @@ def _print_environment(url: str, home: Path | None, as_json: bool) -> None:
     from fks_backfill_dagster.settings import home_of
 
     usual = home_of()
-    own = (
-        usual if usual.name == SIMULATE_HOME else usual / SIMULATE_HOME
-    )  # the shell may have this one already
+    own = usual if usual.name == SANDBOX_HOME else usual / SANDBOX_HOME  # the shell may have this one already
     environment = {
         "FKS_PROVIDERS__BINANCE__BASE_URL": f"{url}/binance",
         "FKS_PROVIDERS__BINANCE__ARCHIVE_URL": f"{url}/archive",

@@ -121,7 +121,7 @@ def test_the_environment_of_a_running_market_is_printed_without_one_more(
     assert (told.exit_code, told.stderr) == (0, "")
     found = exported(told.stdout)
     assert found["FKS_PROVIDERS__OANDA__BASE_URL"] == market.oanda_url
-    assert found["FKS_HOME"] == str(tmp_path / "home" / "simulate")
+    assert found["FKS_HOME"] == str(tmp_path / "home" / "sandbox")
     assert "FKS_DATABASE_URL" not in found, "or it would win over the home"
     document = fks("simulate", "--env", "--port", port, "--json").json
     assert document["url"] == market.url
@@ -134,7 +134,7 @@ def test_a_home_of_its_own_is_not_nested_and_may_be_named(
 ) -> None:
     line = ("simulate", "--env", "--port", market.url.rpartition(":")[2])
     monkeypatch.setenv("FKS_HOME", exported(fks(*line).stdout)["FKS_HOME"])
-    assert exported(fks(*line).stdout)["FKS_HOME"] == str(tmp_path / "home" / "simulate")
+    assert exported(fks(*line).stdout)["FKS_HOME"] == str(tmp_path / "home" / "sandbox")
     assert exported(fks(*line, "--home", "it's mine").stdout)["FKS_HOME"] == str(tmp_path / "it's mine")
 
 
@@ -187,7 +187,7 @@ def test_what_a_pasted_block_writes_stays_out_of_the_real_database(
             assert process("status", "BTC/USDT", "1h", "--json").json["total_candles"] == 744
         finally:
             process("down")
-            EmbeddedPostgres(tmp_path / "home" / "simulate").remove()
+            EmbeddedPostgres(tmp_path / "home" / "sandbox").remove()
     assert up.stdout.count("is requested at http://127.0.0.1") == 6
     assert process("status", "BTC/USDT", "1h", "--json").json["status"] == "not_started"
 
