@@ -1,7 +1,8 @@
 """What can be set, what it may be, and what it is when nobody says anything.
 
 Belongs here: the keys of `config/backfill.yaml`, their checks, and the questions that settings alone
-can answer: which series are configured, which series a written symbol means, who is asked first.
+can answer: which series are configured, which series a written symbol means, who is asked first, on which
+dates a market was closed.
 
 Does not belong here: reading files and variables and telling their places (`settings_sources.py`);
 anything that acts on a setting (`wiring.py` and the faces).
@@ -11,11 +12,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final, Self, TypeVar
 from urllib.parse import urlsplit
@@ -25,9 +26,11 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
     SecretStr,
+    Tag,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
@@ -41,6 +44,7 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series, identifier
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso, to_micros
 from fks_backfill_dagster.settings_sources import (
+    CLASS_CALENDARS,
     EnvironmentSource,
     FileSource,
     Location,
@@ -69,6 +73,7 @@ _FIAT = (
 FIAT: Final = frozenset(_FIAT.split())
 
 T = TypeVar("T")
+Entries = TypeVar("Entries", bound=Collection[Any])
 
 
 class SettingsError(Exception):
@@ -200,10 +205,53 @@ def _once_each(values: tuple[T, ...]) -> tuple[T, ...]:
     return values
 
 
-def _some(values: tuple[T, ...]) -> tuple[T, ...]:
+def _some(values: Entries) -> Entries:
     if not values:
         raise ValueError("is empty; it needs at least one entry")
     return values
+
+
+def _date(raw: object) -> date:
+    """A calendar date, without a time or a zone: it is the market's."""
+    if isinstance(raw, date) and not isinstance(raw, datetime):
+        return raw
+    try:
+        if not (isinstance(raw, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", raw.strip())):
+            raise ValueError
+        return date.fromisoformat(raw.strip())
+    except ValueError:
+        raise ValueError(f"{_shown(raw)} is not a date such as 2023-09-08") from None
+
+
+def _calendar_name(name: str) -> str:
+    if name not in (*CLASS_CALENDARS, DEFAULT_CALENDAR):
+        # Half a second with pandas behind it: paid by those who name another calendar only.
+        from exchange_calendars import get_calendar_names
+
+        known = get_calendar_names(include_aliases=True)
+        if name not in known:
+            raise ValueError(f"{name!r} is no exchange calendar; {hint(name, (*CLASS_CALENDARS, *known))}")
+    return name
+
+
+@cache
+def _resolved(calendar: str) -> str:
+    """The exchange calendar that a name or an alias means: NYSE is XNYS."""
+    if calendar == DEFAULT_CALENDAR:
+        return calendar
+    from exchange_calendars import resolve_alias
+
+    return str(resolve_alias(calendar))
+
+
+def _no_section(raw: object) -> object:
+    """A section that is left empty in the file."""
+    return {} if raw is None else raw
+
+
+def _nothing_is_empty(raw: object) -> object:
+    """A list that is left empty in the file."""
+    return () if raw is None else raw
 
 
 def _provider_name(name: str) -> str:
@@ -221,6 +269,8 @@ Instant = Annotated[int, BeforeValidator(_instant), _AS_ISO]
 AnyInstant = Annotated[int, BeforeValidator(_any_instant), _AS_ISO]
 EachTimeframe = Annotated[Timeframe, BeforeValidator(parse_timeframe)]
 TimeoutSeconds = Annotated[float, AfterValidator(_seconds)]
+Date = Annotated[date, BeforeValidator(_date)]
+CalendarName = Annotated[str, AfterValidator(_calendar_name)]
 
 
 # --- the sections -------------------------------------------------------------------------------------
@@ -298,6 +348,51 @@ class ProviderPriority(Section):
     forex: Priority = ("oanda", "polygon")
 
 
+_LIST, _BY_TIMEFRAME = "[list]", "[by timeframe]"
+_TAGS: Final = ("[key]", _LIST, _BY_TIMEFRAME)
+"""Parts of an error's location that are pydantic's, and no keys of the file."""
+
+PriorityByTimeframe = Annotated[dict[EachTimeframe, Priority], AfterValidator(_some)]
+SymbolPriority = Annotated[
+    Annotated[Priority, Tag(_LIST)] | Annotated[PriorityByTimeframe, Tag(_BY_TIMEFRAME)],
+    Discriminator(lambda raw: _BY_TIMEFRAME if isinstance(raw, Mapping) else _LIST),
+]
+
+
+class ClosedDates(Section):
+    """Dates on which a market was closed, from `start` to `end` inclusive; a single date is both."""
+
+    start: Date
+    end: Date
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping | ClosedDates):
+            return raw
+        try:
+            return {"start": _date(raw), "end": _date(raw)}
+        except ValueError as error:
+            raise ValueError(f"{error}, nor dates from {{start: ...}} to {{end: ...}}") from None
+
+    @field_validator("end")
+    @classmethod
+    def _after_start(cls, end: date, info: ValidationInfo) -> date:
+        start = info.data.get("start")
+        if start is not None and end < start:
+            raise ValueError(f"{end} lies before start, {start}: exchange them")
+        return end
+
+
+Closed = Annotated[tuple[ClosedDates, ...], Field(strict=False), BeforeValidator(_nothing_is_empty)]
+
+
+class CalendarSettings(Section):
+    """What is known of a calendar beyond its library: `closed` are dates without any trading."""
+
+    closed: Closed = ()
+
+
 class GapDetection(Section):
     """`max_gap_minutes`: what stays missing and is not longer is tolerated once all were asked."""
 
@@ -337,8 +432,9 @@ class SymbolSettings(Section):
     """One symbol and the timeframes that are kept of it.
 
     `start` None is `history_start`; from `end` on nothing is expected (delisted); `calendar` (stocks)
-    None is XNYS; `provider_priority` None is that of the asset class. The order of the fields matters:
-    later ones are checked against earlier.
+    None is XNYS; `provider_priority` None is that of the asset class, and so is a timeframe that it does not
+    name; on the dates of `closed` nothing was traded. The order of the fields matters: later ones are
+    checked against earlier.
     """
 
     asset_class: Annotated[AssetClass, BeforeValidator(_asset_class)]
@@ -348,7 +444,8 @@ class SymbolSettings(Section):
     end: AnyInstant | None = None
     calendar: str | None = None
     provider_symbols: dict[ProviderName, Annotated[str, Field(min_length=1)]] = {}
-    provider_priority: Priority | None = None
+    provider_priority: SymbolPriority | None = None
+    closed: Closed = ()
 
     @field_validator("symbol")
     @classmethod
@@ -370,14 +467,9 @@ class SymbolSettings(Section):
     def _known_calendar(cls, name: str | None, info: ValidationInfo) -> str | None:
         if name is not None and info.data.get("asset_class", AssetClass.STOCKS) is not AssetClass.STOCKS:
             raise ValueError("only stocks have a calendar")
-        if name not in (None, DEFAULT_CALENDAR):
-            # Half a second with pandas behind it: paid by those who name another calendar only.
-            from exchange_calendars import get_calendar_names
-
-            known = get_calendar_names(include_aliases=True)
-            if name not in known:
-                raise ValueError(f"{name!r} is no exchange calendar; {hint(name or '', known)}")
-        return name
+        if name in CLASS_CALENDARS:
+            raise ValueError(f"{name!r} is the calendar of an asset class; stocks have an exchange's")
+        return None if name is None else _calendar_name(name)
 
     def series(self, timeframe: Timeframe) -> Series:
         return Series(
@@ -452,7 +544,9 @@ class Settings(BaseSettings):
     symbols: Annotated[tuple[SymbolSettings, ...], Field(strict=False)] = Field(
         default_factory=_default_symbols
     )
+    calendars: Annotated[dict[CalendarName, CalendarSettings], BeforeValidator(_no_section)] = {}
     history_start: Instant = to_micros(datetime(2017, 8, 17, tzinfo=UTC))
+    allow_mixed_sources: bool = False
     alerts: Alerts = Alerts()
     automation: Automation = Automation()
 
@@ -562,11 +656,29 @@ class Settings(BaseSettings):
 
     def priority(self, series: Series) -> tuple[str, ...]:
         """Who is asked for the series, first to last, without the disabled ones."""
-        names: tuple[str, ...] = getattr(self.provider_priority, series.asset_class.value)
         entry = self._entry(series)
-        if entry is not None and entry.provider_priority is not None:
-            names = entry.provider_priority
+        names = None if entry is None else entry.provider_priority
+        if isinstance(names, dict):
+            names = names.get(series.timeframe)
+        if names is None:
+            names = getattr(self.provider_priority, series.asset_class.value)
         return tuple(name for name in names if self.provider(name).enabled)
+
+    def closed(self, series: Series) -> tuple[tuple[date, date], ...]:
+        """The dates on which the market of the series was closed: first and last (inclusive) of each
+        stretch, ascending, disjoint. Those of its symbol and those of its calendar."""
+        entry = self._entry(series)
+        found = [] if entry is None else list(entry.closed)
+        for name, calendar in self.calendars.items():
+            if calendar.closed and _is_calendar_of(name, series):
+                found += calendar.closed
+        merged: list[tuple[date, date]] = []
+        for one in sorted(found, key=lambda dates: dates.start):
+            if merged and one.start <= merged[-1][1] + timedelta(days=1):
+                merged[-1] = (merged[-1][0], max(merged[-1][1], one.end))
+            else:
+                merged.append((one.start, one.end))
+        return tuple(merged)
 
     def start_of(self, series: Series) -> int:
         """From when on the series is kept, in microseconds."""
@@ -589,6 +701,16 @@ class Settings(BaseSettings):
         found: ProviderSettings = getattr(self.providers, _provider_name(name))
         return found
 
+    def custom_addresses(self) -> dict[str, str]:
+        """The enabled providers whose address is not their default one, with that address."""
+        given = {name: self.provider(name) for name in PROVIDER_NAMES}
+        found = {
+            name: custom_address(name, own.base_url, getattr(own, "archive_url", None))
+            for name, own in given.items()
+            if own.enabled
+        }
+        return {name: address for name, address in found.items() if address is not None}
+
     def key_of(self, provider: str) -> str | None:
         """The provider's key in clear; None where there is none."""
         secret = self.keys.get(provider)
@@ -601,6 +723,23 @@ class Settings(BaseSettings):
     def _entry(self, series: Series) -> SymbolSettings | None:
         entry = self.by_asset_key.get(identifier(series.symbol))
         return entry if entry is not None and entry.symbol == series.symbol else None
+
+
+def custom_address(provider: str, base_url: str, archive_url: str | None = None) -> str | None:
+    """Where `provider` is reached instead of at its default address; None for the default."""
+    usual = Providers.model_fields[provider].default
+    archives = archive_url is not None and archive_url != getattr(usual, "archive_url", None)
+    if base_url == usual.base_url and not archives:
+        return None
+    return f"{base_url} (archives: {archive_url})" if archives else base_url
+
+
+def _is_calendar_of(name: str, series: Series) -> bool:
+    if series.asset_class is not AssetClass.STOCKS:
+        return name == series.asset_class.value
+    return name == series.calendar or (
+        name not in CLASS_CALENDARS and _resolved(name) == _resolved(series.calendar)
+    )
 
 
 def _collisions(raw: object) -> Iterator[InitErrorDetails]:
@@ -651,10 +790,10 @@ def load_settings(environ: Mapping[str, str] | None = None, cwd: Path | None = N
         places.note(f"environment FKS_CONFIG: {file} does not exist or is no file")
     token = _sources.set(tuple(sources))
     try:
-        settings = Settings(root=root, config_file=file, **_from_environment(environ, root, cwd))
+        settings = Settings(root=root, config_file=file, **_from_environment(environ, cwd))
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            location = tuple(part for part in detail["loc"] if part != "[key]")
+            location = tuple(part for part in detail["loc"] if part not in _TAGS)
             places.report(location, _sentence(detail, location))
     finally:
         _sources.reset(token)
@@ -663,15 +802,22 @@ def load_settings(environ: Mapping[str, str] | None = None, cwd: Path | None = N
     return settings
 
 
-def _from_environment(environ: Mapping[str, str], root: Path, cwd: Path) -> dict[str, Any]:
+def _from_environment(environ: Mapping[str, str], cwd: Path) -> dict[str, Any]:
     """What only the environment can tell; an empty variable counts as not set."""
     keys = {name: environ.get(variable, "").strip() for name, variable in KEY_VARIABLES.items()}
     return {
-        "home": _path(environ, "FKS_HOME", cwd) or root / ".fks",
+        "home": home_of(environ, cwd),
         "database_url": _secret(environ.get("FKS_DATABASE_URL", "")),
         "api_token": _secret(environ.get("FKS_API_TOKEN", "")),
         "keys": {name: SecretStr(key) for name, key in keys.items() if key},
     }
+
+
+def home_of(environ: Mapping[str, str] | None = None, cwd: Path | None = None) -> Path:
+    """`home` as `load_settings` would have it, without the checks of anything else."""
+    environ = os.environ if environ is None else environ
+    cwd = (cwd or Path.cwd()).resolve()
+    return _path(environ, "FKS_HOME", cwd) or _project_root(cwd) / ".fks"
 
 
 def _path(environ: Mapping[str, str], variable: str, cwd: Path) -> Path | None:

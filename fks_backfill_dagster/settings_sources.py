@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -25,6 +25,9 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 Location = tuple[str | int, ...]
 """The way to a value from the top of the settings: `("symbols", 3, "timeframes", 0)`."""
+
+CLASS_CALENDARS = ("forex", "crypto")
+"""The calendars of whole asset classes; the others are named after exchanges, in capitals."""
 
 PREFIX = "FKS_"
 RESERVED = ("FKS_HOME", "FKS_CONFIG", "FKS_DATABASE_URL", "FKS_API_TOKEN")
@@ -52,14 +55,16 @@ def dotted(location: Location) -> str:
 
 def section_at(model: type[BaseModel], location: Location) -> type[BaseModel] | None:
     """The model that holds the keys at `location`; None where no section is."""
+    is_name = False
     for part in location:
-        if isinstance(part, int):
+        if isinstance(part, int) or is_name:
+            is_name = False
             continue
         known = model.model_fields.get(part)
         inner = None if known is None else _model_in(known.annotation)
-        if inner is None:
+        if known is None or inner is None:
             return None
-        model = inner
+        model, is_name = inner, get_origin(known.annotation) is dict
     return model
 
 
@@ -102,6 +107,10 @@ class Places:
                 inside = f" {dotted(location)}:" if length < len(location) else ""
                 self.note(f"environment {variable}:{inside} {text}")
                 return
+        below = [name for at, name in self.variables.items() if at[: len(location)] == location]
+        if below and location not in self.lines:  # the name of a section that only this variable has made
+            self.note(f"environment {below[0]}: {dotted(location)}: {text}")
+            return
         for length in range(len(location), -1, -1):
             line = self.lines.get(location[:length])
             if line is not None:
@@ -247,7 +256,7 @@ class EnvironmentSource(_Source):
         for name in sorted(self._environ, key=lambda name: (name.count("__"), name)):  # sections before keys
             if not name.startswith(PREFIX) or name in RESERVED or name.startswith(RESERVED_PREFIX):
                 continue
-            location = self._known.get(name)
+            location = self._known.get(name) or self._named(name)
             if location is None:
                 self._places.note(f"environment {name}: {self._unknown(name)}")
             elif self._environ[name].strip():
@@ -258,12 +267,24 @@ class EnvironmentSource(_Source):
                     self._places.report(location, f"is not JSON: {error}")
         return values
 
+    def _named(self, name: str) -> Location | None:
+        """The key of a section that has a name of its own: `FKS_CALENDARS__XHKG__CLOSED`."""
+        match = re.fullmatch(rf"{PREFIX}CALENDARS__(.+)__([A-Z_]+)", name)
+        if match is None or "FKS_CALENDARS" not in self._known:
+            return None
+        calendar, key = match[1], match[2].lower()
+        calendar = calendar.lower() if calendar.lower() in CLASS_CALENDARS else calendar
+        section = section_at(self.settings_cls, ("calendars", calendar))
+        return ("calendars", calendar, key) if section and key in section.model_fields else None
+
     def _unknown(self, name: str) -> str:
         above = max((known for known in self._known if name.startswith(f"{known}__")), key=len, default=None)
         if above is not None and section_at(self.settings_cls, self._known[above]) is None:
             return f"{above} has no keys below it"
         if above == "FKS_SYMBOLS":
             return "the list is set as a whole, as JSON in FKS_SYMBOLS"
+        if above == "FKS_CALENDARS":
+            return "is not a setting; dates go to FKS_CALENDARS__NAME__CLOSED, such as FKS_CALENDARS__XHKG__CLOSED"
         known = [other.removeprefix(PREFIX) for other in (*self._known, *RESERVED)]
         match = nearest(name.removeprefix(PREFIX), known)
         remedy = f"did you mean {PREFIX}{match}?" if match else "docs/settings.md names them all"

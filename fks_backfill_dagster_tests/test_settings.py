@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
+from datetime import date
 from pathlib import Path
 from textwrap import dedent
 
@@ -24,6 +25,7 @@ from fks_backfill_dagster.settings import (
     PROVIDER_NAMES,
     Settings,
     SettingsError,
+    home_of,
     infer_asset_class,
     load_settings,
 )
@@ -83,7 +85,8 @@ def test_the_file_of_the_checkout_names_every_key() -> None:
 
     shown = yaml.safe_load((CHECKOUT / "config" / "backfill.yaml").read_text(encoding="utf-8"))
     dumped = Settings().redacted_dump()
-    for key in ("batch_size_days", "max_concurrent_requests", "history_start", "symbols"):
+    top = ("batch_size_days", "max_concurrent_requests", "history_start", "symbols", "calendars")
+    for key in (*top, "allow_mixed_sources"):
         assert key in shown
     for section in ("provider_priority", "gap_detection", "validation", "alerts", "automation"):
         assert shown[section].keys() == dumped[section].keys()
@@ -570,6 +573,208 @@ def test_priority_follows_symbol_then_class_without_the_disabled(load: Load) -> 
     assert loaded.priority(loaded.find_series("BRK.B", "1d")) == ("yfinance",)
     assert loaded.priority(loaded.find_series("MSFT", "1d")) == ("polygon", "yfinance", "alphavantage")
     assert loaded.priority(loaded.find_series("EUR/USD", "1h")) == ("oanda", "polygon")
+
+
+BY_TIMEFRAME = """
+    provider_priority: {stocks: [polygon, alphavantage]}
+    symbols:
+      - symbol: AAPL
+        asset_class: stocks
+        timeframes: [1h, 1d, 1w]
+        provider_priority:
+          1d: [yfinance, polygon]
+          1w: [alphavantage]
+"""
+
+
+def test_a_symbols_priority_may_differ_by_timeframe(load: Load) -> None:
+    loaded = load(BY_TIMEFRAME, {"FKS_PROVIDERS__ALPHAVANTAGE__ENABLED": "false"})
+    priority = {
+        frame: loaded.priority(loaded.find_series("AAPL", frame)) for frame in ("1d", "1w", "1h", "5m")
+    }
+    assert priority == {"1d": ("yfinance", "polygon"), "1w": (), "1h": ("polygon",), "5m": ("polygon",)}
+    (dumped,) = loaded.redacted_dump()["symbols"]
+    assert dumped["provider_priority"] == {"1d": ["yfinance", "polygon"], "1w": ["alphavantage"]}
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{2m: [polygon]}", ":5: symbols[0].provider_priority.2m: '2m' is not a timeframe (1m 5m"),
+        (
+            "{1d: [poligon]}",
+            ":5: symbols[0].provider_priority.1d[0]: 'poligon' is not a provider; did you mean",
+        ),
+        ("{1d: []}", "provider_priority.1d: is empty; it needs at least one entry"),
+        ("{1d: polygon}", 'provider_priority.1d: is not a list such as ["a", "b"]'),
+        ("{1d: [polygon, polygon]}", "provider_priority.1d: names polygon twice"),
+        ("{}", "provider_priority: is empty; it needs at least one entry"),
+        ("polygon", 'symbols[0].provider_priority: is not a list such as ["a", "b"]'),
+        (
+            "[poligon]",
+            ":5: symbols[0].provider_priority[0]: 'poligon' is not a provider; did you mean polygon?",
+        ),
+        ("{1d: [polygon], 1d: [oanda]}", "symbols[0].provider_priority.1d: is there twice"),
+    ],
+)
+def test_a_wrong_priority_is_told_with_its_place(
+    problems: Callable[..., list[str]], written: str, expected: str
+) -> None:
+    text = f"""\
+        symbols:
+          - symbol: AAPL
+            asset_class: stocks
+            timeframes: [1d]
+            provider_priority: {written}
+        """
+    (problem,) = problems(text)
+    assert problem.startswith("config/backfill.yaml:5: ")
+    assert expected in problem
+
+
+CLOSED = """
+    calendars:
+      XHKG: {closed: [2023-09-08, {start: 2024-11-14, end: 2024-11-15}]}
+      NYSE:
+        closed: [2012-10-29, 2012-10-30]
+      forex: {closed: [2024-12-25]}
+      crypto:
+    symbols:
+      - {symbol: "0700", asset_class: stocks, timeframes: [1d], calendar: XHKG, closed: [2023-09-09, 2023-09-01]}
+      - {symbol: "0005", asset_class: stocks, timeframes: [1d], calendar: HKEX}
+      - {symbol: AAPL, asset_class: stocks, timeframes: [1d], closed: [{start: 2012-10-25, end: 2012-10-29}]}
+      - {symbol: EUR/USD, asset_class: forex, timeframes: [1d]}
+      - {symbol: BTC/USDT, asset_class: crypto, timeframes: [1d], closed: ["2024-01-01"]}
+"""
+
+
+def dates(*texts: str) -> tuple[tuple[date, date], ...]:
+    """`2023-09-08` or `2023-09-08/2023-09-09`."""
+    edges = [[date.fromisoformat(part) for part in text.split("/")] for text in texts]
+    return tuple((edge[0], edge[-1]) for edge in edges)
+
+
+def test_dates_of_a_symbol_and_of_its_calendar(load: Load) -> None:
+    loaded = load(CLOSED)
+    found = {entry.symbol: loaded.closed(entry.series(Timeframe.D1)) for entry in loaded.symbols}
+    assert found == {
+        "0700": dates("2023-09-01", "2023-09-08/2023-09-09", "2024-11-14/2024-11-15"),
+        "0005": dates("2023-09-08", "2024-11-14/2024-11-15"),  # by an alias
+        "AAPL": dates("2012-10-25/2012-10-30"),  # XNYS is NYSE; neighbours are one stretch
+        "EUR/USD": dates("2024-12-25"),
+        "BTC/USDT": dates("2024-01-01"),
+    }
+    # Another timeframe, and a series that is not configured: the dates of the calendar hold as well.
+    assert loaded.closed(loaded.find_series("GBP/USD", "5m")) == dates("2024-12-25")
+    assert loaded.closed(loaded.find_series("MSFT", "1h")) == dates("2012-10-29/2012-10-30")
+    assert loaded.closed(loaded.find_series("ETH/USDT", "1h")) == ()
+    assert loaded.redacted_dump()["calendars"]["XHKG"] == {
+        "closed": [{"start": "2023-09-08", "end": "2023-09-08"}, {"start": "2024-11-14", "end": "2024-11-15"}]
+    }
+
+
+def test_without_closed_dates_there_are_none(load: Load) -> None:
+    loaded = load("calendars:")
+    assert all(loaded.closed(series) == () for series in loaded.series())
+    assert Settings().calendars == {}
+
+
+def test_closed_dates_by_the_environment(load: Load) -> None:
+    environ = {
+        "FKS_CALENDARS__XHKG__CLOSED": '["2023-09-01"]',
+        "FKS_CALENDARS__FOREX__CLOSED": '[{"start": "2025-01-01", "end": "2025-01-02"}]',
+    }
+    loaded = load(CLOSED, environ)
+    assert loaded.closed(loaded.find_series("0005", "1d")) == dates("2023-09-01")
+    assert loaded.closed(loaded.find_series("EUR/USD", "1d")) == dates("2025-01-01/2025-01-02")
+    whole = load("", {"FKS_CALENDARS": '{"crypto": {"closed": ["2024-05-05"]}}'})
+    assert whole.closed(whole.find_series("BTC/USDT", "1h")) == dates("2024-05-05")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "{XHKG: {closed: [2023-9-8]}}",
+            "calendars.XHKG.closed[0]: '2023-9-8' is not a date such as 2023-09-08",
+        ),
+        ("{XHKG: {closed: [2023-02-30]}}", "XHKG.closed[0]: '2023-02-30' is not a date"),
+        (
+            "{XHKG: {closed: [2023-09-08T12:00]}}",
+            "is not a date such as 2023-09-08, nor dates from {start: ...}",
+        ),
+        ("{XHKG: {closed: [20]}}", "calendars.XHKG.closed[0]: 20 is not a date"),
+        ("{XHKG: {closed: [null]}}", "calendars.XHKG.closed[0]: nothing is not a date"),
+        ("{XHKG: {closed: [{start: 2023-09-08}]}}", "calendars.XHKG.closed[0].end: is missing"),
+        ("{XHKG: {closed: [{start: soon, end: 2023-09-08}]}}", "closed[0].start: 'soon' is not a date"),
+        (
+            "{forex: {closed: [{start: 2023-09-08, end: 2023-09-07}]}}",
+            "calendars.forex.closed[0].end: 2023-09-07 lies before start, 2023-09-08: exchange them",
+        ),
+        ("{XHKG: {closed: 2023-09-08}}", 'calendars.XHKG.closed: is not a list such as ["a", "b"]'),
+        ("{XHKG: {colsed: []}}", "calendars.XHKG.colsed: is not a setting here; did you mean closed?"),
+        ("{XHKK: {closed: []}}", "calendars.XHKK: 'XHKK' is no exchange calendar; did you mean XHKG?"),
+        ("{forx: {closed: []}}", "calendars.forx: 'forx' is no exchange calendar; did you mean forex?"),
+        ("{XHKG: [2023-09-08]}", "calendars.XHKG: is not a section of"),
+    ],
+)
+def test_wrong_dates_are_told_with_their_place(
+    problems: Callable[..., list[str]], text: str, expected: str
+) -> None:
+    (problem,) = problems(f"calendars: {text}")
+    assert problem.startswith("config/backfill.yaml:1: calendars.")
+    assert expected in problem
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("FKS_CALENDARS__XHKG__CLOSED", '["soon"]', "calendars.XHKG.closed[0]: 'soon' is not a date"),
+        ("FKS_CALENDARS__XHKG__COLSED", "[]", "dates go to FKS_CALENDARS__NAME__CLOSED"),
+        ("FKS_CALENDARS__XHKG", "[]", "dates go to FKS_CALENDARS__NAME__CLOSED"),
+        ("FKS_CALENDARS__XHKK__CLOSED", "[]", "'XHKK' is no exchange calendar"),
+    ],
+)
+def test_wrong_dates_of_a_variable_are_told_by_its_name(
+    problems: Callable[..., list[str]], variable: str, value: str, expected: str
+) -> None:
+    (problem,) = problems("calendars: {XNYS: {closed: []}}", {variable: value})
+    assert problem.startswith(f"environment {variable}: ")
+    assert expected in problem
+
+
+def test_a_stock_has_the_calendar_of_an_exchange(problems: Callable[..., list[str]]) -> None:
+    (problem,) = problems("symbols: [{symbol: AAPL, asset_class: stocks, timeframes: [1d], calendar: forex}]")
+    assert "'forex' is the calendar of an asset class; stocks have an exchange's" in problem
+
+
+def test_addresses_that_are_no_default_ones(load: Load) -> None:
+    assert load().custom_addresses() == {}
+    text = """
+        providers:
+          binance: {archive_url: "http://127.0.0.1:1/archive/"}
+          oanda: {base_url: https://api-fxtrade.oanda.com}
+          polygon: {base_url: http://127.0.0.1:1/polygon, enabled: false}
+    """
+    assert load(text).custom_addresses() == {
+        "binance": "https://api.binance.com (archives: http://127.0.0.1:1/archive)",
+        "oanda": "https://api-fxtrade.oanda.com",
+    }
+    assert load("providers: {binance: {archive_url: null}}").custom_addresses() == {}
+
+
+def test_mixed_sources_have_to_be_allowed(load: Load) -> None:
+    assert not load().allow_mixed_sources
+    assert load("allow_mixed_sources: true").allow_mixed_sources
+    assert load("", {"FKS_ALLOW_MIXED_SOURCES": "true"}).allow_mixed_sources
+
+
+def test_the_home_without_the_rest(tmp_path: Path, load: Load) -> None:
+    homes: list[dict[str, str]] = [{}, {"FKS_HOME": ""}, {"FKS_HOME": "elsewhere"}, {"FKS_HOME": "~/there"}]
+    for environ in homes:
+        found = load("", environ).home
+        (tmp_path / "config" / "backfill.yaml").write_text("batch_size_days: wrong")
+        assert home_of(environ, tmp_path) == found
 
 
 def test_a_symbol_may_start_later(load: Load) -> None:

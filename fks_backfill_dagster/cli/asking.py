@@ -274,7 +274,7 @@ def list_providers(as_json: bool) -> None:
     if as_json:
         answer_json(rows)
         return
-    header = ("provider", "state", "class", "timeframes", "depth", "candles a request", "volume")
+    header = ("provider", "state", "class", "timeframes", "depth", "candles a request", "volume", "address")
     answer_table(
         header,
         [
@@ -286,6 +286,7 @@ def list_providers(as_json: bool) -> None:
                 _depth(row),
                 row["page_size"],
                 row["has_volume"],
+                row["custom_address"] or "default",
             )
             for row in rows
         ],
@@ -295,10 +296,11 @@ def list_providers(as_json: bool) -> None:
 def _provider_rows(
     settings: Settings, name: str, provider: Provider | None, stands: ProviderState | None
 ) -> list[Document]:
-    """One row an asset class and depth. `depth_days` null: as far back as the provider has the symbol."""
+    """One row an asset class and depth. `depth_days` null: as far back as the provider has the symbol.
+    `custom_address` null: the provider's default one."""
     from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe
 
-    enabled = settings.provider(name).enabled
+    enabled, address = settings.provider(name).enabled, settings.custom_addresses().get(name)
     if provider is None:
         state = "disabled"
         none: Document = {
@@ -307,6 +309,7 @@ def _provider_rows(
             "depth_days": None,
             "page_size": None,
             "has_volume": None,
+            "custom_address": None,
         }
         return [{"provider": name, "state": state, "enabled": enabled, "key": None, "key_set": None} | none]
     can, missing = provider.capabilities, provider.missing_key()
@@ -322,6 +325,7 @@ def _provider_rows(
             "depth_days": None if depth is None else depth // MICROS_PER_DAY,
             "page_size": can.page_size,
             "has_volume": can.has_volume,
+            "custom_address": address,
         }
         for asset_class, timeframes in can.timeframes.items()
         for depth in dict.fromkeys(can.depth.get(t) for t in Timeframe if t in timeframes)

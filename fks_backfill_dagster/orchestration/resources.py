@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from dagster import ConfigurableResource, InitResourceContext
+from dagster import ConfigurableResource, InitResourceContext, get_dagster_logger
 from pydantic import PrivateAttr
 
 from fks_backfill_dagster import wiring
@@ -18,7 +18,7 @@ from fks_backfill_dagster.pipeline.sync import Context
 from fks_backfill_dagster.providers.base import Provider, ProviderOptions
 from fks_backfill_dagster.providers.http import Limiter, RequestPool
 from fks_backfill_dagster.providers.registry import BUILT, build, resolve_options
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings import Settings, custom_address
 from fks_backfill_dagster.store.database import Database
 
 DATABASE = "timescaledb"
@@ -121,6 +121,7 @@ def opened(resources: Any, settings: Settings, tell: Callable[[str], None]) -> I
     """
     given: Mapping[str, ProviderResource] = {name: getattr(resources, name) for name in PROVIDERS}
     options = {name: resource.options(settings.key_of(name)) for name, resource in given.items()}
+    _log_addresses(settings, options)
     database: Database = getattr(resources, DATABASE).database
     pool = RequestPool(settings.max_concurrent_requests, tell=tell)
     try:
@@ -132,3 +133,16 @@ def opened(resources: Any, settings: Settings, tell: Callable[[str], None]) -> I
         raise
     finally:
         pool.close()
+
+
+def _log_addresses(settings: Settings, options: Mapping[str, ProviderOptions]) -> None:
+    """One line of the run log for all addresses that are no default ones: whose candles a run stored can
+    be found out from it."""
+    custom = {
+        name: custom_address(name, each.base_url, each.archive_url)
+        for name, each in options.items()
+        if settings.provider(name).enabled
+    }
+    told = [f"{name} at {address}" for name, address in custom.items() if address is not None]
+    if told:
+        get_dagster_logger().info(f"Not the default addresses: {', '.join(told)}")

@@ -84,8 +84,8 @@ class AlphaVantage:
             return _said(Refused("Information", _BURST))
         return Reply(b"<html><body><h1>Service Unavailable</h1></body></html>", status, "text/html")
 
-    def impostor(self, call: Call, symbol: str) -> Answer:
-        other = self._sandbox.other_symbol("alphavantage", Instrument(AssetClass.STOCKS, symbol))
+    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
+        other = self._sandbox.other_symbol("alphavantage", Instrument(AssetClass.STOCKS, symbol), other)
         if other is None:
             return self.answer(call)
         lie = self.answer(Call(call.path, {**call.query, "symbol": other}, call.headers, call.base_url))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 
@@ -17,7 +17,7 @@ from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime, to_micros
 from fks_backfill_dagster.simulator import binance
 from fks_backfill_dagster.simulator.bars import Step
-from fks_backfill_dagster.simulator.faults import FILE, ROWS, Fault, Kind, spoil
+from fks_backfill_dagster.simulator.faults import FILE, ROWS, Asked, Fault, Kind, Row, mixed, spoil
 from fks_backfill_dagster.simulator.state import Instrument, Sandbox
 from fks_backfill_dagster.simulator.wire import Answer, Call, Reply
 
@@ -82,7 +82,7 @@ class Archives:
     def error(self, status: int, retry_after: int) -> Reply:
         return Reply(b"<Error><Code>InternalError</Code></Error>", status, "application/xml")
 
-    def impostor(self, call: Call, symbol: str) -> Answer:
+    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
         return self.answer(call)
 
     def answer(self, call: Call) -> Answer:
@@ -106,7 +106,7 @@ class Archives:
             )
         digest = sha256(body).hexdigest()
         wrong = self._sandbox.faults.pick(
-            self.name, frozenset({Kind.WRONG_CHECKSUM}), archive.symbol, call.path, archive.period
+            self.name, frozenset({Kind.WRONG_CHECKSUM}), archive.symbol, call.path, Asked(archive.period)
         )
         if wrong is not None:
             digest, fault = sha256(body + b"?").hexdigest(), wrong
@@ -131,7 +131,7 @@ class Archives:
         if body is None:
             return None, None
         fault = self._sandbox.faults.pick_file(
-            self.name, ROWS | FILE, archive.symbol, archive.path, archive.period
+            self.name, ROWS | FILE, archive.symbol, archive.path, Asked(archive.period)
         )
         if fault is None or fault.kind is Kind.ARCHIVE_404:
             return (body if fault is None else None), fault
@@ -143,21 +143,25 @@ class Archives:
         return self._spoiled(archive, fault), fault
 
     def _spoiled(self, archive: Archive, fault: Fault) -> bytes:
+        fields, unit = binance.ROWS.fields, _unit(archive.period)
         if fault.kind is Kind.OTHER_SYMBOL:
-            other = (
-                self._sandbox.other_symbol("binance", Instrument(AssetClass.CRYPTO, archive.symbol))
-                or archive.symbol
-            )
-            return _zipped(
-                archive.name, self._text(Archive(other, archive.timeframe, archive.grain, archive.period))
-            )
+            asked = Instrument(AssetClass.CRYPTO, archive.symbol)
+            other = self._sandbox.other_symbol("binance", asked, fault.other) or archive.symbol
+            theirs = replace(archive, symbol=other)
+            if fault.only is None:
+                return _zipped(archive.name, self._text(theirs))
+            rows = mixed(self._rows(archive), self._rows(theirs), fields, unit, fault.only)
+        else:
+            rows = spoil(fault, self._rows(archive), fields, unit)
         header = HEADER if self._has_header(archive) else b""
-        lines = self._text(archive).removeprefix(header).decode().splitlines()
-        rows = [[int(ts), *rest] for ts, *rest in (line.split(",") for line in lines)]
-        rows = spoil(fault, rows, binance.ROWS.fields, _unit(archive.period))
         return _zipped(
             archive.name, header + "".join(",".join(map(str, row)) + "\n" for row in rows).encode()
         )
+
+    def _rows(self, archive: Archive) -> list[Row]:
+        header = HEADER if self._has_header(archive) else b""
+        lines = self._text(archive).removeprefix(header).decode().splitlines()
+        return [[int(ts), *rest] for ts, *rest in (line.split(",") for line in lines)]
 
     def _file(self, archive: Archive) -> bytes | None:
         """The honest file; None where there is none (yet)."""

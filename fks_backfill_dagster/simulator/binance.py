@@ -88,8 +88,8 @@ class Binance:
             return Answer(reply, endpoint, weight, symbol=call.query.get("symbol"))
         return Answer(Reply(b"<html><body><h2>404 Not found</h2></body></html>", 404, "text/html"), "unknown")
 
-    def impostor(self, call: Call, symbol: str) -> Answer:
-        other = self._sandbox.other_symbol("binance", Instrument(AssetClass.CRYPTO, symbol))
+    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
+        other = self._sandbox.other_symbol("binance", Instrument(AssetClass.CRYPTO, symbol), other)
         if other is None:
             return self.answer(call)
         query = {**call.query, "symbol": other}
@@ -167,8 +167,8 @@ class Binance:
         if end <= full and ask.end is not None:
             return Ask(ask.symbol, ask.timeframe, start, end, MAX_LIMIT)
         page = TimeRange(start, full + step.length)
-        outage = self._sandbox.outage("binance", ask.symbol)
-        if self._sandbox.replays or any(r.intersect(page) for r in outage):
+        absences = self._sandbox.absences("binance", ask.symbol)
+        if self._sandbox.replays or any(r.intersect(page) for r in absences):
             return Ask(ask.symbol, ask.timeframe, start, ask.end, ask.limit)
         return Ask(ask.symbol, ask.timeframe, start, full, MAX_LIMIT)
 

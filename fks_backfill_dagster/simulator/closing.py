@@ -3,6 +3,7 @@
 A minute's candle is a pure function of (seed, symbol, time), as everywhere in the sandbox. Unlike
 crypto, there is none outside the trading hours, and none in a quiet minute: in a few single minutes
 and in some whole quarters of an hour nobody trades; before and after a stock's session hardly anybody.
+A stock's day is the official one of its exchange: with the auctions, which no minute holds (`official`).
 
 Not here: how a wire format cuts bars (`frames`), replayed files (`replay_closing`).
 """
@@ -21,10 +22,10 @@ from numpy.typing import NDArray
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
-from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, Timeframe
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_MINUTE, Timeframe
 from fks_backfill_dagster.simulator import generator
 from fks_backfill_dagster.simulator.bars import Bars, Scale, concat
-from fks_backfill_dagster.simulator.frames import Frame, fill, of_grid
+from fks_backfill_dagster.simulator.frames import Frame, SessionRuler, fill, of_grid
 from fks_backfill_dagster.simulator.generator import CHUNK, Profile
 from fks_backfill_dagster.simulator.market import FOR_EVER, LISTED, UNKNOWN_BASES
 from fks_backfill_dagster.simulator.sessions import stock_sessions
@@ -36,9 +37,13 @@ CURRENCIES = frozenset(_CODES.split())
 # Parts of a thousand: minutes and quarters of an hour without a trade, and pre- and post-market
 # minutes with one.
 _QUIET_MINUTES, _QUIET_QUARTERS, _EXTENDED_MINUTES = 25, 4, 120
+_WEEKEND_MINUTES = 3  # of a currency pair
 # Streams of the generator; those of prices are below ten.
-_MINUTE_STREAM, _QUARTER_STREAM = 100, 101
+_MINUTE_STREAM, _QUARTER_STREAM, _AUCTION_STREAM = 100, 101, 102
 _STOCK_VOLUME = 1 << 17  # shares a minute, at most
+# How far an auction is from the trade beside it, in millionths, at most; and what a day's volume holds
+# beyond its minutes, in thousandths: the auctions, and what other venues report late.
+_AUCTION_MOVE, _LEAST_EXTRA, _EXTRA_SPREAD = 800, 50, 100
 
 
 class ClosingMarket(Protocol):
@@ -57,16 +62,15 @@ class ClosingMarket(Protocol):
         """From the first trade to the end of the last candle (`FOR_EVER` for a live market)."""
         ...
 
-    def bars(self, symbol: str, frame: Frame, now: int, outages: RangeSet) -> Bars:
+    def bars(self, symbol: str, frame: Frame, now: int, halts: RangeSet) -> Bars:
         """The bars of `frame` in which there was a trade before `now`; the last one may be forming.
 
-        Prices are as traded. The volume of a currency pair counts ticks, or is None.
+        Prices are as traded. The volume of a currency pair counts ticks, or is None. In the minutes of
+        a halt nobody trades. Outages of a provider are not the market's (`state`).
         """
         ...
 
-    def truth(
-        self, symbol: str, timeframe: Timeframe, window: TimeRange, now: int, outages: RangeSet
-    ) -> Bars:
+    def truth(self, symbol: str, timeframe: Timeframe, window: TimeRange, now: int, halts: RangeSet) -> Bars:
         """The closed candles of the project's grid that open in `window`: regular sessions only,
         prices as traded, volume in base units or None."""
         ...
@@ -96,7 +100,16 @@ class SyntheticClosing:
     def listing(self, symbol: str) -> TimeRange:
         return TimeRange(dict(self.listed).get(symbol, LISTED), FOR_EVER)
 
-    def bars(self, symbol: str, frame: Frame, now: int, outages: RangeSet) -> Bars:
+    def bars(self, symbol: str, frame: Frame, now: int, halts: RangeSet) -> Bars:
+        """As in `ClosingMarket`; a stock's days are official ones, and its weeks are made of them."""
+        if self.asset_class is not AssetClass.STOCKS or frame.length < MICROS_PER_DAY:
+            return self._filled(symbol, frame, now, halts)
+        sessions = SessionRuler(MICROS_PER_DAY).frame(frame.hull)
+        days = self._filled(symbol, sessions, now, halts)
+        over = sessions.ends[np.searchsorted(sessions.opens, days.ts)] <= now
+        return fill(official(_profile(self.seed, symbol, self.asset_class).key, days, over), frame)
+
+    def _filled(self, symbol: str, frame: Frame, now: int, halts: RangeSet) -> Bars:
         blocks = [generator.nothing(_profile(self.seed, symbol, self.asset_class))]
         listed = self.listing(symbol).start
         per_chunk = max(CHUNK // frame.length, 1)
@@ -104,18 +117,18 @@ class SyntheticClosing:
             part = frame.take(slice(at, at + per_chunk))
             span = TimeRange(listed, max(listed, now + 1)).intersect(part.hull)
             if span:
-                blocks.append(fill(self._minutes(symbol, span, now, outages, part.extended), part))
+                blocks.append(fill(self._minutes(symbol, span, now, halts, part.extended), part))
         return concat(blocks)
 
-    def _minutes(self, symbol: str, span: TimeRange, now: int, outages: RangeSet, extended: bool) -> Bars:
+    def _minutes(self, symbol: str, span: TimeRange, now: int, halts: RangeSet, extended: bool) -> Bars:
         profile = _profile(self.seed, symbol, self.asset_class)
         whole = TimeRange(span.start, -(-span.end // MICROS_PER_MINUTE) * MICROS_PER_MINUTE)
         minutes = generator.minutes(profile, whole)
         minutes = minutes.take(self._trades(profile, minutes.ts, extended))
         if now < whole.end:
             minutes = generator.as_of(minutes, now)
-        if outages:
-            minutes = minutes.take(~outages.contains(minutes.ts))
+        if halts:
+            minutes = minutes.take(~halts.contains(minutes.ts))
         return as_traded(minutes, of_symbol(self.splits, symbol))
 
     def _trades(self, profile: Profile, ts: Instants, extended: bool) -> NDArray[np.bool_]:
@@ -126,7 +139,11 @@ class SyntheticClosing:
         )
         awake: NDArray[np.bool_] = (luck >= _QUIET_MINUTES) & (quarter >= _QUIET_QUARTERS)
         if self.asset_class is AssetClass.FOREX:
-            return awake & grid_of(Series("", Timeframe.M1, AssetClass.FOREX)).contains(ts)
+            week = grid_of(Series("", Timeframe.M1, AssetClass.FOREX)).contains(ts)
+            # There are quotes on Saturdays as well, and only some providers show them.
+            weekend = ~week & (luck < _WEEKEND_MINUTES) & np.bool_(extended)
+            traded: NDArray[np.bool_] = (awake & week) | weekend
+            return traded
         sessions = stock_sessions()
         regular = awake & sessions.regular(ts)
         if not extended:
@@ -135,14 +152,35 @@ class SyntheticClosing:
         both: NDArray[np.bool_] = regular | outside
         return both
 
-    def truth(
-        self, symbol: str, timeframe: Timeframe, window: TimeRange, now: int, outages: RangeSet
-    ) -> Bars:
+    def truth(self, symbol: str, timeframe: Timeframe, window: TimeRange, now: int, halts: RangeSet) -> Bars:
         # The candle of the first trade may open before it.
         known = TimeRange(self.listing(symbol).start - Timeframe.W1.micros, FOR_EVER)
         frame = truth_frame(self.asset_class, timeframe, window.intersect(known), now)
-        found = self.bars(symbol, frame, now, outages)
+        found = self.bars(symbol, frame, now, halts)
         return replace(found, volume=None) if self.asset_class is AssetClass.FOREX else found
+
+
+def official(key: int, days: Bars, over: NDArray[np.bool_]) -> Bars:
+    """The official days of a stock, of days that hold the minutes of the regular session.
+
+    Open and close are those of the auctions: near the first and the last minute's, and within the
+    day's high and low, which are the minutes'. The volume is the consolidated one: 5 to 15 % above the
+    sum of the minutes. A day that is not `over` has had no closing auction yet. `key` is the symbol's; the
+    auctions of a day depend on it and on the date alone.
+    """
+    bits = generator.draw(key, _AUCTION_STREAM, days.ts // MICROS_PER_DAY)
+    moves = [
+        ((bits >> np.uint64(shift)) % np.uint64(2 * _AUCTION_MOVE + 1)).astype(np.int64) - _AUCTION_MOVE
+        for shift in (0, 20)
+    ]
+    opened, close = (
+        np.clip(price + price * move // 1_000_000, days.low, days.high)
+        for price, move in zip((days.open, days.close), moves, strict=True)
+    )
+    extra = (bits >> np.uint64(40)).astype(np.int64) % (_EXTRA_SPREAD + 1) + _LEAST_EXTRA
+    assert days.volume is not None
+    volume = days.volume + 1 + np.where(over, days.volume * extra // 1000, 0)
+    return replace(days, open=opened, close=np.where(over, close, days.close), volume=volume)
 
 
 def truth_frame(asset_class: AssetClass, timeframe: Timeframe, window: TimeRange, now: int) -> Frame:

@@ -104,8 +104,9 @@ class CoinGecko:
             return Reply(orjson.dumps({"error": "coin not found"}), 404)
         return Reply(orjson.dumps(_status(status, "Internal Server Error")), status)
 
-    def impostor(self, call: Call, symbol: str) -> Answer:
-        other = next(coin for coin in ("ethereum", "bitcoin") if coin != symbol)
+    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
+        wanted = () if other is None else (self.spell(other),)
+        other = next(coin for coin in (*wanted, "ethereum", "bitcoin") if coin != symbol)
         path = call.path.replace(f"/{symbol}/", f"/{other}/")
         lie = self.answer(Call(path, call.query, call.headers, call.base_url))
         return Answer(lie.reply, lie.endpoint, 1, symbol, lie.span, lie.rows)

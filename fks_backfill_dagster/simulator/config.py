@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 
 from fks_backfill_dagster.domain.ranges import TimeRange
@@ -14,6 +15,9 @@ from fks_backfill_dagster.simulator.splits import Split
 PROVIDERS = ("binance", "polygon", "yahoo", "alphavantage", "oanda", "coingecko")
 ALIASES = {"yfinance": "yahoo"}
 """What the project calls a provider, where its address does not say so."""
+
+EVERYWHERE = "all"
+"""The provider of an outage or a halt that hits all of them."""
 
 
 def instant(text: str) -> int:
@@ -27,28 +31,49 @@ def plain_symbol(symbol: str) -> str:
     return re.sub(r"[/_:-]", "", symbol.upper().removeprefix("X:").removeprefix("C:"))
 
 
+class Absence(StrEnum):
+    """Why minutes are absent: what decides what becomes of the coarser candles around them."""
+
+    OUTAGE = "outage"  # there were trades, and the provider lacks the data
+    HALT = "halt"  # there were no trades
+
+
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """Minutes a provider does not have; `symbol` None means all of its symbols.
+    """Absent minutes of a provider, by their open; `symbol` None means all of its symbols.
 
-    `published`: it has them from this instant of the market's clock on, late; None: never.
+    An OUTAGE is the provider's: it lacks every row, of every timeframe, that holds such a minute of
+    trading hours. A HALT is the market's: nobody trades, and a coarser candle holds what was traded
+    before and after. An exchange that is down is a halt of the provider that is this exchange (Binance);
+    a trading halt of a stock is one of `provider` EVERYWHERE.
+
+    `published` (of an OUTAGE only): the provider has the rows from this instant of the market's clock
+    on, late; None: never.
     """
 
     provider: str
     window: TimeRange
     symbol: str | None = None
     published: int | None = None
+    kind: Absence = Absence.OUTAGE
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "provider", ALIASES.get(self.provider, self.provider))
-        if self.provider not in PROVIDERS:
-            raise ValueError(f"outage of {self.provider!r}: the provider is one of {', '.join(PROVIDERS)}")
+        if self.provider not in (*PROVIDERS, EVERYWHERE):
+            known = ", ".join((*PROVIDERS, EVERYWHERE))
+            raise ValueError(f"{self.kind} of {self.provider!r}: the provider is one of {known}")
         if not self.window:
             raise ValueError("an outage needs an end after its start")
+        if self.kind is Absence.HALT and self.published is not None:
+            raise ValueError("a halt cannot be published late: there are no trades to publish")
+
+    def concerns(self, provider: str) -> bool:
+        return self.provider in (provider, EVERYWHERE)
 
     @classmethod
-    def parse(cls, text: str) -> Outage:
-        """`PROVIDER[@SYMBOL]=START/END`, such as `binance@BTC/USDT=2024-01-05T03:00/2024-01-05T07:30`.
+    def parse(cls, text: str, kind: Absence = Absence.OUTAGE) -> Outage:
+        """`PROVIDER[@SYMBOL]=START/END`, such as `binance@BTC/USDT=2024-01-05T03:00/2024-01-05T07:30`;
+        PROVIDER may be `all`.
 
         Raises ValueError with a sentence that shows the form.
         """
@@ -58,9 +83,9 @@ class Outage:
                 raise ValueError("it has another form")
             provider, symbol, start, end = match.groups()
             window = TimeRange(instant(start), instant(end))
-            return cls(provider, window, plain_symbol(symbol) if symbol else None)
+            return cls(provider, window, plain_symbol(symbol) if symbol else None, kind=kind)
         except ValueError as error:
-            raise ValueError(f"outage {text!r} is not PROVIDER[@SYMBOL]=START/END: {error}") from None
+            raise ValueError(f"{kind} {text!r} is not PROVIDER[@SYMBOL]=START/END: {error}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +102,7 @@ class MarketConfig:
     alphavantage_per_day, alphavantage_per_second: of all free keys together (25 and 1).
     oanda_per_second: 100 in reality. coingecko_per_minute: 100 for a demo key.
     now: the market's clock stands here (microseconds); with clock_runs it starts here and goes on.
-    outages: planted from the start.
+    outages: planted from the start, halts among them.
     seed, listed: of the synthetic market; `listed` are pairs (BTCUSDT, microseconds).
     splits: of stocks. The synthetic market trades in the shares of the day; for replayed files they
         come on top of the directory's equity/splits.csv.

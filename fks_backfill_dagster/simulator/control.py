@@ -24,15 +24,23 @@ from fks_backfill_dagster.domain.timeframe import Timeframe, iso
 from fks_backfill_dagster.simulator.archive import Archives
 from fks_backfill_dagster.simulator.bars import Bars, Step
 from fks_backfill_dagster.simulator.binance import MAX_LIMIT, Binance
-from fks_backfill_dagster.simulator.config import ALIASES, PROVIDERS, Outage, instant, plain_symbol
-from fks_backfill_dagster.simulator.faults import Fault, Kind
+from fks_backfill_dagster.simulator.config import (
+    ALIASES,
+    PROVIDERS,
+    Absence,
+    Outage,
+    instant,
+    plain_symbol,
+)
+from fks_backfill_dagster.simulator.faults import ROWS, Fault, Kind
 from fks_backfill_dagster.simulator.polygon import Polygon
 from fks_backfill_dagster.simulator.state import Instrument, Sandbox
 from fks_backfill_dagster.simulator.wire import Face
 
-_FAULT_FIELDS = frozenset(f.name for f in fields(Fault)) - {"id", "window"} | {"start", "end"}
+_FAULT_FIELDS = frozenset(f.name for f in fields(Fault)) - {"id", "window", "only"}
+_FAULT_FIELDS |= {"start", "end", "rows_start", "rows_end"}
 
-_NUMBERS = frozenset({"count", "probability", "status", "seconds", "rows"})
+_NUMBERS = frozenset({"count", "nth", "probability", "status", "seconds", "rows"})
 
 
 class Refused(ValueError):
@@ -109,16 +117,20 @@ class Control:
             symbol = document.get("symbol")
             window = TimeRange(instant(document["start"]), instant(document["end"]))
             late = document.get("published")
+            if (kind := document.get("kind", Absence.OUTAGE)) not in list(Absence):
+                raise Refused(f"kind is one of {', '.join(Absence)}, not {kind!r}")
             planted = Outage(
                 document["provider"],
                 window,
                 plain_symbol(symbol) if symbol else None,
                 None if late is None else instant(late),
+                Absence(kind),
             )
             self._sandbox.plant_outage(planted)
         return JSONResponse(
             [
                 {
+                    "kind": o.kind,
                     "provider": o.provider,
                     "symbol": o.symbol,
                     "start": iso(o.window.start),
@@ -149,10 +161,17 @@ class Control:
                 f"unknown {', '.join(sorted(unknown))}; a fault has {', '.join(sorted(_FAULT_FIELDS))}"
             )
         provider, kind = _known(options.pop("provider"), (*PROVIDERS, "archive")), Kind(options.pop("kind"))
-        start, end = options.pop("start", None), options.pop("end", None)
-        window = TimeRange(_optional(start, 0), _optional(end, 2**62)) if start or end else None
+        window = _window(options.pop("start", None), options.pop("end", None))
+        only = _window(options.pop("rows_start", None), options.pop("rows_end", None))
+        if only is not None and kind not in ROWS:
+            raise Refused(f"rows_start and rows_end are for faults of rows, and {kind} is none")
         if symbol := options.pop("symbol", None):
             options["symbol"] = self._faces[provider].spell(plain_symbol(symbol))
+        if other := options.get("other"):
+            if kind is not Kind.OTHER_SYMBOL:
+                raise Refused(f"other is for the fault other_symbol, not for {kind}")
+            market = "binance" if provider == "archive" else provider
+            options["other"] = self._instrument(market, other).name
         if (body := options.get("body")) is not None and not isinstance(body, str):
             options["body"] = json.dumps(body)
         for name, number in options.items():
@@ -163,7 +182,9 @@ class Control:
         market = "binance" if provider == "archive" else provider
         if kind is Kind.OTHER_SYMBOL and len(self._sandbox.symbols(market)) < 2:
             raise Refused("this replay has one symbol of that provider only, so no other one can be served")
-        return lambda number: Fault(number, provider, kind, window=window, **options)
+        if options.get("nth", 1) < 1:
+            raise Refused("nth of a fault counts from 1")
+        return lambda number: Fault(number, provider, kind, window=window, only=only, **options)
 
     def requests(self, request: Request, _: dict[str, Any]) -> Response:
         if request.method == "DELETE":
@@ -237,6 +258,11 @@ def _timeframe(name: str) -> Timeframe:
     if name not in list(Timeframe):
         raise Refused(f"no timeframe {name!r}; there are {', '.join(Timeframe)}")
     return Timeframe(name)
+
+
+def _window(start: str | None, end: str | None) -> TimeRange | None:
+    """Either edge may be absent; None without both."""
+    return TimeRange(_optional(start, 0), _optional(end, 2**62)) if start or end else None
 
 
 def _optional(text: str | None, default: int) -> int:

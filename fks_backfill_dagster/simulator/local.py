@@ -123,7 +123,10 @@ class LocalMarket:
     def plant_outage(
         self, provider: str, window: TimeRange, symbol: str | None = None, *, published: int | None = None
     ) -> None:
-        """`published`: the market's clock from which on the candles are there after all."""
+        """Rows that `provider` (or `all`) lacks: all that hold a minute of `window`, in every timeframe.
+
+        `published`: the market's clock from which on they are there after all.
+        """
         self.post(
             "/sim/outages",
             provider=provider,
@@ -133,11 +136,31 @@ class LocalMarket:
             published=None if published is None else iso(published),
         )
 
+    def plant_halt(self, window: TimeRange, symbol: str | None = None, *, provider: str = "all") -> None:
+        """Nobody trades in `window`: coarser candles hold what was traded beside it."""
+        edges = {"start": iso(window.start), "end": iso(window.end)}
+        self.post("/sim/outages", kind="halt", provider=provider, symbol=symbol, **edges)
+
     def clear_outages(self) -> None:
         self._ask("DELETE", "/sim/outages")
 
-    def plant_fault(self, provider: str, kind: str, **options: Any) -> None:
-        """`options` are the fields of a fault; `start` and `end` in ISO 8601 give its window."""
+    def plant_fault(
+        self,
+        provider: str,
+        kind: str,
+        *,
+        window: TimeRange | None = None,
+        only: TimeRange | None = None,
+        **options: Any,
+    ) -> None:
+        """`window` hits the answers that touch it; `only` as well, and changes nothing but their rows in it.
+
+        `options` are the other fields of a fault, as the control route takes them; `start` and `end` in
+        ISO 8601 are another way to give the window.
+        """
+        for prefix, span in (("", window), ("rows_", only)):
+            if span is not None:
+                options |= {f"{prefix}start": iso(span.start), f"{prefix}end": iso(span.end)}
         self.post("/sim/faults", provider=provider, kind=kind, **options)
 
     def clear_faults(self) -> None:

@@ -3,7 +3,7 @@
 A candle is a pure function of (seed, symbol, time). Also here: what a market that never closes is
 to the wire formats (`Market`), and paging through one.
 
-Not here: how minutes are made up (`generator`), markets that close (`closing`), planted outages,
+Not here: how minutes are made up (`generator`), markets that close (`closing`), outages of providers,
 the clock, anything of HTTP. They are passed in or live elsewhere.
 """
 
@@ -32,7 +32,7 @@ FOR_EVER = 2**62
 QUOTES = ("FDUSD", "USDT", "USDC", "BUSD", "TUSD", "BTC", "ETH", "BNB", "EUR", "GBP", "TRY", "BRL", "JPY")
 UNKNOWN_BASES = frozenset({"NOPE", "UNKNOWN", "INVALID", "DOESNOTEXIST"})
 
-NO_OUTAGE = RangeSet()
+NO_HALT = RangeSet()
 
 _VOLUME_DIGITS = 5
 _MINUTE = Step(MICROS_PER_MINUTE)
@@ -59,11 +59,11 @@ class Market(Protocol):
         """Some symbols it knows: all of a replay, the well-known ones of the synthetic market."""
         ...
 
-    def bars(self, symbol: str, step: Step, window: TimeRange, now: int, outages: RangeSet) -> Bars:
+    def bars(self, symbol: str, step: Step, window: TimeRange, now: int, halts: RangeSet) -> Bars:
         """The candles that open in `window` and not after `now`; the last one may be forming.
 
-        Minutes of an outage do not exist: a candle made only of them is absent, another one
-        aggregates the rest.
+        In the minutes of a halt nobody trades: a candle made only of them is absent, another one
+        aggregates the rest. Outages of a provider are not the market's (`state`).
         """
         ...
 
@@ -74,9 +74,9 @@ class Market(Protocol):
         window: TimeRange,
         *,
         now: int = FOR_EVER,
-        outages: RangeSet = NO_OUTAGE,
+        halts: RangeSet = NO_HALT,
     ) -> Candles:
-        """The closed candles that open in `window`: what an honest provider would have given."""
+        """The closed candles that open in `window`, made of all that was traded."""
         ...
 
 
@@ -103,7 +103,7 @@ class SyntheticMarket:
     def listing(self, symbol: str) -> TimeRange:
         return TimeRange(dict(self.listed).get(symbol, LISTED), FOR_EVER)
 
-    def bars(self, symbol: str, step: Step, window: TimeRange, now: int, outages: RangeSet) -> Bars:
+    def bars(self, symbol: str, step: Step, window: TimeRange, now: int, halts: RangeSet) -> Bars:
         listed = self.listing(symbol).start
         start = max(step.ceil(window.start), step.floor(listed))
         end = min(step.ceil(window.end), step.floor(now) + step.length)
@@ -112,19 +112,19 @@ class SyntheticMarket:
         width = max(CHUNK // step.length, 1) * step.length
         return concat(
             [
-                self._chunk(symbol, step, TimeRange(max(at, listed), min(at + width, end)), now, outages)
+                self._chunk(symbol, step, TimeRange(max(at, listed), min(at + width, end)), now, halts)
                 for at in range(start, end, width)
                 if min(at + width, end) > listed
             ]
         )
 
-    def _chunk(self, symbol: str, step: Step, span: TimeRange, now: int, outages: RangeSet) -> Bars:
+    def _chunk(self, symbol: str, step: Step, span: TimeRange, now: int, halts: RangeSet) -> Bars:
         profile = _profile(self.seed, symbol)
         minutes = generator.minutes(profile, TimeRange(_MINUTE.ceil(span.start), span.end))
         if now < span.end:
             minutes = as_of(minutes, now)
-        if outages:
-            minutes = minutes.take(~outages.contains(minutes.ts))
+        if halts:
+            minutes = minutes.take(~halts.contains(minutes.ts))
         return minutes if step == _MINUTE else aggregate(minutes, step)
 
     def truth(
@@ -134,15 +134,15 @@ class SyntheticMarket:
         window: TimeRange,
         *,
         now: int = FOR_EVER,
-        outages: RangeSet = NO_OUTAGE,
+        halts: RangeSet = NO_HALT,
     ) -> Candles:
-        return closed(self, symbol, Step.of(timeframe), window, now, outages).candles()
+        return closed(self, symbol, Step.of(timeframe), window, now, halts).candles()
 
 
-def closed(market: Market, symbol: str, step: Step, window: TimeRange, now: int, outages: RangeSet) -> Bars:
+def closed(market: Market, symbol: str, step: Step, window: TimeRange, now: int, halts: RangeSet) -> Bars:
     """The candles of `window` that are complete at `now`."""
     end = min(window.end, step.floor(now))
-    return market.bars(symbol, step, TimeRange(min(window.start, end), end), now, outages)
+    return market.bars(symbol, step, TimeRange(min(window.start, end), end), now, halts)
 
 
 def oldest(read: Callable[[TimeRange], Bars], length: int, window: TimeRange, limit: int) -> Bars:

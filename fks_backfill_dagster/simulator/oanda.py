@@ -75,9 +75,9 @@ class Oanda:
         }
         return _said(messages.get(status, "The server encountered an error processing the request."), status)
 
-    def impostor(self, call: Call, symbol: str) -> Answer:
+    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
         asked = Instrument(AssetClass.FOREX, plain_symbol(symbol))
-        other = self._sandbox.other_symbol("oanda", asked)
+        other = self._sandbox.other_symbol("oanda", asked, other)
         if other is None:
             return self.answer(call)
         path = call.path.replace(f"/{symbol}/", f"/{self.spell(other)}/")

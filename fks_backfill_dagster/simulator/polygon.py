@@ -1,7 +1,9 @@
 """Polygon's aggregates: `X:BTCUSD` is the market of BTC/USDT, `C:EURUSD` a currency pair, `AAPL` a stock.
 
-Only the wire format: the path, the key, where bars sit, snapping, base-bar limits and cursors. Bars of
-stocks hold pre- and post-market trades: an hour sits on the clock, a day is one of New York.
+Only the wire format: the path, the key, where bars sit, snapping, base-bar limits and cursors. Minutes and
+hours of stocks hold pre- and post-market trades, and an hour sits on the clock. A stock's day is the official
+one, stamped at 00:00 New York, and a week is made of such days. A pair's days are those of UTC, Saturdays
+among them.
 """
 
 from __future__ import annotations
@@ -116,10 +118,10 @@ class Polygon:
         found = self._sandbox.find("polygon", plain)
         return plain if found is None else _ticker(found.asset_class, plain)
 
-    def impostor(self, call: Call, symbol: str) -> Answer:
+    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
         asked = self._instrument(symbol)
-        other = asked and self._sandbox.other_symbol("polygon", asked)
-        if not asked or not other:
+        other = None if asked is None else self._sandbox.other_symbol("polygon", asked, other)
+        if asked is None or other is None:
             return self.answer(call)
         ticker = _ticker(asked.asset_class, other)
         path = call.path.replace(f"/ticker/{symbol}/", f"/ticker/{ticker}/")
@@ -247,14 +249,18 @@ def _ticker(asset_class: AssetClass, plain: str) -> str:
 
 
 def _ruler(unit: str, mult: int, asset_class: AssetClass) -> Ruler:
-    """Where bars sit: crypto and currencies by UTC, stocks by New York; weeks begin on Sunday."""
+    """Where bars sit: crypto and currencies by UTC, stocks by New York; weeks begin on Sunday.
+
+    Days and weeks of stocks are made of official days, which hold no pre- and post-market trades.
+    """
     length = UNITS[unit] * mult
+    extended = length < MICROS_PER_DAY or asset_class is not AssetClass.STOCKS
     if asset_class is not AssetClass.STOCKS or (length < MICROS_PER_HOUR):
         return EvenRuler(Step(length, SUNDAY_WEEKS.origin if unit == "week" else 0), extended=True)
     if unit == "week" and mult == 1:
-        return WeekRuler(weekday=6, extended=True)
+        return WeekRuler(weekday=6, extended=extended)
     if MICROS_PER_DAY % length == 0:
-        return WallRuler(length, extended=True)
+        return WallRuler(length, extended=extended)
     raise BadRequest("The local market has no such multiple for stocks: bars divide a day, or are weeks.")
 
 

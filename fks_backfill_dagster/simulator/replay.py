@@ -26,7 +26,7 @@ from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.simulator.bars import Bars, Scale, Step, Units, aggregate
 from fks_backfill_dagster.simulator.closing import ClosingMarket
-from fks_backfill_dagster.simulator.market import FOR_EVER, NO_OUTAGE, Market, closed
+from fks_backfill_dagster.simulator.market import FOR_EVER, NO_HALT, Market, closed
 from fks_backfill_dagster.simulator.replay_closing import CUTS, ReplayClosing, Traded
 from fks_backfill_dagster.simulator.splits import Split, read_splits
 
@@ -85,14 +85,14 @@ class ReplayMarket:
         ]
         return TimeRange(min(s for s, _ in spans), max(e for _, e in spans))
 
-    def bars(self, symbol: str, step: Step, window: TimeRange, now: int, outages: RangeSet) -> Bars:
-        """As in `Market`; rows are indivisible, so an outage takes a row only if it covers it wholly."""
+    def bars(self, symbol: str, step: Step, window: TimeRange, now: int, halts: RangeSet) -> Bars:
+        """As in `Market`; rows are indivisible, so a halt takes a row only if it covers it wholly."""
         timeframe, found = self._nearest(symbol, step)
         end = min(window.end, now + 1)
         start = min(window.start, end)
         found = found.within(TimeRange(step.ceil(start), max(step.ceil(end), step.ceil(start))))
-        if outages:
-            found = found.take(~_covered(found.ts, timeframe.micros, outages))
+        if halts:
+            found = found.take(~_covered(found.ts, timeframe.micros, halts))
         return found if Step.of(timeframe) == step else aggregate(found, step)
 
     def _nearest(self, symbol: str, step: Step) -> tuple[Timeframe, Bars]:
@@ -112,9 +112,9 @@ class ReplayMarket:
         window: TimeRange,
         *,
         now: int = FOR_EVER,
-        outages: RangeSet = NO_OUTAGE,
+        halts: RangeSet = NO_HALT,
     ) -> Candles:
-        return closed(self, symbol, Step.of(timeframe), window, now, outages).candles()
+        return closed(self, symbol, Step.of(timeframe), window, now, halts).candles()
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +260,7 @@ def _without_exponents(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([texts])
 
 
-def _covered(ts: NDArray[np.int64], length: int, outages: RangeSet) -> NDArray[np.bool_]:
+def _covered(ts: NDArray[np.int64], length: int, halts: RangeSet) -> NDArray[np.bool_]:
     """Rows whose whole `[ts, ts + length)` lies in one range."""
-    index = np.searchsorted(outages.starts, ts, side="right") - 1
-    return (index >= 0) & (ts + length <= outages.ends[index])
+    index = np.searchsorted(halts.starts, ts, side="right") - 1
+    return (index >= 0) & (ts + length <= halts.ends[index])

@@ -84,12 +84,12 @@ class Traded:
         )
         return Traded(self.timeframe, both, np.repeat(ends, 2))
 
-    def without(self, outages: RangeSet) -> Bars:
-        """The rows but those that an outage covers wholly."""
-        if not outages:
+    def without(self, halts: RangeSet) -> Bars:
+        """The rows but those that a halt covers wholly."""
+        if not halts:
             return self.rows
-        index = np.searchsorted(outages.starts, self.rows.ts, side="right") - 1
-        return self.rows.take(~((index >= 0) & (self.ends <= outages.ends[index])))
+        index = np.searchsorted(halts.starts, self.rows.ts, side="right") - 1
+        return self.rows.take(~((index >= 0) & (self.ends <= halts.ends[index])))
 
 
 def _interleaved(first: Units, second: Units) -> Units:
@@ -114,20 +114,18 @@ class ReplayClosing:
         files = self.files[symbol].values()
         return TimeRange(min(int(f.rows.ts[0]) for f in files), max(int(f.ends[-1]) for f in files))
 
-    def bars(self, symbol: str, frame: Frame, now: int, outages: RangeSet) -> Bars:
-        """As in `ClosingMarket`; rows are indivisible, so an outage takes a row only if it covers it wholly."""
-        return self._filled(symbol, frame, now, outages, frame.length in self.cuts)
+    def bars(self, symbol: str, frame: Frame, now: int, halts: RangeSet) -> Bars:
+        """As in `ClosingMarket`; rows are indivisible, so a halt takes a row only if it covers it wholly."""
+        return self._filled(symbol, frame, now, halts, frame.length in self.cuts)
 
-    def truth(
-        self, symbol: str, timeframe: Timeframe, window: TimeRange, now: int, outages: RangeSet
-    ) -> Bars:
+    def truth(self, symbol: str, timeframe: Timeframe, window: TimeRange, now: int, halts: RangeSet) -> Bars:
         # A stock's days and weeks are named by 00:00 UTC of their date: they open before they trade.
         listing = self.listing(symbol)
         known = TimeRange(listing.start - Timeframe.W1.micros, listing.end)
         frame = truth_frame(self.asset_class, timeframe, window.intersect(known), now)
-        return self._filled(symbol, frame, now, outages, cut=False)
+        return self._filled(symbol, frame, now, halts, cut=False)
 
-    def _filled(self, symbol: str, frame: Frame, now: int, outages: RangeSet, cut: bool) -> Bars:
+    def _filled(self, symbol: str, frame: Frame, now: int, halts: RangeSet, cut: bool) -> Bars:
         files = self.files[symbol]
         hull = frame.hull
         span = TimeRange(hull.start, max(hull.start, min(hull.end, now + 1)))
@@ -138,7 +136,7 @@ class ReplayClosing:
         else:
             nothing = here[-1].within(TimeRange(0, 0))
             chosen = next((file for file in here if file.fits(frame)), nothing)
-        rows = chosen.without(outages)
+        rows = chosen.without(halts)
         if self.asset_class is AssetClass.STOCKS and not frame.extended:
             rows = rows.take(stock_sessions().regular(rows.ts))
         return fill(rows, frame)

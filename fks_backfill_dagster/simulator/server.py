@@ -33,7 +33,7 @@ from fks_backfill_dagster.simulator.binance import Binance
 from fks_backfill_dagster.simulator.coingecko import CoinGecko
 from fks_backfill_dagster.simulator.config import PROVIDERS, MarketConfig
 from fks_backfill_dagster.simulator.control import Control
-from fks_backfill_dagster.simulator.faults import ROWS, TRANSPORT, Fault, Kind, spoil
+from fks_backfill_dagster.simulator.faults import ROWS, TRANSPORT, Asked, Fault, Kind, Page, mixed, spoil
 from fks_backfill_dagster.simulator.journal import Entry, without_key
 from fks_backfill_dagster.simulator.oanda import Oanda
 from fks_backfill_dagster.simulator.polygon import Polygon
@@ -43,6 +43,8 @@ from fks_backfill_dagster.simulator.yahoo import Yahoo
 
 _HTML = Reply(b"<!DOCTYPE html><html><body><h1>We'll be back soon</h1></body></html>", media_type="text/html")
 _DRIPS = 20
+TITLE = "fks-backfill local market"
+"""How the front page begins."""
 
 
 class PortInUse(OSError):
@@ -95,11 +97,14 @@ class ProviderApp:
         answer = self._face.answer(call)
         with_rows = answer.rows is not None and answer.reply.status == 200
         kinds = TRANSPORT | ROWS if with_rows else TRANSPORT
-        fault = self._sandbox.faults.pick(self._face.name, kinds, answer.symbol, target, answer.span)
+        held = Page(Asked(answer.span), lambda: _stamps(answer))
+        fault = self._sandbox.faults.pick(self._face.name, kinds, answer.symbol, target, held)
         if fault is None:
             return _Outcome(answer, answer.fault)
         if fault.kind is Kind.OTHER_SYMBOL and answer.symbol is not None:
-            return _Outcome(self._face.impostor(call, answer.symbol), fault)
+            return _Outcome(
+                _other(answer, self._face.impostor(call, answer.symbol, fault.other), fault), fault
+            )
         return _Outcome(replace(answer, reply=self._faulty(answer, fault)), fault)
 
     def _faulty(self, answer: Answer, fault: Fault) -> Reply:
@@ -145,6 +150,25 @@ class ProviderApp:
             return
         body = b"" if kind is Kind.DRIP else reply.body
         await send({"type": "http.response.body", "body": body})
+
+
+def _stamps(answer: Answer) -> list[int]:
+    """When the rows of a JSON page open (or close, if that is what its stamps are), in microseconds."""
+    rows = answer.rows
+    if rows is None:
+        return []
+    return [int(row[rows.fields.ts]) * rows.unit for row in rows.take(orjson.loads(answer.reply.body))]
+
+
+def _other(honest: Answer, impostor: Answer, fault: Fault) -> Answer:
+    """The page of another symbol; with `fault.only` the honest one with some of its rows."""
+    rows = honest.rows
+    if fault.only is None or rows is None or impostor.reply.status != 200:
+        return impostor
+    document = orjson.loads(honest.reply.body)
+    theirs = rows.take(orjson.loads(impostor.reply.body))
+    body = rows.put(document, mixed(rows.take(document), theirs, rows.fields, rows.unit, fault.only))
+    return replace(honest, reply=replace(honest.reply, body=body))
 
 
 def _spoiled(answer: Answer, fault: Fault) -> bytes:
@@ -229,7 +253,7 @@ def _front_page(sandbox: Sandbox, url: str) -> str:
     kind = f"replay of {sandbox.config.replay}" if sandbox.replays else "synthetic"
     symbols = "\n".join(f"  {provider:13} {', '.join(sandbox.symbols(provider))}" for provider in PROVIDERS)
     return (
-        f"fks-backfill local market ({kind}), its clock: {iso(sandbox.clock.now())}\n\n"
+        f"{TITLE} ({kind}), its clock: {iso(sandbox.clock.now())}\n\n"
         f"Binance REST      {url}/binance/api/v3/klines?symbol=BTCUSDT&interval=1h\n"
         f"Binance archives  {url}/archive/data/spot/monthly/klines/...\n"
         f"Polygon           {url}/polygon/v2/aggs/ticker/X:BTCUSD/range/1/hour/2024-01-01/2024-01-02\n"
@@ -292,5 +316,9 @@ def run(config: MarketConfig, on_start: Callable[[str], None] | None = None) -> 
 
 def address(config: MarketConfig, sock: socket.socket) -> str:
     """The URL of a listening socket, with the port it really got."""
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"http://{host}:{sock.getsockname()[1]}"
+    return url_of(config.host, sock.getsockname()[1])
+
+
+def url_of(host: str, port: int) -> str:
+    """The URL of a sandbox at `host` and `port`."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

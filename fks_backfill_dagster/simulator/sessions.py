@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.grid import FIRST_DATE, LAST_DATE, grid_of
-from fks_backfill_dagster.domain.ranges import Instants, TimeRange
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
 
@@ -56,6 +56,12 @@ class Sessions:
     def regular(self, instants: Instants) -> NDArray[np.bool_]:
         return _inside(instants, self.opens, self.closes)
 
+    def hours(self, *, extended: bool) -> RangeSet:
+        """The trading hours of all of them, with or without pre- and post-market."""
+        if extended:
+            return RangeSet.from_arrays(self.pre, self.post)
+        return RangeSet.from_arrays(self.opens, self.closes)
+
 
 def _inside(instants: Instants, starts: Instants, ends: Instants) -> NDArray[np.bool_]:
     index = np.searchsorted(starts, instants, side="right") - 1
@@ -80,6 +86,20 @@ def stock_sessions() -> Sessions:
         closes,
         closes + _POST_MARKET,
     )
+
+
+@cache
+def trading_hours(asset_class: AssetClass, extended: bool) -> RangeSet | None:
+    """When a market trades; None: always. `extended` adds a stock's pre- and post-market."""
+    if asset_class is AssetClass.CRYPTO:
+        return None
+    if asset_class is AssetClass.STOCKS:
+        return stock_sessions().hours(extended=extended)
+    weeks = grid_of(Series("", Timeframe.W1, AssetClass.FOREX))
+    opens = weeks.opens(
+        TimeRange(*(int(np.datetime64(day, "us").astype(np.int64)) for day in (FIRST_DATE, LAST_DATE)))
+    )
+    return RangeSet.from_arrays(opens, weeks.closes(opens))
 
 
 def utc(walls: Instants, zone: str) -> Instants:

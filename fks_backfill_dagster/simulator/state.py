@@ -10,18 +10,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
-from fks_backfill_dagster.domain.series import AssetClass
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.simulator import replay
+from fks_backfill_dagster.simulator.absence import lacking
 from fks_backfill_dagster.simulator.bars import Bars, Step
 from fks_backfill_dagster.simulator.clock import Clock, Meter
 from fks_backfill_dagster.simulator.closing import ClosingMarket, SyntheticClosing
-from fks_backfill_dagster.simulator.config import MarketConfig, Outage
+from fks_backfill_dagster.simulator.config import Absence, MarketConfig, Outage
 from fks_backfill_dagster.simulator.faults import Faults
 from fks_backfill_dagster.simulator.frames import Frame
 from fks_backfill_dagster.simulator.journal import Journal
-from fks_backfill_dagster.simulator.market import NO_OUTAGE, Market, SyntheticMarket, closed
+from fks_backfill_dagster.simulator.market import NO_HALT, Market, SyntheticMarket, closed
+from fks_backfill_dagster.simulator.sessions import trading_hours
 from fks_backfill_dagster.simulator.splits import Split, of_symbol
 
 _PREPARED_BYTES = 2 << 30
@@ -120,17 +123,30 @@ class Sandbox:
         self.clock.set(now, runs=runs)
         self.prepared.clear()
 
-    def outage(self, provider: str, symbol: str) -> RangeSet:
-        """The minutes that `provider` does not have of the market's `symbol` at the clock's time."""
+    def absences(self, provider: str, symbol: str, *kinds: Absence) -> RangeSet:
+        """What was planted for `provider` and the market's `symbol` and holds at the clock's time, of
+        these kinds or of all. Nothing of it lies after the clock's time."""
         now = self.clock.now()
+        past = TimeRange(min(0, now), now + 1)
         mine = [
-            o.window
+            o.window.intersect(past)
             for o in self._outages
-            if o.provider == provider
+            if o.concerns(provider)
+            and o.kind in (kinds or tuple(Absence))
             and (o.published is None or now < o.published)
             and self._meant(o, provider, symbol)
         ]
-        return RangeSet(mine) if mine else NO_OUTAGE
+        return RangeSet(mine) if mine else NO_HALT
+
+    def _halts(self, provider: str, symbol: str) -> RangeSet:
+        return self.absences(provider, symbol, Absence.HALT)
+
+    def held(self, provider: str, what: Instrument, bars: Bars, ends: Instants, *, extended: bool) -> Bars:
+        """The rows that `provider` has in spite of its outages; `ends` are theirs, `extended` as in a frame."""
+        outage = self.absences(provider, what.name, Absence.OUTAGE)
+        if not outage or len(bars) == 0:
+            return bars
+        return bars.take(~lacking(bars.ts, ends, outage, trading_hours(what.asset_class, extended)))
 
     def _meant(self, outage: Outage, provider: str, symbol: str) -> bool:
         if outage.symbol is None:
@@ -181,20 +197,31 @@ class Sandbox:
 
     def bars(self, provider: str, symbol: str, step: Step, window: TimeRange) -> Bars:
         """What `provider` gives of the crypto market's `symbol` now, a forming candle included."""
-        market, outage = self.crypto[provider], self.outage(provider, symbol)
-        bars = market.bars(symbol, step, window, self.clock.now(), outage)
-        return bars.shifted(self._offset(provider))
+        market, halts = self.crypto[provider], self._halts(provider, symbol)
+        bars = market.bars(symbol, step, window, self.clock.now(), halts)
+        return self._given(provider, symbol, step, bars)
 
     def closed(self, provider: str, symbol: str, step: Step, window: TimeRange) -> Bars:
         """The same without the forming candle."""
-        market, outage = self.crypto[provider], self.outage(provider, symbol)
-        bars = closed(market, symbol, step, window, self.clock.now(), outage)
-        return bars.shifted(self._offset(provider))
+        market, halts = self.crypto[provider], self._halts(provider, symbol)
+        bars = closed(market, symbol, step, window, self.clock.now(), halts)
+        return self._given(provider, symbol, step, bars)
+
+    def _given(self, provider: str, symbol: str, step: Step, bars: Bars) -> Bars:
+        what = Instrument(AssetClass.CRYPTO, symbol)
+        held = self.held(provider, what, bars, bars.ts + step.length, extended=False)
+        return held.shifted(self._offset(provider))
 
     def framed(self, provider: str, what: Instrument, frame: Frame) -> Bars:
         """The bars of `frame` that `provider` has of a stock or a currency pair now, prices as traded."""
         market = self._closing[provider, what.asset_class]
-        return market.bars(what.name, frame, self.clock.now(), self.outage(provider, what.name))
+        bars = market.bars(what.name, frame, self.clock.now(), self._halts(provider, what.name))
+        return self.held_of(provider, what, bars, frame)
+
+    def held_of(self, provider: str, what: Instrument, bars: Bars, frame: Frame) -> Bars:
+        """As `held`, of bars of `frame`."""
+        ends = frame.ends[np.searchsorted(frame.opens, bars.ts)]
+        return self.held(provider, what, bars, ends, extended=frame.extended)
 
     def splits_of(self, symbol: str) -> tuple[Split, ...]:
         """The splits of a stock that the market's clock has seen."""
@@ -202,11 +229,18 @@ class Sandbox:
         return tuple(split for split in of_symbol(self.splits, symbol) if split.begins <= now)
 
     def truth(self, provider: str, what: Instrument, timeframe: Timeframe, window: TimeRange) -> Bars:
-        """The closed candles of `window` that an honest `provider` would give, on the project's grid."""
+        """The closed candles of `window` that can be had of an honest `provider`, on the project's grid.
+
+        A candle is there if the provider lacks no minute of its trading hours: then it is what all its
+        trades make of it, whether the wire has it natively or a client derives it. One that an outage
+        touches is not there, in no timeframe; a halt leaves what was traded.
+        """
         if what.asset_class is not AssetClass.CRYPTO:
             market = self._closing[provider, what.asset_class]
-            outage = self.outage(provider, what.name)
-            return market.truth(what.name, timeframe, window, self.clock.now(), outage)
+            halts = self._halts(provider, what.name)
+            bars = market.truth(what.name, timeframe, window, self.clock.now(), halts)
+            ends = grid_of(Series("", timeframe, what.asset_class)).closes(bars.ts)
+            return self.held(provider, what, bars, ends, extended=False)
         bars = self.closed(provider, what.name, Step.of(timeframe), window)
         if provider == "coingecko":  # it tells no volume of a bar
             return replace(bars, volume=None, verbatim=_without_volume(bars))
@@ -215,9 +249,11 @@ class Sandbox:
     def _offset(self, provider: str) -> int:
         return self.config.polygon_offset_ppm if provider == "polygon" else 0
 
-    def other_symbol(self, provider: str, what: Instrument) -> str | None:
-        """An instrument of the same kind that is another one; None where a replay has only this one."""
-        names = self._market(provider, what).symbols()
+    def other_symbol(self, provider: str, what: Instrument, wanted: str | None = None) -> str | None:
+        """An instrument of the same kind that is another one: the one that is wanted (a plain symbol), if
+        it is one, else any; None where a replay has only this one."""
+        found = None if wanted is None else self.known(provider, what.asset_class, wanted)
+        names = [*([found.name] if found else []), *self._market(provider, what).symbols()]
         return next((name for name in names if name != what.name), None)
 
 

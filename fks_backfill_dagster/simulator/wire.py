@@ -85,8 +85,8 @@ class Face(Protocol):
         """Headers that stand on every answer, refusals included."""
         ...
 
-    def impostor(self, call: Call, symbol: str) -> Answer:
-        """The same request answered with another symbol's candles."""
+    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
+        """The same request answered with the candles of another symbol: of `other`, if that is one."""
         ...
 
     def spell(self, plain: str) -> str:

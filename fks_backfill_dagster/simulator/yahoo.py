@@ -127,8 +127,9 @@ class Yahoo:
         chart = {"result": [self._result(what, ask)], "error": None}
         return Answer(Reply(orjson.dumps({"chart": chart})), "chart", 1, symbol, ask.window, ROWS)
 
-    def impostor(self, call: Call, symbol: str) -> Answer:
-        other = self._sandbox.other_symbol("yahoo", Instrument(AssetClass.STOCKS, symbol.replace("-", ".")))
+    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
+        asked = Instrument(AssetClass.STOCKS, symbol.replace("-", "."))
+        other = self._sandbox.other_symbol("yahoo", asked, other)
         if other is None:
             return self.answer(call)
         lie = self.answer(Call(f"/v8/finance/chart/{other}", call.query, call.headers, call.base_url))
@@ -158,7 +159,8 @@ class Yahoo:
         splits = self._sandbox.splits_of(what.name)
         if ask.interval != "1wk":
             return adjusted(self._sandbox.framed("yahoo", what, frame), splits)
-        return fill(adjusted(self._sandbox.framed("yahoo", what, _DAYS.frame(frame.hull)), splits), frame)
+        days = adjusted(self._sandbox.framed("yahoo", what, _DAYS.frame(frame.hull)), splits)
+        return self._sandbox.held_of("yahoo", what, fill(days, frame), frame)
 
     def _columns(self, bars: Bars, frame: Frame) -> dict[str, list[float | int | None]]:
         """One value for every bar of the frame, null for those without a trade."""

@@ -211,6 +211,22 @@ def test_providers_with_their_timeframes_and_keys(
     assert "POLYGON_API_KEY is not set" in fks("series", "providers").stdout
 
 
+def test_providers_at_an_address_that_is_no_default_one(fks: Command, world: LocalMarket) -> None:
+    found = {row["provider"]: row["custom_address"] for row in fks("series", "providers", "--json").json}
+    assert found == {
+        "binance": f"{world.binance_url} (archives: {world.archive_url})",
+        "coingecko": None,
+        "polygon": world.polygon_url,
+        "yfinance": None,
+        "alphavantage": None,
+        "oanda": None,
+    }
+    shown = fks("series", "providers").stdout.splitlines()
+    assert shown[0].endswith("  address")
+    assert next(line for line in shown if line.startswith("polygon")).endswith(f"  {world.polygon_url}")
+    assert next(line for line in shown if line.startswith("yfinance")).endswith("  default")
+
+
 def test_providers_that_are_left_alone_or_told_us_to_wait(
     fks: Command, world: LocalMarket, database_url: str
 ) -> None:

@@ -11,11 +11,14 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from fks_backfill_dagster.embedded import EmbeddedPostgres
+from fks_backfill_dagster.orchestration.servers import free_port
 from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster_tests.cli.conftest import CHECKOUT, Command, start
 from fks_backfill_dagster_tests.cli.test_backfill import JANUARY
@@ -99,6 +102,107 @@ def test_simulate_prints_settings_that_work(
     assert (filled["total_candles"], filled["missing"]) == (4, 0)
     assert running.returncode == 0
     assert "Traceback" not in stderr
+
+
+def exported(stdout: str) -> dict[str, str]:
+    """What a shell has in its environment once it has read the block."""
+    script = f"{stdout}\nexec {sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))'"
+    with subprocess.Popen(["/bin/sh", "-c", script], stdout=subprocess.PIPE, text=True) as shell:
+        assert shell.stdout is not None
+        found: dict[str, str] = json.loads(shell.stdout.read())
+    return found
+
+
+def test_the_environment_of_a_running_market_is_printed_without_one_more(
+    fks: Command, market: LocalMarket, tmp_path: Path
+) -> None:
+    port = market.url.rpartition(":")[2]
+    told = fks("simulate", "--env", "--port", port)
+    assert (told.exit_code, told.stderr) == (0, "")
+    found = exported(told.stdout)
+    assert found["FKS_PROVIDERS__OANDA__BASE_URL"] == market.oanda_url
+    assert found["FKS_HOME"] == str(tmp_path / "home" / "sandbox")
+    assert "FKS_DATABASE_URL" not in found, "or it would win over the home"
+    document = fks("simulate", "--env", "--port", port, "--json").json
+    assert document["url"] == market.url
+    assert document["unset"] == ["FKS_DATABASE_URL"]
+    assert document["environment"].items() <= found.items()
+
+
+def test_a_home_of_its_own_is_not_nested_and_may_be_named(
+    fks: Command, market: LocalMarket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("simulate", "--env", "--port", market.url.rpartition(":")[2])
+    monkeypatch.setenv("FKS_HOME", exported(fks(*line).stdout)["FKS_HOME"])
+    assert exported(fks(*line).stdout)["FKS_HOME"] == str(tmp_path / "home" / "sandbox")
+    assert exported(fks(*line, "--home", "it's mine").stdout)["FKS_HOME"] == str(tmp_path / "it's mine")
+
+
+def test_the_environment_of_a_market_that_is_not_there_yet(fks: Command) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    told = fks("simulate", "--env", "--port", str(port))
+    assert told.exit_code == 0
+    assert told.stderr.startswith(f"Nothing listens at http://127.0.0.1:{port} yet: start")
+    assert told.stderr.count("\n") == 1
+    assert exported(told.stdout)["FKS_PROVIDERS__POLYGON__BASE_URL"] == f"http://127.0.0.1:{port}/polygon"
+
+
+class Another(BaseHTTPRequestHandler):
+    """A server that is no market."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"It works!")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_no_environment_leads_to_another_server(fks: Command) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Another) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        told = fks("simulate", "--env", "--port", str(server.server_port))
+        server.shutdown()
+    assert (told.exit_code, told.stdout) == (1, "")
+    assert "is no local market" in told.stderr
+    assert told.stderr.count("\n") == 1
+
+
+def test_what_a_pasted_block_writes_stays_out_of_the_real_database(
+    process: Command, world: LocalMarket, database_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The shell has a real database set; the block of the market leads to an embedded one of its own."""
+    found = exported(process("simulate", "--env", "--port", world.url.rpartition(":")[2]).stdout)
+    line = ("backfill", "BTC/USDT", "1h", *JANUARY, "--json")
+    with monkeypatch.context() as shell:
+        shell.delenv("FKS_DATABASE_URL")
+        for name, value in found.items():
+            if name.startswith("FKS_"):
+                shell.setenv(name, value)
+        assert process(*line).json["total_candles"] == 744
+        try:
+            up = process("up", "--port", str(free_port()))
+            assert process("status", "BTC/USDT", "1h", "--json").json["total_candles"] == 744
+        finally:
+            process("down")
+            EmbeddedPostgres(tmp_path / "home" / "sandbox").remove()
+    assert up.stdout.count("is requested at http://127.0.0.1") == 6
+    assert process("status", "BTC/USDT", "1h", "--json").json["status"] == "not_started"
+
+
+def test_a_halt_is_planted_from_the_start(settings: Path) -> None:
+    halt = "binance@BTC/USDT=2024-01-05T03:00/2024-01-05T03:40"
+    with start("simulate", "--port", "0", "--halt", halt, "--json") as running:
+        assert running.stdout is not None
+        document = "".join(iter(running.stdout.readline, "}\n")) + "}"
+        url = json.loads(document)["url"]
+        with urllib.request.urlopen(f"{url}/sim/outages") as answer:
+            (planted,) = json.load(answer)
+        running.send_signal(signal.SIGINT)
+        running.wait(timeout=20)
+    assert (planted["kind"], planted["symbol"]) == ("halt", "BTCUSDT")
 
 
 def test_simulate_replays_and_stands_still(settings: Path, tmp_path: Path) -> None:

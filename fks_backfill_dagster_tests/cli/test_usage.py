@@ -68,6 +68,8 @@ def test_the_commands_of_the_contract_are_there(fks: Command) -> None:
         ("export BTC/USDT 1h", ["--output"]),
         ("batches list BTC/USDT", ["SYMBOL and a TIMEFRAME"]),
         ("simulate --outage nobody", ["PROVIDER[@SYMBOL]=START/END"]),
+        ("simulate --halt everybody", ["halt 'everybody'", "PROVIDER[@SYMBOL]=START/END"]),
+        ("simulate --env --port 0", ["--env needs the port"]),
         ("simulate --replay nowhere", ["nowhere"]),
         ("simulate --port 70000", ["70000"]),
         ("refill", ["refill"]),

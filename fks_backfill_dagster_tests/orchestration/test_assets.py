@@ -218,6 +218,21 @@ def test_a_run_is_told_in_a_few_lines(project: MakeProject) -> None:
     assert len(lines) <= 13
 
 
+def test_the_run_log_names_every_address_that_is_no_default_one(
+    project: MakeProject, market: LocalMarket
+) -> None:
+    mine = project("BTC/USDT")
+    done = mine.materialize("15m", "2024-01-01")
+    told = [
+        entry.user_message
+        for entry in mine.instance.all_logs(done.run_id)
+        if "Not the default addresses" in entry.user_message
+    ]
+    assert len(told) == 1
+    assert f"binance at {market.binance_url} (archives: {market.archive_url})" in told[0]
+    assert "yfinance" not in told[0]
+
+
 def test_a_database_that_is_gone_ends_the_run_with_its_sentence(
     project: MakeProject, resources: dict[str, Any], database_url: str
 ) -> None:

@@ -120,7 +120,7 @@ def crypto(timeframe: Timeframe = Timeframe.M1, symbol: str = "BTC/USDT") -> Ser
     return Series(symbol, timeframe, AssetClass.CRYPTO)
 
 
-NO_OUTAGE = RangeSet()
+NO_HALT = RangeSet()
 
 
 @dataclass
@@ -131,11 +131,11 @@ class SmallBinance:
     is what nobody has, `unpublished` are the archive paths (parts of them) that are not there.
     """
 
-    outage: RangeSet = NO_OUTAGE
+    outage: RangeSet = NO_HALT
     listed: int = 0
     header: bool = False
     unpublished: tuple[str, ...] = ()
-    archive_lacks: RangeSet = NO_OUTAGE
+    archive_lacks: RangeSet = NO_HALT
     rest: Callable[[Asked, Said], Said] = lambda _, honest: honest
     archive: Callable[[Asked, Said], Said] = lambda _, honest: honest
 

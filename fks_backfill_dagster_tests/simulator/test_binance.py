@@ -124,8 +124,8 @@ def test_weight_then_429_then_418() -> None:
         assert [klines(market, limit=1).status_code for _ in range(20)] == [200] * 20
 
 
-def test_outages_are_omitted_and_the_truth_agrees(market: LocalMarket) -> None:
-    market.plant_outage("binance", window("2024-01-05T03:10", "2024-01-05T05:00"))
+def test_halts_leave_what_was_traded_and_the_truth_agrees(market: LocalMarket) -> None:
+    market.plant_halt(window("2024-01-05T03:10", "2024-01-05T05:00"), provider="binance")
     market.plant_outage("binance", window("2024-01-05T08:00", "2024-01-05T09:00"), symbol="ETH/USDT")
     asked = window("2024-01-05", "2024-01-05T12:00")
     hours = klines(market, interval="1h", **span(asked)).json()
@@ -136,7 +136,7 @@ def test_outages_are_omitted_and_the_truth_agrees(market: LocalMarket) -> None:
     for timeframe in (Timeframe.M1, Timeframe.M5, Timeframe.H1, Timeframe.H4):
         rows = klines(market, interval=str(timeframe), limit=1000, **span(asked)).json()
         assert of_klines(rows).equals(market.truth("binance", "BTCUSDT", timeframe, asked))
-    # A candle that is partly hit aggregates the minutes that are left.
+    # A candle that is partly hit aggregates what was traded.
     left = klines(market, **span(window("2024-01-05T03:00", "2024-01-05T03:10"))).json()
     third = next(row for row in hours if row[0] == instant("2024-01-05T03:00") // 1000)
     assert third[4] == left[-1][4]

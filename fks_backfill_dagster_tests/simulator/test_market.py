@@ -19,7 +19,7 @@ from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.simulator.market import (
     FOR_EVER,
     LISTED,
-    NO_OUTAGE,
+    NO_HALT,
     SyntheticMarket,
     newest,
     oldest,
@@ -43,7 +43,7 @@ print(sha256(b"".join(column.tobytes() for column in candles.columns())).hexdige
 """
 
 
-def minutes(symbol: str, window: TimeRange, outages: RangeSet = NO_OUTAGE) -> Bars:
+def minutes(symbol: str, window: TimeRange, outages: RangeSet = NO_HALT) -> Bars:
     return MARKET.bars(symbol, Step.of(Timeframe.M1), window, FOR_EVER, outages)
 
 
@@ -134,7 +134,7 @@ def test_the_same_in_another_process() -> None:
 
 def test_the_market_never_changes() -> None:
     """A recorded candle: whoever changes the generator breaks every result quoted from it."""
-    day = MARKET.bars("BTCUSDT", Step.of(Timeframe.D1), TimeRange(LISTED, LISTED + 1), FOR_EVER, NO_OUTAGE)
+    day = MARKET.bars("BTCUSDT", Step.of(Timeframe.D1), TimeRange(LISTED, LISTED + 1), FOR_EVER, NO_HALT)
     assert [column[0] for column in day.texts()] == RECORDED
 
 
@@ -181,10 +181,10 @@ def test_known_symbols(symbol: str, known: bool) -> None:
 def test_the_forming_candle_grows_into_the_closed_one() -> None:
     step, start = Step.of(Timeframe.H1), instant("2024-03-01T10:00")
     window = TimeRange(start, start + step.length)
-    final = MARKET.bars("BTCUSDT", step, window, FOR_EVER, NO_OUTAGE)
-    before = MARKET.bars("BTCUSDT", step, window, start - 1, NO_OUTAGE)
+    final = MARKET.bars("BTCUSDT", step, window, FOR_EVER, NO_HALT)
+    before = MARKET.bars("BTCUSDT", step, window, start - 1, NO_HALT)
     assert len(before) == 0
-    seen = [MARKET.bars("BTCUSDT", step, window, start + n * 17_000_000, NO_OUTAGE) for n in range(0, 212, 7)]
+    seen = [MARKET.bars("BTCUSDT", step, window, start + n * 17_000_000, NO_HALT) for n in range(0, 212, 7)]
     assert {len(s) for s in seen} == {1}
     volumes = [int(s.volume[0]) for s in seen if s.volume is not None]
     assert volumes == sorted(volumes)
@@ -193,7 +193,7 @@ def test_the_forming_candle_grows_into_the_closed_one() -> None:
     assert volumes[-1] < int(final.volume[0])
     assert all(int(s.high[0]) <= int(final.high[0]) and int(s.low[0]) >= int(final.low[0]) for s in seen)
     assert all(int(s.open[0]) == int(final.open[0]) for s in seen)
-    whole = MARKET.bars("BTCUSDT", step, window, start + step.length, NO_OUTAGE)
+    whole = MARKET.bars("BTCUSDT", step, window, start + step.length, NO_HALT)
     assert rows(whole) == rows(final)
 
 

@@ -163,7 +163,7 @@ def test_outages_are_omitted(market: LocalMarket) -> None:
     market.plant_outage("oanda", window("2025-03-06T09:30", "2025-03-06T12:00"), symbol="EUR/USD")
     of = window("2025-03-06T08:00", "2025-03-06T14:00")
     answer = candles(market, granularity="H1", of=of)
-    assert opens(answer) == [f"2025-03-06T{hour:02d}:00" for hour in (8, 9, 12, 13)]
+    assert opens(answer) == [f"2025-03-06T{hour:02d}:00" for hour in (8, 12, 13)]
     assert of_candles(answer).equals(market.truth("oanda", "EUR_USD", Timeframe.H1, of))
     assert len(market.truth("polygon", "C:EURUSD", Timeframe.H1, of)) == 6
     assert (NOW - of.end) > MICROS_PER_HOUR

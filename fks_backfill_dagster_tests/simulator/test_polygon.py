@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -9,10 +10,26 @@ import numpy as np
 import pytest
 import requests
 
-from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig, Split
 from fks_backfill_dagster.simulator.config import instant
-from fks_backfill_dagster_tests.simulator.wire import aggs, klines, of_aggs, of_klines, span, window
+from fks_backfill_dagster.simulator.frames import local_dates
+from fks_backfill_dagster_tests.simulator.wire import (
+    aggs,
+    chart,
+    klines,
+    of_aggs,
+    of_chart,
+    of_klines,
+    of_series,
+    span,
+    vantage,
+    window,
+)
 
 
 def follow(market: LocalMarket, path: str, **params: Any) -> tuple[list[dict[str, Any]], int]:
@@ -58,10 +75,11 @@ def test_from_and_to_snap_outwards(market: LocalMarket) -> None:
 def test_pages_join_without_a_seam(
     market: LocalMarket, mult: int, unit: str, timeframe: str, sort: str
 ) -> None:
-    asked = window("2024-01-01", "2024-01-04")
+    asked = window("2024-01-01", "2024-01-05")
     market.plant_outage("polygon", window("2024-01-02T03:20", "2024-01-02T07:00"))
+    market.plant_halt(window("2024-01-03T03:20", "2024-01-03T07:00"))
     limit = 2 if unit == "day" else 1000
-    path = f"X:BTCUSD/range/{mult}/{unit}/2024-01-01/2024-01-03"
+    path = f"X:BTCUSD/range/{mult}/{unit}/2024-01-01/2024-01-04"
     results, pages = follow(market, path, sort=sort, limit=limit)
     assert pages > 1
     ordered = results if sort == "asc" else results[::-1]
@@ -177,7 +195,69 @@ def test_days_and_weeks_of_stocks_are_those_of_new_york(market: LocalMarket) -> 
     weeks, _ = follow(market, "AAPL/range/1/week/2024-03-06/2024-03-12", adjusted="false")
     assert [bar["t"] * 1000 for bar in weeks] == [instant("2024-03-03T05:00"), instant("2024-03-10T05:00")]
     pairs, _ = follow(market, "C:EURUSD/range/1/day/2024-03-08/2024-03-10")
-    assert [bar["t"] * 1000 for bar in pairs] == [instant("2024-03-08"), instant("2024-03-10")]
+    friday, saturday, sunday = pairs
+    assert [bar["t"] * 1000 for bar in pairs] == [instant(f"2024-03-{day}") for day in ("08", "09", "10")]
+    assert 20 * saturday["v"] < sunday["v"] < friday["v"]
+
+
+def official_days(market: LocalMarket, asked: TimeRange) -> dict[str, Candles]:
+    """AAPL's days by their dates, as the three providers of stocks tell them; of the same seconds as `asked`."""
+    first, last = (f"{to_datetime(at):%Y-%m-%d}" for at in (asked.start, asked.end - 1))
+    answer = aggs(market, f"AAPL/range/1/day/{first}/{last}", adjusted="false", limit=50000)
+    found = {
+        "polygon": of_aggs(answer.json()["results"]),
+        "yahoo": of_chart(chart(market, interval="1d", of=asked)),
+        "alphavantage": of_series(vantage(market, "TIME_SERIES_DAILY")).within(asked),
+    }
+    dated = {name: local_dates(days.ts) for name, days in found.items() if name != "alphavantage"}
+    return {name: replace(days, ts=dated.get(name, days.ts)) for name, days in found.items()}
+
+
+def test_all_tell_the_same_official_days(market: LocalMarket) -> None:
+    asked = window("2024-06-24", "2024-12-14")  # half-days, holidays, and a change of the clocks
+    told = official_days(market, asked)
+    for name, days in told.items():
+        assert days.equals(market.truth(name, "AAPL", Timeframe.D1, asked)), name
+    days = told["polygon"]
+    assert len(days) == grid_of(Series("AAPL", Timeframe.D1, AssetClass.STOCKS)).count(asked)
+    minutes = market.truth("polygon", "AAPL", Timeframe.M1, asked)
+    first = np.searchsorted(minutes.ts, days.ts)
+    last = np.append(first[1:], len(minutes)) - 1
+    assert np.maximum.reduceat(minutes.high, first).tolist() == days.high.tolist()
+    assert np.minimum.reduceat(minutes.low, first).tolist() == days.low.tolist()
+    for official, traded in ((days.open, minutes.open[first]), (days.close, minutes.close[last])):
+        assert (np.abs(official / traded - 1) < 0.00085).all()  # to a cent
+        assert (official != traded).mean() > 0.8, "the auction has its own price"
+    extra = days.volume / np.add.reduceat(minutes.volume, first)
+    assert ((extra > 1.05) & (extra < 1.16)).all()
+
+
+def test_weeks_are_made_of_official_days(market: LocalMarket) -> None:
+    asked = window("2024-03-04", "2024-03-16")
+    days = official_days(market, asked)["polygon"]
+    weeks, _ = follow(market, "AAPL/range/1/week/2024-03-04/2024-03-14", adjusted="false")
+    assert [bar["t"] * 1000 for bar in weeks] == [instant("2024-03-03T05:00"), instant("2024-03-10T05:00")]
+    truth = market.truth("polygon", "AAPL", Timeframe.W1, asked)
+    assert [bar["o"] for bar in weeks] == truth.open.tolist() == days.open[[0, 5]].tolist()
+    assert [bar["c"] for bar in weeks] == truth.close.tolist() == days.close[[4, 9]].tolist()
+    sums = np.add.reduceat(days.volume, [0, 5]).tolist()
+    assert [bar["v"] for bar in weeks] == truth.volume.tolist() == sums
+
+
+def test_the_closing_auction_comes_at_the_close(market: LocalMarket) -> None:
+    """At 16:00 New York, 20:00 UTC: before it the day's close is the last trade."""
+    path = "AAPL/range/1/day/2025-03-19/2025-03-19"
+    final = aggs(market, path).json()["results"]
+    market.set_clock(instant("2025-03-19T20:00") - 1)
+    (forming,) = aggs(market, path).json()["results"]
+    last = market.truth("polygon", "AAPL", Timeframe.M1, window("2025-03-19", "2025-03-20")).close[-1]
+    assert abs(forming["c"] / last - 1) < 0.0005
+    assert forming["o"] == final[0]["o"]
+    assert forming["v"] < final[0]["v"] / 1.04
+    market.set_clock(instant("2025-03-19T20:00"))
+    assert aggs(market, path).json()["results"] == final
+    market.set_clock(instant("2025-03-19T13:29"))  # pre-market only
+    assert aggs(market, path).json()["resultsCount"] == 0
 
 
 def test_days_join_without_a_seam(market: LocalMarket) -> None:

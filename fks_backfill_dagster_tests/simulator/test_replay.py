@@ -109,10 +109,17 @@ def test_planted_outages_work_on_files_too(market: LocalMarket) -> None:
     market.plant_outage("binance", window("2020-12-01T03:30", "2020-12-01T06:00"))
     asked = window("2020-12-01", "2020-12-02")
     rows = klines(market, interval="1h", **span(asked)).json()
-    assert [row[0] * 1000 for row in rows[3:5]] == [instant("2020-12-01T03:00"), instant("2020-12-01T06:00")]
+    assert [row[0] * 1000 for row in rows[2:4]] == [instant("2020-12-01T02:00"), instant("2020-12-01T06:00")]
     assert of_klines(rows).equals(market.truth("binance", "BTCUSDT", Timeframe.H1, asked))
     market.clear_outages()
     assert len(klines(market, interval="1h", **span(asked)).json()) == 24
+    # Rows are indivisible: a halt takes those that it covers wholly, and days are made of the others.
+    market.plant_halt(window("2020-12-01T03:30", "2020-12-01T06:00"))
+    rows = klines(market, interval="1h", **span(asked)).json()
+    assert [row[0] * 1000 for row in rows[3:5]] == [instant("2020-12-01T03:00"), instant("2020-12-01T06:00")]
+    (day,) = klines(market, interval="1d", **span(asked)).json()
+    assert float(day[5]) == pytest.approx(sum(float(row[5]) for row in rows))
+    market.clear_outages()
 
 
 @pytest.mark.parametrize(

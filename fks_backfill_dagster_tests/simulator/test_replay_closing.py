@@ -117,11 +117,23 @@ def test_splits_of_the_directory(small: LocalMarket) -> None:
     assert days.volume.tolist() == [700, 130]
 
 
-def test_outages_take_whole_rows(small: LocalMarket) -> None:
+def test_outages_take_the_rows_that_they_touch(small: LocalMarket) -> None:
     small.plant_outage("polygon", window("2015-12-23T15:00", "2015-12-23T16:00"), "GOOG")
     small.plant_outage("polygon", window("2015-12-23T20:00", "2015-12-23T20:59"), "GOOG")
+    assert polygon(small, 1, "hour").volume.tolist() == [100, 60, 70, 80]
+    assert small.truth("polygon", "GOOG", Timeframe.H1, DAYS).volume.tolist() == [100, 60, 70]
+    assert polygon(small, 1, "day").volume.tolist() == [130]
+    assert small.truth("polygon", "GOOG", Timeframe.D1, DAYS).volume.tolist() == [130]
+    assert small.truth("yahoo", "GOOG", Timeframe.D1, DAYS).volume.tolist() == [350, 130]
+    small.clear_outages()
+
+
+def test_halts_take_the_rows_that_they_cover(small: LocalMarket) -> None:
+    small.plant_halt(window("2015-12-23T15:00", "2015-12-23T16:00"), "GOOG", provider="polygon")
+    small.plant_halt(window("2015-12-23T20:00", "2015-12-23T20:59"), "GOOG")
     assert polygon(small, 1, "hour").volume.tolist() == [100, 50, 60, 70, 80]
     assert small.truth("polygon", "GOOG", Timeframe.H1, DAYS).volume.tolist() == [100, 50, 60, 70]
+    assert polygon(small, 1, "day").volume.tolist() == [150, 130]
     small.clear_outages()
 
 

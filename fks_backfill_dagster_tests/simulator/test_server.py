@@ -79,6 +79,7 @@ def test_outages_are_listed_and_lifted(market: LocalMarket) -> None:
     market.plant_outage("binance", window("2024-01-01", "2024-01-02"), "BTC/USDT")
     (told,) = requests.get(f"{market.url}/sim/outages", timeout=10).json()
     assert told == {
+        "kind": "outage",
         "provider": "binance",
         "symbol": "BTCUSDT",
         "start": "2024-01-01T00:00:00+00:00",

@@ -1,0 +1,136 @@
+"""Dates without trading, as instants: what the settings name as closed, and the holidays of forex.
+
+Belongs here: the way from dates to the expected candles that lie on them. Does not belong here: which
+dates are closed (`settings`), what becomes of candles that are absent then (`ledger`).
+
+A candle lies on closed dates if every part of it does: a week with one closed day is traded on the others,
+and a 4h candle that holds the end of a closed forex day holds the begin of the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import date, datetime
+from zoneinfo import ZoneInfo
+
+import numpy as np
+
+from fks_backfill_dagster.domain.grid import FIRST_DATE, LAST_DATE, Grid, grid_of
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import (
+    FIRST_MONDAY,
+    MICROS_PER_DAY,
+    MICROS_PER_WEEK,
+    Timeframe,
+    to_datetime,
+)
+
+_NEW_YORK = ZoneInfo("America/New_York")
+_HOLIDAYS = (((12, 24), (12, 26)), ((12, 31), (1, 2)))
+_BEGINS, _ENDS = 17, 18  # o'clock in New York
+_CALENDARS = TimeRange(*(int(np.datetime64(day, "us").astype(np.int64)) for day in (FIRST_DATE, LAST_DATE)))
+"""What calendars know."""
+
+
+def closed_ranges(series: Series, dates: Iterable[tuple[date, date]]) -> RangeSet:
+    """Where the expected candles lie that have no trade if nothing was traded on `dates` (first and last,
+    inclusive): stretches from the open of a candle to the close of one. Days that follow each other, with
+    nothing expected in between, may be one stretch.
+
+    A date is that of a session for stocks, of the trading day that ends at 17:00 New York for forex, of
+    the UTC day for crypto. One that has none (a Saturday) closes nothing. Dates before 1970 and after 2049
+    are passed over. Raises ValueError for a calendar that is unknown or cannot be made.
+    """
+    days = _midnights(dates)
+    match series.asset_class:
+        case AssetClass.CRYPTO:
+            opens, closes = days, days + MICROS_PER_DAY
+        case AssetClass.STOCKS:
+            daily = grid_of(replace(series, timeframe=Timeframe.D1))
+            opens = days[daily.contains(days)]
+            closes = daily.closes(opens)
+        case AssetClass.FOREX:
+            daily = grid_of(replace(series, timeframe=Timeframe.D1))
+            opens = daily.at(daily.rank(days) - 1)  # the last one that opens before the date begins in UTC
+            opens = opens[opens > days - MICROS_PER_DAY // 2]
+            closes = daily.closes(opens)
+    if not len(opens):
+        return RangeSet()
+    if series.timeframe is Timeframe.D1:
+        return RangeSet.from_arrays(opens, closes)
+    if series.timeframe is Timeframe.W1:
+        return _weeks(series, opens)
+    if series.asset_class is AssetClass.STOCKS:
+        opens = _closes_before(daily, opens)
+    return _candles_within(series, RangeSet.from_arrays(opens, closes))
+
+
+def forex_holidays(window: TimeRange) -> RangeSet:
+    """Christmas and the turn of the year, as far as they touch `window`, whole: 24 December 17:00 to
+    26 December 18:00, and 31 December 17:00 to 2 January 18:00, New York. From 1970 to 2049."""
+    known = window.intersect(_CALENDARS)
+    if not known:
+        return RangeSet()
+    holidays = (
+        TimeRange.of(
+            datetime(year, *first, _BEGINS, tzinfo=_NEW_YORK),
+            datetime(year + (last < first), *last, _ENDS, tzinfo=_NEW_YORK),
+        )
+        for year in range(to_datetime(known.start).year - 1, to_datetime(known.end).year + 1)
+        for first, last in _HOLIDAYS
+    )
+    return RangeSet(holiday for holiday in holidays if holiday.intersect(known))
+
+
+def _midnights(dates: Iterable[tuple[date, date]]) -> Instants:
+    """Every date at 00:00 UTC, ascending, once."""
+    stretches = [
+        np.arange(
+            np.datetime64(max(str(first), FIRST_DATE)),
+            np.datetime64(min(str(last), LAST_DATE)) + 1,
+        )
+        for first, last in dates
+    ]
+    if not stretches:
+        return np.empty(0, dtype=np.int64)
+    return np.unique(np.concatenate(stretches)).astype("datetime64[us]").view(np.int64)
+
+
+def _weeks(series: Series, days: Instants) -> RangeSet:
+    """The weeks of which every expected day opens at one of `days`."""
+    weekly, daily = grid_of(series), grid_of(replace(series, timeframe=Timeframe.D1))
+    if series.asset_class is AssetClass.FOREX:
+        opens = weekly.at(weekly.rank(days + 1) - 1)
+    else:
+        opens = days - (days - FIRST_MONDAY) % MICROS_PER_WEEK
+    weeks, closed = np.unique(opens, return_counts=True)
+    expected = daily.rank(weeks + MICROS_PER_WEEK) - daily.rank(weeks)
+    weeks = weeks[(closed == expected) & weekly.contains(weeks)]
+    return RangeSet.from_arrays(weeks, weekly.closes(weeks))
+
+
+def _closes_before(daily: Grid, sessions: Instants) -> Instants:
+    """When the session before each of `sessions` closed: its first bar may open before it does, and before
+    its date begins in UTC."""
+    ranks = daily.rank(sessions)
+    closes = daily.closes(daily.at(np.maximum(ranks - 1, 0)))
+    return np.where(ranks > 0, closes, sessions - MICROS_PER_DAY)
+
+
+def _candles_within(series: Series, closed: RangeSet) -> RangeSet:
+    """The intraday candles of which all trading hours lie in `closed`, which is made of whole days.
+
+    One that an end cuts through is left out: the next day is traded in it. One that a start cuts through
+    opens before it, and the day before is traded in it; but in the first one of a forex week there is none.
+    """
+    grid = grid_of(series)
+    first, past = grid.rank(closed.starts), grid.rank(closed.ends)
+    past = past - (grid.closes(grid.at(past - 1)) > closed.ends)
+    if series.asset_class is AssetClass.FOREX:
+        weekly = grid_of(replace(series, timeframe=Timeframe.W1))
+        early = grid.closes(grid.at(first - 1)) > closed.starts
+        first = first - (early & weekly.contains(closed.starts))
+    some = first < past
+    return RangeSet.from_arrays(grid.at(first[some]), grid.closes(grid.at(past[some] - 1)))
