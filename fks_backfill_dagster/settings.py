@@ -305,6 +305,21 @@ class GapDetection(Section):
     check_interval_hours: Annotated[int, _between(1, 8_760)] = 24
 
 
+class Freshness(Section):
+    """So many closed candles beyond the allowed lag are a warning, and so many an error."""
+
+    warn_candles: Annotated[int, _between(0, 1_000_000)] = 3
+    error_candles: Annotated[int, _between(0, 1_000_000)] = 10
+
+    @model_validator(mode="after")
+    def _warning_before_error(self) -> Self:
+        if self.error_candles < self.warn_candles:
+            raise ValueError(
+                f"error_candles is {self.error_candles}, less than warn_candles, {self.warn_candles}"
+            )
+        return self
+
+
 class Validation(Section):
     """`tolerance_pct` is a fraction of the other provider's price: 0.01 is one per cent."""
 
@@ -447,6 +462,7 @@ class Settings(BaseSettings):
     max_concurrent_requests: Annotated[int, _between(1, 100)] = 5
     provider_priority: ProviderPriority = ProviderPriority()
     gap_detection: GapDetection = GapDetection()
+    freshness: Freshness = Freshness()
     validation: Validation = Validation()
     providers: Providers = Providers()
     symbols: Annotated[tuple[SymbolSettings, ...], Field(strict=False)] = Field(

@@ -85,7 +85,7 @@ def test_the_file_of_the_checkout_names_every_key() -> None:
     dumped = Settings().redacted_dump()
     for key in ("batch_size_days", "max_concurrent_requests", "history_start", "symbols"):
         assert key in shown
-    for section in ("provider_priority", "gap_detection", "validation", "alerts", "automation"):
+    for section in ("provider_priority", "gap_detection", "freshness", "validation", "alerts", "automation"):
         assert shown[section].keys() == dumped[section].keys()
     assert {name: set(keys) for name, keys in shown["providers"].items()} == {
         name: set(keys) for name, keys in dumped["providers"].items()
@@ -99,6 +99,7 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert made.provider_priority.stocks == ("polygon", "yfinance", "alphavantage")
     assert made.provider_priority.forex == ("oanda", "polygon")
     assert (made.gap_detection.max_gap_minutes, made.gap_detection.check_interval_hours) == (5, 24)
+    assert (made.freshness.warn_candles, made.freshness.error_candles) == (3, 10)
     assert (made.validation.enabled, made.validation.tolerance_pct) == (True, 0.01)
     assert made.validation.validation_providers == ("coingecko", "polygon")
     assert iso(made.history_start) == "2017-08-17T00:00:00+00:00"
@@ -154,6 +155,15 @@ def test_a_file_is_no_home(problems: Callable[..., list[str]], tmp_path: Path) -
     assert problems("", {"FKS_HOME": "data"}) == [
         f"environment FKS_HOME: {tmp_path.resolve() / 'data'} is a file; it has to be a folder"
     ]
+
+
+@pytest.mark.parametrize("given", ["{warn_candles: 11}", "{warn_candles: 3, error_candles: 2}"])
+def test_an_error_of_freshness_comes_after_its_warning(
+    problems: Callable[..., list[str]], given: str
+) -> None:
+    (told,) = problems(f"freshness: {given}")
+    assert "freshness: error_candles is" in told
+    assert "less than warn_candles" in told
 
 
 def test_settings_are_frozen(load: Load) -> None:

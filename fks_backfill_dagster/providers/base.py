@@ -99,6 +99,8 @@ class Capabilities:
         between two bars was quiet. One that gives every interval and lacks one had an outage.
     adjusted: its prices are adjusted at the source; it un-adjusts them by known splits or declines.
     depth: microseconds before now beyond which it has nothing, per timeframe; no entry: since listing.
+    publication_delay: microseconds after its close within which a candle may not be published yet, by the
+        provider's own documentation. It is no lag of a series that no quicker provider serves.
     """
 
     timeframes: Mapping[AssetClass, frozenset[Timeframe]]
@@ -109,6 +111,7 @@ class Capabilities:
     adjusted: bool = False
     depth: Mapping[Timeframe, int] = field(default_factory=dict)
     page_sizes: Mapping[Timeframe, int] = field(default_factory=dict)
+    publication_delay: int = 0
 
     def page(self, timeframe: Timeframe) -> int:
         """The most candles of `timeframe` that one request brings."""
