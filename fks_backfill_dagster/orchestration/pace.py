@@ -34,6 +34,7 @@ FILL_RUNS = 10
 FILL_AGAIN_SECONDS = 600
 """A partition of a series is not asked for again so soon, whatever became of the run."""
 
+
 def cron(timeframe: Timeframe) -> str:
     """When a timeframe is looked at: a minute or more after candles close, each in its own minute."""
     every, offset = POLLING_MINUTES[timeframe], 1 + list(Timeframe).index(timeframe)
