@@ -19,7 +19,9 @@ from urllib.parse import urlsplit
 from fks_backfill_dagster.settings import Binance, Settings
 
 if TYPE_CHECKING:
+    from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.embedded import EmbeddedPostgres
+    from fks_backfill_dagster.pipeline.freshness import Rule
     from fks_backfill_dagster.pipeline.sync import Context
     from fks_backfill_dagster.providers.base import Circuit, Provider, ProviderOptions
     from fks_backfill_dagster.providers.http import Limiter, RequestPool
@@ -159,6 +161,31 @@ def build_providers(
     options = enabled_options(settings)
     limiter = limiter_for(options, database) if database else registry.limiter_for(options)
     return {name: registry.build(name, options[name], pool, limiter, now) for name in options}
+
+
+def freshness_rule(settings: Settings) -> Rule:
+    """What is lag by the settings. Providers are imported when a publication delay is first looked up."""
+    from fks_backfill_dagster.domain.freshness import Thresholds
+    from fks_backfill_dagster.pipeline.freshness import Rule, publication_delay
+
+    built: dict[str, Provider] = {}
+
+    def delay(series: Series) -> int:
+        if not built:
+            from fks_backfill_dagster.providers.http import RequestPool
+
+            pool = RequestPool(1)
+            built.update(build_providers(settings, pool))
+            pool.close()
+        return publication_delay(built, settings.priority(series), series)
+
+    limits = settings.freshness
+    return Rule(
+        thresholds=Thresholds(limits.warn_candles, limits.error_candles),
+        publication_delay=delay,
+        end_of=settings.end_of,
+        venue_members=settings.series(),
+    )
 
 
 def limiter_for(options: Mapping[str, ProviderOptions], database: Database) -> Limiter:

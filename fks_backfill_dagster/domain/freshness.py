@@ -58,14 +58,15 @@ class Freshness:
     """The lag of one series, in closed candles.
 
     `newest` is the open of its newest candle, None where it has none. `lag` are the closed candles that it
-    lacks since then, the quiet ones taken out; None where nothing was ever synced. `allowed` are those of them
-    that need not be there yet.
+    lacks since then, the quiet ones taken out; None where nothing was ever synced. `allowed` of them need not be
+    there yet. `ended`: nothing newer will come, and it was synced up to its end.
     """
 
     verdict: Verdict
     newest: int | None
     lag: int | None
     allowed: int
+    ended: bool = False
 
     @property
     def fresh(self) -> bool:
@@ -86,7 +87,7 @@ def assess(
     delay: int,
     quiet_tail: int = 0,
     end: int | None = None,
-    thresholds: Thresholds = Thresholds(),  # noqa: B008 - frozen
+    thresholds: Thresholds = Thresholds(),
 ) -> Freshness:
     """The freshness of a series at `now`, which is already reduced by the grace.
 
@@ -110,7 +111,7 @@ def assess(
     # A series without any candle has no margin: nothing shows that a provider has it at all.
     margin = 0 if newest is None else thresholds.warn
     if ended or lag <= allowed + margin:
-        return Freshness(Verdict.FRESH, newest, lag, allowed)
+        return Freshness(Verdict.FRESH, newest, lag, allowed, ended)
     verdict = Verdict.STALE if lag > allowed + thresholds.error else Verdict.LATE
     return Freshness(verdict, newest, lag, allowed)
 

@@ -40,7 +40,6 @@ from fks_backfill_dagster.providers.base import (
 from fks_backfill_dagster.store import ledger, reading
 from fks_backfill_dagster.store.commit import BatchWrite, Brought, Refused, commit_batch
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.errors import StoreError
 
 # A lease outlives a missed heartbeat or two, and is over soon after a kill -9.
 LEASE_SECONDS = 30.0
@@ -288,17 +287,35 @@ class _Work:
                 return  # asking for nothing makes no series
             self.identity = identity = ledger.register(connection, self.series)
         with _lease(self.context.database, identity) as owner:
-            error: str | None = "interrupted"
+            error: str | None = None
+            interrupted = False
             try:
                 for batches, fetched in self._fetched(plan, plan.spans(self.chain.page_size)):
                     self._commit(identity, batches, fetched)
-                error = "; ".join(self.errors) if self.failed else None
-            except StoreError as failure:
-                error = str(failure)
+                error = "; ".join(self.errors) if self.failed else self._found_nothing(plan)
+            except BaseException as failure:
+                interrupted, error = is_interruption(failure), str(failure) or type(failure).__name__
                 raise
             finally:
                 with self.context.database.begin() as connection:
-                    ledger.end_sync(connection, identity, owner, error)
+                    if interrupted:
+                        ledger.release_lease(connection, identity, owner)
+                    else:
+                        ledger.end_sync(connection, identity, owner, error)
+
+    def _found_nothing(self, plan: Plan) -> str | None:
+        """The error of a sync after which its whole range holds no candle, whoever responded; else None."""
+        if self.candles or plan.scope is Scope.GAPS:  # a gap alone holds no candle: its series may be whole
+            return None
+        with self.context.database.begin() as connection:
+            known = ledger.known(connection, self.identity, plan.window)
+        missing, quiet = (
+            sum(self.grid.count(part) for part in ranges)
+            for ranges in (known.lacking(plan.window), known.quiet(plan.window))
+        )
+        if not missing or missing + quiet < plan.expected:
+            return None
+        return f"no provider has any of {missing:,} {'candle' if missing == 1 else 'candles'}"
 
     def _fetched(
         self, plan: Plan, spans: Sequence[tuple[Batch, ...]]
@@ -412,6 +429,20 @@ class _Work:
             f"no provider can serve {self.series}; see `fks-backfill series providers`"
             " and provider_priority in the settings"
         )
+
+
+def is_interruption(failure: BaseException) -> bool:
+    """Whether a sync was broken off from outside (Ctrl-C, a signal), which says nothing about its series.
+
+    A statement or a request that is torn off in the middle fails in ways of its own: what it was torn off by
+    is found among the exceptions that it was raised from.
+    """
+    seen: BaseException | None = failure
+    while seen is not None:
+        if isinstance(seen, Cancelled) or not isinstance(seen, Exception):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 @contextmanager

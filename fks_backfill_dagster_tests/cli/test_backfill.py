@@ -279,7 +279,7 @@ def test_an_interrupted_backfill_keeps_what_was_committed(
     market.clear_faults()
     status = fks("status", "BTC/USDT", "1h", "--json").json
     assert status["total_candles"] >= 744 + 696 + 743
-    assert (status["status"], status["error"]) == ("error", "interrupted")
+    assert (status["status"], status["error"]) == ("pending", None)
     again = fks(*line, "--json")
     assert again.exit_code == 0
     assert again.json["total_candles"] == 5856 - status["total_candles"]
