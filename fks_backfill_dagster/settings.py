@@ -539,6 +539,22 @@ class Settings(BaseSettings):
             or fnmatchcase(identifier(entry.symbol), pattern)
         )
 
+    def nearest_symbol(self, symbol: str) -> str | None:
+        """The configured symbol that one which is not configured was probably meant to be; None: none is close.
+
+        Base and quote are compared apart: DOGE/USDT is no mistyped ETH/USDT, however much of it is the same.
+        """
+        names = self.match_symbols()
+        if symbol in names:
+            return None
+        base, slash, quote = symbol.partition("/")
+        if not slash:
+            return nearest(symbol, names)
+        pairs = [name.partition("/") for name in names if "/" in name]
+        bases = [one for one, _, _ in pairs if nearest(base, [one])]
+        close = [f"{one}/{other}" for one, _, other in pairs if one in bases and nearest(quote, [other])]
+        return nearest(symbol, close)
+
     def _configured(self, symbol: str) -> SymbolSettings | None:
         wanted = identifier(symbol.strip())
         exact = self.by_asset_key.get(wanted)

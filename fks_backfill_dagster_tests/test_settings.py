@@ -671,3 +671,28 @@ def test_the_package_offers_nothing_else() -> None:
 
     with pytest.raises(AttributeError, match="has no attribute 'read_candle'"):
         fks_backfill_dagster.read_candle  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("symbol", "meant"),
+    [
+        ("BTC/USD", "BTC/USDT"),
+        ("BTC/USTD", "BTC/USDT"),
+        ("BTCC/USDT", "BTC/USDT"),
+        ("APPL", "AAPL"),
+        ("EUR/USDD", "EUR/USD"),
+        ("BTC/USDT", None),  # configured itself
+        ("DOGE/USDT", None),  # only the quote is the same
+        ("BTC/EUR", None),
+        ("XYZ", None),
+    ],
+)
+def test_the_symbol_that_was_probably_meant(load: Load, symbol: str, meant: str | None) -> None:
+    loaded = load("""
+        symbols:
+          - {symbol: BTC/USDT, asset_class: crypto, timeframes: [1h]}
+          - {symbol: ETH/USDT, asset_class: crypto, timeframes: [1h]}
+          - {symbol: AAPL, asset_class: stocks, timeframes: [1h]}
+          - {symbol: EUR/USD, asset_class: forex, timeframes: [1h]}
+    """)
+    assert loaded.nearest_symbol(symbol) == meant

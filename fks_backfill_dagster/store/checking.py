@@ -66,6 +66,12 @@ class Counts:
         """The share of what is expected that is not missing; 1 where nothing is expected."""
         return (self.expected - self.missing) / self.expected if self.expected else 1.0
 
+    @property
+    def rounded_coverage(self) -> float:
+        """To six digits, and never up to 1 where something is missing."""
+        rounded = round(self.coverage, 6)
+        return min(rounded, 0.999999) if self.missing else rounded
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartState(Counts):
