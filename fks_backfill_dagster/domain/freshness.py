@@ -12,9 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
+
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import TimeRange
-from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, Timeframe
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_MINUTE, Timeframe
 
 POLLING_MINUTES = {
     Timeframe.M1: 15,
@@ -114,6 +116,21 @@ def assess(
         return Freshness(Verdict.FRESH, newest, lag, allowed, ended)
     verdict = Verdict.STALE if lag > allowed + thresholds.error else Verdict.LATE
     return Freshness(verdict, newest, lag, allowed)
+
+
+RECENT = MICROS_PER_DAY
+RECENT_CANDLES = 3
+
+
+def recent_start(grid: Grid, now: int) -> int:
+    """From when on a candle is recent at `now`, which is already reduced by the grace.
+
+    The day before the close of the last closed candle, or its three last candles where that is longer: on a
+    Sunday the session of Friday is still recent.
+    """
+    first = max(int(grid.rank(np.array([grid.closed_end(now)]))[0]) - RECENT_CANDLES, 0)
+    opens = grid.at(np.arange(first, first + RECENT_CANDLES))
+    return min(int(opens[0]), int(grid.closes(opens[-1:])[0]) - RECENT)
 
 
 def _count(grid: Grid, start: int, end: int) -> int:

@@ -105,9 +105,14 @@ def publication_delay(providers: Mapping[str, Provider], priority: Sequence[str]
     return min(delays, default=0)
 
 
-def behind(database: Database, series: Series, until: int) -> int:
-    """How many expected candles that open before `until` follow the newest stored one, quiet ones taken out."""
+def behind(database: Database, series: Series, until: int) -> int | None:
+    """How many expected candles that open before `until` follow the newest stored one, quiet ones taken out.
+
+    None where nothing was ever synced.
+    """
     tail = tails(database, [series])[series]
+    if tail.newest is None and tail.synced is None:
+        return None
     start = tail.newest + 1 if tail.newest is not None else tail.synced.start if tail.synced else until
     missing = grid_of(series).count(TimeRange(start, until)) if start < until else 0
     return max(0, missing - quiet_tails({series: tail})[series])

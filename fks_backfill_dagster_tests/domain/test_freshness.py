@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.freshness import Freshness, Thresholds, Verdict, assess, polling_interval
+from fks_backfill_dagster.domain.freshness import (
+    Freshness,
+    Thresholds,
+    Verdict,
+    assess,
+    polling_interval,
+    recent_start,
+)
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_MINUTE, Timeframe
 from fks_backfill_dagster_tests.domain.builders import at, grid, window
@@ -181,3 +188,19 @@ def test_nothing_gets_fresher_by_waiting(newest: int, now: int, warn: int, more:
         return order.index(found.verdict)
 
     assert verdict(now) <= verdict(now + 1)
+
+
+@pytest.mark.parametrize(
+    ("asset_class", "timeframe", "now", "start"),
+    [
+        ("crypto", "1m", "2024-03-05T12:00:30Z", "2024-03-04T12:00Z"),
+        ("crypto", "4h", "2024-03-05T12:00Z", "2024-03-04T12:00Z"),
+        ("crypto", "1d", "2024-03-05T12:00Z", "2024-03-02T00:00Z"),
+        ("crypto", "1w", "2024-03-06T12:00Z", "2024-02-12T00:00Z"),
+        ("stocks", "1m", "2024-03-10T12:00Z", "2024-03-07T21:00Z"),  # a Sunday: from Thursday's close on
+        ("stocks", "1d", "2024-03-10T12:00Z", "2024-03-06T00:00Z"),
+        ("forex", "1h", "2024-03-10T12:00Z", "2024-03-07T22:00Z"),
+    ],
+)
+def test_what_is_recent(asset_class: str, timeframe: str, now: str, start: str) -> None:
+    assert recent_start(grid(asset_class, timeframe), at(now)) == at(start)
