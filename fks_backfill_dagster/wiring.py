@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from fks_backfill_dagster.settings import Binance, Settings
 
 if TYPE_CHECKING:
-    from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.embedded import EmbeddedPostgres
     from fks_backfill_dagster.pipeline.freshness import Rule
     from fks_backfill_dagster.pipeline.sync import Context
@@ -168,24 +168,29 @@ def freshness_rule(settings: Settings) -> Rule:
     from fks_backfill_dagster.domain.freshness import Thresholds
     from fks_backfill_dagster.pipeline.freshness import Rule, publication_delay
 
-    built: dict[str, Provider] = {}
-
-    def delay(series: Series) -> int:
-        if not built:
-            from fks_backfill_dagster.providers.http import RequestPool
-
-            pool = RequestPool(1)
-            built.update(build_providers(settings, pool))
-            pool.close()
-        return publication_delay(built, settings.priority(series), series)
-
+    usable = cache(lambda: _usable_providers(settings))
     limits = settings.freshness
     return Rule(
         thresholds=Thresholds(limits.warn_candles, limits.error_candles),
-        publication_delay=delay,
+        publication_delay=lambda series: publication_delay(usable(), settings.priority(series), series),
         end_of=settings.end_of,
         venue_members=settings.series(),
     )
+
+
+def _usable_providers(settings: Settings) -> dict[str, Provider]:
+    """The enabled providers, for what they declare; without those whose key cannot be one."""
+    from fks_backfill_dagster.providers import registry
+    from fks_backfill_dagster.providers.base import ProviderError
+    from fks_backfill_dagster.providers.http import RequestPool
+
+    options, found = enabled_options(settings), {}
+    pool = RequestPool(1)
+    for name, one in options.items():
+        with suppress(ProviderError):
+            found[name] = registry.build(name, one, pool, registry.limiter_for(options), now)
+    pool.close()
+    return found
 
 
 def limiter_for(options: Mapping[str, ProviderOptions], database: Database) -> Limiter:
