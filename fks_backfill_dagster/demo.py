@@ -32,16 +32,21 @@ from fks_backfill_dagster.domain.timeframe import Timeframe, iso, to_datetime, t
 from fks_backfill_dagster.orchestration import servers
 from fks_backfill_dagster.orchestration.processes import Background, Guard, stop
 from fks_backfill_dagster.orchestration.webserver import CheckOutcome, DagsterRefused, Run, Webserver
+from fks_backfill_dagster.pipeline.coverage import Coverage, coverage
+from fks_backfill_dagster.pipeline.freshness import Rule
 from fks_backfill_dagster.pipeline.plan import closed_window
 from fks_backfill_dagster.settings import CHECKOUT, KEY_VARIABLES, load_settings
-from fks_backfill_dagster.store.checking import Completeness, PartState, completeness, part_states
+from fks_backfill_dagster.store.checking import PartState, part_states
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.reading import batches, sync_status
+from fks_backfill_dagster.tables import COVERAGE, CoverageRow, coverage_total
+from fks_backfill_dagster.tables import lines as table
+from fks_backfill_dagster.tables import percent as _percent
 
 SYMBOLS = ("BTC/USDT", "ETH/USDT", "SOL/USDT")
 MINUTE_MONTHS = 3
 HISTORY_YEARS = 2
-CHECKS = ("ohlc_sanity", "completeness")
+CHECKS = ("ohlc_sanity", "completeness", "data_freshness")
 MARKET = "market"
 WAIT_SECONDS = 600.0
 
@@ -91,16 +96,25 @@ class Line:
 
     series: Series
     state: PartState
-    gaps: Completeness
+    coverage: Coverage
     checks: tuple[CheckOutcome, ...]
 
     @property
     def whole(self) -> bool:
         return (
             self.state.unexplained == 0
-            and self.gaps.open_gaps == 0
+            and self.coverage.counts.open_gaps == 0
             and len(self.checks) == len(CHECKS)
             and all(check.passed for check in self.checks)
+        )
+
+    @property
+    def row(self) -> CoverageRow:
+        """As `status` shows it, with what was expected when the backfill was launched."""
+        found = self.coverage
+        lag = found.assessment.freshness
+        return CoverageRow(
+            self.series, self.state, found.counts.open_gaps, lag.newest, lag.lag, found.next_attempt
         )
 
 
@@ -298,16 +312,15 @@ class Demo:
     def _lines(
         self, database: Database, now: int, checks: Mapping[Key, Sequence[CheckOutcome]]
     ) -> list[Line]:
-        series = self._settings.series()
-        gaps = completeness(database, series)
+        found = coverage(database, self._settings.series(), wiring.now(), Rule())
         return [
             Line(
+                one.series,
+                part_states(database, one.series, {"": self._expected_window(one.series, now)})[""],
                 one,
-                part_states(database, one, {"": self._expected_window(one, now)})[""],
-                gaps[one],
-                tuple(checks[_key(one)]),
+                tuple(checks[_key(one.series)]),
             )
-            for one in series
+            for one in found
         ]
 
     def _expected_window(self, series: Series, now: int) -> TimeRange:
@@ -317,20 +330,18 @@ class Demo:
 
     def _report(self, database: Database, lines: Sequence[Line], runs: Sequence[Run], before: int) -> None:
         self._say("\n4. What is in the database now\n")
-        header = ("series", "expected", "stored", "coverage", "open gaps", "checks", "providers")
-        rows = [
+        present = wiring.now()
+        rows: list[tuple[object, ...]] = [
             (
-                str(line.series),
-                f"{line.state.expected:,}",
-                f"{line.state.stored:,}",
-                _percent(line.state.coverage),
-                f"{line.gaps.open_gaps:,}",
+                *line.row.cells(present),
                 f"{sum(bool(check.passed) for check in line.checks)} of {len(CHECKS)}",
                 _shares(line.state.providers),
             )
             for line in lines
         ]
-        _table([header, *rows], self._say)
+        rows.append((*coverage_total([line.row for line in lines], present), "", ""))
+        for text in table((*COVERAGE, "checks", "providers"), rows):
+            self._say(text)
         self._say("")
         for outage in self._outages():
             for line in lines:
@@ -419,22 +430,6 @@ def _moment(instant: int) -> str:
     return f"{to_datetime(instant):%Y-%m-%d %H:%M}"
 
 
-def _percent(share: float) -> str:
-    """Never rounded up to 100 %."""
-    return "100 %" if share == 1 else f"{min(share * 100, 99.99):.2f} %"
-
-
 def _shares(providers: Mapping[str, int]) -> str:
     total = sum(providers.values())
     return ", ".join(f"{name} {_percent(count / total)}" for name, count in providers.items())
-
-
-def _table(rows: Sequence[Sequence[str]], say: Say) -> None:
-    """Aligned columns; the first and the last to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if index in (0, len(row) - 1) else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        say("  ".join(cells).rstrip())

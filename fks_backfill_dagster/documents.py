@@ -13,11 +13,12 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from fks_backfill_dagster.domain.series import Series
-from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, iso
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, iso, to_datetime
 
 if TYPE_CHECKING:
     from fks_backfill_dagster.ledger.reconcile import Difference, SeriesAudit
     from fks_backfill_dagster.pipeline.audit import AuditReport
+    from fks_backfill_dagster.pipeline.coverage import Coverage
     from fks_backfill_dagster.pipeline.fill import FilledGap
     from fks_backfill_dagster.pipeline.gaps import FoundGap
     from fks_backfill_dagster.pipeline.sync import DryRun, SyncReport
@@ -162,17 +163,27 @@ def difference(found: Difference) -> Document:
     }
 
 
-def status(found: SyncStatus) -> Document:
+def status(found: Coverage) -> Document:
+    """The seven keys of the HTTP route first. `lag` is in closed candles; a `next_attempt` that lies in the
+    past is due."""
+    state = found.status
+    if state is None:
+        return not_started(found.series)
     return {
-        "symbol": found.symbol,
-        "timeframe": found.timeframe,
-        "status": found.status,
-        "oldest_data": moment(found.oldest_data_time),
-        "newest_data": moment(found.newest_data_time),
-        "total_candles": found.total_candles,
-        "last_sync": moment(found.last_sync_time),
-        "open_gaps": found.open_gaps,
-        "error": found.error_message,
+        "symbol": state.symbol,
+        "timeframe": state.timeframe,
+        "status": state.status,
+        "oldest_data": moment(state.oldest_data_time),
+        "newest_data": moment(state.newest_data_time),
+        "total_candles": state.total_candles,
+        "last_sync": moment(state.last_sync_time),
+        "expected": found.counts.expected,
+        "stored": found.counts.stored,
+        "coverage": found.counts.rounded_coverage if found.counts.expected else None,
+        "open_gaps": state.open_gaps,
+        "lag": found.assessment.freshness.lag,
+        "next_attempt": None if found.next_attempt is None else moment(to_datetime(found.next_attempt)),
+        "error": state.error_message,
     }
 
 

@@ -400,6 +400,21 @@ class GapDetection(Section):
     check_interval_hours: Annotated[int, _between(1, 8_760)] = 24
 
 
+class Freshness(Section):
+    """So many closed candles beyond the allowed lag are a warning, and so many an error."""
+
+    warn_candles: Annotated[int, _between(0, 1_000_000)] = 3
+    error_candles: Annotated[int, _between(0, 1_000_000)] = 10
+
+    @model_validator(mode="after")
+    def _warning_before_error(self) -> Self:
+        if self.error_candles < self.warn_candles:
+            raise ValueError(
+                f"error_candles is {self.error_candles}, less than warn_candles, {self.warn_candles}"
+            )
+        return self
+
+
 class Validation(Section):
     """`tolerance_pct` is a fraction of the other provider's price: 0.01 is one per cent."""
 
@@ -539,6 +554,7 @@ class Settings(BaseSettings):
     max_concurrent_requests: Annotated[int, _between(1, 100)] = 5
     provider_priority: ProviderPriority = ProviderPriority()
     gap_detection: GapDetection = GapDetection()
+    freshness: Freshness = Freshness()
     validation: Validation = Validation()
     providers: Providers = Providers()
     symbols: Annotated[tuple[SymbolSettings, ...], Field(strict=False)] = Field(
@@ -616,6 +632,22 @@ class Settings(BaseSettings):
             or fnmatchcase(entry.symbol, pattern)
             or fnmatchcase(identifier(entry.symbol), pattern)
         )
+
+    def nearest_symbol(self, symbol: str) -> str | None:
+        """The configured symbol that one which is not configured was probably meant to be; None: none is close.
+
+        Base and quote are compared apart: DOGE/USDT is no mistyped ETH/USDT, however much of it is the same.
+        """
+        names = self.match_symbols()
+        if symbol in names:
+            return None
+        base, slash, quote = symbol.partition("/")
+        if not slash:
+            return nearest(symbol, names)
+        pairs = [name.partition("/") for name in names if "/" in name]
+        bases = [one for one, _, _ in pairs if nearest(base, [one])]
+        close = [f"{one}/{other}" for one, _, other in pairs if one in bases and nearest(quote, [other])]
+        return nearest(symbol, close)
 
     def _configured(self, symbol: str) -> SymbolSettings | None:
         wanted = identifier(symbol.strip())

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ from fks_backfill_dagster.settings import Binance, Settings
 
 if TYPE_CHECKING:
     from fks_backfill_dagster.embedded import EmbeddedPostgres
+    from fks_backfill_dagster.pipeline.freshness import Rule
     from fks_backfill_dagster.pipeline.sync import Context
     from fks_backfill_dagster.providers.base import Circuit, Provider, ProviderOptions
     from fks_backfill_dagster.providers.http import Limiter, RequestPool
@@ -159,6 +161,36 @@ def build_providers(
     options = enabled_options(settings)
     limiter = limiter_for(options, database) if database else registry.limiter_for(options)
     return {name: registry.build(name, options[name], pool, limiter, now) for name in options}
+
+
+def freshness_rule(settings: Settings) -> Rule:
+    """What is lag by the settings. Providers are imported when a publication delay is first looked up."""
+    from fks_backfill_dagster.domain.freshness import Thresholds
+    from fks_backfill_dagster.pipeline.freshness import Rule, publication_delay
+
+    usable = cache(lambda: _usable_providers(settings))
+    limits = settings.freshness
+    return Rule(
+        thresholds=Thresholds(limits.warn_candles, limits.error_candles),
+        publication_delay=lambda series: publication_delay(usable(), settings.priority(series), series),
+        end_of=settings.end_of,
+        venue_members=settings.series(),
+    )
+
+
+def _usable_providers(settings: Settings) -> dict[str, Provider]:
+    """The enabled providers, for what they declare; without those whose key cannot be one."""
+    from fks_backfill_dagster.providers import registry
+    from fks_backfill_dagster.providers.base import ProviderError
+    from fks_backfill_dagster.providers.http import RequestPool
+
+    options, found = enabled_options(settings), {}
+    pool = RequestPool(1)
+    for name, one in options.items():
+        with suppress(ProviderError):
+            found[name] = registry.build(name, one, pool, registry.limiter_for(options), now)
+    pool.close()
+    return found
 
 
 def limiter_for(options: Mapping[str, ProviderOptions], database: Database) -> Limiter:

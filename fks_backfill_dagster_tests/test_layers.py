@@ -16,7 +16,7 @@ PACKAGE = "fks_backfill_dagster"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
 BELOW = {"domain", "ledger", "providers", "store", "pipeline"}
-FACE = BELOW | {"settings", "wiring", "reading", "documents", "embedded"}
+FACE = BELOW | {"settings", "wiring", "reading", "documents", "tables", "embedded"}
 
 # For every part of the package the parts it may import, besides itself. A new part gets a line here.
 MAY_IMPORT = {
@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "reading": BELOW | {"settings", "wiring", "embedded"},
     # How results look as JSON, the same for command line and HTTP.
     "documents": BELOW,
+    # How results look as text, the same for command line and demo.
+    "tables": BELOW,
     "api": FACE,
     "orchestration": FACE,
     "demo": FACE | {"simulator", "orchestration"},

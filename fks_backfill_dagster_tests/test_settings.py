@@ -88,7 +88,7 @@ def test_the_file_of_the_checkout_names_every_key() -> None:
     top = ("batch_size_days", "max_concurrent_requests", "history_start", "symbols", "calendars")
     for key in (*top, "allow_mixed_sources"):
         assert key in shown
-    for section in ("provider_priority", "gap_detection", "validation", "alerts", "automation"):
+    for section in ("provider_priority", "gap_detection", "freshness", "validation", "alerts", "automation"):
         assert shown[section].keys() == dumped[section].keys()
     assert {name: set(keys) for name, keys in shown["providers"].items()} == {
         name: set(keys) for name, keys in dumped["providers"].items()
@@ -102,6 +102,7 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert made.provider_priority.stocks == ("polygon", "yfinance", "alphavantage")
     assert made.provider_priority.forex == ("oanda", "polygon")
     assert (made.gap_detection.max_gap_minutes, made.gap_detection.check_interval_hours) == (5, 24)
+    assert (made.freshness.warn_candles, made.freshness.error_candles) == (3, 10)
     assert (made.validation.enabled, made.validation.tolerance_pct) == (True, 0.01)
     assert made.validation.validation_providers == ("coingecko", "polygon")
     assert iso(made.history_start) == "2017-08-17T00:00:00+00:00"
@@ -157,6 +158,15 @@ def test_a_file_is_no_home(problems: Callable[..., list[str]], tmp_path: Path) -
     assert problems("", {"FKS_HOME": "data"}) == [
         f"environment FKS_HOME: {tmp_path.resolve() / 'data'} is a file; it has to be a folder"
     ]
+
+
+@pytest.mark.parametrize("given", ["{warn_candles: 11}", "{warn_candles: 3, error_candles: 2}"])
+def test_an_error_of_freshness_comes_after_its_warning(
+    problems: Callable[..., list[str]], given: str
+) -> None:
+    (told,) = problems(f"freshness: {given}")
+    assert "freshness: error_candles is" in told
+    assert "less than warn_candles" in told
 
 
 def test_settings_are_frozen(load: Load) -> None:
@@ -866,3 +876,28 @@ def test_the_package_offers_nothing_else() -> None:
 
     with pytest.raises(AttributeError, match="has no attribute 'read_candle'"):
         fks_backfill_dagster.read_candle  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("symbol", "meant"),
+    [
+        ("BTC/USD", "BTC/USDT"),
+        ("BTC/USTD", "BTC/USDT"),
+        ("BTCC/USDT", "BTC/USDT"),
+        ("APPL", "AAPL"),
+        ("EUR/USDD", "EUR/USD"),
+        ("BTC/USDT", None),  # configured itself
+        ("DOGE/USDT", None),  # only the quote is the same
+        ("BTC/EUR", None),
+        ("XYZ", None),
+    ],
+)
+def test_the_symbol_that_was_probably_meant(load: Load, symbol: str, meant: str | None) -> None:
+    loaded = load("""
+        symbols:
+          - {symbol: BTC/USDT, asset_class: crypto, timeframes: [1h]}
+          - {symbol: ETH/USDT, asset_class: crypto, timeframes: [1h]}
+          - {symbol: AAPL, asset_class: stocks, timeframes: [1h]}
+          - {symbol: EUR/USD, asset_class: forex, timeframes: [1h]}
+    """)
+    assert loaded.nearest_symbol(symbol) == meant

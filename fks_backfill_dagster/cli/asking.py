@@ -9,6 +9,7 @@ import click
 from fks_backfill_dagster.cli.choosing import (
     any_series,
     choose,
+    report_code,
     series_arguments,
     sooner,
     tell_never_synced,
@@ -27,13 +28,18 @@ from fks_backfill_dagster.cli.speaking import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fks_backfill_dagster.cli.choosing import Chosen
     from fks_backfill_dagster.documents import Document
     from fks_backfill_dagster.domain.series import Series
+    from fks_backfill_dagster.pipeline.coverage import Coverage
     from fks_backfill_dagster.pipeline.gaps import FoundGap
     from fks_backfill_dagster.providers.base import Provider
     from fks_backfill_dagster.settings import Settings
+    from fks_backfill_dagster.store.database import Database
     from fks_backfill_dagster.store.pacing import ProviderState
-    from fks_backfill_dagster.store.reading import SyncStatus
+    from fks_backfill_dagster.tables import CoverageRow
 
 
 # Gaps -------------------------------------------------------------------------------------------------
@@ -45,12 +51,13 @@ if TYPE_CHECKING:
 @series_arguments
 @window_option
 @json_option
-def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int | None, as_json: bool) -> None:
+def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int | None, as_json: bool) -> int:
     """List the gaps of a series, in every state but filled.
 
     Without --start from the oldest stored candle, without --end to the last closed one. History
     that was never synced is no gap; what closed since the last sync is an open one. Of several series
-    the outages of whole venues are told as well, each once.
+    the outages of whole venues are told as well, each once. Exit code 2 for a series that is neither
+    configured nor stored, else 0, whatever is missing.
     """
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.domain.ranges import TimeRange
@@ -76,7 +83,9 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
         past = present if end is None else end
         window = TimeRange(min(start or 0, past), past)
         outages = find_outages(database, chosen.series, window, settings.end_of) if chosen.many else ()
-    tell_never_synced(chosen, stored)
+    code = report_code(settings, chosen, stored)
+    if not code:
+        tell_never_synced(chosen, stored)
     for one, missing in early:
         if missing:
             tell(
@@ -86,11 +95,12 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
         tell(str(outage))
     if as_json:
         answer_json([documents.gap_of(*one) if chosen.many else documents.gap(one[1]) for one in found])
-        return
+        return code
     rows = [_gap_row(series, gap) for series, gap in found]
     answer_table(("series", "start", "end", "missing", "status", "evidence"), rows)
-    if stored and not found:
+    if stored and not found and not code:
         tell("No gaps.")
+    return code
 
 
 def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:
@@ -112,60 +122,102 @@ def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:
 # Status -----------------------------------------------------------------------------------------------
 
 
-@click.command(epilog=example("status", "status BTC/USDT 1h --json"))
+@click.command(epilog=example("status", "status BTC/USDT 1h --json", "status --check"))
 @any_series
+@click.option(
+    "--check", is_flag=True, help="Exit with 1 if anything is stale, has open gaps or ended in an error."
+)
 @json_option
-def status(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
-    """Tell how far a series is synced; without arguments all of them.
+def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool) -> int:
+    """Show the coverage of a series and how far it lags; without arguments of all of them.
 
-    Providers that are left alone for a while, or told us to wait, are named on stderr.
+    `expected`, `stored` and `coverage` are about what was synced; `lag` counts the closed candles since the
+    newest stored one. Exit code 2 for a series that is neither configured nor stored, else 0, whatever
+    it shows; with --check 1 if a series needs attention. Errors, and providers in a cool-down, are named on stderr.
     """
     from fks_backfill_dagster import documents
-    from fks_backfill_dagster.domain.timeframe import to_datetime
-    from fks_backfill_dagster.pipeline.refresh import quiet_until, silent_since
+    from fks_backfill_dagster.pipeline.coverage import coverage
+    from fks_backfill_dagster.pipeline.freshness import Rule
     from fks_backfill_dagster.settings import load_settings
-    from fks_backfill_dagster.store.checking import reaches
-    from fks_backfill_dagster.store.reading import stored_series, sync_status
-    from fks_backfill_dagster.wiring import open_database, provider_states
+    from fks_backfill_dagster.store.reading import stored_series
+    from fks_backfill_dagster.wiring import freshness_rule, now, open_database, provider_states
 
-    settings = load_settings()
+    settings, present = load_settings(), now()
     with open_database(settings) as database:
-        chosen = choose(settings, names, everything or not names, stored_series(database))
-        states = {(s.symbol, s.timeframe): s for s in sync_status(database)}
-        known = reaches(database, chosen.series)
+        stored = stored_series(database)
+        chosen = choose(settings, names, everything or not names, stored)
+        # Without a verdict nothing need be known of providers, whose import takes a while.
+        rule = freshness_rule(settings) if check else Rule(end_of=settings.end_of)
+        found = coverage(database, chosen.series, present, rule)
+        silent = [] if check else _silent(settings, database, chosen)
         providers = provider_states(settings, database)
+    code = report_code(settings, chosen, stored)
     for name, stands in providers.items():
         tell(f"{name}: {_standing(stands)}")
-    found = [(s, states.get((s.symbol, s.timeframe.value))) for s in chosen.series]
+    if check:
+        # A series that was taken out of the settings is not kept fresh, so it cannot be stale.
+        kept = set(settings.series())
+        problems = [
+            (one.series, reason) for one in found if (reason := one.problem(kept_fresh=one.series in kept))
+        ]
+        for series, reason in problems:
+            tell(f"{series}: {reason}")
+        code = code or int(bool(problems))
     if as_json:
-        shown = [documents.status(state) if state else documents.not_started(s) for s, state in found]
+        shown = [documents.status(one) for one in found]
         answer_json(shown if chosen.many else shown[0])
-        return
-    header = ("series", "status", "oldest", "newest", "candles", "open gaps", "last sync", "error")
-    answer_table(header, [_status_row(series, state) for series, state in found])
-    configured = set(settings.series())
+        return code
+    if code != 2:
+        _answer_coverage(found, present, total=chosen.many)
+    for one in found:
+        if not check and one.status is not None and one.status.error_message:
+            tell(f"{one.series}: error: {one.status.error_message}")
+    for line in silent:
+        tell(line)
+    return code
+
+
+def _answer_coverage(found: Sequence[Coverage], now: int, *, total: bool) -> None:
+    from fks_backfill_dagster import tables
+
+    rows = [_coverage_row(one) for one in found]
+    cells = [
+        (*row.cells(now), one.status.status if one.status else "not_started")
+        for row, one in zip(rows, found, strict=True)
+    ]
+    if total and rows:
+        cells.append((*tables.coverage_total(rows, now), ""))
+    answer_table((*tables.COVERAGE, "status"), cells)
+
+
+def _coverage_row(found: Coverage) -> CoverageRow:
+    from fks_backfill_dagster.tables import CoverageRow
+
+    return CoverageRow(
+        found.series,
+        None if found.status is None else found.counts,
+        found.counts.open_gaps,
+        found.assessment.freshness.newest,
+        found.assessment.freshness.lag,
+        found.next_attempt,
+    )
+
+
+def _silent(settings: Settings, database: Database, chosen: Chosen) -> list[str]:
+    """A line for every configured series of which no provider has had a candle for long."""
+    from fks_backfill_dagster.domain.timeframe import to_datetime
+    from fks_backfill_dagster.pipeline.refresh import quiet_until, silent_since
+    from fks_backfill_dagster.store.checking import reaches
+
+    lines, known, configured = [], reaches(database, chosen.series), set(settings.series())
     for series in chosen.series:
         since, wait = silent_since(known.get(series)), quiet_until(known.get(series))
         if since is not None and wait is not None and series in configured and not settings.end_of(series):
-            tell(
+            lines.append(
                 f"{series}: silent since {short(to_datetime(since))}: nobody has a newer candle. A refresh asks"
                 f" again after {short(to_datetime(wait))}; if it was delisted, set its `end` in the settings."
             )
-
-
-def _status_row(series: Series, state: SyncStatus | None) -> tuple[object, ...]:
-    if state is None:
-        return (series, "not_started", None, None, None, None, None, None)
-    return (
-        series,
-        state.status,
-        state.oldest_data_time,
-        state.newest_data_time,
-        state.total_candles,
-        state.open_gaps,
-        state.last_sync_time,
-        state.error_message,
-    )
+    return lines
 
 
 # Series -----------------------------------------------------------------------------------------------

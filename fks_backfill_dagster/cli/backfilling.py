@@ -15,6 +15,7 @@ from fks_backfill_dagster.cli.choosing import (
     check_window,
     choose,
     series_arguments,
+    warn_of_typos,
     window_option,
 )
 from fks_backfill_dagster.cli.speaking import (
@@ -177,12 +178,14 @@ def _sync_all(
     """
     from fks_backfill_dagster.embedded import EmbeddedError
     from fks_backfill_dagster.store.errors import StoreError
+    from fks_backfill_dagster.store.reading import stored_series
     from fks_backfill_dagster.wiring import open_app
 
     done: list[tuple[Document, bool]] = []
     seen, told = _Seen(), set[str]()
     try:
         with open_app(settings, waiting) as app, interruptible(app):
+            warn_of_typos(settings, [series for series, _, _ in tasks], stored_series(app.database))
             for task in tasks:
                 seen = _Seen()
                 done.append(_sync_one(app, task, scope, as_json, seen, told))
@@ -271,9 +274,11 @@ def interruptible(app: App) -> Iterator[None]:
 def _dry_run(settings: Settings, tasks: Sequence[Task], several: bool, scope: Scope, as_json: bool) -> int:
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.pipeline.sync import dry_run
+    from fks_backfill_dagster.store.reading import stored_series
     from fks_backfill_dagster.wiring import open_app
 
     with open_app(settings, waiting) as app, interruptible(app):
+        warn_of_typos(settings, [series for series, _, _ in tasks], stored_series(app.database))
         found = [
             dry_run(app.context, series, window, priority, scope=scope, recheck=True)
             for series, window, priority in tasks

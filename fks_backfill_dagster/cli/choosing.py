@@ -114,6 +114,35 @@ def tell_never_synced(chosen: Chosen, stored: Iterable[Series]) -> None:
             tell(f"{one}: never synced, so no gap of it is known; run `fks-backfill backfill {one}` first.")
 
 
+def report_code(settings: Settings, chosen: Chosen, stored: Iterable[Series]) -> int:
+    """The exit code of a report: 2 for one series that is neither configured nor stored, which is told, else 0."""
+    known = {(s.symbol, s.timeframe) for s in (*stored, *settings.series())}
+    for one in chosen.series:
+        if (one.symbol, one.timeframe) not in known:
+            tell(f"Error: {one} is neither configured nor stored{_meant(settings, one)}")
+            return 2
+    return 0
+
+
+def warn_of_typos(settings: Settings, series: Iterable[Series], stored: Iterable[Series]) -> None:
+    """For commands that would create a series: tells which one was probably meant, and lets them go on.
+
+    A symbol of which something is stored was meant before, whatever its timeframe.
+    """
+    known = {one.symbol for one in stored}
+    for symbol in dict.fromkeys(one.symbol for one in series):
+        if symbol not in known and (meant := settings.nearest_symbol(symbol)):
+            tell(f"warning: {symbol} is not configured, did you mean {meant}?")
+
+
+def _meant(settings: Settings, series: Series) -> str:
+    frames = [one.timeframe.value for one in settings.series() if one.symbol == series.symbol]
+    if frames:
+        return f": {series.symbol} is configured with {' '.join(frames)}."
+    near = settings.nearest_symbol(series.symbol)
+    return f"; did you mean {near}?" if near else "; see `fks-backfill series list`."
+
+
 # Providers --------------------------------------------------------------------------------------------
 
 

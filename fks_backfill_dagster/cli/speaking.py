@@ -49,37 +49,18 @@ def answer_json(document: object) -> None:
 
 
 def answer_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Aligned columns; numbers to the right. Never cut to the width of a terminal."""
-    if not rows:
-        return
-    cells = [[_cell(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    right = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(header))]
-    for line in (header, *cells):
-        padded = (
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(line, widths, right, strict=True)
-        )
-        answer("  ".join(padded).rstrip())
+    """Aligned columns; see `tables.lines`."""
+    from fks_backfill_dagster import tables  # it brings numpy: not for --help
 
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, datetime):
-        return short(value)
-    return str(value)
+    for line in tables.lines(header, rows):
+        answer(line)
 
 
 def short(when: datetime) -> str:
-    """A moment in UTC, as short as it is whole: 2024-01-01, 2024-01-01 04:30 or with seconds."""
-    if (when.hour, when.minute, when.second) == (0, 0, 0):
-        return f"{when:%Y-%m-%d}"
-    return f"{when:%Y-%m-%d %H:%M}" if when.second == 0 else f"{when:%Y-%m-%d %H:%M:%S}"
+    """See `tables.short`."""
+    from fks_backfill_dagster import tables
+
+    return tables.short(when)
 
 
 def many(number: int, noun: str) -> str:

@@ -35,13 +35,14 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series, identifier
 from fks_backfill_dagster.orchestration import pace
-from fks_backfill_dagster.orchestration.checks import evaluate_after_failure
+from fks_backfill_dagster.orchestration.checks import evaluate_after_failure, evaluate_after_refresh
 from fks_backfill_dagster.orchestration.errands import Errand
 from fks_backfill_dagster.orchestration.groups import Group
 from fks_backfill_dagster.orchestration.partitions import partitions_for, windows_of
 from fks_backfill_dagster.orchestration.refreshing import asked_range
 from fks_backfill_dagster.orchestration.resources import ALL, opened
 from fks_backfill_dagster.orchestration.story import Lines, Progress, Story
+from fks_backfill_dagster.pipeline.freshness import behind
 from fks_backfill_dagster.pipeline.plan import Scope, closed_window
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
 from fks_backfill_dagster.settings import Settings
@@ -170,19 +171,25 @@ def _materialize(
     lines = Lines()
     progress = Progress(len(selected), lines)
     failed: list[Outcome] = []
+    refresh = Errand.of(context.run.tags) is Errand.REFRESH
     with opened(context.resources, settings, lines.warn) as work:
         try:
             for key, outcome in _outcomes(context, work, selected, windows, settings, lines):
                 progress.add(outcome.report)
+                stalled = refresh and _is_stalled(work, outcome)
                 if outcome.failed:
                     failed.append(outcome)
-                    _log_succeeded(context, key, outcome)
+                    if not stalled:
+                        _log_succeeded(context, key, outcome)
+                if outcome.failed or stalled:
                     continue
                 for partition in windows:
                     context.add_asset_metadata(outcome.metadata(partition), key, partition)
                 yield MaterializeResult(asset_key=key)
+            if refresh:
+                evaluate_after_refresh(context, work.database, group, settings, set(selected))
             if failed:
-                evaluate_after_failure(context, work.database, group, set(selected))
+                evaluate_after_failure(context, work.database, group, settings, set(selected))
         except StoreError as error:  # the database is gone or full: the next series would meet the same
             raise Failure(description=str(error), allow_retries=False) from error
         finally:
@@ -291,6 +298,16 @@ def _possible(work: Context, task: Task, report: SyncReport, now: int) -> TimeRa
         return report.window
     listed = listed_at(work.database, task.series, task.settings.priority(task.series))
     return closed_window(task.window, grid_of(task.series), now, listed)
+
+
+def _is_stalled(work: Context, outcome: Outcome) -> bool:
+    """Whether a refresh stored nothing although candles were due. Then nothing of the series shows as
+    materialized, so that its freshness policy ages: as materialized it would look fresh for ever."""
+    report = outcome.report
+    if report.total_candles:
+        return False
+    lag = behind(work.database, outcome.series, report.window.end)
+    return bool(report.missing if lag is None else lag)
 
 
 def _log_succeeded(context: AssetExecutionContext, key: AssetKey, outcome: Outcome) -> None:

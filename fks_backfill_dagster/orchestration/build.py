@@ -32,7 +32,7 @@ def build_defs(
     jobs = build_jobs(groups)
     return Definitions(
         assets=[build_asset(group, settings) for group in groups],
-        asset_checks=[build_checks(group) for group in groups],
+        asset_checks=[build_checks(group, settings) for group in groups],
         jobs=[*jobs, *build_check_jobs(groups), build_housekeeping(settings), build_audit(settings)],
         schedules=[*build_schedules(groups, settings), build_audit_schedule(settings)],
         sensors=[*build_sensors(groups, jobs, settings), *build_outage_sensors(groups, settings)],

@@ -11,7 +11,6 @@ stored already.
 from collections.abc import Iterator, Mapping, Sequence, Set
 
 from dagster import (
-    AssetCheckEvaluation,
     AssetCheckExecutionContext,
     AssetCheckKey,
     AssetCheckResult,
@@ -21,20 +20,38 @@ from dagster import (
     AssetExecutionContext,
     AssetKey,
     MetadataValue,
+    TableColumn,
+    TableMetadataValue,
+    TableRecord,
+    TableSchema,
     multi_asset_check,
 )
 
+from fks_backfill_dagster import wiring
+from fks_backfill_dagster.domain.freshness import recent_start
+from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.series import Series
-from fks_backfill_dagster.domain.timeframe import iso
+from fks_backfill_dagster.domain.timeframe import iso, to_datetime
+from fks_backfill_dagster.ledger.records import LedgerGap
+from fks_backfill_dagster.orchestration.freshness import (
+    FRESHNESS,
+    as_event,
+    freshness_results,
+    worth_an_event,
+)
 from fks_backfill_dagster.orchestration.groups import Group
 from fks_backfill_dagster.orchestration.names import is_monthly
 from fks_backfill_dagster.orchestration.resources import DATABASE
+from fks_backfill_dagster.pipeline.plan import GRACE
+from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.checking import (
     Completeness,
     Sanity,
     bad_parts,
     completeness,
+    missing_gaps,
     open_parts,
+    recent_missing,
     sanity,
 )
 from fks_backfill_dagster.store.database import Database
@@ -44,19 +61,36 @@ COMPLETENESS = "completeness"
 
 _DESCRIPTIONS = {
     SANITY: "Prices are finite and above zero, high is the highest and low the lowest, volume is not negative.",
-    COMPLETENESS: "No gap is open in what was synced: every expected candle is stored or its absence explained.",
+    COMPLETENESS: "No gap is open in what was synced, and no recent candle (a day or three candles) is missing,"
+    " explained or not.",
+    FRESHNESS: "The newest candle is no older than polling interval, publication delay and margin allow.",
 }
 
 
 CHECK_NAMES = tuple(_DESCRIPTIONS)
+
+MOST_GAPS = 20
+"""So many gaps of a series stand in the metadata of its check; `fks-backfill gaps` lists all."""
+
+_MOST_EVIDENCE = 300  # characters
+
+_GAP_COLUMNS = TableSchema(
+    [
+        TableColumn("start", "text", "The open of the first missing candle, UTC."),
+        TableColumn("end", "text", "The close of the last one."),
+        TableColumn("missing", "int", "Candles."),
+        TableColumn("status", "text"),
+        TableColumn("evidence", "text", "The last response of each provider."),
+    ]
+)
 
 
 def op_name(group: Group) -> str:
     return f"checks_{group.name}"
 
 
-def build_checks(group: Group) -> AssetChecksDefinition:
-    """Both checks of every series of one group."""
+def build_checks(group: Group, settings: Settings) -> AssetChecksDefinition:
+    """The checks of every series of one group."""
 
     @multi_asset_check(
         name=op_name(group),
@@ -69,30 +103,40 @@ def build_checks(group: Group) -> AssetChecksDefinition:
         can_subset=True,
     )
     def checks(context: AssetCheckExecutionContext) -> Iterator[AssetCheckResult]:
-        yield from _evaluate(context, group)
+        yield from _evaluate(context, group, settings)
 
     return checks
 
 
-def _evaluate(context: AssetCheckExecutionContext, group: Group) -> Iterator[AssetCheckResult]:
+def _evaluate(
+    context: AssetCheckExecutionContext, group: Group, settings: Settings
+) -> Iterator[AssetCheckResult]:
     database = getattr(context.resources, DATABASE).database
-    results = evaluate(database, group, context.selected_asset_check_keys)
+    results = evaluate(database, group, settings, context.selected_asset_check_keys)
     failed = sum(not result.passed for result in results)
     context.log.info(f"{group.asset_class} {group.timeframe}: {len(results)} checks, {failed} failed")
     yield from results
 
 
-def evaluate(database: Database, group: Group, wanted: Set[AssetCheckKey]) -> list[AssetCheckResult]:
-    """The checks of a group with one query per kind, however many series they are about."""
+def evaluate(
+    database: Database, group: Group, settings: Settings, wanted: Set[AssetCheckKey]
+) -> list[AssetCheckResult]:
+    """The checks of a group with a query or two per kind, however many series they are about."""
     part = "month" if is_monthly(group.timeframe) else "year"
+    now = wiring.now()
     return [
         *_sanity(database, _wanted(group, wanted, SANITY), part),
-        *_completeness(database, _wanted(group, wanted, COMPLETENESS), part),
+        *_completeness(database, _wanted(group, wanted, COMPLETENESS), part, now),
+        *_freshness(database, _wanted(group, wanted, FRESHNESS), settings, now),
     ]
 
 
 def evaluate_after_failure(
-    context: AssetExecutionContext, database: Database, group: Group, keys: Set[AssetKey]
+    context: AssetExecutionContext,
+    database: Database,
+    group: Group,
+    settings: Settings,
+    keys: Set[AssetKey],
 ) -> None:
     """The run's checks of these series, in the op that is about to fail.
 
@@ -103,19 +147,30 @@ def evaluate_after_failure(
         return
     wanted = {AssetCheckKey(key, name) for key in keys for name in CHECK_NAMES}
     planned = context.run.asset_check_selection
-    for result in evaluate(database, group, wanted if planned is None else wanted & planned):
-        assert result.asset_key is not None
-        assert result.check_name is not None
-        context.log_event(
-            AssetCheckEvaluation(
-                asset_key=result.asset_key,
-                check_name=result.check_name,
-                passed=bool(result.passed),
-                severity=result.severity,
-                description=result.description,
-                metadata=result.metadata,
-            )
-        )
+    for result in evaluate(database, group, settings, wanted if planned is None else wanted & planned):
+        context.log_event(as_event(result))
+
+
+def evaluate_after_refresh(
+    context: AssetExecutionContext,
+    database: Database,
+    group: Group,
+    settings: Settings,
+    keys: Set[AssetKey],
+) -> None:
+    """`data_freshness` of the series of a refresh, however it ended; its run has no op of the checks.
+
+    What is logged is what has changed, and each result at least once an hour.
+    """
+    if context.job_def.has_node_named(
+        op_name(group)
+    ):  # it evaluates all of them, or `evaluate_after_failure`
+        return
+    wanted = {key: group.series[key] for key in group.series if key in keys}
+    now = wiring.now()
+    results = _freshness(database, wanted, settings, now)
+    for event in worth_an_event(context.instance, results, wanted, now):
+        context.log_event(event)
 
 
 def _wanted(group: Group, wanted: Set[AssetCheckKey], name: str) -> dict[AssetKey, Series]:
@@ -130,12 +185,17 @@ def _sanity(database: Database, wanted: Mapping[AssetKey, Series], part: str) ->
 
 def _sanity_result(key: AssetKey, found: Sanity, broken: Mapping[str, int]) -> AssetCheckResult:
     first = {} if found.first is None else {"first": iso(found.first)}
+    text = (
+        f"All {found.candles:,} stored candles keep the rules." if found.candles else "No candle is stored."
+    )
+    if found.bad:
+        text = f"{found.bad:,} of {found.candles:,} candles break a rule."
     return AssetCheckResult(
         asset_key=key,
         check_name=SANITY,
         passed=found.bad == 0,
         severity=AssetCheckSeverity.ERROR,
-        description=f"{found.bad:,} of {found.candles:,} candles break a rule" if found.bad else None,
+        description=text,
         metadata={
             "candles": found.candles,
             **found.violations,
@@ -145,32 +205,87 @@ def _sanity_result(key: AssetKey, found: Sanity, broken: Mapping[str, int]) -> A
     )
 
 
-def _completeness(database: Database, wanted: Mapping[AssetKey, Series], part: str) -> list[AssetCheckResult]:
+def _completeness(
+    database: Database, wanted: Mapping[AssetKey, Series], part: str, now: int
+) -> list[AssetCheckResult]:
     found = completeness(database, list(wanted.values()))
-    lacking = open_parts(database, [one for one in wanted.values() if found[one].open_gaps], part)
-    return [_completeness_result(key, found[one], lacking.get(one, [])) for key, one in wanted.items()]
+    lacking = [one for one in wanted.values() if found[one].missing]
+    parts = open_parts(database, [one for one in lacking if found[one].open_gaps], part)
+    recent = recent_missing(database, {one: recent_start(grid_of(one), now - GRACE) for one in lacking})
+    gaps = missing_gaps(database, lacking, MOST_GAPS)
+    return [
+        _completeness_result(key, found[one], parts.get(one, []), recent.get(one, 0), gaps.get(one, ()))
+        for key, one in wanted.items()
+    ]
 
 
-def _completeness_result(key: AssetKey, found: Completeness, lacking: Sequence[str]) -> AssetCheckResult:
-    text = None
-    if not found.expected:
-        text = "nothing is synced yet"
-    elif found.open_gaps:
-        text = f"{found.open_gaps:,} open gaps, {found.open_missing:,} candles"
+def _completeness_result(
+    key: AssetKey, found: Completeness, lacking: Sequence[str], recent: int, gaps: Sequence[LedgerGap]
+) -> AssetCheckResult:
     return AssetCheckResult(
         asset_key=key,
         check_name=COMPLETENESS,
-        passed=found.open_gaps == 0,
+        passed=not (found.open_gaps or recent),
         severity=AssetCheckSeverity.WARN,
-        description=text,
+        description=_completeness_text(found, recent),
         metadata={
             "expected": found.expected,
             "stored": found.stored,
             "missing": found.missing,
             "explained": found.missing - found.open_missing,
             "quiet": found.quiet,
+            "recent_missing": recent,
             "open_gaps": found.open_gaps,
-            "coverage": MetadataValue.float(found.coverage),
+            "coverage": MetadataValue.float(found.rounded_coverage),
             "failed_partitions": MetadataValue.json(list(lacking)),
+            **({"gaps": gap_table(gaps)} if gaps else {}),
         },
     )
+
+
+def _completeness_text(found: Completeness, recent: int) -> str:
+    """One sentence, with what is wrong first."""
+    if not found.expected:
+        return "Nothing is synced yet: all history is pending."
+    stored = f"{found.stored:,} of {found.expected:,} expected candles are stored"
+    quiet = f", nothing traded in {found.quiet:,}" if found.quiet else ""
+    if found.open_gaps:
+        gaps = "open gap" if found.open_gaps == 1 else "open gaps"
+        return f"{found.open_gaps:,} {gaps} with {found.open_missing:,} candles; {stored}{quiet}."
+    if recent:
+        return f"{recent:,} recent candles are missing, though that is explained; {stored}{quiet}."
+    if found.missing:
+        return f"{stored}{quiet}, and the absence of {found.missing:,} is explained."
+    return f"{stored}{quiet}." if quiet else f"All {found.expected:,} expected candles are stored."
+
+
+def gap_table(gaps: Sequence[LedgerGap]) -> TableMetadataValue:
+    """Gaps as a table, in the order given."""
+    return MetadataValue.table(
+        [
+            TableRecord(
+                {
+                    "start": f"{to_datetime(gap.start):%Y-%m-%d %H:%M}",
+                    "end": f"{to_datetime(gap.end):%Y-%m-%d %H:%M}",
+                    "missing": gap.missing,
+                    "status": gap.status.value,
+                    "evidence": _evidence(gap),
+                }
+            )
+            for gap in gaps
+        ],
+        _GAP_COLUMNS,
+    )
+
+
+def _evidence(gap: LedgerGap) -> str:
+    text = "; ".join(f"{one.provider}: {one.said}" for one in gap.evidence)
+    return text if len(text) <= _MOST_EVIDENCE else f"{text[: _MOST_EVIDENCE - 3]}..."
+
+
+def _freshness(
+    database: Database, wanted: Mapping[AssetKey, Series], settings: Settings, now: int
+) -> list[AssetCheckResult]:
+    if not wanted:
+        return []
+    return freshness_results(database, wanted, wiring.freshness_rule(settings), now)

@@ -1,7 +1,8 @@
 """How often each timeframe is looked at, when a series counts as stale, and what goes first.
 
 Belongs here: the figures that schedules, assets and the queue share. Does not belong here: what is
-done at a tick (`schedules`), how many runs go side by side (dagster.yaml).
+done at a tick (`schedules`), how many runs go side by side (dagster.yaml), the polling intervals, which
+the command line needs as well (`domain.freshness`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from datetime import timedelta
 
 from dagster import FreshnessPolicy
 
+from fks_backfill_dagster.domain.freshness import POLLING_MINUTES, polling_interval
 from fks_backfill_dagster.domain.series import AssetClass
-from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, Timeframe
+from fks_backfill_dagster.domain.timeframe import Timeframe
 
 MOST_SERIES = 50
 """A run that nobody asked for takes at most so many series."""
@@ -32,34 +34,21 @@ FILL_RUNS = 10
 FILL_AGAIN_SECONDS = 600
 """A partition of a series is not asked for again so soon, whatever became of the run."""
 
-_MINUTES = {
-    Timeframe.M1: 15,
-    Timeframe.M5: 15,
-    Timeframe.M15: 15,
-    Timeframe.M30: 30,
-    Timeframe.H1: 60,
-    Timeframe.H4: 60,
-    Timeframe.D1: 60,
-    Timeframe.W1: 60,
-}
-"""Minutes between two looks. A look asks the database whether a candle has closed, and providers only
-then: from 4h up an hour is as good as never, and finds the close of every exchange."""
-
 
 def cron(timeframe: Timeframe) -> str:
     """When a timeframe is looked at: a minute or more after candles close, each in its own minute."""
-    every, offset = _MINUTES[timeframe], 1 + list(Timeframe).index(timeframe)
+    every, offset = POLLING_MINUTES[timeframe], 1 + list(Timeframe).index(timeframe)
     return f"{offset} * * * *" if every == 60 else f"{offset}-59/{every} * * * *"
 
 
 def interval_of_looks(timeframe: Timeframe) -> int:
     """Microseconds."""
-    return _MINUTES[timeframe] * MICROS_PER_MINUTE
+    return polling_interval(timeframe)
 
 
 def interval(timeframe: Timeframe) -> timedelta:
     """The longest time between two materializations of a series that is kept fresh, its market open."""
-    return timedelta(minutes=max(timeframe.minutes, _MINUTES[timeframe]))
+    return timedelta(minutes=max(timeframe.minutes, POLLING_MINUTES[timeframe]))
 
 
 def freshness(asset_class: AssetClass, timeframe: Timeframe) -> FreshnessPolicy:

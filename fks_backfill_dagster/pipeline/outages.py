@@ -8,7 +8,7 @@ Does not belong here: how an outage is recognised (`domain.outages`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,7 +27,8 @@ class Outage:
     """`symbols` of `synced` symbols of a venue lack candles within `window`.
 
     `missing` are the candles that open in it and are absent, of all timeframes together; `statuses`
-    and `providers` those of the gaps they belong to: how they stand, and who was asked.
+    and `providers` those of the gaps they belong to: how they stand, and who was asked. `series` are those
+    that lack them.
     """
 
     venue: str
@@ -37,6 +38,7 @@ class Outage:
     missing: int
     statuses: tuple[GapStatus, ...]
     providers: tuple[str, ...]
+    series: tuple[Series, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         """`crypto: 2020-02-19 11:00 .. 17:00: 3 of 3 symbols lack 6 h; asked: binance`."""
@@ -97,7 +99,8 @@ def _outage(
     starts = np.maximum(known.missing.starts[rows], outage.window.start)
     ends = np.minimum(known.missing.ends[rows], outage.window.end)
     missing = 0
-    for owner in np.unique(known.missing.owner[rows]).tolist():
+    owners = np.unique(known.missing.owner[rows]).tolist()
+    for owner in owners:
         mine, grid = known.missing.owner[rows] == owner, grid_of(series[owner])
         missing += int((grid.rank(ends[mine]) - grid.rank(starts[mine])).sum())
     statuses = {word.status for word in words}
@@ -109,6 +112,7 @@ def _outage(
         missing,
         tuple(status for status in GapStatus if status in statuses),
         tuple(sorted({name for word in words for name in word.providers})),
+        tuple(series[owner] for owner in owners),
     )
 
 

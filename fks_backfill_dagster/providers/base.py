@@ -95,6 +95,8 @@ class Capabilities:
     confirms_absence: `fetch` itself requests a second time what a response lacks.
     adjusted: its prices are adjusted at the source; it un-adjusts them by known splits or declines.
     depth: microseconds before now beyond which it has nothing, per timeframe; no entry: since listing.
+    publication_delay: microseconds after its close within which a candle may not be published yet, by the
+        provider's own documentation. It is no lag of a series that no quicker provider serves.
     """
 
     timeframes: Mapping[AssetClass, frozenset[Timeframe]]
@@ -107,6 +109,7 @@ class Capabilities:
     depth: Mapping[Timeframe, int] = field(default_factory=dict)
     page_sizes: Mapping[Timeframe, int] = field(default_factory=dict)
     derived: Mapping[AssetClass, Mapping[Timeframe, Timeframe]] = field(default_factory=dict)
+    publication_delay: int = 0
 
     def parts(self, series: Series) -> Timeframe:
         """The native timeframe that the series is made from: its own where it is native."""

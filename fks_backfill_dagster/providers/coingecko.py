@@ -175,6 +175,10 @@ _PRO = {
 }
 
 
+# Documented: the last UTC day is complete at 00:35.
+_PUBLICATION_DELAY = 35 * MICROS_PER_MINUTE
+
+
 class CoinGecko:
     """Implements `Provider`; safe to call from several threads. What it can depends on the host."""
 
@@ -203,6 +207,7 @@ class CoinGecko:
                 AssetClass.CRYPTO: {at: way.fine for at, way in self._ways.items() if at is not way.fine}
             },
             depth={at: way.days[-1] * MICROS_PER_DAY for at, way in self._ways.items() if way.days},
+            publication_delay=_PUBLICATION_DELAY,
         )
         key = usable_key(NAME, options.key, KEY_VARIABLE) if options.key else None
         header = "x-cg-pro-api-key" if pro else "x-cg-demo-api-key"

@@ -113,8 +113,10 @@ _BAR = pa.struct(
 )
 
 
-# What end-of-day plans say of the running day.
+# What end-of-day plans say of the running day, and how long after its close a candle of it may be refused
+# (see `_today`).
 _TODAY = "before end of day"
+_END_OF_DAY_DELAY = MICROS_PER_DAY + 5 * MICROS_PER_HOUR
 
 
 class _BeyondPlan(NotEntitled):
@@ -143,6 +145,8 @@ class Polygon:
         clock: Callable[[], int] = system_micros,
     ) -> None:
         self._options = options
+        if options.requests_per_minute in (None, REQUESTS_PER_MINUTE):  # the free plan is an end-of-day plan
+            self.capabilities = replace(self.capabilities, publication_delay=_END_OF_DAY_DELAY)
         self._clock = clock
         self._base_url = options.base_url.rstrip("/")
         self._host = host_of(self._base_url)

@@ -20,6 +20,7 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime, to_micros
 from fks_backfill_dagster.ledger.gaps import GIVEN_UP, GapStatus
+from fks_backfill_dagster.ledger.records import LedgerGap
 from fks_backfill_dagster.store import ledger
 from fks_backfill_dagster.store.database import Database
 
@@ -36,6 +37,9 @@ GOOD = (
     "low > 0 AND high < 'Infinity' AND open BETWEEN low AND high AND close BETWEEN low AND high"
     " AND (volume IS NULL OR (volume >= 0 AND volume < 'Infinity'))"
 )
+
+# The states of gaps in which candles are missing: they did trade, as far as is known.
+_MISSING = (GapStatus.OPEN, *GIVEN_UP)
 
 # An instant of ours: whole numbers need no datetime a row.
 _MICROS = "CAST(extract(epoch FROM {}) * 1000000 AS bigint)"
@@ -61,6 +65,12 @@ class Counts:
     def coverage(self) -> float:
         """The share of what is expected that is not missing; 1 where nothing is expected."""
         return (self.expected - self.missing) / self.expected if self.expected else 1.0
+
+    @property
+    def rounded_coverage(self) -> float:
+        """To six digits, and never up to 1 where something is missing."""
+        rounded = round(self.coverage, 6)
+        return min(rounded, 0.999999) if self.missing else rounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,6 +342,126 @@ def reaches(database: Database, series: Sequence[Series]) -> dict[Series, Reach]
         return {
             owners[row.series_id]: Reach(row.synced_end, row.lacking_since, row.absent_since) for row in rows
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The end of a series: its newest open, the hull of what was ever synced, and the candles after the newest
+    one in which nothing traded (gaps in state `no_trade`). None where it has no candle, or no sync."""
+
+    newest: int | None = None
+    synced: TimeRange | None = None
+    quiet: int = 0
+
+
+def tails(database: Database, series: Sequence[Series]) -> dict[Series, Tail]:
+    """The tail of every series in one query, however many they are; `Tail()` for those never synced."""
+    wanted = {(one.symbol, one.timeframe.value): one for one in series}
+    with database.begin() as connection:
+        rows = connection.execute(
+            sa.text(
+                "SELECT s.symbol, s.timeframe, st.newest, lower(st.synced) AS first, upper(st.synced) AS last,"
+                "   coalesce(g.quiet, 0)::bigint AS quiet"
+                " FROM unnest(CAST(:symbols AS text[]), CAST(:timeframes AS text[])) AS w(symbol, timeframe)"
+                " JOIN fks.series s ON s.symbol = w.symbol AND s.timeframe = w.timeframe"
+                " JOIN fks.sync_state st ON st.series_id = s.id"
+                " LEFT JOIN LATERAL ("
+                "   SELECT sum(missing_candles) AS quiet FROM fks.gap"
+                "   WHERE series_id = s.id AND status = :quiet"
+                "     AND gap_start > coalesce(st.newest, '-infinity')) g ON true"
+            ),
+            {
+                "symbols": [symbol for symbol, _ in wanted],
+                "timeframes": [timeframe for _, timeframe in wanted],
+                "quiet": GapStatus.NO_TRADE.value,
+            },
+        ).all()
+    found = dict.fromkeys(series, Tail())
+    for row in rows:
+        found[wanted[row.symbol, row.timeframe]] = Tail(
+            newest=None if row.newest is None else to_micros(row.newest),
+            synced=None if row.first is None else TimeRange(to_micros(row.first), to_micros(row.last)),
+            quiet=row.quiet,
+        )
+    return found
+
+
+def recent_missing(database: Database, since: Mapping[Series, int]) -> dict[Series, int]:
+    """How many candles of each series that open at `since` or later are missing within what was synced.
+
+    Explained ones count too, those in which nothing traded do not. One query for all series.
+    """
+    found = dict.fromkeys(since, 0)
+    with database.begin() as connection:
+        owners = _owners(connection, list(since))
+        rows = connection.execute(
+            sa.text(
+                f"SELECT g.series_id, {_MICROS.format('greatest(g.gap_start, w.since)')} AS first,"
+                f"   {_MICROS.format('g.gap_end')} AS last"
+                " FROM unnest(CAST(:ids AS int[]), CAST(:sinces AS timestamptz[])) AS w(id, since)"
+                " JOIN fks.gap g ON g.series_id = w.id AND g.gap_end > w.since AND g.status = ANY(:missing)"
+            ),
+            {
+                "ids": list(owners),
+                "sinces": [to_datetime(since[one]) for one in owners.values()],
+                "missing": [status.value for status in _MISSING],
+            },
+        ).all()
+    table = np.array([tuple(row) for row in rows], dtype=np.int64).reshape(-1, 3)
+    for identity in np.unique(table[:, 0]).tolist():
+        _, starts, ends = table[table[:, 0] == identity].T
+        rank = grid_of(owners[identity]).rank
+        found[owners[identity]] = int((rank(ends) - rank(starts)).sum())
+    return found
+
+
+def next_attempts(database: Database, series: Sequence[Series]) -> dict[Series, int]:
+    """When the next gap of each series is requested again; series without such a gap are left out.
+
+    An open gap that was never put off is due since it was found.
+    """
+    with database.begin() as connection:
+        owners = _owners(connection, series)
+        rows = connection.execute(
+            sa.text(
+                "SELECT series_id, min(coalesce(next_attempt_at, found_at)) AS due FROM fks.gap"
+                " WHERE series_id = ANY(:ids)"
+                "   AND (status = :open OR (status = :unavailable AND next_attempt_at IS NOT NULL))"
+                " GROUP BY series_id"
+            ),
+            {
+                "ids": list(owners),
+                "open": GapStatus.OPEN.value,
+                "unavailable": GapStatus.UNAVAILABLE.value,
+            },
+        )
+        return {owners[row.series_id]: to_micros(row.due) for row in rows}
+
+
+def missing_gaps(
+    database: Database, series: Sequence[Series], most: int
+) -> dict[Series, tuple[LedgerGap, ...]]:
+    """The gaps in which something is missing, at most `most` of each series: open ones first, then the newest."""
+    found: dict[Series, list[LedgerGap]] = {one: [] for one in series}
+    with database.begin() as connection:
+        owners = _owners(connection, series)
+        rows = connection.execute(
+            sa.text(
+                "SELECT g.* FROM unnest(CAST(:ids AS int[])) AS w(id) CROSS JOIN LATERAL ("
+                "   SELECT * FROM fks.gap WHERE series_id = w.id AND status = ANY(:missing)"
+                "   ORDER BY status = :open DESC, gap_start DESC LIMIT :most) g"
+                " ORDER BY g.series_id, g.status = :open DESC, g.gap_start DESC"
+            ),
+            {
+                "ids": list(owners),
+                "missing": [status.value for status in _MISSING],
+                "open": GapStatus.OPEN.value,
+                "most": most,
+            },
+        )
+        for row in rows:
+            found[owners[row.series_id]].append(ledger.gap_of(row))
+    return {one: tuple(gaps) for one, gaps in found.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,17 +187,22 @@ def hold_lease(connection: sa.Connection, identity: int, owner: str, seconds: fl
 
 
 def end_sync(connection: sa.Connection, identity: int, owner: str, error_message: str | None) -> None:
-    """Gives the lease back and keeps how the sync ended; expired leases of the dead go with it."""
-    connection.execute(
-        sa.text(
-            "DELETE FROM fks.lease WHERE series_id = :id AND (owner = :owner OR expires_at < clock_timestamp())"
-        ),
-        {"id": identity, "owner": owner},
-    )
+    """Gives the lease back and keeps how the sync ended."""
+    release_lease(connection, identity, owner)
     connection.execute(
         sa.text(
             "UPDATE fks.sync_state SET last_sync_time = clock_timestamp(), error_message = :error"
             " WHERE series_id = :id"
         ),
         {"id": identity, "error": error_message},
+    )
+
+
+def release_lease(connection: sa.Connection, identity: int, owner: str) -> None:
+    """Gives the lease back and leaves the status as it was; expired leases of the dead go with it."""
+    connection.execute(
+        sa.text(
+            "DELETE FROM fks.lease WHERE series_id = :id AND (owner = :owner OR expires_at < clock_timestamp())"
+        ),
+        {"id": identity, "owner": owner},
     )

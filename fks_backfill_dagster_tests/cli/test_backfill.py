@@ -279,7 +279,7 @@ def test_an_interrupted_backfill_keeps_what_was_committed(
     market.clear_faults()
     status = fks("status", "BTC/USDT", "1h", "--json").json
     assert status["total_candles"] >= 744 + 696 + 743
-    assert (status["status"], status["error"]) == ("error", "interrupted")
+    assert (status["status"], status["error"]) == ("pending", None)
     again = fks(*line, "--json")
     assert again.exit_code == 0
     assert again.json["total_candles"] == 5856 - status["total_candles"]
@@ -294,6 +294,31 @@ def test_a_warning_that_concerns_all_is_told_once(
         told = fks("backfill", *line, *options)
         assert len(told.json) == 3
         assert told.stderr.count("POLYGON_API_KEY is not set") == 1
+
+
+def test_a_symbol_that_looks_mistyped_is_warned_of_before_it_is_made(
+    fks: Command, world: LocalMarket, database: Database
+) -> None:
+    line = (
+        "backfill",
+        "BTC/USD",
+        "1d",
+        "--start",
+        "2024-01-01",
+        "--end",
+        "2024-01-03",
+        "--provider",
+        "polygon",
+    )
+    warning = "warning: BTC/USD is not configured, did you mean BTC/USDT?\n"
+    dry = fks(*line, "--dry-run", "--json")
+    assert (dry.exit_code, dry.stderr.count(warning)) == (0, 1)
+    told = fks(*line, "--json")
+    assert (told.exit_code, told.json["total_candles"]) == (0, 2), "it goes on, and says the same as before"
+    assert told.stderr.startswith(warning), "before anything is done"
+    assert warning not in fks(*line, "--json").stderr, "it is there now, so it was meant"
+    for other in ("DOGE/USDT", "BTC/USDT"):
+        assert "did you mean" not in fks("backfill", other, *line[2:], "--dry-run").stderr
 
 
 # Exit codes ------------------------------------------------------------------------------------------------

@@ -83,3 +83,27 @@ def test_the_url_for_other_clients_names_no_driver(settings: Path, monkeypatch: 
     loaded = load_settings()
     assert wiring.database_url(loaded) == "postgresql://me:hush@db/fks"
     assert wiring.embedded(loaded) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "priority", "hours"),
+    [
+        ({}, "coingecko, polygon", 0),
+        ({"POLYGON_API_KEY": "any"}, "polygon", 29),
+        ({"POLYGON_API_KEY": "any", "FKS_PROVIDERS__POLYGON__REQUESTS_PER_MINUTE": "100"}, "polygon", 0),
+        ({"POLYGON_API_KEY": "any"}, "polygon, binance", 0),
+        ({"POLYGON_API_KEY": "any", "FKS_PROVIDERS__BINANCE__ENABLED": "false"}, "polygon, binance", 29),
+        # A key that cannot be one keeps its provider out, and nothing else from being judged.
+        ({"POLYGON_API_KEY": "a key\twith blanks"}, "polygon, binance", 0),
+    ],
+)
+def test_the_publication_delay_of_a_series_by_the_settings(
+    settings: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], priority: str, hours: int
+) -> None:
+    settings.write_text(f"provider_priority: {{crypto: [{priority}]}}\nfreshness: {{warn_candles: 7}}\n")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    loaded = load_settings()
+    rule = wiring.freshness_rule(loaded)
+    assert rule.publication_delay(loaded.find_series("BTC/USDT", "1h")) == hours * 3_600_000_000
+    assert (rule.thresholds.warn, rule.thresholds.error) == (7, 10)

@@ -134,7 +134,7 @@ def test_candles_that_an_answer_lacks_are_a_gap_and_no_failure(
     assert (numbers["missing"], numbers["explained"], numbers["coverage"]) == (2784, 2784, 0)
     # The only provider was asked, so the gap is explained, which is no open one.
     passed = {e.check_name: e.passed for e in done.get_asset_check_evaluations()}
-    assert passed == {"ohlc_sanity": True, "completeness": True}
+    assert passed == {"ohlc_sanity": True, "completeness": True, "data_freshness": False}
 
 
 def test_a_provider_that_is_not_there_fails_every_partition(

@@ -13,8 +13,16 @@ from dagster import (
     ExecuteInProcessResult,
 )
 
+from fks_backfill_dagster.domain.freshness import recent_start
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, to_datetime
+from fks_backfill_dagster.orchestration.checks import MOST_GAPS
 from fks_backfill_dagster.simulator import LocalMarket
+from fks_backfill_dagster.store.checking import recent_missing
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.reading import ledger_gaps
+from fks_backfill_dagster.wiring import now
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project
 from fks_backfill_dagster_tests.orchestration.test_assets import plant_failure
 from fks_backfill_dagster_tests.store.builders import execute
@@ -58,7 +66,7 @@ def every(project: Project) -> list[AssetCheckKey]:
     return [
         AssetCheckKey(project.key(symbol, "15m"), name)
         for symbol in ("BTC/USDT", "ETH/USDT")
-        for name in ("ohlc_sanity", "completeness")
+        for name in ("ohlc_sanity", "completeness", "data_freshness")
     ]
 
 
@@ -68,8 +76,10 @@ def test_whole_series_pass_and_nothing_is_fetched(stored: Project, market: Local
     assert outcomes(done) == {
         ("BTC_USDT", "ohlc_sanity"): True,
         ("BTC_USDT", "completeness"): True,
+        ("BTC_USDT", "data_freshness"): False,  # nothing since February 2024
         ("ETH_USDT", "ohlc_sanity"): True,
         ("ETH_USDT", "completeness"): True,
+        ("ETH_USDT", "data_freshness"): False,
     }
     assert market.requests() == 0
     assert metadata(done, "BTC_USDT", "completeness") == {
@@ -78,6 +88,7 @@ def test_whole_series_pass_and_nothing_is_fetched(stored: Project, market: Local
         "missing": 0,
         "explained": 0,
         "quiet": 0,
+        "recent_missing": 0,
         "open_gaps": 0,
         "coverage": 1.0,
         "failed_partitions": [],
@@ -149,6 +160,8 @@ def test_a_failed_run_has_checked_its_series_all_the_same(project: MakeProject, 
         ("BTC_USDT", "completeness"): True,
         ("ETH_USDT", "ohlc_sanity"): True,
         ("ETH_USDT", "completeness"): False,
+        ("BTC_USDT", "data_freshness"): False,
+        ("ETH_USDT", "data_freshness"): False,
     }
     told = shown(mine)["ETH_USDT", "completeness"]
     assert told.metadata["failed_partitions"].value == ["2024-02-01"]
@@ -168,8 +181,102 @@ def test_a_run_without_checks_that_fails_checks_nothing(project: MakeProject, ma
     assert shown(mine) == {}
 
 
-def test_a_series_that_was_never_synced_is_pending_and_fails_nothing(project: MakeProject) -> None:
+def test_a_series_that_was_never_synced_is_pending(project: MakeProject) -> None:
+    """No gap and no broken candle; and not fresh, since no candle is."""
     mine = project("BTC/USDT", "ETH/USDT")
     done = run_checks(mine, *every(mine))
-    assert set(outcomes(done).values()) == {True}
+    passed = {name: passed for (symbol, name), passed in outcomes(done).items() if symbol == "BTC_USDT"}
+    assert passed == {"ohlc_sanity": True, "completeness": True, "data_freshness": False}
     assert metadata(done, "BTC_USDT", "completeness")["expected"] == 0
+    assert metadata(done, "BTC_USDT", "data_freshness")["lag"] is None
+    assert descriptions(done)["BTC_USDT", "data_freshness"] == (
+        "Never synced: no candle is stored.",
+        AssetCheckSeverity.WARN,
+    )
+
+
+# Sentences and tables ---------------------------------------------------------------------------------------
+
+
+def descriptions(
+    done: ExecuteInProcessResult,
+) -> dict[tuple[str, str], tuple[str | None, AssetCheckSeverity]]:
+    return {
+        (e.asset_key.path[1], e.check_name): (e.description, e.severity)
+        for e in done.get_asset_check_evaluations()
+    }
+
+
+def test_every_result_is_one_sentence_the_good_ones_too(stored: Project, database: Database) -> None:
+    execute(
+        database,
+        "UPDATE fks.\"candles_15m\" SET high = low - 1 WHERE ts = '2024-01-03T00:00Z'"
+        " AND series_id = (SELECT id FROM fks.series WHERE symbol = 'ETH/USDT')",
+    )
+    told = {key: text for key, (text, _) in descriptions(run_checks(stored, *every(stored))).items()}
+    assert told["BTC_USDT", "ohlc_sanity"] == "All 5,760 stored candles keep the rules."
+    assert told["ETH_USDT", "ohlc_sanity"] == "1 of 5,760 candles break a rule."
+    assert told["BTC_USDT", "completeness"] == "All 5,760 expected candles are stored."
+    newest = "allowed: the newest candle opens at 2024-02-29 23:45."
+    assert (told["BTC_USDT", "data_freshness"] or "").endswith(newest)
+
+
+def test_gaps_are_a_table_open_ones_first_and_bounded(stored: Project, database: Database) -> None:
+    """In the order of their use, and no more of them than an event can hold."""
+    series = "(SELECT id FROM fks.series WHERE symbol = 'BTC/USDT')"
+    execute(
+        database,
+        f'DELETE FROM fks."candles_15m" WHERE series_id = {series} AND extract(minute FROM ts) = 15'
+        " AND ts < '2024-01-03T00:00Z'",
+        "INSERT INTO fks.gap (series_id, gap_start, gap_end, missing_candles, status, attempts, evidence)"
+        f" SELECT {series}, t, t + interval '15 minutes', 1, CASE WHEN t < '2024-01-01T02:00Z' THEN 'open'"
+        '   ELSE \'unavailable\' END, 1, CAST(\'[{"provider": "binance", "asked_at":'
+        ' "2024-01-05T00:00:00+00:00", "outcome": "absent"}]\' AS jsonb)'
+        " FROM generate_series(timestamptz '2024-01-01T00:15Z', '2024-01-02T23:15Z', interval '1 hour') t",
+    )
+    done = run_checks(stored, *every(stored))
+    table = metadata(done, "BTC_USDT", "completeness")["gaps"]
+    rows = [dict(record.data) for record in table.records]
+    assert len(rows) == MOST_GAPS < 48
+    assert rows[0] == {
+        "start": "2024-01-01 01:15",
+        "end": "2024-01-01 01:30",
+        "missing": 1,
+        "status": "open",
+        "evidence": "binance: absent",
+    }
+    assert [row["start"][-5:] for row in rows[:4]] == ["01:15", "00:15", "23:15", "22:15"]
+    told, severity = descriptions(done)["BTC_USDT", "completeness"]
+    assert told == "2 open gaps with 2 candles; 5,712 of 5,760 expected candles are stored."
+    assert severity is AssetCheckSeverity.WARN
+    assert metadata(done, "BTC_USDT", "completeness")["coverage"] == 0.991667
+    assert "gaps" not in metadata(done, "ETH_USDT", "completeness")
+
+
+def test_recent_missing_candles_warn_though_they_are_explained(
+    project: MakeProject, market: LocalMarket, database: Database
+) -> None:
+    """A provider that is up and lacks the last hours is asked once, then its gap is explained: not for the check."""
+    present = now()
+    market.plant_outage(
+        "binance", TimeRange(present - 3 * MICROS_PER_HOUR, present + MICROS_PER_HOUR), "BTCUSDT"
+    )
+    mine = project("BTC/USDT", "ETH/USDT", start=f"{to_datetime(present - 3 * MICROS_PER_DAY):%Y-%m-01}")
+    assert mine.materialize("15m", f"{to_datetime(present):%Y-%m-01}").success
+    assert {
+        gap.status for gap in ledger_gaps(database, mine.series("BTC/USDT", "15m"), TimeRange(0, present))
+    } == {"unavailable"}
+    done = run_checks(mine, *every(mine))
+    assert outcomes(done)["BTC_USDT", "completeness"] is False
+    assert outcomes(done)["ETH_USDT", "completeness"] is True
+    found = metadata(done, "BTC_USDT", "completeness")
+    assert found["recent_missing"] == found["missing"] == found["explained"] in (11, 12, 13)
+    assert "recent candles are missing, though that is explained" in str(
+        descriptions(done)["BTC_USDT", "completeness"]
+    )
+    # A day and more later the same gap is history, and explained is enough.
+    at = int(present + 2 * MICROS_PER_DAY)
+    grid = grid_of(mine.series("BTC/USDT", "15m"))
+    assert recent_missing(database, {mine.series("BTC/USDT", "15m"): recent_start(grid, at)}) == {
+        mine.series("BTC/USDT", "15m"): 0
+    }

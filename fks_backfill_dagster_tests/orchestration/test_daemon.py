@@ -201,11 +201,11 @@ def test_the_page_of_a_series_says_what_it_is(refreshed: Refreshed) -> None:
         assert [(c["name"], c["type"]) for c in columns] == [(n, names.get(t, t)) for n, t in real]
     assert shown["internalFreshnessPolicy"] is not None
     checks = {check["name"]: check["description"] for check in shown["assetChecksOrError"]["checks"]}
-    assert set(checks) == {"completeness", "ohlc_sanity"}
+    assert set(checks) == {"completeness", "data_freshness", "ohlc_sanity"}
     assert all(checks.values())
 
 
-def test_a_refresh_says_what_it_did_and_checks_nothing(refreshed: Refreshed) -> None:
+def test_a_refresh_says_what_it_did_and_checks_freshness_alone(refreshed: Refreshed) -> None:
     """The page of its compute log shows the story, and only that: Dagster's events are elsewhere."""
     run = refreshed.run_of(BTC)
     lines = compute_log(refreshed.site.web, run)
@@ -218,7 +218,9 @@ def test_a_refresh_says_what_it_did_and_checks_nothing(refreshed: Refreshed) -> 
         line.partition("ohlcv_crypto_15m - ")[2] for line in lines
     ]
     assert "MaterializationEvent" in {kind for kind, _ in messages}
-    assert "AssetCheckEvaluationEvent" not in {kind for kind, _ in messages}
+    evaluations = [text for kind, text in messages if kind == "AssetCheckEvaluationEvent"]
+    assert len(evaluations) == 2  # one per series
+    assert all("'data_freshness'" in text and "passed" in text for text in evaluations)
 
 
 @pytest.fixture(scope="module")
@@ -235,9 +237,9 @@ def test_checks_run_alone_and_ask_nobody(refreshed: Refreshed, checked: str) -> 
     assert made.market.requests() == 0
     for path in (BTC, ETH):
         outcomes = {o.name: o.passed for o in made.web.check_outcomes(path)}
-        assert outcomes == {"ohlc_sanity": True, "completeness": True}
+        assert outcomes == {"ohlc_sanity": True, "completeness": True, "data_freshness": True}
     kinds = [kind for kind, _ in made.messages(checked)]
-    assert kinds.count("AssetCheckEvaluationEvent") == 4
+    assert kinds.count("AssetCheckEvaluationEvent") == 6
     assert "MaterializationEvent" not in kinds
 
 

@@ -63,7 +63,9 @@ def test_every_series_has_both_checks_and_none_blocks() -> None:
     keys = {AssetKey(["ohlcv", *rest]) for rest in (("BTC_USDT", "1m"), ("BRK_B", "1d"))}
     for key in keys:
         names = graph.get_check_keys_for_assets({key})
-        assert names == {AssetCheckKey(key, "ohlc_sanity"), AssetCheckKey(key, "completeness")}
+        assert names == {
+            AssetCheckKey(key, name) for name in ("ohlc_sanity", "completeness", "data_freshness")
+        }
         assert not any(graph.get_check_spec(name).blocking for name in names)
 
 

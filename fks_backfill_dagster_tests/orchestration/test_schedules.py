@@ -180,6 +180,7 @@ def test_the_daily_checks_take_what_was_synced(database: Database) -> None:
     assert [(key.asset_key.path[1], key.name) for key in request.asset_check_keys or ()] == [
         ("ETH_USDT", "ohlc_sanity"),
         ("ETH_USDT", "completeness"),
+        ("ETH_USDT", "data_freshness"),
     ]
 
 

@@ -29,6 +29,7 @@ from fks_backfill_dagster.providers.registry import paces, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.errors import StoreError
 from fks_backfill_dagster.store.pacing import SharedCircuit
 from fks_backfill_dagster_tests.pipeline.conftest import NOW, make_context
 from fks_backfill_dagster_tests.store.builders import execute
@@ -696,22 +697,110 @@ def test_the_status_is_syncing_while_it_works(database: Database, market: LocalM
     assert status_of(database, HOURS).status == "completed"
 
 
+def interrupt(event: SyncEvent) -> None:
+    if isinstance(event, BatchDone):
+        raise KeyboardInterrupt
+
+
 def test_an_interrupted_sync_keeps_what_was_committed(database: Database, market: LocalMarket) -> None:
     context = make_context(database, market.binance_url)
-
-    def interrupt(event: SyncEvent) -> None:
-        if isinstance(event, BatchDone):
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         sync(context, MINUTES, days("2024-01-01", "2024-06-01"), ["binance"], listen=interrupt)
     status = status_of(database, MINUTES)
-    assert (status.status, status.error_message) == ("error", "interrupted")
+    assert (status.status, status.error_message, status.last_sync_time) == ("pending", None, None)
     assert status.total_candles == 31 * 1440
     fetchers = [thread for thread in threading.enumerate() if thread.name.startswith("fetch")]
     for thread in fetchers:
         thread.join(timeout=30)
         assert not thread.is_alive(), "no fetcher goes on"
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_an_interruption_leaves_the_status_as_it_was(
+    database: Database, market: LocalMarket, torn: bool
+) -> None:
+    """Also where the database or a provider reports it in words of its own."""
+
+    def tear(event: SyncEvent) -> None:
+        if isinstance(event, BatchDone):
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as cause:
+                raise StoreError("the connection is lost") from cause
+
+    context = make_context(database, market.binance_url)
+    listener = tear if torn else interrupt
+    error = StoreError if torn else KeyboardInterrupt
+    assert sync(context, HOURS, days("2024-01-01", "2024-01-02"), ["binance"]).complete
+    before = status_of(database, HOURS)
+    with pytest.raises(error):
+        sync(context, HOURS, days("2024-01-02", "2024-04-01"), ["binance"], listen=listener)
+    after = status_of(database, HOURS)
+    assert (after.status, after.error_message, after.last_sync_time) == (
+        "completed",
+        None,
+        before.last_sync_time,
+    )
+    assert after.total_candles > before.total_candles
+    # And the error of a former sync stays.
+    market.plant_fault("binance", "status", count=None, status=503, seconds=0)
+    broken = make_context(database, market.binance_url, budget=0.1)
+    sync(broken, HOURS, days("2024-05-01", "2024-05-02"), ["binance"])
+    failed = status_of(database, HOURS)
+    assert failed.status == "error"
+    market.clear_faults()
+    with pytest.raises(error):
+        sync(context, HOURS, days("2024-05-01", "2024-06-01"), ["binance"], listen=listener)
+    assert replace(status_of(database, HOURS), **dict.fromkeys(MOVED, 0)) == replace(
+        failed, **dict.fromkeys(MOVED, 0)
+    )
+
+
+MOVED = ("total_candles", "newest_data_time", "open_gaps")
+
+
+def test_an_error_that_is_no_interruption_is_recorded(database: Database, market: LocalMarket) -> None:
+    def fail(event: SyncEvent) -> None:
+        if isinstance(event, BatchDone):
+            raise StoreError("the disk is full")
+
+    context = make_context(database, market.binance_url)
+    with pytest.raises(StoreError):
+        sync(context, HOURS, days("2024-01-01", "2024-04-01"), ["binance"], listen=fail)
+    status = status_of(database, HOURS)
+    assert (status.status, status.error_message) == ("error", "the disk is full")
+
+
+# A range without a candle ------------------------------------------------------------------------------------
+
+
+def test_a_sync_that_found_no_candle_at_all_has_failed(context: Context, market: LocalMarket) -> None:
+    window = days("2024-03-01", "2024-03-03")
+    market.plant_outage("binance", window)
+    market.plant_outage("polygon", window)
+
+    def state() -> tuple[str, str | None]:
+        status = status_of(context.database, HOURS)
+        return status.status, status.error_message
+
+    report = sync(context, HOURS, window, BOTH)
+    assert (report.missing, report.failed_batches) == (48, 0)
+    assert state() == ("error", "no provider has any of 48 candles")
+    sync(context, HOURS, window, BOTH)  # asks for nothing, as nothing is due: it is still without a candle
+    assert state() == ("error", "no provider has any of 48 candles")
+    sync(context, HOURS, days("2024-02-28", "2024-03-03"), BOTH)
+    assert state() == ("completed", None)
+    # Its gap is explained: to request it alone and in vain takes nothing from the series.
+    sync(context, HOURS, window, BOTH, scope=Scope.GAPS, recheck=True)
+    assert state() == ("completed", None)
+    sync(context, HOURS, days("2024-03-02", "2024-03-02"), BOTH)  # an empty range
+    assert state() == ("completed", None)
+    one = days("2024-03-01T05:00", "2024-03-01T06:00")
+    sync(context, HOURS, one, BOTH, recheck=True)
+    assert state() == ("error", "no provider has any of 1 candle")
+    market.clear_outages()
+    assert sync(context, HOURS, one, BOTH, recheck=True).complete
+    assert state() == ("completed", None)
 
 
 # What is told -----------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.quality import verify
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
-from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe
 from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
@@ -115,6 +115,7 @@ class ProviderConformance:
             assert set(can.depth) <= {t for timeframes in can.timeframes.values() for t in timeframes}
             assert all(depth > timeframe.micros for timeframe, depth in can.depth.items())
             assert can.needs_key == KEY_VARIABLES.get(self.name)
+            assert 0 <= can.publication_delay < 2 * MICROS_PER_DAY, "microseconds"
             assert server.requests == [], "to say what it can, it asks nobody"
 
     def test_estimates_without_asking(self, provider: Callable[..., Provider]) -> None:

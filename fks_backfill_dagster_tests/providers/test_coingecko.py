@@ -15,7 +15,7 @@ from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
-from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_MINUTE, Timeframe
 from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
@@ -124,6 +124,7 @@ class TestDemo:
             "1d": 30,
             "1w": 30,
         }
+        assert can.publication_delay == 35 * MICROS_PER_MINUTE
 
 
 @pytest.fixture

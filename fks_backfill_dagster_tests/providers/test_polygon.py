@@ -17,7 +17,7 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.quality import verify
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
-from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
 from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
@@ -141,6 +141,13 @@ class TestHonest:
         assert capabilities.timeframes == dict.fromkeys(AssetClass, frozenset(Timeframe))
         assert capabilities.omits_quiet
         assert not capabilities.adjusted
+
+    def test_the_free_plan_publishes_at_the_end_of_the_day(self, make: Make) -> None:
+        def delay(**given: int) -> int:
+            return make("polygon", "http://127.0.0.1:1", **given).capabilities.publication_delay
+
+        assert delay() == delay(requests_per_minute=5) == 29 * MICROS_PER_HOUR
+        assert delay(requests_per_minute=100) == 0
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,15 @@ from fks_backfill_dagster.store.checking import (
     Completeness,
     PartState,
     Reach,
+    Tail,
     completeness,
+    missing_gaps,
+    next_attempts,
     part_states,
     reaches,
+    recent_missing,
     sanity,
+    tails,
 )
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, execute
@@ -155,3 +160,97 @@ def test_a_tail_that_is_partly_open_may_yet_come(hours: Shelf) -> None:
     assert reaches(hours.database, [hours.series]) == {
         hours.series: Reach(last.end, hours.span(5, 12).start, last.start)
     }
+
+
+# Tails and recent gaps ----------------------------------------------------------------------------------
+
+
+def set_gap(shelf: Shelf, first: int, **values: str) -> None:
+    """Changes columns of the gap that begins at the first-th hour."""
+    low = to_datetime(shelf.span(first, first).start)
+    columns = ", ".join(f"{name} = '{value}'" for name, value in values.items())
+    execute(
+        shelf.database,
+        f"UPDATE fks.gap SET {columns} WHERE series_id = {shelf.identity} AND gap_start = '{low}'",
+    )
+
+
+def test_the_tail_counts_what_did_not_trade_after_the_newest_candle(hours: Shelf, minutes: Shelf) -> None:
+    unknown = fresh("1h")
+    both = [hours.series, minutes.series, unknown]
+    assert tails(hours.database, both) == dict.fromkeys(both, Tail())
+    # Quiet hours at 2 and at 10 .. 13, missing ones at 14 and 15; the newest candle is that of 9.
+    hours.commit(hours.span(0, 16), brought(candles_at([*hours.opens(0, 2), *hours.opens(3, 10)])))
+    set_gap(hours, 2, status="no_trade")
+    set_gap(
+        hours, 10, status="no_trade", missing_candles="4", gap_end=str(to_datetime(hours.span(14, 14).start))
+    )
+    minutes.commit(minutes.span(5, 10))
+    found = tails(hours.database, both)
+    assert found[hours.series] == Tail(int(hours.opens(9, 10)[0]), hours.span(0, 16), 4)
+    assert found[minutes.series] == Tail(None, minutes.span(5, 10), 0)
+    assert found[unknown] == Tail()
+
+
+def test_the_tails_of_many_series_are_one_query(shared: Database, hours: Shelf, minutes: Shelf) -> None:
+    import sqlalchemy as sa
+
+    seen: list[str] = []
+
+    def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        seen.append(statement)
+
+    sa.event.listen(shared._engine, "before_cursor_execute", note)
+    try:
+        tails(shared, [hours.series, minutes.series, fresh("1d"), fresh("1m")])
+    finally:
+        sa.event.remove(shared._engine, "before_cursor_execute", note)
+    assert len(seen) == 1
+
+
+def test_recent_missing_candles_are_counted_from_their_moment_on(hours: Shelf, minutes: Shelf) -> None:
+    hours.commit(hours.span(0, 24), brought(candles_at([*hours.opens(0, 4), *hours.opens(10, 20)])))
+    set_gap(hours, 4, status="unavailable")
+    set_gap(hours, 20, status="tolerated")
+    minutes.put(0, 10)
+
+    def since(hour: int) -> int:
+        moments = {hours.series: hours.span(hour, hour).start, minutes.series: minutes.span(0, 0).start}
+        found = recent_missing(hours.database, moments)
+        assert found[minutes.series] == 0
+        return found[hours.series]
+
+    assert [since(hour) for hour in (0, 4, 7, 10, 20, 22, 24)] == [10, 10, 7, 4, 4, 2, 0]
+    set_gap(hours, 20, status="no_trade")
+    assert [since(hour) for hour in (0, 7, 22)] == [6, 3, 0]
+    assert recent_missing(hours.database, {fresh("1h"): 0}).popitem()[1] == 0
+
+
+def test_the_next_attempt_is_that_of_the_first_gap_that_is_due(hours: Shelf) -> None:
+    def due() -> int | None:
+        return next_attempts(hours.database, [hours.series]).get(hours.series)
+
+    assert due() is None
+    hours.commit(hours.span(0, 24), brought(candles_at([*hours.opens(0, 4), *hours.opens(6, 10)])))
+    set_gap(hours, 4, status="tolerated")
+    found_at = due()
+    assert found_at is not None, "an open gap without a date is due since it was found"
+    set_gap(hours, 10, next_attempt_at="2024-01-03T00:00Z")
+    assert due() == hours.span(48, 48).start
+    set_gap(hours, 4, status="unavailable", next_attempt_at="2024-01-02T00:00Z")
+    assert due() == hours.span(24, 24).start
+    set_gap(hours, 4, status="no_trade")
+    assert due() == hours.span(48, 48).start
+
+
+def test_gaps_are_listed_open_ones_first_and_no_more_than_wanted(hours: Shelf, minutes: Shelf) -> None:
+    hours.commit(hours.span(0, 24), brought(candles_at(hours.opens(0, 24)[::2])))
+    for first in range(3, 24, 2):
+        set_gap(hours, first, status="unavailable")
+    set_gap(hours, 5, status="no_trade")
+    minutes.put(0, 10)
+    found = missing_gaps(hours.database, [hours.series, minutes.series], 4)
+    assert found[minutes.series] == ()
+    assert [(gap.start, gap.status) for gap in found[hours.series]] == [
+        (int(hours.opens(at, at + 1)[0]), "open" if at == 1 else "unavailable") for at in (1, 23, 21, 19)
+    ]

@@ -1,0 +1,52 @@
+"""What is expected, stored and missing of series, how far they lag, and when the next gap is requested.
+
+Reads, changes nothing: five queries for any number of series, and four more where candles are overdue.
+Does not belong here: how it is shown (`documents`, `tables`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.pipeline.freshness import Assessment, Rule, freshness
+from fks_backfill_dagster.store.checking import Completeness, completeness, next_attempts
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.reading import SyncStatus, sync_status
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """One series: `status` is None where nothing is recorded of it, `next_attempt` in microseconds."""
+
+    series: Series
+    status: SyncStatus | None
+    counts: Completeness
+    assessment: Assessment
+    next_attempt: int | None
+
+    def problem(self, *, kept_fresh: bool = True) -> str | None:
+        """Why it needs attention, as a sentence: a failed sync, open gaps, or a lag (never synced included)
+        where it is to be `kept_fresh`. None: it needs none."""
+        reasons = []
+        if self.status is not None and self.status.status == "error":
+            reasons.append(f"error: {self.status.error_message or 'the last sync failed'}")
+        if self.counts.open_gaps:
+            gaps = "open gap" if self.counts.open_gaps == 1 else "open gaps"
+            reasons.append(f"{self.counts.open_gaps:,} {gaps} ({self.counts.open_missing:,} candles missing)")
+        if kept_fresh and not self.assessment.freshness.fresh:
+            reasons.append(f"{self.assessment.freshness.verdict}: {self.assessment}")
+        return "; ".join(reasons) or None
+
+
+def coverage(database: Database, series: Sequence[Series], now: int, rule: Rule) -> list[Coverage]:
+    """Of every series, in their order."""
+    states = {(one.symbol, one.timeframe): one for one in sync_status(database)}
+    counts = completeness(database, series)
+    lags = freshness(database, series, now, rule)
+    due = next_attempts(database, series)
+    return [
+        Coverage(one, states.get((one.symbol, one.timeframe.value)), counts[one], lags[one], due.get(one))
+        for one in series
+    ]

@@ -1,0 +1,125 @@
+"""The text face: how results look as aligned tables, the same on the command line and in the demo's report.
+
+Belongs here: the form of a cell, the layout of columns, the table of coverage. Does not belong here: computing
+what it shows, writing it anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import to_datetime
+from fks_backfill_dagster.store.checking import Counts
+
+Cell = str | int | float | bool | datetime | None
+
+
+def lines(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Aligned columns; numbers to the right. Never cut to the width of a terminal. No rows: no lines.
+
+    A float is a share, shown in per cent.
+    """
+    if not rows:
+        return []
+    cells = [[cell(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    right = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(header))]
+    return [
+        "  ".join(
+            text.rjust(width) if to_right else text.ljust(width)
+            for text, width, to_right in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in (header, *cells)
+    ]
+
+
+def cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return percent(value)
+    if isinstance(value, datetime):
+        return short(value)
+    return str(value)
+
+
+def percent(share: float) -> str:
+    """Never rounded up to 100 %."""
+    return "100 %" if share == 1 else f"{min(share * 100, 99.99):.2f} %"
+
+
+def short(when: datetime) -> str:
+    """A moment in UTC, as short as it is whole: 2024-01-01, 2024-01-01 04:30 or with seconds."""
+    if (when.hour, when.minute, when.second) == (0, 0, 0):
+        return f"{when:%Y-%m-%d}"
+    return f"{when:%Y-%m-%d %H:%M}" if when.second == 0 else f"{when:%Y-%m-%d %H:%M:%S}"
+
+
+# Coverage ---------------------------------------------------------------------------------------------
+
+COVERAGE = ("series", "expected", "stored", "coverage", "open gaps", "newest", "lag", "next attempt")
+
+
+@dataclass(frozen=True, slots=True)
+class CoverageRow:
+    """What the table shows of one series; `counts` None where nothing of it was ever synced.
+
+    `newest` is an open, `next_attempt` when its next gap is requested again, `lag` in closed candles.
+    """
+
+    series: Series
+    counts: Counts | None
+    open_gaps: int
+    newest: int | None
+    lag: int | None
+    next_attempt: int | None
+
+    def cells(self, now: int) -> tuple[Cell, ...]:
+        if self.counts is None:
+            return (str(self.series), *[None] * (len(COVERAGE) - 1))
+        return (
+            str(self.series),
+            *_counted(self.counts, self.open_gaps),
+            None if self.newest is None else to_datetime(self.newest),
+            self.lag,
+            _attempt(self.next_attempt, now),
+        )
+
+
+def coverage_total(rows: Sequence[CoverageRow], now: int) -> tuple[Cell, ...]:
+    """The sums, and the earliest of the next attempts."""
+    counts = [row.counts for row in rows if row.counts is not None]
+    total = Counts(
+        expected=sum(one.expected for one in counts),
+        missing=sum(one.missing for one in counts),
+        quiet=sum(one.quiet for one in counts),
+    )
+    return (
+        f"total of {len(rows):,}",
+        *_counted(total, sum(row.open_gaps for row in rows)),
+        None,
+        None,
+        _attempt(_first(row.next_attempt for row in rows), now),
+    )
+
+
+def _counted(counts: Counts, open_gaps: int) -> tuple[Cell, ...]:
+    coverage = counts.coverage if counts.expected else None
+    return (counts.expected, counts.stored, coverage, open_gaps)
+
+
+def _attempt(when: int | None, now: int) -> Cell:
+    if when is None:
+        return None
+    return "due now" if when <= now else to_datetime(when).replace(microsecond=0)
+
+
+def _first(moments: Iterable[int | None]) -> int | None:
+    return min((moment for moment in moments if moment is not None), default=None)

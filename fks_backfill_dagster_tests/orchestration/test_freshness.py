@@ -1,0 +1,230 @@
+"""Freshness in Dagster: what a refresh logs of its series, and what it does not show as materialized."""
+
+from __future__ import annotations
+
+import pytest
+from dagster import (
+    AssetCheckEvaluation,
+    AssetCheckKey,
+    AssetCheckResult,
+    AssetCheckSeverity,
+    AssetKey,
+    DagsterEventType,
+    DagsterInstance,
+    ExecuteInProcessResult,
+)
+
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import (
+    MICROS_PER_DAY,
+    MICROS_PER_HOUR,
+    MICROS_PER_MINUTE,
+    Timeframe,
+    to_datetime,
+)
+from fks_backfill_dagster.orchestration.freshness import FRESHNESS, worth_an_event
+from fks_backfill_dagster.simulator import LocalMarket
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.wiring import now
+from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project
+from fks_backfill_dagster_tests.orchestration.test_assets import plant_failure
+from fks_backfill_dagster_tests.store.builders import execute
+
+SYMBOLS = ("BTC/USDT", "ETH/USDT")
+QUARTER = 15 * MICROS_PER_MINUTE
+
+
+@pytest.fixture
+def kept(project: MakeProject) -> Project:
+    """Two series of 15m, stored up to now."""
+    start = to_datetime(now() - 3 * MICROS_PER_DAY)
+    mine = project(*SYMBOLS, start=f"{start:%Y-%m-01}")
+    assert refresh(mine).success
+    return mine
+
+
+def refresh(project: Project, *symbols: str) -> ExecuteInProcessResult:
+    """The run that a tick requests: of assets alone, without their checks, over the newest two partitions."""
+    keys = frozenset(project.key(name, "15m") for name in symbols or project.settings.match_symbols())
+    job = project.definitions.resolve_job_def("ohlcv_months").get_subset(
+        asset_selection=keys, asset_check_selection=frozenset()
+    )
+    partitions = project.definitions.resolve_asset_graph().get(next(iter(keys))).partitions_def
+    assert partitions is not None
+    last = partitions.get_partition_keys()[-2:]
+    tags = {
+        "fks/refresh": "15m",
+        "dagster/asset_partition_range_start": last[0],
+        "dagster/asset_partition_range_end": last[-1],
+    }
+    return job.execute_in_process(instance=project.instance, tags=tags, raise_on_error=False)
+
+
+def cut_back(database: Database, candles: int, *symbols: str) -> int:
+    """Takes the last candles of 15m away from what was synced, as if no refresh had come for so long; from when."""
+    cut = (now() // QUARTER - candles) * QUARTER
+    moment = to_datetime(cut).isoformat()
+    for symbol in symbols or SYMBOLS:
+        series = f"(SELECT id FROM fks.series WHERE symbol = '{symbol}')"
+        execute(
+            database,
+            f"DELETE FROM fks.\"candles_15m\" WHERE ts >= '{moment}' AND series_id = {series}",
+            f"UPDATE fks.sync_state SET synced = synced * tstzmultirange(tstzrange(NULL, '{moment}')),"
+            f' newest = (SELECT max(ts) FROM fks."candles_15m" WHERE series_id = {series}),'
+            f' total_candles = (SELECT count(*) FROM fks."candles_15m" WHERE series_id = {series})'
+            f" WHERE series_id = {series}",
+        )
+    return cut
+
+
+def evaluations(project: Project, done: ExecuteInProcessResult) -> dict[str, AssetCheckEvaluation]:
+    """What Dagster's log has of the run; the result itself lacks what is logged before a failure."""
+    logged = project.instance.all_logs(done.run_id, of_type=DagsterEventType.ASSET_CHECK_EVALUATION)
+    found = [entry.dagster_event.asset_check_evaluation_data for entry in logged if entry.dagster_event]
+    assert {one.check_name for one in found} <= {FRESHNESS}
+    assert len({one.asset_key for one in found}) == len(found), "one of each series"
+    return {one.asset_key.path[1]: one for one in found}
+
+
+def materialized(project: Project, done: ExecuteInProcessResult) -> set[str]:
+    logged = project.instance.all_logs(done.run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION)
+    keys = {entry.dagster_event.asset_key for entry in logged if entry.dagster_event}
+    return {key.path[1] for key in keys if key is not None}
+
+
+def outcome(evaluation: AssetCheckEvaluation) -> tuple[bool, AssetCheckSeverity | None]:
+    return evaluation.passed, None if evaluation.passed else evaluation.severity
+
+
+def test_a_refresh_tells_once_that_its_series_are_fresh(project: MakeProject, database: Database) -> None:
+    start = to_datetime(now() - 3 * MICROS_PER_DAY)
+    mine = project(*SYMBOLS, start=f"{start:%Y-%m-01}")
+    first = evaluations(mine, refresh(mine))
+    assert {symbol: one.passed for symbol, one in first.items()} == {"BTC_USDT": True, "ETH_USDT": True}
+    newest = first["BTC_USDT"].metadata["newest"].value
+    assert newest == to_datetime(now() // QUARTER * QUARTER - QUARTER).isoformat()
+    assert first["BTC_USDT"].metadata["lag"].value in (0, 1)
+    again = refresh(mine)
+    assert evaluations(mine, again) == {}, "nothing has changed, and the last one is not an hour old"
+    assert materialized(mine, again) == {"BTC_USDT", "ETH_USDT"}, "nothing was due: that is looked after"
+
+
+def test_a_refresh_that_brings_nothing_though_candles_were_due_materializes_nothing(
+    kept: Project, market: LocalMarket, database: Database
+) -> None:
+    """A provider that responds without the candles: no error, and no error of the run."""
+    cut = cut_back(database, 20, "BTC/USDT")
+    market.plant_outage("binance", TimeRange(cut, now() + MICROS_PER_DAY), "BTCUSDT")
+    done = refresh(kept)
+    assert done.success
+    assert materialized(kept, done) == {"ETH_USDT"}
+    found = evaluations(kept, done)
+    assert {symbol: outcome(one) for symbol, one in found.items()} == {
+        "BTC_USDT": (False, AssetCheckSeverity.ERROR)
+    }
+    assert found["BTC_USDT"].metadata["lag"].value in (20, 21)
+    assert found["BTC_USDT"].metadata["allowed"].value == 1
+    # The result is the same at the next tick, and stands.
+    assert evaluations(kept, refresh(kept)) == {}
+    market.clear_outages()
+    execute(database, "UPDATE fks.gap SET next_attempt_at = '2024-01-01T00:00Z'")
+    healed = refresh(kept)
+    assert materialized(kept, healed) == {"BTC_USDT", "ETH_USDT"}
+    assert outcome(evaluations(kept, healed)["BTC_USDT"]) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("candles", "severity"), [(20, AssetCheckSeverity.ERROR), (7, AssetCheckSeverity.WARN)]
+)
+def test_a_refresh_that_fails_tells_what_is_stale(
+    kept: Project, market: LocalMarket, database: Database, candles: int, severity: AssetCheckSeverity
+) -> None:
+    cut = cut_back(database, candles)
+    plant_failure(
+        market,
+        "ETHUSDT",
+        to_datetime(cut - MICROS_PER_DAY).isoformat(),
+        to_datetime(now() + MICROS_PER_DAY).isoformat(),
+    )
+    done = refresh(kept)
+    assert not done.success, "as it was: the run of a refresh that was not answered has failed"
+    assert materialized(kept, done) == {"BTC_USDT"}
+    assert {symbol: outcome(one) for symbol, one in evaluations(kept, done).items()} == {
+        "ETH_USDT": (False, severity)
+    }
+    market.clear_faults()
+    again = refresh(kept)
+    assert again.success
+    assert materialized(kept, again) == {"BTC_USDT", "ETH_USDT"}
+    assert outcome(evaluations(kept, again)["ETH_USDT"]) == (True, None)
+
+
+def test_a_series_that_never_had_a_candle_is_not_shown_as_fresh(
+    project: MakeProject, market: LocalMarket
+) -> None:
+    start = to_datetime(now() - 3 * MICROS_PER_DAY)
+    mine = project(*SYMBOLS, start=f"{start:%Y-%m-01}")
+    market.plant_fault("binance", "status", count=None, status=503, seconds=0)
+    market.plant_fault("archive", "status", count=None, status=503, seconds=0)
+    done = refresh(mine)
+    assert not done.success
+    assert materialized(mine, done) == set()
+    assert {one.passed for one in evaluations(mine, done).values()} == {False}
+
+
+# What is worth an event -------------------------------------------------------------------------------------
+
+
+def result(passed: bool, severity: AssetCheckSeverity = AssetCheckSeverity.WARN) -> AssetCheckResult:
+    return AssetCheckResult(asset_key=KEY, check_name=FRESHNESS, passed=passed, severity=severity)
+
+
+KEY = AssetKey(["ohlcv", "BTC_USDT", "15m"])
+GOOD, LATE, STALE = result(True), result(False), result(False, AssetCheckSeverity.ERROR)
+
+
+@pytest.mark.parametrize(
+    ("last", "next_", "minutes", "logged"),
+    [
+        (GOOD, GOOD, 15, False),
+        (GOOD, GOOD, 30, False),
+        (GOOD, GOOD, 45, True),  # at the next tick it would be older than an hour
+        (GOOD, GOOD, 600, True),
+        (GOOD, LATE, 1, True),
+        (LATE, GOOD, 1, True),
+        (LATE, LATE, 15, False),
+        (LATE, STALE, 15, True),
+        (STALE, LATE, 15, True),
+        (STALE, STALE, 15, False),
+        (GOOD, GOOD, -60, True),  # a clock that was set back
+    ],
+)
+def test_what_changes_is_logged_and_each_result_once_an_hour(
+    last: AssetCheckResult, next_: AssetCheckResult, minutes: int, logged: bool
+) -> None:
+    wanted = {KEY: Series("BTC/USDT", Timeframe.M15, AssetClass.CRYPTO)}
+    with DagsterInstance.ephemeral() as instance:
+        (event,) = worth_an_event(instance, [last], wanted, now())
+        instance.report_runless_asset_event(event)
+        found = worth_an_event(instance, [next_], wanted, now() + minutes * MICROS_PER_MINUTE)
+        assert bool(found) is logged
+
+
+def test_a_timeframe_that_is_polled_hourly_is_logged_at_every_tick() -> None:
+    hourly = {KEY: Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)}
+    with DagsterInstance.ephemeral() as instance:
+        (event,) = worth_an_event(instance, [GOOD], hourly, now())
+        instance.report_runless_asset_event(event)
+        assert worth_an_event(instance, [GOOD], hourly, now() + MICROS_PER_HOUR - MICROS_PER_MINUTE)
+
+
+def test_a_check_that_was_only_planned_says_nothing(kept: Project, database: Database) -> None:
+    """A run of checks that was killed leaves a plan without a result."""
+    series = {kept.key("BTC/USDT", "15m"): kept.series("BTC/USDT", "15m")}
+    key = AssetCheckKey(next(iter(series)), FRESHNESS)
+    passed = AssetCheckResult(asset_key=key.asset_key, check_name=FRESHNESS, passed=True)
+    assert worth_an_event(kept.instance, [passed], series, now()) == []
+    job = kept.definitions.resolve_job_def("ohlcv_checks").get_subset(asset_check_selection=frozenset([key]))
+    kept.instance.create_run_for_job(job)
+    assert worth_an_event(kept.instance, [passed], series, now()) != []

@@ -1,0 +1,57 @@
+"""Results as text tables."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
+from fks_backfill_dagster.store.checking import Counts
+from fks_backfill_dagster.tables import COVERAGE, CoverageRow, coverage_total, lines, percent
+from fks_backfill_dagster_tests.domain.builders import at
+
+NOW = at("2024-03-05T12:00Z")
+BTC, ETH = (Series(f"{name}/USDT", Timeframe.H1, AssetClass.CRYPTO) for name in ("BTC", "ETH"))
+
+
+def test_numbers_and_shares_stand_to_the_right() -> None:
+    when = datetime(2024, 3, 5, 4, 30, tzinfo=UTC)
+    assert lines(("name", "count", "share", "when"), [("a", 12345, 0.5, when), ("bcd", None, 1.0, None)]) == [
+        "name   count    share  when",
+        "a     12,345  50.00 %  2024-03-05 04:30",
+        "bcd        -    100 %  -",
+    ]
+    assert lines(("name",), []) == []
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"), [(1.0, "100 %"), (0.9999999, "99.99 %"), (0.12345, "12.35 %"), (0.0, "0.00 %")]
+)
+def test_a_share_is_never_rounded_up_to_whole(share: float, shown: str) -> None:
+    assert percent(share) == shown
+
+
+def test_the_table_of_coverage_and_its_total() -> None:
+    counts = Counts(expected=1000, missing=5, quiet=10)
+    row = CoverageRow(BTC, counts, 2, at("2024-03-05T10:00Z"), 1, NOW + MICROS_PER_HOUR)
+    due = CoverageRow(BTC, counts, 2, at("2024-03-05T10:00Z"), 1, NOW)
+    never = CoverageRow(ETH, None, 0, None, None, None)
+    assert lines(COVERAGE, [row.cells(NOW), never.cells(NOW), coverage_total([row, due, never], NOW)]) == [
+        "series       expected  stored  coverage  open gaps  newest            lag  next attempt",
+        "BTC/USDT 1h     1,000     985   99.50 %          2  2024-03-05 10:00    1  2024-03-05 13:00",
+        "ETH/USDT 1h         -       -         -          -  -                   -  -",
+        "total of 3      2,000   1,970   99.50 %          4  -                   -  due now",
+    ]
+
+
+def test_nothing_expected_has_no_coverage() -> None:
+    row = CoverageRow(BTC, Counts(), 0, None, None, None)
+    assert row.cells(NOW)[3] is None
+    assert coverage_total([], NOW)[1:5] == (0, 0, None, 0)
+
+
+@pytest.mark.parametrize(("missing", "rounded"), [(0, 1.0), (1, 0.999999), (3_333_333, 0.666667)])
+def test_a_rounded_coverage_is_whole_only_where_nothing_is_missing(missing: int, rounded: float) -> None:
+    assert Counts(expected=10_000_000, missing=missing).rounded_coverage == rounded
