@@ -210,6 +210,9 @@ def batch(found: BatchInfo) -> Document:
         "inserted": found.inserted,
         "updated": found.updated,
         "undoes": found.undoes,
+        "host": found.host,
+        "instrument": found.instrument,
+        "published_at": moment(found.published_at),
     }
 
 
