@@ -210,7 +210,7 @@ def batch(found: BatchInfo) -> Document:
         "inserted": found.inserted,
         "updated": found.updated,
         "undoes": found.undoes,
-        "host": found.host,
+        "host": found.host or None,
         "instrument": found.instrument,
         "published_at": moment(found.published_at),
     }

@@ -385,7 +385,7 @@ def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
             one.updated,
             one.committed_at,
             one.source,
-            one.host or "",
+            one.host,
         )
         for one in found
     ]

@@ -49,7 +49,7 @@ class SyncStatus:
 
 @dataclass(frozen=True, slots=True)
 class BatchInfo:
-    """One row of lineage."""
+    """One row of lineage. `host` is empty and `instrument` None where they were not kept yet."""
 
     id: int
     symbol: str
@@ -66,7 +66,7 @@ class BatchInfo:
     inserted: int
     updated: int
     undoes: int | None
-    host: str | None
+    host: str
     instrument: str | None
     published_at: datetime | None
 

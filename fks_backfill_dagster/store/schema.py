@@ -87,7 +87,8 @@ batch = sa.Table(
     sa.Column("inserted", sa.Integer, nullable=False),
     sa.Column("updated", sa.Integer, nullable=False),
     sa.Column("undoes", sa.Integer, sa.ForeignKey("fks.batch.id", ondelete="CASCADE")),
-    sa.Column("host", sa.Text),
+    # Empty: from before hosts were kept.
+    sa.Column("host", sa.Text, nullable=False, server_default=sa.text("''")),
     sa.Column("instrument", sa.Text),
     sa.Column("published_at", _instant),
     sa.Index("batch_by_series", "series_id", "id"),
@@ -95,7 +96,7 @@ batch = sa.Table(
     # Without it every deletion of a batch would look through all of them for its undo.
     sa.Index("batch_by_undone", "undoes", postgresql_where=sa.text("undoes IS NOT NULL")),
     # Which hosts there are, and how far back each provider goes: a few look-ups, not a scan.
-    sa.Index("batch_by_host", "provider", "host"),
+    sa.Index("batch_by_host", "provider", "host", postgresql_where=sa.text("undoes IS NULL")),
     sa.Index(
         "batch_by_oldest",
         "series_id",

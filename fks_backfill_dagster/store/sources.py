@@ -14,30 +14,24 @@ import sqlalchemy as sa
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import MixedSources
 
-# From one provider to the next and from one host to the next in the index `batch_by_host`: a few look-ups,
-# however many batches there are. The last host of each provider is NULL, which stands for the batches from
-# before hosts were kept. A pair counts while one of its batches was not undone.
-_HOSTS = """
-WITH RECURSIVE provider AS (
-    SELECT min(b.provider) AS name FROM fks.batch b
+# From one pair to the next in the index `batch_by_host`: a few look-ups, however many batches there are. What
+# was undone does not count.
+_STANDING = "b.undoes IS NULL AND NOT EXISTS (SELECT FROM fks.batch u WHERE u.undoes = b.id)"
+_HOSTS = f"""
+WITH RECURSIVE pair AS (
+    SELECT f.* FROM (
+        SELECT b.provider, b.host FROM fks.batch b WHERE {_STANDING} ORDER BY b.provider, b.host LIMIT 1) f
     UNION ALL
-    SELECT (SELECT min(b.provider) FROM fks.batch b WHERE b.provider > p.name) FROM provider p
-    WHERE p.name IS NOT NULL
-), pair AS (
-    SELECT p.name, (SELECT min(b.host) FROM fks.batch b WHERE b.provider = p.name) AS host
-    FROM provider p WHERE p.name IS NOT NULL
-    UNION ALL
-    SELECT p.name, (SELECT min(b.host) FROM fks.batch b WHERE b.provider = p.name AND b.host > p.host)
-    FROM pair p WHERE p.host IS NOT NULL
+    SELECT n.* FROM pair p CROSS JOIN LATERAL (
+        SELECT b.provider, b.host FROM fks.batch b
+        WHERE (b.provider, b.host) > (p.provider, p.host) AND {_STANDING}
+        ORDER BY b.provider, b.host LIMIT 1) n
 )
-SELECT p.name AS provider, p.host FROM pair p WHERE CASE WHEN p.host IS NULL
-    THEN EXISTS (SELECT FROM fks.batch b WHERE b.provider = p.name AND b.host IS NULL AND b.undoes IS NULL
-        AND NOT EXISTS (SELECT FROM fks.batch u WHERE u.undoes = b.id))
-    ELSE EXISTS (SELECT FROM fks.batch b WHERE b.provider = p.name AND b.host = p.host AND b.undoes IS NULL
-        AND NOT EXISTS (SELECT FROM fks.batch u WHERE u.undoes = b.id))
-    END
-ORDER BY 1, 2
+SELECT provider, host FROM pair
 """
+
+UNKNOWN = ""
+"""The host of batches from before hosts were kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +42,8 @@ class HostInUse:
     is_custom: bool
 
 
-def hosts(database: Database) -> dict[str, frozenset[str | None]]:
-    """The hosts that delivered to this database, by provider; None: before hosts were kept."""
+def hosts(database: Database) -> dict[str, frozenset[str]]:
+    """The hosts that delivered to this database, by provider; UNKNOWN among them."""
     with database.begin() as connection:
         rows = connection.execute(sa.text(_HOSTS)).all()
     return {
@@ -69,17 +63,13 @@ def check(
     custom hosts are one kind (a simulator takes a new port at each start), and candles from before hosts were
     kept count as documented.
     """
-    stored = hosts(database)
-    custom = {
-        name: min(host for host in found if host is not None and not is_documented(name, host))
-        for name, found in stored.items()
-        if any(host is not None and not is_documented(name, host) for host in found)
-    }
-    documented = {
-        name
-        for name, found in stored.items()
-        if any(host is None or is_documented(name, host) for host in found)
-    }
+    custom, documented = {}, set()
+    for name, found in hosts(database).items():
+        strange = {host for host in found if host != UNKNOWN and not is_documented(name, host)}
+        if strange:
+            custom[name] = min(strange)
+        if found - strange:
+            documented.add(name)
     for name, used in in_use.items():
         if used.is_custom and (name in documented or (documented and not custom)):
             holder = name if name in documented else min(documented)

@@ -154,7 +154,7 @@ def test_an_archive_counts_as_published_by_its_name(upgraded: Database) -> None:
         (daily, to_datetime(at("2020-12-22T00:00Z"))),
     }
     assert {published for name, published in found if not name.endswith(".zip")} == {None}
-    assert {(one.host, one.instrument) for one in reading.batches(upgraded)} == {(None, None)}
+    assert {(one.host, one.instrument) for one in reading.batches(upgraded)} == {("", None)}
 
 
 def test_an_older_publication_changes_no_old_candle(upgraded: Database) -> None:

@@ -10,11 +10,11 @@ down_revision = "0003"
 branch_labels = None
 depends_on = None
 
-# `host` and `instrument` of older batches are not known and stay NULL. An archive without a publication
+# `host` and `instrument` of older batches are not known: empty, and NULL. An archive without a publication
 # time counts as published the day after its period (the day of the file's name); a monthly file the day
 # after its first day, as providers/binance_archive.py has it.
 BATCH = """
-ALTER TABLE fks.batch ADD COLUMN host TEXT;
+ALTER TABLE fks.batch ADD COLUMN host TEXT NOT NULL DEFAULT '';
 ALTER TABLE fks.batch ADD COLUMN instrument TEXT;
 ALTER TABLE fks.batch ADD COLUMN published_at TIMESTAMP WITH TIME ZONE;
 
@@ -29,7 +29,7 @@ WHERE p.id = b.id;
 
 # Which hosts there are, and how far back each provider goes: a few look-ups, not a scan.
 INDEXES = """
-CREATE INDEX batch_by_host ON fks.batch (provider, host);
+CREATE INDEX batch_by_host ON fks.batch (provider, host) WHERE undoes IS NULL;
 CREATE INDEX batch_by_oldest ON fks.batch (series_id, provider, range_start)
     WHERE undoes IS NULL AND transport <> 'withdrawal';
 """
