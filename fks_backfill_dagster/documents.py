@@ -221,6 +221,9 @@ def batch(found: BatchInfo) -> Document:
         "inserted": found.inserted,
         "updated": found.updated,
         "undoes": found.undoes,
+        "host": found.host or None,
+        "instrument": found.instrument,
+        "published_at": moment(found.published_at),
     }
 
 

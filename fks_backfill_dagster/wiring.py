@@ -27,9 +27,30 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.providers.http import Limiter, RequestPool
     from fks_backfill_dagster.store.database import Database
     from fks_backfill_dagster.store.pacing import ProviderState
+    from fks_backfill_dagster.store.sources import HostInUse
 
 # Hosts of Binance itself: the same candles as in its public archives.
 _BINANCE_HOSTS = (".binance.com", ".binance.vision")
+
+# Documented hosts beside the defaults of `providers.registry`: they give the same candles. Not api.binance.us, which
+# is another exchange, nor testnet.binance.vision.
+_DOCUMENTED_HOSTS: Mapping[str, frozenset[str]] = {
+    "binance": frozenset(
+        (
+            "api1.binance.com",
+            "api2.binance.com",
+            "api3.binance.com",
+            "api4.binance.com",
+            "api-gcp.binance.com",
+            "data-api.binance.vision",
+        )
+    ),
+    "polygon": frozenset(("api.polygon.io", "api.massive.com")),
+    "yfinance": frozenset(("query1.finance.yahoo.com", "query2.finance.yahoo.com")),
+    "coingecko": frozenset(("api.coingecko.com", "pro-api.coingecko.com")),
+    "alphavantage": frozenset(("www.alphavantage.co", "alphavantage.co")),
+    "oanda": frozenset(("api-fxpractice.oanda.com", "api-fxtrade.oanda.com")),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +69,14 @@ def make_context(
     providers: Mapping[str, Provider],
     options: Mapping[str, ProviderOptions],
 ) -> Context:
-    """What every verb works with, by the settings; the providers were made with these options."""
+    """What every verb works with, by the settings; the providers were made with these options.
+
+    Raises MixedSources where their hosts are of another kind than those that the database's candles came from.
+    """
     from fks_backfill_dagster.pipeline.sync import Context
 
+    if not getattr(settings, "allow_mixed_sources", False):
+        refuse_mixed_sources(settings, database, providers, options)
     return Context(
         database=database,
         providers=providers,
@@ -74,7 +100,7 @@ def open_app(settings: Settings, tell: Callable[[str], None] = lambda _: None) -
     """The database, the providers that are enabled, and the context of the pipeline's verbs.
 
     `tell` gets a sentence when a provider keeps everybody waiting, from any thread.
-    Raises StoreError or EmbeddedError when the database cannot be had.
+    Raises StoreError or EmbeddedError when the database cannot be had, or must not be used with these hosts.
     """
     from fks_backfill_dagster.providers.http import RequestPool
 
@@ -227,6 +253,41 @@ def provider_states(settings: Settings, database: Database) -> dict[str, Provide
         for state in out
         if state.provider in paces and paces[state.provider].account == state.account
     }
+
+
+def refuse_mixed_sources(
+    settings: Settings,
+    database: Database,
+    providers: Mapping[str, Provider],
+    options: Mapping[str, ProviderOptions],
+) -> None:
+    """Raises MixedSources, see `store.sources`; of the providers that are enabled and have their key."""
+    from fks_backfill_dagster.store import sources
+
+    wanted = [
+        name for name in options if settings.provider(name).enabled and providers[name].missing_key() is None
+    ]
+    sources.check(database, {name: host_in_use(name, options[name]) for name in wanted}, is_documented_host)
+
+
+def host_in_use(name: str, options: ProviderOptions) -> HostInUse:
+    """Where a provider is requested; of a custom and a documented host of one provider, the custom one."""
+    from fks_backfill_dagster.providers.http import host_of
+    from fks_backfill_dagster.store.sources import HostInUse
+
+    hosts = [host_of(url) for url in (options.base_url, options.archive_url) if url]
+    custom = [host for host in hosts if not is_documented_host(name, host)]
+    return HostInUse((custom or hosts)[0], bool(custom))
+
+
+def is_documented_host(name: str, host: str) -> bool:
+    """Whether a provider documents this host (a URL) as its own; all else is custom, a local market too."""
+    from fks_backfill_dagster.providers import registry
+
+    registered = registry.BUILT.get(name)
+    defaults = (registered.base_url, registered.archive_url) if registered else ()
+    known = {urlsplit(url).hostname for url in defaults if url} | _DOCUMENTED_HOSTS.get(name, frozenset())
+    return urlsplit(host).hostname in known
 
 
 def enabled_options(settings: Settings) -> dict[str, ProviderOptions]:

@@ -413,7 +413,7 @@ def batches() -> None:
 )
 @json_option
 def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
-    """List what was committed, newest first: provider, transport, source, range."""
+    """List what was committed, newest first: provider, transport, range, source, host."""
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.settings import load_settings
     from fks_backfill_dagster.store import reading
@@ -441,10 +441,12 @@ def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
             one.updated,
             one.committed_at,
             one.source,
+            one.host,
         )
         for one in found
     ]
-    answer_table(("id", "series", "from", "range", "inserted", "updated", "committed", "source"), rows)
+    columns = ("id", "series", "from", "range", "inserted", "updated", "committed", "source", "host")
+    answer_table(columns, rows)
     if not found:
         tell("No batches.")
 

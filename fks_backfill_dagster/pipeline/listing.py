@@ -22,7 +22,7 @@ from fks_backfill_dagster.pipeline.fallback import ProviderChain
 from fks_backfill_dagster.providers.base import Cancelled, ProviderError, UnknownSymbol
 from fks_backfill_dagster.store import ledger
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.ledger import CLAIM, OBSERVATION, Listing
+from fks_backfill_dagster.store.ledger import Listing, ListingKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +62,13 @@ class Listings:
         coarse candles may begin later in fine ones."""
         if self.first is None or self.earliest is None:
             return None
-        observed = self.claims[self.first].kind == OBSERVATION
+        observed = self.claims[self.first].kind == ListingKind.OBSERVATION
         return first_open(grid, self.earliest + (MICROS_PER_WEEK if observed else 0))
 
     def __str__(self) -> str:
         assert self.first is not None
         claim = self.claims[self.first]
-        verb = "lists it since" if claim.kind == CLAIM else "has it since"
+        verb = "lists it since" if claim.kind == ListingKind.CLAIM else "has it since"
         return f"{self.first} {verb} {iso(claim.listed_at)}"
 
 
@@ -112,7 +112,13 @@ def find_listings(
         if claim is None or (ask_again and start < month_start(claim.listed_at)):
             answer = _ask(database, series, chain, name, now, warn)
             # What it does not claim any more may still be what its candles show.
-            claim = answer if answer is not None else claim if claim and claim.kind == OBSERVATION else None
+            claim = (
+                answer
+                if answer is not None
+                else claim
+                if claim and claim.kind == ListingKind.OBSERVATION
+                else None
+            )
         if name not in chain.names:
             continue
         if claim is None:
@@ -126,7 +132,7 @@ def find_listings(
 def _borne_out(claim: Listing, oldest: Mapping[Timeframe, int]) -> Listing:
     """The claim, unless stored candles of its provider closed before it."""
     refuting = [ts for timeframe, ts in oldest.items() if ts + timeframe.micros <= claim.listed_at]
-    return Listing(min(refuting), OBSERVATION) if refuting else claim
+    return Listing(min(refuting), ListingKind.OBSERVATION, claim.found_at) if refuting else claim
 
 
 def _ask(
@@ -159,8 +165,8 @@ def _ask(
         known = ledger.listings(connection, series.symbol).get(name)
         if known is not None and known.listed_at == listed_at:
             return known
-        ledger.remember_listing(connection, name, series.symbol, listed_at, CLAIM)
-    return Listing(listed_at, CLAIM)
+        ledger.remember_listing(connection, name, series.symbol, listed_at, ListingKind.CLAIM)
+    return Listing(listed_at, ListingKind.CLAIM, now)
 
 
 @dataclass(slots=True)

@@ -37,6 +37,7 @@ from fks_backfill_dagster.pipeline.spans import fetch_spans
 from fks_backfill_dagster.providers.base import Cancelled, Circuit, Estimate, Provider
 from fks_backfill_dagster.store import ledger, reading
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.ledger import ListingKind
 
 _NONE = np.empty(0, dtype=np.int64)
 
@@ -183,7 +184,7 @@ def able(context: Context, series: Series) -> frozenset[str]:
 def _reopen(context: Context, series: Series) -> None:
     """What rests on one provider's response is open again once another provider can be requested."""
     with context.database.begin() as connection:
-        ledger.reopen(connection, {series: able(context, series)})
+        ledger.reopen(connection, {series: able(context, series)}, context.clock())
 
 
 def _chain(
@@ -199,9 +200,12 @@ def _chain(
         return Candles.concat([reading.read_candles(context.database, series, hull) for hull in hulls])
 
     def stored_rows(window: TimeRange) -> StoredRows:
-        found = reading.stored_origins(context.database, series, window)
         candles = reading.read_candles(context.database, series, window)
-        return StoredRows(candles, *found.aligned(candles.ts))
+        with context.database.begin() as connection:
+            found = reading.stored_origins(connection, series, window)
+        candles = candles.take(np.isin(candles.ts, found.ts))
+        kept = np.isin(found.ts, candles.ts)
+        return StoredRows(candles, found.provider[kept], found.instrument[kept], found.as_of[kept])
 
     options = ChainOptions(
         clock=context.clock,
@@ -460,7 +464,7 @@ class _Work:
         with self.context.database.begin() as connection:
             for name in sorted(shown):
                 ledger.remember_listing(
-                    connection, name, self.series.symbol, self.first_given[name], ledger.OBSERVATION
+                    connection, name, self.series.symbol, self.first_given[name], ListingKind.OBSERVATION
                 )
 
     def _expected_window(self, plan: Plan) -> TimeRange:

@@ -537,7 +537,7 @@ def listed_at(database: Database, series: Series, providers: Sequence[str]) -> i
     """Since when one of `providers` has the symbol, as far as that was found out."""
     with database.begin() as connection:
         found = ledger.listings(connection, series.symbol)
-    return min((found[name] for name in providers if name in found), default=None)
+    return min((found[name].listed_at for name in providers if name in found), default=None)
 
 
 def _owners(connection: sa.Connection, series: Sequence[Series]) -> dict[int, Series]:

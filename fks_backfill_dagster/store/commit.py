@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.delivery import Delivery, RejectedRows
+from fks_backfill_dagster.domain.delivery import Delivery, Origin, RejectedRows
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
@@ -35,17 +36,32 @@ from fks_backfill_dagster.store.auditing import Clock, examine_within
 from fks_backfill_dagster.store.database import Database, cursor_of
 from fks_backfill_dagster.store.errors import StoreError
 from fks_backfill_dagster.store.ledger import known_around, series_id, to_multirange
+from fks_backfill_dagster.store.schema import WITHDRAWAL
 
 # Advisory locks: (class, series id) for one series, one key for the gate (see fks.ohlcv_as_of).
 _SERIES_LOCK = 46137
 _COMMIT_GATE = 4613732
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Withdrawal:
+    """Stored candles that a response of their own provider does not hold any more.
+
+    `opens`: ascending and unique, inside the batch. Of them those are deleted that the same provider
+    delivered under the same instrument; lineage that names no instrument (from before it was kept) does
+    not match.
+    """
+
+    origin: Origin
+    opens: Instants
+
+
 @dataclass(frozen=True, slots=True)
 class BatchWrite:
     """All that one batch changes. No two deliveries hold the same open; none leaves the window.
 
-    Each delivery is verified: ascending, unique, on the grid; it becomes one lineage row.
+    Each delivery is verified: ascending, unique, on the grid; it becomes one lineage row. A delivery of a
+    dated publication (`origin.published_at`) does not replace what its provider published or returned later.
     """
 
     window: TimeRange
@@ -54,15 +70,23 @@ class BatchWrite:
     responses: tuple[Response, ...] = ()
     rules: Rules = Rules()  # noqa: RUF009 - frozen
     run_id: str | None = None
+    withdrawn: tuple[Withdrawal, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What a commit changed, and how many expected candles of its window are still not stored."""
+    """What a commit changed, and how many expected candles of its window are not stored after it.
+
+    outdated: delivered candles that differ from the stored ones and were not written, because those are of
+        a newer publication of the same provider.
+    withdrawn: stored candles that were deleted because their provider does not return them any more.
+    """
 
     inserted: int
     updated: int
     missing: int
+    outdated: int = 0
+    withdrawn: int = 0
 
 
 def commit_batch(
@@ -73,23 +97,36 @@ def commit_batch(
     Raises ValueError for candles that the batch may not hold: the ledger would be wrong for ever.
     """
     deliveries = tuple(d for d in write.deliveries if len(d.candles))
+    withdrawals = tuple(w for w in write.withdrawn if len(w.opens))
     with database.begin() as connection:
         _lock(connection, identity)
         before = known_around(connection, identity, surroundings(write.window, grid))
         batch_ids = [_open_batch(connection, identity, d, write.run_id, grid) for d in deliveries]
         rows, row_batches = _merge(deliveries, batch_ids)
         _refuse_misplaced(rows.ts, write.window, grid)
-        inserted, updated = _write_candles(connection, series, identity, rows, row_batches)
-        missing = _still_missing(before, write.window, rows.ts, grid)
+        dated = _Dated.of(deliveries, batch_ids)
+        inserted, updated, outdated = _write_candles(connection, series, identity, rows, row_batches, dated)
+        gone, gone_by = _withdraw(connection, series, identity, withdrawals, rows.ts, write, grid)
+        missing = np.union1d(_still_missing(before, write.window, rows.ts, grid), gone)
         settlement = settle(
             before.gaps, write.window, missing, rows.ts, write.responses, grid, before.synced, write.rules
         )
         _write_gaps(connection, identity, settlement)
         _write_rejected(connection, identity, write.rejected)
         _cover(connection, identity, write.window, inserted, rows.ts)
-        _drop_idle(connection, [b for b in batch_ids if not (b in inserted or b in updated)])
-        _stamp(connection, [b for b in batch_ids if b in inserted or b in updated], inserted, updated)
-        return Committed(sum(inserted.values()), sum(updated.values()), len(missing))
+        if len(gone):
+            _recount(connection, identity, series, -len(gone))
+        changed = updated | gone_by
+        _drop_idle(connection, [b for b in (*batch_ids, *gone_by) if not (b in inserted or changed.get(b))])
+        _stamp(
+            connection,
+            [b for b in (*batch_ids, *gone_by) if b in inserted or changed.get(b)],
+            inserted,
+            changed,
+        )
+        return Committed(
+            sum(inserted.values()), sum(updated.values()), len(missing), sum(outdated.values()), len(gone)
+        )
 
 
 def _lock(connection: sa.Connection, identity: int) -> None:
@@ -115,12 +152,26 @@ def _lock(connection: sa.Connection, identity: int) -> None:
 def _open_batch(
     connection: sa.Connection, identity: int, delivery: Delivery, run_id: str | None, grid: Grid
 ) -> int:
+    ts = delivery.candles.ts
+    return _open_lineage(
+        connection, identity, delivery.origin, delivery.origin.transport.value, ts, run_id, grid
+    )
+
+
+def _open_lineage(
+    connection: sa.Connection,
+    identity: int,
+    origin: Origin,
+    transport: str,
+    ts: Instants,
+    run_id: str | None,
+    grid: Grid,
+) -> int:
     """A lineage row, not yet stamped: `infinity` until the gate."""
-    ts, origin = delivery.candles.ts, delivery.origin
     row = {
         "series_id": identity,
         "provider": origin.provider,
-        "transport": origin.transport.value,
+        "transport": transport,
         "source": origin.source,
         "host": origin.host,
         "instrument": origin.instrument,
@@ -198,13 +249,36 @@ def _refuse_misplaced(opens: Instants, window: TimeRange, grid: Grid) -> None:
         raise ValueError("a candle opens where none is expected")
 
 
+@dataclass(frozen=True, slots=True)
+class _Dated:
+    """The batches of a commit whose publication time is known, as columns."""
+
+    ids: list[int]
+    providers: list[str]
+    published: list[datetime]
+
+    @classmethod
+    def of(cls, deliveries: Sequence[Delivery], batch_ids: Sequence[int]) -> _Dated:
+        found = [
+            (batch, d.origin.provider, to_datetime(d.origin.published_at))
+            for d, batch in zip(deliveries, batch_ids, strict=True)
+            if d.origin.published_at is not None
+        ]
+        return cls([f[0] for f in found], [f[1] for f in found], [f[2] for f in found])
+
+
 def _write_candles(
-    connection: sa.Connection, series: Series, identity: int, rows: Candles, origins: NDArray[np.int32]
-) -> tuple[dict[int, int], dict[int, int]]:
-    """Returns the numbers of inserted and of updated rows per batch id."""
+    connection: sa.Connection,
+    series: Series,
+    identity: int,
+    rows: Candles,
+    origins: NDArray[np.int32],
+    dated: _Dated,
+) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
+    """Returns the numbers of inserted, of updated and of outdated rows per batch id."""
     if not len(rows):
-        return {}, {}
-    table = f'fks."candles_{series.timeframe}"'
+        return {}, {}, {}
+    table = _table(series)
     reach = {"id": identity, "first": to_datetime(int(rows.ts[0])), "last": to_datetime(int(rows.ts[-1]))}
     occupied = connection.scalar(
         sa.text(f"SELECT EXISTS (SELECT FROM {table} WHERE series_id = :id AND ts BETWEEN :first AND :last)"),
@@ -212,12 +286,16 @@ def _write_candles(
     )
     if not occupied:
         _copy(connection, table, identity, rows, origins)
-        return _tally(origins), {}
+        return _tally(origins), {}, {}
     connection.execute(
         sa.text(f"CREATE TEMPORARY TABLE IF NOT EXISTS staged_candles (LIKE {table}) ON COMMIT DELETE ROWS")
     )
     _copy(connection, "staged_candles", identity, rows, origins)
-    return _insert_new(connection, table, reach), _update_changed(connection, table, reach)
+    return _insert_new(connection, table, reach), *_update_changed(connection, table, reach, dated)
+
+
+def _table(series: Series) -> str:
+    return f'fks."candles_{series.timeframe}"'
 
 
 def _copy(
@@ -250,29 +328,51 @@ def _insert_new(connection: sa.Connection, table: str, reach: dict[str, object])
     )
 
 
-def _update_changed(connection: sa.Connection, table: str, reach: dict[str, object]) -> dict[int, int]:
-    """Keeps what a candle was in the revision table, then changes it."""
-    revised = _counts(
-        connection.execute(
-            sa.text(
-                f"WITH revised AS ("
-                f" INSERT INTO fks.revision (series_id, ts, replaced_by, batch_id,"
-                f"   open, high, low, close, volume,"
-                f"   open_after, high_after, low_after, close_after, volume_after, reason)"
-                f" SELECT c.series_id, c.ts, s.batch_id, c.batch_id,"
-                f"   c.open, c.high, c.low, c.close, c.volume,"
-                f"   s.open, s.high, s.low, s.close, s.volume, 'refetched: the source gives other values'"
-                f" FROM staged_candles s JOIN {table} c"
-                f"   ON c.series_id = :id AND c.ts BETWEEN :first AND :last AND c.ts = s.ts"
-                f" WHERE (c.open, c.high, c.low, c.close, c.volume)"
-                f"   IS DISTINCT FROM (s.open, s.high, s.low, s.close, s.volume)"
-                f" AND c.batch_id <> s.batch_id"
-                f" RETURNING replaced_by"
-                f") SELECT replaced_by, count(*) FROM revised GROUP BY replaced_by"
-            ),
-            reach,
-        )
-    )
+# A look-up in the lineage for each candle that differs, and only where the new one is of a dated publication: as
+# a join it would read the lineage of all series.
+_IS_OUTDATED = """
+f.id IS NOT NULL AND coalesce((
+    SELECT b.provider = f.provider AND coalesce(b.published_at, b.fetched_at) > f.published_at
+    FROM fks.batch b WHERE b.id = c.batch_id), false)
+"""
+
+
+def _update_changed(
+    connection: sa.Connection, table: str, reach: dict[str, object], dated: _Dated
+) -> tuple[dict[int, int], dict[int, int]]:
+    """Keeps what a candle was in the revision table, then changes it.
+
+    Returns the numbers of updated rows, and of those left as they are because a newer publication of the
+    same provider gave them, per batch id.
+    """
+    counts = connection.execute(
+        sa.text(
+            f"WITH differing AS ("
+            f" SELECT c.series_id, c.ts, s.batch_id AS new, c.batch_id AS old,"
+            f"   c.open, c.high, c.low, c.close, c.volume, s.open AS open_after, s.high AS high_after,"
+            f"   s.low AS low_after, s.close AS close_after, s.volume AS volume_after,"
+            f"   {_IS_OUTDATED} AS outdated"
+            f" FROM staged_candles s JOIN {table} c"
+            f"   ON c.series_id = :id AND c.ts BETWEEN :first AND :last AND c.ts = s.ts"
+            f" LEFT JOIN unnest(CAST(:dated AS int[]), CAST(:providers AS text[]),"
+            f"     CAST(:published AS timestamptz[])) AS f(id, provider, published_at) ON f.id = s.batch_id"
+            f" WHERE (c.open, c.high, c.low, c.close, c.volume)"
+            f"   IS DISTINCT FROM (s.open, s.high, s.low, s.close, s.volume)"
+            f" AND c.batch_id <> s.batch_id"
+            f"), revised AS ("
+            f" INSERT INTO fks.revision (series_id, ts, replaced_by, batch_id,"
+            f"   open, high, low, close, volume,"
+            f"   open_after, high_after, low_after, close_after, volume_after, reason)"
+            f" SELECT series_id, ts, new, old, open, high, low, close, volume,"
+            f"   open_after, high_after, low_after, close_after, volume_after,"
+            f"   'refetched: the source gives other values'"
+            f" FROM differing WHERE NOT outdated"
+            f") SELECT new, count(*) FILTER (WHERE NOT outdated), count(*) FILTER (WHERE outdated)"
+            f" FROM differing GROUP BY new"
+        ),
+        reach | {"dated": dated.ids, "providers": dated.providers, "published": dated.published},
+    ).all()
+    revised = _counts((batch, changed) for batch, changed, _ in counts if changed)
     if revised:
         connection.execute(
             sa.text(
@@ -284,7 +384,63 @@ def _update_changed(connection: sa.Connection, table: str, reach: dict[str, obje
             ),
             reach | {"batches": list(revised)},
         )
-    return revised
+    return revised, _counts((batch, left) for batch, _, left in counts if left)
+
+
+# The subquery is a look-up for each of a few candles; as a join it would read the lineage of all series.
+_WITHDRAW = """
+WITH gone AS (
+    DELETE FROM {table} c
+    WHERE c.series_id = :id AND c.ts BETWEEN :first AND :last AND c.ts = ANY(CAST(:opens AS timestamptz[]))
+      AND (SELECT b.provider = :provider AND b.instrument = :instrument FROM fks.batch b WHERE b.id = c.batch_id)
+    RETURNING c.*
+), kept AS (
+    INSERT INTO fks.revision (series_id, ts, replaced_by, batch_id, open, high, low, close, volume, reason)
+    SELECT series_id, ts, :batch, batch_id, open, high, low, close, volume, :reason FROM gone
+)
+SELECT ts FROM gone ORDER BY ts
+"""
+
+WITHDRAWN = "withdrawn: the provider does not return it any more"
+
+
+def _withdraw(
+    connection: sa.Connection,
+    series: Series,
+    identity: int,
+    withdrawals: Sequence[Withdrawal],
+    delivered: Instants,
+    write: BatchWrite,
+    grid: Grid,
+) -> tuple[Instants, dict[int, int]]:
+    """Deletes what is withdrawn and keeps it as a revision without values after.
+
+    Returns the opens that went, and how many per lineage row of a withdrawing response.
+    """
+    went: list[Instants] = []
+    counts: dict[int, int] = {}
+    for one in withdrawals:
+        _refuse_misplaced(one.opens, write.window, grid)
+        if np.isin(one.opens, delivered).any():
+            raise ValueError("a candle of the batch is delivered and withdrawn at once")
+        batch = _open_lineage(connection, identity, one.origin, WITHDRAWAL, one.opens, write.run_id, grid)
+        found = connection.scalars(
+            sa.text(_WITHDRAW.format(table=_table(series))),
+            {
+                "id": identity,
+                "batch": batch,
+                "first": to_datetime(int(one.opens[0])),
+                "last": to_datetime(int(one.opens[-1])),
+                "opens": [to_datetime(ts) for ts in one.opens.tolist()],
+                "provider": one.origin.provider,
+                "instrument": one.origin.instrument,
+                "reason": WITHDRAWN,
+            },
+        )
+        opens = np.array([to_micros(ts) for ts in found], dtype=np.int64)
+        counts[batch] = len(opens)
+        went.append(opens)
+    return np.concatenate([np.empty(0, dtype=np.int64), *went]), counts
 
 
 def _counts(found: Iterable[Any]) -> dict[int, int]:
@@ -396,11 +552,25 @@ def _cover(
     )
 
 
+def _recount(connection: sa.Connection, identity: int, series: Series, change: int) -> None:
+    """The totals after candles were deleted or came back; `change` of their number."""
+    table = _table(series)
+    connection.execute(
+        sa.text(
+            "UPDATE fks.sync_state SET total_candles = total_candles + :change,"
+            f" oldest = (SELECT min(ts) FROM {table} WHERE series_id = :id),"
+            f" newest = (SELECT max(ts) FROM {table} WHERE series_id = :id) WHERE series_id = :id"
+        ),
+        {"id": identity, "change": change},
+    )
+
+
 # Undo ---------------------------------------------------------------------------------------------------
 
 
 def undo_batch(database: Database, series: Series, identity: int, batch_id: int, grid: Grid) -> Committed:
-    """Takes back what a batch brought: its insertions go, its corrections give way to the values before.
+    """Takes back a batch: its insertions go, its corrections give way to the values before, and the
+    candles that it withdrew come back.
 
     The undo is a batch of its own, so that the history stays whole; what goes becomes an open gap.
     Candles that a later batch changed are left as that batch made them; if that one is undone too,
@@ -422,32 +592,28 @@ def undo_batch(database: Database, series: Series, identity: int, batch_id: int,
             raise StoreError(f"Batch {batch_id} was undone before: there is nothing left to take back.")
         window = TimeRange(to_micros(batch.range_start), to_micros(batch.range_end))
         undo = _open_undo(connection, identity, batch)
-        table = f'fks."candles_{series.timeframe}"'
+        table = _table(series)
         names = {"id": identity, "batch": batch_id, "undo": undo, "reason": f"batch {batch_id} undone"}
-        reach = {"first": batch.range_start, "last": batch.range_end}
+        named = names | {"first": batch.range_start, "last": batch.range_end}
         for statement in (_FIND_FORMER, _KEEP_UNDONE):
-            connection.execute(sa.text(statement.format(table=table)), names | reach)
-        restored = connection.execute(sa.text(_RESTORE.format(table=table)), names | reach).rowcount
-        removed = connection.execute(sa.text(_REMOVE.format(table=table)), names | reach)
-        opens = np.array(sorted(to_micros(ts) for (ts,) in removed), dtype=np.int64)
+            connection.execute(sa.text(statement.format(table=table)), named)
+        changed = connection.execute(sa.text(_RESTORE.format(table=table)), named).rowcount
+        removed = _opens_of(connection.scalars(sa.text(_REMOVE.format(table=table)), named))
+        returned = _opens_of(connection.scalars(sa.text(_BRING_BACK.format(table=table)), named))
         before = known_around(connection, identity, window)
-        absent = _still_missing(before, window, np.empty(0, dtype=np.int64), grid)
         # A candle that opened where none is expected leaves no gap.
-        missing = np.union1d(absent, opens[grid.contains(opens)])
-        none = np.empty(0, dtype=np.int64)
-        settlement = settle(before.gaps, window, missing, none, (), grid, before.synced)
+        missing = np.union1d(_still_missing(before, window, returned, grid), removed[grid.contains(removed)])
+        settlement = settle(before.gaps, window, missing, returned, (), grid, before.synced)
         _write_gaps(connection, identity, settlement)
-        connection.execute(
-            sa.text(
-                "UPDATE fks.sync_state SET total_candles = total_candles - :removed,"
-                f" oldest = (SELECT min(ts) FROM {table} WHERE series_id = :id),"
-                f" newest = (SELECT max(ts) FROM {table} WHERE series_id = :id) WHERE series_id = :id"
-            ),
-            {"id": identity, "removed": len(opens)},
-        )
+        _recount(connection, identity, series, len(returned) - len(removed))
         # Kept even if every candle was changed since: the batch must not come back by a later undo.
-        _stamp(connection, [undo], {}, {undo: len(opens) + restored})
-        return Committed(0, len(opens) + restored, len(missing))
+        total = len(removed) + changed + len(returned)
+        _stamp(connection, [undo], {}, {undo: total})
+        return Committed(0, total, len(missing))
+
+
+def _opens_of(found: Iterable[datetime]) -> Instants:
+    return np.array(sorted(to_micros(ts) for ts in found), dtype=np.int64)
 
 
 def _open_undo(connection: sa.Connection, identity: int, batch: sa.Row[Any]) -> int:
@@ -456,6 +622,8 @@ def _open_undo(connection: sa.Connection, identity: int, batch: sa.Row[Any]) -> 
         "provider": batch.provider,
         "transport": "undo",
         "source": f"batch {batch.id}",
+        "host": batch.host,
+        "instrument": batch.instrument,
         "range_start": batch.range_start,
         "range_end": batch.range_end,
         "fetched_at": sa.func.clock_timestamp(),
@@ -471,43 +639,67 @@ def _open_undo(connection: sa.Connection, identity: int, batch: sa.Row[Any]) -> 
 
 _UNDONE_CANDLES = "c.series_id = :id AND c.ts BETWEEN :first AND :last AND c.batch_id = :batch"
 
-# What each candle was before the batch, or before that if the batch before was undone as well, and
-# so on. Without a version (batch_id NULL) there was no candle.
+# The states of a candle form a stack: values, each of the batch that gave them, and absences, each of the
+# batch that withdrew the candle. An undo takes the states of its batch out; where one of them is on top, what
+# is below comes back. `version` goes down the stack from the batch; what `undone` names was taken out before.
+# Below a state lies what it replaced (a revision has it); below one that replaced nothing, the absence of
+# the last withdrawal before it; else nothing (batch_id NULL).
 _FIND_FORMER = f"""
 CREATE TEMPORARY TABLE former ON COMMIT DROP AS
 WITH RECURSIVE undone AS (
     SELECT undoes AS id FROM fks.batch WHERE series_id = :id AND undoes IS NOT NULL
+), withdrawn AS (
+    SELECT w.ts FROM fks.revision w
+    WHERE w.replaced_by = :batch AND w.series_id = :id AND w.close_after IS NULL
+      AND NOT EXISTS (SELECT FROM {{table}} c
+          WHERE c.series_id = :id AND c.ts BETWEEN :first AND :last AND c.ts = w.ts)
+      AND NOT EXISTS (SELECT FROM fks.revision l JOIN fks.batch b ON b.id = l.replaced_by AND b.series_id = :id
+          WHERE l.series_id = :id AND l.ts BETWEEN :first AND :last AND l.ts = w.ts AND l.replaced_by > :batch
+            AND l.close_after IS NULL AND b.undoes IS NULL AND b.id NOT IN (SELECT id FROM undone))
 ), version AS (
-    SELECT c.ts, r.batch_id, r.open, r.high, r.low, r.close, r.volume
-    FROM {{table}} c
-    LEFT JOIN fks.revision r ON r.series_id = :id AND r.ts = c.ts AND r.replaced_by = :batch
-    WHERE {_UNDONE_CANDLES}
+    SELECT t.ts, CAST(:batch AS int) AS batch_id, CAST(NULL AS float8) AS open, CAST(NULL AS float8) AS high,
+        CAST(NULL AS float8) AS low, CAST(NULL AS float8) AS close, CAST(NULL AS float8) AS volume
+    FROM (SELECT c.ts FROM {{table}} c WHERE {_UNDONE_CANDLES} UNION ALL SELECT ts FROM withdrawn) t
     UNION ALL
-    SELECT v.ts, r.batch_id, r.open, r.high, r.low, r.close, r.volume
+    SELECT v.ts, coalesce(r.batch_id, (
+            SELECT max(w.replaced_by) FROM fks.revision w
+            WHERE w.series_id = :id AND w.ts = v.ts AND w.replaced_by < v.batch_id AND w.close_after IS NULL
+              AND (SELECT b.undoes IS NULL FROM fks.batch b WHERE b.id = w.replaced_by))),
+        r.open, r.high, r.low, r.close, r.volume
     FROM version v
     JOIN undone u ON u.id = v.batch_id
-    LEFT JOIN fks.revision r ON r.series_id = :id AND r.ts = v.ts AND r.replaced_by = v.batch_id
+    LEFT JOIN fks.revision r ON r.series_id = :id AND r.ts BETWEEN :first AND :last AND r.ts = v.ts
+        AND r.replaced_by = v.batch_id
 )
 SELECT * FROM version v WHERE NOT EXISTS (SELECT FROM undone u WHERE u.id = v.batch_id)
 """
 
-_KEEP_UNDONE = f"""
+_KEEP_UNDONE = """
 INSERT INTO fks.revision (series_id, ts, replaced_by, batch_id, open, high, low, close, volume,
     open_after, high_after, low_after, close_after, volume_after, reason)
-SELECT c.series_id, c.ts, :undo, c.batch_id, c.open, c.high, c.low, c.close, c.volume,
+SELECT :id, f.ts, :undo, :batch, c.open, c.high, c.low, c.close, c.volume,
     f.open, f.high, f.low, f.close, f.volume, :reason
-FROM {{table}} c JOIN former f ON f.ts = c.ts
-WHERE {_UNDONE_CANDLES}
+FROM former f
+LEFT JOIN {table} c ON c.series_id = :id AND c.ts BETWEEN :first AND :last AND c.ts = f.ts
+WHERE c.ts IS NOT NULL OR f.open IS NOT NULL
 """
 
 _RESTORE = f"""
 UPDATE {{table}} c SET batch_id = f.batch_id, open = f.open, high = f.high, low = f.low,
     close = f.close, volume = f.volume
 FROM former f
-WHERE f.batch_id IS NOT NULL AND f.ts = c.ts AND {_UNDONE_CANDLES}
+WHERE f.open IS NOT NULL AND f.ts = c.ts AND {_UNDONE_CANDLES}
 """
 
 _REMOVE = f"DELETE FROM {{table}} c WHERE {_UNDONE_CANDLES} RETURNING c.ts"
+
+_BRING_BACK = """
+INSERT INTO {table} (series_id, ts, batch_id, open, high, low, close, volume)
+SELECT :id, f.ts, f.batch_id, f.open, f.high, f.low, f.close, f.volume FROM former f
+LEFT JOIN {table} c ON c.series_id = :id AND c.ts BETWEEN :first AND :last AND c.ts = f.ts
+WHERE c.ts IS NULL AND f.open IS NOT NULL
+RETURNING ts
+"""
 
 
 # Repair -------------------------------------------------------------------------------------------------
@@ -583,6 +775,7 @@ def remove_series(database: Database, series: Series) -> int:
 __all__ = [
     "BatchWrite",
     "Committed",
+    "Withdrawal",
     "commit_batch",
     "remove_series",
     "repair_series",

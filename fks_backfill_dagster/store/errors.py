@@ -6,6 +6,7 @@ StoreError                 one sentence with the remedy
   SchemaTooNew             made by a newer fks-backfill
   DatabaseFull             no space left, or a quota is used up
   SeriesChanged            a series is stored as one of another asset class or calendar
+  MixedSources             it holds candles of documented hosts, and the settings name custom ones, or vice versa
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class DatabaseFull(StoreError):
 
 class SeriesChanged(StoreError):
     """Concerns one series, and leaves all others alone."""
+
+
+class MixedSources(StoreError):
+    """Raised before anything is requested; see `store.sources`."""
 
 
 # libpq tells why a connection failed in words only, without the SQLSTATE. A server that speaks

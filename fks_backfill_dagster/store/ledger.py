@@ -1,4 +1,4 @@
-"""What is known of a series before anything is fetched: coverage, open gaps, listing, status.
+"""What is known of a series before anything is fetched: coverage, gaps, listings, eligible providers, status.
 
 Coverage is the set of ranges once synced. Inside it every expected candle is either stored or in a
 gap, so what is missing from a range follows from a few rows, never from a scan of candles.
@@ -6,7 +6,9 @@ gap, so what is missing from a range follows from a few rows, never from a scan 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from psycopg.types.range import TimestamptzRange
 
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
-from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
+from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime, to_micros
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.ledger.records import Evidence, Known, LedgerGap
 from fks_backfill_dagster.store import schema
@@ -156,19 +158,153 @@ def to_multirange(ranges: RangeSet) -> TimestamptzMultirange:
 # Listings ---------------------------------------------------------------------------------------------
 
 
-def listings(connection: sa.Connection, symbol: str) -> dict[str, int]:
-    """Since when each provider has the symbol, as far as that was found out: {provider: instant}."""
+class ListingKind(StrEnum):
+    CLAIM = "claim"  # what the provider declares
+    OBSERVATION = "observation"  # where its complete response begins
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Since when a provider has a symbol, by its claim or by observation; found out (or confirmed) when.
+
+    Instants in microseconds, `found_at` by the database's clock.
+    """
+
+    listed_at: int
+    kind: ListingKind
+    found_at: int
+
+
+def listings(connection: sa.Connection, symbol: str) -> dict[str, Listing]:
+    """The listing of the symbol at each provider, as far as it was found out."""
     table = schema.listing
     rows = connection.execute(sa.select(table).where(table.c.symbol == symbol))
-    return {row.provider: to_micros(row.listed_at) for row in rows}
+    return {
+        row.provider: Listing(to_micros(row.listed_at), ListingKind(row.kind), to_micros(row.found_at))
+        for row in rows
+    }
 
 
-def remember_listing(connection: sa.Connection, provider: str, symbol: str, listed_at: int) -> None:
+def remember_listing(
+    connection: sa.Connection, provider: str, symbol: str, listed_at: int, kind: ListingKind
+) -> None:
+    """Keeps what was found out last: a claim can be corrected, to an earlier or a later time."""
+    table = schema.listing
+    found = {"listed_at": to_datetime(listed_at), "kind": kind.value, "found_at": sa.func.now()}
     connection.execute(
-        sa.dialects.postgresql.insert(schema.listing)
-        .values(provider=provider, symbol=symbol, listed_at=to_datetime(listed_at))
-        .on_conflict_do_nothing()
+        sa.dialects.postgresql.insert(table)
+        .values(provider=provider, symbol=symbol, **found)
+        .on_conflict_do_update(index_elements=["provider", "symbol"], set_=found)
     )
+
+
+# Two look-ups per series and provider in the index `batch_by_oldest`, however many batches there are.
+_DELIVERED = """
+b.series_id = {series} AND b.undoes IS NULL AND b.transport <> 'withdrawal'
+"""
+_OLDEST = f"""
+WITH RECURSIVE pair AS (
+    SELECT s.id, (SELECT min(b.provider) FROM fks.batch b WHERE {_DELIVERED.format(series="s.id")}) AS provider
+    FROM fks.series s WHERE s.symbol = :symbol
+    UNION ALL
+    SELECT p.id, (SELECT min(b.provider) FROM fks.batch b
+        WHERE {_DELIVERED.format(series="p.id")} AND b.provider > p.provider)
+    FROM pair p WHERE p.provider IS NOT NULL
+)
+SELECT p.provider, s.timeframe, o.range_start AS oldest
+FROM pair p JOIN fks.series s ON s.id = p.id CROSS JOIN LATERAL (
+    SELECT b.range_start FROM fks.batch b
+    WHERE {_DELIVERED.format(series="p.id")} AND b.provider = p.provider
+      AND NOT EXISTS (SELECT FROM fks.batch u WHERE u.undoes = b.id)
+    ORDER BY b.range_start LIMIT 1) o
+"""
+
+
+def oldest_by_provider(connection: sa.Connection, symbol: str) -> dict[str, dict[Timeframe, int]]:
+    """The open of the oldest candle of the symbol that each provider delivered, by timeframe.
+
+    From the lineage: batches that changed something and were not undone. So it stands where the candle was
+    corrected by another provider since, or withdrawn.
+    """
+    rows = connection.execute(sa.text(_OLDEST), {"symbol": symbol})
+    found: dict[str, dict[Timeframe, int]] = {}
+    for row in rows:
+        found.setdefault(row.provider, {})[Timeframe(row.timeframe)] = to_micros(row.oldest)
+    return found
+
+
+# Eligible providers ------------------------------------------------------------------------------------
+
+# The series whose set has changed, each under its lock (class 46137, see store/commit.py), so that no
+# commit is settling the ledger meanwhile. One that is locked just now keeps its recorded set, and is found
+# again by the next call. In a subquery of its own: a lock must not be taken for rows that are left out.
+_CHANGED = """
+WITH changed AS MATERIALIZED (
+    SELECT s.id FROM fks.series s
+    JOIN unnest(CAST(:symbols AS text[]), CAST(:timeframes AS text[]), CAST(:eligible AS text[]))
+        AS w(symbol, timeframe, eligible) ON w.symbol = s.symbol AND w.timeframe = s.timeframe
+    WHERE s.eligible IS DISTINCT FROM string_to_array(w.eligible, ',')
+)
+SELECT id FROM changed WHERE pg_try_advisory_xact_lock(46137, id)
+"""
+
+# A provider reopens what it has not responded to and what rests on one response: all of it where it is
+# new; what was decided since it was last eligible where it was eligible before.
+_REOPEN = """
+WITH wanted AS (
+    SELECT s.id, s.symbol, s.timeframe, coalesce(s.eligible, '{}') AS before, s.eligible_until AS until,
+        string_to_array(w.eligible, ',') AS present
+    FROM fks.series s
+    JOIN unnest(CAST(:symbols AS text[]), CAST(:timeframes AS text[]), CAST(:eligible AS text[]))
+        AS w(symbol, timeframe, eligible) ON w.symbol = s.symbol AND w.timeframe = s.timeframe
+    WHERE s.id = ANY(:ids)
+), added AS (
+    SELECT w.id, p.name, CAST(w.until ->> p.name AS timestamptz) AS since
+    FROM wanted w CROSS JOIN LATERAL unnest(w.present) AS p(name) WHERE p.name <> ALL(w.before)
+), reopened AS (
+    UPDATE fks.gap g SET status = 'open', next_attempt_at = NULL, changed_at = now()
+    WHERE g.status = 'no_trade' AND g.series_id = ANY(:ids)
+      AND jsonb_array_length(jsonb_path_query_array(g.evidence, '$[*] ? (@.outcome == "absent")')) <= 1
+      AND EXISTS (
+        SELECT FROM added a
+        WHERE a.id = g.series_id AND NOT g.heard ? a.name
+          AND (a.since IS NULL OR a.since <= (
+            SELECT max(CAST(e ->> 'asked_at' AS timestamptz)) FROM jsonb_array_elements(g.evidence) e)))
+    RETURNING g.series_id
+), recorded AS (
+    UPDATE fks.series s
+    SET eligible = w.present,
+        eligible_until = (w.until || (
+            SELECT coalesce(jsonb_object_agg(p.name, CAST(:now AS timestamptz)), '{}')
+            FROM unnest(w.before) AS p(name) WHERE p.name <> ALL(w.present))) - w.present
+    FROM wanted w WHERE w.id = s.id
+)
+SELECT w.symbol, w.timeframe, count(*) AS gaps FROM reopened r JOIN wanted w ON w.id = r.series_id GROUP BY 1, 2
+"""
+
+
+def reopen(
+    connection: sa.Connection, eligible: Mapping[Series, frozenset[str]], now: int
+) -> dict[Series, int]:
+    """Opens the `no_trade` gaps that rest on one provider's response where another one became eligible.
+
+    `eligible`: the providers that can serve each series by the settings at `now`; they are recorded with it.
+    A provider that was eligible earlier reopens only what was decided while it was not. Nothing changes of a
+    series whose recorded set is the same, that is not stored, or that is being committed to just now (then
+    the next call finds it). Two statements, whatever the number of series. Returns the reopened gaps
+    per series, where there are any.
+    """
+    named: dict[str, Any] = {
+        "symbols": [one.symbol for one in eligible],
+        "timeframes": [one.timeframe.value for one in eligible],
+        "eligible": [",".join(sorted(names)) for names in eligible.values()],
+    }
+    ids = list(connection.scalars(sa.text(_CHANGED), named))
+    if not ids:
+        return {}
+    by_name = {(one.symbol, one.timeframe.value): one for one in eligible}
+    rows = connection.execute(sa.text(_REOPEN), named | {"ids": ids, "now": to_datetime(now)})
+    return {by_name[row.symbol, row.timeframe]: row.gaps for row in rows}
 
 
 # Leases and the outcome of a sync ------------------------------------------------------------------------

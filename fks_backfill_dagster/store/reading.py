@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
+import numpy as np
 import sqlalchemy as sa
+from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime, to_micros
 from fks_backfill_dagster.ledger.records import Known, LedgerGap
@@ -46,7 +49,7 @@ class SyncStatus:
 
 @dataclass(frozen=True, slots=True)
 class BatchInfo:
-    """One row of lineage."""
+    """One row of lineage. `host` is empty and `instrument` None where they were not kept yet."""
 
     id: int
     symbol: str
@@ -63,6 +66,9 @@ class BatchInfo:
     inserted: int
     updated: int
     undoes: int | None
+    host: str
+    instrument: str | None
+    published_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +78,23 @@ class Origin:
     provider: str
     transport: str
     candles: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredOrigins:
+    """Where each stored candle of a window comes from: columns of one length, ascending by `ts`.
+
+    `provider`: str. `instrument`: str, or None where the lineage does not name it. `as_of`: how new its values
+    are, in microseconds: when its archive was published, else when it was requested.
+    """
+
+    ts: Instants
+    provider: NDArray[np.object_]
+    instrument: NDArray[np.object_]
+    as_of: Instants
+
+    def __len__(self) -> int:
+        return len(self.ts)
 
 
 def read_candles(
@@ -192,6 +215,36 @@ def origins(database: Database, series: Series, window: TimeRange) -> list[Origi
             {"id": identity, "start": to_datetime(window.start), "end": to_datetime(window.end)},
         )
         return [Origin(row.provider, row.transport, row.candles) for row in rows]
+
+
+def stored_origins(connection: sa.Connection, series: Series, window: TimeRange) -> StoredOrigins:
+    """The origin of every stored candle that opens in `window`, in one query."""
+    with cursor_of(connection) as cursor:
+        rows = cursor.execute(
+            "SELECT b.provider, b.instrument, o.opens,"
+            "   CAST(extract(epoch FROM coalesce(b.published_at, b.fetched_at)) * 1000000 AS bigint)"
+            " FROM (SELECT c.batch_id, array_send(array_agg(c.ts)) AS opens"
+            f'   FROM fks."candles_{series.timeframe}" c JOIN fks.series s ON s.id = c.series_id'
+            "   WHERE s.symbol = %(symbol)s AND s.timeframe = %(timeframe)s"
+            "     AND c.ts >= %(start)s AND c.ts < %(end)s GROUP BY c.batch_id) o"
+            " JOIN fks.batch b ON b.id = o.batch_id",
+            {
+                "symbol": series.symbol,
+                "timeframe": series.timeframe.value,
+                "start": to_datetime(window.start),
+                "end": to_datetime(window.end),
+            },
+            binary=True,
+        ).fetchall()
+    opens = [copying.decode_array(row[2]) for row in rows]
+    lengths = [len(one) for one in opens]
+    ts = np.concatenate([np.empty(0, dtype=np.int64), *opens])
+    order = np.argsort(ts)
+
+    def column(position: int, kind: type) -> NDArray[Any]:
+        return np.repeat(np.array([row[position] for row in rows], dtype=kind), lengths)[order]
+
+    return StoredOrigins(ts[order], column(0, object), column(1, object), column(3, np.int64))
 
 
 def what_is_known(database: Database, series: Series, window: TimeRange) -> Known:

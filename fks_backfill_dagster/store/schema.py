@@ -24,6 +24,9 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TSTZMULTIRANGE
 from fks_backfill_dagster.domain.timeframe import Timeframe
 
 SCHEMA = "fks"
+
+# The transport of the lineage row of a response that does not hold stored candles any more.
+WITHDRAWAL = "withdrawal"
 metadata = sa.MetaData(schema=SCHEMA)
 
 _now = sa.text("now()")
@@ -35,8 +38,8 @@ def _series_id(*, primary_key: bool = False) -> sa.Column[int]:
     return sa.Column("series_id", sa.Integer, owner, primary_key=primary_key, nullable=False)
 
 
-def _prices() -> list[sa.Column[float]]:
-    return [sa.Column(name, sa.Double, nullable=False) for name in ("open", "high", "low", "close")]
+def _prices(*, nullable: bool = False) -> list[sa.Column[float]]:
+    return [sa.Column(name, sa.Double, nullable=nullable) for name in ("open", "high", "low", "close")]
 
 
 series = sa.Table(
@@ -48,7 +51,9 @@ series = sa.Table(
     sa.Column("asset_class", sa.Text, nullable=False),
     sa.Column("calendar", sa.Text, nullable=False),
     sa.Column("created_at", _instant, nullable=False, server_default=_now),
+    # The providers that can serve it, by name; NULL: not known yet. And until when others could.
     sa.Column("eligible", ARRAY(sa.Text)),
+    sa.Column("eligible_until", JSONB, nullable=False, server_default=sa.text("'{}'")),
     sa.UniqueConstraint("symbol", "timeframe"),
 )
 
@@ -82,13 +87,23 @@ batch = sa.Table(
     sa.Column("inserted", sa.Integer, nullable=False),
     sa.Column("updated", sa.Integer, nullable=False),
     sa.Column("undoes", sa.Integer, sa.ForeignKey("fks.batch.id", ondelete="CASCADE")),
-    sa.Column("host", sa.Text),
+    # Empty: from before hosts were kept.
+    sa.Column("host", sa.Text, nullable=False, server_default=sa.text("''")),
     sa.Column("instrument", sa.Text),
     sa.Column("published_at", _instant),
     sa.Index("batch_by_series", "series_id", "id"),
     sa.Index("batch_by_commit", "committed_at"),
     # Without it every deletion of a batch would look through all of them for its undo.
     sa.Index("batch_by_undone", "undoes", postgresql_where=sa.text("undoes IS NOT NULL")),
+    # Which hosts there are, and how far back each provider goes: a few look-ups, not a scan.
+    sa.Index("batch_by_host", "provider", "host", postgresql_where=sa.text("undoes IS NULL")),
+    sa.Index(
+        "batch_by_oldest",
+        "series_id",
+        "provider",
+        "range_start",
+        postgresql_where=sa.text(f"undoes IS NULL AND transport <> '{WITHDRAWAL}'"),
+    ),
 )
 
 revision = sa.Table(
@@ -98,7 +113,8 @@ revision = sa.Table(
     sa.Column("ts", _instant, primary_key=True),
     sa.Column("replaced_by", sa.Integer, sa.ForeignKey("fks.batch.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("batch_id", sa.Integer, nullable=False),
-    *_prices(),
+    # NULL: there was no candle before, or there is none after.
+    *_prices(nullable=True),
     sa.Column("volume", sa.Double),
     sa.Column("open_after", sa.Double),
     sa.Column("high_after", sa.Double),

@@ -16,13 +16,14 @@ import pytest
 
 from fks_backfill_dagster import read_candles
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.delivery import Delivery, Origin, Transport
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_micros
 from fks_backfill_dagster.reading import UnknownSeries
 from fks_backfill_dagster.simulator.config import instant
-from fks_backfill_dagster.store.commit import BatchWrite, Brought, commit_batch
+from fks_backfill_dagster.store.commit import BatchWrite, commit_batch
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.ledger import register
 from fks_backfill_dagster_tests.cli.conftest import Command
@@ -31,11 +32,16 @@ SERIES = Series("EUR/USD", Timeframe.D1, AssetClass.FOREX)
 COLUMNS = ["open", "high", "low", "close", "volume"]
 
 
+def delivered(provider: str, source: str, requested_at: int, candles: Candles) -> Delivery:
+    origin = Origin(provider, Transport.REST, source, "https://market.example", "X", requested_at)
+    return Delivery(candles, origin)
+
+
 def store(database: Database, candles: Candles) -> None:
     window = TimeRange(int(candles.ts[0]), int(candles.ts[-1]) + 1)
     with database.begin() as connection:
         identity = register(connection, SERIES)
-    brought = Brought("oanda", "rest", "/v3", None, instant("2024-03-01"), candles)
+    brought = delivered("oanda", "/v3", instant("2024-03-01"), candles)
     commit_batch(database, SERIES, identity, BatchWrite(window, (brought,)), grid_of(SERIES))
 
 
@@ -188,7 +194,7 @@ def test_a_long_export_is_written_in_blocks(
     candles = Candles(ts, price, price, price, price, np.ones(len(ts)))
     with database.begin() as connection:
         identity = register(connection, series)
-    brought = Brought("binance", "rest", "/api", None, window.end, candles)
+    brought = delivered("binance", "/api", window.end, candles)
     commit_batch(database, series, identity, BatchWrite(window, (brought,)), grid_of(series))
     assert fks("export", "BTC/USDT", "1m", "-o", "a.parquet").exit_code == 0
     file = pq.ParquetFile(tmp_path / "a.parquet")

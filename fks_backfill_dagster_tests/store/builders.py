@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.delivery import Delivery, Origin, RejectedRows, Transport
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import Series
@@ -20,9 +22,8 @@ from fks_backfill_dagster.store import ledger, reading
 from fks_backfill_dagster.store.auditing import examine
 from fks_backfill_dagster.store.commit import (
     BatchWrite,
-    Brought,
     Committed,
-    Refused,
+    Withdrawal,
     commit_batch,
     repair_series,
     undo_batch,
@@ -46,8 +47,29 @@ def candles_at(opens: Instants | Sequence[int], version: int = 0) -> Candles:
     return Candles(ts, low + 1, low + 3, low, low + 2, volume)
 
 
-def brought(candles: Candles, provider: str = "binance", source: str = "/api/v3/klines") -> Brought:
-    return Brought(provider, "rest", source, None, MIDNIGHT, candles)
+def origin_of(provider: str = "binance", source: str = "/api/v3/klines", **other: Any) -> Origin:
+    """A response at MIDNIGHT, as far as nothing else is given."""
+    given = {
+        "provider": provider,
+        "transport": Transport.REST,
+        "source": source,
+        "host": "https://market.example",
+        "instrument": "BTCUSDT",
+        "requested_at": MIDNIGHT,
+    }
+    return Origin(**(given | other))
+
+
+def brought(
+    candles: Candles, provider: str = "binance", source: str = "/api/v3/klines", **other: Any
+) -> Delivery:
+    return Delivery(candles, origin_of(provider, source, **other))
+
+
+def archive(candles: Candles, published_at: int, provider: str = "binance", **other: Any) -> Delivery:
+    """From a file that was published then."""
+    given = {"transport": Transport.ARCHIVE, "published_at": published_at, "sha256": "ab" * 32}
+    return brought(candles, provider, "/data/spot/daily/klines/x.zip", **(given | other))
 
 
 @dataclass(frozen=True)
@@ -86,11 +108,12 @@ class Shelf:
     def commit(
         self,
         window: TimeRange,
-        *deliveries: Brought,
-        refused: tuple[Refused, ...] = (),
+        *deliveries: Delivery,
+        refused: tuple[RejectedRows, ...] = (),
         evidence: tuple[Evidence, ...] = (),
+        withdrawn: tuple[Withdrawal, ...] = (),
     ) -> Committed:
-        write = BatchWrite(window, deliveries, refused, evidence, run_id="run")
+        write = BatchWrite(window, deliveries, refused, evidence, run_id="run", withdrawn=withdrawn)
         return commit_batch(self.database, self.series, self.identity, write, self.grid)
 
     def put(self, first: int, past: int, version: int = 0, provider: str = "binance") -> Committed:

@@ -14,11 +14,13 @@ import pytest
 import sqlalchemy as sa
 
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.delivery import RejectedRows
+from fks_backfill_dagster.domain.quality import Reason
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe, to_datetime
 from fks_backfill_dagster.ledger.records import Evidence
 from fks_backfill_dagster.store import ledger, reading
-from fks_backfill_dagster.store.commit import Committed, Refused, remove_series
+from fks_backfill_dagster.store.commit import Committed, remove_series
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import DatabaseFull, DatabaseUnavailable, StoreError
 from fks_backfill_dagster_tests.domain.builders import at, candles, window
@@ -30,6 +32,7 @@ from fks_backfill_dagster_tests.store.builders import (
     candles_at,
     execute,
     fetch,
+    origin_of,
 )
 from fks_backfill_dagster_tests.store.conftest import fresh
 
@@ -152,7 +155,7 @@ def test_an_explained_gap_stays_explained(hours: Shelf) -> None:
 def test_quarantine(hours: Shelf) -> None:
     """One row for one broken row, however often it comes; what is no number is NULL."""
     broken = candles((MIDNIGHT, np.nan, np.inf, 1.0, 2.0, np.nan), (MIDNIGHT, 1.0, 2.0, 3.0, 4.0, 5.0))
-    refused = Refused("binance", "/api/v3/klines", "not_finite", broken)
+    refused = RejectedRows.of(origin_of(), Reason.NOT_FINITE, broken)
     for _ in range(3):
         hours.commit(hours.span(0, 5), refused=(refused,))
     rows = "SELECT open, high, low, close, volume, seen, reason FROM fks.quarantine WHERE series_id = :id ORDER BY low"
@@ -199,7 +202,10 @@ def test_removing_a_series_leaves_nothing_of_it(shared: Database, hours: Shelf) 
     hours.put(0, 10)
     hours.put(0, 5, version=2)
     hours.undo(hours.batches()[0])
-    hours.commit(hours.span(20, 30), refused=(Refused("a", "b", "c", candles_at(hours.opens(20, 21))),))
+    hours.commit(
+        hours.span(20, 30),
+        refused=(RejectedRows.of(origin_of(), Reason.SPLICE, candles_at(hours.opens(20, 21))),),
+    )
     assert remove_series(shared, hours.series) == len(hours.opens(0, 10)) - 5
     for table in (*TABLES, "lease"):
         key = "id" if table == "series" else "series_id"
@@ -280,7 +286,7 @@ def test_a_failure_anywhere_takes_all_of_the_batch_back(database: Database) -> N
         return shelf.commit(
             shelf.span(4, 20),
             brought(candles_at(shelf.opens(4, 8), 2)),
-            refused=(Refused("binance", "/x", "high_low", candles_at(shelf.opens(9, 10))),),
+            refused=(RejectedRows.of(origin_of(), Reason.HIGH_LOW, candles_at(shelf.opens(9, 10))),),
         )
 
     before = everything(database)

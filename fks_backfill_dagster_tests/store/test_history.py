@@ -1,4 +1,4 @@
-"""Any sequence of commits and undos, against a model that keeps every version of every candle.
+"""Any sequence of commits, withdrawals and undos, against a model that keeps every version of every candle.
 
 After each step: candles, totals, ledger, corrections, what a plan would ask for, and an audit. At the end:
 `ohlcv_as_of` gives every state that ever was, at every moment that was remembered.
@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.ledger.gaps import find_gaps
 from fks_backfill_dagster.store import reading
-from fks_backfill_dagster.store.commit import Committed
+from fks_backfill_dagster.store.commit import Committed, Withdrawal
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at
+from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, origin_of
 from fks_backfill_dagster_tests.store.conftest import fresh
 
 CANDLES = 24
@@ -29,16 +29,21 @@ State = dict[int, int]  # the version of each stored candle
 
 @dataclass
 class Model:
-    """Per candle its versions, oldest first, as pairs (batch, version). Without one it is absent."""
+    """Per candle its states, oldest first, as pairs (batch, version); the version of a withdrawal is None.
 
-    versions: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    It is stored where the last one has a version. `provider` of each batch.
+    """
+
+    versions: dict[int, list[tuple[int, int | None]]] = field(default_factory=dict)
+    provider: dict[int, str] = field(default_factory=dict)
     synced: set[int] = field(default_factory=set)
     changes: int = 0
     undone: set[int] = field(default_factory=set)
     useful: set[int] = field(default_factory=set)
 
     def state(self) -> State:
-        return {n: kept[-1][1] for n, kept in sorted(self.versions.items()) if kept}
+        tops = {n: kept[-1][1] for n, kept in sorted(self.versions.items()) if kept}
+        return {n: version for n, version in tops.items() if version is not None}
 
     def commit(self, first: int, past: int, given: dict[int, int], version: int) -> Committed:
         """`given`: the batch that brings each candle."""
@@ -48,16 +53,34 @@ class Model:
             kept = self.versions.setdefault(n, [])
             if kept and kept[-1][1] == version:
                 continue
-            inserted, updated = inserted + (not kept), updated + bool(kept)
+            was_stored = bool(kept) and kept[-1][1] is not None
+            inserted, updated = inserted + (not was_stored), updated + was_stored
             kept.append((batch, version))
             self.useful.add(batch)
         self.changes += updated
         return Committed(inserted, updated, len(set(range(first, past)) - set(self.state())))
 
+    def withdraw(self, batch: int, opens: set[int], provider: str) -> int:
+        """Returns how many candles went: those that the provider delivered."""
+        gone = 0
+        for n in opens & set(self.state()):
+            kept = self.versions[n]
+            if self.provider[kept[-1][0]] == provider:
+                kept.append((batch, None))
+                self.useful.add(batch)
+                gone += 1
+        self.changes += gone
+        return gone
+
     def undo(self, batch: int) -> int:
         """Returns how many candles changed by it."""
-        changed = sum(1 for kept in self.versions.values() if kept and kept[-1][0] == batch)
-        self.versions = {n: [v for v in kept if v[0] != batch] for n, kept in self.versions.items()}
+        before = self.versions
+        self.versions = {n: [v for v in kept if v[0] != batch] for n, kept in before.items()}
+        changed = sum(
+            1
+            for n, kept in before.items()
+            if kept and kept[-1][0] == batch and not (kept[-1][1] is None and n not in self.state())
+        )
         self.changes += changed
         self.undone.add(batch)
         return changed
@@ -72,10 +95,27 @@ COMMIT = st.tuples(
     st.integers(1, 3),  # every n-th candle comes from the second provider
 )
 UNDO = st.tuples(st.just("undo"), st.integers(0, 20))
+WITHDRAW = st.tuples(
+    st.just("withdraw"),
+    st.sets(st.integers(0, CANDLES - 1), min_size=1, max_size=12),
+    st.sampled_from(["binance", "polygon"]),
+)
 
 
-@given(st.lists(COMMIT | UNDO, min_size=2, max_size=9))
-@settings(deadline=None, max_examples=25)
+@given(st.lists(COMMIT | WITHDRAW | UNDO, min_size=2, max_size=9))
+@example(
+    # What a withdrawal lies upon is undone, then a candle that came after it, then the withdrawal itself.
+    [
+        ("commit", 0, 4, set(), 0, 1),
+        ("withdraw", {1, 2}, "polygon"),
+        ("commit", 1, 2, set(), 2, 1),
+        ("undo", 1),
+        ("undo", 1),
+        ("withdraw", {1, 2}, "polygon"),
+        ("undo", 1),
+    ]
+)
+@settings(deadline=None, max_examples=40)
 def test_any_history(shared: Database, steps: list[tuple[object, ...]]) -> None:
     shelf, model = Shelf.of(shared, fresh("1h")), Model()
     remembered: list[tuple[datetime, State]] = [(shelf.now(), {})]
@@ -83,6 +123,8 @@ def test_any_history(shared: Database, steps: list[tuple[object, ...]]) -> None:
         match step:
             case ("commit", int(first), int(length), set(without), int(version), int(every)):
                 commit(shelf, model, number, first, min(first + length, CANDLES), without, version, every)
+            case ("withdraw", set(opens), str(provider)):
+                withdraw(shelf, model, number, opens, provider)
             case ("undo", int(which)):
                 undo(shelf, model, which)
         check(shelf, model)
@@ -109,6 +151,7 @@ def commit(
 ) -> None:
     opens = shelf.opens(0, CANDLES)
     origin = {n: 2 * number + (n % every == 0) for n in range(first, past) if n not in without}
+    model.provider |= {2 * number: "binance", 2 * number + 1: "polygon"}
     expected = model.commit(first, past, origin, version)
     deliveries = [
         brought(
@@ -117,6 +160,18 @@ def commit(
         for batch, name in ((2 * number, "binance"), (2 * number + 1, "polygon"))
     ]
     assert shelf.commit(shelf.span(first, past), *deliveries) == expected
+
+
+def withdraw(shelf: Shelf, model: Model, number: int, opens: set[int], provider: str) -> None:
+    """The response covers all that the opens span, so that this becomes synced."""
+    batch = 2 * number
+    first, past = min(opens), max(opens) + 1
+    gone = model.withdraw(batch, opens, provider)
+    model.synced |= set(range(first, past))
+    withdrawal = Withdrawal(origin_of(provider, f"model {batch}"), shelf.opens(0, CANDLES)[sorted(opens)])
+    done = shelf.commit(shelf.span(first, past), withdrawn=(withdrawal,))
+    missing = len(set(range(first, past)) - set(model.state()))
+    assert done == Committed(0, 0, missing, withdrawn=gone)
 
 
 def undo(shelf: Shelf, model: Model, which: int) -> None:

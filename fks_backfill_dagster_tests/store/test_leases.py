@@ -7,7 +7,7 @@ from dataclasses import replace
 from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.store import ledger, reading
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster_tests.store.builders import MIDNIGHT, Shelf, fetch
+from fks_backfill_dagster_tests.store.builders import MIDNIGHT, Shelf
 from fks_backfill_dagster_tests.store.conftest import fresh
 
 
@@ -74,17 +74,6 @@ def test_statuses_are_told_in_order(database: Database) -> None:
     assert found == [(s, t) for s in symbols for t in ("1m", "15m", "4h", "1w")]
     assert sorted((s.symbol, s.timeframe.value) for s in reading.stored_series(database)) == sorted(found)
     assert reading.sync_status(database, fresh("1h")) == []
-
-
-def test_a_listing_is_found_once(database: Database) -> None:
-    with database.begin() as connection:
-        assert ledger.listings(connection, "BTC/USDT") == {}
-        ledger.remember_listing(connection, "binance", "BTC/USDT", MIDNIGHT)
-        ledger.remember_listing(connection, "binance", "BTC/USDT", MIDNIGHT + 1)
-        ledger.remember_listing(connection, "polygon", "BTC/USDT", MIDNIGHT + 2)
-        ledger.remember_listing(connection, "binance", "ETH/USDT", MIDNIGHT + 3)
-        assert ledger.listings(connection, "BTC/USDT") == {"binance": MIDNIGHT, "polygon": MIDNIGHT + 2}
-    assert fetch(database, "SELECT count(*) FROM fks.listing") == [(3,)]
 
 
 def test_of_a_series_that_never_was(shared: Database, hours: Shelf) -> None:

@@ -112,10 +112,13 @@ def test_a_schema_of_the_past(empty_database_url: str) -> None:
         ):
             call()
     assert database.revision() == "0001"
-    shelf = Shelf.of(database, fresh("1h"))
+    execute(
+        database,
+        "INSERT INTO fks.series (symbol, timeframe, asset_class, calendar) VALUES ('OLD', '1h', 'crypto', 'XNYS')",
+    )
     database.upgrade()
     assert database.revision() == head
-    assert fetch(database, "SELECT id FROM fks.series") == [(shelf.identity,)]
+    assert fetch(database, "SELECT symbol FROM fks.series") == [("OLD",)]
     database.dispose()
 
 

@@ -1,0 +1,181 @@
+"""A database that 324a536 wrote (written_by_324a536/README.md) answers after an upgrade as it did before."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.timeframe import to_datetime
+from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store.auditing import examine
+from fks_backfill_dagster.store.commit import Committed, undo_batch
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.errors import SchemaTooOld
+from fks_backfill_dagster.store.ledger import series_id
+from fks_backfill_dagster_tests.domain.builders import at, window
+from fks_backfill_dagster_tests.store.builders import Shelf, archive, brought, fetch
+
+FIXTURE = Path(__file__).parent / "written_by_324a536"
+AS_OF = "SELECT * FROM fks.ohlcv_as_of(:symbol, :timeframe, '2000-01-01Z', '2030-01-01Z', :moment)"
+
+Answers = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def answers() -> Answers:
+    """What 324a536 returned: per table its columns and rows, and `as_of` per series and moment."""
+    found: Answers = json.loads(gzip.decompress((FIXTURE / "answers.json.gz").read_bytes()))
+    return found
+
+
+@pytest.fixture
+def old(empty_database_url: str) -> Iterator[Database]:
+    """The database as it was written: revision 0003."""
+    sql = gzip.decompress((FIXTURE / "database.sql.gz").read_bytes()).decode()
+    with psycopg.connect(empty_database_url) as connection:
+        connection.execute(sql.encode())
+    database = Database(empty_database_url)
+    yield database
+    database.dispose()
+
+
+@pytest.fixture
+def upgraded(old: Database) -> Database:
+    assert old.revision() == "0003"
+    with pytest.raises(SchemaTooOld, match="run `fks-backfill db upgrade`"):
+        old.check()
+    old.upgrade()
+    old.check()
+    return old
+
+
+def plain(rows: list[tuple[object, ...]]) -> list[list[object]]:
+    return sorted(
+        ([value.isoformat() if isinstance(value, datetime) else value for value in row] for row in rows),
+        key=str,
+    )
+
+
+def compare(database: Database, answers: Answers) -> None:
+    for name in answers.keys() - {"as_of"}:
+        columns, rows = answers[name]["columns"], answers[name]["rows"]
+        assert plain(fetch(database, f"SELECT {columns} FROM fks.{name}")) == sorted(rows, key=str), name
+    for then in answers["as_of"]:
+        named = {name: then[name] for name in ("symbol", "timeframe", "moment")}
+        assert plain(fetch(database, AS_OF, **named)) == sorted(then["rows"], key=str), named
+
+
+def shelf_of(database: Database, symbol: str) -> Shelf:
+    (series,) = [one for one in reading.stored_series(database) if one.symbol == symbol]
+    with database.begin() as connection:
+        identity = series_id(connection, series)
+    assert identity is not None
+    return Shelf(database, series, identity)
+
+
+def batches_of(database: Database, symbol: str) -> list[reading.BatchInfo]:
+    """Oldest first."""
+    return reading.batches(database, shelf_of(database, symbol).series)[::-1]
+
+
+def test_the_fixture_is_what_it_should_be(answers: Answers) -> None:
+    assert {row[5] for row in answers["gaps"]["rows"]} == {
+        "open",
+        "filled",
+        "no_trade",
+        "unavailable",
+        "tolerated",
+    }
+    assert {row[3] for row in answers["batch"]["rows"]} == {"rest", "archive", "derived", "undo"}
+    assert len(answers["ohlcv"]["rows"]) > 400
+    assert any("," in row[1] for row in answers["sync_state"]["rows"])  # coverage with a hole
+    assert {len(then["rows"]) for then in answers["as_of"]} >= {0, 21, 225, 285}
+
+
+def test_nothing_changes_by_an_upgrade(old: Database, upgraded: Database, answers: Answers) -> None:
+    """Candles, as_of, gaps, corrections, lineage, quarantine, coverage and listings."""
+    compare(upgraded, answers)
+
+
+def test_columns_of_the_views_are_added_at_the_end(upgraded: Database, answers: Answers) -> None:
+    for view in ("ohlcv", "sync_status", "gaps", "corrections"):
+        found = fetch(
+            upgraded,
+            "SELECT column_name FROM information_schema.columns"
+            f" WHERE table_schema = 'fks' AND table_name = '{view}' ORDER BY ordinal_position",
+        )
+        columns = answers[view]["columns"].split(", ")
+        assert [name for (name,) in found][: len(columns)] == columns
+
+
+def test_an_audit_finds_nothing(upgraded: Database) -> None:
+    series = reading.stored_series(upgraded)
+    assert len(series) == 5
+    for one in series:
+        found = examine(upgraded, one, grid_of(one), lambda: at("2024-06-02T00:00Z"))
+        assert found is not None
+        assert found.differences == ()
+
+
+def test_a_second_upgrade_changes_nothing(upgraded: Database, answers: Answers) -> None:
+    def all_of_it() -> dict[str, list[str]]:
+        tables = fetch(
+            upgraded,
+            "SELECT table_name FROM information_schema.tables"
+            " WHERE table_schema = 'fks' AND table_type = 'BASE TABLE'",
+        )
+        return {
+            str(name): sorted(str(row) for row in fetch(upgraded, f'SELECT t::text FROM fks."{name}" t'))
+            for (name,) in tables
+        }
+
+    before = all_of_it()
+    assert sum(len(rows) for rows in before.values()) > 500
+    upgraded.upgrade()
+    assert all_of_it() == before
+    compare(upgraded, answers)
+
+
+def test_an_archive_counts_as_published_by_its_name(upgraded: Database) -> None:
+    """Of old batches neither host nor instrument is known; the file's name holds its period."""
+    found = {(one.source.rpartition("/")[2], one.published_at) for one in batches_of(upgraded, "BTC/USDT")}
+    monthly, daily = "BTCUSDT-1m-2020-12.zip", "BTCUSDT-1m-2020-12-21.zip"
+    assert {pair for pair in found if pair[0] in (monthly, daily)} == {
+        (monthly, to_datetime(at("2020-12-02T00:00Z"))),
+        (daily, to_datetime(at("2020-12-22T00:00Z"))),
+    }
+    assert {published for name, published in found if not name.endswith(".zip")} == {None}
+    assert {(one.host, one.instrument) for one in reading.batches(upgraded)} == {("", None)}
+
+
+def test_an_older_publication_changes_no_old_candle(upgraded: Database) -> None:
+    """50 minutes came from a daily file in place of a monthly one: the monthly one does not come back."""
+    shelf = shelf_of(upgraded, "BTC/USDT")
+    minutes = window("2020-12-21T13:00Z", "2020-12-21T13:50Z")
+    stored = reading.read_candles(upgraded, shelf.series, minutes)
+    assert len(stored) == 50
+    other = replace(stored, high=stored.high + 1).take(slice(0, 40))
+    assert shelf.commit(minutes, archive(other, at("2020-12-02T00:00Z"))) == Committed(0, 0, 0, outdated=40)
+    assert reading.read_candles(upgraded, shelf.series, minutes).equals(stored)
+    assert shelf.commit(minutes, brought(other, requested_at=at("2024-06-02T00:00Z"))) == Committed(0, 40, 0)
+
+
+def test_an_old_batch_can_be_undone(upgraded: Database, answers: Answers) -> None:
+    shelf = shelf_of(upgraded, "AAPL")
+    correction = batches_of(upgraded, "AAPL")[-1]
+    done = undo_batch(upgraded, shelf.series, shelf.identity, correction.id, shelf.grid)
+    assert (done.inserted, done.updated) == (0, 3)
+    before = next(then for then in answers["as_of"] if then["symbol"] == "AAPL")
+    assert datetime.fromisoformat(before["moment"]) < correction.committed_at
+    now = fetch(upgraded, AS_OF, symbol="AAPL", timeframe="1d", moment=shelf.now())
+    assert plain(now) == sorted(before["rows"], key=str)
+    assert shelf.audit().differences == ()
