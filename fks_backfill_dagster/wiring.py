@@ -86,6 +86,7 @@ def make_context(
         tolerance=settings.validation.tolerance_pct,
         max_gap_minutes=settings.gap_detection.max_gap_minutes,
         circuit=circuit_for(options, database),
+        closed_dates=settings.closed,
         priority=settings.priority,
     )
 

@@ -34,6 +34,13 @@ _CALENDARS = TimeRange(*(int(np.datetime64(day, "us").astype(np.int64)) for day 
 """What calendars know."""
 
 
+def market_closures(series: Series, dates: Iterable[tuple[date, date]], window: TimeRange) -> RangeSet:
+    """Where the market of a series was closed within `window` though candles are expected: on `dates`, and on
+    the holidays of forex."""
+    found = closed_ranges(series, dates)
+    return found | forex_holidays(window) if series.asset_class is AssetClass.FOREX else found
+
+
 def closed_ranges(series: Series, dates: Iterable[tuple[date, date]]) -> RangeSet:
     """Where the expected candles lie that have no trade if nothing was traded on `dates` (first and last,
     inclusive): stretches from the open of a candle to the close of one. Days that follow each other, with

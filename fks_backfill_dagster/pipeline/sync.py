@@ -16,11 +16,13 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import cached_property
 
 import numpy as np
 
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.closures import market_closures
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
@@ -51,8 +53,8 @@ class Context:
     """What a sync works with; the faces make it once and hand it to every verb.
 
     `providers` by name; `clock` gives the present in microseconds; `priority` gives the providers of a series
-    by the settings, whichever ones a call may be limited to; `closed` where the market of a series was closed
-    within a window though candles are expected.
+    by the settings, whichever ones a call may be limited to; `closed_dates` those on which the market of a
+    series was closed though candles are expected: first and last of each stretch.
     """
 
     database: Database
@@ -64,7 +66,11 @@ class Context:
     max_gap_minutes: int = 5
     circuit: Circuit | None = None
     priority: Callable[[Series], Sequence[str]] = lambda series: ()
-    closed: Callable[[Series, TimeRange], RangeSet] = lambda series, window: RangeSet()
+    closed_dates: Callable[[Series], Sequence[tuple[date, date]]] = lambda series: ()
+
+    def closed(self, series: Series, window: TimeRange) -> RangeSet:
+        """Where the market of a series was closed within a window though candles are expected."""
+        return market_closures(series, self.closed_dates(series), window)
 
 
 @dataclass(frozen=True, slots=True)
