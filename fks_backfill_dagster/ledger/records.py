@@ -104,6 +104,10 @@ class LedgerGap:
         """The providers that have responded finally that they do not give its candles."""
         return frozenset(word.provider for word in self.evidence if word.final)
 
+    def confirmed(self) -> frozenset[str]:
+        """The providers that confirm the absence of its candles; see `Evidence`."""
+        return frozenset(item.provider for item in self.evidence if item.confirmed)
+
     def is_due(self, able: frozenset[str], now: int | None) -> bool:
         """See `Known.due`."""
         if self.status is GapStatus.FILLED:

@@ -83,7 +83,7 @@ class Rules:
         lacked = {item.provider for item in gap.evidence if item.outcome is Outcome.ABSENT}
         if (lacked | (self.eligible - gap.heard())) & self.strict:
             return 0
-        return len({item.provider for item in gap.evidence if item.confirmed})
+        return len(gap.confirmed())
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,8 +386,13 @@ def _earlier(one: int | None, other: int | None) -> int | None:
 
 
 def _neighbours(left: LedgerGap, right: LedgerGap, grid: Grid) -> bool:
-    """Of one kind, and no expected candle between them."""
+    """Of one kind, confirmed by the same providers, and no expected candle between them.
+
+    What is confirmed of one row must not become true of its neighbour, whose absence has another reason.
+    """
     if _kind(left.status) != _kind(right.status) or left.end > right.start:
+        return False
+    if left.confirmed() != right.confirmed():
         return False
     return grid.count(TimeRange(left.end, right.start)) == 0
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.grid import Grid, grid_of
-from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_DAY,
@@ -23,9 +23,10 @@ from fks_backfill_dagster.domain.timeframe import (
     Timeframe,
 )
 from fks_backfill_dagster.ledger.gaps import GapStatus
+from fks_backfill_dagster.ledger.no_trade import Absent, no_trade
 from fks_backfill_dagster.ledger.reconcile import Recorded, Seen, judge
-from fks_backfill_dagster.ledger.records import Evidence, LedgerGap
-from fks_backfill_dagster.ledger.settle import LONGEST_PAUSE, Findings, Settlement, settle
+from fks_backfill_dagster.ledger.records import Evidence, LedgerGap, Outcome
+from fks_backfill_dagster.ledger.settle import Response, Rules, Settlement, settle
 from fks_backfill_dagster_tests.domain.builders import at, grid, window
 
 HALF_HOUR = 30 * MICROS_PER_MINUTE
@@ -36,57 +37,70 @@ CANDLES = 40
 FROM = at("2023-11-22T15:00Z")
 
 
+Asked = dict[str, tuple[int, bool]]
+"""When each provider responded last that it lacks a candle, and whether that is confirmed."""
+
+
 @dataclass
 class Hole:
     """What the slow ledger knows of one missing candle."""
 
     status: GapStatus
     attempts: int
-    asked: dict[str, int]
+    asked: Asked
     found_at: int
     due: int | None = None
 
     @property
-    def kin(self) -> GapStatus:
+    def kin(self) -> tuple[GapStatus, frozenset[str]]:
         """Equal for neighbours that belong to one row."""
-        return GapStatus.UNAVAILABLE if self.status == GapStatus.TOLERATED else self.status
+        tolerated = self.status == GapStatus.TOLERATED
+        sure = frozenset(name for name, (_, confirmed) in self.asked.items() if confirmed)
+        return (GapStatus.UNAVAILABLE if tolerated else self.status, sure)
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One window asked for: who answered (None: nobody was asked), and what is known besides."""
+    """One window requested: the provider that responded (None: none was requested), and what is known besides.
+
+    `confirmed`: the candles whose absence it confirms.
+    """
 
     window: TimeRange
     delivered: set[int]
     provider: str | None
-    quiet: set[int]
-    able: frozenset[str]
+    confirmed: set[int]
+    eligible: frozenset[str]
     tolerated: int
     now: int
 
-    def state(self, asked: dict[str, int], ts: int) -> GapStatus:
-        if ts in self.quiet:
-            return GapStatus.NO_TRADE
-        return GapStatus.UNAVAILABLE if self.able and self.able <= set(asked) else GapStatus.OPEN
+    def requested(self, hole: Hole) -> bool:
+        return any(when == self.now for when, _ in hole.asked.values())
+
+    def state(self, hole: Hole) -> GapStatus:
+        """Of a candle that is no no-trade interval."""
+        exhausted = bool(self.eligible) and self.eligible <= set(hole.asked)
+        return GapStatus.UNAVAILABLE if exhausted else GapStatus.OPEN
 
     def waits(self, hole: Hole) -> bool:
-        """Somebody was asked: not for this, though its time had come, or not by everybody."""
+        """A provider was requested: not for this, though its time had come, or not every provider."""
         if self.provider is None or hole.status is GapStatus.NO_TRADE:
             return False
-        if self.now in hole.asked.values():
-            return not self.able <= set(hole.asked)
+        if self.requested(hole):
+            return not self.eligible <= set(hole.asked)
         never = hole.status is GapStatus.OPEN and hole.due is None
-        return never or (hole.due or self.now + 1) <= self.now or not self.able <= set(hole.asked)
+        return never or (hole.due or self.now + 1) <= self.now or not self.eligible <= set(hole.asked)
 
 
 @dataclass
 class Slow:
-    """Every candle by itself: absent from `known` if never asked for, None if stored, else a Hole."""
+    """Every candle by itself: absent from `known` if never requested, None if stored, else a Hole."""
 
     opens: list[int]
+    grid: Grid
     known: dict[int, Hole | None] = field(default_factory=dict)
     cuts: set[int] = field(default_factory=set)
-    """Where a row begins though the hole before it is of its kind: one of them still waits to be asked for."""
+    """Where a row begins though the hole before it is of its kind: one of them still waits to be requested."""
 
     def ask(self, ask: Ask) -> set[int]:
         """Returns which holes were filled."""
@@ -109,8 +123,11 @@ class Slow:
             hole = hole or Hole(GapStatus.OPEN, 0, {}, ask.now)
             self.known[ts] = hole
             if ask.provider is not None:
-                asked = hole.asked | {ask.provider: ask.now}
-                self.known[ts] = Hole(ask.state(asked, ts), hole.attempts + 1, asked, hole.found_at)
+                asked = hole.asked | {ask.provider: (ask.now, ts in ask.confirmed)}
+                self.known[ts] = Hole(GapStatus.OPEN, hole.attempts + 1, asked, hole.found_at)
+                self.hole(ts).status = ask.state(self.hole(ts))
+        if ask.eligible:
+            touched |= self.decide(ask)
         for before, ts in itertools.pairwise(self.opens):
             if touched & {before, ts}:
                 self.cuts.discard(ts)
@@ -121,19 +138,45 @@ class Slow:
             self.settle(run, ask)
         return filled
 
+    def decide(self, ask: Ask) -> set[int]:
+        """Which holes are no-trade intervals, by the one rule (test_no_trade.py), of all that is known; the
+        candles of rows that have changed."""
+        holes = [ts for ts in self.opens if self.known.get(ts)]
+        sure = [sum(confirmed for _, confirmed in self.hole(ts).asked.values()) for ts in holes]
+        absent = Absent(
+            np.array(holes, dtype=np.int64),
+            np.array(sure, dtype=np.int64) > 0,
+            np.array(sure, dtype=np.int64) > 1,
+            np.zeros(len(holes), dtype=bool),
+        )
+        known = [TimeRange(ts, int(self.grid.closes(np.array([ts]))[0])) for ts in self.known]
+        mask = no_trade(absent, RangeSet(known), self.grid, RangeSet())
+        before = {run[0]: [self.hole(ts).status for ts in run] for run in self.runs()}
+        rows = self.runs()
+        for ts, quiet in zip(holes, mask.tolist(), strict=True):
+            hole = self.hole(ts)
+            if quiet:
+                hole.status, hole.due = GapStatus.NO_TRADE, None
+            elif hole.status is GapStatus.NO_TRADE:
+                hole.status, hole.due = ask.state(hole), None
+        changed = [run for run in rows if [self.hole(ts).status for ts in run] != before[run[0]]]
+        return {ts for run in changed for ts in run}
+
     def settle(self, run: list[int], ask: Ask) -> None:
         """One outage, one row: its candles share what is known, and its length decides what it is."""
         holes = [self.hole(ts) for ts in run]
-        asked: dict[str, int] = {}
+        asked: Asked = {}
         for hole in holes:
-            for name, when in hole.asked.items():
-                asked[name] = max(when, asked.get(name, when))
+            for name, (when, confirmed) in hole.asked.items():
+                if when >= asked.get(name, (0, False))[0]:
+                    asked[name] = (when, confirmed)
         attempts = max(hole.attempts for hole in holes)
         found_at = min(h.found_at for h in holes)
         dues = [h.due for h in holes if h.due is not None and h.found_at == found_at]
         due = min(dues, default=None)
         status = holes[0].status
-        if status is not GapStatus.NO_TRADE and ask.now in asked.values():
+        last = max((when for when, _ in asked.values()), default=0)
+        if status is not GapStatus.NO_TRADE and asked and last == ask.now:
             rest = min(max(5 * MICROS_PER_MINUTE, ask.now - found_at), MICROS_PER_DAY)
             short = False
             if status is not GapStatus.OPEN:
@@ -141,6 +184,10 @@ class Slow:
                 status = GapStatus.TOLERATED if short else GapStatus.UNAVAILABLE
                 rest = min(max(MICROS_PER_HOUR, ask.now - found_at), 30 * MICROS_PER_DAY)
             due = None if short else min(*dues, ask.now + rest) if dues else ask.now + rest
+        elif status is GapStatus.UNAVAILABLE and due is None:  # a no-trade interval until now
+            short = len(run) <= ask.tolerated
+            status = GapStatus.TOLERATED if short else status
+            due = None if short else last + MICROS_PER_HOUR
         for hole in holes:
             hole.status, hole.asked, hole.attempts, hole.due = status, asked, attempts, due
             hole.found_at = found_at
@@ -163,7 +210,7 @@ class Slow:
         return runs
 
 
-Row = tuple[int, int, int, GapStatus, int, dict[str, int], int | None, int | None]
+Row = tuple[int, int, int, GapStatus, int, Asked, int | None, int | None]
 
 
 def slow_rows(slow: Slow, grid: Grid) -> list[Row]:
@@ -183,19 +230,12 @@ def rows_of(ledger: Sequence[LedgerGap]) -> list[Row]:
             g.missing,
             g.status,
             g.attempts,
-            {e.provider: e.asked_at for e in g.evidence},
+            {e.provider: (e.asked_at, e.confirmed) for e in g.evidence},
             g.found_at,
             g.next_attempt_at,
         )
         for g in ledger
     ]
-
-
-def around(ledger: Sequence[LedgerGap], window: TimeRange) -> list[LedgerGap]:
-    """The rows that overlap the window and the nearest on either side."""
-    left = [g for g in ledger if g.end <= window.start][-1:]
-    right = [g for g in ledger if g.start >= window.end][:1]
-    return [*left, *(g for g in ledger if g.start < window.end and g.end > window.start), *right]
 
 
 def audited(ledger: Sequence[LedgerGap], synced: RangeSet, stored: list[int], grid: Grid) -> None:
@@ -208,15 +248,28 @@ def audited(ledger: Sequence[LedgerGap], synced: RangeSet, stored: list[int], gr
     assert (found.differences, found.removed, found.added) == ((), (), ())
 
 
+def responded(
+    provider: str, now: int, missing: Instants, confirmed: Instants | None = None
+) -> list[Response]:
+    """A provider lacks all that is missing, and confirms it of some."""
+    sure = np.empty(0, dtype=np.int64) if confirmed is None else confirmed
+    return [
+        Response(Evidence(provider, now, Outcome.ABSENT), np.setdiff1d(missing, sure)),
+        Response(Evidence(provider, now, Outcome.ABSENT, confirmed=True), sure),
+    ]
+
+
 STEP = st.tuples(
     st.integers(0, CANDLES),  # a window from this open ...
     st.integers(0, CANDLES),  # ... to that one,
     st.integers(-2, 2),  # its edges moved by so many half hours,
     st.integers(-2, 2),
-    st.sets(st.integers(0, CANDLES - 1)) | st.just(set(range(CANDLES))),  # candles brought
-    st.sampled_from([None, "binance", "polygon"]),  # who was asked
-    st.sets(st.integers(0, CANDLES - 1), max_size=5),  # candles that were quiet
-    st.sampled_from([frozenset(), frozenset({"binance"}), frozenset({"binance", "polygon"})]),  # who is able
+    st.sets(st.integers(0, CANDLES - 1)) | st.just(set(range(CANDLES))),  # candles delivered
+    st.sampled_from([None, "binance", "polygon"]),  # which provider responded
+    st.sets(st.integers(0, CANDLES - 1)) | st.just(set(range(CANDLES))),  # candles whose absence is confirmed
+    st.sampled_from(
+        [frozenset(), frozenset({"binance"}), frozenset({"binance", "polygon"})]
+    ),  # which are eligible
     st.integers(0, 3),  # how many may be lacking
     st.sampled_from([1, 7, 61, 3_000, 90_000]).map(lambda n: n * MICROS_PER_MINUTE),  # how much later
 )
@@ -227,11 +280,11 @@ STEP = st.tuples(
 def test_any_history_gives_the_slow_ledger(grid: Grid, steps: list[tuple[Any, ...]]) -> None:
     opens = grid.opens(TimeRange(FROM, FROM + 60 * 24 * MICROS_PER_HOUR))[:CANDLES].tolist()
     edges = [*opens, opens[-1] + MICROS_PER_HOUR]
-    slow = Slow(opens)
+    slow = Slow(opens, grid)
     ledger: list[LedgerGap] = []
     synced = RangeSet()
     now = 0
-    for first, past, before, after, given_, provider, silent, able, tolerated, later in steps:
+    for first, past, before, after, given_, provider, silent, eligible, tolerated, later in steps:
         now += later
         start, end = sorted([edges[first] + before * HALF_HOUR, edges[past] + after * HALF_HOUR])
         asked = TimeRange(*(min(max(edge, opens[0]), edges[-1]) for edge in (start, end)))
@@ -242,14 +295,14 @@ def test_any_history_gives_the_slow_ledger(grid: Grid, steps: list[tuple[Any, ..
         absent = [ts for ts in inside if not (ts in slow.known and slow.known[ts] is None)]
         missing = np.array(sorted(set(absent) - delivered), dtype=np.int64)
         stored = np.array(sorted(delivered), dtype=np.int64)
-        evidence = (Evidence(provider, now, "absent"),) if provider else ()
+        sure = {opens[n] for n in silent}
+        confirmed = np.array(sorted(sure & set(missing.tolist())), dtype=np.int64)
+        rules = Rules(eligible=eligible, tolerated=tolerated)
 
-        quiet = {opens[n] for n in silent}
-        findings = Findings(quiet=np.array(sorted(quiet), dtype=np.int64), able=able, tolerated=tolerated)
+        responses = responded(provider, now, missing, confirmed) if provider else []
+        change = settle(ledger, asked, missing, stored, responses, grid, synced, rules)
 
-        change = settle(around(ledger, asked), asked, missing, stored, evidence, grid, findings)
-
-        filled_then = slow.ask(Ask(asked, delivered, provider, quiet, able, tolerated, now))
+        filled_then = slow.ask(Ask(asked, delivered, provider, sure, eligible, tolerated, now))
         assert len(set(change.removed)) == len(change.removed)
         assert set(change.removed) <= {g.start for g in ledger}
         added = [replace(g, found_at=now if g.found_at is None else g.found_at) for g in change.added]
@@ -273,8 +326,8 @@ def test_an_outage_that_two_batches_saw_is_one_gap() -> None:
         window("2024-01-06T00:00Z", "2024-01-09T00:00Z"),
     )
     nothing = np.empty(0, dtype=np.int64)
-    first = settle([], friday, hours.opens(friday)[-2:], nothing, (), hours).added
-    second = settle(first, monday, hours.opens(monday)[:1], nothing, (), hours)
+    first = settle([], friday, hours.opens(friday)[-2:], nothing, (), hours, RangeSet()).added
+    second = settle(first, monday, hours.opens(monday)[:1], nothing, (), hours, RangeSet([friday]))
     assert second.removed == (first[0].start,)
     assert [(g.start, g.end, g.missing) for g in second.added] == [
         (at("2024-01-05T19:00Z"), at("2024-01-08T15:00Z"), 3)
@@ -283,19 +336,15 @@ def test_an_outage_that_two_batches_saw_is_one_gap() -> None:
 
 # When a gap is asked for again ---------------------------------------------------------------------------
 
-EVERYBODY = Findings(able=frozenset({"binance"}))
-
-
-def absent(now: int) -> tuple[Evidence, ...]:
-    return (Evidence("binance", now, "absent"),)
+EVERYBODY = Rules(eligible=frozenset({"binance"}))
 
 
 def in_vain(ledger: Sequence[LedgerGap], asked: TimeRange, now: int) -> list[LedgerGap]:
     """The rows after `asked` was asked for and nobody had it."""
     nothing = np.empty(0, dtype=np.int64)
-    change = settle(
-        around(ledger, asked), asked, CRYPTO.opens(asked), nothing, absent(now), CRYPTO, EVERYBODY
-    )
+    missing = CRYPTO.opens(asked)
+    responses = responded("binance", now, missing)
+    change = settle(ledger, asked, missing, nothing, responses, CRYPTO, RangeSet([asked]), EVERYBODY)
     kept = [g for g in ledger if g.start not in change.removed]
     return sorted([*kept, *change.added], key=lambda g: g.start)
 
@@ -340,16 +389,8 @@ def test_a_window_without_a_candle_changes_nothing(series: str, asked: TimeRange
     hours, nothing = grid(series, "1h"), np.empty(0, dtype=np.int64)
     whole = window("2024-01-05T20:00Z", "2024-01-08T15:00Z")
     row = LedgerGap(whole.start, whole.end, hours.count(whole), GapStatus.NO_TRADE, 1)
-    assert settle([row], asked, nothing, nothing, (Evidence("a", 1, "absent"),), hours) == Settlement((), ())
-
-
-@pytest.mark.parametrize("calendar", ["XSHG", "XNZE", "XNYS"])
-@pytest.mark.parametrize("timeframe", ["1d", "1w"])
-def test_no_exchange_is_closed_for_longer(calendar: str, timeframe: str) -> None:
-    """The longest closures that exchange-calendars knows."""
-    opens = grid("stocks", timeframe, calendar).opens(window("1986-01-01T00:00Z", "2026-01-01T00:00Z"))
-    assert len(opens) > 1000
-    assert np.diff(opens).max() < LONGEST_PAUSE
+    responses = responded("a", 1, nothing)
+    assert settle([row], asked, nothing, nothing, responses, hours, RangeSet([whole])) == Settlement((), ())
 
 
 def test_a_giant_gap_is_filled_month_by_month_in_no_time() -> None:
@@ -362,7 +403,7 @@ def test_a_giant_gap_is_filled_month_by_month_in_no_time() -> None:
     for month in itertools.starmap(TimeRange, itertools.pairwise(months)):
         stored = minutes.opens(month)
         begun = time.process_time()
-        change = settle(around(ledger, month), month, nothing, stored, (), minutes)
+        change = settle(ledger, month, nothing, stored, (), minutes, RangeSet([whole]))
         slowest = max(slowest, time.process_time() - begun)
         ledger = [g for g in change.added if g.status != GapStatus.FILLED]
         assert sum(g.missing for g in ledger) == minutes.count(TimeRange(month.end, whole.end))
@@ -372,15 +413,103 @@ def test_a_giant_gap_is_filled_month_by_month_in_no_time() -> None:
 @pytest.mark.parametrize(
     ("outcome", "status"),
     [
-        ("refused", GapStatus.NO_TRADE),  # the interval lies beyond its depth, say
-        ("absent", GapStatus.UNAVAILABLE),
-        ("error", GapStatus.OPEN),
+        (Outcome.REFUSED, GapStatus.NO_TRADE),  # the interval lies beyond its depth, say
+        (Outcome.ABSENT, GapStatus.UNAVAILABLE),
+        (Outcome.ERROR, GapStatus.OPEN),
     ],
 )
-def test_who_gives_every_interval_decides_what_was_quiet(outcome: str, status: GapStatus) -> None:
-    hours, day = grid("crypto", "1h"), window("2024-01-05T00:00Z", "2024-01-06T00:00Z")
-    quiet, able = hours.opens(day)[5:7], frozenset({"polygon", "yfinance"})
-    words = (Evidence("polygon", 1, "absent"), Evidence("yfinance", 1, outcome))
-    findings = Findings(quiet=quiet, strict=frozenset({"yfinance"}), able=able)
-    (row,) = settle([], day, quiet, hours.opens(day)[:0], words, hours, findings).added
-    assert row.status is status
+def test_a_provider_that_gives_every_interval_decides(outcome: Outcome, status: GapStatus) -> None:
+    hours, days = grid("crypto", "1h"), window("2024-01-01T00:00Z", "2024-01-11T00:00Z")
+    opens = hours.opens(days)
+    missing, stored = opens[5:235:7], np.empty(0, dtype=np.int64)
+    responses = [
+        Response(Evidence("polygon", 1, Outcome.ABSENT, confirmed=True), missing),
+        Response(Evidence("yfinance", 1, outcome), missing),
+    ]
+    rules = Rules(strict=frozenset({"yfinance"}), eligible=frozenset({"polygon", "yfinance"}))
+    rows = settle([], days, missing, stored, responses, hours, RangeSet(), rules).added
+    assert {row.status for row in rows} == {status}
+    assert len(rows) == len(missing)
+
+
+# No-trade intervals ---------------------------------------------------------------------------------------
+
+MINUTES = grid("stocks", "1m")
+POLYGON = Rules(eligible=frozenset({"polygon"}))
+
+
+def settled(
+    order: Sequence[TimeRange], missing: Instants, rules: Rules = POLYGON, ledger: Sequence[LedgerGap] = ()
+) -> list[LedgerGap]:
+    """The ledger after these windows were requested of Polygon, which confirms all that is missing."""
+    nothing, synced = np.empty(0, dtype=np.int64), RangeSet()
+    rows = list(ledger)
+    for now, asked in enumerate(order):
+        mine = missing[(missing >= asked.start) & (missing < asked.end)]
+        change = settle(
+            rows, asked, mine, nothing, responded("polygon", 1 + now, mine, mine), MINUTES, synced, rules
+        )
+        rows = [g for g in rows if g.start not in change.removed]
+        rows = sorted([*rows, *change.added], key=lambda g: g.start)
+        synced = synced | RangeSet([asked])
+    return rows
+
+
+def opens_of(rows: Sequence[LedgerGap], status: GapStatus) -> list[int]:
+    return [
+        ts for g in rows if g.status is status for ts in MINUTES.opens(TimeRange(g.start, g.end)).tolist()
+    ]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    share=st.sampled_from([0.02, 0.2, 0.5]),
+    hole=st.tuples(st.integers(1, 3000), st.integers(1, 500)),
+    cuts=st.lists(st.integers(1, 20), max_size=6, unique=True),
+    seed=st.integers(0, 2**32),
+    shuffled=st.randoms(),
+)
+def test_neither_batches_nor_their_order_decide(
+    share: float, hole: tuple[int, int], cuts: list[int], seed: int, shuffled: Any
+) -> None:
+    """Any cut of a month into windows, requested in any order, ends with the same no-trade intervals."""
+    month = window("2024-03-01T00:00Z", "2024-04-01T00:00Z")
+    opens = MINUTES.opens(month)
+    gone = np.random.default_rng(seed).random(len(opens)) < share
+    gone[hole[0] : sum(hole)] = True
+    missing = opens[gone]
+    edges = [
+        month.start,
+        *(month.start + n * MICROS_PER_DAY + 15 * MICROS_PER_HOUR for n in sorted(cuts)),
+        month.end,
+    ]
+    parts = [TimeRange(*pair) for pair in itertools.pairwise(edges)]
+    shuffled.shuffle(parts)
+    whole, pieces = settled([month], missing), settled(parts, missing)
+    for status in (GapStatus.NO_TRADE, GapStatus.UNAVAILABLE):
+        assert opens_of(pieces, status) == opens_of(whole, status)
+
+
+def test_a_closed_day_explains_a_session_and_nothing_beside_it() -> None:
+    month = window("2024-03-01T00:00Z", "2024-04-01T00:00Z")
+    opens = MINUTES.opens(month)
+    day = (opens >= at("2024-03-13T00:00Z")) & (opens < at("2024-03-14T00:00Z"))
+    missing = np.union1d(opens[day], opens[np.flatnonzero(day)[-1] + 1 :][:30])
+    closed = RangeSet([window("2024-03-13T00:00Z", "2024-03-14T00:00Z")])
+    rows = settled([month], missing, Rules(eligible=frozenset({"polygon"}), closed=closed))
+    assert [(g.missing, g.status) for g in rows] == [(390, GapStatus.NO_TRADE), (30, GapStatus.UNAVAILABLE)]
+
+
+def test_what_an_earlier_version_called_no_trade_stays_until_it_is_requested() -> None:
+    month = window("2024-03-01T00:00Z", "2024-03-21T00:00Z")
+    later = window("2024-03-21T00:00Z", "2024-04-01T00:00Z")
+    opens = MINUTES.opens(month)
+    hole = opens[-200:-100]
+    old = Evidence("polygon", 0, Outcome.ABSENT)
+    row = LedgerGap(int(hole[0]), int(hole[-1]) + MICROS_PER_MINUTE, 100, GapStatus.NO_TRADE, 1, (old,), 0)
+    nothing = np.empty(0, dtype=np.int64)
+    change = settle([row], later, nothing, nothing, (), MINUTES, RangeSet([month]), POLYGON)
+    assert change == Settlement((), ())
+    responses = responded("polygon", 5, hole, hole)
+    (now,) = settle([row], month, hole, nothing, responses, MINUTES, RangeSet([month]), POLYGON).added
+    assert (now.status, now.missing, now.attempts) == (GapStatus.UNAVAILABLE, 100, 2)
