@@ -455,7 +455,7 @@ def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
 @click.argument("batch_id", metavar="ID", type=click.IntRange(1, 2**31 - 1))
 @json_option
 def undo(batch_id: int, as_json: bool) -> int:
-    """Take back what a batch brought: insertions go, corrections give way to the values before.
+    """Take back a batch: insertions go, corrections give way to the values before, withdrawn candles return.
 
     The undo is a batch of its own. What goes becomes an open gap, so the next backfill asks for it.
     """

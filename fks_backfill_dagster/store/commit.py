@@ -117,13 +117,10 @@ def commit_batch(
         if len(gone):
             _recount(connection, identity, series, -len(gone))
         changed = updated | gone_by
-        _drop_idle(connection, [b for b in (*batch_ids, *gone_by) if not (b in inserted or changed.get(b))])
-        _stamp(
-            connection,
-            [b for b in (*batch_ids, *gone_by) if b in inserted or changed.get(b)],
-            inserted,
-            changed,
-        )
+        opened = [*batch_ids, *gone_by]
+        useful = [batch for batch in opened if inserted.get(batch) or changed.get(batch)]
+        _drop_idle(connection, [batch for batch in opened if batch not in useful])
+        _stamp(connection, useful, inserted, changed)
         return Committed(
             sum(inserted.values()), sum(updated.values()), len(missing), sum(outdated.values()), len(gone)
         )

@@ -61,19 +61,21 @@ def check(
 
     `in_use`: the providers that would be requested, by name. `is_documented` takes a provider and a host. All
     custom hosts are one kind (a simulator takes a new port at each start), and candles from before hosts were
-    kept count as documented.
+    kept count as documented. Settings that name both kinds (one provider behind a proxy) are a choice of their
+    own: they go on as they began, as long as each provider stays with its kind.
     """
-    custom, documented = {}, set()
+    custom: dict[str, str] = {}
+    documented: dict[str, str] = {}
     for name, found in hosts(database).items():
         strange = {host for host in found if host != UNKNOWN and not is_documented(name, host)}
         if strange:
             custom[name] = min(strange)
         if found - strange:
-            documented.add(name)
+            documented[name] = max(found - strange) or "before hosts were kept (which count as documented)"
     for name, used in in_use.items():
         if used.is_custom and (name in documented or (documented and not custom)):
             holder = name if name in documented else min(documented)
-            raise _mixed(f"candles of {holder} from its documented host", name, used.host)
+            raise _mixed(f"candles of {holder} from {documented[holder]}", name, used.host)
     keeps_custom = any(used.is_custom for used in in_use.values())
     for name, used in in_use.items():
         if not used.is_custom and (name in custom or (custom and not documented and not keeps_custom)):

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from fks_backfill_dagster import wiring
+from fks_backfill_dagster.domain.delivery import Delivery, Origin, Transport
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.providers import registry
 from fks_backfill_dagster.providers.http import RequestPool
 from fks_backfill_dagster.settings import load_settings
+from fks_backfill_dagster.store.commit import BatchWrite, commit_batch
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.errors import MixedSources
+from fks_backfill_dagster.store.ledger import register
+from fks_backfill_dagster_tests.domain.builders import flat
 
 LOCAL = "http://127.0.0.1:1/binance"
 
@@ -76,6 +87,92 @@ def test_a_database_gets_its_schema_on_first_use(
     before = Database(empty_database_url)
     assert before.revision() is not None
     before.dispose()
+
+
+@pytest.mark.parametrize(
+    ("provider", "url", "documented"),
+    [
+        ("binance", "https://api.binance.com", True),
+        ("binance", "https://API.binance.com:443/", True),
+        ("binance", "https://data.binance.vision", True),
+        ("binance", "https://api3.binance.com", True),
+        ("binance", "https://data-api.binance.vision", True),
+        ("binance", "https://testnet.binance.vision", False),
+        ("binance", "https://api.binance.us", False),
+        ("binance", "https://api.binance.com.example.org", False),
+        ("binance", "https://api.polygon.io", False),
+        ("polygon", "https://api.polygon.io", True),
+        ("polygon", "https://api.massive.com", True),
+        ("oanda", "https://api-fxtrade.oanda.com", True),
+        ("coingecko", "https://pro-api.coingecko.com", True),
+        ("yfinance", "https://query1.finance.yahoo.com", True),
+        ("alphavantage", "http://127.0.0.1:8765", False),
+        ("other", "https://api.binance.com", False),
+    ],
+)
+def test_documented_hosts(provider: str, url: str, documented: bool) -> None:
+    assert wiring.is_documented_host(provider, url) is documented
+
+
+def test_the_default_of_every_provider_is_documented() -> None:
+    for name, registered in registry.BUILT.items():
+        assert wiring.is_documented_host(name, registered.base_url)
+
+
+@pytest.fixture
+def refuse(database: Database) -> Iterator[Callable[[], None]]:
+    """The check of the settings as they are, against the database."""
+    pool = RequestPool(1)
+
+    def run() -> None:
+        loaded = load_settings()
+        providers = wiring.build_providers(loaded, pool)
+        wiring.refuse_mixed_sources(loaded, database, providers, wiring.enabled_options(loaded))
+
+    yield run
+    pool.close()
+
+
+def store(database: Database, host: str) -> None:
+    series = Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)
+    grid, window = grid_of(series), TimeRange(0, 10 * Timeframe.H1.micros)
+    with database.begin() as connection:
+        identity = register(connection, series)
+    origin = Origin("binance", Transport.REST, "/api/v3/klines", host, "BTCUSDT", window.end)
+    write = BatchWrite(window, (Delivery(flat(grid.opens(window)), origin),))
+    commit_batch(database, series, identity, write, grid)
+
+
+def test_a_local_market_is_not_mixed_into_real_candles(
+    settings: Path, database: Database, refuse: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment that `simulate` prints, in the shell of a real database; of any provider that has its key."""
+    store(database, "https://api.binance.com")
+    refuse()
+    monkeypatch.setenv("FKS_PROVIDERS__POLYGON__BASE_URL", "http://127.0.0.1:1/polygon")
+    refuse()  # without its key it is not requested
+    monkeypatch.setenv("POLYGON_API_KEY", "any")
+    with pytest.raises(MixedSources, match=r"request polygon from http://127.0.0.1:1: "):
+        refuse()
+    monkeypatch.setenv("FKS_PROVIDERS__POLYGON__ENABLED", "false")
+    refuse()
+    monkeypatch.setenv("FKS_PROVIDERS__BINANCE__BASE_URL", LOCAL)
+    with pytest.raises(MixedSources, match=r"request binance from http://127.0.0.1:1: "):
+        refuse()
+    monkeypatch.delenv("FKS_PROVIDERS__BINANCE__BASE_URL")
+    monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ARCHIVE_URL", "http://127.0.0.1:1/archive")
+    with pytest.raises(MixedSources, match=r"request binance from http://127.0.0.1:1: "):
+        refuse()
+
+
+def test_real_candles_are_not_mixed_into_a_local_market(
+    settings: Path, database: Database, refuse: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(database, "http://127.0.0.1:40001")
+    with pytest.raises(MixedSources, match=r"request binance from https://api.binance.com: "):
+        refuse()
+    monkeypatch.setenv("FKS_PROVIDERS__BINANCE__BASE_URL", LOCAL)
+    refuse()
 
 
 def test_the_url_for_other_clients_names_no_driver(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:

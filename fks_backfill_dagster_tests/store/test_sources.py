@@ -52,8 +52,9 @@ def test_real_candles_and_a_local_market(database: Database, stored: str | None,
     """Of the same provider or of another one; candles of an unknown host count as real."""
     put(database, "binance", stored)
     check(database, **DOCUMENTED)
+    origin = stored or "before hosts were kept"
     with pytest.raises(
-        MixedSources, match=rf"holds candles of binance .* request {name} from {LOCAL}"
+        MixedSources, match=rf"holds candles of binance from {origin}.* request {name} from {LOCAL}"
     ) as caught:
         check(database, **{**DOCUMENTED, name: LOCAL})
     assert isinstance(caught.value, StoreError)
