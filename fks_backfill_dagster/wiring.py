@@ -75,7 +75,7 @@ def make_context(
     """
     from fks_backfill_dagster.pipeline.sync import Context
 
-    if not getattr(settings, "allow_mixed_sources", False):
+    if not settings.allow_mixed_sources:
         refuse_mixed_sources(settings, database, providers, options)
     return Context(
         database=database,

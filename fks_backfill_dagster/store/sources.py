@@ -60,8 +60,8 @@ def check(
     """Raises MixedSources where a sync with these hosts would mix documented and custom ones.
 
     `in_use`: the providers that would be requested, by name. `is_documented` takes a provider and a host. All
-    custom hosts are one kind (a simulator takes a new port at each start), and candles from before hosts were
-    kept count as documented. Settings that name both kinds (one provider behind a proxy) are a choice of their
+    custom hosts are one kind (a simulator takes a new port at each start); candles from before hosts were kept
+    count as neither. Settings that name both kinds (one provider behind a proxy) are a choice of their
     own: they go on as they began, as long as each provider stays with its kind.
     """
     custom: dict[str, str] = {}
@@ -70,8 +70,8 @@ def check(
         strange = {host for host in found if host != UNKNOWN and not is_documented(name, host)}
         if strange:
             custom[name] = min(strange)
-        if found - strange:
-            documented[name] = max(found - strange) or "before hosts were kept (which count as documented)"
+        if real := found - strange - {UNKNOWN}:
+            documented[name] = max(real)
     for name, used in in_use.items():
         if used.is_custom and (name in documented or (documented and not custom)):
             holder = name if name in documented else min(documented)

@@ -46,15 +46,20 @@ def test_a_database_without_candles_takes_either(database: Database) -> None:
     check(database)
 
 
-@pytest.mark.parametrize("stored", [REAL, None])
-@pytest.mark.parametrize("name", ["binance", "polygon"])
-def test_real_candles_and_a_local_market(database: Database, stored: str | None, name: str) -> None:
-    """Of the same provider or of another one; candles of an unknown host count as real."""
-    put(database, "binance", stored)
+def test_candles_of_an_unknown_host_are_neither(database: Database) -> None:
+    """An older version kept no hosts: its sandboxes and its real databases both go on."""
+    put(database, "binance", None)
     check(database, **DOCUMENTED)
-    origin = stored or "before hosts were kept"
+    check(database, binance=LOCAL)
+
+
+@pytest.mark.parametrize("name", ["binance", "polygon"])
+def test_real_candles_and_a_local_market(database: Database, name: str) -> None:
+    """Of the same provider or of another one."""
+    put(database, "binance", REAL)
+    check(database, **DOCUMENTED)
     with pytest.raises(
-        MixedSources, match=rf"holds candles of binance from {origin}.* request {name} from {LOCAL}"
+        MixedSources, match=rf"holds candles of binance from {REAL}.* request {name} from {LOCAL}"
     ) as caught:
         check(database, **{**DOCUMENTED, name: LOCAL})
     assert isinstance(caught.value, StoreError)
