@@ -44,6 +44,22 @@ def foreign(candles: Candles, seams: Instants) -> NDArray[np.bool_]:
     return mask
 
 
+def doubtful(candles: Candles, seams: Instants) -> NDArray[np.bool_]:
+    """Which candles lie between a jump at a seam and the nearer end of the block, where only one edge of a
+    response is known: a split or a crash, or the first or last response of another instrument."""
+    mask = np.zeros(len(candles), dtype=bool)
+    index = np.searchsorted(candles.ts, seams)
+    index = np.unique(index[(index > 0) & (index < len(candles))])
+    if len(index):
+        step = np.abs(np.log(candles.open[index]) - np.log(candles.close[index - 1]))
+        for at in index[step >= np.log1p(JUMP)].tolist():
+            if at <= len(candles) - at:
+                mask[:at] = True
+            else:
+                mask[at:] = True
+    return mask
+
+
 def contradict(one: Candles, other: Candles, tolerance: float) -> bool:
     """Whether two responses differ by more than `tolerance` in every price of a candle that both hold.
 

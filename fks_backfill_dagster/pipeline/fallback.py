@@ -85,7 +85,8 @@ class Fetched:
 
     failed: candles are missing about which no provider responded, or a refetch was refused. recordable: a
     provider responded, or may respond another time; a symbol that no provider knows leaves nothing to record,
-    if it never did. seen: by provider, all its verified candles, neighbours of the span included.
+    if it never did. requested: the opens of the span. seen: by provider, all its verified candles, neighbours
+    of the span included. distrusted: providers that contradict themselves in the span before.
     """
 
     deliveries: list[Delivery] = field(default_factory=list)
@@ -97,7 +98,9 @@ class Fetched:
     errors: list[str] = field(default_factory=list)
     failed: bool = False
     recordable: bool = False
+    requested: Instants = field(default_factory=lambda: _NONE)
     seen: dict[str, Candles] = field(default_factory=dict)
+    distrusted: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +332,7 @@ class _Span:
         self.wanted = np.concatenate(
             [_NONE, *(self.grid.opens(p) for batch in batches for p in batch.wanted)]
         )
-        self.requested = self.wanted
+        self.requested = self.found.requested = self.wanted
         self.refetch = plan.scope is Scope.EVERYTHING
         self.stored = self._stored_rows() if self.refetch else None
         self._held: list[tuple[_Question, Delivery]] = []
@@ -337,6 +340,7 @@ class _Span:
         # Of the first provider of a refetch: what two complete responses lack, and where it was requested.
         self._gone = _NONE
         self._gone_origin: Origin | None = None
+        self._spliced = False
 
     def _stored_rows(self) -> StoredRows:
         window = TimeRange(int(self.wanted[0]), int(self.wanted[-1]) + 1)
@@ -434,24 +438,32 @@ class _Span:
 
     def _ask_hull(self, question: _Question, hull: TimeRange) -> None:
         window = question.window(hull, self._beside(hull), self.grid)
-        answer = request_range(
-            question.provider,
-            RangeRequest(
-                series=self.series,
-                wanted=_inside(question.wanted, hull),
-                window=window,
-                now=question.asked_at,
-                since=question.since,
-                closed=self.options.closed(window),
-                absent_elsewhere=self._absent,
-                tolerance=self.options.tolerance,
-            ),
+        request = RangeRequest(
+            series=self.series,
+            wanted=_inside(question.wanted, hull),
+            window=window,
+            now=question.asked_at,
+            since=question.since,
+            closed=self.options.closed(window),
+            absent_elsewhere=self._absent,
+            tolerance=self.options.tolerance,
         )
+        answer = self._requested(question, request)
+        found = self._splice(question, answer.candles, hull)
+        if found is not None and question.first:  # one wrong response, or another market: a second one shows
+            answer = self._requested(question, request)
+            found = self._splice(question, answer.candles, hull)
+        self._accept(question, answer, hull, found)
+
+    def _requested(self, question: _Question, request: RangeRequest) -> ProviderAnswer:
+        answer = request_range(question.provider, request)
         self.found.requests += answer.requests
         self.found.warnings += [f"{question.name}: {message}" for message in answer.warnings]
-        self._accept(question, answer, hull)
+        return answer
 
-    def _accept(self, question: _Question, answer: ProviderAnswer, hull: TimeRange) -> None:
+    def _accept(
+        self, question: _Question, answer: ProviderAnswer, hull: TimeRange, spliced: float | None
+    ) -> None:
         """Keeps of an answer what is wanted, and records its responses about the rest."""
         found, theirs = self.found, answer.candles
         found.rejected += answer.rejected
@@ -460,7 +472,13 @@ class _Span:
             [known, theirs.take(~np.isin(theirs.ts, known.ts))]
         ).sorted()
         asked = _inside(question.wanted, hull)
-        if self._is_splice(question, theirs, hull):
+        if spliced is not None and self.refetch and question.first:
+            self._spliced = True  # the guard of a refetch decides
+        elif spliced is not None:
+            self.found.warnings.append(
+                f"{question.name}: its candles of {hull} are quarantined as a splice: beside them it differs by"
+                f" {spliced:.2%} from what is stored, so it quotes another market"
+            )
             for delivery in answer.kept:
                 self._reject(delivery, only(delivery.candles, self.wanted), Reason.SPLICE)
             self._respond(question, asked, Outcome.ABSENT, "it quotes another market")
@@ -520,19 +538,13 @@ class _Span:
 
     # --- neighbours
 
-    def _is_splice(self, question: _Question, theirs: Candles, hull: TimeRange) -> bool:
+    def _splice(self, question: _Question, theirs: Candles, hull: TimeRange) -> float | None:
+        """By how much the provider differs beside the hull, if it quotes another market; else None."""
         beside = theirs.take((theirs.ts < hull.start) | (theirs.ts >= hull.end))
         fresh = Candles.concat([only(d.candles, beside.ts) for d in self.found.deliveries]).sorted()
         stored = self.options.stored(missing_of(beside.ts, fresh.ts)) if len(beside) else Candles.empty()
         ours = Candles.concat([fresh, stored]).sorted()
-        found = splice(ours, beside, self.options.tolerance, first=question.first)
-        if found is None:
-            return False
-        self.found.warnings.append(
-            f"{question.name}: its candles of {hull} are quarantined as a splice: beside them it differs by"
-            f" {found:.2%} from what is stored, so it quotes another market"
-        )
-        return True
+        return splice(ours, beside, self.options.tolerance, first=question.first)
 
     def _beside(self, hull: TimeRange) -> TimeRange:
         """The hull with its neighbours, as far as they were stored before this sync; a refetch changes them."""
@@ -588,7 +600,7 @@ class _Span:
         if self.options.force or self.stored is None:
             return
         for delivery in list(self.found.deliveries):
-            suspected = suspicion(self.stored, delivery, self.options.tolerance)
+            suspected = suspicion(self.stored, delivery, self.options.tolerance, certain=self._spliced)
             if suspected is None or self._confirmed_elsewhere(suspected, question, providers):
                 continue
             self.found.deliveries = [d for d in self.found.deliveries if d is not delivery]

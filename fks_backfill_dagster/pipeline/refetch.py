@@ -54,13 +54,16 @@ class Suspicion:
     given: Candles
 
 
-def suspicion(stored: StoredRows, given: Delivery | None, tolerance: float) -> Suspicion | None:
+def suspicion(
+    stored: StoredRows, given: Delivery, tolerance: float, *, certain: bool = False
+) -> Suspicion | None:
     """Whether the given candles differ from the stored ones as those of another symbol would.
 
     More than SUSPICIOUS_SHARE of the compared candles, and at least SUSPICIOUS_CANDLES, differ in a price by
-    more than `tolerance`. Candles that an older archive gives are not written, and so not compared.
+    more than `tolerance`; `certain`: one is enough, as the stored candles beside the range contradict them.
+    Candles that an older archive gives are not written, and so not compared.
     """
-    if given is None or not len(stored.candles):
+    if not len(stored.candles):
         return None
     written = stored.candles
     if given.origin.transport is Transport.ARCHIVE:
@@ -70,7 +73,10 @@ def suspicion(stored: StoredRows, given: Delivery | None, tolerance: float) -> S
     if not len(mine):
         return None
     differ = np.flatnonzero(difference(mine, its).max(axis=0) > tolerance)
-    if len(differ) < SUSPICIOUS_CANDLES or len(differ) <= SUSPICIOUS_SHARE * len(mine):
+    if not len(differ):
+        return None
+    few = len(differ) < SUSPICIOUS_CANDLES or len(differ) <= SUSPICIOUS_SHARE * len(mine)
+    if few and not certain:
         return None
     # Neighbours from the middle: one request brings them all.
     first = max(0, len(differ) // 2 - SAMPLE // 2)

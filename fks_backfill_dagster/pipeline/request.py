@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.continuity import contradict, foreign
+from fks_backfill_dagster.domain.continuity import contradict, doubtful, foreign
 from fks_backfill_dagster.domain.delivery import Delivery, RejectedRows, Transport
 from fks_backfill_dagster.domain.derive import Derived, derive, owners, parts_span
 from fks_backfill_dagster.domain.grid import Grid, grid_of
@@ -81,8 +81,23 @@ class ProviderAnswer:
         return Candles.concat([delivery.candles for delivery in self.kept]).sorted()
 
 
+class _Contradiction(BadAnswer):
+    """Two responses about the same candles differ: one of them belongs to another instrument."""
+
+
 def request_range(provider: Provider, asked: RangeRequest) -> ProviderAnswer:
-    """Requests the wanted candles of one provider. Raises ProviderError when the first request fails."""
+    """Requests the wanted candles of one provider.
+
+    Raises ProviderError when the first request fails, and BadAnswer when its responses contradict one another,
+    all of it requested anew once: then which of them are right is unknown.
+    """
+    try:
+        return _request(provider, asked)
+    except _Contradiction:
+        return _request(provider, asked)
+
+
+def _request(provider: Provider, asked: RangeRequest) -> ProviderAnswer:
     parts = provider.capabilities.parts(asked.series)
     if parts is asked.series.timeframe:
         found = _request_native(provider, asked, widen=False)
@@ -106,31 +121,30 @@ def _request_native(provider: Provider, asked: RangeRequest, *, widen: bool) -> 
     closed_end = grid.closed_end(asked.now - GRACE)
     first = _fetch(provider, asked.series, asked.window, grid, closed_end)
     lacking = missing_of(_before(asked.wanted, closed_end), first.candles.ts)
+    if provider.capabilities.confirms_absence and not first.has_foreign:
+        lacking = _NONE
     again: list[_Fetched] = []
     error: str | None = None
-    if len(lacking) and not (provider.capabilities.confirms_absence and not first.has_foreign):
-        try:
-            for window in _windows_again(provider, asked, lacking, grid, closed_end, widen=widen):
-                again.append(_fetch(provider, asked.series, window, grid, closed_end))
-                if contradict(first.candles, again[-1].candles, asked.tolerance):
-                    raise BadAnswer(
-                        provider.name, f"it gives different values for the same candles of {asked.series}"
-                    )
-        except Cancelled:
-            raise
-        except BadAnswer as failure:
-            if again and contradict(first.candles, again[-1].candles, asked.tolerance):
-                raise  # one of the two belongs to another instrument: neither is taken
-            error = str(failure)
-        except ProviderError as failure:
-            error = str(failure)
+    try:
+        for window in _windows_again(
+            provider, asked, np.union1d(lacking, first.doubtful), grid, closed_end, widen=widen
+        ):
+            again.append(_fetch(provider, asked.series, window, grid, closed_end))
+            if contradict(first.candles, again[-1].candles, asked.tolerance):
+                raise _Contradiction(
+                    provider.name, f"it gives different values for the same candles of {asked.series}"
+                )
+    except (Cancelled, _Contradiction):
+        raise
+    except ProviderError as failure:
+        error = str(failure)
     return _merged(first, again, asked, closed_end, error)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Fetched:
     """One verified fetch. `candles`: all that is good, ascending. `has_foreign`: a response of another
-    instrument was among it."""
+    instrument was among it. `doubtful`: opens that lie behind a jump at the edge of a response."""
 
     window: TimeRange
     kept: tuple[Delivery, ...]
@@ -139,13 +153,14 @@ class _Fetched:
     requests: int
     warnings: tuple[str, ...]
     has_foreign: bool
+    doubtful: Instants
 
 
 def _fetch(provider: Provider, series: Series, window: TimeRange, grid: Grid, closed_end: int) -> _Fetched:
     answer = provider.fetch(series, window)
     kept: list[Delivery] = []
     rejected: list[RejectedRows] = []
-    has_foreign = False
+    has_foreign, doubts = False, [_NONE]
     for delivery in answer.deliveries:
         verdict = verify(delivery.candles, window, grid, closed_end)
         rejected += [RejectedRows.of(delivery.origin, part.reason, part.candles) for part in verdict.rejected]
@@ -154,10 +169,19 @@ def _fetch(provider: Provider, series: Series, window: TimeRange, grid: Grid, cl
             has_foreign = True
             rejected.append(RejectedRows.of(delivery.origin, Reason.WRONG_SYMBOL, good.take(strange)))
             good = good.take(~strange)
+        else:
+            doubts.append(good.ts[doubtful(good, delivery.seams)])
         kept.append(delivery.with_candles(good))
     candles = Candles.concat([delivery.candles for delivery in kept]).sorted()
     return _Fetched(
-        window, tuple(kept), tuple(rejected), candles, answer.requests, answer.warnings, has_foreign
+        window,
+        tuple(kept),
+        tuple(rejected),
+        candles,
+        answer.requests,
+        answer.warnings,
+        has_foreign,
+        np.unique(np.concatenate(doubts)),
     )
 
 
@@ -166,6 +190,8 @@ def _windows_again(
 ) -> list[TimeRange]:
     """Where to request once more: what is lacking, with a neighbour on either side; `widen`: with the
     neighbourhood that `no_trade` judges by, where that reaches beyond the window."""
+    if not len(lacking):
+        return []
     timeframe = asked.series.timeframe
     ranges = RangeSet.from_arrays(lacking, grid.closes(lacking)).merge_closer_than(
         provider.capabilities.page(timeframe) * timeframe.micros

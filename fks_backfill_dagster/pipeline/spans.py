@@ -49,7 +49,9 @@ def fetch_spans(
         while waiting:
             span, future = waiting.popleft()
             fill()
-            found = _checked(chain, plan, span, future.result(), before, waiting)
+            found = future.result()
+            if before is not None or waiting:
+                found = _checked(chain, plan, span, found, before, waiting)
             yield span, found
             before = found
     finally:
@@ -71,27 +73,42 @@ def _checked(
     def following(count: int) -> Fetched | None:
         return waiting[count][1].result() if count < len(waiting) else None
 
-    if before is None and not waiting:
+    name = _suspect(found, before, following)
+    if name is None:
         return found
-    if _suspect(found, before, following) is None:
+    found = _again(chain, plan, span, found)
+    name = _suspect(found, before, following)
+    if name is not None and _disagree(following(0), found.seen[name], name):
+        # It is the one, or the next: that is fetched once more, too.
+        following_span, future = waiting[0]
+        renewed: Future[Fetched] = Future()
+        renewed.set_result(_again(chain, plan, following_span, future.result()))
+        waiting[0] = (following_span, renewed)
+        name = _suspect(found, before, following)
+    if name is None:
         return found
+    after = following(0)
+    if after is not None and _disagree(after, found.seen[name], name):
+        after.distrusted.add(name)
+    return _without(chain, plan, span, found, name)
+
+
+def _again(chain: ProviderChain, plan: Plan, span: Span, found: Fetched) -> Fetched:
     again = chain.fetch(span, plan)
     again.requests += found.requests
-    found, name = again, _suspect(again, before, following)
-    return found if name is None else _without(chain, plan, span, found, name)
+    again.distrusted |= found.distrusted
+    return again
 
 
 def _suspect(
     found: Fetched, before: Fetched | None, following: Callable[[int], Fetched | None]
 ) -> str | None:
     """The provider whose candles of the span belong to another instrument, as its neighbours show."""
-    for name in found.seen:
-        mine = found.seen[name]
-        left = _disagree(before, mine, name)
-        if left:
-            return name
+    for name, mine in found.seen.items():
         after = following(0)
-        right = _disagree(after, mine, name)
+        left, right = _disagree(before, mine, name), _disagree(after, mine, name)
+        if left or (name in found.distrusted and right is not False):
+            return name
         if right and left is None:
             # No candle before shows which of the two is wrong: the one after the next may.
             beyond = following(1)
@@ -139,13 +156,12 @@ def _without(chain: ProviderChain, plan: Plan, span: Span, found: Fetched, name:
     others.requests += found.requests
     mine = [delivery for delivery in found.deliveries if delivery.origin.provider == name]
     others.rejected += [RejectedRows.of(d.origin, Reason.WRONG_SYMBOL, d.candles) for d in mine]
-    opens = np.unique(np.concatenate([_NONE, *(d.candles.ts for d in mine)]))
+    count = sum(len(d.candles) for d in mine)
     requested_at = max((d.origin.requested_at for d in mine), default=0)
     text = "its candles do not continue those around them: they are quarantined as another symbol's"
-    others.responses.append(Response(Evidence(name, requested_at, Outcome.REJECTED, text), opens))
+    others.responses.append(Response(Evidence(name, requested_at, Outcome.REJECTED, text), found.requested))
     others.warnings.append(
-        f"{name}: {len(opens):,} candles are quarantined: they do not continue those around them"
+        f"{name}: {count:,} candles are quarantined: they do not continue those around them"
     )
-    others.recordable = True
-    others.failed = others.failed and not len(opens)
+    others.recordable, others.failed = True, False
     return others
