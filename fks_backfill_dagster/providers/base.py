@@ -129,7 +129,8 @@ class Capabilities:
 class Answer:
     """All that a provider returned for one range.
 
-    Deliveries do not overlap each other, and their `ts` need not ascend. `requests` counts HTTP requests, retries included.
+    Deliveries do not overlap each other, and their `ts` need not ascend. `requests` counts HTTP requests, retries
+    included.
     `warnings` are sentences for the log (an archive that failed its checksum and was passed over).
     """
 

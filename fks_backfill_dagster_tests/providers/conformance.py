@@ -146,7 +146,7 @@ class ProviderConformance:
                     series
                 )
                 assert answer.requests == len(server.requests) - before, series
-                assert all(delivery.source for delivery in answer.deliveries), series
+                assert all(delivery.origin.source for delivery in answer.deliveries), series
 
     def test_declines_what_it_does_not_declare(self, provider: Callable[..., Provider]) -> None:
         with self.asking(provider, self.market) as (made, _, server):
@@ -314,8 +314,8 @@ class ProviderConformance:
                 assert answer.deliveries, series
                 assert KEY not in repr(answer.warnings)
                 for delivery in answer.deliveries:
-                    assert KEY not in delivery.source
-                    assert "sEcReT" not in delivery.source, "not in any quoting either"
+                    assert KEY not in delivery.origin.source
+                    assert "sEcReT" not in delivery.origin.source, "not in any quoting either"
 
     # --- shared by the tests above ---
 

@@ -106,7 +106,7 @@ class TestHonest:
             answer, _ = fetch(make, SmallAlphaVantage(NOW, stamps), window, timeframe)
             assert of(answer).equals(truth(timeframe, window))
             derived = timeframe in (Timeframe.H1, Timeframe.H4, Timeframe.W1)
-            assert answer.deliveries[0].transport is (Transport.DERIVED if derived else Transport.REST)
+            assert answer.deliveries[0].origin.transport is (Transport.DERIVED if derived else Transport.REST)
 
     def test_the_first_hour_of_a_day_holds_half_an_hour(self, make: Make) -> None:
         day = span("2024-03-08", "2024-03-09")
@@ -128,7 +128,7 @@ class TestHonest:
             "extended_hours": "false",
             "apikey": KEY,
         }
-        assert "month=2023-12..2024-02" in answer.deliveries[0].source
+        assert "month=2023-12..2024-02" in answer.deliveries[0].origin.source
         assert answer.requests == 3
 
     def test_before_2000_there_are_no_bars(self, make: Make) -> None:

@@ -153,10 +153,10 @@ class TestHonest:
         answer, server = fetch(make, SmallBinance(), JANUARY)
         assert kinds(server) == ["monthly"]
         (delivery,) = answer.deliveries
-        assert delivery.transport is Transport.ARCHIVE
-        assert delivery.source == "/data/spot/monthly/klines/BTCUSDT/1m/BTCUSDT-1m-2024-01.zip"
-        assert delivery.sha256 is not None
-        assert len(delivery.sha256) == 64
+        assert delivery.origin.transport is Transport.ARCHIVE
+        assert delivery.origin.source == "/data/spot/monthly/klines/BTCUSDT/1m/BTCUSDT-1m-2024-01.zip"
+        assert delivery.origin.sha256 is not None
+        assert len(delivery.origin.sha256) == 64
 
     def test_microseconds_header_and_the_turn_of_2025(self, make: Make) -> None:
         window = span("2024-12-31", "2025-01-02")
@@ -174,7 +174,7 @@ class TestHonest:
         zipped = zipped_csv("\n".join(mixed).encode(), file.stem)
         assert read_archive(
             file, zipped, checksum_of(zipped, f"{file.stem}.zip").body, "http://h"
-        ).candles.equals(candles)
+        )[0].equals(candles)
 
     def test_a_lacking_stretch_comes_from_rest(self, make: Make) -> None:
         six_hours = RangeSet([span("2024-01-05T01:00", "2024-01-05T07:00")])
@@ -191,7 +191,7 @@ class TestHonest:
         answer, server = fetch(make, SmallBinance(archive=archive), JANUARY)
         assert kinds(server) == ["monthly", "daily"]
         assert [len(d.candles) for d in answer.deliveries] == [44_640 - 1440, 1440]
-        assert len({d.sha256 for d in answer.deliveries}) == 2
+        assert len({d.origin.sha256 for d in answer.deliveries}) == 2
 
     def test_outages_cost_one_request_for_all_that_are_close(self, make: Make) -> None:
         outage = RangeSet(
@@ -345,7 +345,7 @@ class TestFailing:
         file = ArchiveFile("BTCUSDT", Timeframe.M1, self.DAY, monthly=False)
         opens = np.arange(self.DAY.start - 120_000_000, self.DAY.end + 60_000_000, 60_000_000)
         zipped = zipped_csv(csv_of(candles_at(opens, "BTCUSDT"), Timeframe.M1), file.stem)
-        got = read_archive(file, zipped, checksum_of(zipped, f"{file.stem}.zip").body, "http://h").candles
+        got = read_archive(file, zipped, checksum_of(zipped, f"{file.stem}.zip").body, "http://h")[0]
         assert got.equals(candles_at(opens[2:-1], "BTCUSDT"))
 
     @pytest.mark.parametrize("status", [500, 403, 429])

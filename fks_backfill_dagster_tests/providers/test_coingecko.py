@@ -88,7 +88,7 @@ class TestDemo:
         assert of(answer).equals(truth(Timeframe(timeframe), Timeframe(fine), span(first, end)))
         assert answer.requests == len(server.requests) == 1
         expected = Transport.REST if timeframe == fine else Transport.DERIVED
-        assert {delivery.transport for delivery in answer.deliveries} == {expected}
+        assert {delivery.origin.transport for delivery in answer.deliveries} == {expected}
 
     @pytest.mark.parametrize(("back", "days"), [(1, "7"), (7, "7"), (8, "14"), (15, "30"), (35, "30")])
     def test_days(self, make: Make, back: int, days: str) -> None:
@@ -98,7 +98,7 @@ class TestDemo:
         assert asked.path == "/api/v3/coins/bitcoin/ohlc"
         assert asked.query == {"vs_currency": "usd", "days": days}
         assert asked.headers["x-cg-demo-api-key"] == KEY
-        assert answer.deliveries[0].source == f"{asked.path}?vs_currency=usd&days={days}"
+        assert answer.deliveries[0].origin.source == f"{asked.path}?vs_currency=usd&days={days}"
 
     def test_beyond_its_depth_it_asks_nobody(self, make: Make) -> None:
         answer, server = fetch(make, SmallCoinGecko(NOW), span("2024-01-01", "2024-02-01"))

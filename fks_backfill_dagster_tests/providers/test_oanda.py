@@ -126,7 +126,7 @@ class TestHonest:
                 **query,
             }
             assert asked.headers["Authorization"] == f"Bearer {KEY}"
-            assert answer.deliveries[0].source.startswith("/v3/instruments/EUR_USD/candles?price=M&")
+            assert answer.deliveries[0].origin.source.startswith("/v3/instruments/EUR_USD/candles?price=M&")
 
     def test_pages(self, make: Make) -> None:
         window = span("2024-05-06", "2024-05-18")

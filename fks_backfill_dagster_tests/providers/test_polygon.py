@@ -103,7 +103,7 @@ class TestHonest:
         assert first.path == "/v2/aggs/ticker/X:BTCUSD/range/1/minute/1709251200000/1709258399999"
         assert first.query == {"adjusted": "false", "sort": "asc", "limit": "50000"}
         assert {asked.headers["Authorization"] for asked in server.requests} == {f"Bearer {KEY}"}
-        assert KEY not in answer.deliveries[0].source
+        assert KEY not in answer.deliveries[0].origin.source
 
     @pytest.mark.parametrize("status", ["OK", "DELAYED"])
     def test_nothing_there(self, make: Make, status: str) -> None:
@@ -235,7 +235,7 @@ class TestDerived:
         assert of(answer).equals(truth)
         assert np.array_equal(truth.ts, grid_of(asked).opens(window)), "and it is whole"
         assert truth.high.max() < 9999, "nothing of other hours is in it"
-        assert answer.deliveries[0].transport is Transport.DERIVED
+        assert answer.deliveries[0].origin.transport is Transport.DERIVED
         assert spans == {{"30m": "30/minute", "1h": "1/hour", "1d": "1/day"}[native]}
 
     @pytest.mark.parametrize("timeframe", ["1m", "5m", "15m", "30m"])
@@ -248,7 +248,7 @@ class TestDerived:
         good = verify(of(answer), window, grid_of(asked), window.end).good
         assert good.equals(market.bars(grid_of(asked).opens(window), Timeframe(timeframe)))
         assert len(good) == 210 // Timeframe(timeframe).minutes
-        assert answer.deliveries[0].transport is Transport.REST
+        assert answer.deliveries[0].origin.transport is Transport.REST
 
     @pytest.mark.parametrize("timeframe", ["1m", "1h"])
     def test_forex_has_no_volume(self, make: Make, timeframe: str) -> None:

@@ -186,7 +186,7 @@ class TestSplits:
             assert len(server.requests) == answer.requests == 1
             assert int(server.requests[0].query["period2"]) * SECOND == now, "later splits are asked for"
         assert of(answer).equals(truth.within(window))
-        assert answer.deliveries[0].transport is Transport.REST
+        assert answer.deliveries[0].origin.transport is Transport.REST
 
     def test_a_split_of_the_future_has_not_happened(self, make: Make) -> None:
         now, window = us("2020-08-20T12:00"), span("2020-08-03", "2020-08-20")
@@ -253,8 +253,8 @@ class TestDerived:
             answer = make("yfinance", server.url, **clock_at(now)).fetch(series, window)
         assert of(answer).equals(expected)
         assert np.array_equal(expected.ts, grid_of(series).opens(window))
-        assert answer.deliveries[0].transport is Transport.DERIVED
-        assert "interval=15m" in answer.deliveries[0].source
+        assert answer.deliveries[0].origin.transport is Transport.DERIVED
+        assert "interval=15m" in answer.deliveries[0].origin.source
 
     def test_weeks_from_days(self, make: Make) -> None:
         now, window = us("2015-12-31T12:00"), span("2015-11-02", "2015-12-29")
@@ -393,7 +393,7 @@ class TestAsking:
         with serve(SmallYahoo({"1d": traded(Timeframe.D1, window)}, now)) as server:
             answer = make("yfinance", server.url, **clock_at(now)).fetch(stock(Timeframe.D1), window)
             asked = server.requests[0]
-        assert answer.deliveries[0].source == (
+        assert answer.deliveries[0].origin.source == (
             "/v8/finance/chart/AAPL?period1=1449964800&period2=1451563200&interval=1d&events=div,splits"
             "&includePrePost=false"
         )
