@@ -33,12 +33,17 @@ Indices = NDArray[np.intp]
 
 _NEARBY = 20  # bars on either side whose jumps tell how much this market moves
 _LEAST_NOISE = 0.1  # no market is taken to move less than this (natural logarithm) overnight
+_LEAST_STEP = 3 * _LEAST_NOISE  # what can be told from the market at all: 1.35 and more
 _LONGEST_PAUSE = 14 * MICROS_PER_DAY  # after a longer one an open says little about the close before it
 _BLOCK = 60  # bars before a split whose ticks are looked at
 _FEWEST_PRICES = 8  # different ones, for the ticks to mean anything
+_LARGEST_PRICE = 2500.0  # above, the digits of a 32-bit float do not tell a cent
 _ON, _OFF = 0.95, 0.7  # the shares of prices in whole ticks that make them right, or wrong
-_OFF_RUN = 3  # neighbouring bars off the ticks that are no accident
-_TOO_MANY = 256  # combinations of splits; a symbol with so many is declined before the last of them
+_OFF_RUN = (
+    3  # neighbouring bars off the ticks that are no accident; as many beside them may be on them by one
+)
+_MOST_AT_ONCE = 4  # splits of one night
+_TOO_MANY = 256  # combinations of splits; beyond, prices are declined
 # Significant digits of a price that was a 32-bit float once, and of one that was only divided and rounded.
 _NARROW_DIGITS, _WIDE_DIGITS = 7, 8
 
@@ -85,24 +90,21 @@ def as_traded(bars: Candles, dates: Instants, split_dates: Instants, ratios: Flo
     seen = _Prices.of(bars, dates)
     edges = np.searchsorted(seen.dates, split_dates)
     factor, first, doubt = np.ones(len(bars)), 0, ""
-    applied, steps, ticks_from = 1.0, np.zeros(1), 0
+    reading, named, ticks_from = _Reading(np.ones(1), 1.0), 1.0, 0
     places = [int(place) for place in np.unique(edges[edges > 0])[::-1]]
-    for place, older in zip(places, [*places[1:], 0], strict=True):
+    for place, older in zip(places, [*places, 0][1:], strict=True):
         mine = edges == place
-        choices, named = _unapplied(ratios[mine]), float(np.prod(ratios[mine]))
-        chosen, by_ticks = _decided(seen, place, older, choices, edges, named * applied)
+        named *= float(np.prod(ratios[mine]))
         begins = int(np.searchsorted(dates, split_dates[mine][0]))
-        if chosen is None or len(steps) * len(choices) > _TOO_MANY:
+        found = _decided(seen, place, older, reading, _products(ratios[mine]), edges, named)
+        if found is None:
             which = _named(split_dates[mine], ratios[mine])
             first, doubt = begins, f"its prices do not show whether they are adjusted by {which}"
             break
-        applied *= named / chosen
-        factor[:begins] = applied
-        if by_ticks:
-            ticks_from = max(ticks_from, place)
-        else:
-            steps = np.unique((steps[:, None] + np.log(choices / chosen)[None, :]).round(9))
-        step = _step_inside(seen, range(older + 1, place), steps, applied)
+        reading, by_ticks = found
+        ticks_from = ticks_from or (place if by_ticks else 0)
+        factor[:begins] = named / reading.undone
+        step = _step_inside(seen, range(older + 1, place), reading, named)
         if step:
             first, doubt = int(seen.index[step]), _step_text(seen.dates[step])
             break
@@ -112,32 +114,62 @@ def as_traded(bars: Candles, dates: Instants, split_dates: Instants, ratios: Flo
     return Traded(_multiplied(bars, factor), first, doubt)
 
 
-def _unapplied(ratios: Floats) -> Floats:
-    """For splits of one night: every factor that may not have been applied; 1.0: all of them were."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Reading:
+    """What is known of the prices between two splits.
+
+    possible: each product of ratios that may not have been applied to them; 1.0: all were. undone: the one that
+    the prices show.
+    """
+
+    possible: Floats
+    undone: float
+
+    @property
+    def steps(self) -> Floats:
+        """Logarithms of the jumps where a part ends and one with another product begins; too small ones left out."""
+        steps = np.log(self.possible / self.undone)
+        return steps[np.abs(steps) >= _LEAST_STEP]
+
+
+def _products(ratios: Floats) -> Floats:
+    """For splits of one night: each product of those that may not have been applied; 1.0: all of them were."""
     products = np.ones(1)
-    for ratio in ratios[:8]:
+    for ratio in ratios[:_MOST_AT_ONCE]:
         products = np.concatenate([products, products * ratio])
     return products[np.unique(np.log(products).round(9), return_index=True)[1]]
 
 
 def _decided(
-    seen: _Prices, place: int, older: int, choices: Floats, edges: Indices, factor: float
-) -> tuple[float | None, bool]:
-    """Which of the choices the prices show, if any, and whether only the ticks do.
+    seen: _Prices, place: int, older: int, reading: _Reading, choices: Floats, edges: Indices, named: float
+) -> tuple[_Reading, bool] | None:
+    """How the prices before `place` read, and whether only the ticks say so; None: they do not decide.
 
-    `factor` makes prices before `place` as traded if all of the splits there were applied.
+    `reading`: of those after it. `choices`: products of the splits at `place` that may not have been applied.
+    `named`: the product of all ratios from here on.
+    """
+    if len(choices) * len(reading.possible) > _TOO_MANY:
+        return None
+    by_jump = _by_jump(seen, place, np.log(choices), reading.steps, edges)
+    block = seen.prices[:, max(older, place - _BLOCK) : place]
+    by_ticks = _by_ticks(block, named / (reading.undone * choices))
+    found = {choice for choice in (by_jump, by_ticks) if choice is not None}
+    if len(found) != 1:
+        return None
+    chosen = float(choices[found.pop()])
+    if by_jump is None:  # what the ticks tell apart needs no jump that can be seen
+        choices = choices[(choices == chosen) | (np.abs(np.log(choices / chosen)) >= _LEAST_STEP)]
+    possible = np.unique(reading.possible * choices[:, None])
+    return _Reading(possible, reading.undone * chosen), by_jump is None
+
+
+def _by_jump(seen: _Prices, place: int, choices: Floats, steps: Floats, edges: Indices) -> int | None:
+    """The choice (a logarithm) that the jump at `place` shows.
+
+    A choice together with one of the `steps` may not be nearer: then another part of the history ends there.
     """
     if len(choices) == 1:
-        return float(choices[0]), False
-    by_ticks = _by_ticks(seen.prices[:, max(older, place - _BLOCK) : place], factor / choices)
-    by_jump = _by_jump(seen, place, np.log(choices), edges)
-    if by_jump is None:
-        return (None, False) if by_ticks is None else (float(choices[by_ticks]), True)
-    return (None, False) if by_ticks not in (None, by_jump) else (float(choices[by_jump]), False)
-
-
-def _by_jump(seen: _Prices, place: int, choices: Floats, edges: Indices) -> int | None:
-    """The choice (a logarithm) that the jump at `place` shows."""
+        return 0
     if place >= len(seen) or np.isnan(seen.jumps[place]):
         return None
     distances = np.abs(seen.jumps[place] - choices)
@@ -145,14 +177,16 @@ def _by_jump(seen: _Prices, place: int, choices: Floats, edges: Indices) -> int 
     apart = float(np.abs(np.delete(choices, nearest) - choices[nearest]).min())
     around = np.arange(max(place - _NEARBY, 1), min(place + _NEARBY + 1, len(seen)))
     others = np.abs(seen.jumps[around[~np.isin(around, edges)]])
-    noise = max(_LEAST_NOISE, float(np.nanmax(others, initial=0.0)))
-    return nearest if distances[nearest] <= apart / 3 and apart >= 3 * noise else None
+    noise = float(np.nanmax(others, initial=0.0))
+    with_step = np.abs(seen.jumps[place] - choices[:, None] - steps[None, :]).min(initial=np.inf)
+    clear = distances[nearest] <= apart / 3 and apart >= max(_LEAST_STEP, 3 * noise)
+    return nearest if clear and distances[nearest] <= with_step + 1e-9 else None
 
 
 def _by_ticks(prices: Floats, factors: Floats) -> int | None:
     """The only factor that turns these prices into whole ticks."""
     flat = np.unique(prices[np.isfinite(prices) & (prices > 0)])
-    if len(flat) < _FEWEST_PRICES:
+    if len(flat) < _FEWEST_PRICES or flat[-1] * factors.max() > _LARGEST_PRICE:
         return None
     shares = np.array([_in_ticks(flat * factor).mean() for factor in factors])
     best = int(np.argmax(shares))
@@ -166,20 +200,17 @@ def _in_ticks(prices: Floats) -> NDArray[np.bool_]:
     return whole
 
 
-def _step_inside(seen: _Prices, places: range, steps: Floats, factor: float) -> int:
-    """The newest bar of `places` that jumps as if what lies before it had another adjustment; 0: none.
-
-    `steps`: logarithms of the factors by which the adjustment may differ there.
-    """
-    real = steps[steps != 0.0]
-    if not len(places) or not len(real):
+def _step_inside(seen: _Prices, places: range, reading: _Reading, named: float) -> int:
+    """The newest bar of `places` that jumps as if what lies before it had another adjustment; 0: none."""
+    steps = reading.steps
+    if not len(places) or not len(steps):
         return 0
     jumps = seen.jumps[places.start : places.stop]
-    near = np.abs(jumps[:, None] - real[None, :]) <= np.maximum(np.abs(real) / 3, 2 * _LEAST_NOISE)
+    near = np.abs(jumps[:, None] - steps[None, :]) <= np.maximum(np.abs(steps) / 3, 2 * _LEAST_NOISE)
     for at in np.flatnonzero(near.any(axis=1))[::-1]:
         place = places.start + int(at)
         block = seen.prices[:, max(place - _BLOCK, places.start - 1) : place]
-        if _by_ticks(block, factor / np.exp(np.append(0.0, real[near[at]]))) != 0:
+        if _by_ticks(block, named / reading.undone / np.exp(np.append(0.0, steps[near[at]]))) != 0:
             return place
     return 0
 
@@ -187,13 +218,14 @@ def _step_inside(seen: _Prices, places: range, steps: Floats, factor: float) -> 
 def _off_ticks(seen: _Prices, factor: Floats, end: int) -> int:
     """Up to where bars before `end` are not in whole ticks, though a split there was decided by its ticks.
 
-    That is the end of the newest run of such bars; a shorter one counts if it is the oldest of all.
+    That is a little after the end of the newest run of such bars; a shorter one counts if it is the oldest of all.
     """
     prices = seen.prices[:, :end]
     off = (_in_ticks(np.nan_to_num(prices, nan=0.01) * factor[:end]) | np.isnan(prices)).sum(axis=0) < 3
     edges = np.flatnonzero(np.diff(np.concatenate([[False], off, [False]])))
     runs = zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
-    return max((stop for start, stop in runs if stop - start >= _OFF_RUN or start == 0), default=0)
+    ends = [stop for start, stop in runs if stop - start >= _OFF_RUN or start == 0]
+    return min(ends[-1] + _OFF_RUN, end) if ends else 0
 
 
 def _multiplied(bars: Candles, factor: Floats) -> Candles:

@@ -172,9 +172,9 @@ class TestHonest:
         lines = csv_of(candles, Timeframe.M1).decode().splitlines()
         mixed = [line if i % 2 else line.replace(",", "000,", 1) for i, line in enumerate(lines)]
         zipped = zipped_csv("\n".join(mixed).encode(), file.stem)
-        assert read_archive(
-            file, zipped, checksum_of(zipped, f"{file.stem}.zip").body, "http://h"
-        )[0].equals(candles)
+        assert read_archive(file, zipped, checksum_of(zipped, f"{file.stem}.zip").body, "http://h")[0].equals(
+            candles
+        )
 
     def test_a_lacking_stretch_comes_from_rest(self, make: Make) -> None:
         six_hours = RangeSet([span("2024-01-05T01:00", "2024-01-05T07:00")])

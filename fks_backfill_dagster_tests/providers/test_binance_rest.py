@@ -90,7 +90,9 @@ class TestHonest:
             (delivery,) = make("binance", server.url).fetch(crypto(), WINDOW).deliveries
         assert delivery.origin.transport is Transport.REST
         assert delivery.origin.sha256 is None
-        assert delivery.origin.source.startswith("/api/v3/klines?symbol=BTCUSDT&interval=1m&startTime=1709251200000")
+        assert delivery.origin.source.startswith(
+            "/api/v3/klines?symbol=BTCUSDT&interval=1m&startTime=1709251200000"
+        )
 
     def test_an_outage_is_asked_for_twice_and_stays_absent(self, make: Make) -> None:
         market = SmallBinance(outage=RangeSet([span("2024-03-01T03:00", "2024-03-01T04:10")]))
