@@ -6,6 +6,7 @@ import io
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from fks_backfill_dagster.providers.binance_archive import (
     Outcome,
     choose_files,
     month_of,
+    published_at,
     read_archive,
 )
 from fks_backfill_dagster_tests.providers.conftest import Make
@@ -259,6 +261,78 @@ class TestHonest:
         _, server = fetch(make, SmallBinance(), window)
         estimate = make("binance", server.url, archive_url=server.url).estimate(crypto(), window)
         assert estimate.requests == len(server.requests)
+
+
+class TestBeforeTheListing:
+    """REST names the first candle it has; an archive may hold older ones, and they are given."""
+
+    def test_rows_of_an_archive_from_before_the_listing_of_rest(self, make: Make) -> None:
+        listed = us("2024-01-20")
+        since = us("2024-01-05T07:30")
+        old = SmallBinance(listed=since)
+        market = SmallBinance(listed=listed, archive=lambda asked, _: old(asked))
+        with serve(market) as server:
+            provider = make("binance", server.url, archive_url=server.url)
+            assert provider.listed_at(crypto()) == listed
+            got = of(provider.fetch(crypto(), JANUARY))
+        assert got.equals(old.truth(crypto(), JANUARY))
+        assert int(got.ts[0]) == since
+
+
+class TestPublished:
+    """How new an archive is: as its Last-Modified, or without one as the day after its period."""
+
+    MONTH = ArchiveFile("BTCUSDT", Timeframe.M1, JANUARY, monthly=True)
+    DAY = ArchiveFile("BTCUSDT", Timeframe.M1, span("2024-01-05", "2024-01-06"), monthly=False)
+
+    @pytest.mark.parametrize("file", [MONTH, DAY])
+    def test_with_a_header(self, file: ArchiveFile) -> None:
+        for text in (
+            "Tue, 06 Feb 2024 09:10:11 GMT",
+            "Tue, 06 Feb 2024 10:10:11 +0100",
+            "Tue, 06 Feb 2024 09:10:11 -0000",
+        ):
+            assert published_at(file, {"Last-Modified": text}) == us("2024-02-06T09:10:11")
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {},
+            *(
+                {"Last-Modified": text}
+                for text in ("", "soon", "2024-02-06", "Tue, 99 Feb 2024 09:10:11 GMT")
+            ),
+        ],
+    )
+    def test_without_one_or_with_a_broken_one(self, headers: dict[str, str]) -> None:
+        """A month may be older than the file of any of its days: it counts as published after its first."""
+        assert published_at(self.DAY, headers) == us("2024-01-06")
+        assert published_at(self.MONTH, headers) == us("2024-01-02")
+
+    @pytest.mark.parametrize(
+        ("header", "published"),
+        [
+            ("Tue, 06 Feb 2024 09:10:11 GMT", "2024-02-06T09:10:11"),
+            ("Tue, 06 Feb 2091 09:10:11 GMT", "2024-03-01"),  # its clock is ahead: no newer than the request
+            ("soon", "2024-01-02"),
+            (None, "2024-01-02"),
+        ],
+    )
+    def test_of_a_fetched_file(self, make: Make, header: str | None, published: str) -> None:
+        headers = {"Last-Modified": header} if header else {}
+        market = SmallBinance(archive=lambda _, honest: replace(honest, headers=headers))
+        answer, server = fetch(make, market, JANUARY, clock=lambda: us("2024-03-01"))
+        origin = answer.deliveries[0].origin
+        assert (origin.published_at, origin.requested_at) == (us(published), us("2024-03-01"))
+        assert (origin.as_of, origin.host, origin.instrument) == (us(published), server.url, "BTCUSDT")
+
+    def test_rest_is_as_new_as_its_request(self, make: Make) -> None:
+        now = us("2024-03-01T12:00")
+        six_hours = RangeSet([span("2024-01-05T01:00", "2024-01-05T07:00")])
+        answer, _ = fetch(make, SmallBinance(archive_lacks=six_hours), JANUARY, clock=lambda: now)
+        archive, rest = (delivery.origin for delivery in answer.deliveries)
+        assert (rest.published_at, rest.as_of) == (None, now)
+        assert archive.as_of < rest.as_of
 
 
 def other_member(zipped: bytes) -> bytes:
