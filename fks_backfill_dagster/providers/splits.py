@@ -14,8 +14,10 @@ part of its history. So each split is decided by its own prices, from the newest
    is no whole cent any more. It decides where the jump does not (1.05, 1.046, a wild market) and may not
    contradict it.
 
-Where neither decides, what lies before that split is declined. So is what lies before a jump that looks like
-the edge of a part to which a split was applied, or not applied, unlike to the rest.
+Where neither decides, what lies before that split is declined, and what lies around it if another jump within
+20 bars looks like it: single bars that were not adjusted, or were twice, and splits that are named some days off,
+look like that. Declined is also what lies before a jump that looks like the edge of a part to which a split was
+applied, or not applied, unlike to the rest.
 """
 
 from __future__ import annotations
@@ -96,10 +98,14 @@ def as_traded(bars: Candles, dates: Instants, split_dates: Instants, ratios: Flo
         mine = edges == place
         named *= float(np.prod(ratios[mine]))
         begins = int(np.searchsorted(dates, split_dates[mine][0]))
-        found = _decided(seen, place, older, reading, _products(ratios[mine]), edges, named)
+        beside = _beside(seen, place, np.log(_products(ratios[mine])), edges)
+        found = (
+            None if beside else _decided(seen, place, older, reading, _products(ratios[mine]), edges, named)
+        )
         if found is None:
             which = _named(split_dates[mine], ratios[mine])
-            first, doubt = begins, f"its prices do not show whether they are adjusted by {which}"
+            first = max(begins, int(seen.index[beside]) if beside else 0)
+            doubt = f"its prices do not show whether they are adjusted by {which}"
             break
         reading, by_ticks = found
         ticks_from = ticks_from or (place if by_ticks else 0)
@@ -200,13 +206,32 @@ def _in_ticks(prices: Floats) -> NDArray[np.bool_]:
     return whole
 
 
+def _beside(seen: _Prices, place: int, choices: Floats, edges: Indices) -> int:
+    """The newest bar near a split, on either side, that jumps as the split would; 0: none.
+
+    Then it is not known where the split belongs, and whether some bars of its own day and after it are adjusted.
+    """
+    steps = choices[np.abs(choices) >= _LEAST_STEP]
+    around = np.arange(max(place - _NEARBY, 1), min(place + _NEARBY + 1, len(seen)))
+    around = around[~np.isin(around, edges)]
+    like = _like(seen.jumps[around], np.concatenate([steps, -steps])).any(axis=1)
+    return int(around[like].max(initial=0))
+
+
+def _like(jumps: Floats, steps: Floats) -> NDArray[np.bool_]:
+    """For each jump and each step (logarithms) whether a market that moves as well may have made one of the other."""
+    near: NDArray[np.bool_] = np.abs(jumps[:, None] - steps[None, :]) <= np.maximum(
+        np.abs(steps) / 3, 2 * _LEAST_NOISE
+    )
+    return near
+
+
 def _step_inside(seen: _Prices, places: range, reading: _Reading, named: float) -> int:
     """The newest bar of `places` that jumps as if what lies before it had another adjustment; 0: none."""
     steps = reading.steps
     if not len(places) or not len(steps):
         return 0
-    jumps = seen.jumps[places.start : places.stop]
-    near = np.abs(jumps[:, None] - steps[None, :]) <= np.maximum(np.abs(steps) / 3, 2 * _LEAST_NOISE)
+    near = _like(seen.jumps[places.start : places.stop], steps)
     for at in np.flatnonzero(near.any(axis=1))[::-1]:
         place = places.start + int(at)
         block = seen.prices[:, max(place - _BLOCK, places.start - 1) : place]

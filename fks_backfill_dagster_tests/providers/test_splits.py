@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -192,7 +194,7 @@ class TestKinds:
         history = History(quiet(100), [(50, 4.0, False)])
         history.split_dates = history.split_dates - MICROS_PER_DAY
         traded = history.read()
-        assert traded.first == 49
+        assert traded.first == 50, "the named day may hold old shares too"
         assert "split of 4:1 on 2015-02-23" in traded.doubt
 
     def test_a_crash_on_another_day_is_no_split(self) -> None:
@@ -259,3 +261,38 @@ class TestKinds:
         none = np.empty(0, dtype=np.int64)
         traded = as_traded(Candles.empty(), none, np.array([START]), np.array([4.0]))
         assert (len(traded.bars), traded.first, traded.doubt) == (0, 0, "")
+
+
+LABELLED = Path(__file__).resolve().parents[2] / "../shared/wire/recordings/labelled-errors"
+
+
+@pytest.mark.skipif(not LABELLED.is_dir(), reason="the labelled series are not beside the checkout")
+@pytest.mark.parametrize("name", ["4063-T", "ALPHA-PA", "CNE-L", "LA-V", "MOB-ST", "SPM-MI"])
+def test_real_series_with_labelled_errors(name: str) -> None:
+    """Series of Yahoo in which single bars, or all of a part, are not adjusted by a split, or are twice.
+
+    The label is the series as it should be adjusted. Nothing is given that differs from it.
+    """
+    (bad, splits), (label, _) = (
+        read_frame(LABELLED / f"{name}-1d-bad-stock-split{end}.csv") for end in ("", "-fixed")
+    )
+    dates, ratios = splits
+    traded = as_traded(bad, bad.ts, dates, ratios)
+    assert traded.doubt
+    true = label.close * np.array([np.prod(ratios[dates > at]) for at in label.ts.tolist()])
+    assert np.array_equal(bad.ts, label.ts)
+    np.testing.assert_allclose(traded.bars.close[traded.first :], true[traded.first :], rtol=1e-5)
+    assert traded.first < len(bad), "what comes after it all is given"
+
+
+def read_frame(path: Path) -> tuple[Candles, tuple[np.ndarray, np.ndarray]]:
+    """Bars, ascending, and the splits among them: their dates and ratios."""
+    frame = pd.read_csv(path)
+    frame["ts"] = [us(text[:10]) for text in frame["Date"]]
+    frame = frame.sort_values("ts")
+    columns = [frame[name].to_numpy(float) for name in ("Open", "High", "Low", "Close", "Volume")]
+    split = frame[frame["Stock Splits"] != 0]
+    return Candles(frame["ts"].to_numpy(), *columns), (
+        split["ts"].to_numpy(),
+        split["Stock Splits"].to_numpy(float),
+    )
