@@ -7,9 +7,9 @@ A provider that adjusts by splits names them, and sometimes has not applied one 
 part of its history. So each split is decided by its own prices, from the newest to the oldest:
 
 1. The jump from the close before it to the open on its day. A split of ratio r (4.0 for 4:1) that was applied
-   leaves none, one that was not leaves a factor of r. It decides when it is nearer to one of the two than
-   a third of the distance between them, and that distance is three times the largest other overnight jump
-   nearby, and three times 10 % at least. So it is right whenever the market moved by less than 20 % that night.
+   leaves none, one that was not leaves a factor of r. It decides if it is nearer to one of the two than a third
+   of the distance between them (of logarithms), and if that distance is at least 0.3 and three times the largest
+   other jump nearby. So it is right whenever the market moved by less than 20 % that night.
 2. The ticks. Prices are traded in whole cents (below 1.00: hundredths of a cent), and what was divided by 1.05
    is no whole cent any more. It decides where the jump does not (1.05, 1.046, a wild market) and may not
    contradict it.
@@ -41,11 +41,8 @@ _BLOCK = 60  # bars before a split whose ticks are looked at
 _FEWEST_PRICES = 8  # different ones, for the ticks to mean anything
 _LARGEST_PRICE = 2500.0  # above, the digits of a 32-bit float do not tell a cent
 _ON, _OFF = 0.95, 0.7  # the shares of prices in whole ticks that make them right, or wrong
-_OFF_RUN = (
-    3  # neighbouring bars off the ticks that are no accident; as many beside them may be on them by one
-)
-_MOST_AT_ONCE = 4  # splits of one night
-_TOO_MANY = 256  # combinations of splits; beyond, prices are declined
+_OFF_RUN = 3  # bars in a row off the ticks are no accident; as many beside them may be on them by accident
+_MOST_AT_ONCE, _TOO_MANY = 4, 256  # splits of one night, combinations of splits: beyond, prices are declined
 # Significant digits of a price that was a 32-bit float once, and of one that was only divided and rounded.
 _NARROW_DIGITS, _WIDE_DIGITS = 7, 8
 
@@ -97,12 +94,10 @@ def as_traded(bars: Candles, dates: Instants, split_dates: Instants, ratios: Flo
     for place, older in zip(places, [*places, 0][1:], strict=True):
         mine = edges == place
         named *= float(np.prod(ratios[mine]))
-        begins = int(np.searchsorted(dates, split_dates[mine][0]))
-        beside = _beside(seen, place, np.log(_products(ratios[mine])), edges)
-        found = (
-            None if beside else _decided(seen, place, older, reading, _products(ratios[mine]), edges, named)
-        )
-        if found is None:
+        begins, choices = int(np.searchsorted(dates, split_dates[mine][0])), _products(ratios[mine])
+        beside = _beside(seen, place, np.log(choices), edges)
+        found = None if beside else _decided(seen, place, older, reading, choices, edges, named)
+        if found is None or np.count_nonzero(mine) > _MOST_AT_ONCE:
             which = _named(split_dates[mine], ratios[mine])
             first = max(begins, int(seen.index[beside]) if beside else 0)
             doubt = f"its prices do not show whether they are adjusted by {which}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY
 from fks_backfill_dagster.providers.splits import Traded, as_traded
+from fks_backfill_dagster_tests.domain.builders import read_csv
 from fks_backfill_dagster_tests.providers.scripted import us
 
 START = us("2015-01-05")
@@ -238,6 +240,12 @@ class TestKinds:
             assert traded.first == 0
             history.check(traded)
 
+    def test_too_many_of_one_night_are_declined(self) -> None:
+        history = History(quiet(60), [(30, 1.5, True)] * 5)
+        traded = history.read()
+        assert traded.first == 30
+        history.check(traded)
+
     def test_a_split_on_a_day_without_a_session(self) -> None:
         history = History(quiet(60), [(30, 4.0, False)])
         kept = np.delete(np.arange(60), [28, 29, 30, 31])
@@ -263,7 +271,25 @@ class TestKinds:
         assert (len(traded.bars), traded.first, traded.doubt) == (0, 0, "")
 
 
-LABELLED = Path(__file__).resolve().parents[2] / "../shared/wire/recordings/labelled-errors"
+SHARED = Path(__file__).resolve().parents[2] / "../shared"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real candles are not beside the checkout")
+@pytest.mark.parametrize("applied", list(product([True, False], repeat=4)))
+def test_apple_since_1998(applied: tuple[bool, ...]) -> None:
+    """Four splits and a night of -45 % that looks like one: all is decided, whichever of them are applied."""
+    true = read_csv(SHARED / "data/equity/AAPL-1d.csv.gz")
+    dates = np.array([us(text) for text in ("2000-06-21", "2005-02-28", "2014-06-09", "2020-08-31")])
+    ratios = np.array([2.0, 2.0, 7.0, 4.0])
+    adjusted = np.array([np.prod(ratios[(dates > at) & applied]) for at in true.ts.tolist()])
+    prices = [(column / adjusted).astype(np.float32).astype(float) for column in true.columns()[1:5]]
+    traded = as_traded(Candles(true.ts, *prices, np.rint(true.volume * adjusted)), true.ts, dates, ratios)
+    assert (traded.first, traded.doubt) == (0, "")
+    np.testing.assert_allclose(traded.bars.close, true.close, rtol=3e-7)
+    np.testing.assert_allclose(traded.bars.volume, true.volume, atol=0.51)
+
+
+LABELLED = SHARED / "wire/recordings/labelled-errors"
 
 
 @pytest.mark.skipif(not LABELLED.is_dir(), reason="the labelled series are not beside the checkout")
