@@ -23,7 +23,7 @@ from fks_backfill_dagster.domain.plausibility import implausible
 from fks_backfill_dagster.domain.quality import Reason
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
-from fks_backfill_dagster.domain.timeframe import Timeframe, iso
+from fks_backfill_dagster.domain.timeframe import iso
 from fks_backfill_dagster.ledger.gaps import missing_of
 from fks_backfill_dagster.ledger.records import Evidence, Outcome
 from fks_backfill_dagster.ledger.settle import Response
@@ -172,7 +172,7 @@ class ProviderChain:
     def page_size(self) -> int:
         """Of the provider that is requested first."""
         first = next(iter(self.names), None)
-        return self._providers[first].capabilities.page(self.series.timeframe) if first else 1
+        return self._providers[first].capabilities.candles_a_request(self.series) if first else 1
 
     def tallies(self) -> dict[str, Tally]:
         return dict(self._tallies)
@@ -231,7 +231,7 @@ class ProviderChain:
         native = replace(series, timeframe=provider.capabilities.parts(series))
         parts = [
             provider.estimate(native, window if native == series else parts_span(grid_of(series), window))
-            for batches in plan.spans(provider.capabilities.page(series.timeframe))
+            for batches in plan.spans(provider.capabilities.candles_a_request(series))
             for window in self._windows(batches, provider)
         ]
         return Estimate(sum(p.requests for p in parts), sum(p.seconds for p in parts))
@@ -279,8 +279,8 @@ class ProviderChain:
 
     def _windows(self, batches: Sequence[Batch], provider: Provider) -> list[TimeRange]:
         wanted = RangeSet([part for batch in batches for part in batch.wanted])
-        timeframe = self.series.timeframe
-        return list(wanted.merge_closer_than(provider.capabilities.page(timeframe) * timeframe.micros))
+        page = provider.capabilities.candles_a_request(self.series)
+        return list(wanted.merge_closer_than(page * self.series.timeframe.micros))
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,10 +299,10 @@ class _Question:
     since: int | None
     excluded: tuple[tuple[Instants, str], ...]
 
-    def hulls(self, timeframe: Timeframe) -> list[TimeRange]:
+    def hulls(self, series: Series) -> list[TimeRange]:
         """The ranges to request: scattered candles share a request where one page reaches both."""
-        ranges = RangeSet.from_arrays(self.wanted, self.wanted + timeframe.micros)
-        return list(ranges.merge_closer_than(self.provider.capabilities.page(timeframe) * timeframe.micros))
+        step, page = series.timeframe.micros, self.provider.capabilities.candles_a_request(series)
+        return list(RangeSet.from_arrays(self.wanted, self.wanted + step).merge_closer_than(page * step))
 
     def window(self, hull: TimeRange, beside: TimeRange, grid: Grid) -> TimeRange:
         """With a neighbour on either side where that shows something.
@@ -397,7 +397,7 @@ class _Span:
         before, rejected = len(self.wanted), sum(len(r.candles) for r in found.rejected)
         done = _NONE
         try:
-            for hull in question.hulls(self.series.timeframe):
+            for hull in question.hulls(self.series):
                 self._ask_hull(question, hull)
                 done = np.concatenate([done, _inside(question.wanted, hull)])
         except Cancelled:

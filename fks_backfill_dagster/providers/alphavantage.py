@@ -4,10 +4,10 @@ Belongs here: its functions, New York stamps, and what its answers (always statu
 Does not belong here: sessions (`domain.grid`), splits: prices are asked for as traded.
 
 What is asked for:
-  1d                TIME_SERIES_DAILY: the last 100 days, or the whole history (premium): a key that was
-                    refused the history once is asked for the last days only
+  1d                native, TIME_SERIES_DAILY: the last 100 days, or the whole history (premium): a key that
+                    was refused the history once is asked for the last days only. Stamped by its date
   1w                derived from 1d
-  1m 5m 15m 30m     TIME_SERIES_INTRADAY by New York month since 2000-01 (premium), regular session only
+  1m 5m 15m 30m     native, TIME_SERIES_INTRADAY by New York month since 2000-01 (premium), regular session only
   1h 4h             derived from 30m: its own hours begin 09:30 or 09:00, which is not documented, and
                     may hold pre-market trades; half an hour lies inside or outside the session.
 
@@ -15,7 +15,8 @@ Stamps are New York wall time without a zone, and recordings disagree on whether
 closes. The edges of the sessions tell: 09:30 can only be an open, 16:00 only a close. Where a month has
 both or neither, it is refused.
 
-Whether quiet intervals are omitted is not known, so they do not count as such: an absent bar is missing.
+Whether it omits intervals without a trade is not documented. That it fills them is not known either, so it counts
+as one that omits: the rule for no-trade intervals then asks for a second witness (`pipeline`).
 A free key has 25 requests a day: so no request is tried more than ATTEMPTS times, and months are asked
 one after the other.
 """
@@ -66,6 +67,7 @@ from fks_backfill_dagster.providers.http import (
     system_micros,
     usable_key,
 )
+from fks_backfill_dagster.providers.pages import joined
 
 NAME = "alphavantage"
 DEFAULT_BASE_URL = "https://www.alphavantage.co"
@@ -156,9 +158,8 @@ class AlphaVantage:
             return Answer(())
         request = self._bars if series.timeframe.is_intraday else self._days
         pages = [page.sorted().within(window) for page in request(series, queries, tally)]
-        rows = Candles.concat(pages).sorted()
-        closed = rows.take(rows.ts < grid_of(series).closed_end(self._clock()))
-        seams = np.array([int(page.ts[0]) for page in pages[1:] if len(page)], dtype=np.int64)
+        end = grid_of(series).closed_end(self._clock())
+        closed, seams = joined([page.take(page.ts < end) for page in pages])
         origin = Origin(NAME, Transport.REST, _source(queries), host_of(self._url), symbol_of(series), now)
         return Answer((Delivery(closed, origin, seams),) if len(closed) else (), tally.count)
 

@@ -4,7 +4,7 @@ ProviderError                  something a provider said or failed to say
   PermanentError               asking again will not help: ask the next provider
     UnknownSymbol              it does not know the symbol
     NotEntitled                key missing, wrong, or without the right to this data
-      TooOld                   the key covers newer data only: ask again from `since` on
+      TooOld                   the key covers newer data only, or only that is certain: request again from `since` on
   TransientError               asking again may help: wait as told, retry within a budget
     RateLimited                too many requests; `retry_after` tells how long
     BadAnswer                  the answer is garbage: HTML, truncated JSON, another shape
@@ -53,7 +53,8 @@ class NotEntitled(PermanentError):
 
 
 class TooOld(NotEntitled):
-    """The key does not reach back so far: it covers nothing that opens before `since` (microseconds)."""
+    """Nothing that opens before `since` (microseconds) is given, what opens later is: the key does not reach back
+    so far, or older prices are not certain (a split that may not have been applied)."""
 
     def __init__(self, provider: str, message: str, since: int) -> None:
         super().__init__(provider, message)
@@ -118,6 +119,11 @@ class Capabilities:
     def page(self, timeframe: Timeframe) -> int:
         """The most candles of `timeframe` that one request brings."""
         return self.page_sizes.get(timeframe, self.page_size)
+
+    def candles_a_request(self, series: Series) -> int:
+        """The most candles of a series that one request brings; of a derived one by way of its parts."""
+        parts = self.parts(series)
+        return max(1, self.page(parts) * parts.micros // series.timeframe.micros)
 
     def serve(self, series: Series) -> bool:
         return series.timeframe in self.timeframes.get(series.asset_class, frozenset())

@@ -19,7 +19,6 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 from urllib.parse import urlencode
 
@@ -66,6 +65,7 @@ from fks_backfill_dagster.providers.http import (
     status_error,
     system_micros,
 )
+from fks_backfill_dagster.providers.pages import contradicting, differing, joined
 
 NAME = "binance"
 DEFAULT_BASE_URL = "https://api.binance.com"
@@ -197,18 +197,24 @@ class Binance:
         lacking = plan.lacking(have)
         requested_at = self._clock()
         pages = self._ask(plan, lacking, tally)
-        rows = _assemble(pages, lacking)
+        blocks = _assemble(pages, lacking)
+        rows, seams = joined(blocks)
         now = min(page.server_time for page in pages)
-        doubtful = (plan.lacking(rows) & plan.closed(now) & lacking) - witnessed
+        absent = plan.lacking(rows)
+        doubtful = (absent & plan.closed(now) & lacking) - witnessed
         if doubtful:
             doubtful = self._shortened(plan, doubtful, tally)
-            again = _assemble(self._ask(plan, doubtful, tally), doubtful)
+            again = self._ask(plan, doubtful, tally)
+            good = rows.take(~absent.contains(rows.ts))
+            if any(differing(good, page.candles) for page in again):
+                raise self._another_market(plan)
             # A bad row that came twice is one row for the quarantine.
-            rows = Candles.concat([rows, again.take(~_repeated(again, rows))]).sorted()
+            blocks += [block.take(~_repeated(block, rows)) for block in _assemble(again, doubtful)]
+            rows, seams = joined(blocks)
         query = _query(plan.symbol, plan.series.timeframe, lacking.hull)
         source = f"{KLINES_PATH}?{urlencode(query)}"
         origin = Origin(NAME, Transport.REST, source, self._host, plan.symbol, requested_at)
-        return [Delivery(rows, origin)] if len(rows) else []
+        return [Delivery(rows, origin, seams)] if len(rows) else []
 
     def _shortened(self, plan: _Plan, doubtful: RangeSet, tally: Tally) -> RangeSet:
         """`doubtful` without the long empty beginning of a range, at one request of one row each.
@@ -233,19 +239,22 @@ class Binance:
         queries = [_query(plan.symbol, plan.series.timeframe, page) for page in asked]
         pages = self._klines.ask(queries, asked, tally)
         for _ in range(_ROUNDS):
-            wrong = _contradicting(pages)
+            wrong = contradicting([page.candles for page in pages])
             if not wrong:
                 return pages
             again = self._klines.ask([queries[i] for i in wrong], [asked[i] for i in wrong], tally)
             for index, page in zip(wrong, again, strict=True):
                 pages[index] = page
-        if _contradicting(pages):
-            raise BadAnswer(
-                NAME,
-                f"{self._klines.place} gives different values for the same candle of {plan.symbol} "
-                f"{plan.series.timeframe}: pages of another market are among its answers",
-            )
+        if contradicting([page.candles for page in pages]):
+            raise self._another_market(plan)
         return pages
+
+    def _another_market(self, plan: _Plan) -> BadAnswer:
+        return BadAnswer(
+            NAME,
+            f"{self._klines.place} gives different values for the same candle of {plan.symbol} "
+            f"{plan.series.timeframe}: pages of another market are among its answers",
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -311,18 +320,18 @@ def _cut(seen: Fetched, lacking: RangeSet) -> Fetched:
     return Fetched(seen.file, seen.outcome, seen.delivery.with_candles(kept), seen.warning)
 
 
-def _assemble(pages: Sequence[_Page], wanted: RangeSet) -> Candles:
-    """The rows of all pages that are wanted, ascending; candles that pages share once.
+def _assemble(pages: Sequence[_Page], wanted: RangeSet) -> list[Candles]:
+    """The rows of each page that are wanted; candles that pages share once, in the earlier one.
 
     Rows that repeat inside one page stay: judging them is not this module's business.
     """
     blocks: list[Candles] = []
     shared = np.empty(0, dtype=np.int64)
     for page in pages:
-        blocks.append(page.candles.take(~np.isin(page.candles.ts, shared)))
+        fresh = page.candles.take(~np.isin(page.candles.ts, shared))
+        blocks.append(fresh.take(wanted.contains(fresh.ts)))
         shared = page.candles.ts
-    rows = Candles.concat(blocks)
-    return rows.take(wanted.contains(rows.ts)).sorted()
+    return blocks
 
 
 def _repeated(rows: Candles, before: Candles) -> NDArray[np.bool_]:
@@ -334,18 +343,6 @@ def _repeated(rows: Candles, before: Candles) -> NDArray[np.bool_]:
     for mine, theirs in zip(rows.columns(), before.take(index).columns(), strict=True):
         same &= (mine == theirs) | ((mine != mine) & (theirs != theirs))
     return same
-
-
-def _contradicting(pages: Sequence[_Page]) -> list[int]:
-    """The indices of the pages that give a shared candle differently than a neighbour."""
-    wrong: set[int] = set()
-    for index, (one, other) in enumerate(pairwise(pages)):
-        mine = one.candles.within(other.asked)
-        theirs = other.candles.within(one.asked)
-        in_mine, in_theirs = np.isin(mine.ts, theirs.ts), np.isin(theirs.ts, mine.ts)
-        if not mine.take(in_mine).equals(theirs.take(in_theirs)):
-            wrong |= {index, index + 1}
-    return sorted(wrong)
 
 
 def read_page(answer: object, asked: TimeRange, now: int, place: str) -> _Page:

@@ -296,8 +296,9 @@ class Archives:
         if zipped is None:
             return Fetched(file, Outcome.ABSENT)
         try:
-            published = checksum.body if checksum else None
-            candles, sha256 = read_archive(file, zipped.body, published, self._base_url)
+            candles, sha256 = read_archive(
+                file, zipped.body, checksum.body if checksum else None, self._base_url
+            )
         except BadAnswer as error:
             warning = f"{error}: passed over, its candles are taken elsewhere"
             return Fetched(file, Outcome.FAILED, warning=warning)
@@ -333,7 +334,9 @@ def published_at(file: ArchiveFile, headers: Mapping[str, str]) -> int:
     file then counts as published the day after its first day, as it may be older than the daily file of any
     of its days (binance-public-data#475)."""
     try:
-        return to_micros(parsedate_to_datetime(headers["Last-Modified"]).astimezone(UTC))
+        moment = parsedate_to_datetime(headers["Last-Modified"])
+        # "-0000" leaves the zone open; the dates of HTTP are always UTC.
+        return to_micros(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
     except (KeyError, TypeError, ValueError, OverflowError):
         return file.period.start + MICROS_PER_DAY if file.monthly else file.period.end
 

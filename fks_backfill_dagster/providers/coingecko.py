@@ -5,21 +5,21 @@ Does not belong here: whether its prices fit those of an exchange (splices, in `
 average over many exchanges, in dollars also for USDT and USDC.
 
 A demo key (public host) has `/ohlc?days=N` only, whose granularity is automatic:
-  1 day        30m, from which we derive 1h
-  7 .. 30 days 4h, from which we derive 1d and 1w
+  1 day        30m native; 1h is derived from it
+  7 .. 30 days 4h native; 1d and 1w are derived from it
   beyond       4 days, which is no timeframe of ours.
-A paid key (base_url on the host pro-api...) has `/ohlc/range` besides: 1h and 1d since 2018-02-09, from
-which we derive 4h and 1w. There is nothing below 30m, and no volume: `total_volumes` of another endpoint is a
+A paid key (base_url on the host pro-api...) has `/ohlc/range` besides: 1h and 1d native since 2018-02-09, 4h derived
+from 1h and 1w from 1d. There is nothing below 30m, and no volume: `total_volumes` of another endpoint is a
 rolling day's.
 
 Rows are stamped at the close, so they are moved to the open. Granularity is not told in the answer and
-four days fit the grid of 4h: so the distance of the rows is checked. The answer tells no coin either;
-nothing here would notice another coin's rows.
+four days fit the grid of 4h: so the distance of the rows is checked. The answer names no coin either, but
+neighbouring ranges overlap by an interval, which must be the same in both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -64,6 +64,7 @@ from fks_backfill_dagster.providers.http import (
     system_micros,
     usable_key,
 )
+from fks_backfill_dagster.providers.pages import agreeing, joined
 
 NAME = "coingecko"
 DEFAULT_BASE_URL = "https://api.coingecko.com"
@@ -232,19 +233,27 @@ class CoinGecko:
         pages = question.way.pages(window, now)
         if not window or not pages:
             return Answer(())
-        blocks = self._client.pool.map(NAME, lambda page: self._ask(question, page, now, tally), pages)
-        rows = Candles.concat(blocks)
+
+        def request(some: Sequence[TimeRange]) -> list[Candles]:
+            return self._client.pool.map(NAME, lambda page: self._ask(question, page, now, tally), some)
+
+        blocks = agreeing(pages, request)
+        if blocks is None:
+            raise BadAnswer(
+                NAME,
+                f"it gives different values for the same candle of {question.coin} in neighbouring ranges",
+            )
+        rows, seams = joined([block.within(page) for block, page in zip(blocks, pages, strict=True)])
         path, query = question.request(TimeRange(pages[0].start, pages[-1].end), now)
         source = f"{path}?{urlencode(query)}"
         origin = Origin(NAME, Transport.REST, source, host_of(self._base_url), question.coin, now)
-        seams = np.array([int(block.ts[0]) for block in blocks[1:] if len(block)], dtype=np.int64)
         return Answer((Delivery(rows, origin, seams),) if len(rows) else (), tally.count)
 
     def instrument(self, series: Series) -> str:
         return coin_of(series)
 
     def _ask(self, question: _Question, page: TimeRange, now: int, tally: Tally) -> Candles:
-        """The closed candles that open in `page`, ascending."""
+        """The closed candles of `page` and those beside it that come along, ascending."""
         path, query = question.request(page, now)
         url, step = self._base_url + path, question.way.fine.micros
 
@@ -264,7 +273,7 @@ class CoinGecko:
                     return Candles.empty()  # one row does not tell which granularity it is of
                 # The first row may be made of that part of it only which lies in the asked days.
                 rows = rows.take(rows.ts >= seen - int(query["days"]) * MICROS_PER_DAY)
-            return rows.within(page)
+            return rows
 
         return self._client.run(attempt, tally)
 

@@ -4,6 +4,8 @@ Belongs here: instruments, alignments, pages, and what OANDA's answers mean.
 Does not belong here: when the forex market is open (`domain.grid`), what an absent candle means
 (`pipeline`).
 
+All eight timeframes are native.
+
 Alignment. Candles up to 1h sit on the hour whatever is asked. From 4h up they are cut from the start
 of a day that the request names; the default, 17:00 New York, moves with summer time in UTC:
   4h   dailyAlignment=0 in UTC: 00, 04, 08 ... UTC on every day of the year, as on our grid.
@@ -57,6 +59,7 @@ from fks_backfill_dagster.providers.http import (
     system_micros,
     usable_key,
 )
+from fks_backfill_dagster.providers.pages import agreeing, differing, joined
 
 NAME = "oanda"
 DEFAULT_BASE_URL = "https://api-fxpractice.oanda.com"
@@ -145,15 +148,19 @@ class Oanda:
         if len(opens) == 0:
             return Answer(())
         asked = _ranges(opens, grid)
-        candles = self._ask(instrument, series.timeframe, asked, tally)
+        pages = self._ask(instrument, series.timeframe, asked, tally)
+        candles = Candles.concat(pages)
         lacking = _ranges(_lacking(opens, candles, grid), grid)
         if lacking:
             again = self._ask(instrument, series.timeframe, lacking, tally)
-            candles = Candles.concat([candles, again.take(lacking.contains(again.ts))])
+            known = candles.take(~lacking.contains(candles.ts)).sorted()
+            if any(differing(known, page) for page in again):
+                raise _another(instrument, series.timeframe)
+            pages += [page.take(lacking.contains(page.ts)) for page in again]
+        candles, seams = joined(pages)
         source = f"{_path(instrument)}?{urlencode(self._query(series.timeframe, asked.hull))}"
         origin = Origin(NAME, Transport.REST, source, host_of(self._base_url), instrument, requested_at)
-        seams = np.array([page.start for page in _pages(asked, series.timeframe.micros)[1:]], dtype=np.int64)
-        return Answer((Delivery(candles.sorted(), origin, seams),) if len(candles) else (), tally.count)
+        return Answer((Delivery(candles, origin, seams),) if len(candles) else (), tally.count)
 
     def instrument(self, series: Series) -> str:
         return instrument_of(series)
@@ -164,17 +171,21 @@ class Oanda:
         end = min(window.end, grid.closed_end(self._clock() - _CLOCK_SKEW))
         return grid.opens(TimeRange(window.start, max(window.start, end)))
 
-    def _ask(self, instrument: str, timeframe: Timeframe, ranges: RangeSet, tally: Tally) -> Candles:
-        """The rows of all pages over `ranges`, each row once; only closed candles."""
+    def _ask(self, instrument: str, timeframe: Timeframe, ranges: RangeSet, tally: Tally) -> list[Candles]:
+        """The rows of each page over `ranges`, each row once; only closed candles.
+
+        The candle that covers `from` comes along, and the one at `to` may: so neighbouring pages can overlap.
+        """
 
         def page(asked: TimeRange) -> Candles:
             self._connections.wait_turn()
-            rows = self._page(instrument, timeframe, self._query(timeframe, asked), tally)
-            # The candle that covers `from` comes along, and the one at `to` may.
-            return rows.take((rows.ts >= asked.start) & (rows.ts < asked.end))
+            return self._page(instrument, timeframe, self._query(timeframe, asked), tally).sorted()
 
         pages = _pages(ranges, timeframe.micros)
-        return Candles.concat(self._client.pool.map(NAME, page, pages))
+        rows = agreeing(pages, lambda some: self._client.pool.map(NAME, page, some))
+        if rows is None:
+            raise _another(instrument, timeframe)
+        return [block.within(asked) for block, asked in zip(rows, pages, strict=True)]
 
     def _query(self, timeframe: Timeframe, asked: TimeRange) -> dict[str, str]:
         # Over a weekend the close of the last candle lies days back, but a candle that closed a moment
@@ -290,6 +301,14 @@ def _lacking(opens: Instants, candles: Candles, grid: Grid) -> Instants:
     window = TimeRange(int(opens[0]), int(opens[-1]) + 1)
     good = verify(candles, window, grid, window.end).good
     return opens[~np.isin(opens, good.ts, assume_unique=True)]
+
+
+def _another(instrument: str, timeframe: Timeframe) -> BadAnswer:
+    return BadAnswer(
+        NAME,
+        f"it gives different values for the same candle of {instrument} {timeframe}: pages of another instrument "
+        "are among its answers",
+    )
 
 
 def _message(body: bytes) -> str:

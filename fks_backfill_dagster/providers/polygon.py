@@ -5,13 +5,19 @@ Does not belong here: splices with another market's candles, rows outside the se
 
 Its bars sit on clock intervals, whatever the session. So not all of them are on our grid:
 
-crypto   a day is a UTC day. Weeks start on Sunday, and it is not verified that 4h sits on UTC
-         multiples of four hours: both are derived.
-stocks   up to 30m a bar lies inside or outside the regular session, never both: it opens at 09:30 and
-         closes at 16:00 or 13:00 New York. An hour bar at 09:00 would mix pre-market in, and whether a
-         day bar holds regular trades only is not verified: from 1h up all is derived from 30m.
-forex    up to 1h the session's edges are edges of bars. Longer ones open at 17:00 New York here and
-         at midnight there: derived from 1h. What it calls volume counts ticks, so there is none.
+crypto   native up to 1h and 1d (a UTC day). Weeks start on Sunday there, and it is not verified that 4h sits on
+         UTC multiples of four hours: both are derived.
+stocks   native up to 30m: such a bar lies inside or outside the regular session, never both, as it opens at 09:30
+         and closes at 16:00 or 13:00 New York. The hour bar at 09:00 mixes pre-market in: 1h and 4h are derived
+         from 30m. 1d is native: the official daily bar, open and close of the auctions, consolidated volume. It
+         is stamped 00:00 New York and moved to the date of its session; a bar of any other stamp stays off the
+         grid. 1w is derived from 1d.
+forex    native up to 1h, where the session's edges are edges of bars. Its days start at 00:00 UTC and exist on
+         weekends: 4h, 1d and 1w are derived from 1h. What it calls volume counts ticks, so there is none.
+
+A day of a stock counts as closed when its session is over by both clocks (13:00 on a half-day). Trades after hours
+and late reports still change its volume, and the official close may come some minutes later: what a live account
+returns between the close and the next morning was not tested.
 
 Prices are asked with adjusted=false. Intervals without a trade are omitted. A crypto ticker quotes
 the fiat dollar, so for BTC/USDT this is another market that lies close. How far back it has data
@@ -27,11 +33,13 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from urllib.parse import quote, urlsplit
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import pyarrow as pa
 
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import (
@@ -40,6 +48,8 @@ from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_MINUTE,
     Timeframe,
     iso,
+    to_datetime,
+    to_micros,
 )
 from fks_backfill_dagster.providers.base import (
     Answer,
@@ -73,13 +83,15 @@ from fks_backfill_dagster.providers.http import (
     system_micros,
     usable_key,
 )
+from fks_backfill_dagster.providers.pages import joined
+from fks_backfill_dagster.providers.sessions import midnight_dates
 
 NAME = "polygon"
 DEFAULT_BASE_URL = "https://api.massive.com"
 KEY_VARIABLE = "POLYGON_API_KEY"
 REQUESTS_PER_MINUTE = 5  # of the free plan
 
-# The most a request may ask for. It counts the minutes behind the bars, not the bars.
+# The most a request may ask for. It counts the base bars behind the bars: minutes, for hours too, or days.
 LIMIT = 50_000
 _SPANS = {
     Timeframe.M1: (1, "minute"),
@@ -92,15 +104,20 @@ _SPANS = {
 _MINUTES = frozenset({Timeframe.M1, Timeframe.M5, Timeframe.M15, Timeframe.M30})
 _NATIVE: Mapping[AssetClass, frozenset[Timeframe]] = {
     AssetClass.CRYPTO: _MINUTES | {Timeframe.H1, Timeframe.D1},
-    AssetClass.STOCKS: _MINUTES,
+    AssetClass.STOCKS: _MINUTES | {Timeframe.D1},
     AssetClass.FOREX: _MINUTES | {Timeframe.H1},
 }
 # What a derived timeframe is made of.
 _PARTS: Mapping[AssetClass, Mapping[Timeframe, Timeframe]] = {
     AssetClass.CRYPTO: {Timeframe.H4: Timeframe.H1, Timeframe.W1: Timeframe.D1},
-    AssetClass.STOCKS: dict.fromkeys((Timeframe.H1, Timeframe.H4, Timeframe.D1, Timeframe.W1), Timeframe.M30),
+    AssetClass.STOCKS: {
+        Timeframe.H1: Timeframe.M30,
+        Timeframe.H4: Timeframe.M30,
+        Timeframe.W1: Timeframe.D1,
+    },
     AssetClass.FOREX: dict.fromkeys((Timeframe.H4, Timeframe.D1, Timeframe.W1), Timeframe.H1),
 }
+_ZONE = ZoneInfo("America/New_York")  # of the stamps of stocks
 # The share of a week's minutes that may have a bar: 04:00 to 20:00 on weekdays; five of seven days.
 _TRADED: Mapping[AssetClass, float] = {
     AssetClass.CRYPTO: 1.0,
@@ -130,8 +147,11 @@ class Polygon:
     capabilities = Capabilities(
         {asset_class: native | _PARTS[asset_class].keys() for asset_class, native in _NATIVE.items()},
         page_size=LIMIT,
-        # The limit counts minutes, whatever the bars.
-        page_sizes={timeframe: max(1, LIMIT // timeframe.minutes) for timeframe in Timeframe},
+        page_sizes={
+            timeframe: LIMIT * MICROS_PER_MINUTE // timeframe.micros
+            for timeframe in Timeframe
+            if timeframe.is_intraday
+        },
         needs_key=KEY_VARIABLE,
         omits_quiet=True,
         derived=_PARTS,
@@ -171,7 +191,7 @@ class Polygon:
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
         check_served(self, series)
-        if not window:
+        if not window or not _asked(series, window):
             return Answer(())
         edge = self._edges.get(series.asset_class, window.start)
         if window.start < edge:
@@ -191,12 +211,11 @@ class Polygon:
             warnings = (f"{refused} (so it was asked for what lies before {iso(asked.end)})",)
             bars = self._bars(series, asked, tally)
 
-        candles = Candles.concat(bars)
+        candles, seams = joined(bars)
         if series.asset_class is AssetClass.FOREX:
             candles = replace(candles, volume=np.full(len(candles), np.nan))
-        source = self._url(self.instrument(series), series.timeframe, asked).removeprefix(self._base_url)
+        source = self._url(series, asked).removeprefix(self._base_url)
         origin = Origin(NAME, Transport.REST, source, self._host, self.instrument(series), requested_at)
-        seams = np.array([int(page.ts[0]) for page in bars[1:] if len(page)], dtype=np.int64)
         return Answer((Delivery(candles, origin, seams),) if len(candles) else (), tally.count, warnings)
 
     def instrument(self, series: Series) -> str:
@@ -238,34 +257,35 @@ class Polygon:
 
     def _bars(self, series: Series, window: TimeRange, tally: Tally) -> list[Candles]:
         """The closed bars of each page that open in `window`."""
-        ticker, timeframe = self.instrument(series), series.timeframe
-        url = self._url(ticker, timeframe, window)
+        url = self._url(series, window)
         place, blocks, seen = url.partition("?")[0], list[Candles](), set[str]()
         following: str | None = url
         while following:
             seen.add(following)
-            candles, following = self._page(following, ticker, timeframe, tally)
+            candles, following = self._page(following, series, tally)
             blocks.append(candles)
             if following in seen:
                 raise BadAnswer(NAME, f"{place} leads from page to page in a circle")
         # Polygon widens the asked range to whole intervals.
         return [block.sorted().within(window) for block in blocks]
 
-    def _url(self, ticker: str, timeframe: Timeframe, window: TimeRange) -> str:
-        multiplier, span = _SPANS[timeframe]
-        first, last = window.start // 1000, window.end // 1000 - 1  # both inclusive
-        path = f"/v2/aggs/ticker/{quote(ticker, safe=':')}/range/{multiplier}/{span}/{first}/{last}"
+    def _url(self, series: Series, window: TimeRange) -> str:
+        multiplier, span = _SPANS[series.timeframe]
+        asked = _asked(series, window)
+        first, last = asked.start // 1000, asked.end // 1000 - 1  # both inclusive
+        ticker = quote(self.instrument(series), safe=":")
+        path = f"/v2/aggs/ticker/{ticker}/range/{multiplier}/{span}/{first}/{last}"
         return f"{self._base_url}{path}?adjusted=false&sort=asc&limit={LIMIT}"
 
-    def _page(self, url: str, ticker: str, timeframe: Timeframe, tally: Tally) -> tuple[Candles, str | None]:
+    def _page(self, url: str, series: Series, tally: Tally) -> tuple[Candles, str | None]:
         """The candles of one page, and the URL of the next one."""
 
         def attempt() -> tuple[Candles, str | None]:
             reply = self._client.exchange(url)
-            document = self._document(reply, ticker)
+            document = self._document(reply, self.instrument(series))
             ours = self._clock()
             now = min(server_time(reply.headers) or ours, ours)  # closed is what both clocks call so
-            return self._candles(document, timeframe, now, reply.place), self._next_url(document)
+            return _closed(_bars_of(document, reply.place), series, now), self._next_url(document)
 
         return self._client.pool.map(NAME, lambda ask: self._client.run(ask, tally), [attempt])[0]
 
@@ -296,20 +316,6 @@ class Polygon:
             return RateLimited(NAME, text, retry_after=retry_after(reply.headers))
         return TransientError(NAME, text)
 
-    def _candles(self, document: dict[str, object], timeframe: Timeframe, now: int, place: str) -> Candles:
-        """The bars that are closed by the server's clock. A price that is absent becomes NaN."""
-        results = document.get("results") or []
-        if not isinstance(results, list) or document.get("resultsCount", len(results)) != len(results):
-            raise BadAnswer(NAME, f"{place} answered another number of bars than it says")
-        try:
-            bars = pa.array(results, type=_BAR)
-            t, *columns = bars.flatten()
-            ts = t.to_numpy() * 1000
-        except (pa.ArrowException, TypeError, OverflowError):
-            raise BadAnswer(NAME, f"{place} answered bars of another shape") from None
-        candles = Candles(ts, *(column.to_numpy(zero_copy_only=False) for column in columns))
-        return candles.take(np.asarray(ts + timeframe.micros <= now))
-
     def _next_url(self, document: dict[str, object]) -> str | None:
         """Only on the configured host: any other would be sent the key."""
         following = document.get("next_url")
@@ -323,6 +329,46 @@ class Polygon:
                 f"host: set providers.polygon.base_url to that if you trust it",
             )
         return str(following)
+
+
+def _has_own_days(series: Series) -> bool:
+    """Whether its bars are days of an exchange, by their date in New York."""
+    return series.asset_class is AssetClass.STOCKS and series.timeframe is Timeframe.D1
+
+
+def _asked(series: Series, window: TimeRange) -> TimeRange:
+    """What to request for the candles that open in `window`.
+
+    A stock's day is stamped 00:00 New York there and 00:00 UTC here: from the first date at midnight in New York,
+    up to the end of the last date in UTC, which is the evening of that date in New York.
+    """
+    if not _has_own_days(series):
+        return window
+    start, end = (-(-edge // MICROS_PER_DAY) * MICROS_PER_DAY for edge in (window.start, window.end))
+    midnight = to_micros(to_datetime(start).replace(tzinfo=_ZONE))
+    return TimeRange(midnight, max(end, midnight))
+
+
+def _bars_of(document: dict[str, object], place: str) -> Candles:
+    """The bars of an answer by their stamp. A price that is absent becomes NaN."""
+    results = document.get("results") or []
+    if not isinstance(results, list) or document.get("resultsCount", len(results)) != len(results):
+        raise BadAnswer(NAME, f"{place} answered another number of bars than it says")
+    try:
+        bars = pa.array(results, type=_BAR)
+        t, *columns = bars.flatten()
+        ts = t.to_numpy() * 1000
+    except (pa.ArrowException, TypeError, OverflowError):
+        raise BadAnswer(NAME, f"{place} answered bars of another shape") from None
+    return Candles(ts, *(column.to_numpy(zero_copy_only=False) for column in columns))
+
+
+def _closed(bars: Candles, series: Series, now: int) -> Candles:
+    """The candles of these bars that are closed at `now`."""
+    if not _has_own_days(series):
+        return bars.take(bars.ts + series.timeframe.micros <= now)
+    dated = replace(bars, ts=midnight_dates(bars.ts, series, _ZONE))
+    return dated.take(dated.ts < grid_of(series).closed_end(now))
 
 
 def _refusal_of_plan(text: str) -> NotEntitled:

@@ -3,16 +3,17 @@
 Belongs here: symbols, the chart endpoint, un-adjusting by splits, and what Yahoo's answers mean.
 Does not belong here: rows outside the session (`quality`), dividends.
 
-What Yahoo gives is not what we store, in five ways:
+Native are 1m, 5m, 15m and 1d; 30m, 1h and 4h are made from 15m (its hours sit on half hours, and its half
+hours are said to hold whole ones), 1w from 1d. What Yahoo gives is not what we store, in four ways:
 
 splits       prices and volumes are adjusted by every split since. Each answer names the splits of its own
-             range, so all answers of a fetch together reach up to now, and the adjustment is undone.
-days         are stamped at the session's open: moved to the date.
-hours        sit on half hours, and half hours are said to hold whole ones: both, and 4h, are derived from
-             15m. Weeks are derived from days.
+             range, so all answers of a fetch together reach up to now, and the adjustment is undone
+             as far as the prices show it (`splits.py`): some named splits have not been applied. What lies
+             before a split that the prices do not decide is declined, with TooOld.
+days         are stamped at the session's open, or at midnight, or an hour before it: moved to the session's
+             date (`sessions.py`).
 latest bar   is stamped with the last trade, and still forming: dropped by the clock.
-nulls        stand for bars that it does not have. They may have been quiet or not, so nothing is derived
-             over them.
+nulls        stand for bars that it does not have.
 
 It asks for no key. Its limits are not published; a client that says it is no browser is shut out sooner.
 """
@@ -27,9 +28,10 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from fks_backfill_dagster.domain.candles import PRICES, Candles, Floats
-from fks_backfill_dagster.domain.grid import Grid, grid_of
+from fks_backfill_dagster.domain.candles import PRICES, Candles
+from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import (
@@ -38,6 +40,7 @@ from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_SECOND,
     MICROS_PER_WEEK,
     Timeframe,
+    iso,
 )
 from fks_backfill_dagster.providers.base import (
     Answer,
@@ -48,6 +51,7 @@ from fks_backfill_dagster.providers.base import (
     Origin,
     ProviderError,
     ProviderOptions,
+    TooOld,
     TransientError,
     Transport,
     UnknownSymbol,
@@ -63,6 +67,9 @@ from fks_backfill_dagster.providers.http import (
     server_time,
     system_micros,
 )
+from fks_backfill_dagster.providers.pages import joined
+from fks_backfill_dagster.providers.sessions import session_dates, wall_clock
+from fks_backfill_dagster.providers.splits import as_traded
 
 NAME = "yfinance"
 DEFAULT_BASE_URL = "https://query2.finance.yahoo.com"
@@ -81,8 +88,6 @@ _INTRADAY_DEPTH = 60 * MICROS_PER_DAY - MICROS_PER_HOUR
 # At most eight days of minutes a request; whether that is counted in dates is not known.
 _MINUTES_SPAN = 7 * MICROS_PER_DAY
 _US_CALENDARS = frozenset({"XNYS", "XNAS"})
-# Significant digits of a price that was a 32-bit float once, and of one that was only divided and rounded.
-_NARROW_DIGITS, _WIDE_DIGITS = 7, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +139,13 @@ class YFinance:
         return None
 
     def listed_at(self, series: Series) -> int | None:
-        """The first trade that Yahoo knows of; None where it tells none."""
+        """The first trade that Yahoo names; None where it names none, or where its own bars refute it."""
         symbol, now = symbol_of(series), self._clock()
         path = _range_path(symbol, Timeframe.D1, TimeRange(now - MICROS_PER_WEEK, now))  # any chart tells it
-        return self._charts(symbol, Timeframe.D1, [path], Tally())[0].first_trade
+        chart = self._charts(symbol, Timeframe.D1, [path], Tally())[0]
+        claimed, bars = chart.first_trade, chart.bars.ts
+        refuted = claimed is not None and len(bars) and claimed > int(bars.min()) + MICROS_PER_DAY
+        return None if refuted else claimed
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
         requests = len(_pages(self._asked(series, window, self._clock()), series.timeframe))
@@ -153,12 +161,15 @@ class YFinance:
             return Answer(())
         paths = [_range_path(symbol, native, page) for page in pages]
         charts = self._charts(symbol, native, paths, tally)
-        candles = _joined(charts, pages, grid_of(series), native).within(window)
+        candles, seams, doubt = _candles(charts, pages, series)
+        candles = candles.take((candles.ts >= window.start) & (candles.ts < window.end))
+        if doubt is not None and (candles.ts < doubt.since).any():
+            raise TooOld(NAME, f"{symbol} before {iso(doubt.since)} is declined: {doubt.why}", doubt.since)
         origin = Origin(
             NAME, Transport.REST, _range_path(symbol, native, asked), host_of(self._base_url), symbol, now
         )
-        delivery = Delivery(candles, origin, _seams(candles.ts, [page.start for page in pages[1:]]))
-        return Answer((delivery,) if len(candles) else (), tally.count)
+        seams = seams[(seams > window.start) & (seams < window.end)]
+        return Answer((Delivery(candles, origin, seams),) if len(candles) else (), tally.count)
 
     def instrument(self, series: Series) -> str:
         return symbol_of(series)
@@ -251,31 +262,55 @@ def _pages(window: TimeRange, interval: Timeframe) -> list[TimeRange]:
     return [TimeRange(start, min(start + length, window.end)) for start in starts]
 
 
-def _seams(opens: Instants, starts: Sequence[int]) -> Instants:
-    """The first open of every page but the first; `opens` ascending."""
-    index = np.searchsorted(opens, np.array(starts, dtype=np.int64))
-    return np.unique(opens[index[(index > 0) & (index < len(opens))]])
+@dataclass(frozen=True, slots=True)
+class _Doubt:
+    """What opens before `since` is not certain; `why` is a sentence without its subject's symbol."""
+
+    since: int
+    why: str
 
 
-def _joined(charts: Sequence[_Chart], pages: Sequence[TimeRange], grid: Grid, native: Timeframe) -> Candles:
-    """The closed bars of all pages as they were traded, ascending, days moved to their date."""
-    bars = Candles.concat([c.bars.sorted().within(page) for c, page in zip(charts, pages, strict=True)])
+def _candles(
+    charts: Sequence[_Chart], pages: Sequence[TimeRange], series: Series
+) -> tuple[Candles, Instants, _Doubt | None]:
+    """The closed bars of all pages as they were traded, ascending, days moved to their date; and the seams."""
+    bars, seams = joined([c.bars.sorted().within(page) for c, page in zip(charts, pages, strict=True)])
     zone = next((chart.zone for chart in charts if chart.zone), None)
     if zone is None or not len(bars):
-        return Candles.empty()
-    now = min(chart.now for chart in charts)
-    splits = {at: ratio for chart in charts for at, ratio in chart.splits.items() if at <= now}
-    at = np.array(sorted(splits), dtype=np.int64)
-    dates = _dates(bars.ts, zone)
-    bars = _as_traded(bars, dates, _dates(at, zone), np.array([splits[n] for n in at.tolist()]))
-    if native is Timeframe.D1:
-        # A day can be there twice: at its open, and again, newer, at the last trade.
-        twice = len(bars) > 1 and dates[-1] == dates[-2] and bars.ts[-1] != bars.ts[-2]
-        kept = np.delete(np.arange(len(bars)), -2) if twice else slice(None)
-        bars = replace(bars, ts=dates).take(kept)
-    elif int(bars.ts[-1]) == charts[-1].last_trade or not grid.contains(bars.ts[-1:])[0]:
-        bars = bars.take(slice(0, -1))
-    return bars.take(bars.ts < grid.closed_end(now))
+        return Candles.empty(), seams, None
+    now, last_trade = min(chart.now for chart in charts), charts[-1].last_trade
+    ratios = {at: ratio for chart in charts for at, ratio in chart.splits.items() if at <= now}
+    at = np.array(sorted(ratios), dtype=np.int64)
+    split_dates = session_dates(at, replace(series, timeframe=Timeframe.D1), zone)
+    local = wall_clock(bars.ts, zone) // MICROS_PER_DAY * MICROS_PER_DAY
+    daily = series.timeframe is Timeframe.D1
+    dates = session_dates(bars.ts, series, zone, last_trade) if daily else local
+    factors = np.array([ratios[n] for n in at.tolist()])
+    traded = as_traded(bars, np.maximum.accumulate(dates), split_dates, factors)
+    moved = dates if daily else bars.ts
+    doubt = None
+    if traded.doubt:
+        doubt = _Doubt(int(moved[traded.first] if traded.first < len(moved) else moved[-1] + 1), traded.doubt)
+    seams = moved[np.isin(bars.ts, seams)]
+    kept = _kept(bars.ts, dates, local, last_trade) if daily else _whole(bars.ts, last_trade, series)
+    candles = replace(traded.bars, ts=moved).take(kept)
+    return candles.take(candles.ts < grid_of(series).closed_end(now)), seams, doubt
+
+
+def _kept(stamps: Instants, dates: Instants, local: Instants, last_trade: int | None) -> NDArray[np.intp]:
+    """Of day bars: all but the older one of a last day that is there twice, at its open and at its last trade.
+
+    Any others of one session stay: which of them is right is not known, so `quality` rejects them as a conflict.
+    """
+    twice = len(dates) > 1 and dates[-1] == dates[-2] and stamps[-1] != stamps[-2]
+    newer = twice and (local[-1] == local[-2] or int(stamps[-1]) == last_trade)
+    return np.delete(np.arange(len(dates)), -2) if newer else np.arange(len(dates))
+
+
+def _whole(stamps: Instants, last_trade: int | None, series: Series) -> NDArray[np.intp]:
+    """Of intraday bars: all but a last one that is stamped with the last trade."""
+    latest = int(stamps[-1]) == last_trade or not grid_of(series).contains(stamps[-1:])[0]
+    return np.arange(len(stamps) - latest)
 
 
 class _Odd(ValueError):
@@ -323,34 +358,3 @@ def _splits(result: Any) -> dict[int, float]:
     if not all(0 < ratio < np.inf for ratio in found.values()):
         raise _Odd("a split of an impossible ratio")
     return found
-
-
-def _as_traded(bars: Candles, dates: Instants, split_dates: Instants, ratios: Floats) -> Candles:
-    """Undoes the adjustment of `bars` of these dates by the splits, which are ascending.
-
-    Prices that were 32-bit floats at Yahoo come as 32.259998321533203: they are rounded to the digits
-    such a float has, so that 32.26 x 4 becomes 129.04 again. Others are rounded where they were divided.
-    """
-    still_to_come = np.append(np.cumprod(ratios[::-1])[::-1], 1.0)
-    factor = still_to_come[np.searchsorted(split_dates, dates, side="right")]
-    prices = np.stack([bars.open, bars.high, bars.low, bars.close])
-    narrow = bool((np.isnan(prices) | (prices == prices.astype(np.float32))).all())
-    traded = _rounded(prices * factor, _NARROW_DIGITS if narrow else _WIDE_DIGITS)
-    opened, high, low, close = traded if narrow else np.where(factor == 1.0, prices, traded)
-    volume = np.where(factor == 1.0, bars.volume, np.rint(bars.volume / factor))
-    return Candles(bars.ts, opened, high, low, close, volume)
-
-
-def _rounded(prices: Floats, digits: int) -> Floats:
-    """To so many significant digits; what is not positive stays, it is bad anyway."""
-    usable = np.where(prices > 0, prices, 1.0)
-    scale = 10.0 ** (digits - 1 - np.floor(np.log10(usable)))
-    return np.where(prices > 0, np.rint(usable * scale) / scale, prices)
-
-
-def _dates(instants: Instants, zone: ZoneInfo) -> Instants:
-    """The local date of each instant, at 00:00 UTC."""
-    import pandas as pd
-
-    local = pd.DatetimeIndex(instants.view("datetime64[us]")).tz_localize("UTC").tz_convert(zone)
-    return local.tz_localize(None).to_numpy().astype("datetime64[D]").astype("datetime64[us]").view(np.int64)

@@ -13,13 +13,16 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import ClassVar
+from urllib.parse import unquote
 
 import numpy as np
 import orjson
 import pytest
 
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.derive import derive, parts_span
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.quality import verify
 from fks_backfill_dagster.domain.ranges import TimeRange
@@ -33,6 +36,7 @@ from fks_backfill_dagster.providers.base import (
     ProviderError,
     RateLimited,
     TransientError,
+    Transport,
     UnknownSymbol,
     WrongKey,
 )
@@ -86,8 +90,24 @@ class ProviderConformance:
     def needs_key(self) -> bool:
         return self.name in KEY_VARIABLES
 
+    def paged(self) -> tuple[Series, TimeRange] | None:
+        """A native series, and a window of whole candles that takes three responses or more to answer.
+
+        None where one response answers any window. Together with it `disguised` is needed.
+        """
+        raise NotImplementedError
+
+    def disguised(self, asked: Asked) -> Said:
+        """What `market` would answer for another symbol, made to look like the answer for this one."""
+        raise NotImplementedError
+
     def series(self, provider: Provider) -> list[Series]:
-        """One series for everything that it declares."""
+        """One series for everything that `fetch` gives: the native ones."""
+        can = provider.capabilities
+        return [series for series in self.declared(provider) if can.parts(series) is series.timeframe]
+
+    def declared(self, provider: Provider) -> list[Series]:
+        """One series for everything that it declares, native or derived."""
         return [
             Series(self.symbols[asset_class], timeframe, asset_class)
             for asset_class, timeframes in provider.capabilities.timeframes.items()
@@ -118,6 +138,21 @@ class ProviderConformance:
             assert 0 <= can.publication_delay < 2 * MICROS_PER_DAY, "microseconds"
             assert server.requests == [], "to say what it can, it asks nobody"
 
+    def test_parts_of_derived_timeframes(self, provider: Callable[..., Provider]) -> None:
+        """What is derived is declared with native parts of the same asset class that make it up completely."""
+        with self.asking(provider, self.market) as (made, _, _):
+            can, native = made.capabilities, self.series(made)
+            assert set(can.derived) <= set(can.timeframes)
+            assert all(set(parts) <= can.timeframes[at] for at, parts in can.derived.items())
+            for series in self.declared(made):
+                parts = replace(series, timeframe=can.parts(series))
+                assert parts in native, series
+                fine, coarse, window = grid_of(parts), grid_of(series), self.window(series)
+                every = fine.opens(parts_span(coarse, window))
+                found = derive(Candles(every, *np.ones((5, len(every)))), fine, coarse, window)
+                assert np.array_equal(found.candles.ts, coarse.opens(window)), series
+                assert len(found.candles), series
+
     def test_estimates_without_asking(self, provider: Callable[..., Provider]) -> None:
         with self.asking(provider, self.market) as (made, _, server):
             for series in self.series(made):
@@ -147,7 +182,6 @@ class ProviderConformance:
                     series
                 )
                 assert answer.requests == len(server.requests) - before, series
-                assert all(delivery.source for delivery in answer.deliveries), series
 
     def test_declines_what_it_does_not_declare(self, provider: Callable[..., Provider]) -> None:
         with self.asking(provider, self.market) as (made, _, server):
@@ -157,6 +191,68 @@ class ProviderConformance:
                     with pytest.raises(PermanentError):
                         made.fetch(series, TimeRange(us("2024-05-06"), us("2024-05-13")))
             assert server.requests == []
+
+    def test_derived_timeframes_are_not_fetched(self, provider: Callable[..., Provider]) -> None:
+        with self.asking(provider, self.market) as (made, _, server):
+            for series in self.declared(made):
+                parts = made.capabilities.parts(series)
+                if parts is not series.timeframe:
+                    with pytest.raises(PermanentError, match=f"derived from {parts}"):
+                        made.fetch(series, self.window(series))
+            assert server.requests == []
+
+    def test_the_origin_is_complete(self, provider: Callable[..., Provider]) -> None:
+        """Who gave the candles, for which instrument, from which host, and when they were requested."""
+        with self.asking(provider, self.market) as (made, _, server):
+            for series in self.series(made):
+                before = len(server.requests)
+                deliveries = made.fetch(series, self.window(series)).deliveries
+                paths = {asked.path for asked in server.requests[before:]}
+                assert deliveries, series
+                for origin in (delivery.origin for delivery in deliveries):
+                    assert (origin.provider, origin.host) == (self.name, server.url)
+                    assert origin.instrument == made.instrument(series)
+                    assert origin.requested_at == self.now
+                    assert origin.as_of <= self.now
+                    assert (origin.transport is Transport.ARCHIVE) == (origin.sha256 is not None)
+                    assert unquote(origin.source.partition("?")[0]) in paths, series
+
+    # --- several responses ---
+
+    def test_a_response_of_another_instrument_begins_and_ends_at_seams(
+        self, provider: Callable[..., Provider]
+    ) -> None:
+        """Whichever response it is. A provider whose pages overlap notices it, for the others the caller can."""
+        if (paged := self.paged()) is None:
+            pytest.skip("one response answers any window")
+        with self.asking(provider, self.market) as (made, _, server):
+            (honest,) = made.fetch(*paged).deliveries
+            questions = [(asked.path, asked.query) for asked in server.requests]
+        assert len(questions) >= 3
+        assert 0 < len(honest.seams) < len(questions)
+        assert (np.diff(honest.seams) > 0).all()
+        assert np.isin(honest.seams, honest.candles.ts[1:]).all()
+        edges = [0, *np.searchsorted(honest.candles.ts, honest.seams).tolist(), len(honest.candles)]
+        noticed = 0
+        for question in questions:
+
+            def one_lies(asked: Asked, question: object = question) -> Said:
+                lies = (asked.path, asked.query) == question
+                return self.disguised(asked) if lies else self.market(asked)
+
+            with self.asking(provider, one_lies) as (made, _, _):
+                try:
+                    (spoiled,) = made.fetch(*paged).deliveries
+                except BadAnswer:
+                    noticed += 1
+                    continue
+            assert np.array_equal(spoiled.candles.ts, honest.candles.ts)
+            assert np.array_equal(spoiled.seams, honest.seams)
+            (strange,) = np.nonzero(spoiled.candles.close != honest.candles.close)
+            assert 0 < len(strange) < len(honest.candles), question
+            assert len(strange) == strange[-1] + 1 - strange[0]
+            assert {int(strange[0]), int(strange[-1]) + 1} <= set(edges)
+        assert noticed in (0, len(questions))
 
     def test_an_empty_window_asks_nobody(self, provider: Callable[..., Provider]) -> None:
         with self.asking(provider, self.market) as (made, _, server):
@@ -315,8 +411,7 @@ class ProviderConformance:
                 assert answer.deliveries, series
                 assert KEY not in repr(answer.warnings)
                 for delivery in answer.deliveries:
-                    assert KEY not in delivery.source
-                    assert "sEcReT" not in delivery.source, "not in any quoting either"
+                    assert "sEcReT" not in repr(delivery.origin), "not in any quoting either"
 
     # --- shared by the tests above ---
 

@@ -188,7 +188,9 @@ class SmallAlphaVantage:
                 "The outputsize=full parameter value is a premium feature for the TIME_SERIES_DAILY endpoint."
             )
             return json_said({"Information": f"Thank you for using Alpha Vantage! {text}"})
-        days = self.truth(Timeframe.D1, TimeRange(micros_of("2010-01-01T00:00:00Z"), self.now))
+        days = self.truth(
+            Timeframe.D1, TimeRange(micros_of("2010-01-01T00:00:00Z"), self.now), query["symbol"]
+        )
         days = days if full else days[-100:]
         about = {"1. Information": "Daily Prices", "2. Symbol": query["symbol"], "5. Time Zone": "US/Eastern"}
         return self._table(
@@ -200,7 +202,8 @@ class SmallAlphaVantage:
         year, month = map(int, query["month"].split("-"))
         begin = datetime(year, month, 1, tzinfo=NEW_YORK)
         end = datetime(year + month // 12, month % 12 + 1, 1, tzinfo=NEW_YORK)
-        bars = self.truth(timeframe, TimeRange(to_micros(begin), min(to_micros(end), self.now)))
+        month = TimeRange(to_micros(begin), min(to_micros(end), self.now))
+        bars = self.truth(timeframe, month, query["symbol"])
         shift = timedelta(minutes=timeframe.minutes if self.stamps == "close" else 0)
         stamped = [
             (f"{(to_datetime(at) + shift).astimezone(NEW_YORK):%Y-%m-%d %H:%M:%S}", bar) for at, bar in bars
@@ -213,9 +216,9 @@ class SmallAlphaVantage:
         rows = {stamp: dict(zip(names, map(str, bar), strict=True)) for stamp, bar in reversed(stamped)}
         return json_said({"Meta Data": about, name: rows})
 
-    def truth(self, timeframe: Timeframe, window: TimeRange) -> list[tuple[int, Bar]]:
-        series = Series("AAPL", timeframe, AssetClass.STOCKS)
-        return bars_of(candles_at(grid_of(series).opens(window), "AAPL"))
+    def truth(self, timeframe: Timeframe, window: TimeRange, symbol: str) -> list[tuple[int, Bar]]:
+        series = Series(symbol, timeframe, AssetClass.STOCKS)
+        return bars_of(candles_at(grid_of(series).opens(window), symbol))
 
 
 # --- CoinGecko --------------------------------------------------------------------------------------
@@ -261,16 +264,35 @@ class SmallCoinGecko:
 # --- Polygon ----------------------------------------------------------------------------------------
 
 
+POLYGON_PAGE = 1000  # bars; more than that continue at next_url
+
+
 def small_polygon(asked: Asked) -> Said:
-    """Aggregates in one page, regular sessions only; any ticker."""
+    """Aggregates of regular sessions only, any ticker; days of stocks are stamped 00:00 New York."""
     *_, ticker, _, multiplier, unit, first, last = asked.path.split("/")
     timeframe = Timeframe(f"{multiplier}{unit[0]}")
     asset_class = {"X:": AssetClass.CRYPTO, "C:": AssetClass.FOREX}.get(ticker[:2], AssetClass.STOCKS)
-    opens = grid_of(Series(ticker, timeframe, asset_class)).opens(
-        TimeRange(int(first) * 1000, int(last) * 1000 + 1)
-    )
+    window = TimeRange(int(first) * 1000, int(last) * 1000 + 1)
+    grid = grid_of(Series(ticker, timeframe, asset_class))
+    if asset_class is AssetClass.STOCKS and timeframe is Timeframe.D1:
+        opens = grid.opens(TimeRange(window.start - 86_400_000_000, window.end))
+        stamps = np.array([new_york_midnight(at) for at in opens.tolist()], dtype=np.int64)
+        asked_for = (stamps >= window.start) & (stamps < window.end)
+        opens, stamps = opens[asked_for], stamps[asked_for]
+    else:
+        opens = stamps = grid.opens(window)
+    skip = int(asked.query.get("cursor", 0))
+    page = slice(skip, skip + POLYGON_PAGE)
     results = [
         {"t": at // 1000, **dict(zip("ohlcv", bar, strict=True))}
-        for at, bar in bars_of(candles_at(opens, ticker))
+        for at, (_, bar) in zip(stamps[page].tolist(), bars_of(candles_at(opens[page], ticker)), strict=True)
     ]
-    return json_said({"ticker": ticker, "status": "OK", "resultsCount": len(results), "results": results})
+    made = {"ticker": ticker, "status": "OK", "resultsCount": len(results), "results": results}
+    if page.stop < len(opens):
+        made["next_url"] = f"http://{asked.headers['Host']}{asked.path}?cursor={page.stop}"
+    return json_said(made)
+
+
+def new_york_midnight(date: int) -> int:
+    """Of a date at 00:00 UTC."""
+    return to_micros(to_datetime(date).replace(tzinfo=NEW_YORK))

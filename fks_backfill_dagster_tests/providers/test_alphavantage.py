@@ -14,7 +14,7 @@ from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
-from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
+from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.providers.alphavantage import (
     ATTEMPTS,
     AlphaVantage,
@@ -38,9 +38,6 @@ from fks_backfill_dagster_tests.providers.conformance import KEY
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.markets import (
     SmallAlphaVantage,
-    aggregate,
-    bars_of,
-    candles_of,
 )
 from fks_backfill_dagster_tests.providers.scripted import (
     Asked,
@@ -81,39 +78,34 @@ def fetch(
 
 
 def truth(timeframe: Timeframe, window: TimeRange) -> Candles:
-    """Hours of half hours and weeks of days; a part belongs to the last candle that opens before it."""
-    parts = {Timeframe.H1: Timeframe.M30, Timeframe.H4: Timeframe.M30, Timeframe.W1: Timeframe.D1}.get(
-        timeframe
-    )
-    opens = grid_of(stock(timeframe)).opens(window)
-    if parts is None:
-        return candles_at(opens, "AAPL")
-    fine = candles_at(grid_of(stock(parts)).opens(window), "AAPL")
-    return candles_of(aggregate(bars_of(fine), lambda at: int(opens[opens <= at].max())))
+    return candles_at(grid_of(stock(timeframe)).opens(window), "AAPL")
+
+
+DERIVED = {Timeframe.H1: Timeframe.M30, Timeframe.H4: Timeframe.M30, Timeframe.W1: Timeframe.D1}
+NATIVE = [timeframe for timeframe in Timeframe if timeframe not in DERIVED]
 
 
 class TestHonest:
-    @pytest.mark.parametrize("timeframe", list(Timeframe))
+    @pytest.mark.parametrize("timeframe", NATIVE)
     @pytest.mark.parametrize("stamps", ["open", "close"])
-    def test_all_timeframes_and_both_stamps(self, make: Make, timeframe: Timeframe, stamps: str) -> None:
+    def test_all_native_timeframes_and_both_stamps(
+        self, make: Make, timeframe: Timeframe, stamps: str
+    ) -> None:
         for window in (NOVEMBER, MARCH):
-            if timeframe is Timeframe.W1:
-                window = (
-                    span("2023-10-30", "2023-12-04")
-                    if window is NOVEMBER
-                    else span("2024-03-04", "2024-04-01")
-                )
             answer, _ = fetch(make, SmallAlphaVantage(NOW, stamps), window, timeframe)
             assert of(answer).equals(truth(timeframe, window))
-            derived = timeframe in (Timeframe.H1, Timeframe.H4, Timeframe.W1)
-            assert answer.deliveries[0].transport is (Transport.DERIVED if derived else Transport.REST)
+            assert answer.deliveries[0].origin.transport is Transport.REST
 
-    def test_the_first_hour_of_a_day_holds_half_an_hour(self, make: Make) -> None:
-        day = span("2024-03-08", "2024-03-09")
-        got = of(fetch(make, SmallAlphaVantage(NOW), day, Timeframe.H1)[0])
-        assert (got.ts // MICROS_PER_HOUR % 24).tolist() == [14, 15, 16, 17, 18, 19, 20]
-        first = candles_at(np.array([us("2024-03-08T14:30")]), "AAPL")
-        assert [column[0] for column in got.columns()[1:]] == [column[0] for column in first.columns()[1:]]
+    @pytest.mark.parametrize(("timeframe", "parts"), DERIVED.items())
+    def test_what_is_derived_is_declined(self, make: Make, timeframe: Timeframe, parts: Timeframe) -> None:
+        assert AlphaVantage.capabilities.parts(stock(timeframe)) is parts
+        with pytest.raises(PermanentError, match=f"its {timeframe} candles are derived from {parts}"):
+            fetch(make, SmallAlphaVantage(NOW), MARCH, timeframe)
+
+    def test_months_have_seams(self, make: Make) -> None:
+        answer, _ = fetch(make, SmallAlphaVantage(NOW), span("2024-01-20", "2024-04-10"))
+        expected = [us("2024-02-01T14:30"), us("2024-03-01T14:30"), us("2024-04-01T13:30")]
+        assert answer.deliveries[0].seams.tolist() == expected
 
     def test_what_is_asked(self, make: Make) -> None:
         answer, server = fetch(make, SmallAlphaVantage(NOW), span("2023-12-20", "2024-02-05"), Timeframe.M5)
@@ -128,7 +120,7 @@ class TestHonest:
             "extended_hours": "false",
             "apikey": KEY,
         }
-        assert "month=2023-12..2024-02" in answer.deliveries[0].source
+        assert "month=2023-12..2024-02" in answer.deliveries[0].origin.source
         assert answer.requests == 3
 
     def test_before_2000_there_are_no_bars(self, make: Make) -> None:
@@ -140,7 +132,6 @@ class TestHonest:
         for timeframe, last in ((Timeframe.M30, "2024-06-05T15:30"), (Timeframe.D1, "2024-06-04")):
             got = of(fetch(make, SmallAlphaVantage(NOW), window, timeframe)[0])
             assert got.ts.max() == us(last)
-        assert of(fetch(make, SmallAlphaVantage(NOW), window, Timeframe.W1)[0]).ts.tolist() == []
 
     @pytest.mark.parametrize(("start", "size"), [("2024-01-12", "compact"), ("2024-01-11", "full")])
     def test_a_hundred_days_are_compact(self, make: Make, start: str, size: str) -> None:
@@ -153,7 +144,7 @@ class TestHonest:
         market = SmallAlphaVantage(NOW, free=True)
         recent = span("2024-05-01", "2024-05-30")
         assert of(fetch(make, market, recent, Timeframe.D1)[0]).equals(truth(Timeframe.D1, recent))
-        for timeframe in (Timeframe.M1, Timeframe.H1, Timeframe.D1):
+        for timeframe in (Timeframe.M1, Timeframe.M30, Timeframe.D1):
             with pytest.raises(NotEntitled, match="premium"):
                 fetch(make, market, NOVEMBER, timeframe)
 
@@ -212,16 +203,6 @@ class TestStamps:
         got = of(fetch(make, SmallAlphaVantage(NOW, change=stray), NOVEMBER)[0])
         inside = got.take(grid_of(stock()).contains(got.ts))
         assert inside.equals(truth(Timeframe.M30, NOVEMBER))
-
-    def test_half_an_hour_missing_makes_no_hour(self, make: Make) -> None:
-        def without(_: Asked, honest: Said) -> Said:
-            document = orjson.loads(honest.body)
-            del document["Time Series (30min)"]["2024-03-06 11:30:00"]
-            return json_said(document)
-
-        got = of(fetch(make, SmallAlphaVantage(NOW, change=without), MARCH, Timeframe.H1)[0])
-        whole = truth(Timeframe.H1, MARCH)
-        assert got.equals(whole.take(whole.ts != us("2024-03-06T16:00")))
 
 
 class TestBeforeListing:

@@ -6,6 +6,7 @@ import io
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from fks_backfill_dagster.providers.binance_archive import (
     Outcome,
     choose_files,
     month_of,
+    published_at,
     read_archive,
 )
 from fks_backfill_dagster_tests.providers.conftest import Make
@@ -153,10 +155,10 @@ class TestHonest:
         answer, server = fetch(make, SmallBinance(), JANUARY)
         assert kinds(server) == ["monthly"]
         (delivery,) = answer.deliveries
-        assert delivery.transport is Transport.ARCHIVE
-        assert delivery.source == "/data/spot/monthly/klines/BTCUSDT/1m/BTCUSDT-1m-2024-01.zip"
-        assert delivery.sha256 is not None
-        assert len(delivery.sha256) == 64
+        assert delivery.origin.transport is Transport.ARCHIVE
+        assert delivery.origin.source == "/data/spot/monthly/klines/BTCUSDT/1m/BTCUSDT-1m-2024-01.zip"
+        assert delivery.origin.sha256 is not None
+        assert len(delivery.origin.sha256) == 64
 
     def test_microseconds_header_and_the_turn_of_2025(self, make: Make) -> None:
         window = span("2024-12-31", "2025-01-02")
@@ -172,9 +174,9 @@ class TestHonest:
         lines = csv_of(candles, Timeframe.M1).decode().splitlines()
         mixed = [line if i % 2 else line.replace(",", "000,", 1) for i, line in enumerate(lines)]
         zipped = zipped_csv("\n".join(mixed).encode(), file.stem)
-        assert read_archive(
-            file, zipped, checksum_of(zipped, f"{file.stem}.zip").body, "http://h"
-        ).candles.equals(candles)
+        assert read_archive(file, zipped, checksum_of(zipped, f"{file.stem}.zip").body, "http://h")[0].equals(
+            candles
+        )
 
     def test_a_lacking_stretch_comes_from_rest(self, make: Make) -> None:
         six_hours = RangeSet([span("2024-01-05T01:00", "2024-01-05T07:00")])
@@ -191,7 +193,7 @@ class TestHonest:
         answer, server = fetch(make, SmallBinance(archive=archive), JANUARY)
         assert kinds(server) == ["monthly", "daily"]
         assert [len(d.candles) for d in answer.deliveries] == [44_640 - 1440, 1440]
-        assert len({d.sha256 for d in answer.deliveries}) == 2
+        assert len({d.origin.sha256 for d in answer.deliveries}) == 2
 
     def test_outages_cost_one_request_for_all_that_are_close(self, make: Make) -> None:
         outage = RangeSet(
@@ -259,6 +261,78 @@ class TestHonest:
         _, server = fetch(make, SmallBinance(), window)
         estimate = make("binance", server.url, archive_url=server.url).estimate(crypto(), window)
         assert estimate.requests == len(server.requests)
+
+
+class TestBeforeTheListing:
+    """REST names the first candle it has; an archive may hold older ones, and they are given."""
+
+    def test_rows_of_an_archive_from_before_the_listing_of_rest(self, make: Make) -> None:
+        listed = us("2024-01-20")
+        since = us("2024-01-05T07:30")
+        old = SmallBinance(listed=since)
+        market = SmallBinance(listed=listed, archive=lambda asked, _: old(asked))
+        with serve(market) as server:
+            provider = make("binance", server.url, archive_url=server.url)
+            assert provider.listed_at(crypto()) == listed
+            got = of(provider.fetch(crypto(), JANUARY))
+        assert got.equals(old.truth(crypto(), JANUARY))
+        assert int(got.ts[0]) == since
+
+
+class TestPublished:
+    """How new an archive is: as its Last-Modified, or without one as the day after its period."""
+
+    MONTH = ArchiveFile("BTCUSDT", Timeframe.M1, JANUARY, monthly=True)
+    DAY = ArchiveFile("BTCUSDT", Timeframe.M1, span("2024-01-05", "2024-01-06"), monthly=False)
+
+    @pytest.mark.parametrize("file", [MONTH, DAY])
+    def test_with_a_header(self, file: ArchiveFile) -> None:
+        for text in (
+            "Tue, 06 Feb 2024 09:10:11 GMT",
+            "Tue, 06 Feb 2024 10:10:11 +0100",
+            "Tue, 06 Feb 2024 09:10:11 -0000",
+        ):
+            assert published_at(file, {"Last-Modified": text}) == us("2024-02-06T09:10:11")
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {},
+            *(
+                {"Last-Modified": text}
+                for text in ("", "soon", "2024-02-06", "Tue, 99 Feb 2024 09:10:11 GMT")
+            ),
+        ],
+    )
+    def test_without_one_or_with_a_broken_one(self, headers: dict[str, str]) -> None:
+        """A month may be older than the file of any of its days: it counts as published after its first."""
+        assert published_at(self.DAY, headers) == us("2024-01-06")
+        assert published_at(self.MONTH, headers) == us("2024-01-02")
+
+    @pytest.mark.parametrize(
+        ("header", "published"),
+        [
+            ("Tue, 06 Feb 2024 09:10:11 GMT", "2024-02-06T09:10:11"),
+            ("Tue, 06 Feb 2091 09:10:11 GMT", "2024-03-01"),  # its clock is ahead: no newer than the request
+            ("soon", "2024-01-02"),
+            (None, "2024-01-02"),
+        ],
+    )
+    def test_of_a_fetched_file(self, make: Make, header: str | None, published: str) -> None:
+        headers = {"Last-Modified": header} if header else {}
+        market = SmallBinance(archive=lambda _, honest: replace(honest, headers=headers))
+        answer, server = fetch(make, market, JANUARY, clock=lambda: us("2024-03-01"))
+        origin = answer.deliveries[0].origin
+        assert (origin.published_at, origin.requested_at) == (us(published), us("2024-03-01"))
+        assert (origin.as_of, origin.host, origin.instrument) == (us(published), server.url, "BTCUSDT")
+
+    def test_rest_is_as_new_as_its_request(self, make: Make) -> None:
+        now = us("2024-03-01T12:00")
+        six_hours = RangeSet([span("2024-01-05T01:00", "2024-01-05T07:00")])
+        answer, _ = fetch(make, SmallBinance(archive_lacks=six_hours), JANUARY, clock=lambda: now)
+        archive, rest = (delivery.origin for delivery in answer.deliveries)
+        assert (rest.published_at, rest.as_of) == (None, now)
+        assert archive.as_of < rest.as_of
 
 
 def other_member(zipped: bytes) -> bytes:
@@ -345,7 +419,7 @@ class TestFailing:
         file = ArchiveFile("BTCUSDT", Timeframe.M1, self.DAY, monthly=False)
         opens = np.arange(self.DAY.start - 120_000_000, self.DAY.end + 60_000_000, 60_000_000)
         zipped = zipped_csv(csv_of(candles_at(opens, "BTCUSDT"), Timeframe.M1), file.stem)
-        got = read_archive(file, zipped, checksum_of(zipped, f"{file.stem}.zip").body, "http://h").candles
+        got = read_archive(file, zipped, checksum_of(zipped, f"{file.stem}.zip").body, "http://h")[0]
         assert got.equals(candles_at(opens[2:-1], "BTCUSDT"))
 
     @pytest.mark.parametrize("status", [500, 403, 429])

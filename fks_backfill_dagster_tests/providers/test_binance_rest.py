@@ -88,9 +88,20 @@ class TestHonest:
     def test_delivery_tells_its_origin(self, make: Make) -> None:
         with serve(SmallBinance()) as server:
             (delivery,) = make("binance", server.url).fetch(crypto(), WINDOW).deliveries
-        assert delivery.transport is Transport.REST
-        assert delivery.sha256 is None
-        assert delivery.source.startswith("/api/v3/klines?symbol=BTCUSDT&interval=1m&startTime=1709251200000")
+        assert delivery.origin.transport is Transport.REST
+        assert delivery.origin.sha256 is None
+        assert delivery.origin.source.startswith(
+            "/api/v3/klines?symbol=BTCUSDT&interval=1m&startTime=1709251200000"
+        )
+
+    def test_seams_are_first_rows_of_responses(self, make: Make) -> None:
+        """Pages share a candle, which is the earlier one's; a second look that brings something has its own."""
+        healed = Once(lambda said: rows_of(said)[:300] + rows_of(said)[310:])
+        for market, lacking in ((SmallBinance(), []), (SmallBinance(rest=healed), [1299, 1309])):
+            with serve(market) as server:
+                (delivery,) = make("binance", server.url).fetch(crypto(), WINDOW).deliveries
+            minutes = ((delivery.seams - WINDOW.start) // MICROS_PER_MINUTE).tolist()
+            assert minutes == sorted([1000, 1999, *lacking])
 
     def test_an_outage_is_asked_for_twice_and_stays_absent(self, make: Make) -> None:
         market = SmallBinance(outage=RangeSet([span("2024-03-01T03:00", "2024-03-01T04:10")]))
@@ -224,6 +235,22 @@ class TestLies:
             provider = make("binance", server.url, retry_budget_seconds=0.6)
             with pytest.raises(BadAnswer, match="/api/v3/klines answered"):
                 provider.fetch(crypto(), WINDOW)
+
+    def test_another_market_in_the_second_look(self, make: Make) -> None:
+        """What is lacking is asked for together with candles that are there, which differ then."""
+        looks: list[Asked] = []
+
+        def rest(asked: Asked, honest: Said) -> Said:
+            looks.append(asked)
+            rows = rows_of(honest)
+            if len(looks) == 1:
+                return json_said([row for row in rows if row[0] // 60_000 % 60 not in (7, 40)])
+            return json_said([[row[0], *["7.0"] * 5, *row[6:]] for row in rows])
+
+        window = span("2024-03-01", "2024-03-01T10:00")
+        with serve(SmallBinance(rest=rest)) as server, pytest.raises(BadAnswer, match="another market"):
+            make("binance", server.url).fetch(crypto(), window)
+        assert len(looks) == 2
 
     def test_persistent_pages_of_another_market_are_refused(self, make: Make) -> None:
         market = SmallBinance(rest=Once(HEALED["another symbol"], times=-1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from fks_backfill_dagster.domain.grid import grid_of
@@ -15,7 +16,13 @@ from fks_backfill_dagster_tests.providers.markets import (
     SmallOanda,
     small_polygon,
 )
-from fks_backfill_dagster_tests.providers.scripted import Asked, Said, SmallBinance, json_said, span
+from fks_backfill_dagster_tests.providers.scripted import Asked, Said, SmallBinance, crypto, json_said, span
+
+
+def relabelled(said: Said, theirs: str, ours: str) -> Said:
+    """An answer for one symbol that names another one."""
+    return replace(said, body=said.body.replace(theirs.encode(), ours.encode()))
+
 
 BINANCE, OANDA = SmallBinance(), SmallOanda(ProviderConformance.now, KEY)
 ALPHA_VANTAGE, COINGECKO = SmallAlphaVantage(ProviderConformance.now), SmallCoinGecko(ProviderConformance.now)
@@ -27,6 +34,12 @@ class TestBinance(ProviderConformance):
 
     def market(self, asked: Asked) -> Said:
         return BINANCE(asked)
+
+    def paged(self) -> tuple[Series, TimeRange]:
+        return crypto(), span("2024-05-06", "2024-05-09")
+
+    def disguised(self, asked: Asked) -> Said:
+        return BINANCE(replace(asked, query={**asked.query, "symbol": "ETHUSDT"}))
 
     def unknown(self, asked: Asked) -> Said:
         return json_said({"code": -1121, "msg": "Invalid symbol."}, 400)
@@ -51,6 +64,13 @@ class TestPolygon(ProviderConformance):
     def market(self, asked: Asked) -> Said:
         return small_polygon(asked)
 
+    def paged(self) -> tuple[Series, TimeRange]:
+        return crypto(), span("2024-05-06", "2024-05-09")
+
+    def disguised(self, asked: Asked) -> Said:
+        other = small_polygon(replace(asked, path=asked.path.replace("BTC", "ETH")))
+        return relabelled(other, "ETH", "BTC")
+
     def unknown(self, asked: Asked) -> Said:
         ticker = asked.path.split("/")[4]
         return json_said({"ticker": ticker, "queryCount": 0, "resultsCount": 0, "status": "OK"})
@@ -66,6 +86,13 @@ class TestOanda(ProviderConformance):
 
     def market(self, asked: Asked) -> Said:
         return OANDA(asked)
+
+    def paged(self) -> tuple[Series, TimeRange]:
+        return Series("EUR/USD", Timeframe.M1, AssetClass.FOREX), span("2024-05-06", "2024-05-18")
+
+    def disguised(self, asked: Asked) -> Said:
+        other = OANDA(replace(asked, path=asked.path.replace("EUR_USD", "USD_JPY")))
+        return relabelled(other, "USD_JPY", "EUR_USD")
 
     def unknown(self, asked: Asked) -> Said:
         return json_said({"errorMessage": "Invalid value specified for 'instrument'"}, 400)
@@ -85,6 +112,13 @@ class TestAlphaVantage(ProviderConformance):
     def market(self, asked: Asked) -> Said:
         return ALPHA_VANTAGE(asked)
 
+    def paged(self) -> tuple[Series, TimeRange]:
+        return Series("AAPL", Timeframe.M30, AssetClass.STOCKS), span("2024-02-12", "2024-05-20")
+
+    def disguised(self, asked: Asked) -> Said:
+        other = ALPHA_VANTAGE(replace(asked, query={**asked.query, "symbol": "BRK.B"}))
+        return relabelled(other, "BRK.B", "AAPL")
+
     def unknown(self, asked: Asked) -> Said:
         return json_said({"Error Message": "Invalid API call. Please retry or visit the documentation"})
 
@@ -98,6 +132,9 @@ class TestCoinGecko(ProviderConformance):
 
     def market(self, asked: Asked) -> Said:
         return COINGECKO(asked)
+
+    def paged(self) -> None:
+        """Of a demo key; the ranges of a paid one are in test_coingecko.py."""
 
     def unknown(self, asked: Asked) -> Said:
         return json_said({"error": "coin not found"}, 404)

@@ -30,8 +30,10 @@ SYMBOLS = {
 }
 # Over the end of summer time, and for CoinGecko the days that a demo key can see.
 AUTUMN, MONTH = span("2024-10-27", "2024-11-10"), TimeRange(NOW - 30 * MICROS_PER_DAY, NOW)
-EVERYTHING = [(name, timeframe) for name in ("oanda", "alphavantage") for timeframe in Timeframe] + [
-    ("coingecko", Timeframe(timeframe)) for timeframe in ("30m", "1h", "4h", "1d", "1w")
+EVERYTHING = [  # that is native
+    *(("oanda", timeframe) for timeframe in Timeframe),
+    *(("alphavantage", Timeframe(name)) for name in ("1m", "5m", "15m", "30m", "1d")),
+    *(("coingecko", Timeframe(name)) for name in ("30m", "4h")),
 ]
 FAULTS = ["html", "truncated", "reset"]
 

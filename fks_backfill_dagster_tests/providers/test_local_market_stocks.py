@@ -27,10 +27,11 @@ SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 SPLITS = (Split("AAPL", date(2020, 8, 31), 4),)
 NOW = us("2020-09-11T12:00")
 ACROSS = span("2020-08-24", "2020-09-10")  # the split, and Labour Day on the 7th
-# A halt that the market made up: Yahoo's nulls do not say why they are there, so it derives nothing over it.
-HALT = span("2020-08-31T18:00", "2020-08-31T18:15")
-OVER_NULLS = {Timeframe(name) for name in ("30m", "1h", "4h")}
-APPLE = [(name, timeframe) for name in ("yfinance", "polygon") for timeframe in Timeframe]
+MINUTES = ("1m", "5m", "15m")
+APPLE = [  # what is native
+    *(("yfinance", Timeframe(name)) for name in (*MINUTES, "1d")),
+    *(("polygon", Timeframe(name)) for name in (*MINUTES, "30m", "1d")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +65,8 @@ def good(answer: Answer, series: Series, window: TimeRange) -> Candles:
 
 
 def expected_of(market: LocalMarket, name: str, timeframe: Timeframe) -> Candles:
-    """The truth of ACROSS, less what Yahoo cannot be sure of."""
-    truth = market.truth("yahoo" if name == "yfinance" else name, "AAPL", timeframe, ACROSS)
-    if name == "yfinance" and timeframe in OVER_NULLS:
-        closes = grid_of(stock(timeframe)).closes(truth.ts)
-        truth = truth.take((truth.ts >= HALT.end) | (closes <= HALT.start))
-    return truth
+    """The truth of ACROSS."""
+    return market.truth("yahoo" if name == "yfinance" else name, "AAPL", timeframe, ACROSS)
 
 
 @pytest.mark.parametrize(("name", "timeframe"), APPLE)
@@ -98,7 +95,7 @@ def test_nothing_that_is_forming(
     assert np.array_equal(got.close, truth.close)
 
 
-@pytest.mark.parametrize("timeframe", list(Timeframe))
+@pytest.mark.parametrize("timeframe", [Timeframe(name) for name in (*MINUTES, "30m", "1h")])
 @pytest.mark.parametrize("window", [span("2019-12-16", "2020-01-06"), span("2020-03-02", "2020-03-16")])
 def test_polygon_currencies(make: Make, market: LocalMarket, timeframe: Timeframe, window: TimeRange) -> None:
     series = Series("EUR/USD", timeframe, AssetClass.FOREX)
@@ -111,7 +108,7 @@ def test_polygon_currencies(make: Make, market: LocalMarket, timeframe: Timefram
     assert np.isnan(got.volume).all()
 
 
-@pytest.mark.parametrize("timeframe", [Timeframe.H4, Timeframe.W1])
+@pytest.mark.parametrize("timeframe", [Timeframe.H1, Timeframe.D1])
 def test_polygon_crypto(make: Make, market: LocalMarket, timeframe: Timeframe) -> None:
     series, window = Series("BTC/USDT", timeframe, AssetClass.CRYPTO), span("2020-06-01", "2020-07-06")
     got = good(provider(make, market, "polygon").fetch(series, window), series, window)
@@ -151,17 +148,16 @@ def test_yahoo_symbols(make: Make, market: LocalMarket) -> None:
 
 
 @pytest.mark.parametrize("name", ["yfinance", "polygon"])
-@pytest.mark.parametrize("timeframe", [Timeframe.D1, Timeframe.W1])
-def test_real_days(make: Make, name: str, timeframe: Timeframe) -> None:
+def test_real_days(make: Make, name: str) -> None:
     """The file's rows of seven years and two splits, as traded."""
     if not SHARED.exists():
         pytest.skip("the real files are only there beside the shared folder")
-    window, now, series = span("2014-01-06", "2021-03-01"), us("2021-03-30T21:00"), stock(timeframe)
+    window, now, series = span("2014-01-06", "2021-03-01"), us("2021-03-30T21:00"), stock(Timeframe.D1)
     with LocalMarket(MarketConfig(limits=False, replay=SHARED, now=now)) as market:
         theirs = "yahoo" if name == "yfinance" else name
         got = good(provider(make, market, name, now).fetch(series, window), series, window)
-        truth = market.truth(theirs, "AAPL", timeframe, window)
-    if name == "yfinance" and timeframe is Timeframe.D1:
+        truth = market.truth(theirs, "AAPL", Timeframe.D1, window)
+    if name == "yfinance":
         assert got.ts.tolist() == read_csv(SHARED / "equity/AAPL-1d.csv.gz").within(window).ts.tolist()
         assert np.array_equal(got.close, read_csv(SHARED / "equity/AAPL-1d.csv.gz").within(window).close)
     assert np.array_equal(got.ts, truth.ts)

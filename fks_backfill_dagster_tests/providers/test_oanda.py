@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ class TestHonest:
                 **query,
             }
             assert asked.headers["Authorization"] == f"Bearer {KEY}"
-            assert answer.deliveries[0].source.startswith("/v3/instruments/EUR_USD/candles?price=M&")
+            assert answer.deliveries[0].origin.source.startswith("/v3/instruments/EUR_USD/candles?price=M&")
 
     def test_pages(self, make: Make) -> None:
         window = span("2024-05-06", "2024-05-18")
@@ -185,6 +186,56 @@ class TestHonest:
         assert max(asked.at for asked in server.requests) - began >= 3 * SECONDS_PER_CONNECTION
 
 
+class TestAnotherInstrument:
+    """A page of another pair that names the right one: pages share a candle, which differs."""
+
+    WINDOW = span("2024-05-06", "2024-05-18")  # four pages of minutes
+
+    def lying(self, times: int) -> Callable[[Asked], Said]:
+        lies = [times]
+
+        def answer(asked: Asked) -> Said:
+            if asked.query["from"] == "2024-05-06T00:00:00Z" and lies[0]:
+                lies[0] -= 1
+                other = SmallOanda(NOW, KEY)(replace(asked, path=asked.path.replace("EUR_USD", "USD_JPY")))
+                return replace(other, body=other.body.replace(b"USD_JPY", b"EUR_USD"))
+            return SmallOanda(NOW, KEY)(asked)
+
+        return answer
+
+    def test_once_heals(self, make: Make) -> None:
+        answer, server = fetch(make, self.lying(1), self.WINDOW, Timeframe.M1)
+        assert of(answer).equals(truth(Timeframe.M1, self.WINDOW))
+        assert len(server.requests) == 4 + 2
+
+    def test_always_is_refused(self, make: Make) -> None:
+        with pytest.raises(BadAnswer, match="another instrument"):
+            fetch(make, self.lying(99), self.WINDOW, Timeframe.M1)
+
+    def test_in_the_second_look(self, make: Make) -> None:
+        """What is requested again comes with the candles between, which are there already."""
+        looks = iter([False, True])
+        holes = frozenset({us("2024-05-07T03:00"), us("2024-05-08T03:00")})
+
+        def answer(asked: Asked) -> Said:
+            if next(looks):
+                other = SmallOanda(NOW, KEY)(replace(asked, path=asked.path.replace("EUR_USD", "USD_JPY")))
+                return replace(other, body=other.body.replace(b"USD_JPY", b"EUR_USD"))
+            return SmallOanda(NOW, KEY, holes)(asked)
+
+        with pytest.raises(BadAnswer, match="another instrument"):
+            fetch(make, answer, WEEK)
+
+    def test_seams_are_first_rows(self, make: Make) -> None:
+        answer, server = fetch(make, SmallOanda(NOW, KEY), self.WINDOW, Timeframe.M1)
+        (delivery,) = answer.deliveries
+        starts = sorted(micros_of(asked.query["from"]) for asked in server.requests)[1:]
+        assert (
+            delivery.seams.tolist()
+            == delivery.candles.ts[np.searchsorted(delivery.candles.ts, starts)].tolist()
+        )
+
+
 class TestAbsent:
     quiet = frozenset({us("2024-05-07T03:00"), us("2024-05-08T23:00")})
 
@@ -193,6 +244,7 @@ class TestAbsent:
         whole = truth(Timeframe.H1, WEEK)
         assert of(answer).equals(whole.take(~np.isin(whole.ts, list(self.quiet))))
         assert len(server.requests) == 2
+        assert answer.deliveries[0].seams.tolist() == [], "the second look brought no row"
 
     @pytest.mark.parametrize("kept", [0, 1, 60])
     def test_a_short_page_heals(self, make: Make, kept: int) -> None:

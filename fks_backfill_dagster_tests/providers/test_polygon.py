@@ -12,12 +12,11 @@ import orjson
 import pytest
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.derive import derive
 from fks_backfill_dagster.domain.grid import grid_of
-from fks_backfill_dagster.domain.quality import verify
+from fks_backfill_dagster.domain.quality import Reason, verify
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
-from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe
 from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
@@ -33,6 +32,7 @@ from fks_backfill_dagster.providers.base import (
 )
 from fks_backfill_dagster.providers.polygon import ticker_of
 from fks_backfill_dagster_tests.providers.conftest import Make
+from fks_backfill_dagster_tests.providers.markets import new_york_midnight
 from fks_backfill_dagster_tests.providers.scripted import (
     NO_HALT,
     Asked,
@@ -103,7 +103,9 @@ class TestHonest:
         assert first.path == "/v2/aggs/ticker/X:BTCUSD/range/1/minute/1709251200000/1709258399999"
         assert first.query == {"adjusted": "false", "sort": "asc", "limit": "50000"}
         assert {asked.headers["Authorization"] for asked in server.requests} == {f"Bearer {KEY}"}
-        assert KEY not in answer.deliveries[0].source
+        assert KEY not in answer.deliveries[0].origin.source
+        # Pages of 50 from half an hour before the window on: the first one brings 20 minutes of it.
+        assert ((answer.deliveries[0].seams - WINDOW.start) // 60_000_000).tolist() == [20, 70]
 
     @pytest.mark.parametrize("status", ["OK", "DELAYED"])
     def test_nothing_there(self, make: Make, status: str) -> None:
@@ -179,71 +181,73 @@ def series(asset_class: AssetClass, timeframe: Timeframe) -> Series:
 
 @dataclass
 class WholeMarket:
-    """Bars on all clock intervals, session or not, aggregated from minutes that are asked for never.
+    """Bars on all clock intervals, session or not; days of stocks at 00:00 New York, weekends too.
 
-    `quiet` are the intervals without a trade. Bars outside the session are told by a wild high.
+    Bars outside the session are told by a wild high. `stamp` may move the stamps of days.
     """
 
     of: Series
     quiet: RangeSet = NO_HALT
     refuse: Callable[[TimeRange], Said | None] = lambda _: None
+    stamp: Callable[[int], int] = new_york_midnight
 
     def __call__(self, asked: Asked) -> Said:
         *_, ticker, _, multiplier, span_name, first, last = asked.path.split("/")
         step = int(multiplier) * {"minute": 60, "hour": 3600, "day": 86400}[span_name] * 1_000_000
-        start = -(-int(first) * 1000 // step) * step
-        refused = self.refuse(TimeRange(start, int(last) * 1000))
+        window = TimeRange(int(first) * 1000, int(last) * 1000 + 1)
+        refused = self.refuse(window)
         if refused:
             return refused
-        everything = np.arange(start, int(last) * 1000, step)
-        return json_said(document(bars(self.bars(everything, Timeframe(_NAMES[step]))), ticker))
+        opens = np.arange(-(-window.start // step) * step - step, window.end, step)
+        made = self.bars(opens, Timeframe(_NAMES[step]))
+        if self.of.asset_class is STOCKS and span_name == "day":
+            made = replace(made, ts=np.array([self.stamp(at) for at in made.ts.tolist()]))
+        return json_said(document(bars(made.within(window)), ticker))
 
     def bars(self, opens: np.ndarray, timeframe: Timeframe) -> Candles:
-        made = candles_at(opens[~self.quiet.contains(opens)], self.of.symbol)
+        made = candles_at(opens, self.of.symbol)
         inside = grid_of(replace(self.of, timeframe=timeframe)).contains(made.ts)
         return replace(made, high=np.where(inside, made.high, 9999.0))
 
-    def truth(self, native: Timeframe, window: TimeRange) -> Candles:
-        """What an honest aggregation of the session's bars gives."""
-        fine, coarse = grid_of(replace(self.of, timeframe=native)), grid_of(self.of)
-        opens = fine.opens(TimeRange(window.start - WEEK, window.end + WEEK))
-        return derive(self.bars(opens, native), fine, coarse, window, quiet_ok=True)
-
 
 _NAMES = {timeframe.micros: timeframe.value for timeframe in Timeframe}
-WEEK = 7 * 86_400_000_000
 CRYPTO, STOCKS, FOREX = AssetClass
 HALF_DAY = span("2015-12-21", "2015-12-29")  # the 24th ends at 13:00 New York, the 25th is a holiday
 SPRING = span("2015-03-02", "2015-03-16")  # summer time from the 8th on
 
 
-class TestDerived:
-    @pytest.mark.parametrize("window", [HALF_DAY, SPRING], ids=["half-day", "spring"])
-    @pytest.mark.parametrize(
-        ("asset_class", "timeframe", "native"),
-        [
-            *((STOCKS, Timeframe(name), Timeframe.M30) for name in ("1h", "4h", "1d", "1w")),
-            *((FOREX, Timeframe(name), Timeframe.H1) for name in ("4h", "1d", "1w")),
-            (CRYPTO, Timeframe.H4, Timeframe.H1),
-            (CRYPTO, Timeframe.W1, Timeframe.D1),
-        ],
-    )
-    def test_what_is_not_on_our_grid(
-        self, make: Make, asset_class: AssetClass, timeframe: Timeframe, native: Timeframe, window: TimeRange
+DERIVED = [
+    (CRYPTO, "4h", "1h"),
+    (CRYPTO, "1w", "1d"),
+    (STOCKS, "1h", "30m"),
+    (STOCKS, "4h", "30m"),
+    (STOCKS, "1w", "1d"),
+    (FOREX, "4h", "1h"),
+    (FOREX, "1d", "1h"),
+    (FOREX, "1w", "1h"),
+]
+
+
+class TestNative:
+    @pytest.mark.parametrize(("asset_class", "timeframe", "parts"), DERIVED)
+    def test_what_is_derived_is_declined(
+        self, make: Make, asset_class: AssetClass, timeframe: str, parts: str
     ) -> None:
-        asked = series(asset_class, timeframe)
-        market = WholeMarket(asked)
-        with serve(market) as server:
-            answer = make("polygon", server.url, key=KEY, requests_per_minute=1000).fetch(asked, window)
-            spans = {request.path.split("/range/")[1].rsplit("/", 2)[0] for request in server.requests}
-        truth = market.truth(native, window)
-        if asset_class is FOREX:
-            truth = replace(truth, volume=np.full(len(truth), np.nan))
-        assert of(answer).equals(truth)
-        assert np.array_equal(truth.ts, grid_of(asked).opens(window)), "and it is whole"
-        assert truth.high.max() < 9999, "nothing of other hours is in it"
-        assert answer.deliveries[0].transport is Transport.DERIVED
-        assert spans == {{"30m": "30/minute", "1h": "1/hour", "1d": "1/day"}[native]}
+        provider, asked = (
+            make("polygon", "http://127.0.0.1:1", key=KEY),
+            series(asset_class, Timeframe(timeframe)),
+        )
+        assert provider.capabilities.parts(asked) is Timeframe(parts)
+        with pytest.raises(PermanentError, match=f"its {timeframe} candles are derived from {parts}"):
+            provider.fetch(asked, HALF_DAY)
+
+    def test_all_else_is_native(self, make: Make) -> None:
+        can = make("polygon", "http://127.0.0.1:1", key=KEY).capabilities
+        derived = {(asset_class, Timeframe(name)) for asset_class, name, _ in DERIVED}
+        for asset_class, timeframes in can.timeframes.items():
+            for timeframe in timeframes:
+                is_native = can.parts(series(asset_class, timeframe)) is timeframe
+                assert is_native is ((asset_class, timeframe) not in derived)
 
     @pytest.mark.parametrize("timeframe", ["1m", "5m", "15m", "30m"])
     def test_minutes_of_stocks(self, make: Make, timeframe: str) -> None:
@@ -255,7 +259,7 @@ class TestDerived:
         good = verify(of(answer), window, grid_of(asked), window.end).good
         assert good.equals(market.bars(grid_of(asked).opens(window), Timeframe(timeframe)))
         assert len(good) == 210 // Timeframe(timeframe).minutes
-        assert answer.deliveries[0].transport is Transport.REST
+        assert answer.deliveries[0].origin.transport is Transport.REST
 
     @pytest.mark.parametrize("timeframe", ["1m", "1h"])
     def test_forex_has_no_volume(self, make: Make, timeframe: str) -> None:
@@ -266,44 +270,102 @@ class TestDerived:
         assert len(got) == 1440 // Timeframe(timeframe).minutes
         assert np.isnan(got.volume).all()
 
-    def test_quiet_hours(self, make: Make) -> None:
-        """A day with a quiet morning is made of the rest, one without any trade is not made."""
-        asked, window = series(STOCKS, Timeframe.D1), span("2015-12-21", "2015-12-24")
-        quiet = RangeSet([span("2015-12-21T14:00", "2015-12-21T17:00"), span("2015-12-22", "2015-12-23")])
-        market = WholeMarket(asked, quiet)
-        with serve(market) as server:
-            got = of(make("polygon", server.url, key=KEY).fetch(asked, window))
-        assert got.equals(market.truth(Timeframe.M30, window))
-        assert got.ts.tolist() == [us("2015-12-21"), us("2015-12-23")]
-
-    def test_the_edge_of_its_history_is_no_quiet_morning(self, make: Make) -> None:
-        asked, window = series(STOCKS, Timeframe.D1), span("2015-12-21", "2015-12-24")
-        with serve(WholeMarket(asked, RangeSet([span("2015-01-01", "2015-12-21T17:00")]))) as server:
-            got = of(make("polygon", server.url, key=KEY).fetch(asked, window))
-        assert got.ts.tolist() == [us("2015-12-22"), us("2015-12-23")]
-
-    def test_a_forming_day(self, make: Make) -> None:
-        asked, window, now = (
-            series(STOCKS, Timeframe.D1),
-            span("2015-12-21", "2015-12-24"),
-            "2015-12-23T20:45",
-        )
-        with serve(WholeMarket(asked)) as server:
-            got = of(make("polygon", server.url, key=KEY, clock=lambda: us(now)).fetch(asked, window))
-        assert got.ts.tolist() == [us("2015-12-21"), us("2015-12-22")]
-
     def test_estimates_count_base_bars(self, make: Make) -> None:
         provider, year = make("polygon", "http://127.0.0.1:1", key=KEY), span("2015-01-01", "2016-01-01")
         requests = {
             (asset_class.value, name): provider.estimate(series(asset_class, Timeframe(name)), year).requests
-            for asset_class, name in [(CRYPTO, "1h"), (CRYPTO, "1w"), (STOCKS, "1d"), (FOREX, "1d")]
+            for asset_class, name in [
+                (CRYPTO, "1h"),
+                (CRYPTO, "1d"),
+                (STOCKS, "30m"),
+                (STOCKS, "1d"),
+                (FOREX, "1h"),
+            ]
         }
         assert requests == {
             ("crypto", "1h"): 11,
-            ("crypto", "1w"): 1,
-            ("stocks", "1d"): 6,
-            ("forex", "1d"): 8,
+            ("crypto", "1d"): 1,
+            ("stocks", "30m"): 6,
+            ("stocks", "1d"): 1,
+            ("forex", "1h"): 8,
         }
+
+
+class TestDaysOfStocks:
+    """The official daily bar, stamped 00:00 New York: moved to its session's date, or quarantined."""
+
+    days = series(STOCKS, Timeframe.D1)
+
+    @pytest.mark.parametrize("window", [HALF_DAY, SPRING, span("2015-10-26", "2015-11-09")])
+    def test_are_native(self, make: Make, window: TimeRange) -> None:
+        market = WholeMarket(self.days)
+        with serve(market) as server:
+            answer = make("polygon", server.url, key=KEY).fetch(self.days, window)
+            (asked,) = server.requests
+        verdict = verify(of(answer), window, grid_of(self.days), window.end)
+        truth = candles_at(grid_of(self.days).opens(window), "AAPL")
+        assert verdict.good.equals(truth)
+        assert {part.reason for part in verdict.rejected} == {Reason.OFF_GRID}, "weekends fit no session"
+        first, last = (
+            new_york_midnight(int(at)) // 1000 for at in (window.start, window.end - MICROS_PER_DAY)
+        )
+        assert asked.path.startswith(f"/v2/aggs/ticker/AAPL/range/1/day/{first}/")
+        assert last <= int(asked.path.rsplit("/", 1)[1]) < last + 86_400_000
+        origin = answer.deliveries[0].origin
+        assert (origin.transport, origin.host, origin.source.partition("?")[0]) == (
+            Transport.REST,
+            server.url,
+            asked.path,
+        )
+
+    def test_eleven_years_are_one_request(self, make: Make) -> None:
+        window = span("2015-01-01", "2026-11-01")
+        with serve(WholeMarket(self.days)) as server:
+            provider = make("polygon", server.url, key=KEY, clock=lambda: us("2026-11-02T03:00"))
+            estimate, answer = provider.estimate(self.days, window), provider.fetch(self.days, window)
+        assert (estimate.requests, answer.requests, len(server.requests)) == (1, 1, 1)
+        assert provider.capabilities.page(Timeframe.D1) > grid_of(self.days).count(window)
+        good = verify(of(answer), window, grid_of(self.days), window.end).good
+        assert np.array_equal(good.ts, grid_of(self.days).opens(window))
+        assert len(good) > 2900
+
+    @pytest.mark.parametrize("hours", [-1, 1, 9.5, -4, -5])
+    def test_of_another_stamp_are_not_moved(self, make: Make, hours: float) -> None:
+        """-4 and -5 hours are 00:00 UTC of the date, which would read as our own stamp."""
+        market = WholeMarket(self.days, stamp=lambda at: new_york_midnight(at) + int(hours * MICROS_PER_HOUR))
+        with serve(market) as server:
+            answer = make("polygon", server.url, key=KEY).fetch(self.days, HALF_DAY)
+        verdict = verify(of(answer), HALF_DAY, grid_of(self.days), HALF_DAY.end)
+        assert len(verdict.good) == 0
+        assert sum(len(part.candles) for part in verdict.rejected) >= 7
+
+    @pytest.mark.parametrize(
+        ("now", "last"),
+        [
+            ("2015-12-23T20:59:59", "2015-12-22"),
+            ("2015-12-23T21:00:00", "2015-12-23"),
+            ("2015-12-24T17:59:59", "2015-12-23"),  # a half-day
+            ("2015-12-24T18:00:00", "2015-12-24"),
+            ("2015-12-28T05:30:00", "2015-12-24"),  # after midnight in New York, before its session
+        ],
+    )
+    def test_are_closed_with_their_session(self, make: Make, now: str, last: str) -> None:
+        with serve(WholeMarket(self.days)) as server:
+            got = of(make("polygon", server.url, key=KEY, clock=lambda: us(now)).fetch(self.days, HALF_DAY))
+        inside = got.take(grid_of(self.days).contains(got.ts))
+        assert inside.ts[-1] == us(last)
+
+    def test_a_window_without_a_date_asks_nobody(self, make: Make) -> None:
+        provider = make("polygon", "http://127.0.0.1:1", key=KEY)
+        assert provider.fetch(self.days, span("2015-12-21T00:01", "2015-12-21T23:00")) == Answer(())
+
+    @pytest.mark.parametrize(
+        "window", [span("2015-12-21", "2015-12-21T00:01"), span("2015-12-20T12:00", "2015-12-22")]
+    )
+    def test_a_part_of_a_day_brings_the_day(self, make: Make, window: TimeRange) -> None:
+        with serve(WholeMarket(self.days)) as server:
+            got = of(make("polygon", server.url, key=KEY).fetch(self.days, window))
+        assert got.ts.tolist() == [us("2015-12-21")]
 
 
 class TestEndOfDayPlan:
@@ -319,7 +381,7 @@ class TestEndOfDayPlan:
             provider = make("polygon", server.url, key=KEY, clock=lambda: self.NOW, requests_per_minute=99)
             return provider.fetch(asked, window), server.requests
 
-    @pytest.mark.parametrize("timeframe", ["5m", "1h", "1d"])
+    @pytest.mark.parametrize("timeframe", ["5m", "30m", "1d"])
     def test_gives_the_days_before(self, make: Make, timeframe: str) -> None:
         window = span("2015-12-21", "2015-12-24")
         answer, requests = self.fetch(make, timeframe, window)

@@ -12,9 +12,8 @@ import orjson
 import pytest
 
 from fks_backfill_dagster.domain.candles import PRICES, Candles
-from fks_backfill_dagster.domain.derive import derive
 from fks_backfill_dagster.domain.grid import grid_of
-from fks_backfill_dagster.domain.quality import verify
+from fks_backfill_dagster.domain.quality import Reason, verify
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe
@@ -24,6 +23,7 @@ from fks_backfill_dagster.providers.base import (
     PermanentError,
     ProviderError,
     RateLimited,
+    TooOld,
     TransientError,
     Transport,
     UnknownSymbol,
@@ -51,6 +51,15 @@ def traded(timeframe: Timeframe, window: TimeRange) -> Candles:
     made = candles_at(grid_of(stock(timeframe)).opens(window), "AAPL")
     cents = {price: np.round(getattr(made, price) * 1.37, 2) for price in PRICES}
     return replace(made, **cents, volume=np.rint(made.volume * 7 * 28 * 400))
+
+
+def with_splits(candles: Candles, splits: Mapping[int, tuple[int, int]]) -> Candles:
+    """The same market with these splits: before each of them old shares were traded."""
+    old = np.ones(len(candles))
+    for at, (new, shares) in splits.items():
+        old[candles.ts < at // MICROS_PER_DAY * MICROS_PER_DAY] *= new / shares
+    prices = {price: np.round(getattr(candles, price) * old, 2) for price in PRICES}
+    return replace(candles, **prices, volume=np.rint(candles.volume / old))
 
 
 def of(answer: Answer) -> Candles:
@@ -99,12 +108,13 @@ def failed(code: str, description: str, status: int) -> Said:
 
 @dataclass
 class SmallYahoo:
-    """Adjusts an honest truth by its splits, and refuses what lies too far back."""
+    """Adjusts an honest truth by its splits but the `unapplied` ones, and refuses what lies too far back."""
 
     truth: Mapping[str, Candles]
     now: int
     splits: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     float32: bool = False
+    unapplied: frozenset[int] = frozenset()
     change: Callable[[dict[str, Any]], dict[str, Any]] = lambda honest: honest
 
     def __call__(self, asked: Asked) -> Said:
@@ -141,7 +151,7 @@ class SmallYahoo:
     def _adjusted(self, bars: Candles) -> Candles:
         factor = np.ones(len(bars))
         for at, (new, old) in self.splits.items():
-            if at <= self.now:
+            if at <= self.now and at not in self.unapplied:
                 factor[bars.ts < at] *= new / old
         prices = {price: getattr(bars, price) / factor for price in PRICES}
         if self.float32:
@@ -159,6 +169,16 @@ class TestConformance(ProviderConformance):
 
     def market(self, asked: Asked) -> Said:
         return self.honest(asked)
+
+    def paged(self) -> tuple[Series, TimeRange]:
+        return stock(Timeframe.M1), span("2024-05-13", "2024-06-05")
+
+    def disguised(self, asked: Asked) -> Said:
+        made = orjson.loads(self.honest(asked).body)
+        quote = made["chart"]["result"][0]["indicators"]["quote"][0]
+        for price in PRICES:
+            quote[price] = [value * 3 for value in quote[price]]
+        return json_said(made)
 
     def unknown(self, asked: Asked) -> Said:
         return failed("Not Found", "No data found, symbol may be delisted", 404)
@@ -180,13 +200,13 @@ class TestSplits:
     @pytest.mark.parametrize("window", [span("2014-05-26", "2014-06-21"), span("2020-08-24", "2020-09-05")])
     def test_days_are_as_traded(self, make: Make, window: TimeRange, float32: bool) -> None:
         now = us("2020-12-01T12:00")
-        truth = traded(Timeframe.D1, span("2014-01-01", "2020-12-01"))
+        truth = with_splits(traded(Timeframe.D1, span("2014-01-01", "2020-12-01")), APPLE_SPLITS)
         with serve(SmallYahoo({"1d": truth}, now, APPLE_SPLITS, float32)) as server:
             answer = make("yfinance", server.url, **clock_at(now)).fetch(stock(Timeframe.D1), window)
             assert len(server.requests) == answer.requests == 1
             assert int(server.requests[0].query["period2"]) * SECOND == now, "later splits are asked for"
         assert of(answer).equals(truth.within(window))
-        assert answer.deliveries[0].transport is Transport.REST
+        assert answer.deliveries[0].origin.transport is Transport.REST
 
     def test_a_split_of_the_future_has_not_happened(self, make: Make) -> None:
         now, window = us("2020-08-20T12:00"), span("2020-08-03", "2020-08-20")
@@ -207,8 +227,9 @@ class TestSplits:
     def test_intraday(self, make: Make, symbol: str, kind: Timeframe) -> None:
         """On the day of the split itself, and with the split in a later page than the candles."""
         now, window = us("2014-06-20T20:30"), span("2014-05-28", "2014-06-11")
-        truth = traded(kind, TimeRange(window.start, now))
-        with serve(SmallYahoo({symbol: truth}, now, APPLE_SPLITS, float32=True)) as server:
+        splits = {at: ratio for at, ratio in APPLE_SPLITS.items() if at < now}
+        truth = with_splits(traded(kind, TimeRange(window.start, now)), splits)
+        with serve(SmallYahoo({symbol: truth}, now, splits, float32=True)) as server:
             provider = make("yfinance", server.url, **clock_at(now))
             answer = provider.fetch(stock(kind), window)
             assert answer.requests == len(server.requests) == (4 if kind is Timeframe.M1 else 1)
@@ -217,10 +238,72 @@ class TestSplits:
 
     def test_a_reverse_split(self, make: Make) -> None:
         now, window = us("2014-06-20T12:00"), span("2014-06-02", "2014-06-12")
-        truth = traded(Timeframe.D1, window)
-        with serve(SmallYahoo({"1d": truth}, now, {us("2014-06-09T13:30"): (1, 10)})) as server:
+        splits = {us("2014-06-09T13:30"): (1, 10)}
+        truth = with_splits(traded(Timeframe.D1, window), splits)
+        with serve(SmallYahoo({"1d": truth}, now, splits)) as server:
             answer = make("yfinance", server.url, **clock_at(now)).fetch(stock(Timeframe.D1), window)
         assert of(answer).equals(truth)
+
+    @pytest.mark.parametrize("kind", [Timeframe.D1, Timeframe.M15, Timeframe.M5])
+    @pytest.mark.parametrize("ratio", [(7, 1), (1, 10), (1, 190)])
+    def test_a_split_that_is_named_but_not_applied(
+        self, make: Make, kind: Timeframe, ratio: tuple[int, int]
+    ) -> None:
+        now, window, at = us("2014-06-20T20:30"), span("2014-05-28", "2014-06-14"), us("2014-06-09T13:30")
+        truth = with_splits(traded(kind, TimeRange(window.start, now)), {at: ratio})
+        market = SmallYahoo({kind.value: truth}, now, {at: ratio}, float32=True, unapplied=frozenset({at}))
+        with serve(market) as server:
+            answer = make("yfinance", server.url, **clock_at(now)).fetch(stock(kind), window)
+        assert of(answer).equals(truth.within(window))
+
+    def test_the_case_of_a_canadian_share(self, make: Make) -> None:
+        """1:190 on 2024-03-22, named and not applied; prices as a chart had them (yfinance 2002)."""
+        days = [18, 19, 20, 21, 22, 25, 26, 27]
+        close = [0.021, 0.02, 0.021, 0.019, 2.51, 1.96, 1.75, 1.57]
+        open_ = [0.022, 0.021, 0.024, 0.021, 2.5, 2.31, 1.96, 1.75]
+        columns = [np.array(column, dtype=np.float32).astype(np.float64) for column in (open_, close)]
+        high, low = np.maximum(*columns), np.minimum(*columns)
+        ts = np.array([us(f"2024-03-{day}T13:30") for day in days])
+        bars = Candles(ts, columns[0], high, low, columns[1], np.arange(8) + 1e6)
+        made = chart(bars, "1d")
+        split = {"date": int(ts[4]) // SECOND, "numerator": 1.0, "denominator": 190.0}
+        made["chart"]["result"][0]["events"] = {"splits": {"1711114200": split}}
+        with serve(lambda _: json_said(made)) as server:
+            provider = make("yfinance", server.url, **clock_at(us("2024-03-29")))
+            got = of(provider.fetch(stock(Timeframe.D1), span("2024-03-18", "2024-03-28")))
+        assert got.close.tolist() == close
+        assert got.volume.tolist() == bars.volume.tolist()
+        assert got.ts.tolist() == [us(f"2024-03-{day}") for day in days]
+
+    def test_what_the_prices_do_not_decide_is_declined(self, make: Make) -> None:
+        """A split of today before any trade: what lies before it may be adjusted or not."""
+        now, at = us("2014-06-09T13:31"), us("2014-06-09T13:30")
+        truth = with_splits(traded(Timeframe.D1, span("2014-05-01", "2014-06-20")), {at: (2, 1)})
+        for price in PRICES:
+            getattr(truth, price)[:] = getattr(truth, price) + 0.0037  # in no whole cents, which would decide
+        market = SmallYahoo({"1d": truth.take(truth.ts < us("2014-06-09"))}, now, {at: (2, 1)})
+        with serve(market) as server:
+            provider = make("yfinance", server.url, **clock_at(now))
+            with pytest.raises(TooOld, match=r"AAPL before 2014-06-0.* split of 2:1 on 2014-06-09") as caught:
+                provider.fetch(stock(Timeframe.D1), span("2014-05-20", "2014-06-10"))
+            assert us("2014-06-06") < caught.value.since <= us("2014-06-09")
+            newer = provider.fetch(stock(Timeframe.D1), TimeRange(caught.value.since, us("2014-06-10")))
+            assert newer.deliveries == ()
+
+    def test_what_lies_after_an_undecided_split_is_given(self, make: Make) -> None:
+        now, at = us("2014-07-20T12:00"), us("2014-06-09T13:30")
+        truth = with_splits(traded(Timeframe.D1, span("2014-05-01", "2014-07-18")), {at: (105, 100)})
+        for price in PRICES:
+            getattr(truth, price)[:] = getattr(truth, price) + 0.0037
+        with serve(SmallYahoo({"1d": truth}, now, {at: (105, 100)})) as server:
+            provider = make("yfinance", server.url, **clock_at(now))
+            with pytest.raises(TooOld, match=r"split of 1\.05:1") as caught:
+                provider.fetch(stock(Timeframe.D1), span("2014-05-20", "2014-07-01"))
+            assert caught.value.since == us("2014-06-09")
+            window = TimeRange(caught.value.since, us("2014-07-01"))
+            got = of(provider.fetch(stock(Timeframe.D1), window))
+        np.testing.assert_allclose(got.close, truth.within(window).close, rtol=1e-12)
+        assert np.array_equal(got.ts, truth.within(window).ts)
 
     def test_real_days_of_apple(self, make: Make) -> None:
         if not SHARED.exists():
@@ -236,46 +319,39 @@ class TestSplits:
         assert (got.close == truth.close).mean() > 0.99
 
 
-class TestDerived:
-    @pytest.mark.parametrize("timeframe", [Timeframe.M30, Timeframe.H1, Timeframe.H4])
-    @pytest.mark.parametrize(
-        ("window", "now"),
-        [
-            (span("2015-12-21", "2015-12-30"), us("2015-12-31T12:00")),  # a half-day on the 24th
-            (span("2015-03-04", "2015-03-13"), us("2015-03-20T12:00")),  # summer time from the 8th on
-        ],
-    )
-    def test_intraday_from_15m(self, make: Make, timeframe: Timeframe, window: TimeRange, now: int) -> None:
-        truth = traded(Timeframe.M15, TimeRange(window.start - 7 * MICROS_PER_DAY, now))
-        series = stock(timeframe)
-        expected = derive(truth, grid_of(stock(Timeframe.M15)), grid_of(series), window, quiet_ok=False)
-        with serve(SmallYahoo({"15m": truth}, now)) as server:
-            answer = make("yfinance", server.url, **clock_at(now)).fetch(series, window)
-        assert of(answer).equals(expected)
-        assert np.array_equal(expected.ts, grid_of(series).opens(window))
-        assert answer.deliveries[0].transport is Transport.DERIVED
-        assert "interval=15m" in answer.deliveries[0].source
+class TestNative:
+    """What is derived is not fetched: the pipeline makes it of what is."""
 
-    def test_weeks_from_days(self, make: Make) -> None:
-        now, window = us("2015-12-31T12:00"), span("2015-11-02", "2015-12-29")
-        truth, series = traded(Timeframe.D1, span("2015-10-01", "2016-01-10")), stock(Timeframe.W1)
-        expected = derive(truth, grid_of(stock(Timeframe.D1)), grid_of(series), window, quiet_ok=False)
-        with serve(SmallYahoo({"1d": truth}, now)) as server:
-            answer = make("yfinance", server.url, **clock_at(now)).fetch(series, window)
-        # The week of the 28th is not over yet.
-        assert of(answer).equals(expected.take(slice(0, -1)))
-        assert len(of(answer)) == 8
+    @pytest.mark.parametrize(("name", "parts"), [("30m", "15m"), ("1h", "15m"), ("4h", "15m"), ("1w", "1d")])
+    def test_what_is_derived_is_declined(self, make: Make, name: str, parts: str) -> None:
+        provider = make("yfinance", "http://127.0.0.1:1", **clock_at(us("2015-12-31T12:00")))
+        assert provider.capabilities.parts(stock(Timeframe(name))) is Timeframe(parts)
+        with pytest.raises(PermanentError, match=f"its {name} candles are derived from {parts}"):
+            provider.fetch(stock(Timeframe(name)), span("2015-12-21", "2015-12-29"))
 
-    def test_nothing_is_derived_over_nulls(self, make: Make) -> None:
+    @pytest.mark.parametrize("name", ["1m", "5m", "15m", "1d"])
+    def test_what_is_native_is_given(self, make: Make, name: str) -> None:
+        now, window, series = us("2015-12-31T12:00"), span("2015-12-21", "2015-12-30"), stock(Timeframe(name))
+        truth = traded(Timeframe(name), TimeRange(window.start, now))
+        with serve(SmallYahoo({name: truth}, now)) as server:
+            answer = make("yfinance", server.url, **clock_at(now)).fetch(series, window)
+        assert of(answer).equals(truth.within(window))
+        origin = answer.deliveries[0].origin
+        assert (origin.transport, origin.host, origin.instrument, origin.requested_at) == (
+            Transport.REST,
+            server.url,
+            "AAPL",
+            now,
+        )
+        assert f"interval={name}" in origin.source
+
+    def test_nulls_are_absent(self, make: Make) -> None:
         now, window = us("2015-12-31T12:00"), span("2015-12-22", "2015-12-23")
         truth = traded(Timeframe.M15, window)
         hole = truth.ts == us("2015-12-22T16:15")
         holey = Candles(truth.ts, *(np.where(hole, np.nan, column) for column in truth.columns()[1:]))
         with serve(SmallYahoo({"15m": holey}, now)) as server:
-            hours = of(make("yfinance", server.url, **clock_at(now)).fetch(stock(Timeframe.H1), window))
             quarters = of(make("yfinance", server.url, **clock_at(now)).fetch(stock(Timeframe.M15), window))
-        assert us("2015-12-22T16:00") not in hours.ts
-        assert len(hours) == 6
         assert quarters.equals(truth.take(~hole))
 
 
@@ -297,7 +373,6 @@ class TestBars:
         with serve(SmallYahoo({"15m": Candles.concat([truth, live])}, now)) as server:
             provider = make("yfinance", server.url, **clock_at(now))
             assert of(provider.fetch(stock(Timeframe.M15), window)).equals(truth)
-            assert len(of(provider.fetch(stock(Timeframe.H4), window))) == 2
 
     def test_a_live_bar_on_the_grid(self, make: Make) -> None:
         now, window = us("2015-12-22T15:20"), span("2015-12-22", "2015-12-23")
@@ -344,6 +419,46 @@ class TestBars:
         assert got.ts.tolist() == [us("2015-11-24"), us("2015-11-25")]
 
 
+class TestSessions:
+    """Days stamped at the open, at midnight, or an hour before it, and what fits no session."""
+
+    def days(self, make: Make, stamps: list[str], calendar: str, zone: str, **meta: Any) -> Candles:
+        bars = candles_at(np.array([us(stamp) for stamp in stamps]), "X")
+        answer = chart(bars, "1d", "X", exchangeTimezoneName=zone, **meta)
+        series = Series("X", Timeframe.D1, AssetClass.STOCKS, calendar)
+        with serve(lambda _: json_said(answer)) as server:
+            provider = make("yfinance", server.url, **clock_at(us("2022-02-01T12:00")))
+            return of(provider.fetch(series, span("2022-01-03", "2022-01-13")))
+
+    def test_the_evening_before(self, make: Make) -> None:
+        """Sao Paulo, 23:00 of the evening before, Sundays too."""
+        stamps = [f"2022-01-{day:02}T02:00" for day in (3, 4, 5, 6, 7, 10, 11, 12)]
+        got = self.days(make, stamps, "BVMF", "America/Sao_Paulo")
+        assert got.ts.tolist() == [us(stamp[:10]) for stamp in stamps]
+
+    def test_a_bar_of_no_session_is_quarantined(self, make: Make) -> None:
+        stamps = ["2022-01-03T14:30", "2022-01-08T14:30", "2022-01-10T14:30"]  # a Saturday between
+        got = self.days(make, stamps, "XNYS", "America/New_York")
+        assert got.ts.tolist() == [us("2022-01-03"), us("2022-01-08T14:30"), us("2022-01-10")]
+
+    def test_two_bars_of_one_session_are_a_conflict(self, make: Make) -> None:
+        stamps = ["2022-01-04T02:00", "2022-01-04T13:00", "2022-01-05T13:00"]
+        got = self.days(make, stamps, "BVMF", "America/Sao_Paulo")
+        assert got.ts.tolist() == [us("2022-01-04"), us("2022-01-04"), us("2022-01-05")]
+        series = Series("X", Timeframe.D1, AssetClass.STOCKS, "BVMF")
+        verdict = verify(got, span("2022-01-03", "2022-01-13"), grid_of(series), us("2022-01-20"))
+        assert [(part.reason, len(part.candles)) for part in verdict.rejected] == [(Reason.CONFLICT, 2)]
+
+    @pytest.mark.parametrize(("last", "kept"), [(None, 2), ("2022-01-05T13:07:11", 1)])
+    def test_the_last_trade_replaces_the_bar_of_the_evening_before(
+        self, make: Make, last: str | None, kept: int
+    ) -> None:
+        stamps = ["2022-01-04T02:00", "2022-01-05T02:00", "2022-01-05T13:07:11"]
+        known = {"regularMarketTime": us(last) // SECOND} if last else {}
+        got = self.days(make, stamps, "BVMF", "America/Sao_Paulo", **known)
+        assert got.ts.tolist() == [us("2022-01-04")] + kept * [us("2022-01-05")]
+
+
 class TestDepth:
     NOW = us("2015-12-31T12:00")
 
@@ -359,22 +474,13 @@ class TestDepth:
         assert 0 < reach - (self.NOW - days * MICROS_PER_DAY) <= MICROS_PER_HOUR
         assert got.equals(truth.take(truth.ts >= reach))
 
-    def test_an_hour_that_reaches_beyond_is_not_made(self, make: Make) -> None:
-        now, window = us("2015-12-29T16:20"), span("2015-10-29", "2015-10-31")
-        truth = traded(Timeframe.M15, TimeRange(window.start, now))
-        with serve(SmallYahoo({"15m": truth}, now)) as server:
-            got = of(make("yfinance", server.url, **clock_at(now)).fetch(stock(Timeframe.H1), window))
-        # 59 days and 23 hours before: 2015-10-30T17:20.
-        assert got.ts[0] == us("2015-10-30T18:00")
-
     def test_beyond_it_nobody_is_asked(self, make: Make) -> None:
         provider = make("yfinance", "http://127.0.0.1:1", **clock_at(self.NOW))
-        for timeframe in (Timeframe.M1, Timeframe.H4):
+        for timeframe in (Timeframe.M1, Timeframe.M15):
             assert provider.fetch(stock(timeframe), span("2015-09-01", "2015-09-30")) == Answer(())
             assert provider.estimate(stock(timeframe), span("2015-09-01", "2015-09-30")).requests == 0
         for window in (span("2015-09-01", "2015-09-01"), span("2016-01-04", "2016-01-09")):
             assert provider.fetch(stock(Timeframe.D1), window) == Answer(())
-            assert provider.fetch(stock(Timeframe.W1), window) == Answer(())
 
     def test_capabilities(self, make: Make) -> None:
         provider = make("yfinance", "http://127.0.0.1:1")
@@ -388,12 +494,23 @@ class TestDepth:
 
 
 class TestAsking:
+    def test_pages_have_seams(self, make: Make) -> None:
+        now, window = us("2015-12-31T12:00"), span("2015-12-02", "2015-12-31")
+        truth = traded(Timeframe.M1, window)
+        with serve(SmallYahoo({"1m": truth}, now)) as server:
+            (delivery,) = (
+                make("yfinance", server.url, **clock_at(now)).fetch(stock(Timeframe.M1), window).deliveries
+            )
+        starts = sorted(int(asked.query["period1"]) * SECOND for asked in server.requests)[1:]
+        assert delivery.seams.tolist() == truth.ts[np.searchsorted(truth.ts, starts)].tolist()
+        assert len(starts) == 4
+
     def test_the_request(self, make: Make) -> None:
         now, window = us("2015-12-31T12:00"), span("2015-12-14", "2015-12-16")
         with serve(SmallYahoo({"1d": traded(Timeframe.D1, window)}, now)) as server:
             answer = make("yfinance", server.url, **clock_at(now)).fetch(stock(Timeframe.D1), window)
             asked = server.requests[0]
-        assert answer.deliveries[0].source == (
+        assert answer.deliveries[0].origin.source == (
             "/v8/finance/chart/AAPL?period1=1449964800&period2=1451563200&interval=1d&events=div,splits"
             "&includePrePost=false"
         )
@@ -401,7 +518,10 @@ class TestAsking:
 
     def test_the_listing(self, make: Make) -> None:
         days = traded(Timeframe.D1, span("2015-12-14", "2015-12-15"))
-        for known, told in ((345479400, us("1980-12-12T14:30")), (None, None)):
+        claims = [(345479400, us("1980-12-12T14:30")), (None, None)]
+        claims += [(us("2015-12-14T14:30") // SECOND, us("2015-12-14T14:30"))]  # the day of its first bar
+        claims += [(us("2015-12-16T14:30") // SECOND, None)]  # refuted by the bar of the 14th
+        for known, told in claims:
             answer = json_said(chart(days, "1d", firstTradeDate=known))
             with serve(always(answer)) as server:
                 assert make("yfinance", server.url).listed_at(stock(Timeframe.H1)) == told

@@ -1,0 +1,284 @@
+"""Undoes the adjustment of prices by splits, as far as the prices themselves show that they are adjusted.
+
+Belongs here: whether a named split has been applied to the prices before it, and the prices as traded.
+Does not belong here: which splits a provider names, on which session a bar lies.
+
+A provider that adjusts by splits names them, and sometimes has not applied one of them, or only to the newer
+part of its history. So each split is decided by its own prices, from the newest to the oldest:
+
+1. The jump from the close before it to the open on its day. A split of ratio r (4.0 for 4:1) that was applied
+   leaves none, one that was not leaves a factor of r. It decides if it is nearer to one of the two than a third
+   of the distance between them (of logarithms), and if that distance is at least 0.3 and three times the largest
+   other jump nearby. So it is right whenever the market moved by less than 20 % that night.
+2. The ticks. Prices are traded in whole cents (below 1.00: hundredths of a cent), and what was divided by 1.05
+   is no whole cent any more. It decides where the jump does not (1.05, 1.046, a wild market) and may not
+   contradict it.
+
+Where neither decides, what lies before that split is declined, and what lies around it if another jump within
+20 bars looks like it: single bars that were not adjusted, or were twice, and splits that are named some days off,
+look like that. Declined is also what lies before a jump that looks like the edge of a part to which a split was
+applied, or not applied, unlike to the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fks_backfill_dagster.domain.candles import Candles, Floats
+from fks_backfill_dagster.domain.ranges import Instants
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, iso
+
+Indices = NDArray[np.intp]
+
+_NEARBY = 20  # bars on either side whose jumps tell how much this market moves
+_LEAST_NOISE = 0.1  # no market is taken to move less than this (natural logarithm) overnight
+_LEAST_STEP = 3 * _LEAST_NOISE  # what can be told from the market at all: 1.35 and more
+_LONGEST_PAUSE = 14 * MICROS_PER_DAY  # after a longer one an open says little about the close before it
+_BLOCK = 60  # bars before a split whose ticks are looked at
+_FEWEST_PRICES = 8  # different ones, for the ticks to mean anything
+_LARGEST_PRICE = 2500.0  # above, the digits of a 32-bit float do not tell a cent
+_ON, _OFF = 0.95, 0.7  # the shares of prices in whole ticks that make them right, or wrong
+_OFF_RUN = 3  # bars in a row off the ticks are no accident; as many beside them may be on them by accident
+_MOST_AT_ONCE, _TOO_MANY = 4, 256  # splits of one night, combinations of splits: beyond, prices are declined
+# Significant digits of a price that was a 32-bit float once, and of one that was only divided and rounded.
+_NARROW_DIGITS, _WIDE_DIGITS = 7, 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Traded:
+    """Bars as traded. Those before index `first` are not certain, for the reason `doubt`; '' where all are."""
+
+    bars: Candles
+    first: int
+    doubt: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prices:
+    """The bars that have an open and a close, and what they show.
+
+    index: where each stands among all bars. prices: (4, n). jumps[i]: natural logarithm of close[i - 1] / open[i];
+    NaN where there is none (the first bar, a long pause).
+    """
+
+    index: Indices
+    dates: Instants
+    prices: Floats
+    jumps: Floats
+
+    @classmethod
+    def of(cls, bars: Candles, dates: Instants) -> _Prices:
+        prices = np.stack([bars.open, bars.high, bars.low, bars.close])
+        index = np.flatnonzero((np.isfinite(prices[[0, 3]]) & (prices[[0, 3]] > 0)).all(axis=0))
+        prices, dates = prices[:, index], dates[index]
+        jumps = np.full(len(index), np.nan)
+        jumps[1:] = np.log(prices[3, :-1] / prices[0, 1:])
+        jumps[1:][np.diff(dates) > _LONGEST_PAUSE] = np.nan
+        return cls(index, dates, prices, jumps)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def as_traded(bars: Candles, dates: Instants, split_dates: Instants, ratios: Floats) -> Traded:
+    """`bars`: ascending, as the provider gives them. `dates`: the session date of each, ascending.
+    `split_dates`: ascending, the first session with the new shares. `ratios`: new shares for one old share."""
+    seen = _Prices.of(bars, dates)
+    edges = np.searchsorted(seen.dates, split_dates)
+    factor, first, doubt = np.ones(len(bars)), 0, ""
+    reading, named, ticks_from = _Reading(np.ones(1), 1.0), 1.0, 0
+    places = [int(place) for place in np.unique(edges[edges > 0])[::-1]]
+    for place, older in zip(places, [*places, 0][1:], strict=True):
+        mine = edges == place
+        named *= float(np.prod(ratios[mine]))
+        begins, choices = int(np.searchsorted(dates, split_dates[mine][0])), _products(ratios[mine])
+        beside = _beside(seen, place, np.log(choices), edges)
+        found = None if beside else _decided(seen, place, older, reading, choices, edges, named)
+        if found is None or np.count_nonzero(mine) > _MOST_AT_ONCE:
+            which = _named(split_dates[mine], ratios[mine])
+            first = max(begins, int(seen.index[beside]) if beside else 0)
+            doubt = f"its prices do not show whether they are adjusted by {which}"
+            break
+        reading, by_ticks = found
+        ticks_from = ticks_from or (place if by_ticks else 0)
+        factor[:begins] = named / reading.undone
+        step = _step_inside(seen, range(older + 1, place), reading, named)
+        if step:
+            first, doubt = int(seen.index[step]), _step_text(seen.dates[step])
+            break
+    unlike = _off_ticks(seen, factor[seen.index], ticks_from)
+    if unlike and int(seen.index[unlike - 1]) >= first:
+        first, doubt = int(seen.index[unlike - 1]) + 1, _step_text(seen.dates[unlike - 1])
+    return Traded(_multiplied(bars, factor), first, doubt)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Reading:
+    """What is known of the prices between two splits.
+
+    possible: each product of ratios that may not have been applied to them; 1.0: all were. undone: the one that
+    the prices show.
+    """
+
+    possible: Floats
+    undone: float
+
+    @property
+    def steps(self) -> Floats:
+        """Logarithms of the jumps where a part ends and one with another product begins; too small ones left out."""
+        steps = np.log(self.possible / self.undone)
+        return steps[np.abs(steps) >= _LEAST_STEP]
+
+
+def _products(ratios: Floats) -> Floats:
+    """For splits of one night: each product of those that may not have been applied; 1.0: all of them were."""
+    products = np.ones(1)
+    for ratio in ratios[:_MOST_AT_ONCE]:
+        products = np.concatenate([products, products * ratio])
+    return products[np.unique(np.log(products).round(9), return_index=True)[1]]
+
+
+def _decided(
+    seen: _Prices, place: int, older: int, reading: _Reading, choices: Floats, edges: Indices, named: float
+) -> tuple[_Reading, bool] | None:
+    """How the prices before `place` read, and whether only the ticks say so; None: they do not decide.
+
+    `reading`: of those after it. `choices`: products of the splits at `place` that may not have been applied.
+    `named`: the product of all ratios from here on.
+    """
+    if len(choices) * len(reading.possible) > _TOO_MANY:
+        return None
+    by_jump = _by_jump(seen, place, np.log(choices), reading.steps, edges)
+    block = seen.prices[:, max(older, place - _BLOCK) : place]
+    by_ticks = _by_ticks(block, named / (reading.undone * choices))
+    found = {choice for choice in (by_jump, by_ticks) if choice is not None}
+    if len(found) != 1:
+        return None
+    chosen = float(choices[found.pop()])
+    if by_jump is None:  # what the ticks tell apart needs no jump that can be seen
+        choices = choices[(choices == chosen) | (np.abs(np.log(choices / chosen)) >= _LEAST_STEP)]
+    possible = np.unique(reading.possible * choices[:, None])
+    return _Reading(possible, reading.undone * chosen), by_jump is None
+
+
+def _by_jump(seen: _Prices, place: int, choices: Floats, steps: Floats, edges: Indices) -> int | None:
+    """The choice (a logarithm) that the jump at `place` shows.
+
+    A choice together with one of the `steps` may not be nearer: then another part of the history ends there.
+    """
+    if len(choices) == 1:
+        return 0
+    if place >= len(seen) or np.isnan(seen.jumps[place]):
+        return None
+    distances = np.abs(seen.jumps[place] - choices)
+    nearest = int(np.argmin(distances))
+    apart = float(np.abs(np.delete(choices, nearest) - choices[nearest]).min())
+    around = np.arange(max(place - _NEARBY, 1), min(place + _NEARBY + 1, len(seen)))
+    others = np.abs(seen.jumps[around[~np.isin(around, edges)]])
+    noise = float(np.nanmax(others, initial=0.0))
+    with_step = np.abs(seen.jumps[place] - choices[:, None] - steps[None, :]).min(initial=np.inf)
+    clear = distances[nearest] <= apart / 3 and apart >= max(_LEAST_STEP, 3 * noise)
+    return nearest if clear and distances[nearest] <= with_step + 1e-9 else None
+
+
+def _by_ticks(prices: Floats, factors: Floats) -> int | None:
+    """The only factor that turns these prices into whole ticks."""
+    flat = np.unique(prices[np.isfinite(prices) & (prices > 0)])
+    if len(flat) < _FEWEST_PRICES or flat[-1] * factors.max() > _LARGEST_PRICE:
+        return None
+    shares = np.array([_in_ticks(flat * factor).mean() for factor in factors])
+    best = int(np.argmax(shares))
+    return best if shares[best] >= _ON and (np.delete(shares, best) <= _OFF).all() else None
+
+
+def _in_ticks(prices: Floats) -> NDArray[np.bool_]:
+    """Whether each is a whole number of ticks, within the precision of a 32-bit float."""
+    tick = np.where(prices >= 1.0, 0.01, 0.0001)
+    whole: NDArray[np.bool_] = np.abs(prices - np.rint(prices / tick) * tick) <= prices * 2e-7 + 1e-9
+    return whole
+
+
+def _beside(seen: _Prices, place: int, choices: Floats, edges: Indices) -> int:
+    """The newest bar near a split, on either side, that jumps as the split would; 0: none.
+
+    Then it is not known where the split belongs, and whether some bars of its own day and after it are adjusted.
+    """
+    steps = choices[np.abs(choices) >= _LEAST_STEP]
+    around = np.arange(max(place - _NEARBY, 1), min(place + _NEARBY + 1, len(seen)))
+    around = around[~np.isin(around, edges)]
+    like = _like(seen.jumps[around], np.concatenate([steps, -steps])).any(axis=1)
+    return int(around[like].max(initial=0))
+
+
+def _like(jumps: Floats, steps: Floats) -> NDArray[np.bool_]:
+    """For each jump and each step (logarithms) whether a market that moves as well may have made one of the other."""
+    near: NDArray[np.bool_] = np.abs(jumps[:, None] - steps[None, :]) <= np.maximum(
+        np.abs(steps) / 3, 2 * _LEAST_NOISE
+    )
+    return near
+
+
+def _step_inside(seen: _Prices, places: range, reading: _Reading, named: float) -> int:
+    """The newest bar of `places` that jumps as if what lies before it had another adjustment; 0: none."""
+    steps = reading.steps
+    if not len(places) or not len(steps):
+        return 0
+    near = _like(seen.jumps[places.start : places.stop], steps)
+    for at in np.flatnonzero(near.any(axis=1))[::-1]:
+        place = places.start + int(at)
+        block = seen.prices[:, max(place - _BLOCK, places.start - 1) : place]
+        if _by_ticks(block, named / reading.undone / np.exp(np.append(0.0, steps[near[at]]))) != 0:
+            return place
+    return 0
+
+
+def _off_ticks(seen: _Prices, factor: Floats, end: int) -> int:
+    """Up to where bars before `end` are not in whole ticks, though a split there was decided by its ticks.
+
+    That is a little after the end of the newest run of such bars; a shorter one counts if it is the oldest of all.
+    """
+    prices = seen.prices[:, :end]
+    off = (_in_ticks(np.nan_to_num(prices, nan=0.01) * factor[:end]) | np.isnan(prices)).sum(axis=0) < 3
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], off, [False]])))
+    runs = zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+    ends = [stop for start, stop in runs if stop - start >= _OFF_RUN or start == 0]
+    return min(ends[-1] + _OFF_RUN, end) if ends else 0
+
+
+def _multiplied(bars: Candles, factor: Floats) -> Candles:
+    """Prices times `factor`, volumes divided by it.
+
+    Prices that were 32-bit floats come as 32.259998321533203: they are rounded to the digits such a float has,
+    so that 32.26 x 4 becomes 129.04 again. Others are rounded where they were divided.
+    """
+    prices = np.stack([bars.open, bars.high, bars.low, bars.close])
+    narrow = bool((np.isnan(prices) | (prices == prices.astype(np.float32))).all())
+    traded = _rounded(prices * factor, _NARROW_DIGITS if narrow else _WIDE_DIGITS)
+    opened, high, low, close = traded if narrow else np.where(factor == 1.0, prices, traded)
+    volume = np.where(factor == 1.0, bars.volume, np.rint(bars.volume / factor))
+    return Candles(bars.ts, opened, high, low, close, volume)
+
+
+def _rounded(prices: Floats, digits: int) -> Floats:
+    """To so many significant digits; what is not positive stays, it is bad anyway."""
+    usable = np.where(prices > 0, prices, 1.0)
+    scale = 10.0 ** (digits - 1 - np.floor(np.log10(usable)))
+    return np.where(prices > 0, np.rint(usable * scale) / scale, prices)
+
+
+def _named(dates: Instants, ratios: Floats) -> str:
+    """`the split of 1:190 on 2024-03-22`, for each."""
+    texts = [
+        f"the split of {ratio:.6g}:1 on {iso(int(date))[:10]}"
+        if ratio >= 1
+        else f"the split of 1:{1 / ratio:.6g} on {iso(int(date))[:10]}"
+        for date, ratio in zip(dates.tolist(), ratios.tolist(), strict=True)
+    ]
+    return " and ".join(texts)
+
+
+def _step_text(date: np.int64) -> str:
+    return f"its prices change at {iso(int(date))[:10]} as if those before were adjusted otherwise"
