@@ -34,7 +34,7 @@ from fks_backfill_dagster.providers.base import (
 from fks_backfill_dagster.providers.polygon import ticker_of
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.scripted import (
-    NO_HALT,
+    NO_OUTAGE,
     Asked,
     Said,
     candles_at,
@@ -178,7 +178,7 @@ class WholeMarket:
     """
 
     of: Series
-    quiet: RangeSet = NO_HALT
+    quiet: RangeSet = NO_OUTAGE
     refuse: Callable[[TimeRange], Said | None] = lambda _: None
 
     def __call__(self, asked: Asked) -> Said:
