@@ -30,8 +30,8 @@ DOWN = TimeRange(instant("2024-01-10T10:45"), instant("2024-01-10T17:15"))
 
 @pytest.fixture
 def synced(context: Context, market: LocalMarket) -> Context:
-    """January of three symbols; nobody has the hours of DOWN, and ETH lacks two more of its own."""
-    market.plant_outage("binance", DOWN)
+    """January of three symbols; the exchange was down in DOWN, and ETH lacks two more hours of its own."""
+    market.plant_halt(DOWN, provider="binance")
     market.plant_outage("binance", TimeRange(instant("2024-01-20"), instant("2024-01-20T02:00")), "ETHUSDT")
     for series in SERIES:
         sync(context, series, SYNCED, ["binance"])

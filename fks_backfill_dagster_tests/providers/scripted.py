@@ -120,7 +120,7 @@ def crypto(timeframe: Timeframe = Timeframe.M1, symbol: str = "BTC/USDT") -> Ser
     return Series(symbol, timeframe, AssetClass.CRYPTO)
 
 
-NO_HALT = RangeSet()
+NO_OUTAGE = RangeSet()
 
 
 @dataclass
@@ -131,11 +131,11 @@ class SmallBinance:
     is what nobody has, `unpublished` are the archive paths (parts of them) that are not there.
     """
 
-    outage: RangeSet = NO_HALT
+    outage: RangeSet = NO_OUTAGE
     listed: int = 0
     header: bool = False
     unpublished: tuple[str, ...] = ()
-    archive_lacks: RangeSet = NO_HALT
+    archive_lacks: RangeSet = NO_OUTAGE
     rest: Callable[[Asked, Said], Said] = lambda _, honest: honest
     archive: Callable[[Asked, Said], Said] = lambda _, honest: honest
 

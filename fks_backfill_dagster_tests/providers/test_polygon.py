@@ -34,7 +34,7 @@ from fks_backfill_dagster.providers.polygon import ticker_of
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.markets import new_york_midnight
 from fks_backfill_dagster_tests.providers.scripted import (
-    NO_HALT,
+    NO_OUTAGE,
     Asked,
     Said,
     candles_at,
@@ -187,7 +187,7 @@ class WholeMarket:
     """
 
     of: Series
-    quiet: RangeSet = NO_HALT
+    quiet: RangeSet = NO_OUTAGE
     refuse: Callable[[TimeRange], Said | None] = lambda _: None
     stamp: Callable[[int], int] = new_york_midnight
 
