@@ -110,10 +110,8 @@ class LedgerGap:
 
     def is_due(self, able: frozenset[str], now: int | None) -> bool:
         """See `Known.due`."""
-        if self.status is GapStatus.FILLED:
+        if self.status in (GapStatus.NO_TRADE, GapStatus.FILLED):
             return False
-        if self.status is GapStatus.NO_TRADE:  # what rests on others' responses, a new provider may have
-            return bool(self.evidence) and not able <= self.heard()
         if now is None or (self.next_attempt_at is not None and self.next_attempt_at <= now):
             return True
         if self.status is GapStatus.OPEN:
@@ -138,7 +136,8 @@ class Known:
     def due(self, window: TimeRange, able: frozenset[str], now: int | None) -> RangeSet:
         """The gaps that are to be requested: when their time has come, or when a provider of `able` was
         never requested for an open one, or has not responded about one that is explained (a new key, a new
-        provider). With `now` None all of them; of no-trade intervals those that a new provider may have."""
+        provider). With `now` None all of them. No-trade intervals are not due: a new provider reopens them
+        (`store.ledger.reopen`)."""
         ranges = [TimeRange(g.start, g.end) for g in self.gaps if g.is_due(able, now)]
         return RangeSet(ranges) & RangeSet([window])
 

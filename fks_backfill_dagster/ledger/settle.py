@@ -344,7 +344,7 @@ def _joined(
 ) -> tuple[list[LedgerGap], list[LedgerGap]]:
     """Rows of one kind that are neighbours in the grid made one; also tells which untouched ones it took in.
 
-    One that still waits to be asked for stays apart from one that does not: its neighbour's rest is not
+    Two that were not touched stay as they were. One that still waits to be asked for stays apart from one that does not: its neighbour's rest is not
     its own. `waiting` tells of `pieces`, then of `untouched`.
     """
     known = {id(g): g for g in untouched}
@@ -354,7 +354,8 @@ def _joined(
     marked = zip([*pieces, *untouched], waiting, strict=True)
     for piece, waits in sorted(marked, key=lambda pair: pair[0].start):
         last = joined[-1] if joined else None
-        if last is None or waits != waited or not _neighbours(last, piece, grid):
+        both_stand = id(last) in known and id(piece) in known
+        if last is None or both_stand or waits != waited or not _neighbours(last, piece, grid):
             joined.append(piece)
             waited = waits
             continue

@@ -15,7 +15,7 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, Timeframe
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.ledger.reconcile import Kind, Recorded, Seen, SeriesAudit, judge
-from fks_backfill_dagster.ledger.records import Evidence, LedgerGap
+from fks_backfill_dagster.ledger.records import Evidence, LedgerGap, Outcome
 from fks_backfill_dagster_tests.domain.builders import at
 
 SERIES = [
@@ -86,7 +86,7 @@ def history_of(attempts: int) -> dict[str, Any]:
 
 
 def evidence_of(attempts: int) -> tuple[Evidence, ...]:
-    return (Evidence(f"provider {attempts}", attempts, "absent"),)
+    return (Evidence(f"provider {attempts}", attempts, Outcome.ABSENT),)
 
 
 def repaired(recorded: Recorded, found: SeriesAudit) -> Recorded:

@@ -18,6 +18,7 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE
 from fks_backfill_dagster.ledger.reconcile import SeriesAudit
 from fks_backfill_dagster.ledger.records import Evidence, LedgerGap
+from fks_backfill_dagster.ledger.settle import Response
 from fks_backfill_dagster.store import ledger, reading
 from fks_backfill_dagster.store.auditing import examine
 from fks_backfill_dagster.store.commit import (
@@ -113,7 +114,8 @@ class Shelf:
         evidence: tuple[Evidence, ...] = (),
         withdrawn: tuple[Withdrawal, ...] = (),
     ) -> Committed:
-        write = BatchWrite(window, deliveries, refused, evidence, run_id="run", withdrawn=withdrawn)
+        responses = tuple(Response(item, self.grid.opens(window)) for item in evidence)
+        write = BatchWrite(window, deliveries, refused, responses, run_id="run", withdrawn=withdrawn)
         return commit_batch(self.database, self.series, self.identity, write, self.grid)
 
     def put(self, first: int, past: int, version: int = 0, provider: str = "binance") -> Committed:

@@ -17,7 +17,7 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, Timeframe, to_datetime
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.ledger.reconcile import Kind, SeriesAudit
-from fks_backfill_dagster.ledger.records import Evidence
+from fks_backfill_dagster.ledger.records import Evidence, Outcome
 from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.auditing import examine
 from fks_backfill_dagster.store.commit import repair_series
@@ -25,7 +25,7 @@ from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.store.builders import EVER, MIDNIGHT, Shelf, brought, candles_at, execute
 from fks_backfill_dagster_tests.store.conftest import fresh
 
-ABSENT = Evidence("binance", MIDNIGHT, "absent")
+ABSENT = Evidence("binance", MIDNIGHT, Outcome.ABSENT)
 
 Found = tuple[Kind, int | None, int | None, int | None, int | None]
 

@@ -18,7 +18,7 @@ from fks_backfill_dagster.domain.delivery import RejectedRows
 from fks_backfill_dagster.domain.quality import Reason
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe, to_datetime
-from fks_backfill_dagster.ledger.records import Evidence
+from fks_backfill_dagster.ledger.records import Evidence, Outcome
 from fks_backfill_dagster.store import ledger, reading
 from fks_backfill_dagster.store.commit import Committed, remove_series
 from fks_backfill_dagster.store.database import Database
@@ -129,12 +129,12 @@ def test_a_change_is_a_correction(hours: Shelf) -> None:
 
 
 def test_what_was_asked_is_kept_with_the_gap(hours: Shelf) -> None:
-    word = Evidence("binance", MIDNIGHT, "error", "HTTP 502")
+    word = Evidence("binance", MIDNIGHT, Outcome.ERROR, "HTTP 502")
     hours.commit(hours.span(0, 5), evidence=(word,))
-    again = Evidence("binance", MIDNIGHT + 1, "absent")
-    hours.commit(hours.span(0, 5), evidence=(again, Evidence("polygon", MIDNIGHT, "absent")))
+    again = Evidence("binance", MIDNIGHT + 1, Outcome.ABSENT)
+    hours.commit(hours.span(0, 5), evidence=(again, Evidence("polygon", MIDNIGHT, Outcome.ABSENT)))
     (gap,) = hours.gaps()
-    assert (gap.attempts, gap.evidence) == (2, (again, Evidence("polygon", MIDNIGHT, "absent")))
+    assert (gap.attempts, gap.evidence) == (2, (again, Evidence("polygon", MIDNIGHT, Outcome.ABSENT)))
     hours.put(0, 5)
     assert hours.gaps() == ()
     assert hours.rows(

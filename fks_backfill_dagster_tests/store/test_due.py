@@ -16,7 +16,7 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, to_datetime, to_micros
 from fks_backfill_dagster.ledger.gaps import GapStatus
-from fks_backfill_dagster.ledger.records import Evidence, LedgerGap
+from fks_backfill_dagster.ledger.records import Evidence, LedgerGap, Outcome
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.due import Place, Wanted, due_places
 from fks_backfill_dagster.store.ledger import hold_lease
@@ -30,7 +30,7 @@ MONTHS = Wanted(at("2023-01-01T00:00Z"), "month", BOTH)
 
 
 def absent(*providers: str) -> tuple[Evidence, ...]:
-    return tuple(Evidence(name, NOW - MICROS_PER_DAY, "absent") for name in providers)
+    return tuple(Evidence(name, NOW - MICROS_PER_DAY, Outcome.ABSENT) for name in providers)
 
 
 def write(shelf: Shelf, *gaps: LedgerGap) -> None:
@@ -73,7 +73,7 @@ def due(shelf: Shelf, wanted: Wanted = MONTHS, most: int = 100) -> list[Place]:
 
 
 def test_an_open_gap_waits_for_its_time(hours: Shelf) -> None:
-    words = (*absent("binance"), Evidence("polygon", NOW, "error", "polygon: HTTP 503"))
+    words = (*absent("binance"), Evidence("polygon", NOW, Outcome.ERROR, "polygon: HTTP 503"))
     write(hours, gap(hours, 0, 3, next_attempt_at=NOW + 1, evidence=words))
     assert due(hours) == []
     write(hours, gap(hours, 5, 9, next_attempt_at=NOW, evidence=words))
@@ -100,7 +100,7 @@ def test_who_was_not_heard_of_an_unavailable_gap_is_asked(hours: Shelf) -> None:
 
 
 def test_an_error_is_no_word(hours: Shelf) -> None:
-    words = (*absent("binance"), Evidence("polygon", NOW, "error", "polygon: HTTP 503"))
+    words = (*absent("binance"), Evidence("polygon", NOW, Outcome.ERROR, "polygon: HTTP 503"))
     write(hours, gap(hours, 0, 3, GapStatus.UNAVAILABLE, evidence=words, next_attempt_at=NOW + 9))
     assert len(due(hours)) == 1
 
@@ -242,7 +242,7 @@ def test_any_ledger(
     shelf = Shelf.of(shared, fresh("1h"))
     gaps: list[LedgerGap] = []
     for first, length, status, next_attempt, words in rows:
-        evidence = tuple(Evidence(name, NOW, outcome) for name, outcome in words)  # type: ignore[attr-defined]
+        evidence = tuple(Evidence(name, NOW, Outcome(outcome)) for name, outcome in words)  # type: ignore[attr-defined]
         span = shelf.span(first, first + length)
         if any(g.start < span.end and g.end > span.start for g in gaps):
             continue

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime
 from fks_backfill_dagster.ledger.gaps import GapStatus
-from fks_backfill_dagster.ledger.records import Evidence
+from fks_backfill_dagster.ledger.records import Evidence, Outcome
 from fks_backfill_dagster.store import ledger
 from fks_backfill_dagster.store.commit import _SERIES_LOCK
 from fks_backfill_dagster.store.database import Database
@@ -25,7 +25,7 @@ DAY = MICROS_PER_DAY
 
 
 def absent(provider: str = "oanda", day: int = 0, outcome: str = "absent") -> Evidence:
-    return Evidence(provider, MIDNIGHT + day * DAY, outcome)
+    return Evidence(provider, MIDNIGHT + day * DAY, Outcome(outcome))
 
 
 def hole(shelf: Shelf, first: int, *evidence: Evidence, status: str = "no_trade") -> None:

@@ -40,8 +40,10 @@ def listings(database: Database, symbol: str) -> dict[str, Listing]:
 
 
 def oldest(database: Database, symbol: str) -> dict[str, int]:
+    """Whatever the timeframe."""
     with database.begin() as connection:
-        return ledger.oldest_by_provider(connection, symbol)
+        found = ledger.oldest_by_provider(connection, symbol)
+    return {name: min(opens.values()) for name, opens in found.items()}
 
 
 def test_each_provider_has_its_own(database: Database) -> None:

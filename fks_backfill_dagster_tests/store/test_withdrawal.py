@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.ledger.records import Evidence
+from fks_backfill_dagster.ledger.records import Evidence, Outcome
 from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.commit import WITHDRAWN, Committed, Withdrawal
 from fks_backfill_dagster.store.database import Database
@@ -24,7 +24,7 @@ from fks_backfill_dagster_tests.store.conftest import fresh
 
 def withdraw(shelf: Shelf, first: int, past: int, provider: str = "binance", **other: object) -> Committed:
     """A refetch of candles 0 to 20 that lacks some of them."""
-    absent = Evidence(provider, MIDNIGHT, "absent")
+    absent = Evidence(provider, MIDNIGHT, Outcome.ABSENT)
     withdrawal = Withdrawal(origin_of(provider, **other), shelf.opens(first, past))
     return shelf.commit(shelf.span(0, 20), evidence=(absent,), withdrawn=(withdrawal,))
 
