@@ -133,6 +133,8 @@ class Bars:
 
 def concat(blocks: Sequence[Bars]) -> Bars:
     """One block out of at least one, all of the same symbol."""
+    # An empty block of a replay has the scale of a file that another block does not come from.
+    blocks = [block for block in blocks if len(block)] or blocks[:1]
     if len(blocks) == 1:
         return blocks[0]
     first = blocks[0]
