@@ -127,7 +127,7 @@ def fill_requests(
 def _wanted(groups: Sequence[Group], settings: Settings, work: Context) -> dict[Series, Wanted]:
     return {
         one: Wanted(
-            since=max(settings.start_of(one), settings.history_start),
+            since=settings.start_of(one),
             part="month" if is_monthly(one.timeframe) else "year",
             able=able(work, one),
             until=settings.end_of(one),

@@ -10,6 +10,7 @@ from datetime import timedelta
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series, identifier
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime, to_micros
+from fks_backfill_dagster.settings import Settings
 
 KEY_PREFIX = "ohlcv"
 KEY_FORMAT = "%Y-%m-%d"
@@ -25,6 +26,16 @@ def asset_path(series: Series) -> AssetPath:
 def is_monthly(timeframe: Timeframe) -> bool:
     """Whether partitions of this timeframe are months; else they are years."""
     return timeframe.micros < Timeframe.H1.micros
+
+
+def partitions_start(settings: Settings) -> int:
+    """Where the partitions of every grain begin, not rounded: the earliest start that anything has.
+
+    All series of a grain share one definition, as one run cannot mix two; the partitions before a series'
+    own start are settled without a run (`before_start`).
+    """
+    starts = (entry.start for entry in settings.symbols if entry.start is not None)
+    return min((settings.history_start, *starts))
 
 
 def key_at(timeframe: Timeframe, moment: int) -> str:
