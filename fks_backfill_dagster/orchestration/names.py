@@ -5,7 +5,7 @@ A series is the asset `ohlcv / SYMBOL / TIMEFRAME`, a partition is the day on wh
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series, identifier
@@ -53,6 +53,22 @@ def keys_of(timeframe: Timeframe, window: TimeRange) -> list[str]:
         if key != keys[-1]:
             keys.append(key)
     return keys
+
+
+def keys_before_start(timeframe: Timeframe, begin: int, start: int) -> tuple[str, ...]:
+    """The keys of the partitions, from the one that holds `begin` on, that lie wholly before `start`."""
+    if start <= begin:
+        return ()
+    own = key_at(timeframe, start)
+    return tuple(key for key in keys_of(timeframe, TimeRange(begin, start)) if key < own)
+
+
+def window_of(timeframe: Timeframe, key: str) -> TimeRange:
+    """What the partition of that key holds."""
+    day = datetime.strptime(key, KEY_FORMAT).replace(tzinfo=UTC)
+    if is_monthly(timeframe):
+        return TimeRange(to_micros(day), to_micros((day + timedelta(days=31)).replace(day=1)))
+    return TimeRange(to_micros(day), to_micros(day.replace(year=day.year + 1)))
 
 
 def start_before(timeframe: Timeframe, moment: int) -> int:
