@@ -82,7 +82,10 @@ def test_a_window_tells_its_ends_its_last_close_and_its_volume(hours: Shelf) -> 
 def test_a_window_tells_when_the_first_of_its_gaps_is_requested_again(hours: Shelf) -> None:
     hours.commit(hours.span(0, 24), brought(candles_at(hours.opens(0, 20))))
     hours.commit(hours.span(24, 48), brought(candles_at(hours.opens(28, 48))))
-    execute(hours.database, f"UPDATE fks.gap SET next_attempt_at = '2030-01-01Z' WHERE series_id = {hours.identity}")
+    execute(
+        hours.database,
+        f"UPDATE fks.gap SET next_attempt_at = '2030-01-01Z' WHERE series_id = {hours.identity}",
+    )
     found = part_states(hours.database, hours.series, {"gap": hours.span(0, 24), "none": hours.span(30, 40)})
     assert found["gap"].next_attempt == to_micros(datetime(2030, 1, 1, tzinfo=UTC))
     assert found["none"].next_attempt is None
