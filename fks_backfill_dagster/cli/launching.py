@@ -97,6 +97,7 @@ def launch(
         answer_json(_document(done, orders, page, time.monotonic() - began))
     else:
         _answer(done, orders, time.monotonic() - began)
+    _tell_removed(done)
     return 0 if done.succeeded else 1
 
 
@@ -245,6 +246,9 @@ def _answer(done: Launched, orders: Sequence[Order], seconds: float) -> None:
             answer(f"  {one.series}: {', '.join(keys)}")
     for reason in done.reasons:
         tell(reason)
+
+
+def _tell_removed(done: Launched) -> None:
     if done.removed:
         symbols = sorted({one.series.symbol for one in done.removed})
         tell(
