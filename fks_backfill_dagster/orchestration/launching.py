@@ -167,6 +167,10 @@ def watch(
         runs += state.runs
         defined = web.defined([one.asset for one in orders])
         gone = {one for one in orders if one.asset not in defined}
+        if not defined and (errors := web.load_errors()):
+            raise DagsterRefused(
+                f"the definitions do not load: {errors[0].strip()}. What runs goes on: {web.url}/runs/b/{ids[-1]}"
+            )
         if len(gone) == len(orders):
             raise DagsterRefused(
                 "every symbol of the backfill was taken out of the settings: add them again, then launch again"
