@@ -250,10 +250,12 @@ def _answer(done: Launched, orders: Sequence[Order], seconds: float) -> None:
 
 def _tell_removed(done: Launched) -> None:
     if done.removed:
-        symbols = sorted({one.series.symbol for one in done.removed})
+        names = ", ".join(str(one.series) for one in done.removed[:MOST_NAMES])
+        more = ", ..." if len(done.removed) > MOST_NAMES else ""
+        symbols = " ".join(sorted({one.series.symbol for one in done.removed}))
         tell(
-            f"{', '.join(symbols)}: taken out of the settings meanwhile, and no part of the result. To have the"
-            f" rest of it, add it again and run `fks-backfill launch {' '.join(symbols)}`."
+            f"{names}{more}: taken out of the settings meanwhile, and no part of the result. To have what is left"
+            f" of it, add it again and run `fks-backfill launch {symbols}`."
         )
 
 

@@ -176,7 +176,10 @@ def watch(
                 "every symbol of the backfill was taken out of the settings: add them again, then launch again"
             )
         if state.error and gone == removed:
-            raise DagsterRefused(f"the backfill failed: {state.error}")
+            raise DagsterRefused(
+                f"the backfill failed: {state.error.strip()}\nLaunch again to have what is left: only what is"
+                " missing is fetched."
+            )
         wanted = _left(orders, gone, runs)
         if gone == removed or not wanted:
             break
@@ -266,7 +269,11 @@ def _launched(
 
 
 def _failed(web: Webserver, one: Order, runs: Sequence[Run]) -> list[str]:
-    """The partitions that Dagster shows as failed, and those that no run has finished."""
+    """The partitions that Dagster shows as failed, and those that no run has finished.
+
+    Those before the beginning that the settings have now are no partitions any more.
+    """
+    begin = web.first_partition(one.asset) or ""
     shown = set(web.failed_partitions(one.asset, one.keys))
     met = {key for run in runs if run.status in ("SUCCESS", "FAILURE") for key in one.within(run)}
-    return [key for key in one.keys if key in shown or key not in met]
+    return [key for key in one.keys if key >= begin and (key in shown or key not in met)]

@@ -212,3 +212,28 @@ def test_a_symbol_taken_out_is_all_that_is_lost(desk: Desk) -> None:
         made.until(lambda one=identity: made.web.backfill_state(one).status.startswith("COMPLETED"))  # type: ignore[misc]
     # The queued run went on without it.
     assert frozenset({"BTC_USDT"}) in desk.runs_of("SUCCESS")
+
+
+def test_a_later_beginning_and_a_timeframe_taken_out_are_survived(desk: Desk) -> None:
+    """The same kind of change: what is not defined any more leaves, all else is run to its end."""
+    made = desk.made
+    btc = {"symbol": "BTC/USDT", "asset_class": "crypto", "timeframes": ["15m", "5m"]}
+    desk.write([btc], history_start="2020-01-01")
+    made.up()
+    made.market.clear_faults()
+    for transport in ("binance", "archive"):  # its run lasts until the settings have changed
+        made.market.plant_fault(transport, "drip", count=None, seconds=2, symbol="BTCUSDT")
+    with desk.launch("--all", "--end", "2024-03-01", "--json") as launch:
+        made.until(lambda: bool(desk.runs_of("STARTED")), 150)
+        desk.write([{**btc, "timeframes": ["15m"]}], history_start="2022-06-01")
+        assert made.web.reloaded() == []
+        made.market.clear_faults()
+        out, said = launch.communicate(timeout=300)
+    document = json.loads(out)
+    assert launch.returncode == 0, said
+    kept, gone = document["series"]
+    assert (kept["timeframe"], kept["failed"], kept["removed"]) == ("15m", [], False)
+    assert (gone["timeframe"], gone["removed"]) == ("5m", True)
+    assert "BTC/USDT 5m" in said.splitlines()[-1]
+    made.until(lambda: made.web.backfill_state(document["backfill"]).status == "COMPLETED_SUCCESS")
+    assert desk.runs_of("CANCELED") == []

@@ -40,12 +40,14 @@ from fks_backfill_dagster.orchestration.daemon import release_removed
 A, B = AssetKey("a"), AssetKey("b")
 MONTHS = ("2024-01-01", "2024-02-01")
 SPAN = {ASSET_PARTITION_RANGE_START_TAG: MONTHS[0], ASSET_PARTITION_RANGE_END_TAG: MONTHS[1]}
-CHANGED = SerializableErrorInfo("an asset is gone", [], "DagsterAssetBackfillDataLoadError")
+CHANGED = SerializableErrorInfo(
+    "Asset b existed at storage-time, but no longer does", [], "DagsterAssetBackfillDataLoadError"
+)
 LOG = logging.getLogger("backfills")
 
 _CODE = """
 from dagster import AssetSpec, Definitions, MonthlyPartitionsDefinition, multi_asset
-months = MonthlyPartitionsDefinition("2024-01-01")
+months = MonthlyPartitionsDefinition("{begin}")
 
 @multi_asset(specs=[AssetSpec(name) for name in {names!r}], partitions_def=months, can_subset=True)
 def some(context): ...
@@ -61,8 +63,8 @@ class Place:
     context: WorkspaceProcessContext
     id: str = "none"
 
-    def define(self, *names: str, code: str = _CODE) -> None:
-        text = code.format(names=list(names))
+    def define(self, *names: str, begin: str = MONTHS[0], code: str = _CODE) -> None:
+        text = code.format(names=list(names), begin=begin)
         if text != self.file.read_text():
             self.file.write_text(text)
             sys.modules.pop(self.file.stem, None)
@@ -94,6 +96,11 @@ class Place:
             self.backfill()._replace(status=BulkActionStatus.FAILING, error=error, failure_count=1)
         )
 
+    def partitions(self, key: AssetKey) -> list[str]:
+        data = self.backfill().asset_backfill_data
+        assert data is not None
+        return list(data.target_subset.get_partitions_subset(key).get_partition_keys())
+
     def targeted(self) -> set[AssetKey]:
         data = self.backfill().asset_backfill_data
         assert data is not None
@@ -103,7 +110,7 @@ class Place:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     file = tmp_path_factory.mktemp("location") / "location_of_this_test.py"
-    file.write_text(_CODE.format(names=["a", "b"]))
+    file.write_text(_CODE.format(names=["a", "b"], begin=MONTHS[0]))
     origin = LoadableTargetOrigin(executable_path=sys.executable, python_file=str(file))
     target = InProcessWorkspaceLoadTarget(InProcessCodeLocationOrigin(origin, location_name="here"))
     with (
@@ -158,11 +165,45 @@ def test_one_that_fails_for_something_else_is_left_to_fail(place: Place, error: 
     assert place.backfill() == before
 
 
-def test_one_of_which_nothing_is_left_is_dagsters(place: Place) -> None:
-    place.define("c")
+@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize(("name", "begin"), [("c", MONTHS[0]), ("a", "2024-03-01")])
+def test_one_of_which_nothing_is_left_is_dagsters(place: Place, name: str, begin: str, failing: bool) -> None:
+    place.define(name, begin=begin)
+    if failing:
+        place.fail(CHANGED)
     before = place.backfill()
     release_removed(place.context, LOG)
     assert place.backfill() == before
+
+
+def test_partitions_of_a_later_beginning_leave_it_too(place: Place) -> None:
+    """Also of a run that has begun, whose range Dagster reads from its tags when it fails."""
+    location = place.context.create_request_context().get_code_location("here")
+    origin = location.get_repository("__repository__").get_full_job("__ASSET_JOB").get_remote_origin()
+    begun, queued, before = (
+        create_run_for_test(
+            place.instance,
+            tags={BACKFILL_ID_TAG: place.id, **span},
+            status=status,
+            asset_selection=frozenset({A, B}),
+            remote_job_origin=origin,
+        )
+        for status, span in (
+            (DagsterRunStatus.STARTED, SPAN),
+            (DagsterRunStatus.QUEUED, SPAN),
+            (DagsterRunStatus.QUEUED, {**SPAN, ASSET_PARTITION_RANGE_END_TAG: MONTHS[0]}),
+        )
+    )
+    place.define("a", "b", begin=MONTHS[1])
+    release_removed(place.context, LOG)
+    assert place.targeted() == {A, B}
+    assert place.partitions(A) == place.partitions(B) == [MONTHS[1]]
+    (request,) = place.backfill().submitting_run_requests
+    span = {ASSET_PARTITION_RANGE_START_TAG: MONTHS[1], ASSET_PARTITION_RANGE_END_TAG: MONTHS[1]}
+    assert dict(request.tags) == span
+    runs = {run.run_id: run for run in place.instance.get_runs() if run.tags[BACKFILL_ID_TAG] == place.id}
+    assert not {queued.run_id, before.run_id} & set(runs)
+    assert span.items() <= runs[begun.run_id].tags.items()
 
 
 @pytest.mark.filterwarnings("ignore:Error loading repository location")
@@ -202,7 +243,7 @@ def test_a_queued_run_is_requested_again_without_it(place: Place) -> None:
     )
     place.define("a")
     release_removed(place.context, LOG)
-    left = {run.run_id for run in place.instance.get_runs()}
+    left = {run.run_id for run in place.instance.get_runs() if run.tags[BACKFILL_ID_TAG] == place.id}
     assert left == {begun.run_id, other.run_id}
     assert not {queued.run_id, own.run_id} & left
     found = place.backfill()
