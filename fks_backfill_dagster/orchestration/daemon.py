@@ -204,9 +204,8 @@ def _trimmed(subset: AssetGraphSubset, change: Change) -> AssetGraphSubset:
         else change.begun[key].subset_with_partition_keys(_from(kept, key, change.first(key)))
         for key, partitions in kept.partitions_subsets_by_asset_key.items()
     }
-    return AssetGraphSubset(
-        {key: partitions for key, partitions in parts.items() if not partitions.is_empty},
-        set(kept.non_partitioned_asset_keys),
+    return kept._replace(
+        partitions_subsets_by_asset_key={key: one for key, one in parts.items() if not one.is_empty}
     )
 
 
