@@ -103,7 +103,7 @@ PICTURES = (
         Stage.DEMO,
         "partition",
         f"{_BTC}?view=partitions&partition={_HIT}",
-        ("coverage", '"polygon": 240', "candles_per_second"),
+        ("coverage", '"polygon": 240', "volume_sum"),
         height=880,
     ),
     Picture(Stage.DEMO, "check", f"{_BTC}?view=checks&checkDetail=completeness", ("coverage", "Passed")),

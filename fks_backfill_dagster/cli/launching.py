@@ -27,12 +27,20 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.settings import Settings
 
 QUIET_SECONDS = 5.0
+LONGEST_SILENCE = 30.0
+"""Seconds after which a line is printed where nothing has changed."""
+
+LOOK_SLACK = 5.0
+"""Of which a look and its queries may take so many."""
+
+MOST_NAMES = 12
 
 
 @click.command(
     epilog=example(
         "launch BTC/USDT ETH/USDT --start 2023-01-01 --end 2024-01-01",
         "launch '*/USDT' --timeframe 1m --timeframe 1h --start 2024-01-01",
+        "launch --all --no-wait",
     )
 )
 @click.argument("symbols", nargs=-1, metavar="SYMBOL...")
@@ -45,6 +53,9 @@ QUIET_SECONDS = 5.0
     help="This one only, may be repeated; without it all that the settings have of a symbol.",
 )
 @window_option
+@click.option(
+    "--no-wait", is_flag=True, help="Print the id of the backfill and its page, and do not watch it."
+)
 @json_option
 def launch(
     symbols: tuple[str, ...],
@@ -52,13 +63,14 @@ def launch(
     timeframes: tuple[str, ...],
     start: int | None,
     end: int | None,
+    no_wait: bool,
     as_json: bool,
 ) -> int:
     """Have the running Dagster backfill whole partitions (months below 1h, years from 1h up).
 
     Every partition that the range reaches into, of configured symbols, watched to its end. Without
-    --start from history_start on, without --end up to now. Needs `up`. Exit code 0 only if every
-    partition was materialized.
+    --start from the start of each symbol on, without --end up to now. Needs `up`. Exit code 0 only if
+    every partition was materialized; with --no-wait as soon as Dagster has the backfill.
     """
     from fks_backfill_dagster.orchestration import launching
     from fks_backfill_dagster.orchestration.servers import ServersError
@@ -70,18 +82,22 @@ def launch(
     began = time.monotonic()
     try:
         web = launching.running_webserver(settings)
-        identity = launching.start(web, orders)
+        identity = launching.start(web, orders, tell)
         page = f"{web.url}/runs/b/{identity}"
         partitions = many(sum(len(one.keys) for one in orders), "partition")
         tell(f"{partitions} of {many(len(orders), 'series')} launched: {page}")
+        if no_wait:
+            _hand_over(identity, page, orders, as_json)
+            return 0
         with _shown(began) as see, _watched_only(page):
-            done = launching.watch(web, identity, orders, see)
+            done = launching.watch(web, identity, orders, see, tell)
     except (ServersError, DagsterRefused) as error:
         raise Failed(str(error)) from None
     if as_json:
         answer_json(_document(done, orders, page, time.monotonic() - began))
     else:
         _answer(done, orders, time.monotonic() - began)
+    _tell_removed(done)
     return 0 if done.succeeded else 1
 
 
@@ -113,17 +129,33 @@ def _configured(settings: Settings, written: str) -> tuple[str, ...]:
 
 def _orders(settings: Settings, chosen: Sequence[Series], start: int | None, end: int | None) -> list[Order]:
     from fks_backfill_dagster.orchestration.launching import order
+    from fks_backfill_dagster.orchestration.names import partitions_start
     from fks_backfill_dagster.wiring import now
 
     present = now()
     # The running partition is the last one that there is.
     window = check_window(
-        settings.history_start if start is None else start,
+        partitions_start(settings) if start is None else start,
         present if end is None else min(end, present),
         present,
     )
+    orders, later = [], []
+    for one in chosen:
+        try:
+            orders.append(order(settings, one, window))
+        except ValueError as error:
+            later.append((one, str(error)))
     with usage():
-        return [order(settings, one, window) for one in chosen]
+        if not orders:
+            raise ValueError(later[0][1])
+    if later:
+        names = ", ".join(str(one) for one, _ in later[:MOST_NAMES]) + (
+            ", ..." if len(later) > MOST_NAMES else ""
+        )
+        tell(
+            f"Nothing is expected of {many(len(later), 'series')} in the range, which ends before their start: {names}"
+        )
+    return orders
 
 
 # Showing it -------------------------------------------------------------------------------------------
@@ -148,22 +180,25 @@ def _shown(began: float) -> Iterator[Callable[[Seen], None]]:
         task = progress.add_task("waiting for the daemon", total=None)
 
         def see(seen: Seen) -> None:
-            words = _words(seen)
-            progress.update(task, completed=seen.partitions, total=seen.wanted, description=words)
+            done = seen.materialized + seen.failed
+            progress.update(task, completed=done, total=seen.wanted, description=_words(seen))
 
         yield see
 
 
 class _Lines:
-    """What has changed, and a sign of life now and then."""
+    """A line when something has changed, every few seconds at most, and every half minute at least."""
 
     def __init__(self, began: float) -> None:
-        self._began, self._spoke_at, self._said = began, 0.0, ""
+        self._began, self._spoke_at, self._said = began, float("-inf"), ""
 
     def __call__(self, seen: Seen) -> None:
-        words = f"{seen.partitions:,} of {many(seen.wanted, 'partition')} done, {_words(seen)}"
+        words = f"{seen.materialized:,} of {many(seen.wanted, 'partition')} materialized, {_words(seen)}"
         now = time.monotonic()
-        if words == self._said or (now - self._spoke_at < QUIET_SECONDS and not seen.over):
+        quiet = now - self._spoke_at
+        if quiet < QUIET_SECONDS and not seen.over:
+            return
+        if words == self._said and quiet < LONGEST_SILENCE - LOOK_SLACK:
             return
         self._said, self._spoke_at = words, now
         tell(f"{now - self._began:4.0f} s  {words}")
@@ -172,7 +207,7 @@ class _Lines:
 def _words(seen: Seen) -> str:
     if not seen.runs:
         return "waiting for the daemon, which looks every 30 s"
-    return f"{seen.ended} of {many(len(seen.runs), 'run')} ended"
+    return f"{seen.failed:,} failed, {seen.ended} of {many(len(seen.runs), 'run')} ended"
 
 
 @contextmanager
@@ -184,9 +219,24 @@ def _watched_only(page: str) -> Iterator[None]:
         raise click.exceptions.Exit(130) from None
 
 
+def _hand_over(identity: str, page: str, orders: Sequence[Order], as_json: bool) -> None:
+    if not as_json:
+        answer(f"{identity}  {page}")
+        return
+    answer_json({"backfill": identity, "url": page, "series": [_asked(one) for one in orders]})
+
+
+def _asked(one: Order) -> dict[str, object]:
+    return {
+        "symbol": one.series.symbol,
+        "timeframe": one.series.timeframe.value,
+        "partitions": list(one.keys),
+    }
+
+
 def _answer(done: Launched, orders: Sequence[Order], seconds: float) -> None:
     failed = sum(len(keys) for keys in done.failed.values())
-    total = sum(len(one.keys) for one in orders)
+    total = sum(len(one.keys) for one in orders if one not in done.removed)
     answer(
         f"{total - failed:,} of {many(total, 'partition')} materialized, {failed:,} failed"
         f" ({many(len(done.runs), 'run')}, {seconds:.0f} s)"
@@ -198,20 +248,27 @@ def _answer(done: Launched, orders: Sequence[Order], seconds: float) -> None:
         tell(reason)
 
 
+def _tell_removed(done: Launched) -> None:
+    if done.removed:
+        names = ", ".join(str(one.series) for one in done.removed[:MOST_NAMES])
+        more = ", ..." if len(done.removed) > MOST_NAMES else ""
+        symbols = " ".join(sorted({one.series.symbol for one in done.removed}))
+        tell(
+            f"{names}{more}: taken out of the settings meanwhile, and no part of the result. To have what is left"
+            f" of it, add it again and run `fks-backfill launch {symbols}`."
+        )
+
+
 def _document(done: Launched, orders: Sequence[Order], page: str, seconds: float) -> dict[str, object]:
     return {
         "backfill": done.id,
         "url": page,
+        "followed_by": list(done.followed),
         "succeeded": done.succeeded,
         "seconds": round(seconds, 3),
         "runs": [{"id": run.id, "status": run.status} for run in done.runs],
         "series": [
-            {
-                "symbol": one.series.symbol,
-                "timeframe": one.series.timeframe.value,
-                "partitions": list(one.keys),
-                "failed": list(done.failed[one]),
-            }
+            {**_asked(one), "failed": list(done.failed[one]), "removed": one in done.removed}
             for one in orders
         ],
         "errors": list(done.reasons),

@@ -342,10 +342,10 @@ def _owners(gaps: Sequence[LedgerGap], opens: Instants) -> Instants:
 def _joined(
     pieces: list[LedgerGap], untouched: Sequence[LedgerGap], waiting: Sequence[bool], grid: Grid
 ) -> tuple[list[LedgerGap], list[LedgerGap]]:
-    """Rows of one kind that are neighbours in the grid made one; also tells which untouched ones it took in.
+    """Joins rows of one kind that are neighbours in the grid; also returns the untouched ones it took in.
 
-    Two that were not touched stay as they were. One that still waits to be asked for stays apart from one that does not: its neighbour's rest is not
-    its own. `waiting` tells of `pieces`, then of `untouched`.
+    Two that were not touched stay as they were. One that still waits to be requested stays apart from one that
+    does not: its neighbour's back-off is not its own. `waiting` is about `pieces`, then about `untouched`.
     """
     known = {id(g): g for g in untouched}
     joined: list[LedgerGap] = []

@@ -4,12 +4,14 @@ A run may cover many partitions and many series. Each series is synced once over
 the run (a refresh: from where its last sync ended; a filling: its gaps alone), and then every partition
 is judged by itself from the ledger: what succeeded is materialized with its own numbers, and a run in
 which something failed ends as failed, which leaves exactly the other partitions failed. A failed
-partition is one that nobody answered for. A candle that is absent although a provider answered is a gap:
+partition is one for which no provider responded; an observation of it records why, and when its gap is
+requested again. A candle that is absent although a provider answered is a gap:
 the partition is materialized, the completeness check tells.
 """
 
 # No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from dagster import (
     AssetExecutionContext,
     AssetKey,
     AssetMaterialization,
+    AssetObservation,
     AssetsDefinition,
     AssetSpec,
     BackfillPolicy,
@@ -33,11 +36,13 @@ from dagster import (
 
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
-from fks_backfill_dagster.domain.series import Series, identifier
+from fks_backfill_dagster.domain.series import AssetClass, Series, identifier
+from fks_backfill_dagster.domain.timeframe import iso
 from fks_backfill_dagster.orchestration import pace
 from fks_backfill_dagster.orchestration.checks import evaluate_after_failure, evaluate_after_refresh
 from fks_backfill_dagster.orchestration.errands import Errand
 from fks_backfill_dagster.orchestration.groups import Group
+from fks_backfill_dagster.orchestration.names import partitions_start
 from fks_backfill_dagster.orchestration.partitions import partitions_for, windows_of
 from fks_backfill_dagster.orchestration.refreshing import asked_range
 from fks_backfill_dagster.orchestration.resources import ALL, opened
@@ -49,9 +54,11 @@ from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.checking import PartState, Reach, listed_at, part_states, reaches
 from fks_backfill_dagster.store.errors import SeriesChanged, StoreError
 
-# A run costs seconds before its first request and a partition of it milliseconds, so a run takes five
-# years of months. More would leave nothing to run side by side.
-PARTITIONS_PER_RUN = 60
+# A run costs seconds before its first request and a partition of it milliseconds, so a run takes years of
+# months; more would leave nothing to run side by side. The figures have to differ: Dagster puts assets with
+# the same partitions and the same backfill policy into one run, whatever launched the backfill, and a run of
+# two asset classes keeps one waiting while the providers of the other fail.
+PARTITIONS_PER_RUN = {AssetClass.CRYPTO: 60, AssetClass.STOCKS: 48, AssetClass.FOREX: 36}
 
 # Series synced side by side in a run. One candle of each is mostly waiting, for a provider and for the
 # database; the requests in flight have a bound of their own.
@@ -77,7 +84,7 @@ _COLUMNS = TableSchema(
 
 def build_asset(group: Group, settings: Settings) -> AssetsDefinition:
     """The multi-asset of one group."""
-    partitions = partitions_for(group.timeframe, settings.history_start)
+    partitions = partitions_for(group.timeframe, partitions_start(settings))
 
     @multi_asset(
         name=f"ohlcv_{group.name}",
@@ -86,7 +93,7 @@ def build_asset(group: Group, settings: Settings) -> AssetsDefinition:
             for key, series in group.series.items()
         ],
         partitions_def=partitions,
-        backfill_policy=BackfillPolicy.multi_run(PARTITIONS_PER_RUN),
+        backfill_policy=BackfillPolicy.multi_run(PARTITIONS_PER_RUN[group.asset_class]),
         required_resource_keys=set(ALL),
         can_subset=True,
         pool=group.asset_class.value,
@@ -129,34 +136,73 @@ def _spec(
 class Outcome:
     """What became of every partition of one series in one run.
 
-    `failed` are the keys of those that nobody answered for.
+    `failed` are the keys of those for which no provider responded. `first_provider` is the first of the
+    series' priority, None where it is empty.
     """
 
     series: Series
     report: SyncReport
     parts: Mapping[str, PartState]
     failed: tuple[str, ...]
+    first_provider: str | None = None
 
     def metadata(self, partition: str) -> dict[str, Any]:
-        """The partition's own numbers; `requests` and `candles_per_second` are those of the whole sync."""
-        part, report = self.parts[partition], self.report
+        """The partition's own numbers; requests and speed belong to the run, and are in its log."""
+        part = self.parts[partition]
+        values = {
+            "first": None if part.first is None else iso(part.first),
+            "last": None if part.last is None else iso(part.last),
+            "close_last": part.close_last,
+            "volume_sum": None if part.volume_sum is None else rounded(part.volume_sum),
+        }
         return {
             "expected": part.expected,
             "stored": part.stored,
             "missing": part.missing,
             "explained": part.missing - part.unexplained,
             "quiet": part.quiet,
-            "coverage": part.coverage,
+            "coverage": rounded_coverage(part.coverage),
             "providers": MetadataValue.json(dict(part.providers)),
-            "requests": report.requests,
-            "candles_per_second": round(report.total_candles / report.seconds) if report.seconds else 0,
-            "dagster/partition_row_count": part.stored,
+            "from_fallback": part.from_fallback(self.first_provider),
+            **{name: value for name, value in values.items() if value is not None},
         }
+
+    @property
+    def reason(self) -> str:
+        """Why partitions failed, as the providers returned it."""
+        return "; ".join(self.report.errors[:3]) or "no provider responded"
+
+    def observation(self, key: AssetKey, partition: str) -> AssetObservation:
+        """Why a failed partition failed, for its page: a failed one has no materialization to hold it."""
+        part = self.parts[partition]
+        attempt = None if part.next_attempt is None else iso(part.next_attempt)
+        missing = f"{part.missing:,} of {part.expected:,} candles are missing. " if part.expected else ""
+        when = f"Next attempt: {attempt}." if attempt else "No attempt is scheduled: materialize it again."
+        return AssetObservation(
+            key,
+            partition=partition,
+            description=f"{self.reason}. {missing}{when}",
+            metadata={
+                "reason": self.reason,
+                "missing": part.missing,
+                "expected": part.expected,
+                "next_attempt": attempt or "none scheduled",
+            },
+        )
 
     def summary(self) -> str:
         names = ", ".join(self.failed[:12]) + (", ..." if len(self.failed) > 12 else "")
-        reasons = "; ".join(self.report.errors[:3]) or "nobody answered"
-        return f"{self.series}: {len(self.failed)} of {len(self.parts)} partitions ({names}): {reasons}"
+        return f"{self.series}: {len(self.failed)} of {len(self.parts)} partitions ({names}): {self.reason}"
+
+
+def rounded(value: float) -> float:
+    """Ten significant digits: more are noise of the summation."""
+    return float(f"{value:.10g}")
+
+
+def rounded_coverage(share: float) -> float:
+    """Six decimals, downwards: one missing candle of many never shows as 1."""
+    return math.floor(share * 1e6) / 1e6
 
 
 def _materialize(
@@ -181,6 +227,8 @@ def _materialize(
                     failed.append(outcome)
                     if not stalled:
                         _log_succeeded(context, key, outcome)
+                    for partition in outcome.failed:
+                        context.log_event(outcome.observation(key, partition))
                 if outcome.failed or stalled:
                     continue
                 for partition in windows:
@@ -255,6 +303,8 @@ class Task:
 def materialize_series(work: Context, task: Task, story: Story) -> Outcome:
     """Syncs the series, and judges each partition of the run."""
     series, now, grid = task.series, work.clock(), grid_of(task.series)
+    priority = task.settings.priority(series)
+    first_provider = next(iter(priority), None)
     asked = closed_window(task.asked(now), grid, now, None)
     if grid.count(asked):
         try:
@@ -262,7 +312,7 @@ def materialize_series(work: Context, task: Task, story: Story) -> Outcome:
                 work,
                 series,
                 asked,
-                task.settings.priority(series),
+                priority,
                 scope=Scope.GAPS if task.errand is Errand.FILL else Scope.MISSING,
                 # A person who asks for a partition means its gaps, however lately nobody had them.
                 recheck=task.errand is Errand.BACKFILL,
@@ -289,7 +339,7 @@ def materialize_series(work: Context, task: Task, story: Story) -> Outcome:
         for key, part in task.windows.items()
         if parts[key].missing and any(part.intersect(lost) for lost in unanswered)
     )
-    return Outcome(series, report, parts, failed)
+    return Outcome(series, report, parts, failed, first_provider)
 
 
 def _possible(work: Context, task: Task, report: SyncReport, now: int) -> TimeRange:

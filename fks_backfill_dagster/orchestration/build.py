@@ -8,6 +8,7 @@ from dagster import Definitions, in_process_executor
 
 from fks_backfill_dagster.orchestration.assets import build_asset
 from fks_backfill_dagster.orchestration.auditing import build_audit, build_audit_schedule
+from fks_backfill_dagster.orchestration.before_start import build_before_start_sensors
 from fks_backfill_dagster.orchestration.checks import build_checks
 from fks_backfill_dagster.orchestration.filling import build_sensors
 from fks_backfill_dagster.orchestration.groups import groups_of
@@ -35,7 +36,11 @@ def build_defs(
         asset_checks=[build_checks(group, settings) for group in groups],
         jobs=[*jobs, *build_check_jobs(groups), build_housekeeping(settings), build_audit(settings)],
         schedules=[*build_schedules(groups, settings), build_audit_schedule(settings)],
-        sensors=[*build_sensors(groups, jobs, settings), *build_outage_sensors(groups, settings)],
+        sensors=[
+            *build_sensors(groups, jobs, settings),
+            *build_outage_sensors(groups, settings),
+            *build_before_start_sensors(groups, settings),
+        ],
         resources={**default_resources(settings), **(resource_overrides or {})},
         # A run is one op that brings its own threads. With a process per step it would cost 7 s before
         # any work, in this process 0.9 s.

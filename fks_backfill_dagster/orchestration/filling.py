@@ -30,7 +30,7 @@ from dagster._core.definitions.target import ExecutableDefinition
 from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
 from dagster._core.storage.tags import PARTITION_NAME_TAG, SENSOR_NAME_TAG
 
-from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.orchestration import pace
 from fks_backfill_dagster.orchestration.checks import COMPLETENESS
 from fks_backfill_dagster.orchestration.errands import FILL
@@ -105,14 +105,15 @@ def recent_runs(instance: DagsterInstance) -> Recent:
 def fill_requests(
     groups: Sequence[Group], settings: Settings, work: Context, besides: Collection[Spot], most_runs: int
 ) -> Iterator[RunRequest]:
-    """Runs for what is due, `most_runs` at most: one partition each, of up to 50 series of one grain.
+    """Runs for what is due, `most_runs` at most: one partition each, of up to 50 series of one grain and
+    asset class.
 
     Gaps at the spots `besides` are left out.
     """
     most = pace.MOST_SERIES * most_runs
     due = due_places(work.database, _wanted(groups, settings, work), work.clock(), most + len(besides))
     open_places = [one for one in due if (asset_key(one.series), one.key) not in besides]
-    for (job, key), series in bundled(open_places, most_runs).items():
+    for (job, key, _), series in bundled(open_places, most_runs).items():
         keys = [asset_key(one) for one in series]
         yield RunRequest(
             # Without a run key: what was asked for once may have to be asked for again.
@@ -127,7 +128,7 @@ def fill_requests(
 def _wanted(groups: Sequence[Group], settings: Settings, work: Context) -> dict[Series, Wanted]:
     return {
         one: Wanted(
-            since=max(settings.start_of(one), settings.history_start),
+            since=settings.start_of(one),
             part="month" if is_monthly(one.timeframe) else "year",
             able=able(work, one),
             until=settings.end_of(one),
@@ -137,12 +138,12 @@ def _wanted(groups: Sequence[Group], settings: Settings, work: Context) -> dict[
     }
 
 
-def bundled(places: Sequence[Place], most: int) -> Mapping[tuple[str, str], Sequence[Series]]:
-    """What runs can take together, by job and partition: the first `most` such runs, in the order of
-    their first places; 50 series each."""
-    bundles: dict[tuple[str, str], list[Series]] = {}
+def bundled(places: Sequence[Place], most: int) -> Mapping[tuple[str, str, AssetClass], Sequence[Series]]:
+    """What runs can take together, by job, partition and asset class: the first `most` such runs, in the
+    order of their first places; 50 series each."""
+    bundles: dict[tuple[str, str, AssetClass], list[Series]] = {}
     for place in places:
-        where = (job_name(place.series.timeframe), place.key)
+        where = (job_name(place.series.timeframe), place.key, place.series.asset_class)
         if where not in bundles and len(bundles) == most:
             continue
         members = bundles.setdefault(where, [])

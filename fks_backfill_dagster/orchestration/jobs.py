@@ -5,6 +5,7 @@ The backfills of the UI need none of these: Dagster's own asset job runs them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from dagster import AssetSelection
@@ -25,6 +26,8 @@ def job_name(timeframe: Timeframe) -> str:
 
 def build_jobs(groups: Sequence[Group]) -> list[UnresolvedAssetJobDefinition]:
     """The jobs that materialize series, one per grain that any of them has."""
+    # The policies of asset classes differ on purpose (`assets`): each load of the definitions would warn of it.
+    warnings.filterwarnings("ignore", r"Asset job \w+ materializes assets with varying BackfillPolicies")
     jobs = []
     for name, text in ((MONTHS, "below 1h, by month"), (YEARS, "from 1h up, by year")):
         keys = [key for group in groups if job_name(group.timeframe) == name for key in group.series]

@@ -5,11 +5,12 @@ A series is the asset `ohlcv / SYMBOL / TIMEFRAME`, a partition is the day on wh
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series, identifier
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime, to_micros
+from fks_backfill_dagster.settings import Settings
 
 KEY_PREFIX = "ohlcv"
 KEY_FORMAT = "%Y-%m-%d"
@@ -27,6 +28,16 @@ def is_monthly(timeframe: Timeframe) -> bool:
     return timeframe.micros < Timeframe.H1.micros
 
 
+def partitions_start(settings: Settings) -> int:
+    """Where the partitions of every grain begin, not rounded: the earliest start that anything has.
+
+    All series of a grain share one definition, as one run cannot mix two; the partitions before a series'
+    own start are settled without a run (`before_start`).
+    """
+    starts = (entry.start for entry in settings.symbols if entry.start is not None)
+    return min((settings.history_start, *starts))
+
+
 def key_at(timeframe: Timeframe, moment: int) -> str:
     """The key of the partition that holds `moment`."""
     return f"{to_datetime(moment):{'%Y-%m-01' if is_monthly(timeframe) else '%Y-01-01'}}"
@@ -42,6 +53,22 @@ def keys_of(timeframe: Timeframe, window: TimeRange) -> list[str]:
         if key != keys[-1]:
             keys.append(key)
     return keys
+
+
+def keys_before_start(timeframe: Timeframe, begin: int, start: int) -> tuple[str, ...]:
+    """The keys of the partitions, from the one that holds `begin` on, that lie wholly before `start`."""
+    if start <= begin:
+        return ()
+    own = key_at(timeframe, start)
+    return tuple(key for key in keys_of(timeframe, TimeRange(begin, start)) if key < own)
+
+
+def window_of(timeframe: Timeframe, key: str) -> TimeRange:
+    """What the partition of that key holds."""
+    day = datetime.strptime(key, KEY_FORMAT).replace(tzinfo=UTC)
+    if is_monthly(timeframe):
+        return TimeRange(to_micros(day), to_micros((day + timedelta(days=31)).replace(day=1)))
+    return TimeRange(to_micros(day), to_micros(day.replace(year=day.year + 1)))
 
 
 def start_before(timeframe: Timeframe, moment: int) -> int:

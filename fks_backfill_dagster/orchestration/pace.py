@@ -28,6 +28,9 @@ FILL_SECONDS = 60
 OUTAGE_SECONDS = 600
 """Between two looks for outages of whole venues."""
 
+BEFORE_START_SECONDS = 60
+"""Between two looks for partitions before a series' own start."""
+
 FILL_RUNS = 10
 """So many runs that fill gaps wait or run at most: the rest is asked for when these are over."""
 

@@ -17,9 +17,9 @@ from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime
 from fks_backfill_dagster.orchestration.names import KEY_FORMAT, is_monthly
 
 
-def partitions_for(timeframe: Timeframe, history_start: int) -> TimeWindowPartitionsDefinition:
-    """The partitions of a timeframe: from the one that contains `history_start` to the running one."""
-    start = to_datetime(history_start).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+def partitions_for(timeframe: Timeframe, begin: int) -> TimeWindowPartitionsDefinition:
+    """The partitions of a timeframe: from the one that contains `begin` to the running one."""
+    start = to_datetime(begin).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     if is_monthly(timeframe):
         return _partitions("0 0 1 * *", start)
     return _partitions("0 0 1 1 *", start.replace(month=1))

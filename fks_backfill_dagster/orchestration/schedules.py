@@ -30,7 +30,7 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_START_TAG,
 )
 
-from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_micros
 from fks_backfill_dagster.orchestration import pace
 from fks_backfill_dagster.orchestration.checks import CHECK_NAMES
@@ -104,7 +104,8 @@ def unfinished(instance: DagsterInstance, tags: Mapping[str, str]) -> set[AssetK
 def refresh_requests(
     frame: Timeframe, series: Mapping[AssetKey, Series], settings: Settings, database: Database, at: datetime
 ) -> Iterator[RunRequest]:
-    """Runs for the series that are due at a look: those with the same partitions together, 50 at most.
+    """Runs for the series that are due at a look: those of one asset class with the same partitions together,
+    50 at most. A class whose providers fail keeps no other one waiting.
 
     The first look of a day takes all series that have not ended: one whose exchange is closed for a
     holiday, or that is silent, is shown as looked after too, at the price of no request.
@@ -112,15 +113,15 @@ def refresh_requests(
     now = to_micros(at)
     known = reaches(database, list(series.values()))
     daily = now % MICROS_PER_DAY < pace.interval_of_looks(frame)
-    by_first: dict[str, list[AssetKey]] = {}
+    alike: dict[tuple[str, AssetClass], list[AssetKey]] = {}
     for key, one in series.items():
         if is_wanted(one, known.get(one), settings, now, daily=daily):
             begin = asked_range(one, known.get(one), settings, now).start
-            by_first.setdefault(key_at(frame, min(begin, now)), []).append(key)
-    for first, keys in sorted(by_first.items()):
+            alike.setdefault((key_at(frame, min(begin, now)), one.asset_class), []).append(key)
+    for (first, asset_class), keys in sorted(alike.items()):
         for number, start in enumerate(range(0, len(keys), pace.MOST_SERIES)):
             yield RunRequest(
-                run_key=f"refresh {frame} {first} {number}",
+                run_key=f"refresh {frame} {asset_class} {first} {number}",
                 asset_selection=keys[start : start + pace.MOST_SERIES],
                 asset_check_keys=[],  # without it Dagster takes all checks of the assets, whatever the job says
                 tags={

@@ -34,6 +34,8 @@ HOST = code_server.HOST
 PORT = 3000
 WEBSERVER, DAEMON = "webserver", "daemon"
 
+_DAEMON = "fks_backfill_dagster.orchestration.daemon"
+
 CODE = "code-server"
 """Not among the parts that a caller names: whichever runs needs it."""
 
@@ -174,6 +176,8 @@ def _start(settings: Settings, missing: list[Background], port: int, environment
         "DAGSTER_HOME": str(folder),
         "DAGSTER_EVENT_BATCH_SIZE": EVENTS_AT_ONCE,
         "FRESHNESS_DAEMON_INTERVAL_SECONDS": FRESHNESS_SECONDS,
+        # A backfill waits while the settings cannot be loaded, as in the middle of an edit.
+        "DAGSTER_BACKFILL_RETRY_DEFINITION_CHANGED_ERROR": "1",
     }
     if settings.config_file is not None:
         own["FKS_CONFIG"] = str(settings.config_file)
@@ -190,7 +194,7 @@ def _start(settings: Settings, missing: list[Background], port: int, environment
     modules = {
         CODE: [code_server.__name__, str(code_port)],
         WEBSERVER: ["dagster_webserver", "--host", HOST, "--port", str(port), *workspace],
-        DAEMON: ["dagster._daemon", "run", *workspace],
+        DAEMON: [_DAEMON, str(folder / "workspace.yaml")],
     }
     for process in missing:
         process.start(

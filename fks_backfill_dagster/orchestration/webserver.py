@@ -46,6 +46,15 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
+class Backfill:
+    """A backfill as Dagster has it: its status, its runs so far, and the error that fails it, if any."""
+
+    status: str
+    runs: Sequence[Run]
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CheckOutcome:
     """The last evaluation of one check; `passed` None when it never ran."""
 
@@ -147,10 +156,37 @@ class Webserver:
             raise DagsterRefused(f"the run was refused: {found.get('message') or found['__typename']}")
         return str(found["run"]["runId"])
 
+    # --- what is defined ---
+
+    def defined(self, assets: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
+        """Those of the assets that the loaded definitions have."""
+        found = self.ask(
+            "query($keys: [AssetKeyInput!]) { assetNodes(assetKeys: $keys) { assetKey { path } isMaterializable } }",
+            keys=[{"path": list(asset)} for asset in assets],
+        )["assetNodes"]
+        return {tuple(node["assetKey"]["path"]) for node in found if node["isMaterializable"]}
+
+    def first_partition(self, asset: tuple[str, ...]) -> str | None:
+        """The key of the asset's first partition; None where there is no such asset."""
+        found = self.ask(
+            "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {"
+            " partitionKeyConnection(limit: 1, ascending: true) { results } } } }",
+            key={"path": list(asset)},
+        )["assetNodeOrError"]
+        connection = found.get("partitionKeyConnection")
+        return connection["results"][0] if connection and connection["results"] else None
+
     # --- outcomes ---
 
     def backfill(self, identity: str) -> tuple[str, list[Run]]:
-        """The status of a backfill and its runs so far. Raises DagsterRefused."""
+        """The status of a backfill and its runs so far. Raises DagsterRefused, also when it has failed."""
+        found = self.backfill_state(identity)
+        if found.error:
+            raise DagsterRefused(f"the backfill failed: {found.error}")
+        return found.status, list(found.runs)
+
+    def backfill_state(self, identity: str) -> Backfill:
+        """How a backfill is. Raises DagsterRefused where there is none."""
         found = self.ask(
             "query($id: String!) { partitionBackfillOrError(backfillId: $id) { __typename"
             " ... on PartitionBackfill { status error { message }"
@@ -160,9 +196,19 @@ class Webserver:
         )["partitionBackfillOrError"]
         if found["__typename"] != "PartitionBackfill":
             raise DagsterRefused(str(found.get("message") or found["__typename"]))
-        if found["error"]:
-            raise DagsterRefused(f"the backfill failed: {found['error']['message']}")
-        return found["status"], [_run(run) for run in found["runs"]]
+        error = found["error"]["message"] if found["error"] else None
+        return Backfill(found["status"], [_run(run) for run in found["runs"]], error)
+
+    def materializations(self, runs: Sequence[str]) -> dict[str, int]:
+        """How many partitions each run has materialized so far, all of its assets together."""
+        if not runs:
+            return {}
+        found = self.ask(
+            "query($ids: [String]!) { runsOrError(filter: {runIds: $ids}) { ... on Runs { results { id"
+            " stats { ... on RunStatsSnapshot { materializations } } } } } }",
+            ids=list(runs),
+        )["runsOrError"].get("results", [])
+        return {run["id"]: run["stats"].get("materializations", 0) for run in found}
 
     def failed_partitions(self, asset: tuple[str, ...], keys: Sequence[str]) -> list[str]:
         """Those of `keys` that the asset's page shows as failed."""

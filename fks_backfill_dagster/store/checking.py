@@ -77,11 +77,23 @@ class Counts:
 class PartState(Counts):
     """What the ledger says of one window; `unexplained` is the part of `missing` that nobody answered for.
 
-    `providers` are the stored candles by who brought them, the largest share first.
+    `providers` are the stored candles by who brought them, the largest share first. `first` and `last` are
+    open times (microseconds) of stored candles, `close_last` is the close of the last one; `volume_sum` is in
+    base units, None where no candle has a volume. `next_attempt` is when the first of the window's gaps is
+    requested again, as the ledger has it; None: none of them is.
     """
 
     unexplained: int = 0
     providers: Mapping[str, int] = field(default_factory=dict)
+    first: int | None = None
+    last: int | None = None
+    close_last: float | None = None
+    volume_sum: float | None = None
+    next_attempt: int | None = None
+
+    def from_fallback(self, provider: str | None) -> int:
+        """The stored candles that come from others than `provider`, the first of the priority."""
+        return sum(count for name, count in self.providers.items() if name != provider)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +120,7 @@ class Completeness(Counts):
 def part_states(database: Database, series: Series, windows: Mapping[str, TimeRange]) -> dict[str, PartState]:
     """The state of every window by its key. Windows reach no further than candles can exist.
 
-    Candles are counted only where more than one provider has brought some: elsewhere the ledger
-    knows how many there are.
+    The stored candles of all windows are read by one statement, whatever their number.
     """
     hull = TimeRange(min(w.start for w in windows.values()), max(w.end for w in windows.values()))
     grid = grid_of(series)
@@ -122,64 +133,69 @@ def part_states(database: Database, series: Series, windows: Mapping[str, TimeRa
                 missing=sum(grid.count(part) for part in known.lacking(window)),
                 unexplained=sum(grid.count(part) for part in known.missing(window)),
                 quiet=sum(grid.count(part) for part in known.quiet(window)),
+                next_attempt=_next_attempt(known.gaps, window),
             )
             for key, window in windows.items()
         }
         full = {key: windows[key] for key, state in found.items() if state.stored}
-        only = _only_provider(connection, identity, full)
-        mixed = {key: window for key, window in full.items() if key not in only}
-        shares = _shares(connection, series.timeframe, identity, mixed) if mixed else {}
-    shares |= {key: {provider: found[key].stored} for key, provider in only.items()}
-    return {key: replace(state, providers=shares.get(key, {})) for key, state in found.items()}
+        values = _values(connection, series.timeframe, identity, full) if full else {}
+    return {key: replace(state, **values.get(key, {})) for key, state in found.items()}
 
 
-def _only_provider(
-    connection: sa.Connection, identity: int | None, windows: Mapping[str, TimeRange]
-) -> dict[str, str]:
-    """Who brought all candles of a window, where that was one provider."""
+def _values(
+    connection: sa.Connection, timeframe: Timeframe, identity: int | None, windows: Mapping[str, TimeRange]
+) -> dict[str, dict[str, Any]]:
+    """What the stored candles of every window amount to, as fields of PartState.
+
+    The candles of a window are grouped by batch first: there are few, and only they are joined with their
+    provider. The last close is read by index.
+    """
     rows = connection.execute(
         sa.text(
-            "SELECT w.key, min(b.provider) AS provider"
-            " FROM unnest(CAST(:keys AS text[]), CAST(:starts AS timestamptz[]), CAST(:ends AS timestamptz[]))"
-            "   AS w(key, low, high)"
-            " JOIN fks.batch b ON b.series_id = :id AND b.range_start < w.high AND b.range_end > w.low"
-            "   AND b.inserted + b.updated > 0"
-            " GROUP BY 1 HAVING count(DISTINCT b.provider) = 1"
+            "WITH n AS ("
+            "   SELECT w.key, c.*"
+            "   FROM unnest(CAST(:keys AS text[]), CAST(:starts AS timestamptz[]), CAST(:ends AS timestamptz[]))"
+            "     AS w(key, low, high)"
+            "   CROSS JOIN LATERAL ("
+            "     SELECT batch_id, count(*) AS candles, min(ts) AS first, max(ts) AS last, sum(volume) AS volume"
+            f'     FROM fks."candles_{timeframe}" WHERE series_id = :id AND ts >= w.low AND ts < w.high'
+            "     GROUP BY batch_id) c),"
+            " p AS ("
+            "   SELECT n.key, b.provider, sum(n.candles)::bigint AS candles, min(n.first) AS first,"
+            "     max(n.last) AS last, sum(n.volume) AS volume"
+            "   FROM n JOIN fks.batch b ON b.id = n.batch_id GROUP BY 1, 2)"
+            " SELECT p.key, jsonb_object_agg(p.provider, p.candles) AS providers, sum(p.volume) AS volume,"
+            f"   {_MICROS.format('min(p.first)')} AS first, {_MICROS.format('max(p.last)')} AS last,"
+            f'   (SELECT close FROM fks."candles_{timeframe}" WHERE series_id = :id AND ts = max(p.last)) AS close'
+            " FROM p GROUP BY p.key"
         ),
-        _named(identity, windows),
+        {
+            "id": identity,
+            "keys": list(windows),
+            "starts": [to_datetime(w.start) for w in windows.values()],
+            "ends": [to_datetime(w.end) for w in windows.values()],
+        },
     )
-    return {row.key: row.provider for row in rows}
-
-
-def _named(identity: int | None, windows: Mapping[str, TimeRange]) -> dict[str, Any]:
     return {
-        "id": identity,
-        "keys": list(windows),
-        "starts": [to_datetime(w.start) for w in windows.values()],
-        "ends": [to_datetime(w.end) for w in windows.values()],
+        row.key: {
+            "providers": dict(sorted(row.providers.items(), key=lambda item: (-item[1], item[0]))),
+            "first": row.first,
+            "last": row.last,
+            "close_last": row.close,
+            "volume_sum": row.volume,
+        }
+        for row in rows
     }
 
 
-def _shares(
-    connection: sa.Connection, timeframe: Timeframe, identity: int | None, windows: Mapping[str, TimeRange]
-) -> dict[str, dict[str, int]]:
-    """The stored candles of every window by provider."""
-    rows = connection.execute(
-        sa.text(
-            "SELECT w.key, b.provider, sum(n.candles)::bigint AS candles"
-            " FROM unnest(CAST(:keys AS text[]), CAST(:starts AS timestamptz[]), CAST(:ends AS timestamptz[]))"
-            "   AS w(key, low, high)"
-            " CROSS JOIN LATERAL ("
-            f'   SELECT batch_id, count(*) AS candles FROM fks."candles_{timeframe}"'
-            "   WHERE series_id = :id AND ts >= w.low AND ts < w.high GROUP BY batch_id) n"
-            " JOIN fks.batch b ON b.id = n.batch_id GROUP BY 1, 2 ORDER BY 3 DESC, 2"
-        ),
-        _named(identity, windows),
+def _next_attempt(gaps: Sequence[LedgerGap], window: TimeRange) -> int | None:
+    """When the first of the gaps that reach into the window is requested again, in microseconds."""
+    moments = (
+        gap.next_attempt_at
+        for gap in gaps
+        if gap.status is not GapStatus.FILLED and gap.start < window.end and gap.end > window.start
     )
-    found: dict[str, dict[str, int]] = {}
-    for row in rows:
-        found.setdefault(row.key, {})[row.provider] = row.candles
-    return found
+    return min((moment for moment in moments if moment is not None), default=None)
 
 
 def sanity(database: Database, series: Sequence[Series]) -> dict[Series, Sanity]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 
+from fks_backfill_dagster.cli import launching as lines
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
-from fks_backfill_dagster.orchestration.launching import Launched, Order, Seen, _seen, order
+from fks_backfill_dagster.orchestration.launching import Launched, Order, Seen, _left, count, order
 from fks_backfill_dagster.orchestration.webserver import Run
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings import Settings, SymbolSettings
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster_tests.cli.conftest import Command
 
@@ -59,28 +63,107 @@ def test_a_range_means_every_partition_that_it_reaches_into(
     assert order(Settings(), series, TimeRange(instant(start), instant(end))).keys == keys
 
 
-def test_a_partition_is_done_when_no_run_of_it_is_left() -> None:
-    wanted = Order(MINUTES, ("2024-01-01", "2024-02-01", "2024-03-01"))
-    asset = (("ohlcv", "BTC_USDT", "1m"),)
-    first = Run("a", "SUCCESS", asset, ("2024-01-01", "2024-02-01"))
-    rest = Run("b", "STARTED", asset, ("2024-03-01", "2024-03-01"))
-    assert _seen([wanted], []) == Seen(0, 3, [])
-    assert not _seen([wanted], [first]).over
-    going = _seen([wanted], [first, rest])
-    assert (going.partitions, going.ended, going.over) == (2, 1, False)
-    ended = Run("b", "FAILURE", asset, ("2024-03-01", "2024-03-01"))
-    assert _seen([wanted], [first, ended]).over
-    again = Run("c", "QUEUED", asset, ("2024-03-01", "2024-03-01"))
-    assert not _seen([wanted], [first, ended, again]).over
+def test_a_range_begins_with_the_start_of_the_series() -> None:
+    """Before it nothing is expected; a start before history_start is one like any other."""
+    entry = SymbolSettings(asset_class=AssetClass.CRYPTO, symbol="BTC/USDT", timeframes=(Timeframe.M1,))
+    for start, first in (("2016-11-20", "2016-11-01"), ("2023-02-28", "2023-02-01")):
+        dated = entry.model_copy(update={"start": instant(start)})
+        settings = Settings(symbols=(dated,))
+        window = TimeRange(instant("2015-01-01"), instant("2023-04-01"))
+        found = order(settings, MINUTES, window)
+        assert (found.keys[0], found.keys[-1]) == (first, "2023-03-01")
+        with pytest.raises(ValueError, match=r"starts at .*, and the range ends before"):
+            order(settings, MINUTES, TimeRange(instant("2015-01-01"), instant(start)))
+
+
+BTC, ETH = ("ohlcv", "BTC_USDT", "1m"), ("ohlcv", "ETH_USDT", "1m")
+OTHER = Series("ETH/USDT", Timeframe.M1, AssetClass.CRYPTO)
+QUARTER = ("2024-01-01", "2024-02-01", "2024-03-01")
+
+
+def test_it_counts_what_the_runs_have_materialized() -> None:
+    wanted = Order(MINUTES, QUARTER)
+    first = Run("a", "SUCCESS", (BTC,), ("2024-01-01", "2024-02-01"))
+    rest = Run("b", "STARTED", (BTC,), ("2024-03-01", "2024-03-01"))
+    assert count([wanted], [], {}) == Seen(3, [])
+    assert not count([wanted], [first], {"a": 2}).over
+    going = count([wanted], [first, rest], {"a": 2})
+    assert (going.materialized, going.failed, going.settled, going.ended) == (2, 0, 2, 1)
+    assert not going.over
+    ended = Run("b", "FAILURE", (BTC,), ("2024-03-01", "2024-03-01"))
+    over = count([wanted], [first, ended], {"a": 2})
+    assert (over.materialized, over.failed, over.over) == (2, 1, True)
+    again = Run("c", "QUEUED", (BTC,), ("2024-03-01", "2024-03-01"))
+    assert not count([wanted], [first, ended, again], {"a": 2}).over
+
+
+def test_partitions_of_a_run_count_while_it_runs_and_a_canceled_one_fails_the_rest() -> None:
+    orders = [Order(MINUTES, QUARTER), Order(OTHER, QUARTER[1:])]
+    run = Run("a", "STARTED", (BTC, ETH), (QUARTER[0], QUARTER[-1]))
+    assert count(orders, [run], {"a": 3}) == Seen(5, [run], materialized=3)
+    canceled = Run("a", "CANCELED", (BTC, ETH), (QUARTER[0], QUARTER[-1]))
+    assert count(orders, [canceled], {"a": 3}) == Seen(5, [canceled], materialized=3, failed=2, settled=5)
 
 
 def test_a_run_whose_worker_was_lost_is_not_over_before_its_retry_is() -> None:
     wanted = Order(MINUTES, ("2024-01-01",))
-    asset, month = (("ohlcv", "BTC_USDT", "1m"),), ("2024-01-01", "2024-01-01")
-    lost = Run("a", "FAILURE", asset, month, will_retry=True)
-    assert not _seen([wanted], [lost]).over
-    lost = Run("a", "FAILURE", asset, month, will_retry=True, retried=True)
-    again = Run("b", "SUCCESS", asset, month)
-    assert _seen([wanted], [lost, again]).over
+    month = ("2024-01-01", "2024-01-01")
+    lost = Run("a", "FAILURE", (BTC,), month, will_retry=True)
+    assert not count([wanted], [lost], {}).over
+    lost = Run("a", "FAILURE", (BTC,), month, will_retry=True, retried=True)
+    again = Run("b", "SUCCESS", (BTC,), month)
+    seen = count([wanted], [lost, again], {"a": 1, "b": 1})
+    assert (seen.over, seen.materialized, seen.failed) == (True, 1, 0)
     assert Launched("id", [lost, again], {wanted: []}, []).succeeded
-    assert not Launched("id", [lost, Run("b", "FAILURE", asset, month)], {wanted: []}, []).succeeded
+    assert not Launched("id", [lost, Run("b", "FAILURE", (BTC,), month)], {wanted: []}, []).succeeded
+
+
+@pytest.mark.parametrize(
+    ("status", "assets", "left"),
+    [
+        ("SUCCESS", (BTC, ETH), ()),
+        ("STARTED", (BTC,), ()),
+        ("FAILURE", (BTC,), ()),  # by itself: it would fail again
+        ("FAILURE", (BTC, ETH), QUARTER[1:]),  # it could not load, or ended before it came to all
+        ("CANCELED", (BTC, ETH), QUARTER[1:]),  # by a daemon that fails such a backfill
+    ],
+)
+def test_what_a_removed_symbol_has_cost_the_others_goes_on(
+    status: str, assets: tuple[tuple[str, ...], ...], left: tuple[str, ...]
+) -> None:
+    kept, gone = Order(MINUTES, QUARTER), Order(OTHER, QUARTER)
+    first = Run("a", "SUCCESS", (BTC, ETH), (QUARTER[0], QUARTER[0]))
+    rest = Run("b", status, assets, (QUARTER[1], QUARTER[-1]))
+    found = _left([kept, gone], {gone}, [first, rest])
+    assert [(one.series, one.keys) for one in found] == ([(MINUTES, left)] if left else [])
+
+
+def test_partitions_that_no_run_has_taken_go_on() -> None:
+    kept, gone = Order(MINUTES, QUARTER), Order(OTHER, QUARTER)
+    (found,) = _left([kept, gone], {gone}, [])
+    assert found.keys == QUARTER
+
+
+def test_a_log_has_a_line_every_half_minute_and_not_one_a_second(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Looks a second apart, of which each may take a few seconds more; nothing changes for five minutes."""
+    clock = [1000.0]
+    monkeypatch.setattr(lines.time, "monotonic", lambda: clock[0])
+    show = lines._Lines(clock[0])
+    printed = [clock[0]]
+    seen = Seen(5, [Run("a", "STARTED", (BTC,), (QUARTER[0], QUARTER[-1]))], materialized=1)
+    for look in range(200):
+        show(seen)
+        if capsys.readouterr().err:
+            printed.append(clock[0])
+        clock[0] += 1 + 3 * (look % 7 == 0)
+    waits = [later - earlier for earlier, later in pairwise([*printed, clock[0]])]
+    assert max(waits) <= 30
+    assert len(printed) < 20
+    show(replace(seen, materialized=2))
+    clock[0] += 1
+    show(replace(seen, materialized=3))
+    assert len(capsys.readouterr().err.splitlines()) == 1, "changes are told every few seconds"
+    show(replace(seen, materialized=5, settled=5, runs=[]))
+    assert "5 of 5 partitions materialized" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,14 +13,18 @@ from dagster._core.storage.partition_status_cache import (
     AssetPartitionStatus,
     get_and_update_asset_status_cache_value,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr
 
 from fks_backfill_dagster.domain.ranges import TimeRange
-from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.domain.timeframe import Timeframe, iso
+from fks_backfill_dagster.orchestration.assets import rounded_coverage
 from fks_backfill_dagster.orchestration.resources import TimescaleDB
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.reading import batches, read_candles
+from fks_backfill_dagster.store.reading import batches, ledger_gaps, read_candles
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project
 
 QUARTER = TimeRange(instant("2024-01-01"), instant("2024-04-01"))
@@ -80,10 +85,123 @@ def test_every_partition_tells_its_own_numbers(project: MakeProject, market: Loc
         "2024-03-01": (2976, 2976, 0),
     }
     february = found["2024-02-01"]
-    assert february["coverage"] == pytest.approx(2776 / 2784)
+    assert february["coverage"] == 0.997126
     assert february["providers"] == {"binance": 2776}
-    assert february["requests"] == market.requests() - 1  # the listing is asked for beside the candles
-    assert february["candles_per_second"] > 0
+    assert february["from_fallback"] == 0
+    gone = {"requests", "candles_per_second", "dagster/partition_row_count"}
+    assert not gone & set(february), "of the run, or said twice"
+
+
+def test_every_partition_tells_its_candles(
+    project: MakeProject, market: LocalMarket, database: Database
+) -> None:
+    mine = project("BTC/USDT")
+    assert mine.materialize("15m", "2024-01-01", "2024-03-01").success
+    found = metadata_of(mine.instance, mine.key("BTC/USDT", "15m"))
+    month = TimeRange(instant("2024-02-01"), instant("2024-03-01"))
+    truth = market.truth("binance", "BTCUSDT", Timeframe.M15, month)
+    february = found["2024-02-01"]
+    assert (february["first"], february["last"]) == (iso(int(truth.ts[0])), iso(int(truth.ts[-1])))
+    assert february["close_last"] == truth.close[-1]
+    assert february["volume_sum"] == pytest.approx(truth.volume.sum(), rel=1e-9)
+
+
+def test_what_a_fallback_delivered_is_counted(
+    project: MakeProject, market: LocalMarket, resources: dict[str, Any]
+) -> None:
+    """Of the first provider's outage, candles come from the second one; the other months have none of it."""
+    mine = project("BTC/USDT")
+    entry = mine.settings.symbols[0].model_copy(update={"provider_priority": ("binance", "polygon")})
+    mine = mine.with_symbols([entry], resources)
+    mine = replace(mine, settings=mine.settings.model_copy(update={"keys": {"polygon": SecretStr("any")}}))
+    mine = mine.with_symbols(mine.settings.symbols, resources)
+    market.plant_outage(
+        "binance", TimeRange(instant("2024-02-10T03:00"), instant("2024-02-10T05:00")), "BTC/USDT"
+    )
+    assert mine.materialize("15m", "2024-01-01", "2024-02-01").success
+    found = metadata_of(mine.instance, mine.key("BTC/USDT", "15m"))
+    assert {k: (v["from_fallback"], v["missing"]) for k, v in found.items()} == {
+        "2024-01-01": (0, 0),
+        "2024-02-01": (8, 0),
+    }
+    assert found["2024-02-01"]["providers"] == {"binance": 2776, "polygon": 8}
+
+
+@given(missing=st.integers(0, 10**9), expected=st.integers(1, 10**9))
+def test_a_coverage_is_rounded_downwards(missing: int, expected: int) -> None:
+    share = 1 - min(missing, expected) / expected
+    shown = rounded_coverage(share)
+    assert 0 <= share - shown < 1e-6
+    assert (shown == 1) == (share == 1)
+
+
+def observations(project: Project, key: AssetKey) -> dict[str, dict[str, Any]]:
+    """The metadata of the observations of every partition, and the sentence as `text`; one each."""
+    found = [
+        record.event_log_entry.asset_observation
+        for record in project.instance.fetch_observations(key, limit=1000).records
+    ]
+    seen = {
+        str(one.partition): {"text": one.description, **{k: v.value for k, v in one.metadata.items()}}
+        for one in found
+        if one is not None
+    }
+    assert len(seen) == len(found), "one per partition"
+    return seen
+
+
+def test_a_failed_partition_says_why_and_when_it_is_requested_again(
+    project: MakeProject, market: LocalMarket, database: Database
+) -> None:
+    mine = project("BTC/USDT", "ETH/USDT")
+    for start, end in (("2024-02-01", "2024-03-01"), ("2024-04-01", "2024-05-01")):
+        plant_failure(market, "ETHUSDT", start, end)
+    assert not mine.materialize("15m", "2024-01-01", "2024-04-01").success
+    assert observations(mine, mine.key("BTC/USDT", "15m")) == {}
+    seen = observations(mine, mine.key("ETH/USDT", "15m"))
+    assert set(seen) == {"2024-02-01", "2024-04-01"}
+    gaps = ledger_gaps(database, mine.series("ETH/USDT", "15m"), TimeRange(0, instant("2025-01-01")))
+    by_month = {iso(gap.start)[:10]: gap for gap in gaps}
+    for month, one in seen.items():
+        assert "503" in one["reason"]
+        assert one["missing"] == one["expected"] == by_month[month].missing
+        assert one["next_attempt"] == iso(by_month[month].next_attempt_at or 0)
+        assert one["reason"] in one["text"]
+        assert f"Next attempt: {one['next_attempt']}" in one["text"]
+
+
+def test_a_failed_partition_without_a_gap_has_no_next_attempt(
+    project: MakeProject, resources: dict[str, Any]
+) -> None:
+    """No provider serves it, so nothing is in the ledger."""
+    mine = project("BTC/USDT")
+    entry = mine.settings.symbols[0].model_copy(update={"provider_priority": ("yfinance",)})
+    mine = mine.with_symbols([entry], resources)
+    assert not mine.materialize("15m", "2024-01-01").success
+    (one,) = observations(mine, mine.key("BTC/USDT", "15m")).values()
+    assert one["next_attempt"] == "none scheduled"
+    assert "no provider can serve BTC/USDT 15m" in one["reason"]
+    assert "No attempt is scheduled" in one["text"]
+
+
+def test_a_start_before_history_start_is_fetched(
+    project: MakeProject, resources: dict[str, Any], database: Database, market: LocalMarket
+) -> None:
+    """Both grains begin at the earliest start that any symbol has; the others expect nothing there."""
+    mine = project("BTC/USDT", "ETH/USDT", start="2024-01-01")
+    early = mine.settings.symbols[0].model_copy(update={"start": instant("2021-11-15")})
+    mine = mine.with_symbols([early, mine.settings.symbols[1]], resources)
+    graph = mine.definitions.resolve_asset_graph()
+    for frame, first in (("15m", "2021-11-01"), ("1h", "2021-01-01")):
+        defs = {graph.get(mine.key(symbol, frame)).partitions_def for symbol in ("BTC/USDT", "ETH/USDT")}
+        (one,) = defs
+        assert one is not None
+        assert one.get_first_partition_key() == first
+    assert mine.materialize("15m", "2021-11-01", "2021-12-01", "BTC/USDT").success
+    window = TimeRange(instant("2021-11-15"), instant("2022-01-01"))
+    stored = read_candles(database, mine.series("BTC/USDT", "15m"), TimeRange(0, instant("2024-01-01")))
+    truth = market.truth("binance", "BTCUSDT", Timeframe.M15, window)
+    np.testing.assert_array_equal(stored.ts, truth.ts)
 
 
 def test_the_lineage_names_the_run(project: MakeProject, database: Database) -> None:
@@ -158,7 +276,7 @@ def test_a_partition_in_which_nothing_is_expected_materializes_without_a_request
     assert mine.materialize("15m", "2024-01-01", "2024-02-01").success
     assert market.requests() == 0
     found = metadata_of(mine.instance, mine.key("BTC/USDT", "15m"))
-    assert {k: (v["expected"], v["coverage"], v["requests"]) for k, v in found.items()} == {
+    assert {k: (v["expected"], v["coverage"], v["stored"]) for k, v in found.items()} == {
         "2024-01-01": (0, 1.0, 0),
         "2024-02-01": (0, 1.0, 0),
     }

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 from dagster import AssetCheckKey, AssetKey, ConfigurableResource, TimeWindowPartitionsDefinition
 
 from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.orchestration.assets import PARTITIONS_PER_RUN
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.resources import DATABASE, PROVIDERS
 from fks_backfill_dagster.settings import CHECKOUT, Settings, SymbolSettings
@@ -46,6 +48,24 @@ def test_series_of_one_class_and_timeframe_share_an_op() -> None:
         ("BTC_USDT", "1d"): "ohlcv_crypto_1d",
         ("BRK_B", "1d"): "ohlcv_stocks_1d",
     }
+
+
+def test_a_backfill_run_holds_one_asset_class_and_nothing_warns_of_it() -> None:
+    """Dagster puts assets with the same partitions and policy into one run, whatever launched the backfill."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        definitions = build_defs(settings=MIXED)
+        graph = definitions.resolve_asset_graph()
+        definitions.get_repository_def().get_all_jobs()
+    policies: dict[str, set[int]] = {}
+    for node in graph.asset_nodes:
+        assert node.backfill_policy is not None
+        policies.setdefault(node.group_name or "", set()).add(
+            node.backfill_policy.max_partitions_per_run or 0
+        )
+    assert all(len(sizes) == 1 for sizes in policies.values())
+    assert len(set.union(*policies.values())) == len(policies)
+    assert len(set(PARTITIONS_PER_RUN.values())) == len(AssetClass)
 
 
 def test_partitions_follow_the_timeframe() -> None:

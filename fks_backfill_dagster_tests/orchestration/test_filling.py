@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -217,13 +218,15 @@ def symbols(found: Sequence[Series]) -> list[str]:
 
 def test_an_outage_of_many_is_a_run_of_fifty() -> None:
     found = bundled([place(n, "2024-01-01") for n in range(120)], 10)
-    assert {key: len(series) for key, series in found.items()} == {("ohlcv_months", "2024-01-01"): 50}
+    assert {key: len(series) for key, series in found.items()} == {
+        ("ohlcv_months", "2024-01-01", AssetClass.CRYPTO): 50
+    }
 
 
 def test_runs_are_few_and_in_the_order_of_their_first_place() -> None:
     places = [place(0, "2024-03-01"), place(1, "2024-01-01"), place(2, "2024-02-01"), place(3, "2024-03-01")]
     found = bundled(places, 2)
-    assert {key: symbols(series) for (_, key), series in found.items()} == {
+    assert {key: symbols(series) for (_, key, _), series in found.items()} == {
         "2024-03-01": ["C0/USDT", "C3/USDT"],
         "2024-01-01": ["C1/USDT"],
     }
@@ -231,7 +234,22 @@ def test_runs_are_few_and_in_the_order_of_their_first_place() -> None:
 
 def test_months_and_years_are_different_runs() -> None:
     found = bundled([place(0, "2024-01-01"), place(0, "2024-01-01", Timeframe.D1)], 10)
-    assert list(found) == [("ohlcv_months", "2024-01-01"), ("ohlcv_years", "2024-01-01")]
+    assert [(job, key) for job, key, _ in found] == [
+        ("ohlcv_months", "2024-01-01"),
+        ("ohlcv_years", "2024-01-01"),
+    ]
+
+
+def test_asset_classes_are_different_runs() -> None:
+    """One class whose providers fail keeps no other one waiting."""
+    series = (
+        Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO),
+        Series("AAPL", Timeframe.H1, AssetClass.STOCKS),
+        Series("MSFT", Timeframe.H1, AssetClass.STOCKS),
+        Series("EUR/USD", Timeframe.H1, AssetClass.FOREX),
+    )
+    found = bundled([replace(place(0, "2024-01-01", Timeframe.H1), series=one) for one in series], 10)
+    assert [symbols(some) for some in found.values()] == [["BTC/USDT"], ["AAPL", "MSFT"], ["EUR/USD"]]
 
 
 # The switch -------------------------------------------------------------------------------------------

@@ -16,12 +16,13 @@ from dagster import (
 )
 
 from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime
 from fks_backfill_dagster.orchestration import pace
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.groups import groups_of
 from fks_backfill_dagster.orchestration.schedules import check_requests, refresh_requests, unfinished
-from fks_backfill_dagster.settings import Automation, Settings
+from fks_backfill_dagster.settings import Automation, Settings, SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.reading import read_candles
@@ -64,6 +65,26 @@ def test_a_run_takes_fifty_series_at_most(database: Database) -> None:
     assert [len(request.asset_selection or ()) for request in found] == [50, 50, 20]
     assert len({request.run_key for request in found}) == 3
     assert {request.tags[pace.PRIORITY] for request in found} == {"10"}
+
+
+def test_the_asset_classes_are_refreshed_by_runs_of_their_own(database: Database) -> None:
+    """All of one timeframe and partition, and yet no run of one class waits for the providers of another."""
+    classes = {"BTC/USDT": AssetClass.CRYPTO, "AAPL": AssetClass.STOCKS, "EUR/USD": AssetClass.FOREX}
+    classes |= {"ETH/USDT": AssetClass.CRYPTO}
+    entries = [
+        SymbolSettings(asset_class=one, symbol=symbol, timeframes=(Timeframe.H1,))
+        for symbol, one in classes.items()
+    ]
+    settings = Settings(symbols=tuple(entries))
+    series = {key: one for group in groups_of(settings) for key, one in group.series.items()}
+    moment = datetime(2024, 3, 12, 0, 6, tzinfo=UTC)
+    found = list(refresh_requests(Timeframe.H1, series, settings, database, moment))
+    assert sorted(sorted(key.path[1] for key in request.asset_selection or ()) for request in found) == [
+        ["AAPL"],
+        ["BTC_USDT", "ETH_USDT"],
+        ["EUR_USD"],
+    ]
+    assert len({request.run_key for request in found}) == 3
 
 
 def test_only_what_has_something_new_is_asked_for(database: Database) -> None:

@@ -93,7 +93,11 @@ def test_a_few_runs_go_side_by_side(instance: DagsterInstance) -> None:
         assert isinstance(instance.run_coordinator, QueuedRunCoordinator)
         queue = instance.get_concurrency_config().run_queue_config
         assert queue is not None
-        assert queue.max_concurrent_runs == 4
+        assert queue.max_concurrent_runs == 8
+        # Of a backfill two runs of each asset class; three classes leave places for others.
+        assert queue.tag_concurrency_limits == [
+            {"key": "fks/backfill", "value": {"applyLimitPerUniqueValue": True}, "limit": 2}
+        ]
 
 
 def test_nothing_is_told_to_anybody(instance: DagsterInstance) -> None:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from fks_backfill_dagster.domain.timeframe import to_datetime
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.store.checking import (
     Completeness,
     PartState,
@@ -18,16 +26,23 @@ from fks_backfill_dagster.store.checking import (
     tails,
 )
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.reading import read_candles
 from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, execute
 from fks_backfill_dagster_tests.store.conftest import fresh
+
+
+def counted(shelf: Shelf, windows: dict[str, TimeRange]) -> dict[str, PartState]:
+    """The states without what is read from the candles and from the back-off."""
+    found = part_states(shelf.database, shelf.series, windows)
+    none = {"first": None, "last": None, "close_last": None, "volume_sum": None, "next_attempt": None}
+    return {key: replace(state, **none) for key, state in found.items()}  # type: ignore[arg-type]
 
 
 def test_a_window_tells_what_is_stored_and_by_whom(hours: Shelf) -> None:
     hours.put(0, 24)
     hours.commit(hours.span(24, 48), brought(candles_at(hours.opens(24, 40)), "polygon"))
-    found = part_states(
-        hours.database,
-        hours.series,
+    found = counted(
+        hours,
         {"first": hours.span(0, 24), "both": hours.span(12, 48), "never": hours.span(48, 60)},
     )
     assert found == {
@@ -37,6 +52,48 @@ def test_a_window_tells_what_is_stored_and_by_whom(hours: Shelf) -> None:
     }
     assert list(found["both"].providers) == ["polygon", "binance"]
     assert (found["both"].stored, found["both"].coverage) == (28, 28 / 36)
+
+
+def test_a_window_tells_its_ends_its_last_close_and_its_volume(hours: Shelf) -> None:
+    """Against the candles themselves, summed by numpy; also where nothing or no volume is stored."""
+    hours.commit(hours.span(0, 24), brought(candles_at(hours.opens(2, 20))))
+    hours.commit(hours.span(24, 48), brought(candles_at(hours.opens(24, 48), 4), "polygon"))
+    mute = candles_at(hours.opens(48, 60))
+    mute = Candles(*mute.columns()[:5], np.full(len(mute), np.nan))
+    hours.commit(hours.span(48, 72), brought(mute, "oanda"))
+    windows = {
+        "both": hours.span(0, 48),
+        "late": hours.span(30, 40),
+        "mute": hours.span(48, 60),
+        "mixed": hours.span(40, 60),
+        "none": hours.span(60, 72),
+    }
+    found = part_states(hours.database, hours.series, windows)
+    for key, window in windows.items():
+        stored = read_candles(hours.database, hours.series, window)
+        state = found[key]
+        if not len(stored):
+            assert (state.first, state.last, state.close_last, state.volume_sum) == (None, None, None, None)
+            continue
+        assert (state.first, state.last) == (stored.ts[0], stored.ts[-1])
+        assert state.close_last == stored.close[-1]
+        volumes = stored.volume[~np.isnan(stored.volume)]
+        assert state.volume_sum == pytest.approx(volumes.sum() if len(volumes) else None)
+    assert found["mute"].volume_sum is None
+    assert (found["both"].from_fallback("binance"), found["both"].from_fallback("polygon")) == (24, 18)
+    assert (found["late"].from_fallback("binance"), found["none"].from_fallback("binance")) == (10, 0)
+
+
+def test_a_window_tells_when_the_first_of_its_gaps_is_requested_again(hours: Shelf) -> None:
+    hours.commit(hours.span(0, 24), brought(candles_at(hours.opens(0, 20))))
+    hours.commit(hours.span(24, 48), brought(candles_at(hours.opens(28, 48))))
+    execute(
+        hours.database,
+        f"UPDATE fks.gap SET next_attempt_at = '2030-01-01Z' WHERE series_id = {hours.identity}",
+    )
+    found = part_states(hours.database, hours.series, {"gap": hours.span(0, 24), "none": hours.span(30, 40)})
+    assert found["gap"].next_attempt == to_micros(datetime(2030, 1, 1, tzinfo=UTC))
+    assert found["none"].next_attempt is None
 
 
 def test_an_explained_gap_is_missing_but_not_unexplained(hours: Shelf) -> None:
@@ -59,7 +116,7 @@ def test_what_did_not_trade_is_neither_stored_nor_missing(hours: Shelf) -> None:
             hours.database,
             f"UPDATE fks.gap SET status = '{status}' WHERE series_id = {hours.identity} AND gap_start = '{low}'",
         )
-    state = part_states(hours.database, hours.series, {"": hours.span(0, 30)})[""]
+    state = counted(hours, {"": hours.span(0, 30)})[""]
     assert state == PartState(
         expected=30, missing=2 + 3 + 4 + 6, unexplained=4 + 6, quiet=1, providers={"binance": 14}
     )

@@ -1,0 +1,159 @@
+"""The sensor that settles partitions before a series' own start: materialized, nothing expected, no run.
+
+All series of a grain share their partitions, which begin with the earliest series. Without these reports a
+series that starts later shows empty partitions permanently, and a backfill of "all missing" runs them.
+Each partition is reported once: what Dagster has as materialized, by a report or by a run, is left out. The
+cursor only saves the look: it holds what was settled, so that a tick without a new start costs no query.
+
+Does not belong here: partitions in which a run finds nothing expected (`assets`).
+"""
+
+# No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dagster import (
+    AssetKey,
+    AssetMaterialization,
+    DagsterEvent,
+    DagsterEventType,
+    DagsterInstance,
+    DefaultSensorStatus,
+    SensorDefinition,
+    SensorEvaluationContext,
+    SkipReason,
+    sensor,
+)
+from dagster._core.events import StepMaterializationData
+from dagster._core.instance.utils import RUNLESS_JOB_NAME, RUNLESS_RUN_ID
+
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import iso, to_datetime
+from fks_backfill_dagster.orchestration import pace
+from fks_backfill_dagster.orchestration.groups import Group, asset_key
+from fks_backfill_dagster.orchestration.names import keys_before_start, partitions_start, window_of
+from fks_backfill_dagster.settings import Settings
+
+SENSOR = "partitions_before_start"
+
+MOST_REPORTS = 500
+"""Reports of one tick: each is an event of some 15 ms, and a tick has a minute."""
+
+MOST_SERIES = 500
+"""Series whose partitions one tick looks up, a query each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Early:
+    """The partitions of a series that lie wholly before its own start, ascending."""
+
+    series: Series
+    start: int
+    keys: tuple[str, ...]
+
+
+def build_before_start_sensors(groups: Sequence[Group], settings: Settings) -> list[SensorDefinition]:
+    """The sensor, where any series starts later than the partitions."""
+    early = early_partitions(groups, settings)
+    if not early:
+        return []
+    mark = fingerprint(early)
+
+    @sensor(
+        name=SENSOR,
+        minimum_interval_seconds=pace.BEFORE_START_SECONDS,
+        default_status=DefaultSensorStatus.RUNNING,
+        description="Reports partitions before a series' own start as materialized, once. Starts no run.",
+    )
+    def partitions_before_start(context: SensorEvaluationContext) -> SkipReason:
+        done = settled(context.cursor, mark)
+        if done == len(early):
+            return SkipReason("every partition before a series' own start is reported")
+        reported, done = report(context.instance, early, done)
+        context.update_cursor(json.dumps({"mark": mark, "done": done}))
+        return SkipReason(
+            f"{reported:,} partitions reported in which nothing is expected; {done:,} of {len(early):,} series settled"
+        )
+
+    return [partitions_before_start]
+
+
+def early_partitions(groups: Sequence[Group], settings: Settings) -> list[Early]:
+    """What there is to report, by series; those without such a partition are left out."""
+    begin = partitions_start(settings)
+    found = (
+        Early(one, start, keys_before_start(one.timeframe, begin, start))
+        for group in groups
+        for one in group.series.values()
+        for start in (settings.start_of(one),)
+    )
+    return [one for one in found if one.keys]
+
+
+def fingerprint(early: Sequence[Early]) -> str:
+    """Another one when a symbol, a start or the beginning of the partitions has changed."""
+    text = "\n".join(f"{one.series} {one.keys[0]} {one.keys[-1]}" for one in early)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def settled(cursor: str | None, mark: str) -> int:
+    """The number of series that were settled, of the list with this fingerprint."""
+    known: Mapping[str, object] = json.loads(cursor) if cursor else {}
+    done = known.get("done")
+    return done if known.get("mark") == mark and isinstance(done, int) else 0
+
+
+def report(instance: DagsterInstance, early: Sequence[Early], done: int) -> tuple[int, int]:
+    """Reports what is not materialized yet, from series number `done` on, as much as fits into a tick.
+
+    The number of reports, and the number of series that are settled.
+    """
+    reported = 0
+    for one in early[done : done + MOST_SERIES]:
+        key = asset_key(one.series)
+        known = instance.get_materialized_partitions(key)
+        absent = [partition for partition in one.keys if partition not in known]
+        taken = absent[: MOST_REPORTS - reported]
+        if taken:
+            _report(instance, key, one, taken)
+            reported += len(taken)
+        if len(taken) < len(absent):
+            break
+        done += 1
+    return reported, done
+
+
+def _report(instance: DagsterInstance, key: AssetKey, one: Early, partitions: Sequence[str]) -> None:
+    """The freshness policy goes by the time of the newest materialization, and nothing became fresh by this.
+
+    So a report has the time of the one before it or, where there is none, of the partition's end.
+    """
+    latest = instance.get_latest_materialization_event(key)
+    for partition in partitions:
+        window = window_of(one.series.timeframe, partition)
+        instance.report_dagster_event(
+            DagsterEvent(
+                event_type_value=DagsterEventType.ASSET_MATERIALIZATION.value,
+                event_specific_data=StepMaterializationData(_materialization(key, one, partition)),
+                job_name=RUNLESS_JOB_NAME,
+            ),
+            run_id=RUNLESS_RUN_ID,
+            timestamp=_moment(window) if latest is None else latest.timestamp,
+        )
+
+
+def _materialization(key: AssetKey, one: Early, partition: str) -> AssetMaterialization:
+    return AssetMaterialization(
+        key,
+        partition=partition,
+        description=f"nothing expected: {one.series} starts at {iso(one.start)}",
+        metadata={"expected": 0, "stored": 0, "missing": 0, "coverage": 1.0},
+    )
+
+
+def _moment(window: TimeRange) -> float:
+    return to_datetime(window.end).timestamp()
