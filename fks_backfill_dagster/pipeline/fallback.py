@@ -26,7 +26,7 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso
 from fks_backfill_dagster.ledger.gaps import missing_of
 from fks_backfill_dagster.ledger.records import Evidence, Outcome
-from fks_backfill_dagster.ledger.settle import Response
+from fks_backfill_dagster.ledger.settle import Response, surroundings
 from fks_backfill_dagster.pipeline.eligible import Eligible
 from fks_backfill_dagster.pipeline.plan import Batch, Plan, Scope
 from fks_backfill_dagster.pipeline.refetch import StoredRows, Suspicion, confirmed, suspicion
@@ -109,14 +109,14 @@ class ChainOptions:
 
     clock: the present. stored: the stored candles of some opens. stored_rows: those of a window with their
     lineage. tolerance: the largest relative difference of a price between two quotes of one market. closed:
-    where the market was closed within a window. force: a refetch is not guarded.
+    where the market of a series was closed within a window. force: a refetch is not guarded.
     """
 
     clock: Callable[[], int]
     stored: Callable[[Instants], Candles]
     stored_rows: Callable[[TimeRange], StoredRows]
     tolerance: float
-    closed: Callable[[TimeRange], RangeSet] = lambda window: RangeSet()
+    closed: Callable[[Series, TimeRange], RangeSet] = lambda series, window: RangeSet()
     force: bool = False
 
 
@@ -438,13 +438,14 @@ class _Span:
 
     def _ask_hull(self, question: _Question, hull: TimeRange) -> None:
         window = question.window(hull, self._beside(hull), self.grid)
+        parts = replace(self.series, timeframe=question.provider.capabilities.parts(self.series))
         request = RangeRequest(
             series=self.series,
             wanted=_inside(question.wanted, hull),
             window=window,
             now=question.asked_at,
             since=question.since,
-            closed=self.options.closed(window),
+            closed=self.options.closed(parts, surroundings(window, grid_of(parts))),
             absent_elsewhere=self._absent,
             tolerance=self.options.tolerance,
         )

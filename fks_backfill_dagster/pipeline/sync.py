@@ -218,7 +218,7 @@ def _chain(
         stored=stored,
         stored_rows=stored_rows,
         tolerance=context.tolerance,
-        closed=lambda window: context.closed(series, window),
+        closed=context.closed,
         force=force,
     )
     chosen = eligible(context.providers, series, priority)
