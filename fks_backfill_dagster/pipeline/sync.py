@@ -216,6 +216,7 @@ def _chain(
     options = ChainOptions(
         clock=context.clock,
         stored=stored,
+        stored_within=lambda window: reading.read_candles(context.database, series, window),
         stored_rows=stored_rows,
         tolerance=context.tolerance,
         closed=context.closed,
