@@ -78,11 +78,12 @@ class Evidence:
 
 
 def latest(evidence: Iterable[Evidence]) -> tuple[Evidence, ...]:
-    """The newest word of every provider, in the order in which they were first named."""
+    """The newest response of every provider, in the order in which they were first named; of responses of
+    one time the last one that says more than its outcome."""
     newest: dict[str, Evidence] = {}
     for item in evidence:
         known = newest.get(item.provider)
-        if known is None or item.asked_at >= known.asked_at:
+        if known is None or (item.asked_at, bool(item.detail)) >= (known.asked_at, bool(known.detail)):
             newest[item.provider] = item
     return tuple(newest.values())
 

@@ -19,16 +19,16 @@ from fks_backfill_dagster.domain.continuity import difference
 from fks_backfill_dagster.domain.delivery import Delivery, Origin, RejectedRows
 from fks_backfill_dagster.domain.derive import parts_span
 from fks_backfill_dagster.domain.grid import Grid, grid_of
-from fks_backfill_dagster.domain.plausibility import implausible
+from fks_backfill_dagster.domain.plausibility import AROUND, implausible
 from fks_backfill_dagster.domain.quality import Reason
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso
 from fks_backfill_dagster.ledger.gaps import missing_of
 from fks_backfill_dagster.ledger.records import Evidence, Outcome
-from fks_backfill_dagster.ledger.settle import Response
+from fks_backfill_dagster.ledger.settle import Response, surroundings
 from fks_backfill_dagster.pipeline.eligible import Eligible
-from fks_backfill_dagster.pipeline.plan import Batch, Plan, Scope
+from fks_backfill_dagster.pipeline.plan import GRACE, Batch, Plan, Scope
 from fks_backfill_dagster.pipeline.refetch import StoredRows, Suspicion, confirmed, suspicion
 from fks_backfill_dagster.pipeline.request import ProviderAnswer, RangeRequest, request_range
 from fks_backfill_dagster.pipeline.splice import only, splice
@@ -107,16 +107,17 @@ class Fetched:
 class ChainOptions:
     """What the requests of a sync go by besides the providers.
 
-    clock: the present. stored: the stored candles of some opens. stored_rows: those of a window with their
-    lineage. tolerance: the largest relative difference of a price between two quotes of one market. closed:
-    where the market was closed within a window. force: a refetch is not guarded.
+    clock: the present. stored: the stored candles of some opens. stored_within: those of a window.
+    stored_rows: the same with their lineage. tolerance: the largest relative difference of a price between two quotes of one market. closed:
+    where the market of a series was closed within a window. force: a refetch is not guarded.
     """
 
     clock: Callable[[], int]
     stored: Callable[[Instants], Candles]
+    stored_within: Callable[[TimeRange], Candles]
     stored_rows: Callable[[TimeRange], StoredRows]
     tolerance: float
-    closed: Callable[[TimeRange], RangeSet] = lambda window: RangeSet()
+    closed: Callable[[Series, TimeRange], RangeSet] = lambda series, window: RangeSet()
     force: bool = False
 
 
@@ -341,6 +342,8 @@ class _Span:
         self._gone = _NONE
         self._gone_origin: Origin | None = None
         self._spliced = False
+        # Stored candles that a refetch brings implausible: they are replaced by what a second provider confirms.
+        self._protected = _NONE
 
     def _stored_rows(self) -> StoredRows:
         window = TimeRange(int(self.wanted[0]), int(self.wanted[-1]) + 1)
@@ -365,9 +368,11 @@ class _Span:
                 self._judge_refetch(question, providers)
                 delivered = self.stored.delivered_by(name, provider.instrument(self.series))
                 self._gone = _common(self._gone, delivered)
-                self.wanted = self.wanted[
-                    self.plan.missing_ranges.contains(self.wanted) | np.isin(self.wanted, self._gone)
-                ]
+                kept = missing_of(self.stored.candles.ts, self._gone)
+                # Of stored candles only the implausible new ones: for a second opinion.
+                held = np.concatenate([_NONE, *(delivery.candles.ts for _, delivery in self._held)])
+                self._protected = np.intersect1d(kept, held)
+                self.wanted = missing_of(self.wanted, missing_of(kept, held))
             first = False
         self._settle_held()
         self._settle_withdrawn(providers)
@@ -438,13 +443,14 @@ class _Span:
 
     def _ask_hull(self, question: _Question, hull: TimeRange) -> None:
         window = question.window(hull, self._beside(hull), self.grid)
+        parts = replace(self.series, timeframe=question.provider.capabilities.parts(self.series))
         request = RangeRequest(
             series=self.series,
             wanted=_inside(question.wanted, hull),
             window=window,
             now=question.asked_at,
             since=question.since,
-            closed=self.options.closed(window),
+            closed=self.options.closed(parts, surroundings(window, grid_of(parts))),
             absent_elsewhere=self._absent,
             tolerance=self.options.tolerance,
         )
@@ -453,7 +459,8 @@ class _Span:
         if found is not None and question.first:  # one wrong response, or another market: a second one shows
             answer = self._requested(question, request)
             found = self._splice(question, answer.candles, hull)
-        self._accept(question, answer, hull, found)
+        strange = self._strange(question, request, answer.candles)
+        self._accept(question, answer, hull, found, strange)
 
     def _requested(self, question: _Question, request: RangeRequest) -> ProviderAnswer:
         answer = request_range(question.provider, request)
@@ -462,9 +469,17 @@ class _Span:
         return answer
 
     def _accept(
-        self, question: _Question, answer: ProviderAnswer, hull: TimeRange, spliced: float | None
+        self,
+        question: _Question,
+        answer: ProviderAnswer,
+        hull: TimeRange,
+        spliced: float | None,
+        strange: Instants,
     ) -> None:
-        """Keeps of an answer what is wanted, and records its responses about the rest."""
+        """Keeps of an answer what is wanted, and records its responses about the rest.
+
+        `spliced`: by how much it differs beside the hull. `strange`: the opens of implausible candles.
+        """
         found, theirs = self.found, answer.candles
         found.rejected += answer.rejected
         known = found.seen.get(question.name, Candles.empty())
@@ -484,9 +499,8 @@ class _Span:
             self._respond(question, asked, Outcome.ABSENT, "it quotes another market")
             return
         self._second_opinion(theirs)
-        strange = theirs.ts[implausible(theirs)]
         for delivery in answer.kept:
-            good = only(delivery.candles, self.wanted)
+            good = only(delivery.candles, missing_of(self.wanted, self._protected))
             odd = np.isin(good.ts, strange)
             if odd.any():
                 self._held.append((question, delivery.with_candles(good.take(odd))))
@@ -559,6 +573,60 @@ class _Span:
         )
 
     # --- implausible candles
+
+    def _strange(self, question: _Question, request: RangeRequest, theirs: Candles) -> Instants:
+        """The opens of the wanted candles that are implausible among those around them, stored ones included.
+
+        A level may begin or end beside what was requested. So a candle at the edge that is implausible by what
+        is known is compared with the one beside it, which is requested if it is not stored.
+        """
+        wanted = _inside(question.wanted, request.window)
+        known = theirs if len(theirs) > 2 * AROUND else self._with_neighbours(theirs)
+        strange = _common(known.ts[implausible(known)], wanted)
+        if not len(strange) or len(unknown := self._beside_these(strange, request)) == 0:
+            return self._not_as_stored(theirs, strange)
+        known = self._with_neighbours(theirs)
+        for ts in missing_of(unknown, known.ts).tolist():
+            window = TimeRange(ts, int(self.grid.closes(np.array([ts]))[0]))
+            try:
+                one = self._requested(question, replace(request, wanted=_NONE, window=window)).candles
+            except Cancelled:
+                raise
+            except ProviderError as error:  # so it stays implausible, until it is requested again
+                self.found.warnings.append(str(error))
+                continue
+            known = Candles.concat([known, one]).sorted()
+        return self._not_as_stored(theirs, _common(known.ts[implausible(known)], strange))
+
+    def _with_neighbours(self, theirs: Candles) -> Candles:
+        """With the AROUND candles on either side that are stored, or were found for this span."""
+        if not len(theirs):
+            return theirs
+        low, high = self.grid.rank(theirs.ts[[0, -1]]).tolist()
+        first, last = self.grid.at(np.array([max(low - AROUND, 0), high + AROUND])).tolist()
+        window = TimeRange(first, last + 1)
+        found = [self.options.stored_within(window)]
+        found += [only(d.candles, self.grid.opens(window)) for d in self.found.deliveries]
+        known = theirs
+        for candles in reversed(found):  # of a candle that is replaced the new values
+            known = Candles.concat([known, candles.take(~np.isin(candles.ts, known.ts))]).sorted()
+        return known
+
+    def _beside_these(self, strange: Instants, request: RangeRequest) -> Instants:
+        """The expected opens beside these candles that lie outside of what was requested."""
+        ranks = self.grid.rank(strange)
+        beside = self.grid.at(np.union1d(np.maximum(ranks - 1, 0), ranks + 1))
+        beside = beside[(beside < request.window.start) | (beside >= request.window.end)]
+        return beside[(beside >= (request.since or 0)) & (beside < self.grid.closed_end(request.now - GRACE))]
+
+    def _not_as_stored(self, theirs: Candles, strange: Instants) -> Instants:
+        """Those that are not stored already as they are: a second provider has confirmed them then."""
+        if self.stored is None or not len(strange):
+            return strange
+        mine, its = only(self.stored.candles, strange), only(theirs, strange)
+        mine, its = only(mine, its.ts), only(its, mine.ts)
+        same = mine.ts[difference(mine, its).max(axis=0) <= self.options.tolerance] if len(mine) else _NONE
+        return missing_of(strange, same)
 
     def _second_opinion(self, theirs: Candles) -> None:
         """Held candles that these agree with are what the market did; they are kept as they came."""

@@ -40,7 +40,8 @@ class RangeRequest:
 
     wanted: expected opens of the series, ascending. window: what is requested, `wanted` with a neighbour on
     either side where that shows something. now: candles that are closed then are requested. since: the
-    earliest open that the provider can have, None: no limit. closed: where the market was closed.
+    earliest open that the provider can have, None: no limit. closed: where the market was closed, as candles
+    of the timeframe that is requested.
     absent_elsewhere: what complete responses of other providers lack, as ranges of time.
     tolerance: the largest relative difference between two responses about one candle.
     """
@@ -284,7 +285,9 @@ def _request_derived(provider: Provider, asked: RangeRequest, parts: Series) -> 
     native = _request_native(provider, replace(asked, series=parts, wanted=wanted, window=span), widen=True)
     answer = native.answer
     candles = answer.candles
-    quiet = _quiet_parts(native, candles, asked, fine, closed_end)
+    quiet = _NONE
+    if provider.capabilities.omits_quiet:
+        quiet = _quiet_parts(native, candles, asked, fine, TimeRange(span.start, closed_end))
     made = derive(candles, fine, coarse, asked.window, quiet)
     closed = coarse.closed_end(asked.now - GRACE)
     kept = _derived_delivery(answer.kept, made.candles.within(TimeRange(0, max(closed, 0))))
@@ -293,7 +296,10 @@ def _request_derived(provider: Provider, asked: RangeRequest, parts: Series) -> 
         answer,
         kept=kept,
         rejected=tuple(
-            replace(part, owners=owners(made.opens, coarse, part.candles.ts)) for part in answer.rejected
+            replace(mine, owners=owners(made.opens, coarse, mine.candles.ts))
+            for part in answer.rejected
+            # What came along with the neighbourhood belongs to none of the candles.
+            if len((mine := part.within(span)).candles)
         ),
         lacking=lacking,
         confirmed=_wholly_absent(made, lacking, answer.confirmed, coarse),
@@ -302,18 +308,24 @@ def _request_derived(provider: Provider, asked: RangeRequest, parts: Series) -> 
 
 
 def _quiet_parts(
-    native: _Native, candles: Candles, asked: RangeRequest, fine: Grid, closed_end: int
+    native: _Native, candles: Candles, asked: RangeRequest, fine: Grid, wanted: TimeRange
 ) -> Instants:
-    """The absent parts that are no-trade intervals, by the one rule."""
-    covered = native.covered & RangeSet([TimeRange(native.covered.hull.start, closed_end)])
+    """The absent parts that are no-trade intervals, by the one rule.
+
+    Around the wanted parts those that one response lacks are witnesses: requested by themselves they would be
+    confirmed, and the verdict must not depend on how much was requested at once.
+    """
+    covered = native.covered & RangeSet([TimeRange(native.covered.hull.start, wanted.end)])
     expected = np.concatenate([_NONE, *(fine.opens(part) for part in covered)])
     absent = missing_of(expected, candles.ts)
-    confirmed = native.answer.confirmed
+    around = absent[(absent < wanted.start) | (absent >= wanted.end)]
+    witnesses = around[~_holding(around, native.answer.rejected, fine)]
     closes = fine.closes(absent)
     twice = absent[
         asked.absent_elsewhere.contains(absent)
         & asked.absent_elsewhere.contains(np.maximum(closes - 1, absent))
     ]
+    confirmed = np.union1d(native.answer.confirmed, witnesses)
     mask = no_trade(Absent.of(absent, confirmed, twice), covered, fine, asked.closed)
     return absent[mask]
 

@@ -216,9 +216,10 @@ def _chain(
     options = ChainOptions(
         clock=context.clock,
         stored=stored,
+        stored_within=lambda window: reading.read_candles(context.database, series, window),
         stored_rows=stored_rows,
         tolerance=context.tolerance,
-        closed=lambda window: context.closed(series, window),
+        closed=context.closed,
         force=force,
     )
     chosen = eligible(context.providers, series, priority)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.derive import derive, parts_span
+from fks_backfill_dagster.domain.derive import derive, owners, parts_span
 from fks_backfill_dagster.domain.grid import Grid
-from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, MICROS_PER_WEEK
+from fks_backfill_dagster.ledger.gaps import missing_of
 from fks_backfill_dagster_tests.domain.builders import at, candles, flat, grid, read_csv, window
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
@@ -42,25 +44,34 @@ PAIRS = [
 MOMENTS = ["2015-03-06", "2015-11-20", "2015-12-21", "2001-09-07", "2016-10-28"]
 
 
-def slowly(parts: Candles, fine: Grid, coarse: Grid, asked: TimeRange, quiet_ok: bool) -> list[list[float]]:
+@dataclass(frozen=True)
+class Slow:
+    """What became of the candles of a window: the rows, and of each expected candle (parts, given, no-trade)."""
+
+    rows: list[list[float]]
+    counts: list[tuple[int, int, int, int]]
+
+
+def slowly(parts: Candles, fine: Grid, coarse: Grid, asked: TimeRange, no_trade: Instants) -> Slow:
     """One candle after the other, one part after the other."""
     everything = TimeRange(asked.start - 5 * MICROS_PER_WEEK, asked.end + 2 * MICROS_PER_WEEK)
     opens = coarse.opens(everything)
     closes = coarse.closes(opens).tolist()
     given_rows = {row[0]: row for row in zip(*(c.tolist() for c in parts.columns()), strict=True)}
-    made = []
+    quiet = set(no_trade.tolist())
+    found = Slow([], [])
     for (since, until), start in zip(pairwise(closes), opens.tolist()[1:], strict=True):
         if not asked.contains(start):
             continue
         wanted = fine.opens(TimeRange(since, until)).tolist()
         rows = [given_rows[ts] for ts in wanted if ts in given_rows]
-        if not rows or (len(rows) < len(wanted) and not quiet_ok):
-            continue
-        if len(rows) < len(wanted) and not (min(given_rows) <= wanted[0] and wanted[-1] <= max(given_rows)):
+        silent = [ts for ts in wanted if ts not in given_rows and ts in quiet]
+        found.counts.append((start, len(wanted), len(rows), len(silent)))
+        if not rows or len(rows) + len(silent) < len(wanted):
             continue
         _, opened, high, low, closed, volume = map(list, zip(*rows, strict=True))
-        made.append([start, opened[0], max(high), min(low), closed[-1], math.fsum(volume)])
-    return made
+        found.rows.append([start, opened[0], max(high), min(low), closed[-1], math.fsum(volume)])
+    return found
 
 
 def random_parts(ts: np.ndarray, seed: int) -> Candles:
@@ -76,17 +87,17 @@ def random_parts(ts: np.ndarray, seed: int) -> Candles:
     pair=st.sampled_from(PAIRS),
     moment=st.sampled_from(MOMENTS),
     hours=st.tuples(st.integers(0, 200), st.integers(0, 400)),
-    absent=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    absent=st.sampled_from([0.0, 0.02, 0.3, 0.9, 1.0]),
+    explained=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 2**32),
-    quiet_ok=st.booleans(),
 )
 def test_like_the_slow_definition(
     pair: tuple[str, str, str, str],
     moment: str,
     hours: tuple[int, int],
     absent: float,
+    explained: float,
     seed: int,
-    quiet_ok: bool,
 ) -> None:
     asset_class, small, large, calendar = pair
     fine, coarse = grid(asset_class, small, calendar), grid(asset_class, large, calendar)
@@ -94,13 +105,20 @@ def test_like_the_slow_definition(
     asked = TimeRange(start, start + hours[1] * MICROS_PER_HOUR)
     random = np.random.default_rng(seed)
     ts = fine.opens(TimeRange(asked.start - 2 * MICROS_PER_WEEK, asked.end + 2 * MICROS_PER_WEEK))
-    parts = random_parts(ts[random.random(len(ts)) >= absent], seed)
-    shuffled = parts.take(random.permutation(len(parts)))
+    gone = random.random(len(ts)) < absent
+    # Some no-trade intervals were given all the same: a part that is there is there.
+    quiet = ts[(gone & (random.random(len(ts)) < explained)) | (random.random(len(ts)) < 0.01)]
+    parts = random_parts(ts[~gone], seed)
 
-    made = derive(shuffled, fine, coarse, asked, quiet_ok=quiet_ok)
+    made = derive(parts, fine, coarse, asked, quiet)
 
-    rows = [list(row) for row in zip(*(column.tolist() for column in made.columns()), strict=True)]
-    assert rows == slowly(parts, fine, coarse, asked, quiet_ok)
+    slow = slowly(parts, fine, coarse, asked, quiet)
+    rows = [list(row) for row in zip(*(column.tolist() for column in made.candles.columns()), strict=True)]
+    assert rows == slow.rows
+    counts = (made.opens, made.expected, made.present, made.no_trade)
+    assert list(zip(*(one.tolist() for one in counts), strict=True)) == slow.counts
+    assert made.opens[made.made].tolist() == [row[0] for row in slow.rows]
+    assert made.partial.tolist() == [0 < given < of - quiet for _, of, given, quiet in slow.counts]
 
 
 @pytest.mark.parametrize(("asset_class", "small", "large", "calendar"), PAIRS)
@@ -108,9 +126,9 @@ def test_the_span_of_the_parts_is_enough(asset_class: str, small: str, large: st
     fine, coarse = grid(asset_class, small, calendar), grid(asset_class, large, calendar)
     asked = window("2015-11-20T00:00:00Z", "2016-01-10T00:00:00Z")
     span = parts_span(coarse, asked)
-    made = derive(flat(fine.opens(span)), fine, coarse, asked, quiet_ok=False)
-    assert np.array_equal(made.ts, coarse.opens(asked))
-    assert len(made) > 0
+    made = derive(flat(fine.opens(span)), fine, coarse, asked)
+    assert np.array_equal(made.candles.ts, coarse.opens(asked))
+    assert len(made.candles) > 0
     assert span.start >= asked.start - MICROS_PER_DAY
     assert span.end <= asked.end + MICROS_PER_WEEK
 
@@ -119,10 +137,8 @@ def test_nothing_opens_in_the_window() -> None:
     sunday = window("2015-11-22T00:00:00Z", "2015-11-23T00:00:00Z")
     days = grid("stocks", "1d")
     assert not parts_span(days, sunday)
-    assert (
-        len(derive(flat(np.array([], dtype=np.int64)), grid("stocks", "30m"), days, sunday, quiet_ok=True))
-        == 0
-    )
+    made = derive(flat(np.array([], dtype=np.int64)), grid("stocks", "30m"), days, sunday)
+    assert (len(made.candles), len(made.opens)) == (0, 0)
 
 
 def test_a_sydney_day_begins_the_evening_before() -> None:
@@ -130,65 +146,48 @@ def test_a_sydney_day_begins_the_evening_before() -> None:
     assert parts_span(grid("stocks", "1d", "XASX"), asked).start <= at("2015-11-23T23:00:00Z")
 
 
-def test_pre_market_is_passed_over() -> None:
-    asked = window("2015-11-24T00:00:00Z", "2015-11-25T00:00:00Z")
-    fine, coarse = grid("stocks", "30m"), grid("stocks", "1h")
-    whole = np.arange(asked.start, asked.end, 30 * 60_000_000)
-    calm = flat(whole)
-    high = np.where(fine.contains(whole), 1.0, 99.0)
-    wild = Candles(whole, calm.open, high, calm.low, calm.close, calm.volume)
-    made = derive(wild, fine, coarse, asked, quiet_ok=False)
-    assert np.array_equal(made.ts, coarse.opens(asked))
-    assert made.high.tolist() == [1.0] * 7
-    assert made.volume.tolist() == [1.0] + [2.0] * 6  # the first hour holds 09:30 to 10:00 only
-
-
 H = MICROS_PER_HOUR
 SANE = [(n * H, 2.0, 3.0, 1.0, 2.0, 1.0) for n in range(8)]
 DAY = TimeRange(0, 8 * H)
+HOURS, FOURS = grid("crypto", "1h"), grid("crypto", "4h")
 
 
-@pytest.mark.parametrize("quiet_ok", [True, False])
 @pytest.mark.parametrize(
-    "bad",
+    ("absent", "quiet", "made"),
     [
-        (5 * H, 2.0, math.nan, 1.0, 2.0, 1.0),
-        (5 * H, 2.0, 1.0, 3.0, 2.0, 1.0),
-        (5 * H, -2.0, 3.0, -2.0, 2.0, 1.0),
-        (5 * H, 2.0, 3.0, 1.0, 2.0, -1.0),
-        (5 * H + 7, 2.0, 3.0, 1.0, 2.0, 1.0),
+        ((), (), [0, 4]),
+        ((2,), (), [4]),
+        ((0,), (), [4]),
+        ((7,), (), [0]),
+        ((0,), (0,), [0, 4]),  # a no-trade interval at an edge is as good as one in the middle
+        ((7,), (7,), [0, 4]),
+        ((4, 5, 6), (4, 5, 6), [0, 4]),
+        ((4, 5, 6), (4, 6), [0]),
+        ((3, 4), (3,), [0]),
+        ((0, 1, 2, 3), (0, 1, 2, 3), [4]),  # of nothing nothing is made
     ],
-    ids=["nan", "high below low", "negative", "bad volume", "off the grid"],
 )
-def test_a_bad_part_spoils_its_candle(bad: tuple[float, ...], quiet_ok: bool) -> None:
-    parts = candles(*SANE[:5], bad, *SANE[6:])
-    made = derive(parts, grid("crypto", "1h"), grid("crypto", "4h"), DAY, quiet_ok=quiet_ok)
-    assert made.ts.tolist() == [0, 4 * H]
-    assert made.high[0] == 3.0
-    assert all(math.isnan(price[1]) for price in (made.open, made.high, made.low, made.close))
-
-
-def test_repeated_parts() -> None:
-    hours, fours = grid("crypto", "1h"), grid("crypto", "4h")
-    once = derive(candles(*SANE), hours, fours, DAY, quiet_ok=False)
-    assert derive(candles(*SANE, *SANE), hours, fours, DAY, quiet_ok=False).equals(once)
-    conflict = derive(candles(*SANE, (0, 2.0, 3.5, 1.0, 2.0, 1.0)), hours, fours, DAY, quiet_ok=True)
-    assert np.isnan(conflict.open).tolist() == [True, False]
-
-
-@pytest.mark.parametrize(
-    ("absent", "made"),
-    [((2,), [0, 4]), ((0,), [4]), ((7,), [0]), ((4, 5, 6), [0, 4]), ((3, 4), [0, 4]), ((0, 1, 2, 3), [4])],
-)
-def test_quiet_is_what_lies_between_two_parts(absent: tuple[int, ...], made: list[int]) -> None:
+def test_every_absent_part_must_be_a_no_trade_interval(
+    absent: tuple[int, ...], quiet: tuple[int, ...], made: list[int]
+) -> None:
     parts = candles(*(row for n, row in enumerate(SANE) if n not in absent))
-    derived = derive(parts, grid("crypto", "1h"), grid("crypto", "4h"), DAY, quiet_ok=True)
-    assert (derived.ts // H).tolist() == made
+    derived = derive(parts, HOURS, FOURS, DAY, np.array([n * H for n in quiet], dtype=np.int64))
+    assert (derived.candles.ts // H).tolist() == made
+
+
+def test_parts_beside_the_window_are_not_counted() -> None:
+    derived = derive(candles(*SANE), HOURS, FOURS, TimeRange(4 * H, 8 * H), np.array([H, 2 * H]))
+    assert (derived.expected.tolist(), derived.present.tolist(), derived.no_trade.tolist()) == ([4], [4], [0])
+
+
+def test_parts_know_their_candle() -> None:
+    opens = FOURS.opens(DAY)
+    assert owners(opens, FOURS, np.array([0, 3 * H, 4 * H, 7 * H + 7])).tolist() == [0, 0, 4 * H, 4 * H]
 
 
 def test_no_volume_makes_no_volume() -> None:
     parts = candles(*SANE[:7], (7 * H, 2.0, 3.0, 1.0, 2.0, math.nan))
-    made = derive(parts, grid("crypto", "1h"), grid("crypto", "4h"), DAY, quiet_ok=False)
+    made = derive(parts, HOURS, FOURS, DAY).candles
     assert made.volume[0] == 4.0
     assert math.isnan(made.volume[1])
 
@@ -197,7 +196,7 @@ def test_a_grid_that_does_not_divide() -> None:
     asked = window("2015-11-24T00:00:00Z", "2015-11-25T00:00:00Z")
     fours, days = grid("forex", "4h"), grid("forex", "1d")  # a forex day begins at 22:00 UTC in winter
     with pytest.raises(ValueError, match="does not divide"):
-        derive(flat(fours.opens(parts_span(days, asked))), fours, days, asked, quiet_ok=True)
+        derive(flat(fours.opens(parts_span(days, asked))), fours, days, asked)
 
 
 def test_real_apple_days_from_hours() -> None:
@@ -205,8 +204,14 @@ def test_real_apple_days_from_hours() -> None:
         pytest.skip("the real files are only there beside the shared folder")
     hours, days = (read_csv(SHARED / f"equity/AAPL-{timeframe}.csv.gz") for timeframe in ("1h", "1d"))
     asked = window("2009-01-01T00:00:00Z", "2021-03-31T00:00:00Z")
-    made = derive(hours, grid("stocks", "1h"), grid("stocks", "1d"), asked, quiet_ok=True)
+    fine, coarse = grid("stocks", "1h"), grid("stocks", "1d")
+    hours = hours.take(fine.contains(hours.ts))  # as verified
+    lacking = missing_of(fine.opens(asked), hours.ts)
     days = days.within(asked)
+    made = derive(hours, fine, coarse, asked, lacking).candles
     assert np.array_equal(made.ts, days.ts)
     assert np.mean(np.isclose(made.high, days.high, rtol=1e-3)) > 0.9
     assert np.mean(np.isclose(made.low, days.low, rtol=1e-3)) > 0.9
+    # Without an explanation each absent hour costs its day.
+    whole = derive(hours, fine, coarse, asked)
+    assert 0 < len(made) - len(whole.candles) == int(whole.partial.sum()) <= len(lacking)
