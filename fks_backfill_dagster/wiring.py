@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 from fks_backfill_dagster.settings import Binance, Settings
 
 if TYPE_CHECKING:
+    from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
+    from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.embedded import EmbeddedPostgres
     from fks_backfill_dagster.pipeline.freshness import Rule
     from fks_backfill_dagster.pipeline.sync import Context
@@ -201,8 +203,16 @@ def freshness_rule(settings: Settings) -> Rule:
         thresholds=Thresholds(limits.warn_candles, limits.error_candles),
         publication_delay=lambda series: publication_delay(usable(), settings.priority(series), series),
         end_of=settings.end_of,
+        closed=closures(settings),
         venue_members=settings.series(),
     )
+
+
+def closures(settings: Settings) -> Callable[[Series, TimeRange], RangeSet]:
+    """Where the market of a series was closed within a window though candles are expected, by the settings."""
+    from fks_backfill_dagster.domain.closures import market_closures
+
+    return lambda series, window: market_closures(series, settings.closed(series), window)
 
 
 def _usable_providers(settings: Settings) -> dict[str, Provider]:

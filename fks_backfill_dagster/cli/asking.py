@@ -140,14 +140,14 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
     from fks_backfill_dagster.pipeline.freshness import Rule
     from fks_backfill_dagster.settings import load_settings
     from fks_backfill_dagster.store.reading import stored_series
-    from fks_backfill_dagster.wiring import freshness_rule, now, open_database, provider_states
+    from fks_backfill_dagster.wiring import closures, freshness_rule, now, open_database, provider_states
 
     settings, present = load_settings(), now()
     with open_database(settings) as database:
         stored = stored_series(database)
         chosen = choose(settings, names, everything or not names, stored)
         # Without a verdict nothing need be known of providers, whose import takes a while.
-        rule = freshness_rule(settings) if check else Rule(end_of=settings.end_of)
+        rule = freshness_rule(settings) if check else Rule(end_of=settings.end_of, closed=closures(settings))
         found = coverage(database, chosen.series, present, rule)
         silent = [] if check else _silent(settings, database, chosen)
         providers = provider_states(settings, database)

@@ -12,6 +12,9 @@ responses with candles on both sides (`confirmed`), and
 
 A run that holds a whole session of an exchange is never no_trade, unless the market was closed.
 
+A run at the end of a series is undecided, since nothing shows how long it will be. Whether it may still become a
+no-trade interval follows from the same arithmetic (`quiet_tail`).
+
 Belongs here: the rule. Does not belong here: how absence is confirmed (`pipeline.request`), what becomes of
 candles that are not no_trade (`settle`).
 """
@@ -25,9 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.grid import Grid
-from fks_backfill_dagster.domain.ranges import Instants, RangeSet
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 
 Mask = NDArray[np.bool_]
+Counts = NDArray[np.int64] | NDArray[np.float64]
 
 NEIGHBOURS = 500
 """So many expected candles before and after a run are its neighbourhood."""
@@ -74,6 +78,27 @@ def no_trade(absent: Absent, covered: RangeSet, grid: Grid, closed: RangeSet) ->
         is_closed | fits[runs.of_open] | (absent.corroborated & likely[runs.of_open])
     )
     return found | absent.decided
+
+
+def quiet_tail(absent: Absent, covered: RangeSet, grid: Grid, closed: RangeSet, tail: TimeRange) -> int:
+    """How many expected candles of `tail`, which are all absent, are quiet though nothing decides them yet.
+
+    All of them where chance brings a run of their length, or of a longer one that it may become, among the
+    candles before it: as `no_trade` would find if the next candle were stored and no other. Else those on
+    `closed` dates. `absent` and `covered` are what is known of the candles before the tail; a run counts there
+    if some candle of it is confirmed or decided.
+    """
+    first, end = grid.rank(np.array([tail.start, tail.end])).tolist()
+    candles = end - first
+    if candles <= 0:
+        return 0
+    shut = sum(grid.count(part) for part in closed & RangeSet([tail]))
+    lengths = np.arange(candles - shut, NEIGHBOURS + 1)
+    if candles == shut or not len(lengths) or not len(absent.opens):
+        return shut
+    lasts = end - 1 + np.arange(len(lengths))
+    fits = _fits_before(first, lengths, absent, covered, grid, closed)
+    return candles if (fits & ~grid.holds_session(np.full(len(lasts), first), lasts)).any() else shut
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,10 +157,30 @@ def _fits(runs: _Runs, rank: Instants, covered: RangeSet, grid: Grid) -> Mask:
         begun[mine] = _sum(judges, from_run[mine], to_run[mine]) - judges[mine]
         longer = judges & (runs.length > 1)
         gone_on[mine] = _sum(longer, from_run[mine], to_run[mine])
+    return runs.candidate & _expected(begun, gone_on, stored, runs.length)
+
+
+def _fits_before(
+    first: int, lengths: Instants, absent: Absent, covered: RangeSet, grid: Grid, closed: RangeSet
+) -> Mask:
+    """As `_fits`, for runs of any of `lengths` from rank `first` on, with one stored candle after them."""
+    rank = grid.rank(absent.opens)
+    runs = _Runs.of(rank, closed.contains(absent.opens), absent.confirmed | absent.decided)
+    low = first - NEIGHBOURS
+    below = _counter(covered, grid)(np.array([low, first]))
+    stored = int(below[1] - below[0]) - int(((rank >= low) & (rank < first)).sum()) + 1
+    judges = np.sort(runs.length[runs.candidate & (runs.first >= low) & (runs.first < first)])
+    begun = np.searchsorted(judges, np.maximum(lengths, 2), side="left")
+    return _expected(begun, begun - np.searchsorted(judges, 2), np.full(len(lengths), stored), lengths)
+
+
+def _expected(begun: Counts, gone_on: Counts, stored: Instants, length: Instants) -> Mask:
+    """Whether enough runs of a length are expected where `begun` shorter ones are, of which `gone_on` are longer
+    than one candle, and `stored` candles."""
     share = begun / np.maximum(stored, 1)
     going_on = np.minimum((gone_on + _PRIOR_RUNS * share) / (begun + _PRIOR_RUNS), 1.0)
-    expected = begun * going_on ** np.maximum(runs.length - 1, 0)
-    fits: Mask = runs.candidate & (begun >= np.clip(runs.length, 1, _WITNESSES)) & (expected >= _CHANCE)
+    expected = begun * going_on ** np.maximum(length - 1, 0)
+    fits: Mask = (begun >= np.clip(length, 1, _WITNESSES)) & (expected >= _CHANCE)
     return fits
 
 

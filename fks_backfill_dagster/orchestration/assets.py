@@ -356,7 +356,7 @@ def _is_stalled(work: Context, outcome: Outcome) -> bool:
     report = outcome.report
     if report.total_candles:
         return False
-    lag = behind(work.database, outcome.series, report.window.end)
+    lag = behind(work.database, outcome.series, report.window.end, work.closed)
     return bool(report.missing if lag is None else lag)
 
 

@@ -28,8 +28,6 @@ from dagster import (
 )
 
 from fks_backfill_dagster import wiring
-from fks_backfill_dagster.domain.freshness import recent_start
-from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso, to_datetime
 from fks_backfill_dagster.ledger.records import LedgerGap
@@ -42,7 +40,7 @@ from fks_backfill_dagster.orchestration.freshness import (
 from fks_backfill_dagster.orchestration.groups import Group
 from fks_backfill_dagster.orchestration.names import is_monthly
 from fks_backfill_dagster.orchestration.resources import DATABASE
-from fks_backfill_dagster.pipeline.plan import GRACE
+from fks_backfill_dagster.pipeline.freshness import recent_windows
 from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.checking import (
     Completeness,
@@ -126,7 +124,7 @@ def evaluate(
     now = wiring.now()
     return [
         *_sanity(database, _wanted(group, wanted, SANITY), part),
-        *_completeness(database, _wanted(group, wanted, COMPLETENESS), part, now),
+        *_completeness(database, _wanted(group, wanted, COMPLETENESS), part, settings, now),
         *_freshness(database, _wanted(group, wanted, FRESHNESS), settings, now),
     ]
 
@@ -206,12 +204,13 @@ def _sanity_result(key: AssetKey, found: Sanity, broken: Mapping[str, int]) -> A
 
 
 def _completeness(
-    database: Database, wanted: Mapping[AssetKey, Series], part: str, now: int
+    database: Database, wanted: Mapping[AssetKey, Series], part: str, settings: Settings, now: int
 ) -> list[AssetCheckResult]:
     found = completeness(database, list(wanted.values()))
     lacking = [one for one in wanted.values() if found[one].missing]
     parts = open_parts(database, [one for one in lacking if found[one].open_gaps], part)
-    recent = recent_missing(database, {one: recent_start(grid_of(one), now - GRACE) for one in lacking})
+    rule = wiring.freshness_rule(settings)
+    recent = recent_missing(database, recent_windows(database, lacking, now, rule))
     gaps = missing_gaps(database, lacking, MOST_GAPS)
     return [
         _completeness_result(key, found[one], parts.get(one, []), recent.get(one, 0), gaps.get(one, ()))

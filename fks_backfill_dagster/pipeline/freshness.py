@@ -9,17 +9,40 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fks_backfill_dagster.domain.freshness import Freshness, Thresholds, Verdict, assess, polling_interval
+import numpy as np
+
+from fks_backfill_dagster.domain.closures import market_closures
+from fks_backfill_dagster.domain.freshness import (
+    Freshness,
+    Thresholds,
+    Verdict,
+    assess,
+    polling_interval,
+    recent_start,
+)
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.outages import venue_of
-from fks_backfill_dagster.domain.ranges import TimeRange
-from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, to_datetime
+from fks_backfill_dagster.ledger.no_trade import NEIGHBOURS, Absent, quiet_tail
 from fks_backfill_dagster.pipeline.outages import Outage, find_outages
 from fks_backfill_dagster.pipeline.plan import GRACE
 from fks_backfill_dagster.providers.base import Provider
 from fks_backfill_dagster.store.checking import Tail, tails
 from fks_backfill_dagster.store.database import Database
+
+Closed = Callable[[Series, TimeRange], RangeSet]
+
+_NONE = np.empty(0, dtype=np.int64)
+
+# The time from open to open of a market that closes at night and at weekends, at most so many times the length of
+# its candles, and what holidays add.
+_OPEN = {
+    AssetClass.CRYPTO: (1, 0),
+    AssetClass.FOREX: (2, 4 * MICROS_PER_DAY),
+    AssetClass.STOCKS: (7, 7 * MICROS_PER_DAY),
+}
 
 # An outage that goes on is seen in its last week, however long it is.
 _OUTAGE_HORIZON = 7 * MICROS_PER_DAY
@@ -28,11 +51,13 @@ _OUTAGE_HORIZON = 7 * MICROS_PER_DAY
 @dataclass(frozen=True, slots=True)
 class Rule:
     """What is lag by the settings: the thresholds, the publication delay of a series, its end (None: it goes
-    on), and the series among which an outage of a venue is recognised."""
+    on), where its market was closed within a window though candles are expected, and the series among which an
+    outage of a venue is recognised."""
 
     thresholds: Thresholds = Thresholds()  # noqa: RUF009 - frozen
     publication_delay: Callable[[Series], int] = lambda series: 0
     end_of: Callable[[Series], int | None] = lambda series: None
+    closed: Closed = lambda series, window: market_closures(series, (), window)
     venue_members: Sequence[Series] = ()
 
 
@@ -70,8 +95,9 @@ def freshness(database: Database, series: Sequence[Series], now: int, rule: Rule
     Where one of them lacks candles that are overdue, four more look for an outage of its venue: a series in
     it is late from its first overdue candle on.
     """
-    ends = tails(database, series)
-    quiet = quiet_tails(ends)
+    ends = read_tails(database, series)
+    closed_end = {one: _closed_end(one, now, rule) for one in series}
+    quiet = quiet_tails(ends, closed_end, rule.closed)
     found = {
         one: assess(
             grid_of(one),
@@ -89,9 +115,53 @@ def freshness(database: Database, series: Sequence[Series], now: int, rule: Rule
     return {one: _assessment(one, state, outages, now) for one, state in found.items()}
 
 
-def quiet_tails(ends: Mapping[Series, Tail]) -> dict[Series, int]:
-    """How many candles after the newest one are quiet, by the ledger: they are no lag."""
-    return {one: tail.quiet for one, tail in ends.items()}
+def read_tails(database: Database, series: Sequence[Series]) -> dict[Series, Tail]:
+    """The tail of every series, with the candles before its newest one that decide what is quiet; one query."""
+    return tails(database, {one: _neighbourhood(one) for one in series})
+
+
+def quiet_tails(
+    ends: Mapping[Series, Tail], until: Mapping[Series, int], closed: Closed
+) -> dict[Series, int]:
+    """How many candles after the newest one of each series, and before `until`, are no lag.
+
+    Nothing traded in them by the ledger, the market was closed, or so few are absent that they fit the density
+    of trades before them (`ledger.no_trade`): then nothing shows that a candle is missing.
+    """
+    return {one: _quiet_tail(one, tail, until[one], closed) for one, tail in ends.items()}
+
+
+def _quiet_tail(series: Series, tail: Tail, until: int, closed: Closed) -> int:
+    after, grid = _after_newest(tail, until), grid_of(series)
+    if not grid.count(after):
+        return 0
+    # One candle more than the neighbourhood: a run that begins before it must not look like one that begins in it.
+    first = grid.rank(np.array([after.start])) - NEIGHBOURS - 1
+    before = TimeRange(min(after.start, int(grid.at(np.maximum(first, 0))[0])), after.start)
+    shut = closed(series, TimeRange(before.start, until)) | (tail.no_trade & RangeSet([after]))
+    opens = np.concatenate([_NONE, *(grid.opens(part) for part in tail.absent & RangeSet([before]))])
+    decided = tail.no_trade.contains(opens)
+    absent = Absent(opens, np.zeros_like(decided), np.zeros_like(decided), decided)
+    return quiet_tail(absent, tail.covered & RangeSet([before]), grid, shut, after)
+
+
+def _after_newest(tail: Tail, until: int) -> TimeRange:
+    """What follows the newest candle: the whole of what was synced where there is none."""
+    synced_from = until if tail.synced is None else tail.synced.start
+    first = synced_from if tail.newest is None else tail.newest + 1
+    return TimeRange(min(first, until), until)
+
+
+def _closed_end(series: Series, now: int, rule: Rule) -> int:
+    """Up to where candles are expected at `now`."""
+    closed, end = grid_of(series).closed_end(now - GRACE), rule.end_of(series)
+    return closed if end is None else min(closed, end)
+
+
+def _neighbourhood(series: Series) -> int:
+    """Microseconds in which an open market has NEIGHBOURS candles of the series, and more."""
+    share, away = _OPEN[series.asset_class]
+    return NEIGHBOURS * series.timeframe.micros * share + away
 
 
 def publication_delay(providers: Mapping[str, Provider], priority: Sequence[str], series: Series) -> int:
@@ -105,17 +175,40 @@ def publication_delay(providers: Mapping[str, Provider], priority: Sequence[str]
     return min(delays, default=0)
 
 
-def behind(database: Database, series: Series, until: int) -> int | None:
+def behind(database: Database, series: Series, until: int, closed: Closed) -> int | None:
     """How many expected candles that open before `until` follow the newest stored one, quiet ones taken out.
 
     None where nothing was ever synced.
     """
-    tail = tails(database, [series])[series]
-    if tail.newest is None and tail.synced is None:
+    ends = read_tails(database, [series])
+    if ends[series].newest is None and ends[series].synced is None:
         return None
-    start = tail.newest + 1 if tail.newest is not None else tail.synced.start if tail.synced else until
-    missing = grid_of(series).count(TimeRange(start, until)) if start < until else 0
-    return max(0, missing - quiet_tails({series: tail})[series])
+    count = grid_of(series).count(_after_newest(ends[series], until))
+    return count - quiet_tails(ends, {series: until}, closed)[series]
+
+
+def is_quiet_end(database: Database, series: Series, window: TimeRange, closed: Closed) -> bool:
+    """Whether a window lies behind the newest candle, and what is absent up to its end is no lag."""
+    tail = read_tails(database, [series])[series]
+    if tail.newest is None or tail.newest >= window.start:
+        return False
+    count = grid_of(series).count(_after_newest(tail, window.end))
+    return quiet_tails({series: tail}, {series: window.end}, closed)[series] == count
+
+
+def recent_windows(
+    database: Database, series: Sequence[Series], now: int, rule: Rule
+) -> dict[Series, TimeRange]:
+    """Where an absent candle of each series is recent at `now`: a tail that is no lag is not among it."""
+    ends = read_tails(database, series)
+    until = {one: _closed_end(one, now, rule) for one in series}
+    quiet = quiet_tails(ends, until, rule.closed)
+    found = {}
+    for one in series:
+        after, grid = _after_newest(ends[one], until[one]), grid_of(one)
+        end = after.start if quiet[one] == grid.count(after) else after.end
+        found[one] = TimeRange(min(recent_start(grid, now - GRACE), end), end)
+    return found
 
 
 def _outages(database: Database, found: Mapping[Series, Freshness], now: int, rule: Rule) -> Sequence[Outage]:

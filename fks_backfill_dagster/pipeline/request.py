@@ -322,12 +322,27 @@ def _quiet_parts(
     witnesses = around[~_holding(around, native.answer.rejected, fine)]
     closes = fine.closes(absent)
     twice = absent[
-        asked.absent_elsewhere.contains(absent)
-        & asked.absent_elsewhere.contains(np.maximum(closes - 1, absent))
+        _absent_elsewhere(asked, candles).contains(absent)
+        & _absent_elsewhere(asked, candles).contains(np.maximum(closes - 1, absent))
     ]
     confirmed = np.union1d(native.answer.confirmed, witnesses)
     mask = no_trade(Absent.of(absent, confirmed, twice), covered, fine, asked.closed)
     return absent[mask]
+
+
+def _absent_elsewhere(asked: RangeRequest, given: Candles) -> RangeSet:
+    """What other providers lack, without the candles of the series in which this one has a part that they lack.
+
+    There it refutes them: a provider that lacks the whole candle had an outage, and does not corroborate which
+    parts of it did not trade.
+    """
+    coarse = grid_of(asked.series)
+    opens = coarse.opens(asked.window)
+    closes, span = coarse.closes(opens), parts_span(coarse, asked.window)
+    refuting = given.within(span).ts
+    index = np.searchsorted(closes, refuting[asked.absent_elsewhere.contains(refuting)], side="right")
+    starts = np.concatenate([[span.start], closes[:-1]])
+    return asked.absent_elsewhere - RangeSet.from_arrays(starts[index], closes[index])
 
 
 def _derived_delivery(parts: Sequence[Delivery], candles: Candles) -> tuple[Delivery, ...]:

@@ -31,6 +31,7 @@ from fks_backfill_dagster.ledger.settle import Rules, surroundings
 from fks_backfill_dagster.pipeline.eligible import eligible
 from fks_backfill_dagster.pipeline.events import BatchDone, Listener, Planned, SyncEvent, Warned, silent
 from fks_backfill_dagster.pipeline.fallback import ChainOptions, Fetched, ProviderChain, Tally
+from fks_backfill_dagster.pipeline.freshness import is_quiet_end
 from fks_backfill_dagster.pipeline.ingest import Ingest, ingest
 from fks_backfill_dagster.pipeline.listing import Beginning, Listings, find_listings
 from fks_backfill_dagster.pipeline.plan import Batch, Plan, Scope, closed_window, make_plan
@@ -379,6 +380,8 @@ class _Work:
         window = self._expected_window(plan)
         missing, quiet = self._counted(window)
         if not missing or missing + quiet < self.grid.count(window):
+            return None
+        if is_quiet_end(self.context.database, self.series, window, self.context.closed):
             return None
         return f"no provider has any of {missing:,} {'candle' if missing == 1 else 'candles'}"
 

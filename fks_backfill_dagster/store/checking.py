@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.outages import Spans
-from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime, to_micros
 from fks_backfill_dagster.ledger.gaps import GIVEN_UP, GapStatus
@@ -362,64 +363,93 @@ def reaches(database: Database, series: Sequence[Series]) -> dict[Series, Reach]
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """The end of a series: its newest open, the hull of what was ever synced, and the candles after the newest
-    one in which nothing traded (gaps in state `no_trade`). None where it has no candle, or no sync."""
+    """The end of a series: its newest open (None: it has no candle), the hull of what was ever synced (None:
+    nothing was), and what the ledger has there: what was synced, where candles are absent for whatever reason,
+    and where nothing traded. These reach back as far as `tails` was requested to, and to the end."""
 
     newest: int | None = None
     synced: TimeRange | None = None
-    quiet: int = 0
+    covered: RangeSet = field(default_factory=RangeSet)
+    absent: RangeSet = field(default_factory=RangeSet)
+    no_trade: RangeSet = field(default_factory=RangeSet)
 
 
-def tails(database: Database, series: Sequence[Series]) -> dict[Series, Tail]:
-    """The tail of every series in one query, however many they are; `Tail()` for those never synced."""
-    wanted = {(one.symbol, one.timeframe.value): one for one in series}
+MOST_TAIL_GAPS = 1000
+"""So many gaps of a series belong to its tail: the newest ones."""
+
+# The gap that reaches from before into what is wanted is found by a look-up of its own, as in store/ledger.py.
+_TAILS = f"""
+SELECT s.symbol, s.timeframe, {_MICROS.format("st.newest")} AS newest,
+    {_MICROS.format("lower(st.synced)")} AS first, {_MICROS.format("upper(st.synced)")} AS last,
+    st.synced * tstzmultirange(tstzrange(st.newest - w.before, NULL)) AS covered, g.starts, g.ends, g.no_trade
+FROM unnest(CAST(:symbols AS text[]), CAST(:timeframes AS text[]), CAST(:befores AS interval[]))
+    AS w(symbol, timeframe, before)
+JOIN fks.series s ON s.symbol = w.symbol AND s.timeframe = w.timeframe
+JOIN fks.sync_state st ON st.series_id = s.id
+LEFT JOIN LATERAL (
+    SELECT array_agg({_MICROS.format("gap_start")}) AS starts, array_agg({_MICROS.format("gap_end")}) AS ends,
+        array_agg(status = 'no_trade') AS no_trade
+    FROM (
+        SELECT gap_start, gap_end, status FROM fks.gap
+        WHERE series_id = s.id AND status <> 'filled' AND gap_start >= coalesce(
+            (SELECT max(gap_start) FROM fks.gap
+             WHERE series_id = s.id AND status <> 'filled' AND gap_start < st.newest - w.before),
+            st.newest - w.before, '-infinity')
+        ORDER BY gap_start DESC LIMIT {MOST_TAIL_GAPS}) n) g ON true
+"""
+
+
+def tails(database: Database, before: Mapping[Series, int]) -> dict[Series, Tail]:
+    """The tail of every series in one query, however many they are; `Tail()` for those never synced.
+
+    `before`: how far before its newest candle it begins, in microseconds.
+    """
+    wanted = {(one.symbol, one.timeframe.value): one for one in before}
     with database.begin() as connection:
         rows = connection.execute(
-            sa.text(
-                "SELECT s.symbol, s.timeframe, st.newest, lower(st.synced) AS first, upper(st.synced) AS last,"
-                "   coalesce(g.quiet, 0)::bigint AS quiet"
-                " FROM unnest(CAST(:symbols AS text[]), CAST(:timeframes AS text[])) AS w(symbol, timeframe)"
-                " JOIN fks.series s ON s.symbol = w.symbol AND s.timeframe = w.timeframe"
-                " JOIN fks.sync_state st ON st.series_id = s.id"
-                " LEFT JOIN LATERAL ("
-                "   SELECT sum(missing_candles) AS quiet FROM fks.gap"
-                "   WHERE series_id = s.id AND status = :quiet"
-                "     AND gap_start > coalesce(st.newest, '-infinity')) g ON true"
-            ),
+            sa.text(_TAILS),
             {
                 "symbols": [symbol for symbol, _ in wanted],
                 "timeframes": [timeframe for _, timeframe in wanted],
-                "quiet": GapStatus.NO_TRADE.value,
+                "befores": [timedelta(microseconds=before[one]) for one in wanted.values()],
             },
         ).all()
-    found = dict.fromkeys(series, Tail())
-    for row in rows:
-        found[wanted[row.symbol, row.timeframe]] = Tail(
-            newest=None if row.newest is None else to_micros(row.newest),
-            synced=None if row.first is None else TimeRange(to_micros(row.first), to_micros(row.last)),
-            quiet=row.quiet,
-        )
-    return found
+    return dict.fromkeys(before, Tail()) | {wanted[row.symbol, row.timeframe]: _tail(row) for row in rows}
 
 
-def recent_missing(database: Database, since: Mapping[Series, int]) -> dict[Series, int]:
-    """How many candles of each series that open at `since` or later are missing within what was synced.
+def _tail(row: sa.Row[Any]) -> Tail:
+    starts, ends = np.array(row.starts or (), dtype=np.int64), np.array(row.ends or (), dtype=np.int64)
+    quiet = np.array(row.no_trade or (), dtype=bool)
+    return Tail(
+        newest=row.newest,
+        synced=None if row.first is None else TimeRange(row.first, row.last),
+        covered=ledger.from_multirange(row.covered),
+        absent=RangeSet.from_arrays(starts, ends),
+        no_trade=RangeSet.from_arrays(starts[quiet], ends[quiet]),
+    )
+
+
+def recent_missing(database: Database, windows: Mapping[Series, TimeRange]) -> dict[Series, int]:
+    """How many candles of each series that open in its window are missing within what was synced.
 
     Explained ones count too, those in which nothing traded do not. One query for all series.
     """
-    found = dict.fromkeys(since, 0)
+    found = dict.fromkeys(windows, 0)
     with database.begin() as connection:
-        owners = _owners(connection, list(since))
+        owners = _owners(connection, list(windows))
         rows = connection.execute(
             sa.text(
-                f"SELECT g.series_id, {_MICROS.format('greatest(g.gap_start, w.since)')} AS first,"
-                f"   {_MICROS.format('g.gap_end')} AS last"
-                " FROM unnest(CAST(:ids AS int[]), CAST(:sinces AS timestamptz[])) AS w(id, since)"
-                " JOIN fks.gap g ON g.series_id = w.id AND g.gap_end > w.since AND g.status = ANY(:missing)"
+                f"SELECT g.series_id, {_MICROS.format('greatest(g.gap_start, w.low)')} AS first,"
+                f"   {_MICROS.format('least(g.gap_end, w.high)')} AS last"
+                " FROM unnest(CAST(:ids AS int[]), CAST(:lows AS timestamptz[]), CAST(:highs AS timestamptz[]))"
+                "   AS w(id, low, high)"
+                " JOIN fks.gap g ON g.series_id = w.id AND g.gap_end > w.low AND g.gap_start < w.high"
+                "   AND g.status = ANY(:missing)"
             ),
             {
                 "ids": list(owners),
-                "sinces": [to_datetime(since[one]) for one in owners.values()],
+                "lows": [to_datetime(windows[one].start) for one in owners.values()],
+                "highs": [to_datetime(windows[one].end) for one in owners.values()],
                 "missing": [status.value for status in _MISSING],
             },
         ).all()

@@ -14,7 +14,7 @@ from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY
 from fks_backfill_dagster.ledger.gaps import find_gaps, missing_of
-from fks_backfill_dagster.ledger.no_trade import NEIGHBOURS, Absent, no_trade
+from fks_backfill_dagster.ledger.no_trade import NEIGHBOURS, Absent, no_trade, quiet_tail
 from fks_backfill_dagster_tests.domain.builders import at, grid, read_csv, window
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
@@ -201,6 +201,140 @@ def test_an_absence_at_the_edge_is_not_decided() -> None:
     missing = np.concatenate([opens[:2], opens[10:1400:5], opens[-1:]])
     found = judged(opens, missing, minutes, covered)
     assert np.array_equal(found, missing[2:-1])
+
+
+# The end of a series --------------------------------------------------------------------------------------
+
+
+def fits_in_the_middle(
+    absent: Absent, first: int, length: int, covered: TimeRange, of: Grid, closed: RangeSet
+) -> bool:
+    """Whether a run of `length` from rank `first` on, and one stored candle after it, is no_trade as a whole."""
+    run = of.at(np.arange(first, first + length))
+    past = int(of.at(np.array([first + length + 1]))[0])
+    joined = Absent(
+        np.concatenate([absent.opens, run]),
+        np.concatenate([absent.confirmed, np.ones(length, dtype=bool)]),
+        np.concatenate([absent.corroborated, np.zeros(length, dtype=bool)]),
+        np.concatenate([absent.decided, np.zeros(length, dtype=bool)]),
+    )
+    within = RangeSet([TimeRange(covered.start, past)])
+    return bool(no_trade(joined, within, of, closed)[len(absent.opens) :].all())
+
+
+def tail_of(of: Grid, covered: TimeRange, length: int) -> TimeRange:
+    """The candles after `covered`, which ends with a stored one."""
+    first = int(of.rank(np.array([covered.end]))[0])
+    return TimeRange(covered.end, int(of.at(np.array([first + length]))[0]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    kind=st.sampled_from(KINDS),
+    share=st.sampled_from([0.0, 0.02, 0.2, 0.5, 0.9]),
+    holes=st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 60)), max_size=4),
+    length=st.integers(1, 40),
+    closed=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_a_tail_is_quiet_if_it_may_become_a_no_trade_interval(
+    kind: tuple[str, str], share: float, holes: list[tuple[int, int]], length: int, closed: bool, seed: int
+) -> None:
+    """By the rule itself: some run that begins as the tail does would be one."""
+    of = grid(*kind)
+    random = np.random.default_rng(seed)
+    days = 1 if kind[1] == "1m" else 600 if kind[1] == "1d" else 60
+    last = of.at(of.rank(np.array([MONTH.start + days * MICROS_PER_DAY])) - 1)
+    covered = TimeRange(MONTH.start, int(last[0]) + 1)
+    opens = of.opens(covered)
+    gone = random.random(len(opens)) < share
+    for start, size in holes:
+        gone[start % len(opens) :][:size] = True
+    gone[-1] = False
+    missing = opens[gone]
+    masks = random.random((3, len(missing))) < np.array([[0.9], [0.2], [0.05]])
+    absent = Absent(missing, masks[0], masks[1], masks[2])
+    tail = tail_of(of, covered, length)
+    shut = RangeSet()
+    if closed:  # a day of what is known, and what follows the newest candle for a quarter of a day
+        shut = RangeSet(
+            [
+                TimeRange(covered.start, covered.start + MICROS_PER_DAY),
+                TimeRange(covered.end, covered.end + MICROS_PER_DAY // 4),
+            ]
+        )
+    found = quiet_tail(absent, RangeSet([covered]), of, shut, tail)
+    first, quiet = int(of.rank(np.array([tail.start]))[0]), int(shut.contains(of.opens(tail)).sum())
+    beyond = int(of.rank(np.array([covered.end + MICROS_PER_DAY]))[0]) - first if closed else 0
+    # A longer run may hold closed candles that the tail does not: those are not asked for.
+    if closed and length < beyond:
+        assert found >= quiet
+        return
+    may_become = any(
+        fits_in_the_middle(absent, first, longer, covered, of, shut)
+        for longer in range(length, NEIGHBOURS + quiet + 1)
+    )
+    assert found == (length if may_become else quiet)
+
+
+def test_where_it_ends_that_a_tail_fits() -> None:
+    """Thirty per cent of quiet minutes: runs of up to six fit, and one longer does not."""
+    minutes = grid("crypto", "1m")
+    covered = TimeRange(MONTH.start, MONTH.start + MICROS_PER_DAY)
+    opens = minutes.opens(covered)
+    missing = opens[:-1][np.random.default_rng(1).random(len(opens) - 1) < 0.3]
+    absent = Absent.of(missing, missing)
+    first = int(minutes.rank(np.array([covered.end]))[0])
+    fits = [fits_in_the_middle(absent, first, n, covered, minutes, NOWHERE) for n in range(1, 60)]
+    longest = max(n for n, fit in enumerate(fits, 1) if fit)
+    assert 4 <= longest <= 12
+    known = RangeSet([covered])
+    found = [
+        quiet_tail(absent, known, minutes, NOWHERE, tail_of(minutes, covered, n)) for n in range(longest + 5)
+    ]
+    assert found == [*range(longest + 1), 0, 0, 0, 0]
+
+
+def test_no_tail_of_a_liquid_market_is_quiet() -> None:
+    minutes = grid("crypto", "1m")
+    covered = TimeRange(MONTH.start, MONTH.start + MICROS_PER_DAY)
+    nothing = np.empty(0, dtype=np.int64)
+    for missing in (nothing, minutes.opens(covered)[600:660]):  # or of one that had an outage
+        absent = Absent.of(missing, missing)
+        for length in (1, 2, 30):
+            tail = tail_of(minutes, covered, length)
+            assert quiet_tail(absent, RangeSet([covered]), minutes, NOWHERE, tail) == 0
+
+
+def test_a_tail_that_holds_a_whole_session_is_not_quiet() -> None:
+    quarters = grid("stocks", "30m")
+    covered = window("2024-03-01T00:00:00Z", "2024-03-12T20:00:00Z")
+    opens = quarters.opens(covered)
+    missing = opens[:-1][np.random.default_rng(3).random(len(opens) - 1) < 0.85]
+    absent = Absent.of(missing, missing)
+
+    def quiet(until: str, closed: RangeSet = NOWHERE) -> int:
+        tail = TimeRange(covered.end, at(until))
+        return quiet_tail(absent, RangeSet([covered]), quarters, closed, tail)
+
+    assert quiet("2024-03-13T18:00:00Z") == 9
+    assert quiet("2024-03-13T20:00:00Z") == 0
+    date = RangeSet([window("2024-03-13T00:00:00Z", "2024-03-14T00:00:00Z")])
+    assert quiet("2024-03-13T20:00:00Z", date) == 13
+
+
+def test_the_closed_part_of_a_tail_is_quiet_whatever_the_rest_is() -> None:
+    hours = grid("forex", "1h")
+    covered = window("2024-12-16T00:00:00Z", "2024-12-24T22:00:00Z")
+    nothing = Absent.of(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+    holiday = RangeSet([window("2024-12-24T22:00:00Z", "2024-12-26T23:00:00Z")])
+    for until, quiet in (
+        ("2024-12-26T12:00:00Z", 38),
+        ("2024-12-26T23:00:00Z", 49),
+        ("2024-12-27T03:00:00Z", 49),
+    ):
+        tail = TimeRange(covered.end, at(until))
+        assert quiet_tail(nothing, RangeSet([covered]), hours, holiday, tail) == quiet
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real files are only there beside the shared folder")

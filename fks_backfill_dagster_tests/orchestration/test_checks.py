@@ -277,6 +277,7 @@ def test_recent_missing_candles_warn_though_they_are_explained(
     # A day and more later the same gap is history, and explained is enough.
     at = int(present + 2 * MICROS_PER_DAY)
     grid = grid_of(mine.series("BTC/USDT", "15m"))
-    assert recent_missing(database, {mine.series("BTC/USDT", "15m"): recent_start(grid, at)}) == {
+    late = TimeRange(recent_start(grid, at), at)
+    assert recent_missing(database, {mine.series("BTC/USDT", "15m"): late}) == {
         mine.series("BTC/USDT", "15m"): 0
     }

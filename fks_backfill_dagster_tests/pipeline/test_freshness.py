@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
 import pytest
 
+from fks_backfill_dagster.domain.closures import closed_ranges
 from fks_backfill_dagster.domain.freshness import Thresholds, Verdict
-from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
-from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, MICROS_PER_MINUTE, Timeframe
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, MICROS_PER_MINUTE, Timeframe, to_datetime
 from fks_backfill_dagster.pipeline.freshness import (
+    Assessment,
     Rule,
     behind,
     freshness,
     publication_delay,
 )
+from fks_backfill_dagster.pipeline.refresh import refresh_range
 from fks_backfill_dagster.pipeline.sync import Context, sync
 from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool
 from fks_backfill_dagster.providers.registry import build, resolve_options
-from fks_backfill_dagster.simulator import LocalMarket
+from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
+from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store.checking import reaches
+from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.pipeline.conftest import NOW
 from fks_backfill_dagster_tests.store.builders import execute
 
@@ -92,11 +104,11 @@ def test_what_did_not_trade_at_the_end_is_no_lag(context: Context, market: Local
     series = QUARTERS[1]
     sync(context, series, DAY, ["binance"])
     assert verdicts(context)["ETH/USDT 15m"] == ("late", 10)
-    assert behind(context.database, series, TEN) == 0
-    assert behind(context.database, series, TEN + MICROS_PER_HOUR) == 4
+    assert behind(context.database, series, TEN, context.closed) == 0
+    assert behind(context.database, series, TEN + MICROS_PER_HOUR, context.closed) == 4
     execute(context.database, "UPDATE fks.gap SET status = 'no_trade'")
     assert verdicts(context)["ETH/USDT 15m"] == ("fresh", 0)
-    assert behind(context.database, series, TEN + MICROS_PER_HOUR) == 0
+    assert behind(context.database, series, TEN + MICROS_PER_HOUR, context.closed) == 0
 
 
 def test_nothing_is_expected_of_a_symbol_after_its_end(context: Context, market: LocalMarket) -> None:
@@ -106,6 +118,97 @@ def test_nothing_is_expected_of_a_symbol_after_its_end(context: Context, market:
     state = freshness(context.database, [QUARTERS[1]], NOW, ended)[QUARTERS[1]]
     assert state.freshness.fresh
     assert str(state) == "nothing is expected any more: the newest candle opens at 2024-06-15 09:45"
+
+
+# A market in which hardly anybody trades ------------------------------------------------------------------
+
+THIN = Series("THIN/USD", Timeframe.M1, AssetClass.CRYPTO)
+BEGIN, LAST = instant("2024-06-14T00:00"), instant("2024-06-15T10:00")
+
+
+@contextmanager
+def trading(
+    database: Database, folder: Path, share: float
+) -> Iterator[tuple[Context, Callable[[int], None]]]:
+    """A market with trades in `share` of the minutes up to LAST, and none after it; and what moves its clock."""
+    opens = np.arange(BEGIN, LAST + 1, MICROS_PER_MINUTE)
+    traded = opens[(np.random.default_rng(5).random(len(opens)) < share) | np.isin(opens, [BEGIN, LAST])]
+    rows = "".join(f"{to_datetime(ts):%Y-%m-%dT%H:%M:%SZ},100,101,99,100.5,3\n" for ts in traded.tolist())
+    (folder / "coinbase").mkdir()
+    (folder / "coinbase/THINUSD-1m.csv").write_text(f"ts,open,high,low,close,volume\n{rows}")
+    clock = [LAST]
+    with LocalMarket(MarketConfig(limits=False, replay=folder, now=LAST)) as market:
+
+        def move(at: int) -> None:
+            clock[0] = at
+            market.set_clock(at)
+
+        pool = RequestPool(5)
+        options = resolve_options(
+            "polygon", base_url=market.polygon_url, key="any", retry_budget_seconds=0.01, timeout_seconds=5
+        )
+        provider = build("polygon", options, pool, ProcessLimiter({}), lambda: clock[0])
+        yield (
+            Context(database, {"polygon": provider}, lambda: clock[0], priority=lambda _: ("polygon",)),
+            move,
+        )
+        pool.close()
+
+
+def refreshed(context: Context) -> Assessment:
+    """What a refresh does, and the freshness after it."""
+    now, grid = context.clock(), grid_of(THIN)
+    window = refresh_range(reaches(context.database, [THIN]).get(THIN), grid, THIN.timeframe, BEGIN, now)
+    sync(context, THIN, window, ("polygon",))
+    return freshness(context.database, [THIN], now, Rule())[THIN]
+
+
+def state(context: Context) -> str:
+    return reading.sync_status(context.database, THIN)[0].status
+
+
+def test_a_tail_that_fits_the_density_of_trades_is_no_lag(database: Database, tmp_path: Path) -> None:
+    """Trades in one of seven minutes: half an hour without one is nothing, and three hours are an outage."""
+    with trading(database, tmp_path, 0.15) as (context, move):
+        for minutes in (2, 17, 32, 47):
+            move(LAST + minutes * MICROS_PER_MINUTE)
+            found = refreshed(context)
+            assert (found.freshness.verdict, found.freshness.lag) == (Verdict.FRESH, 0)
+            assert state(context) == "completed"
+            assert behind(context.database, THIN, LAST + minutes * MICROS_PER_MINUTE, context.closed) == 0
+        assert str(found) == "up to date: the newest candle opens at 2024-06-15 10:00"
+        for minutes in range(62, 200, 15):
+            move(LAST + minutes * MICROS_PER_MINUTE)
+            found = refreshed(context)
+        assert (found.freshness.verdict, found.freshness.lag) == (Verdict.STALE, 195)
+        assert state(context) == "error"
+        assert behind(context.database, THIN, LAST + 31 * MICROS_PER_MINUTE, context.closed) == 0
+        assert behind(context.database, THIN, LAST + 91 * MICROS_PER_MINUTE, context.closed) == 90
+
+
+def test_the_provider_of_a_liquid_symbol_is_dead(database: Database, tmp_path: Path) -> None:
+    with trading(database, tmp_path, 0.999) as (context, move):
+        verdicts, states = [], []
+        for minutes in (2, 17, 32, 47, 62, 77):
+            move(LAST + minutes * MICROS_PER_MINUTE)
+            found = refreshed(context).freshness
+            verdicts.append((found.verdict.value, found.lag))
+            states.append(state(context))
+        stale = [("stale", lag) for lag in (30, 45, 60, 75)]
+        assert verdicts == [("fresh", 0), ("fresh", 15), *stale], "red after two polling intervals"
+        assert states[-1] == "error"
+
+
+def test_what_a_closed_market_lacks_is_no_lag(context: Context, market: LocalMarket) -> None:
+    """A date of the settings, before anything of it is in the ledger; what lacks beside it is lag."""
+    series = HOURS[0]
+    sync(context, series, DAY, ["binance"])
+    date = closed_ranges(series, [(day := to_datetime(NOW).date(), day)])
+    rule = Rule(closed=lambda one, window: date if one == series else RangeSet())
+    for hours, lag in ((5, 0), (11, 0), (14, 2)):
+        found = freshness(context.database, HOURS, NOW + hours * MICROS_PER_HOUR, rule)[series]
+        assert found.freshness.lag == lag
+    assert freshness(context.database, HOURS, NOW + 5 * MICROS_PER_HOUR, Rule())[series].freshness.lag == 5
 
 
 @pytest.mark.parametrize(

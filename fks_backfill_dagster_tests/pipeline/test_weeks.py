@@ -100,7 +100,7 @@ LONG = [
         ETHER, span("2023-12-20T00:00", "2023-12-26T00:00"), CRYPTO, published=instant("2023-12-27T00:00")
     ),
 ]
-OVER_CHRISTMAS = Outage(APPLE, span("2023-12-22T19:00", "2023-12-26T17:00"), STOCKS[:2])
+OVER_CHRISTMAS = Outage(APPLE, span("2023-12-22T19:00", "2023-12-26T17:00"), STOCKS[:1])
 A_SESSIONS_MIDDLE = Outage(APPLE, span("2024-01-04T15:00", "2024-01-04T17:00"), STOCKS)
 OVER_A_WEEKEND = Outage(EURO, span("2023-12-29T16:00", "2024-01-01T04:00"), ("oanda",))
 OF_BOTH = Outage(EURO, span("2024-01-04T08:00", "2024-01-04T16:00"), FOREX)
@@ -122,6 +122,8 @@ OUTAGES = [
 ]
 DOWNS = [
     Down("polygon", span("2023-12-22T06:00", "2023-12-24T06:00")),
+    # What Polygon lacks of Christmas nobody else can be asked for, until the new key comes.
+    Down("yfinance", span("2023-12-22T18:00", "2024-01-03T18:00")),
     Down("binance", span("2023-12-28T06:00", "2023-12-28T18:00")),
     Down("binance", span("2024-01-05T00:00", "2024-01-05T06:00")),
     Down("polygon", span("2024-01-05T00:00", "2024-01-05T06:00")),
@@ -138,8 +140,8 @@ def test_every_gap_ends_filled_or_explained(quick: Database, market: LocalMarket
         assert {one: [(gap.missing, gap.status) for gap in world.gaps(one)] for one in series} == {
             BITCOIN: [(6, GapStatus.UNAVAILABLE), (6, GapStatus.UNAVAILABLE)],
             ETHER: [],
-            APPLE: [(2, GapStatus.UNAVAILABLE)],
-            EURO: [(2, GapStatus.NO_TRADE)],  # of two that leave quiet intervals out
+            APPLE: [(2, GapStatus.NO_TRADE)],  # of three that leave quiet intervals out, and agree
+            EURO: [(2, GapStatus.NO_TRADE)],  # of two
         }
         for one, providers in series.items():
             assert [gap.heard() for gap in world.gaps(one)] == [frozenset(providers)] * len(world.gaps(one))

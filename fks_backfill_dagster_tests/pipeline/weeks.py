@@ -1,15 +1,16 @@
 """Weeks of operation in seconds: a clock that is moved, and at every step what Dagster's schedules and sensor do.
 
 A `World` is a real database and a real local market with several providers. `run` moves both clocks; a step
-looks for closed candles (a refresh) and for gaps that are due (filling), by the functions that schedules
-and sensor call, and compares all that is stored with the market once a day.
+looks for closed candles (a refresh, at the polling interval of each timeframe) and for gaps that are due
+(filling), by the functions that schedules and sensor call, and compares all that is stored with the market once
+a day. What looks at the database after every step (checks, `status`) is passed in.
 
 Does not belong here: what happens in these weeks, and what is asserted of it (test_weeks.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 
 from fks_backfill_dagster.domain.candles import PRICES, Candles
+from fks_backfill_dagster.domain.freshness import polling_interval
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
@@ -73,7 +75,7 @@ class World:
     """The series with their providers in order of priority, kept since `since`.
 
     `keys`: who has one, and from when on. Everything that happens is given beforehand. `requests`: how
-    many came to the market; `asked`: those for candles of crypto pairs.
+    many came to the market; `asked`: those for candles of crypto pairs. `look`: is called after every step.
     """
 
     database: Database
@@ -86,6 +88,7 @@ class World:
     downs: Sequence[Down] = ()
     requests: int = 0
     asked: list[Request] = field(default_factory=list)
+    look: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self._threads = ThreadPoolExecutor(4)
@@ -104,9 +107,10 @@ class World:
             self.market.set_clock(self.now)
             self._let_happen()
             if refreshing:
-                self.refresh()
+                self.refresh(step)
             self.fill()
             self._read_journal()
+            self.look()
             if self.now % MICROS_PER_DAY < step:
                 for one in self.series:
                     self.compare(one, step)
@@ -117,10 +121,15 @@ class World:
 
     # What a step does -------------------------------------------------------------------------------------
 
-    def refresh(self) -> None:
+    def refresh(self, step: int) -> None:
         """As the schedules and the op of a refresh, which takes a few series at once."""
         known = reaches(self.database, list(self.series))
-        due = [one for one in self.series if is_due(known.get(one), grid_of(one), self.now)]
+        polled = [
+            one
+            for one in self.series
+            if self.now % (every := polling_interval(one.timeframe)) < min(step, every)
+        ]
+        due = [one for one in polled if is_due(known.get(one), grid_of(one), self.now)]
 
         def bring(one: Series) -> None:
             window = refresh_range(known.get(one), grid_of(one), one.timeframe, self.since, self.now)

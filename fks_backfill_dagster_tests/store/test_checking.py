@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.ranges import TimeRange
-from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
+from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, to_datetime, to_micros
 from fks_backfill_dagster.store.checking import (
+    MOST_TAIL_GAPS,
     Completeness,
     PartState,
     Reach,
@@ -232,21 +233,56 @@ def set_gap(shelf: Shelf, first: int, **values: str) -> None:
     )
 
 
-def test_the_tail_counts_what_did_not_trade_after_the_newest_candle(hours: Shelf, minutes: Shelf) -> None:
-    unknown = fresh("1h")
-    both = [hours.series, minutes.series, unknown]
-    assert tails(hours.database, both) == dict.fromkeys(both, Tail())
-    # Quiet hours at 2 and at 10 .. 13, missing ones at 14 and 15; the newest candle is that of 9.
-    hours.commit(hours.span(0, 16), brought(candles_at([*hours.opens(0, 2), *hours.opens(3, 10)])))
-    set_gap(hours, 2, status="no_trade")
-    set_gap(
-        hours, 10, status="no_trade", missing_candles="4", gap_end=str(to_datetime(hours.span(14, 14).start))
+def split_gap(shelf: Shelf, first: int, at: int) -> None:
+    """Makes two rows of the gap that begins at the first-th candle: up to the `at`-th, and from there on."""
+    low, cut = (to_datetime(shelf.span(n, n).start) for n in (first, at))
+    execute(
+        shelf.database,
+        "INSERT INTO fks.gap (series_id, gap_start, gap_end, missing_candles, status, attempts, evidence)"
+        f" SELECT series_id, '{cut}', gap_end, missing_candles - {at - first}, status, attempts, evidence FROM fks.gap"
+        f" WHERE series_id = {shelf.identity} AND gap_start = '{low}'",
     )
+    set_gap(shelf, first, missing_candles=str(at - first), gap_end=str(cut))
+
+
+def test_the_tail_is_what_the_ledger_has_around_the_newest_candle(hours: Shelf, minutes: Shelf) -> None:
+    unknown = fresh("1h")
+    before = {hours.series: 7 * MICROS_PER_HOUR, minutes.series: 0, unknown: 0}
+    assert tails(hours.database, before) == dict.fromkeys(before, Tail())
+    # Absent: 0, 3 .. 5, 7, and behind the newest candle (9) the hours 10 .. 15; of those 7 and 10 .. 13 are quiet.
+    hours.commit(
+        hours.span(0, 16), brought(candles_at([*hours.opens(1, 3), *hours.opens(6, 7), *hours.opens(8, 10)]))
+    )
+    set_gap(hours, 7, status="no_trade")
+    split_gap(hours, 10, 14)
+    set_gap(hours, 10, status="no_trade")
     minutes.commit(minutes.span(5, 10))
-    found = tails(hours.database, both)
-    assert found[hours.series] == Tail(int(hours.opens(9, 10)[0]), hours.span(0, 16), 4)
-    assert found[minutes.series] == Tail(None, minutes.span(5, 10), 0)
+    found = tails(hours.database, before)
+    newest = int(hours.opens(9, 10)[0])
+    quiet = RangeSet([hours.span(7, 8), hours.span(10, 14)])
+    # A gap that reaches into what is wanted (from 2 on) belongs to it whole, and the one before it does too.
+    absent = RangeSet([hours.span(0, 1), hours.span(3, 6), hours.span(7, 8), hours.span(10, 16)])
+    assert found[hours.series] == Tail(
+        newest, hours.span(0, 16), RangeSet([hours.span(2, 16)]), absent, quiet
+    )
+    assert found[minutes.series] == Tail(
+        None,
+        minutes.span(5, 10),
+        RangeSet([minutes.span(5, 10)]),
+        RangeSet([minutes.span(5, 10)]),
+        RangeSet(),
+    )
     assert found[unknown] == Tail()
+    near = tails(hours.database, {hours.series: MICROS_PER_HOUR})[hours.series]
+    assert near.absent == RangeSet([hours.span(7, 8), hours.span(10, 16)])
+
+
+def test_a_tail_has_the_newest_gaps_however_many_there_are(minutes: Shelf) -> None:
+    stored = minutes.opens(0, 2 * MOST_TAIL_GAPS + 41)[::2]
+    minutes.commit(minutes.span(0, 2 * MOST_TAIL_GAPS + 41), brought(candles_at(stored)))
+    (found,) = tails(minutes.database, {minutes.series: 10 * MICROS_PER_DAY}).values()
+    assert len(found.absent) == MOST_TAIL_GAPS
+    assert found.absent.hull == minutes.span(41, 2 * MOST_TAIL_GAPS + 40)
 
 
 def test_the_tails_of_many_series_are_one_query(shared: Database, hours: Shelf, minutes: Shelf) -> None:
@@ -259,28 +295,31 @@ def test_the_tails_of_many_series_are_one_query(shared: Database, hours: Shelf, 
 
     sa.event.listen(shared._engine, "before_cursor_execute", note)
     try:
-        tails(shared, [hours.series, minutes.series, fresh("1d"), fresh("1m")])
+        tails(
+            shared, dict.fromkeys([hours.series, minutes.series, fresh("1d"), fresh("1m")], MICROS_PER_HOUR)
+        )
     finally:
         sa.event.remove(shared._engine, "before_cursor_execute", note)
     assert len(seen) == 1
 
 
-def test_recent_missing_candles_are_counted_from_their_moment_on(hours: Shelf, minutes: Shelf) -> None:
+def test_recent_missing_candles_are_counted_within_a_window(hours: Shelf, minutes: Shelf) -> None:
     hours.commit(hours.span(0, 24), brought(candles_at([*hours.opens(0, 4), *hours.opens(10, 20)])))
     set_gap(hours, 4, status="unavailable")
     set_gap(hours, 20, status="tolerated")
     minutes.put(0, 10)
 
-    def since(hour: int) -> int:
-        moments = {hours.series: hours.span(hour, hour).start, minutes.series: minutes.span(0, 0).start}
-        found = recent_missing(hours.database, moments)
+    def within(first: int, past: int = 30) -> int:
+        windows = {hours.series: hours.span(first, past), minutes.series: minutes.span(0, 100)}
+        found = recent_missing(hours.database, windows)
         assert found[minutes.series] == 0
         return found[hours.series]
 
-    assert [since(hour) for hour in (0, 4, 7, 10, 20, 22, 24)] == [10, 10, 7, 4, 4, 2, 0]
+    assert [within(hour) for hour in (0, 4, 7, 10, 20, 22, 24)] == [10, 10, 7, 4, 4, 2, 0]
+    assert [within(0, hour) for hour in (4, 6, 10, 20, 21)] == [0, 2, 6, 6, 7]
     set_gap(hours, 20, status="no_trade")
-    assert [since(hour) for hour in (0, 7, 22)] == [6, 3, 0]
-    assert recent_missing(hours.database, {fresh("1h"): 0}).popitem()[1] == 0
+    assert [within(hour) for hour in (0, 7, 22)] == [6, 3, 0]
+    assert recent_missing(hours.database, {fresh("1h"): TimeRange(0, 1)}).popitem()[1] == 0
 
 
 def test_the_next_attempt_is_that_of_the_first_gap_that_is_due(hours: Shelf) -> None:

@@ -1,0 +1,81 @@
+"""What one provider lacks corroborates what another one lacks, unless that one's own candles refute it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.pipeline.sync import Context, sync
+from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool
+from fks_backfill_dagster.providers.registry import build, resolve_options
+from fks_backfill_dagster.simulator import LocalMarket
+from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.pipeline.conftest import NOW
+from fks_backfill_dagster_tests.pipeline.test_sync import days
+
+
+@pytest.fixture
+def both(database: Database, market: LocalMarket) -> Iterator[Context]:
+    """Every provider of stocks and currencies at the local market."""
+    pool = RequestPool(5)
+    urls = {
+        "polygon": market.polygon_url,
+        "yfinance": market.yahoo_url,
+        "alphavantage": market.alphavantage_url,
+        "oanda": market.oanda_url,
+    }
+    providers = {
+        name: build(
+            name, resolve_options(name, base_url=url, key="any"), pool, ProcessLimiter({}), lambda: NOW
+        )
+        for name, url in urls.items()
+    }
+    yield Context(database, providers, lambda: NOW)
+    pool.close()
+
+
+WINDOW = days("2024-06-02", "2024-06-14")
+
+
+@pytest.mark.parametrize(
+    ("symbol", "timeframe", "providers", "hole"),
+    [
+        ("AAPL", "30m", ("polygon", "yfinance"), ("2024-06-12T15:00", "2024-06-12T16:10")),
+        ("AAPL", "30m", ("polygon", "yfinance"), ("2024-06-12T15:20", "2024-06-12T16:30")),
+        ("AAPL", "4h", ("yfinance", "polygon"), ("2024-06-12T15:20", "2024-06-12T17:10")),
+        ("EUR/USD", "4h", ("oanda", "polygon"), ("2024-06-12T03:20", "2024-06-12T13:10")),
+        ("EUR/USD", "1d", ("oanda", "polygon"), ("2024-06-11T03:20", "2024-06-12T13:10")),
+        ("EUR/USD", "1w", ("oanda", "polygon"), ("2024-06-11T03:20", "2024-06-12T13:10")),
+    ],
+)
+def test_a_candle_of_which_one_provider_has_parts_is_not_made_of_them(
+    both: Context,
+    market: LocalMarket,
+    symbol: str,
+    timeframe: str,
+    providers: tuple[str, ...],
+    hole: tuple[str, str],
+) -> None:
+    """All of them had one outage, which begins or ends in the middle of a candle. The one that gives the candle itself
+    lacks it: that is no second voice for the parts which the other one lacks of it, since it has the rest."""
+    series = Series(symbol, Timeframe(timeframe), AssetClass.STOCKS if symbol == "AAPL" else AssetClass.FOREX)
+    missing = days(*hole)
+    for name in providers:
+        market.plant_outage(name, missing, symbol)
+    sync(both, series, WINDOW, providers)
+    stored = reading.read_candles(both.database, series, WINDOW).ts
+    grid = grid_of(series)
+    opens = grid.opens(WINDOW)
+    hit = (opens < missing.end) & (grid.closes(opens) > missing.start)
+    assert hit.any()
+    assert np.isin(opens[~hit], stored).all()
+    assert not np.isin(opens[hit], stored).any()
+    gaps = reading.ledger_gaps(both.database, series, TimeRange(WINDOW.start, WINDOW.end))
+    assert sum(gap.missing for gap in gaps) == int(hit.sum())
