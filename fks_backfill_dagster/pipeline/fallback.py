@@ -108,8 +108,9 @@ class ChainOptions:
     """What the requests of a sync go by besides the providers.
 
     clock: the present. stored: the stored candles of some opens. stored_within: those of a window.
-    stored_rows: the same with their lineage. tolerance: the largest relative difference of a price between two quotes of one market. closed:
-    where the market of a series was closed within a window. force: a refetch is not guarded.
+    stored_rows: the same with their lineage. tolerance: the largest relative difference of a price between two
+    quotes of one market. closed: where the market of a series was closed within a window. force: a refetch is
+    not guarded.
     """
 
     clock: Callable[[], int]

@@ -27,6 +27,7 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso, to_micros
+from fks_backfill_dagster.ledger.records import Outcome
 from fks_backfill_dagster.ledger.settle import Rules, surroundings
 from fks_backfill_dagster.pipeline.eligible import eligible
 from fks_backfill_dagster.pipeline.events import BatchDone, Listener, Planned, SyncEvent, Warned, silent
@@ -321,6 +322,8 @@ class _Work:
         self.warnings: dict[str, None] = dict.fromkeys(chain.warnings)
         self.told: set[str] = set()
         self.first_given: dict[str, int] = {}
+        # Providers that refused, or did not respond about, a part of what lies before the earliest claim.
+        self.unheard_before: set[str] = set()
 
     @cached_property
     def is_kept(self) -> bool:
@@ -407,6 +410,14 @@ class _Work:
             if len(candles):
                 first = int(candles.ts[0])
                 self.first_given[name] = min(first, self.first_given.get(name, first))
+        claimed = self.beginning.claimed
+        if claimed is not None:
+            self.unheard_before |= {
+                response.evidence.provider
+                for response in fetched.responses
+                if response.evidence.outcome in (Outcome.REFUSED, Outcome.ERROR)
+                and int(response.opens[0]) < claimed
+            }
         given = Ingest(fetched.deliveries, fetched.rejected, fetched.responses, fetched.withdrawn)
         for batch in batches:
             if not fetched.recordable and not self.is_kept:
@@ -470,7 +481,8 @@ class _Work:
             return
         shown = self.refuted(listings)
         if listings.earliest is not None and plan.batches[0].window.start < listings.earliest:
-            shown |= {name for name in listings.silent if name in self.first_given}
+            # One that refused, or did not respond, may have it after all.
+            shown |= {n for n in listings.silent if n in self.first_given} - self.unheard_before
         with self.context.database.begin() as connection:
             for name in sorted(shown):
                 ledger.remember_listing(
