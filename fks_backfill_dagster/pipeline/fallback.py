@@ -108,7 +108,8 @@ class ChainOptions:
     """What the requests of a sync go by besides the providers.
 
     clock: the present. stored: the stored candles of some opens. stored_within: those of a window.
-    stored_rows: the same with their lineage. tolerance: the largest relative difference of a price between two quotes of one market. closed:
+    stored_rows: the same with their lineage.
+    tolerance: the largest relative difference of a price between two quotes of one market. closed:
     where the market of a series was closed within a window. force: a refetch is not guarded.
     """
 
@@ -217,6 +218,10 @@ class ProviderChain:
                 return None
             # The same text until it is over, so that it is reported once and not with every span.
             return self._rests.setdefault(name, f"left alone for another {rest.seconds:.0f} s: {rest.reason}")
+
+    def start(self) -> None:
+        """Spans are fetched, again where others were stopped before."""
+        self._stopped.clear()
 
     def stop(self) -> None:
         """Spans that have not begun are not fetched any more."""

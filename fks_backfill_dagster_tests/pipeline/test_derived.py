@@ -237,9 +237,7 @@ def test_a_bad_part_leaves_its_candle_absent(
     case, parts = one.case, one.parts_of(0)
     bad = one.covering(parts[1:2])
     shift = one.parts.micros if case.provider == "coingecko" else 0  # its rows are stamped with the close
-    market.plant_fault(
-        case.market, kind, count=None, start=iso(bad.start + shift), end=iso(bad.end + shift)
-    )
+    market.plant_fault(case.market, kind, count=None, start=iso(bad.start + shift), end=iso(bad.end + shift))
     truth = market.truth(case.market, case.series.symbol, case.series.timeframe, case.window)
     report = sync(context_of(database, market, case), case.series, case.window, [case.provider])
     stored = accounted_for(database, case, truth, report)
@@ -247,9 +245,7 @@ def test_a_bad_part_leaves_its_candle_absent(
     assert mine not in stored.ts.tolist()
     assert set(quarantined(database)) <= {"off_grid", "not_positive", "high_low"}
     (gap,) = [
-        gap
-        for gap in reading.ledger_gaps(database, case.series, case.window)
-        if gap.start <= mine < gap.end
+        gap for gap in reading.ledger_gaps(database, case.series, case.window) if gap.start <= mine < gap.end
     ]
     assert [item.outcome for item in gap.evidence] == ["rejected"]
 

@@ -49,9 +49,7 @@ def server(market: TwoMarkets) -> Iterator[Server]:
 
 @pytest.fixture
 def context(database: Database, server: Server) -> Context:
-    return make_context(
-        database, f"{server.url}/binance", polygon_url=f"{server.url}/polygon", budget=0.1
-    )
+    return make_context(database, f"{server.url}/binance", polygon_url=f"{server.url}/polygon", budget=0.1)
 
 
 def synced(context: Context, *priority: str, window: TimeRange = SPRING, **options: object) -> SyncReport:

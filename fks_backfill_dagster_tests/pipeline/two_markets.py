@@ -46,9 +46,7 @@ class TwoMarkets:
                 {"t": ts // 1000, **dict(zip(names, bar, strict=True))}
                 for ts, *bar in zip(*(column.tolist() for column in found.columns()), strict=True)
             ]
-            return json_said(
-                {"ticker": ticker, "status": "OK", "resultsCount": len(rows), "results": rows}
-            )
+            return json_said({"ticker": ticker, "status": "OK", "resultsCount": len(rows), "results": rows})
         query = asked.query
         if not asked.path.endswith("/klines"):
             return Said(b"", 404)
