@@ -219,6 +219,10 @@ class ProviderChain:
             # The same text until it is over, so that it is reported once and not with every span.
             return self._rests.setdefault(name, f"left alone for another {rest.seconds:.0f} s: {rest.reason}")
 
+    def start(self) -> None:
+        """Spans are fetched, again where others were stopped before."""
+        self._stopped.clear()
+
     def stop(self) -> None:
         """Spans that have not begun are not fetched any more."""
         self._stopped.set()

@@ -29,7 +29,7 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.ledger.gaps import missing_of
 from fks_backfill_dagster.ledger.no_trade import NEIGHBOURS, Absent, no_trade
 from fks_backfill_dagster.pipeline.plan import GRACE
-from fks_backfill_dagster.providers.base import BadAnswer, Cancelled, Provider, ProviderError
+from fks_backfill_dagster.providers.base import Cancelled, Contradiction, Provider, ProviderError
 
 _NONE = np.empty(0, dtype=np.int64)
 
@@ -82,19 +82,15 @@ class ProviderAnswer:
         return Candles.concat([delivery.candles for delivery in self.kept]).sorted()
 
 
-class _Contradiction(BadAnswer):
-    """Two responses about the same candles differ: one of them belongs to another instrument."""
-
-
 def request_range(provider: Provider, asked: RangeRequest) -> ProviderAnswer:
     """Requests the wanted candles of one provider.
 
-    Raises ProviderError when the first request fails, and BadAnswer when its responses contradict one another,
+    Raises ProviderError when the first request fails, and Contradiction when its responses contradict one another,
     all of it requested anew once: then which of them are right is unknown.
     """
     try:
         return _request(provider, asked)
-    except _Contradiction:
+    except Contradiction:
         return _request(provider, asked)
 
 
@@ -132,10 +128,10 @@ def _request_native(provider: Provider, asked: RangeRequest, *, widen: bool) -> 
         ):
             again.append(_fetch(provider, asked.series, window, grid, closed_end))
             if contradict(first.candles, again[-1].candles, asked.tolerance):
-                raise _Contradiction(
+                raise Contradiction(
                     provider.name, f"it gives different values for the same candles of {asked.series}"
                 )
-    except (Cancelled, _Contradiction):
+    except (Cancelled, Contradiction):
         raise
     except ProviderError as failure:
         error = str(failure)

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.continuity import contradict, foreign
+from fks_backfill_dagster.domain.continuity import JUMP, contradict, foreign
 from fks_backfill_dagster.domain.delivery import RejectedRows
 from fks_backfill_dagster.domain.quality import Reason
 from fks_backfill_dagster.domain.ranges import Instants
@@ -37,6 +37,7 @@ def fetch_spans(
     """What the providers gave for every span, in order; at most `ahead` spans and two are in memory."""
     rest = iter(spans)
     waiting: deque[tuple[Span, Future[Fetched]]] = deque()
+    chain.start()
     pool = ThreadPoolExecutor(ahead, thread_name_prefix="fetch")
 
     def fill() -> None:
@@ -73,9 +74,11 @@ def _checked(
     def following(count: int) -> Fetched | None:
         return waiting[count][1].result() if count < len(waiting) else None
 
+    if before is not None and all(_continues(before, found, name) for name in found.seen):
+        return found
     name = _suspect(found, before, following)
     if name is None:
-        return found
+        return _beside_a_jump(chain, plan, span, found, before, following)
     found = _again(chain, plan, span, found)
     name = _suspect(found, before, following)
     if name is not None and _disagree(following(0), found.seen[name], name):
@@ -91,6 +94,56 @@ def _checked(
     if after is not None and _disagree(after, found.seen[name], name):
         after.distrusted.add(name)
     return _without(chain, plan, span, found, name)
+
+
+def _continues(before: Fetched, found: Fetched, name: str) -> bool:
+    """Whether the span before shows that a provider's candles are of the same instrument: then nothing has to
+    wait for the next one."""
+    if name in found.distrusted:
+        return False
+    left = _disagree(before, found.seen[name], name)
+    if left is not None:
+        return not left
+    mine, theirs = _own(found, name), _own(before, name)
+    return not len(mine) or (len(theirs) > 0 and not _jumps(theirs, mine))
+
+
+def _beside_a_jump(
+    chain: ProviderChain,
+    plan: Plan,
+    span: Span,
+    found: Fetched,
+    before: Fetched | None,
+    following: Callable[[int], Fetched | None],
+) -> Fetched:
+    """A span that begins or ends with a jump, and no jump back: a real move, or the first or the last span is
+    of another instrument. It is fetched once more, and what is different then is not to be relied on."""
+
+    def jumps(one: Fetched) -> list[str]:
+        edges = ((before, one), (one, following(0)))
+        return [
+            name
+            for name in one.seen
+            if any(_jumps(_own(left, name), _own(right, name)) for left, right in edges)
+        ]
+
+    names = jumps(found)
+    if not names:
+        return found
+    again = _again(chain, plan, span, found)
+    known = [name for name in names if name in again.seen]
+    differ = [name for name in known if contradict(found.seen[name], again.seen[name], _TOLERANCE)]
+    if not differ:
+        return again if known == names else found
+    still = [name for name in jumps(again) if name in differ]
+    return _without(chain, plan, span, again, still[0]) if still else again
+
+
+def _jumps(before: Candles, after: Candles) -> bool:
+    """Whether the one ends and the other begins at different levels."""
+    if not (len(before) and len(after)):
+        return False
+    return abs(float(np.log(after.open[0]) - np.log(before.close[-1]))) >= float(np.log1p(JUMP))
 
 
 def _again(chain: ProviderChain, plan: Plan, span: Span, found: Fetched) -> Fetched:

@@ -8,6 +8,7 @@ ProviderError                  something a provider said or failed to say
   TransientError               asking again may help: wait as told, retry within a budget
     RateLimited                too many requests; `retry_after` tells how long
     BadAnswer                  the answer is garbage: HTML, truncated JSON, another shape
+      Contradiction            its responses contradict one another
   Cancelled                    we gave up ourselves: the run is being interrupted
 """
 
@@ -75,6 +76,10 @@ class RateLimited(TransientError):
 
 class BadAnswer(TransientError):
     """An answer that cannot be one: HTML with status 200, truncated JSON, a wrong shape or checksum."""
+
+
+class Contradiction(BadAnswer):
+    """Its responses give one candle different values: some of them belong to another instrument."""
 
 
 class Cancelled(ProviderError):
@@ -244,6 +249,7 @@ __all__ = [
     "Cancelled",
     "Capabilities",
     "Circuit",
+    "Contradiction",
     "Delivery",
     "Estimate",
     "NotEntitled",

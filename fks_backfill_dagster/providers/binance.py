@@ -37,6 +37,7 @@ from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
     Capabilities,
+    Contradiction,
     Delivery,
     Estimate,
     Origin,
@@ -249,8 +250,8 @@ class Binance:
             raise self._another_market(plan)
         return pages
 
-    def _another_market(self, plan: _Plan) -> BadAnswer:
-        return BadAnswer(
+    def _another_market(self, plan: _Plan) -> Contradiction:
+        return Contradiction(
             NAME,
             f"{self._klines.place} gives different values for the same candle of {plan.symbol} "
             f"{plan.series.timeframe}: pages of another market are among its answers",

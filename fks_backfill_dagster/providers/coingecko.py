@@ -39,6 +39,7 @@ from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
     Capabilities,
+    Contradiction,
     Delivery,
     Estimate,
     NotEntitled,
@@ -239,7 +240,7 @@ class CoinGecko:
 
         blocks = agreeing(pages, request)
         if blocks is None:
-            raise BadAnswer(
+            raise Contradiction(
                 NAME,
                 f"it gives different values for the same candle of {question.coin} in neighbouring ranges",
             )

@@ -39,6 +39,7 @@ from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
     Capabilities,
+    Contradiction,
     Delivery,
     Estimate,
     Origin,
@@ -303,8 +304,8 @@ def _lacking(opens: Instants, candles: Candles, grid: Grid) -> Instants:
     return opens[~np.isin(opens, good.ts, assume_unique=True)]
 
 
-def _another(instrument: str, timeframe: Timeframe) -> BadAnswer:
-    return BadAnswer(
+def _another(instrument: str, timeframe: Timeframe) -> Contradiction:
+    return Contradiction(
         NAME,
         f"it gives different values for the same candle of {instrument} {timeframe}: pages of another instrument "
         "are among its answers",

@@ -78,7 +78,7 @@ def test_a_failed_month(scene: Scene) -> None:
         assert None not in outcomes.values()
         # The history ends long ago, so nothing of it is fresh.
         assert outcomes["data_freshness"] is False
-        assert symbol == FAILED_SYMBOL or outcomes["completeness"] and outcomes["ohlc_sanity"]
+        assert symbol == FAILED_SYMBOL or (outcomes["completeness"] and outcomes["ohlc_sanity"])
     (run,) = scene.first.runs
     told = compute_log(scene.web, run.id)
     told = told[: next(n for n, line in enumerate(told) if "STEP_FAILURE" in line) + 1]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
@@ -187,6 +188,22 @@ def test_a_response_of_another_symbol_is_never_stored(
     assert len(stored) == len(truth) or not report.complete
     if nth == 2:  # in the middle: it is seen, and the second request heals it
         assert stored.equals(truth)
+
+
+@pytest.mark.parametrize("long", LONG, ids=str)
+def test_a_first_response_of_another_symbol_is_never_stored(
+    database: Database, market: LocalMarket, long: Long
+) -> None:
+    """It begins the range, so that only its end shows a jump."""
+    case, truth = long.case, truth_of(market, long.case)
+    grid = grid_of(case.series)
+    first = grid.next_open(case.window.start)
+    assert first is not None
+    market.plant_fault(case.market, "other_symbol", window=TimeRange(first, first + 1), other=long.other)
+    report = synced(context_of(database, market, case), case)
+    assert hits(market) == 1
+    stored = accounted_for(database, case, truth, report)
+    assert len(stored) == len(truth) or not report.complete
 
 
 @pytest.mark.parametrize("long", LONG, ids=str)
