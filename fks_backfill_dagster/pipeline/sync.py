@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -145,7 +145,7 @@ def sync(
     chain = _chain(context, series, priority, heed_circuit=not recheck, force=force)
     for message in chain.warnings:
         listen(Warned(series, message))
-    _reopen(context, series)
+    reopen(context, [series])
     plan, listings = _plan(context, series, window, chain, scope, recheck, listen)
     work = _Work(context, series, chain, run_id, listen)
     listen(Planned(series, plan, chain.names))
@@ -188,10 +188,10 @@ def able(context: Context, series: Series) -> frozenset[str]:
     return eligible(context.providers, series, context.priority(series)).names
 
 
-def _reopen(context: Context, series: Series) -> None:
+def reopen(context: Context, series: Iterable[Series]) -> None:
     """What rests on one provider's response is open again once another provider can be requested."""
     with context.database.begin() as connection:
-        ledger.reopen(connection, {series: able(context, series)}, context.clock())
+        ledger.reopen(connection, {one: able(context, one) for one in series}, context.clock())
 
 
 def _chain(
@@ -222,6 +222,7 @@ def _chain(
         tolerance=context.tolerance,
         closed=context.closed,
         force=force,
+        eligible=able(context, series),
     )
     chosen = eligible(context.providers, series, priority)
     return ProviderChain(series, chosen, options, context.circuit, heed_circuit=heed_circuit)
