@@ -48,6 +48,11 @@ def sync_report(report: SyncReport) -> Document:
             for name, tally in report.providers.items()
         },
         "seconds": round(report.seconds, 3),
+        "no_trade": report.quiet,
+        "outdated": report.outdated,
+        "withdrawn": report.withdrawn,
+        "listing": report.listing,
+        "warnings": list(report.warnings),
     }
 
 
@@ -71,6 +76,11 @@ def broken_sync(
         "missing": None,
         "providers": {},
         "seconds": None,
+        "no_trade": None,
+        "outdated": None,
+        "withdrawn": None,
+        "listing": None,
+        "warnings": [],
     }
 
 

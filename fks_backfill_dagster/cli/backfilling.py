@@ -66,6 +66,9 @@ Task = tuple["Series", "TimeRange", tuple[str, ...]]
 )
 @click.option("--refetch", is_flag=True, help="Ask for stored candles as well, and correct what differs.")
 @click.option(
+    "--force", is_flag=True, help="With --refetch: write also what differs as another symbol's candles would."
+)
+@click.option(
     "--dry-run", is_flag=True, help="Tell requests, candles and duration per provider; fetch nothing."
 )
 @json_option
@@ -76,6 +79,7 @@ def backfill(
     end: int | None,
     providers: tuple[str, ...],
     refetch: bool,
+    force: bool,
     dry_run: bool,
     as_json: bool,
 ) -> int:
@@ -87,12 +91,14 @@ def backfill(
     from fks_backfill_dagster.pipeline.plan import Scope
     from fks_backfill_dagster.settings import load_settings
 
+    if force and not refetch:
+        raise click.UsageError("--force is for --refetch: nothing else overwrites stored candles.")
     settings = load_settings()
     scope = Scope.EVERYTHING if refetch else Scope.MISSING
     tasks, several = _tasks(settings, names, everything, start, end, providers)
     if dry_run:
         return _dry_run(settings, tasks, several, scope, as_json)
-    done = _sync_all(settings, tasks, scope, as_json)
+    done = _sync_all(settings, tasks, scope, force, as_json)
     if as_json:
         documents = [document for document, _ in done]
         answer_json(documents if several else documents[0])
@@ -169,7 +175,7 @@ class _Seen:
 
 
 def _sync_all(
-    settings: Settings, tasks: Sequence[Task], scope: Scope, as_json: bool
+    settings: Settings, tasks: Sequence[Task], scope: Scope, force: bool, as_json: bool
 ) -> list[tuple[Document, bool]]:
     """Every task's report as a document, and whether it is complete.
 
@@ -188,7 +194,7 @@ def _sync_all(
             warn_of_typos(settings, [series for series, _, _ in tasks], stored_series(app.database))
             for task in tasks:
                 seen = _Seen()
-                done.append(_sync_one(app, task, scope, as_json, seen, told))
+                done.append(_sync_one(app, task, scope, force, as_json, seen, told))
     except (StoreError, EmbeddedError) as error:
         tell(f"Error: {error}")
         for series, _, _ in tasks[len(done) :]:
@@ -198,7 +204,7 @@ def _sync_all(
 
 
 def _sync_one(
-    app: App, task: Task, scope: Scope, as_json: bool, seen: _Seen, told: set[str]
+    app: App, task: Task, scope: Scope, force: bool, as_json: bool, seen: _Seen, told: set[str]
 ) -> tuple[Document, bool]:
     """One task's report as a document, and whether it is complete; `told` are the warnings so far."""
     from fks_backfill_dagster import documents
@@ -211,7 +217,9 @@ def _sync_one(
         return documents.sync_report(SyncReport(series, window)), True
     try:
         with watched(seen, told) as listen:
-            report = sync(app.context, series, window, priority, scope=scope, recheck=True, listen=listen)
+            report = sync(
+                app.context, series, window, priority, scope=scope, recheck=True, force=force, listen=listen
+            )
     except SeriesChanged as error:
         tell(f"Error: {error}")
         return seen.report(series, error), False

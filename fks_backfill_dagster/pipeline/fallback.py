@@ -110,7 +110,7 @@ class ChainOptions:
     clock: the present. stored: the stored candles of some opens. stored_within: those of a window.
     stored_rows: the same with their lineage. tolerance: the largest relative difference of a price between two
     quotes of one market. closed: where the market of a series was closed within a window. force: a refetch is
-    not guarded.
+    not guarded. eligible: the providers of the series by the settings, whether they are requested or not.
     """
 
     clock: Callable[[], int]
@@ -120,6 +120,7 @@ class ChainOptions:
     tolerance: float
     closed: Callable[[Series, TimeRange], RangeSet] = lambda series, window: RangeSet()
     force: bool = False
+    eligible: frozenset[str] = frozenset()
 
 
 class ProviderChain:
@@ -161,9 +162,9 @@ class ProviderChain:
         return tuple(name for name in self._providers if name not in self._dropped)
 
     @property
-    def unfit(self) -> tuple[str, ...]:
+    def unfit(self) -> frozenset[str]:
         """The providers that do not know the symbol."""
-        return tuple(self._dropped)
+        return frozenset(self._dropped)
 
     @property
     def dropped(self) -> tuple[str, ...]:
@@ -710,8 +711,8 @@ class _Span:
         return False
 
     def _settle_withdrawn(self, providers: dict[str, Provider]) -> None:
-        """Stored candles that no provider has any more: all the others responded, and lack them."""
-        if not len(self._gone) or self._gone_origin is None or self.found.failed:
+        """Stored candles that no provider has any more: all the other eligible ones responded, and lack them."""
+        if not len(self._gone) or self._gone_origin is None:
             return
         gone, kept = self._gone, []
         for delivery in self.found.deliveries:
@@ -720,13 +721,13 @@ class _Span:
                 delivery.with_candles(delivery.candles.take(~np.isin(delivery.candles.ts, self._gone)))
             )
             gone = missing_of(gone, delivery.candles.ts)
-        for name in providers:
+        for name in {*providers, *(self.options.eligible - self.chain.unfit)}:
             about = [
                 r.opens for r in self.found.responses if r.evidence.provider == name and r.evidence.final
             ]
             gone = _common(gone, np.unique(np.concatenate([_NONE, *about])))
         self.found.deliveries = [d for d in kept if len(d.candles)]
-        if len(gone):
+        if len(gone) and not self.found.failed:
             self.found.withdrawn.append(Withdrawn(self._gone_origin, gone))
 
 

@@ -15,7 +15,7 @@ from fks_backfill_dagster.ledger.records import Known, LedgerGap, latest
 from fks_backfill_dagster.pipeline.events import Listener, silent
 from fks_backfill_dagster.pipeline.gaps import find_gaps
 from fks_backfill_dagster.pipeline.plan import Scope
-from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
+from fks_backfill_dagster.pipeline.sync import Context, SyncReport, reopen, sync
 from fks_backfill_dagster.store.checking import PartState, part_states
 from fks_backfill_dagster.store.reading import what_is_known
 
@@ -78,6 +78,7 @@ def fill_gaps(
     Without them for all of the series. What closed since its last sync is in no ledger yet and a
     refresh's business, and history that was never synced is nobody's gap. Raises as `sync` does.
     """
+    reopen(context, [series])
     found = find_gaps(context.database, series, context.clock(), start or 0, end)
     wanted = [one.row for one in found if one.asked and one.row.status is not GapStatus.NO_TRADE]
     if not wanted:

@@ -1,16 +1,17 @@
 """Since when a symbol exists: what providers claim, what their candles show, and what follows for a sync.
 
-A claim limits only the provider that makes it, candles from before it refute it, and it can be corrected
-later. Nothing is expected before the first candle of any provider; that is known once every eligible provider
-has made a claim that its own candles bear out (an observation), or was requested for what lies before.
+A claim limits only the provider that makes it, and can be corrected later. Candles of the provider from before
+it refute it: then it is none. A provider without a claim is silent: it is requested for what lies before the
+claims of others, and where its candles begin behind an absence that is kept as an observation. Nothing is
+expected before the first candle of any provider.
 
 Belongs here: the rules, and asking providers for claims. Does not belong here: how claims are stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import numpy as np
@@ -28,15 +29,22 @@ from fks_backfill_dagster.store.ledger import Listing, ListingKind
 @dataclass(frozen=True, slots=True)
 class Listings:
     """What is known of a symbol's beginning: `claims` by eligible provider. `silent`: providers that make no
-    claim, have not been requested for what lies before the claims, and could have it."""
+    claim, have not been requested for what lies before the claims, and could have it. `refuted`: claims that
+    candles of their provider refute."""
 
     claims: Mapping[str, Listing]
     silent: frozenset[str] = frozenset()
+    refuted: Mapping[str, Listing] = field(default_factory=dict)
 
     @property
     def first(self) -> str | None:
-        """The provider with the earliest claim."""
-        return min(self.claims, key=lambda name: (self.claims[name].listed_at, name), default=None)
+        """The provider with the earliest claim; of several one that makes it rather than one that shows it."""
+
+        def order(name: str) -> tuple[int, bool, str]:
+            claim = self.claims[name]
+            return claim.listed_at, claim.kind is ListingKind.OBSERVATION, name
+
+        return min(self.claims, key=order, default=None)
 
     @property
     def earliest(self) -> int | None:
@@ -44,9 +52,23 @@ class Listings:
         return None if self.first is None else self.claims[self.first].listed_at
 
     def since(self, name: str) -> int:
-        """From when on a provider is requested: the month of its claim, whose archive may hold earlier
-        candles than its API, at no further cost."""
-        return month_start(self.claims[name].listed_at)
+        """From when on a provider is requested: the month of a week before its claim.
+
+        So it can refute a claim of the first day of a month, a candle that opens before the listing is
+        requested, and an archive may hold earlier candles than the API; all that at hardly any cost.
+        """
+        return _first_requested(self.claims[name].listed_at)
+
+    def shown(self, found: Mapping[str, int]) -> Listings:
+        """With the first candles of providers that lack what lies before them."""
+        observed = {name: Listing(ts, ListingKind.OBSERVATION, ts) for name, ts in found.items()}
+        return Listings({**self.claims, **observed}, self.silent - observed.keys(), self.refuted)
+
+    def without(self, refuted: Iterable[str]) -> Listings:
+        """Without claims that were found to be wrong."""
+        gone = {name: self.claims[name] for name in refuted}
+        left = {name: claim for name, claim in self.claims.items() if name not in gone}
+        return Listings(left, self.silent | gone.keys(), {**self.refuted, **gone})
 
     def requested_from(self, start: int, grid: Grid, is_covered: Callable[[int], bool]) -> int:
         """Where a sync that is asked from `start` begins to request; `is_covered`: whether an open is synced."""
@@ -61,7 +83,8 @@ class Listings:
         """The open before which absent candles are not expected until one is found. What was observed in
         coarse candles may begin later in fine ones."""
         if self.first is None or self.earliest is None:
-            return None
+            # A refuted claim shows that there is a beginning, not where.
+            return max((first_open(grid, claim.listed_at) for claim in self.refuted.values()), default=None)
         observed = self.claims[self.first].kind == ListingKind.OBSERVATION
         return first_open(grid, self.earliest + (MICROS_PER_WEEK if observed else 0))
 
@@ -81,8 +104,8 @@ def first_open(grid: Grid, listed_at: int) -> int:
     return listed_at if following is None else following
 
 
-def month_start(instant: int) -> int:
-    day = to_datetime(instant)
+def _first_requested(listed_at: int) -> int:
+    day = to_datetime(listed_at - MICROS_PER_WEEK)
     return to_micros(datetime(day.year, day.month, 1, tzinfo=UTC))
 
 
@@ -98,18 +121,21 @@ def find_listings(
 ) -> Listings:
     """The claims of the chain's providers, asked for where they are not known.
 
-    `ask_again`: known ones are asked for again where they cut off more than their own month of a range that
-    begins at `start`: a claim can be corrected. Problems are warned of; the provider then makes no claim. One
-    that does not know the symbol is dropped from the chain.
+    `ask_again`: known ones are asked for again where they cut off a part of a range that begins at `start`: a
+    claim can be corrected. One that lies in the future is none. Problems are warned of; the provider then makes
+    no claim. One that does not know the symbol is dropped from the chain.
     """
     with database.begin() as connection:
         known = ledger.listings(connection, series.symbol)
         oldest = ledger.oldest_by_provider(connection, series.symbol)
     claims: dict[str, Listing] = {}
+    refuted: dict[str, Listing] = {}
     silent = set()
     for name in chain.names:
         claim = known.get(name)
-        if claim is None or (ask_again and start < month_start(claim.listed_at)):
+        if claim is not None and claim.listed_at > now:
+            claim = None
+        if claim is None or (ask_again and start < claim.listed_at):
             answer = _ask(database, series, chain, name, now, warn)
             # What it does not claim any more may still be what its candles show.
             claim = (
@@ -121,18 +147,20 @@ def find_listings(
             )
         if name not in chain.names:
             continue
-        if claim is None:
-            silent.add(name)
-        else:
-            claims[name] = _borne_out(claim, oldest.get(name, {}))
+        if claim is not None and not _is_refuted(claim, oldest.get(name, {})):
+            claims[name] = claim
+            continue
+        silent.add(name)
+        if claim is not None:
+            refuted[name] = claim
     found = Listings(claims)
-    return Listings(claims, frozenset(name for name in silent if chain.reaches(name, found.earliest)))
+    reaching = frozenset(name for name in silent if chain.reaches(name, found.earliest))
+    return Listings(claims, reaching, refuted)
 
 
-def _borne_out(claim: Listing, oldest: Mapping[Timeframe, int]) -> Listing:
-    """The claim, unless stored candles of its provider closed before it."""
-    refuting = [ts for timeframe, ts in oldest.items() if ts + timeframe.micros <= claim.listed_at]
-    return Listing(min(refuting), ListingKind.OBSERVATION, claim.found_at) if refuting else claim
+def _is_refuted(claim: Listing, oldest: Mapping[Timeframe, int]) -> bool:
+    """Whether stored candles of its provider closed before it."""
+    return any(ts + timeframe.micros <= claim.listed_at for timeframe, ts in oldest.items())
 
 
 def _ask(
@@ -163,8 +191,11 @@ def _ask(
         return None
     with database.begin() as connection:
         known = ledger.listings(connection, series.symbol).get(name)
-        if known is not None and known.listed_at == listed_at:
-            return known
+        if known is not None and (
+            known.listed_at == listed_at
+            or (known.kind is ListingKind.OBSERVATION and known.listed_at < listed_at <= now)
+        ):
+            return known  # what its candles show is better than a claim that they refute
         ledger.remember_listing(connection, name, series.symbol, listed_at, ListingKind.CLAIM)
     return Listing(listed_at, ListingKind.CLAIM, now)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -146,20 +146,20 @@ def sync(
     chain = _chain(context, series, priority, heed_circuit=not recheck, force=force)
     for message in chain.warnings:
         listen(Warned(series, message))
-    _reopen(context, series)
+    reopen(context, [series])
     plan, listings = _plan(context, series, window, chain, scope, recheck, listen)
     work = _Work(context, series, chain, run_id, listen)
     listen(Planned(series, plan, chain.names))
-    work.run(plan, listings)
+    shown = work.run(plan, listings)
     if window.start < plan.window.start and (refuted := work.refuted(listings)):
         earlier = TimeRange(window.start, plan.window.start)
         more = _planned(context, series, earlier, chain, scope, recheck)
         for name in refuted:
             chain.listed.pop(name, None)
         listen(Planned(series, more, chain.names))
-        work.run(more, listings)
+        shown = work.run(more, shown)
         plan = _joined(more, plan)
-    return work.report(plan, listings, window, time.monotonic() - began)
+    return work.report(plan, shown, window, time.monotonic() - began)
 
 
 def dry_run(
@@ -189,10 +189,10 @@ def able(context: Context, series: Series) -> frozenset[str]:
     return eligible(context.providers, series, context.priority(series)).names
 
 
-def _reopen(context: Context, series: Series) -> None:
+def reopen(context: Context, series: Iterable[Series]) -> None:
     """What rests on one provider's response is open again once another provider can be requested."""
     with context.database.begin() as connection:
-        ledger.reopen(connection, {series: able(context, series)}, context.clock())
+        ledger.reopen(connection, {one: able(context, one) for one in series}, context.clock())
 
 
 def _chain(
@@ -223,6 +223,7 @@ def _chain(
         tolerance=context.tolerance,
         closed=context.closed,
         force=force,
+        eligible=able(context, series),
     )
     chosen = eligible(context.providers, series, priority)
     return ProviderChain(series, chosen, options, context.circuit, heed_circuit=heed_circuit)
@@ -241,6 +242,7 @@ def _plan(
         ledger.refuse_changed(connection, series)
 
     def warn(message: str) -> None:
+        chain.warnings.append(message)
         listen(Warned(series, message))
 
     listings = find_listings(
@@ -257,8 +259,7 @@ def _plan(
     start = min(window.end, listings.requested_from(window.start, grid_of(series), is_covered))
     plan = _planned(context, series, TimeRange(start, window.end), chain, scope, recheck)
     if window and not plan.window:
-        chain.warnings.append(_nothing_possible(series, window, listings))
-        warn(chain.warnings[-1])
+        warn(_nothing_possible(series, window, listings))
     return plan, listings
 
 
@@ -322,8 +323,11 @@ class _Work:
         self.warnings: dict[str, None] = dict.fromkeys(chain.warnings)
         self.told: set[str] = set()
         self.first_given: dict[str, int] = {}
-        # Providers that refused, or did not respond about, a part of what lies before the earliest claim.
-        self.unheard_before: set[str] = set()
+        # Where an earlier range of this sync was found to begin.
+        self.begin: int | None = None
+        # The first open that a provider lacked, and the first one about which it did not respond.
+        self.lacking: dict[str, int] = {}
+        self.unknown: dict[str, int] = {}
 
     @cached_property
     def is_kept(self) -> bool:
@@ -337,14 +341,17 @@ class _Work:
         states = reading.sync_status(self.context.database, self.series)
         return next((to_micros(s.oldest_data_time) for s in states if s.oldest_data_time), None)
 
-    def run(self, plan: Plan, listings: Listings) -> None:
-        """Commits the batches of the plan. Where there are none, the last error of the series is over."""
+    def run(self, plan: Plan, listings: Listings) -> Listings:
+        """Commits the batches of the plan. Where there are none, the last error of the series is over.
+
+        Returns the listings with what the candles have shown.
+        """
         if not (self.chain.names or not plan.batches or self.is_kept):
-            return
+            return listings
         with self.context.database.begin() as connection:
             known = ledger.series_id(connection, self.series)
             if known is None and not plan.batches:
-                return  # requesting nothing makes no series
+                return listings  # requesting nothing makes no series
             self.identity = identity = ledger.register(connection, self.series)
         self.beginning = Beginning(self._claimed(plan, listings))
         with _lease(self.context.database, identity) as owner:
@@ -355,6 +362,7 @@ class _Work:
                 for batches, fetched in fetch_spans(
                     self.chain, plan, spans, self.context.max_concurrent_requests
                 ):
+                    self._note_beginning(fetched)
                     self._commit(identity, plan, batches, fetched)
                 error = "; ".join(self.errors) if self.failed else self._found_nothing(plan)
             except BaseException as failure:
@@ -366,7 +374,9 @@ class _Work:
                         ledger.release_lease(connection, identity, owner)
                     else:
                         ledger.end_sync(connection, identity, owner, error)
-        self._remember_beginnings(plan, listings)
+        if self.beginning.found is not None:
+            self.begin = min(self.beginning.found, self.begin or self.beginning.found)
+        return self._remember_beginnings(plan, listings)
 
     def _claimed(self, plan: Plan, listings: Listings) -> int | None:
         """The open before which absent candles are not expected; None where the plan begins behind it, or the
@@ -406,18 +416,6 @@ class _Work:
                 self.listen(Warned(self.series, message))
         self.warnings.update(dict.fromkeys(fetched.warnings))
         self.errors.update(dict.fromkeys(fetched.errors))
-        for name, candles in fetched.seen.items():
-            if len(candles):
-                first = int(candles.ts[0])
-                self.first_given[name] = min(first, self.first_given.get(name, first))
-        claimed = self.beginning.claimed
-        if claimed is not None:
-            self.unheard_before |= {
-                response.evidence.provider
-                for response in fetched.responses
-                if response.evidence.outcome in (Outcome.REFUSED, Outcome.ERROR)
-                and int(response.opens[0]) < claimed
-            }
         given = Ingest(fetched.deliveries, fetched.rejected, fetched.responses, fetched.withdrawn)
         for batch in batches:
             if not fetched.recordable and not self.is_kept:
@@ -429,8 +427,9 @@ class _Work:
         window = batch.window
         opens = np.concatenate([d.within(window).candles.ts for d in given.deliveries] or [_NONE])
         start = self.beginning.cut(window.start, window.end, int(opens.min()) if len(opens) else None)
-        if start >= window.end:  # before the first candle of the symbol
-            self._count(batch, 0, 0, (), replace(fetched, failed=False))
+        if start >= window.end:  # before the first candle of the symbol, unless a provider did not respond
+            failed = any(response.evidence.outcome is Outcome.ERROR for response in fetched.responses)
+            self._count(batch, 0, 0, (), replace(fetched, failed=failed))
             return
         window = TimeRange(start, window.end)
         rules = Rules(
@@ -463,6 +462,10 @@ class _Work:
             self.succeeded += 1
         self.listen(BatchDone(self.series, batch.window, candles, missing, names, error))
 
+    def _warn(self, message: str) -> None:
+        self.warnings[message] = None
+        self.listen(Warned(self.series, message))
+
     # --- the beginning of the history
 
     def refuted(self, listings: Listings) -> set[str]:
@@ -474,24 +477,51 @@ class _Work:
             if self.first_given.get(name, claim.listed_at) + step <= claim.listed_at
         }
 
-    def _remember_beginnings(self, plan: Plan, listings: Listings) -> None:
-        """Keeps what the candles of a provider show of its beginning: where they refute its claim, and where it
-        makes none and was requested for what lies before."""
-        if self.failed or not plan.batches:
-            return
-        shown = self.refuted(listings)
-        if listings.earliest is not None and plan.batches[0].window.start < listings.earliest:
-            # One that refused, or did not respond, may have it after all.
-            shown |= {n for n in listings.silent if n in self.first_given} - self.unheard_before
+    def _note_beginning(self, fetched: Fetched) -> None:
+        """Keeps what a span shows of the beginning: the first candle of each provider, and the first one that
+        it lacks or did not respond about."""
+        for name, candles in fetched.seen.items():
+            if len(candles):
+                first = int(candles.ts[0])
+                self.first_given[name] = min(first, self.first_given.get(name, first))
+        for response in fetched.responses:
+            if not len(response.opens):
+                continue
+            name, first = response.evidence.provider, int(response.opens[0])
+            known = self.lacking if response.evidence.outcome is Outcome.ABSENT else self.unknown
+            known[name] = min(first, known.get(name, first))
+
+    def _remember_beginnings(self, plan: Plan, listings: Listings) -> Listings:
+        """Keeps where the candles of a provider begin behind an absence, of one that makes no claim or a wrong
+        one. Returns the listings with it."""
+        if not plan.batches:
+            return listings
+        refuted = self.refuted(listings)
+        for name in sorted(refuted):
+            self._warn(
+                f"{name} lists {self.series.symbol} since {iso(listings.claims[name].listed_at)}, but has candles"
+                f" from {iso(self.first_given[name])} on: they refute its claim"
+            )
+        listings = listings.without(refuted)
+        beginnings = {}
+        for name in listings.silent:
+            # Without any candle: it has none from before the claim of another, if all up to it was requested.
+            otherwise = listings.earliest if (listings.earliest or 0) < plan.window.end else None
+            first = self.first_given.get(name, otherwise)
+            if first is None or (listings.earliest is None and name not in listings.refuted):
+                continue
+            if self.lacking.get(name, first) < first <= self.unknown.get(name, first):
+                beginnings[name] = first
         with self.context.database.begin() as connection:
-            for name in sorted(shown):
-                ledger.remember_listing(
-                    connection, name, self.series.symbol, self.first_given[name], ListingKind.OBSERVATION
-                )
+            for name, first in sorted(beginnings.items()):
+                ledger.remember_listing(connection, name, self.series.symbol, first, ListingKind.OBSERVATION)
+        return listings.shown(beginnings)
 
     def _expected_window(self, plan: Plan) -> TimeRange:
         """The window without what lies before the first candle of the symbol."""
-        begin = self.beginning.claimed if self.beginning.found is None else self.beginning.found
+        begin = self.beginning.claimed if self.begin is None else self.begin
+        if begin is not None and self._oldest is not None:
+            begin = min(begin, self._oldest)
         if begin is None or plan.window.start >= begin:
             return plan.window
         return TimeRange(min(begin, plan.window.end), plan.window.end)
@@ -510,7 +540,12 @@ class _Work:
         if not failed:
             nothing = self._found_nothing(plan) if plan.batches else None
             errors = (*errors, nothing) if nothing else errors
-        told = (*self.warnings, *self._notes(asked, window, listings))
+        cut = TimeRange(asked.start, max(asked.start, window.start))
+        listing = str(listings) if listings.first and self.grid.count(cut) else None
+        notes = [*self._notes(window, listing)]
+        for note in notes:
+            self.listen(Warned(self.series, note))
+        told = (*self.warnings, *notes)
         if not failed:
             told = (*told, *self.chain.dropped, *self.errors)
         return SyncReport(
@@ -530,13 +565,13 @@ class _Work:
             providers=self.chain.tallies(),
             outdated=self.outdated,
             withdrawn=self.withdrawn,
-            listing=str(listings) if listings.first and asked.start < window.start else None,
+            listing=listing,
         )
 
-    def _notes(self, asked: TimeRange, window: TimeRange, listings: Listings) -> Iterator[str]:
-        """What the report adds to the warnings of the providers."""
-        if listings.first is not None and window and asked.start < window.start:
-            yield f"history begins at {iso(window.start)}: {listings}"
+    def _notes(self, window: TimeRange, listing: str | None) -> Iterator[str]:
+        """What the report adds to the warnings of the providers; `listing`: what cut the range off."""
+        if listing is not None and window:
+            yield f"history begins at {iso(window.start)}: {listing}"
         if self.outdated:
             yield (
                 f"{self.outdated:,} stored candles differ from an older publication of the same provider, and were"

@@ -31,6 +31,11 @@ KEYS = {
     "missing",
     "providers",
     "seconds",
+    "no_trade",
+    "outdated",
+    "withdrawn",
+    "listing",
+    "warnings",
 }
 BTC = Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)
 JANUARY = ("--start", "2024-01-01", "--end", "2024-02-01")
@@ -141,6 +146,46 @@ def test_refetch_corrects(fks: Command, world: LocalMarket, database: Database) 
     window = span("2024-01-01", "2024-02-01")
     truth = world.truth("binance", "BTC/USDT", Timeframe.H1, window)
     assert reading.read_candles(database, BTC, window).equals(truth)
+
+
+def test_a_refetch_from_another_symbol_names_the_option_that_forces_it(
+    fks: Command, world: LocalMarket, database: Database
+) -> None:
+    month = ("BTC/USDT", "1h", *JANUARY, "--provider", "binance")
+    fks("backfill", *month)
+    window = span("2024-01-01", "2024-02-01")
+    held = reading.read_candles(database, BTC, window)
+    world.plant_fault("binance", "other_symbol", count=None, path="interval=1h", other="ETH/USDT")
+    refused = fks("backfill", *month, "--refetch", "--json")
+    assert refused.exit_code == 1
+    assert "--force" in refused.json["errors"][0]
+    assert "--force" in refused.stderr
+    assert reading.read_candles(database, BTC, window).equals(held)
+    forced = fks("backfill", *month, "--refetch", "--force", "--json")
+    assert (forced.exit_code, forced.json["total_candles"]) == (0, 744)
+    ether = world.truth("binance", "ETH/USDT", Timeframe.H1, window)
+    assert reading.read_candles(database, BTC, window).equals(ether)
+
+
+def test_force_is_for_a_refetch_alone(fks: Command) -> None:
+    refused = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--force")
+    assert refused.exit_code == 2
+    assert "--refetch" in refused.stderr
+
+
+def test_the_report_says_what_was_withdrawn(fks: Command, world: LocalMarket) -> None:
+    month = ("BTC/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
+    report = fks("backfill", *month).json
+    assert (report["no_trade"], report["outdated"], report["withdrawn"]) == (0, 0, 0)
+    assert (report["listing"], report["warnings"]) == (None, [])
+    gone = span("2024-01-10T03:00", "2024-01-10T05:00")
+    world.plant_fault("polygon", "empty", count=None, only=gone)
+    world.plant_fault("binance", "empty", count=None, only=gone)
+    whole = ("BTC/USDT", "1h", *JANUARY, "--provider", "polygon", "--provider", "binance", "--json")
+    told = fks("backfill", *whole, "--refetch")
+    assert (told.exit_code, told.json["withdrawn"]) == (1, 2)
+    assert any("were removed" in warning for warning in told.json["warnings"])
+    assert "were removed" in told.stderr
 
 
 def test_a_dry_run_fetches_nothing(fks: Command, world: LocalMarket, database: Database) -> None:

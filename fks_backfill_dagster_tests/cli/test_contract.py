@@ -48,6 +48,11 @@ REPORT = {
     "missing",
     "providers",
     "seconds",
+    "no_trade",
+    "outdated",
+    "withdrawn",
+    "listing",
+    "warnings",
 }
 VIEWS = {
     "ohlcv": "symbol timeframe ts open high low close volume provider",

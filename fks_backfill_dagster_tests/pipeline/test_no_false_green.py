@@ -7,8 +7,9 @@ quarantine, or a refusal.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 
 from fks_backfill_dagster.domain.candles import Candles
@@ -327,6 +328,53 @@ def test_a_candle_that_another_provider_has_stays(database: Database, market: Lo
     assert report.withdrawn == 0
     assert reading.read_candles(database, case.series, case.window).equals(held)
     assert {one.provider for one in reading.origins(database, case.series, case.window)} == {"polygon"}
+
+
+@pytest.mark.parametrize("second_has_it", [True, False])
+def test_a_call_that_is_limited_to_one_provider_removes_nothing(
+    database: Database, market: LocalMarket, second_has_it: bool
+) -> None:
+    """Another eligible provider may have the candle, and was not requested."""
+    case = Case("polygon", "polygon", crypto("1h"), days("2024-03-01", "2024-04-01"))
+    second = Case("binance", "binance", case.series, case.window)
+    context = replace(
+        context_of(database, market, case, second), priority=lambda series: ("polygon", "binance")
+    )
+    synced(context, case)
+    held = reading.read_candles(database, case.series, case.window)
+    market.plant_fault("polygon", "empty", count=None, only=GONE)
+    if not second_has_it:
+        market.plant_fault("binance", "empty", count=None, only=GONE)
+    limited = sync(context, case.series, case.window, ["polygon"], scope=Scope.EVERYTHING)
+    assert limited.withdrawn == 0
+    assert reading.read_candles(database, case.series, case.window).equals(held)
+    whole = synced(context, case, "binance", scope=Scope.EVERYTHING)
+    assert whole.withdrawn == (0 if second_has_it else 3)
+
+
+@pytest.mark.parametrize("state", [GapStatus.NO_TRADE, GapStatus.UNAVAILABLE])
+def test_a_refetch_requests_what_is_absent_of_the_others_as_well(
+    database: Database, market: LocalMarket, state: GapStatus
+) -> None:
+    """Also what did not trade by the first provider's responses, and what no provider had."""
+    case = Case("polygon", "polygon", crypto("1m"), days("2024-03-01", "2024-03-03"))
+    second = Case("binance", "binance", case.series, case.window)
+    length = 1 if state is GapStatus.NO_TRADE else 30
+    holes = [case.window.start + 60_000_000 * minute for minute in range(100, 2800, 150)]
+    for start in holes:
+        market.plant_outage("polygon", TimeRange(start, start + length * 60_000_000))
+    synced(context_of(database, market, case), case)
+    gaps = reading.ledger_gaps(database, case.series, case.window)
+    assert {(gap.status, gap.missing) for gap in gaps} == {(state, length)}
+    market.clear_outages()
+    truth = truth_of(market, Case("binance", "binance", case.series, case.window))
+    for start in holes:
+        market.plant_outage("polygon", TimeRange(start, start + length * 60_000_000))
+    context = replace(context_of(database, market, case, second), priority=lambda series: ("polygon",))
+    report = synced(context, case, "binance", scope=Scope.EVERYTHING)
+    assert report.providers["binance"].delivered == len(holes) * length
+    assert np.array_equal(reading.read_candles(database, case.series, case.window).ts, truth.ts)
+    assert report.complete
 
 
 def test_candles_of_another_provider_stay_though_the_first_one_lacks_them(
