@@ -447,9 +447,10 @@ def test_what_nobody_has_exits_1_and_is_explained(fks: Command, world: LocalMark
 def test_what_did_not_trade_is_not_missing_and_exits_0(
     fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the word of Polygon, which leaves quiet intervals out, where nobody gives every interval."""
+    """By the responses of Polygon, which omits intervals without trades: single hours, here and there."""
     monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ENABLED", "false")
-    world.plant_outage("polygon", span("2024-01-10", "2024-01-11"))
+    for day in range(5, 29):
+        world.plant_outage("polygon", span(f"2024-01-{day:02d}T07:00", f"2024-01-{day:02d}T08:00"))
     told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
     assert (told.exit_code, told.json["missing"], told.json["expected"]) == (0, 0, 744)
     assert statuses(fks) == {"no_trade": 24}
