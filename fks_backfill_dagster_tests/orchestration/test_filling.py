@@ -14,6 +14,7 @@ from dagster import (
     RunRequest,
     build_sensor_context,
 )
+from pydantic import SecretStr
 
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
@@ -213,14 +214,15 @@ def test_a_new_provider_reopens_what_rests_on_one_response(
     resources: dict[str, Any],
     database: Database,
     market: LocalMarket,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Single quarters that Polygon alone lacks did not trade, until Binance can be requested as well."""
-    monkeypatch.setenv("POLYGON_API_KEY", "any")
     polygon = ProviderResource(provider="polygon", base_url=market.polygon_url)
     given = resources | {"polygon": polygon}
     alone = settings_of("BTC/USDT").model_copy(
-        update={"provider_priority": ProviderPriority(crypto=("polygon",))}
+        update={
+            "provider_priority": ProviderPriority(crypto=("polygon",)),
+            "keys": {"polygon": SecretStr("any")},
+        }
     )
     first = project("BTC/USDT")
     mine = replace(first, settings=alone, definitions=build_defs(settings=alone, resource_overrides=given))
