@@ -38,9 +38,10 @@ from fks_backfill_dagster.orchestration.groups import Group, asset_key
 from fks_backfill_dagster.orchestration.jobs import job_name
 from fks_backfill_dagster.orchestration.names import is_monthly
 from fks_backfill_dagster.orchestration.resources import ALL, opened
-from fks_backfill_dagster.pipeline.sync import Context, able, reopen
+from fks_backfill_dagster.pipeline.sync import Context, able
 from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.due import Place, Wanted, due_places
+from fks_backfill_dagster.store.ledger import reopen
 
 SENSOR = "fill_gaps"
 
@@ -111,9 +112,10 @@ def fill_requests(
     Gaps at the spots `besides` are left out. What rests on one provider's response is opened first where
     another one has become eligible.
     """
-    reopen(work, [one for group in groups for one in group.series.values()])
-    most = pace.MOST_SERIES * most_runs
-    due = due_places(work.database, _wanted(groups, settings, work), work.clock(), most + len(besides))
+    wanted, now, most = _wanted(groups, settings, work), work.clock(), pace.MOST_SERIES * most_runs
+    with work.database.begin() as connection:
+        reopen(connection, {series: one.able for series, one in wanted.items()}, now)
+    due = due_places(work.database, wanted, now, most + len(besides))
     open_places = [one for one in due if (asset_key(one.series), one.key) not in besides]
     for (job, key, _), series in bundled(open_places, most_runs).items():
         keys = [asset_key(one) for one in series]

@@ -14,6 +14,7 @@ from dagster import (
     RunRequest,
     build_sensor_context,
 )
+from pydantic import SecretStr
 
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
@@ -22,7 +23,8 @@ from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.orchestration import pace
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.filling import bundled
-from fks_backfill_dagster.settings import Automation, Settings
+from fks_backfill_dagster.orchestration.resources import ProviderResource
+from fks_backfill_dagster.settings import Automation, ProviderPriority, Settings
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store.database import Database
@@ -205,6 +207,39 @@ def test_a_gap_before_the_first_partition_is_left_alone(
 
 
 # Bundles ----------------------------------------------------------------------------------------------
+
+
+def test_a_new_provider_reopens_what_rests_on_one_response(
+    project: MakeProject,
+    resources: dict[str, Any],
+    database: Database,
+    market: LocalMarket,
+) -> None:
+    """Single quarters that Polygon alone lacks did not trade, until Binance can be requested as well."""
+    polygon = ProviderResource(provider="polygon", base_url=market.polygon_url)
+    given = resources | {"polygon": polygon}
+    alone = settings_of("BTC/USDT").model_copy(
+        update={
+            "provider_priority": ProviderPriority(crypto=("polygon",)),
+            "keys": {"polygon": SecretStr("any")},
+        }
+    )
+    first = project("BTC/USDT")
+    mine = replace(first, settings=alone, definitions=build_defs(settings=alone, resource_overrides=given))
+    quiet = [instant("2024-01-02") + n * 900_000_000 for n in range(50, 2800, 140)]
+    for start in quiet:
+        market.plant_outage("polygon", TimeRange(start, start + 900_000_000))
+    assert mine.materialize("15m", "2024-01-01").success
+    series = mine.series("BTC/USDT", "15m")
+    assert [(gap.start, gap.status) for gap in ledger_gaps(database, series, EVER)] == [
+        (start, GapStatus.NO_TRADE) for start in quiet
+    ]
+    assert why_not(mine, given) == "no gap is due"
+    both = alone.model_copy(update={"provider_priority": ProviderPriority(crypto=("polygon", "binance"))})
+    mine = replace(mine, settings=both, definitions=build_defs(settings=both, resource_overrides=given))
+    (request,) = asked(mine, given)
+    assert run(mine, request)
+    assert ledger_gaps(database, series, EVER) == ()
 
 
 def place(number: int, key: str, timeframe: Timeframe = Timeframe.M1) -> Place:

@@ -1,0 +1,189 @@
+"""Monthly archive, daily archive and REST disagree: which value is stored does not depend on the range."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from email.utils import format_datetime
+
+import numpy as np
+import pytest
+
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime
+from fks_backfill_dagster.pipeline.plan import Scope
+from fks_backfill_dagster.pipeline.sync import SyncReport, sync
+from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.pipeline.conftest import NOW, make_context
+from fks_backfill_dagster_tests.pipeline.test_sync import days
+from fks_backfill_dagster_tests.providers.scripted import (
+    Asked,
+    Said,
+    Server,
+    SmallBinance,
+    candles_at,
+    checksum_of,
+    csv_of,
+    serve,
+    zipped_csv,
+)
+
+MINUTES = Series("BTC/USDT", Timeframe.M1, AssetClass.CRYPTO)
+MARCH, DAY = days("2024-03-01", "2024-04-01"), days("2024-03-21", "2024-03-22")
+WRONG = days("2024-03-21T13:00", "2024-03-21T13:10")  # ten minutes
+LATER = NOW + 30 * MICROS_PER_DAY
+
+
+@dataclass
+class Publications:
+    """Binance whose files give other closes for ten minutes than REST does: the monthly one 5, the daily one
+    3 too much. `modified`: when it says that they were made; no entry: it does not say."""
+
+    modified: dict[str, int] = field(default_factory=dict)
+    wrong: dict[str, float] = field(default_factory=lambda: {"monthly": 0.05, "daily": 0.03})
+
+    def __call__(self, asked: Asked) -> Said:
+        return SmallBinance(archive=self.archive)(asked)
+
+    def archive(self, asked: Asked, honest: Said) -> Said:
+        kind = "monthly" if "/monthly/" in asked.path else "daily"
+        stem = asked.path.rpartition("/")[2].removesuffix(".CHECKSUM").removesuffix(".zip")
+        if kind not in self.wrong or honest.status != 200:
+            return honest
+        periods = {"BTCUSDT-1m-2024-03": MARCH, "BTCUSDT-1m-2024-03-21": DAY}
+        if stem not in periods:
+            return honest
+        period = periods[stem]
+        candles = candles_at(grid_of(MINUTES).opens(period), "BTCUSDT")
+        inside = (candles.ts >= WRONG.start) & (candles.ts < WRONG.end)
+        close = candles.close + np.where(inside, self.wrong[kind], 0)
+        zipped = zipped_csv(csv_of(replace(candles, close=close), Timeframe.M1), stem)
+        if asked.path.endswith(".CHECKSUM"):
+            return checksum_of(zipped, f"{stem}.zip")
+        made = self.modified.get(kind)
+        headers = {} if made is None else {"Last-Modified": format_datetime(to_datetime(made), usegmt=True)}
+        return Said(zipped, headers=headers)
+
+
+@pytest.fixture
+def market() -> Publications:
+    return Publications()
+
+
+@pytest.fixture
+def server(market: Publications) -> Iterator[Server]:
+    with serve(market) as running:
+        yield running
+
+
+@dataclass
+class Desk:
+    """A user of one database, who may do without the archives."""
+
+    database: Database
+    server: Server
+
+    def bring(
+        self, window: TimeRange, *, archives: bool = True, refetch: bool = True, now: int = NOW
+    ) -> SyncReport:
+        url = self.server.url
+        context = make_context(self.database, url, archive_url=url if archives else None, now=now)
+        scope = Scope.EVERYTHING if refetch else Scope.MISSING
+        report = sync(context, MINUTES, window, ["binance"], scope=scope, recheck=True)
+        assert report.complete, report.errors
+        return report
+
+    def error(self) -> float:
+        """By how much the stored closes of the ten minutes are too high; all of them by the same."""
+        stored = reading.read_candles(self.database, MINUTES, WRONG)
+        difference = np.round(stored.close - candles_at(stored.ts, "BTCUSDT").close, 6)
+        assert len(set(difference.tolist())) == 1
+        return float(difference[0])
+
+
+@pytest.fixture
+def desk(database: Database, server: Server) -> Desk:
+    return Desk(database, server)
+
+
+def test_the_files_are_what_they_are_said_to_be(desk: Desk) -> None:
+    """Each of the three ways brings its own value, where nothing is stored yet."""
+    assert (desk.bring(MARCH).total_candles, desk.error()) == (44_640, 0.05)
+    desk.bring(DAY, archives=False)
+    assert desk.error() == 0.0
+
+
+@pytest.mark.parametrize("said", [False, True], ids=["without a header", "with a header"])
+@pytest.mark.parametrize("order", list(itertools.permutations(["month", "day", "rest"])), ids="-".join)
+def test_the_newest_publication_wins_in_every_order(
+    desk: Desk, market: Publications, order: tuple[str, ...], said: bool
+) -> None:
+    """REST is as new as its request. Once it was asked, no archive brings its value back."""
+    if said:
+        market.modified = {
+            "monthly": days("2024-04-03", "2024-04-03").start,
+            "daily": DAY.end + MICROS_PER_DAY,
+        }
+    windows = {"month": (MARCH, True), "day": (DAY, True), "rest": (DAY, False)}
+    for name in order:
+        window, archives = windows[name]
+        desk.bring(window, archives=archives)
+    assert desk.error() == 0.0
+    again = desk.bring(MARCH)
+    assert (desk.error(), again.total_candles) == (0.0, 0)
+    assert again.outdated == 10
+    assert any("older publication" in warning for warning in again.warnings)
+
+
+def test_an_archive_that_was_made_again_later_replaces_what_the_api_gave(
+    desk: Desk, market: Publications
+) -> None:
+    desk.bring(DAY, archives=False)
+    market.modified = {"monthly": NOW + 10 * MICROS_PER_DAY}
+    report = desk.bring(MARCH, now=LATER)
+    assert (desk.error(), report.outdated) == (0.05, 0)
+    # And once the API is requested again, it is newer.
+    desk.bring(DAY, archives=False, now=LATER + MICROS_PER_DAY)
+    assert desk.error() == 0.0
+    assert desk.bring(MARCH, now=LATER + 2 * MICROS_PER_DAY).outdated == 10
+
+
+def test_a_longer_range_is_no_other_value(desk: Desk) -> None:
+    """Of one archive and of another: what the newer one gave stays."""
+    desk.bring(DAY, archives=False)
+    for window in (days("2024-03-20", "2024-03-25"), days("2024-02-01", "2024-05-01"), MARCH):
+        report = desk.bring(window)
+        assert desk.error() == 0.0
+        assert report.outdated in (0, 10)
+    assert desk.bring(days("2024-02-01", "2024-05-01"), refetch=False).requests == 0
+
+
+def test_disagreement_costs_no_request(desk: Desk, market: Publications) -> None:
+    desk.bring(DAY, archives=False)
+    with_it = desk.bring(MARCH).requests
+    market.wrong = {}
+    assert desk.bring(MARCH).requests == with_it
+
+
+@pytest.mark.parametrize("said", [False, True], ids=["without a header", "with a header"])
+def test_files_alone_give_one_value_in_either_order(
+    database: Database, server: Server, market: Publications, said: bool
+) -> None:
+    """A few days come from daily files, the month from its own. Without a header the daily one is right."""
+    few = days("2024-03-20", "2024-03-24")
+    if said:
+        market.modified = {
+            "monthly": days("2024-05-01", "2024-05-01").start,
+            "daily": DAY.end + MICROS_PER_DAY,
+        }
+    desk = Desk(database, server)
+    desk.bring(few)
+    assert desk.error() == 0.03
+    desk.bring(MARCH)
+    assert desk.error() == (0.05 if said else 0.03)
+    desk.bring(few)
+    assert desk.error() == (0.05 if said else 0.03)
