@@ -447,28 +447,23 @@ def test_what_nobody_has_exits_1_and_is_explained(fks: Command, world: LocalMark
 def test_what_did_not_trade_is_not_missing_and_exits_0(
     fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-<<<<<<< HEAD
-    """Single hours of a thin market that Polygon leaves out, where no provider gives every interval."""
+    """By the responses of Polygon, which omits intervals without trades: single hours, here and there."""
     monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ENABLED", "false")
-    for day in range(2, 26, 2):
-        world.plant_outage("polygon", span(f"2024-01-{day:02}T05:00", f"2024-01-{day:02}T06:00"))
+    for day in range(5, 29):
+        world.plant_outage("polygon", span(f"2024-01-{day:02d}T07:00", f"2024-01-{day:02d}T08:00"))
     told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
     assert (told.exit_code, told.json["missing"], told.json["expected"]) == (0, 0, 744)
-    assert statuses(fks) == {"no_trade": 12}
+    assert statuses(fks) == {"no_trade": 24}
     words = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon").stdout
-    assert "732 of 744 candles stored, nothing traded in 12, 0 of them by this call" in words
+    assert "720 of 744 candles stored, nothing traded in 24, 0 of them by this call" in words
 
 
 def test_a_day_that_a_provider_lacks_is_missing_and_exits_1(
     fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However it responds: hours are traded all around it."""
-=======
-    """By the responses of Polygon, which omits intervals without trades: single hours, here and there."""
->>>>>>> rules
     monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ENABLED", "false")
-    for day in range(5, 29):
-        world.plant_outage("polygon", span(f"2024-01-{day:02d}T07:00", f"2024-01-{day:02d}T08:00"))
+    world.plant_outage("polygon", span("2024-01-10", "2024-01-11"))
     told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
     assert (told.exit_code, told.json["missing"], told.json["expected"]) == (1, 24, 744)
     assert statuses(fks) == {"unavailable": 24}

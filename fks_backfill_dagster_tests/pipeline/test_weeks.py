@@ -100,12 +100,8 @@ LONG = [
         ETHER, span("2023-12-20T00:00", "2023-12-26T00:00"), CRYPTO, published=instant("2023-12-27T00:00")
     ),
 ]
-<<<<<<< HEAD
-OVER_CHRISTMAS = Outage(APPLE, span("2023-12-22T19:00", "2023-12-26T17:00"), STOCKS[:1])
-=======
 # It holds a whole session, so that two providers that lack it do not make it an interval without trades.
 OVER_CHRISTMAS = Outage(APPLE, span("2023-12-22T19:00", "2023-12-26T21:00"), STOCKS[:2])
->>>>>>> rules
 A_SESSIONS_MIDDLE = Outage(APPLE, span("2024-01-04T15:00", "2024-01-04T17:00"), STOCKS)
 OVER_A_WEEKEND = Outage(EURO, span("2023-12-29T16:00", "2024-01-01T04:00"), ("oanda",))
 OF_BOTH = Outage(EURO, span("2024-01-04T08:00", "2024-01-04T16:00"), FOREX)
@@ -145,13 +141,8 @@ def test_every_gap_ends_filled_or_explained(quick: Database, market: LocalMarket
         assert {one: [(gap.missing, gap.status) for gap in world.gaps(one)] for one in series} == {
             BITCOIN: [(6, GapStatus.UNAVAILABLE), (6, GapStatus.UNAVAILABLE)],
             ETHER: [],
-<<<<<<< HEAD
-            APPLE: [(2, GapStatus.NO_TRADE)],  # of three that leave quiet intervals out, and agree
-            EURO: [(2, GapStatus.NO_TRADE)],  # of two
-=======
             APPLE: [(2, GapStatus.NO_TRADE)],  # of three that leave intervals without trades out
             EURO: [(2, GapStatus.NO_TRADE)],  # of two that leave quiet intervals out
->>>>>>> rules
         }
         for one, providers in series.items():
             assert [gap.heard() for gap in world.gaps(one)] == [frozenset(providers)] * len(world.gaps(one))
