@@ -18,11 +18,12 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/nu
 	[ $$n -gt 4 ] && n=4; [ $$n -lt 2 ] && n=2; echo $$n)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test up down bench pictures lint format lock clean
+.PHONY: help env demo test test-slow up down bench pictures lint format lock clean
 
 help:
 	@echo "make demo    runs the whole on a local market and reports; KEEP=1 leaves the servers up"
 	@echo "make test    runs the test suite; ARGS='...' go to pytest"
+	@echo "make test-slow runs the long scenarios that make test leaves out, an hour of real time among them"
 	@echo "make up      starts database, Dagster and daemon on real providers; make down stops them"
 	@echo "make bench   measures against the references"
 	@echo "make pictures takes docs/pictures anew from a demo, with a headless Chromium"
@@ -38,7 +39,11 @@ demo: $(STAMP)
 	@$(BIN)/fks-backfill demo $(if $(filter-out 0,$(KEEP)),--keep)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m 'not slow' $(ARGS)
+
+# By test, not by module: the longest are cases of one function.
+test-slow: $(STAMP)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(ARGS)
 
 up: $(STAMP)
 	@$(BIN)/fks-backfill up

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
 import pytest
 from dagster import (
     AssetCheckEvaluation,
@@ -23,10 +28,17 @@ from fks_backfill_dagster.domain.timeframe import (
     Timeframe,
     to_datetime,
 )
+from fks_backfill_dagster.orchestration.build import build_defs
+from fks_backfill_dagster.orchestration.checks import evaluate
 from fks_backfill_dagster.orchestration.freshness import FRESHNESS, worth_an_event
-from fks_backfill_dagster.simulator import LocalMarket
+from fks_backfill_dagster.orchestration.groups import groups_of
+from fks_backfill_dagster.orchestration.resources import ProviderResource, TimescaleDB
+from fks_backfill_dagster.pipeline.coverage import coverage
+from fks_backfill_dagster.settings import ProviderPriority, Providers, Settings, SymbolSettings
+from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
+from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.wiring import now
+from fks_backfill_dagster.wiring import freshness_rule, now
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project
 from fks_backfill_dagster_tests.orchestration.test_assets import plant_failure
 from fks_backfill_dagster_tests.store.builders import execute
@@ -44,9 +56,9 @@ def kept(project: MakeProject) -> Project:
     return mine
 
 
-def refresh(project: Project, *symbols: str) -> ExecuteInProcessResult:
+def refresh(project: Project, *symbols: str, frame: str = "15m") -> ExecuteInProcessResult:
     """The run that a tick requests: of assets alone, without their checks, over the newest two partitions."""
-    keys = frozenset(project.key(name, "15m") for name in symbols or project.settings.match_symbols())
+    keys = frozenset(project.key(name, frame) for name in symbols or project.settings.match_symbols())
     job = project.definitions.resolve_job_def("ohlcv_months").get_subset(
         asset_selection=keys, asset_check_selection=frozenset()
     )
@@ -54,7 +66,7 @@ def refresh(project: Project, *symbols: str) -> ExecuteInProcessResult:
     assert partitions is not None
     last = partitions.get_partition_keys()[-2:]
     tags = {
-        "fks/refresh": "15m",
+        "fks/refresh": frame,
         "dagster/asset_partition_range_start": last[0],
         "dagster/asset_partition_range_end": last[-1],
     }
@@ -171,6 +183,74 @@ def test_a_series_that_never_had_a_candle_is_not_shown_as_fresh(
     assert not done.success
     assert materialized(mine, done) == set()
     assert {one.passed for one in evaluations(mine, done).values()} == {False}
+
+
+# Symbols that hardly anybody trades ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def traded(database_url: str, tmp_path: Path) -> Iterator[Callable[[float, int], Project]]:
+    """`traded(share, silent)`: a 1m series of Polygon with trades in that share of the minutes, and none in the last
+    `silent` ones."""
+    with ExitStack() as stack:
+
+        def make(share: float, silent: int) -> Project:
+            last = now() // MICROS_PER_MINUTE * MICROS_PER_MINUTE - (silent + 1) * MICROS_PER_MINUTE
+            opens = np.arange(last - MICROS_PER_DAY, last + 1, MICROS_PER_MINUTE)
+            there = opens[
+                (np.random.default_rng(5).random(len(opens)) < share) | np.isin(opens, [opens[0], last])
+            ]
+            rows = "".join(
+                f"{to_datetime(ts):%Y-%m-%dT%H:%M:%SZ},100,101,99,100.5,3\n" for ts in there.tolist()
+            )
+            (tmp_path / "coinbase").mkdir()
+            (tmp_path / "coinbase/THINUSD-1m.csv").write_text(f"ts,open,high,low,close,volume\n{rows}")
+            market = stack.enter_context(LocalMarket(MarketConfig(limits=False, replay=tmp_path)))
+            settings = Settings(
+                symbols=(
+                    SymbolSettings(
+                        asset_class=AssetClass.CRYPTO, symbol="THIN/USD", timeframes=(Timeframe.M1,)
+                    ),
+                ),
+                history_start=f"{to_datetime(last - MICROS_PER_DAY):%Y-%m-01}",  # type: ignore[arg-type]
+                provider_priority=ProviderPriority(crypto=("polygon",)),
+                keys={"polygon": "any"},  # type: ignore[dict-item]
+                providers=Providers(polygon={"requests_per_minute": 6000}),  # type: ignore[arg-type]
+            )
+            overrides = {
+                "timescaledb": TimescaleDB(url=database_url),
+                "polygon": ProviderResource(provider="polygon", base_url=market.polygon_url),
+            }
+            instance = stack.enter_context(DagsterInstance.ephemeral())
+            return Project(settings, build_defs(settings=settings, resource_overrides=overrides), instance)
+
+        yield make
+
+
+@pytest.mark.parametrize(("share", "silent", "quiet"), [(0.2, 20, True), (0.995, 40, False)])
+def test_a_symbol_that_hardly_trades_is_fresh_without_a_new_candle(
+    traded: Callable[[float, int], Project], database: Database, share: float, silent: int, quiet: bool
+) -> None:
+    mine = traded(share, silent)
+    series, key = mine.series("THIN/USD", "1m"), mine.key("THIN/USD", "1m")
+    first = refresh(mine, frame="1m")
+    assert materialized(mine, first) == {"THIN_USD"}, "it has brought the candles of a day"
+    found = evaluations(mine, first)["THIN_USD"]
+    assert outcome(found) == ((True, None) if quiet else (False, AssetCheckSeverity.ERROR))
+    lag = found.metadata["lag"].value
+    assert lag == 0 if quiet else lag in range(silent - 2, silent + 4)
+    again = refresh(mine, frame="1m")
+    assert again.success
+    assert materialized(mine, again) == ({"THIN_USD"} if quiet else set())
+    (status,) = reading.sync_status(database, series)
+    assert status.status == "completed"
+    (group,) = groups_of(mine.settings)
+    checks = evaluate(
+        database, group, mine.settings, {AssetCheckKey(key, name) for name in ("completeness", FRESHNESS)}
+    )
+    assert {one.check_name: one.passed for one in checks} == {"completeness": quiet, FRESHNESS: quiet}
+    (one,) = coverage(database, [series], now(), freshness_rule(mine.settings))
+    assert (one.problem() is None) is quiet
 
 
 # What is worth an event -------------------------------------------------------------------------------------

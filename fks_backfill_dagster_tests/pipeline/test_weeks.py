@@ -232,7 +232,7 @@ def events(seed: int) -> tuple[list[Outage], list[Down]]:
     return outages, [Down(draw.choice(CRYPTO), window()) for _ in range(4)]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 8))])
 def test_whatever_happens_nothing_stays_open(quick: Database, market: LocalMarket, seed: int) -> None:
     outages, downs = events(seed)
     series, begin = {HALF_HOURS: CRYPTO}, TURN + 2 * MICROS_PER_MINUTE
