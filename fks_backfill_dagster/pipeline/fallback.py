@@ -29,7 +29,13 @@ from fks_backfill_dagster.ledger.records import Evidence, Outcome
 from fks_backfill_dagster.ledger.settle import Response, surroundings
 from fks_backfill_dagster.pipeline.eligible import Eligible
 from fks_backfill_dagster.pipeline.plan import GRACE, Batch, Plan, Scope
-from fks_backfill_dagster.pipeline.refetch import StoredRows, Suspicion, confirmed, suspicion
+from fks_backfill_dagster.pipeline.refetch import (
+    SUSPICIOUS_CANDLES,
+    StoredRows,
+    Suspicion,
+    confirmed,
+    suspicion,
+)
 from fks_backfill_dagster.pipeline.request import ProviderAnswer, RangeRequest, request_range
 from fks_backfill_dagster.pipeline.splice import only, splice
 from fks_backfill_dagster.providers.base import (
@@ -348,6 +354,8 @@ class _Span:
         self._gone = _NONE
         self._gone_origin: Origin | None = None
         self._spliced = False
+        # Stored candles of the first provider of a refetch that it does not return now.
+        self._unreturned = _NONE
         # Stored candles that a refetch brings implausible: they are replaced by what a second provider confirms.
         self._protected = _NONE
 
@@ -374,6 +382,9 @@ class _Span:
                 self._judge_refetch(question, providers)
                 delivered = self.stored.delivered_by(name, provider.instrument(self.series))
                 self._gone = _common(self._gone, delivered)
+                self._unreturned = missing_of(
+                    _common(delivered, self.requested), self.found.seen.get(name, Candles.empty()).ts
+                )
                 kept = missing_of(self.stored.candles.ts, self._gone)
                 # Of stored candles only the implausible new ones: for a second opinion.
                 held = np.concatenate([_NONE, *(delivery.candles.ts for _, delivery in self._held)])
@@ -394,6 +405,13 @@ class _Span:
         if found.failed and not found.errors:
             found.errors = list(dict.fromkeys(f"{r.evidence.provider}: {r.evidence.detail}" for r in heard))
         found.recordable = answered or bool(heard)
+        kept = missing_of(
+            self._unreturned, np.unique(np.concatenate([_NONE, *(one.opens for one in found.withdrawn)]))
+        )
+        if len(kept) and not found.failed:
+            found.warnings.append(
+                f"{len(kept):,} stored candles were not returned by their provider, and are kept"
+            )
         return found
 
     def _ask(self, question: _Question) -> None:
@@ -567,8 +585,9 @@ class _Span:
         return splice(ours, beside, self.options.tolerance, first=question.first)
 
     def _beside(self, hull: TimeRange) -> TimeRange:
-        """The hull with its neighbours, as far as they were stored before this sync; a refetch changes them."""
-        if self.refetch:
+        """The hull with its neighbours, as far as they were stored before this sync. A refetch needs them only
+        where it compares too few candles for its guard."""
+        if self.refetch and len(self.requested) >= SUSPICIOUS_CANDLES:
             return hull
         before, after = neighbours(hull, self.grid)
         opens = np.concatenate([before, after])

@@ -238,10 +238,22 @@ def _merged(
         confirmed=confirmed,
         absent=RangeSet.from_arrays(confirmed, grid.closes(confirmed)),
         requests=first.requests + sum(more.requests for more in again),
-        warnings=tuple(dict.fromkeys((*first.warnings, *(w for more in again for w in more.warnings)))),
+        warnings=tuple(
+            dict.fromkeys((*_doubts(first), *first.warnings, *(w for more in again for w in more.warnings)))
+        ),
         error=error,
     )
     return _Native(answer, RangeSet([first.window, *(more.window for more in again)]))
+
+
+def _doubts(first: _Fetched) -> tuple[str, ...]:
+    """A second response shows the same jump at the edge of a response: it stays, and is reported."""
+    if not len(first.doubtful):
+        return ()
+    return (
+        f"{len(first.doubtful):,} candles lie beyond a jump of 20 % or more at the edge of a response:"
+        " a split, a crash, or another symbol",
+    )
 
 
 def _still_rejected(rejected: Sequence[RejectedRows], have: Instants) -> list[RejectedRows]:

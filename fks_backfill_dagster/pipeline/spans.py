@@ -20,7 +20,7 @@ from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.continuity import JUMP, contradict, foreign
 from fks_backfill_dagster.domain.delivery import RejectedRows
 from fks_backfill_dagster.domain.quality import Reason
-from fks_backfill_dagster.domain.ranges import Instants
+from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.ledger.records import Evidence, Outcome
 from fks_backfill_dagster.ledger.settle import Response
 from fks_backfill_dagster.pipeline.fallback import Fetched, ProviderChain
@@ -91,8 +91,9 @@ def _checked(
     if name is None:
         return found
     after = following(0)
-    if after is not None and _disagree(after, found.seen[name], name):
-        after.distrusted.add(name)
+    proved_wrong = bool(_disagree(before, found.seen[name], name))
+    if after is not None and not proved_wrong and _disagree(after, found.seen[name], name):
+        after.distrusted.add(name)  # it is the one or the other
     return _without(chain, plan, span, found, name)
 
 
@@ -134,7 +135,13 @@ def _beside_a_jump(
     known = [name for name in names if name in again.seen]
     differ = [name for name in known if contradict(found.seen[name], again.seen[name], _TOLERANCE)]
     if not differ:
-        return again if known == names else found
+        kept = again if known == names else found
+        kept.warnings += [
+            f"{name}: its candles of {TimeRange(span[0].window.start, span[-1].window.end)}"
+            " begin or end with a jump of 20 % or more: a split, a crash, or another symbol"
+            for name in names
+        ]
+        return kept
     still = [name for name in jumps(again) if name in differ]
     return _without(chain, plan, span, again, still[0]) if still else again
 
@@ -210,11 +217,11 @@ def _without(chain: ProviderChain, plan: Plan, span: Span, found: Fetched, name:
     mine = [delivery for delivery in found.deliveries if delivery.origin.provider == name]
     others.rejected += [RejectedRows.of(d.origin, Reason.WRONG_SYMBOL, d.candles) for d in mine]
     count = sum(len(d.candles) for d in mine)
-    requested_at = max((d.origin.requested_at for d in mine), default=0)
     text = "its candles do not continue those around them: they are quarantined as another symbol's"
-    others.responses.append(Response(Evidence(name, requested_at, Outcome.REJECTED, text), found.requested))
+    evidence = Evidence(name, chain.options.clock(), Outcome.REJECTED, text)
+    others.responses.append(Response(evidence, found.requested))
     others.warnings.append(
-        f"{name}: {count:,} candles are quarantined: they do not continue those around them"
+        f"{name}: {count:,} of its candles are quarantined: they do not continue those around them"
     )
     others.recordable, others.failed = True, False
     return others
