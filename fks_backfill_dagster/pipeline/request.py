@@ -62,8 +62,9 @@ class ProviderAnswer:
 
     kept: verified candles of the window, neighbours included; ascending. rejected: rows that broke a rule.
     lacking: the wanted candles that it did not give; of these `confirmed` are absent in two complete
-    responses with candles on both sides (or when the market was closed), and `partial` are derived candles of which parts are absent, with a
-    sentence each. absent: what it confirmed to lack, as ranges of time, parts included.
+    responses with candles on both sides (or when the market was closed), and `partial` are derived candles of
+    which parts are absent, with a sentence each. absent: what it confirmed to lack, as ranges of time, parts
+    included.
     error: why the second request failed, if it did: then nothing is confirmed.
     """
 
