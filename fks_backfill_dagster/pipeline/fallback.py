@@ -534,7 +534,8 @@ class _Span:
                 self.wanted = missing_of(self.wanted, good.ts)
         self._respond_lacking(question, answer)
         if self.refetch and question.first and answer.kept:
-            self._gone, self._gone_origin = np.union1d(self._gone, answer.confirmed), answer.kept[0].origin
+            between = answer.confirmed[(answer.confirmed > theirs.ts[0]) & (answer.confirmed < theirs.ts[-1])]
+            self._gone, self._gone_origin = np.union1d(self._gone, between), answer.kept[0].origin
         if question.provider.capabilities.omits_quiet:
             self._absent |= answer.absent
 

@@ -62,8 +62,9 @@ class ProviderAnswer:
 
     kept: verified candles of the window, neighbours included; ascending. rejected: rows that broke a rule.
     lacking: the wanted candles that it did not give; of these `confirmed` are absent in two complete
-    responses with candles on both sides, and `partial` are derived candles of which parts are absent, with a
-    sentence each. absent: what it confirmed to lack, as ranges of time, parts included.
+    responses with candles on both sides (or when the market was closed), and `partial` are derived candles of
+    which parts are absent, with a sentence each. absent: what it confirmed to lack, as ranges of time, parts
+    included.
     error: why the second request failed, if it did: then nothing is confirmed.
     """
 
@@ -228,9 +229,12 @@ def _merged(
                 have = np.union1d(have, fresh.ts)
     rejected = [*first.rejected, *(part for more in again for part in more.rejected)]
     lacking = missing_of(_before(asked.wanted, closed_end), have)
-    between = lacking[(lacking > have.min()) & (lacking < have.max())] if len(have) else _NONE
+    # Of a closed market there need not be candles on both sides: a range may begin or end in a holiday.
+    sure = asked.closed.contains(lacking)
+    if len(have):
+        sure |= (lacking > have.min()) & (lacking < have.max())
     grid = grid_of(asked.series)
-    confirmed = _NONE if error else between[~_holding(between, rejected, grid)]
+    confirmed = _NONE if error else lacking[sure & ~_holding(lacking, rejected, grid)]
     answer = ProviderAnswer(
         kept=tuple(delivery for delivery in kept if len(delivery.candles)),
         rejected=tuple(_still_rejected(rejected, have)),

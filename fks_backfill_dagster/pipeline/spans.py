@@ -19,6 +19,7 @@ import numpy as np
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.continuity import JUMP, contradict, foreign
 from fks_backfill_dagster.domain.delivery import RejectedRows
+from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.quality import Reason
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.ledger.records import Evidence, Outcome
@@ -120,12 +121,14 @@ def _beside_a_jump(
     """A span that begins or ends with a jump, and no jump back: a real move, or the first or the last span is
     of another instrument. It is fetched once more, and what is different then is not to be relied on."""
 
+    grid = grid_of(chain.series)
+
     def jumps(one: Fetched) -> list[str]:
         edges = ((before, one), (one, following(0)))
         return [
             name
             for name in one.seen
-            if any(_jumps(_own(left, name), _own(right, name)) for left, right in edges)
+            if any(_jumps(_own(left, name), _own(right, name), grid) for left, right in edges)
         ]
 
     names = jumps(found)
@@ -146,9 +149,12 @@ def _beside_a_jump(
     return _without(chain, plan, span, again, still[0]) if still else again
 
 
-def _jumps(before: Candles, after: Candles) -> bool:
-    """Whether the one ends and the other begins at different levels."""
+def _jumps(before: Candles, after: Candles, grid: Grid) -> bool:
+    """Whether the one ends and the other begins at different levels, next to each other."""
     if not (len(before) and len(after)):
+        return False
+    last, first = grid.rank(np.array([before.ts[-1], after.ts[0]])).tolist()
+    if not 0 < first - last <= _BESIDE:
         return False
     return abs(float(np.log(after.open[0]) - np.log(before.close[-1]))) >= float(np.log1p(JUMP))
 
@@ -191,6 +197,9 @@ def _disagree(other: Fetched | None, mine: Candles, name: str) -> bool | None:
 
 # Two responses of one sync about one closed candle are the same but for a correction of its last digits.
 _TOLERANCE = 0.01
+
+# Candles that are further apart (of a fallback, here and there) may be of different levels.
+_BESIDE = 3
 
 
 def _own(found: Fetched | None, name: str) -> Candles:

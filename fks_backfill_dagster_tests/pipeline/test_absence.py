@@ -157,6 +157,32 @@ def test_holidays_of_forex_did_not_trade_and_an_outage_did(database: Database, t
     assert np.array_equal(opens_in(database, EURO, window, GapStatus.UNAVAILABLE), opens[outage])
 
 
+@pytest.mark.parametrize("provider", ["oanda", "polygon"])
+@pytest.mark.parametrize(
+    "window",
+    [
+        days("2016-12-25T03:00", "2016-12-25T23:00"),
+        days("2016-12-26T05:00", "2017-01-01T23:00"),
+        days("2015-12-25T03:00", "2015-12-25T04:00"),
+        days("2015-12-28", "2016-01-01T09:00"),
+    ],
+    ids=str,
+)
+def test_a_range_that_begins_or_ends_in_a_holiday(
+    database: Database, tmp_path: Path, provider: str, window: TimeRange
+) -> None:
+    """Or that lies in it: no candle of the response shows that it is complete."""
+    around = days("2015-12-01", "2017-02-01")
+    opens = grid_of(EURO).opens(around)
+    write_csv(tmp_path / "forex" / "EURUSD-1h.csv", invented(opens[~forex_holidays(around).contains(opens)]))
+    with replay(database, tmp_path) as context:
+        report = sync(context, EURO, window, [provider])
+    asked = grid_of(EURO).opens(window)
+    closed = int(forex_holidays(around).contains(asked).sum())
+    assert closed or not len(asked)
+    assert (report.quiet, report.missing) == (closed, 0)
+
+
 def test_a_holiday_of_forex_that_traded_is_stored(database: Database, tmp_path: Path) -> None:
     window = days("2016-12-01", "2017-02-01")
     opens = grid_of(EURO).opens(window)

@@ -229,3 +229,7 @@ def test_euro_hours_are_the_files_rows_and_its_holes_are_explained(
     assert sum(gap.missing for gap in gaps) == report.expected - len(stored)
     hole = days("2016-12-12", "2016-12-12").start  # the provider had nothing for a week
     assert any(gap.start <= hole < gap.end and gap.missing > 24 for gap in gaps)
+    # Its holidays did not trade, by one provider alone; the week and the night that it lacks are missing.
+    assert (report.quiet, report.missing) == (100, 140)
+    counted = {state: sum(gap.missing for gap in gaps if gap.status is state) for state in GapStatus}
+    assert (counted[GapStatus.NO_TRADE], counted[GapStatus.UNAVAILABLE]) == (100, 140)
