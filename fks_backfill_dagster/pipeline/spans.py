@@ -75,7 +75,8 @@ def _checked(
     def following(count: int) -> Fetched | None:
         return waiting[count][1].result() if count < len(waiting) else None
 
-    if before is not None and all(_continues(before, found, name) for name in found.seen):
+    grid = grid_of(chain.series)
+    if before is not None and all(_continues(before, found, name, grid) for name in found.seen):
         return found
     name = _suspect(found, before, following)
     if name is None:
@@ -98,7 +99,7 @@ def _checked(
     return _without(chain, plan, span, found, name)
 
 
-def _continues(before: Fetched, found: Fetched, name: str) -> bool:
+def _continues(before: Fetched, found: Fetched, name: str, grid: Grid) -> bool:
     """Whether the span before shows that a provider's candles are of the same instrument: then nothing has to
     wait for the next one."""
     if name in found.distrusted:
@@ -107,7 +108,7 @@ def _continues(before: Fetched, found: Fetched, name: str) -> bool:
     if left is not None:
         return not left
     mine, theirs = _own(found, name), _own(before, name)
-    return not len(mine) or (len(theirs) > 0 and not _jumps(theirs, mine))
+    return not len(mine) or (_adjacent(theirs, mine, grid) and not _jumps(theirs, mine, grid))
 
 
 def _beside_a_jump(
@@ -151,12 +152,16 @@ def _beside_a_jump(
 
 def _jumps(before: Candles, after: Candles, grid: Grid) -> bool:
     """Whether the one ends and the other begins at different levels, next to each other."""
+    if not _adjacent(before, after, grid):
+        return False
+    return abs(float(np.log(after.open[0]) - np.log(before.close[-1]))) >= float(np.log1p(JUMP))
+
+
+def _adjacent(before: Candles, after: Candles, grid: Grid) -> bool:
     if not (len(before) and len(after)):
         return False
     last, first = grid.rank(np.array([before.ts[-1], after.ts[0]])).tolist()
-    if not 0 < first - last <= _BESIDE:
-        return False
-    return abs(float(np.log(after.open[0]) - np.log(before.close[-1]))) >= float(np.log1p(JUMP))
+    return bool(0 < first - last <= _BESIDE)
 
 
 def _again(chain: ProviderChain, plan: Plan, span: Span, found: Fetched) -> Fetched:

@@ -296,6 +296,31 @@ def test_a_small_correction_needs_no_second_provider(database: Database, market:
     assert reading.read_candles(database, case.series, case.window).equals(truth)
 
 
+def test_a_small_wrong_correction_contradicts_the_stored_candles_beside_it(
+    database: Database, market: LocalMarket
+) -> None:
+    """Twelve candles of another symbol are no five per cent: the stored neighbours show what they are."""
+    case, small = LONG[0].case, days("2024-03-10", "2024-03-10T12:00")
+    synced(context_of(database, market, case), case)
+    held = reading.read_candles(database, case.series, case.window)
+    market.plant_fault("binance", "other_symbol", count=None, other="SOL/USDT")
+    report = sync(context_of(database, market, case), case.series, small, ["binance"], scope=Scope.EVERYTHING)
+    assert "--force" in " ".join(report.errors)
+    assert reading.read_candles(database, case.series, case.window).equals(held)
+
+
+def test_a_refetch_that_gets_nothing_keeps_what_is_stored_and_says_so(
+    database: Database, market: LocalMarket
+) -> None:
+    case = Case("binance", "binance", crypto("1h"), days("2024-03-01", "2024-04-01"))
+    synced(context_of(database, market, case), case)
+    held = reading.read_candles(database, case.series, case.window)
+    market.plant_fault("binance", "empty", count=None)
+    report = synced(context_of(database, market, case), case, scope=Scope.EVERYTHING)
+    assert reading.read_candles(database, case.series, case.window).equals(held)
+    assert "were not returned by their provider, and are kept" in " ".join(report.warnings)
+
+
 GONE = days("2024-03-10", "2024-03-10T03:00")
 
 
