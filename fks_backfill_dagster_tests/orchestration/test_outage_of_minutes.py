@@ -256,7 +256,7 @@ def test_a_provider_that_dies_in_real_time(tmp_path: Path) -> None:
     with watched(tmp_path / "home") as made:
         made.site.up(WEBSERVER)
         begin = now() // MICROS_PER_MINUTE * MICROS_PER_MINUTE - 6 * MICROS_PER_HOUR
-        backfilled(made, begin, now())
+        backfilled(made, begin, now() - POLLING - 5 * MICROS_PER_MINUTE)  # before the tick that is due
         start_schedule(made.site, "refresh_1m")
         make_a_tick_due(made.site)
         made.site.until(lambda: made.ended()[:1] == ["SUCCESS"], 200)
