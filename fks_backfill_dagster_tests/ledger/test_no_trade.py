@@ -306,6 +306,20 @@ def test_no_tail_of_a_liquid_market_is_quiet() -> None:
             assert quiet_tail(absent, RangeSet([covered]), minutes, NOWHERE, tail) == 0
 
 
+def test_a_run_of_the_same_length_does_not_explain_a_tail() -> None:
+    minutes = grid("crypto", "1m")
+    covered = TimeRange(MONTH.start, MONTH.start + MICROS_PER_DAY)
+    opens = minutes.opens(covered)
+    missing = opens[[1000, 1100, 1101]]  # a run of one and one of two
+    absent = Absent.of(missing, missing)
+    first = int(minutes.rank(np.array([covered.end]))[0])
+    for length, quiet in ((1, True), (2, False), (3, False)):
+        tail = tail_of(minutes, covered, length)
+        found = quiet_tail(absent, RangeSet([covered]), minutes, NOWHERE, tail)
+        assert found == (length if quiet else 0)
+        assert fits_in_the_middle(absent, first, length, covered, minutes, NOWHERE) is quiet
+
+
 def test_a_tail_that_holds_a_whole_session_is_not_quiet() -> None:
     quarters = grid("stocks", "30m")
     covered = window("2024-03-01T00:00:00Z", "2024-03-12T20:00:00Z")
