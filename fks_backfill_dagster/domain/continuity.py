@@ -20,6 +20,23 @@ _SAME = 0.5
 (in logarithms): the other instrument moves meanwhile."""
 
 
+_USUAL = 3.0
+"""A step at the edge of a response below this multiple of the median step inside is none either: in some
+instruments every candle begins away from where the former one closed."""
+
+
+def _edges(candles: Candles, seams: Instants) -> tuple[Instants, Floats, float]:
+    """Where responses begin inside the block, the steps there (logarithms), and from which size they are jumps."""
+    index = np.searchsorted(candles.ts, seams)
+    index = np.unique(index[(index > 0) & (index < len(candles))])
+    if not len(index):
+        return index, np.empty(0), np.inf
+    steps = np.log(candles.open[1:]) - np.log(candles.close[:-1])
+    inside = np.abs(np.delete(steps, index - 1))
+    usual = float(np.median(inside)) if len(inside) else 0.0
+    return index, steps[index - 1], max(float(np.log1p(JUMP)), _USUAL * usual)
+
+
 def foreign(candles: Candles, seams: Instants) -> NDArray[np.bool_]:
     """Which candles lie in responses that begin with a jump and end with the same jump back.
 
@@ -28,12 +45,8 @@ def foreign(candles: Candles, seams: Instants) -> NDArray[np.bool_]:
     have one edge only and are never foreign here.
     """
     mask = np.zeros(len(candles), dtype=bool)
-    index = np.searchsorted(candles.ts, seams)
-    index = np.unique(index[(index > 0) & (index < len(candles))])
-    if len(index) < 2:
-        return mask
-    step = np.log(candles.open[index]) - np.log(candles.close[index - 1])
-    jumps = np.flatnonzero(np.abs(step) >= np.log1p(JUMP))
+    index, step, least = _edges(candles, seams)
+    jumps = np.flatnonzero(np.abs(step) >= least)
     at = 0
     while at + 1 < len(jumps):
         into, out = step[jumps[at]], step[jumps[at + 1]]
@@ -48,15 +61,12 @@ def doubtful(candles: Candles, seams: Instants) -> NDArray[np.bool_]:
     """Which candles lie between a jump at a seam and the nearer end of the block, where only one edge of a
     response is known: a split or a crash, or the first or last response of another instrument."""
     mask = np.zeros(len(candles), dtype=bool)
-    index = np.searchsorted(candles.ts, seams)
-    index = np.unique(index[(index > 0) & (index < len(candles))])
-    if len(index):
-        step = np.abs(np.log(candles.open[index]) - np.log(candles.close[index - 1]))
-        for at in index[step >= np.log1p(JUMP)].tolist():
-            if at <= len(candles) - at:
-                mask[:at] = True
-            else:
-                mask[at:] = True
+    index, step, least = _edges(candles, seams)
+    for at in index[np.abs(step) >= least].tolist():
+        if at <= len(candles) - at:
+            mask[:at] = True
+        else:
+            mask[at:] = True
     return mask
 
 

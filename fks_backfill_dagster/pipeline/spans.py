@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.continuity import JUMP, contradict, foreign
+from fks_backfill_dagster.domain.continuity import contradict, doubtful, foreign
 from fks_backfill_dagster.domain.delivery import RejectedRows
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.quality import Reason
@@ -154,7 +154,7 @@ def _jumps(before: Candles, after: Candles, grid: Grid) -> bool:
     """Whether the one ends and the other begins at different levels, next to each other."""
     if not _adjacent(before, after, grid):
         return False
-    return abs(float(np.log(after.open[0]) - np.log(before.close[-1]))) >= float(np.log1p(JUMP))
+    return bool(doubtful(Candles.concat([before, after]), after.ts[:1]).any())
 
 
 def _adjacent(before: Candles, after: Candles, grid: Grid) -> bool:

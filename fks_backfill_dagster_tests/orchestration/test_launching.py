@@ -94,6 +94,7 @@ def fail(market: LocalMarket, symbol: str, start: str, end: str) -> None:
         market.plant_fault(transport, "hang", count=None, seconds=600, symbol=symbol, start=start, end=end)
 
 
+@pytest.mark.slow
 def test_stocks_and_forex_do_not_wait_for_crypto(desk: Desk) -> None:
     """One month of one symbol hangs, so its runs last; those of the other classes are through meanwhile."""
     made = desk.made
@@ -145,6 +146,7 @@ def test_stocks_and_forex_do_not_wait_for_crypto(desk: Desk) -> None:
     assert sum(one["numPartitionsMaterialized"] for one in counts) == total - failed
 
 
+@pytest.mark.slow
 def test_a_symbol_that_is_new_is_launched_at_once_and_settled_before_its_start(desk: Desk) -> None:
     """Also a start before history_start, which the running definitions have no partition for."""
     made = desk.made
@@ -214,6 +216,7 @@ def test_a_symbol_taken_out_is_all_that_is_lost(desk: Desk) -> None:
     assert frozenset({"BTC_USDT"}) in desk.runs_of("SUCCESS")
 
 
+@pytest.mark.slow
 def test_a_later_beginning_and_a_timeframe_taken_out_are_survived(desk: Desk) -> None:
     """The same kind of change: what is not defined any more leaves, all else is run to its end."""
     made = desk.made

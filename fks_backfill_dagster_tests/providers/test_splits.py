@@ -52,7 +52,7 @@ class History:
         )
         prices = prices * old
         if self.cents:
-            prices = np.round(prices, 2)
+            prices = np.where(prices < 1, np.round(prices, 4), np.round(prices, 2))  # Rule 612 of the SEC
         volume = np.rint(1e6 * (2 + np.cos(np.arange(n))) / old) + 1
         self.days = START + np.arange(n) * MICROS_PER_DAY
         self.true = Candles(self.days, *prices, volume)

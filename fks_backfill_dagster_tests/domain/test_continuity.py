@@ -1,0 +1,44 @@
+"""Jumps at the edges of responses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.continuity import doubtful, foreign
+
+HOUR = 3_600_000_000
+
+
+def candles(opens: list[float], closes: list[float]) -> Candles:
+    first, last = np.array(opens), np.array(closes)
+    ts = np.arange(len(first), dtype=np.int64) * HOUR
+    return Candles(ts, first, np.maximum(first, last), np.minimum(first, last), last, np.ones(len(first)))
+
+
+@given(
+    st.floats(0.1, 10).filter(lambda ratio: abs(np.log(ratio)) > 0.2),
+    st.integers(3, 60),
+    st.sets(st.integers(1, 59)),
+)
+def test_where_every_candle_begins_elsewhere_an_edge_shows_nothing(
+    ratio: float, n: int, borders: set[int]
+) -> None:
+    """Each closes at `ratio` times its open, and the next one begins at the same open."""
+    block = candles([100.0] * n, [100.0 * ratio] * n)
+    seams = np.array(sorted(at for at in borders if at < n), dtype=np.int64) * HOUR
+    assert not doubtful(block, seams).any()
+    assert not foreign(block, seams).any()
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.8, 1.25, 40.0])
+def test_another_level_is_seen_in_steady_candles(factor: float) -> None:
+    prices = [100.0] * 30
+    prices[10:20] = [100.0 * factor] * 10
+    block, seams = candles(prices, prices), np.array([10, 20], dtype=np.int64) * HOUR
+    assert np.flatnonzero(foreign(block, seams)).tolist() == list(range(10, 20))
+    assert np.flatnonzero(doubtful(block.take(slice(0, 20)), seams)).tolist() == list(range(10))
+    assert not foreign(block, seams + HOUR).any()  # a market that moves elsewhere than at the edges
