@@ -12,10 +12,10 @@ STAMP := $(VENV)/.made-$(HASH)
 # Quiet about everything but errors.
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
-# Two at least, for the tests wait for servers more than they compute; four at most, for each worker
-# keeps a PostgreSQL of its own.
+# One more than processors, for the tests wait for servers more than they compute; four at most, for
+# each worker keeps databases and servers of its own.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); \
-	[ $$n -gt 4 ] && n=4; [ $$n -lt 2 ] && n=2; echo $$n)
+	n=$$((n + 1)); [ $$n -gt 4 ] && n=4; echo $$n)
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-slow up down bench pictures lint format lock clean

@@ -187,6 +187,7 @@ def test_a_symbol_that_is_new_is_launched_at_once_and_settled_before_its_start(d
     assert not any(tick["runIds"] for tick in ticks)
 
 
+@pytest.mark.slow
 def test_a_symbol_taken_out_is_all_that_is_lost(desk: Desk) -> None:
     """While runs of it go on and fail, and one waits that could not even be loaded without it."""
     made = desk.made
@@ -216,7 +217,6 @@ def test_a_symbol_taken_out_is_all_that_is_lost(desk: Desk) -> None:
     assert frozenset({"BTC_USDT"}) in desk.runs_of("SUCCESS")
 
 
-@pytest.mark.slow
 def test_a_later_beginning_and_a_timeframe_taken_out_are_survived(desk: Desk) -> None:
     """The same kind of change: what is not defined any more leaves, all else is run to its end."""
     made = desk.made

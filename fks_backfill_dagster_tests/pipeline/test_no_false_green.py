@@ -239,8 +239,20 @@ REFETCHED = [
 ]
 
 
-@pytest.mark.parametrize("with_second", [False, True], ids=["alone", "second"])
-@pytest.mark.parametrize(("long", "second"), REFETCHED, ids=lambda one: str(one))
+@pytest.mark.parametrize(
+    ("long", "second", "with_second"),
+    [
+        pytest.param(
+            long,
+            second,
+            with_second,
+            marks=[pytest.mark.slow] if with_second and long is not LONG[0] else [],
+            id=f"{long}-{second}-{'second' if with_second else 'alone'}",
+        )
+        for long, second in REFETCHED
+        for with_second in (False, True)
+    ],
+)
 def test_a_refetch_from_another_symbol_changes_nothing(
     database: Database, market: LocalMarket, long: Long, second: Case, with_second: bool
 ) -> None:
