@@ -6,12 +6,15 @@ Does not belong here: whether candles are good (`quality`), how they are request
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.quality import Reason
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 
@@ -49,7 +52,7 @@ class Origin:
         return self.requested_at if self.published_at is None else self.published_at
 
 
-_NO_SEAMS = np.empty(0, dtype=np.int64)
+_NONE = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +65,7 @@ class Delivery:
 
     candles: Candles
     origin: Origin
-    seams: Instants = field(default_factory=lambda: _NO_SEAMS)
+    seams: Instants = field(default_factory=lambda: _NONE)
 
     def with_candles(self, candles: Candles) -> Delivery:
         return replace(self, candles=candles)
@@ -93,3 +96,9 @@ class RejectedRows:
         """The rows that belong to `window`."""
         mine = (self.owners >= window.start) & (self.owners < window.end)
         return replace(self, candles=self.candles.take(mine), owners=self.owners[mine])
+
+
+def holding_rejected(opens: Instants, rejected: Iterable[RejectedRows], grid: Grid) -> NDArray[np.bool_]:
+    """Which of these candles (`opens` ascending) own rejected rows, on the grid or off it."""
+    ts = np.sort(np.concatenate([_NONE, *(part.owners for part in rejected)]))
+    return np.searchsorted(ts, opens) < np.searchsorted(ts, grid.closes(opens))

@@ -160,10 +160,8 @@ def evaluate_after_refresh(
 
     What is logged is what has changed, and each result at least once an hour.
     """
-    if context.job_def.has_node_named(
-        op_name(group)
-    ):  # it evaluates all of them, or `evaluate_after_failure`
-        return
+    if context.job_def.has_node_named(op_name(group)):
+        return  # it evaluates all of them, or `evaluate_after_failure` does
     wanted = {key: group.series[key] for key in group.series if key in keys}
     now = wiring.now()
     results = _freshness(database, wanted, settings, now)

@@ -8,7 +8,7 @@ compared with stored ones (`splice`), storing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.continuity import difference
-from fks_backfill_dagster.domain.delivery import Delivery, Origin, RejectedRows
+from fks_backfill_dagster.domain.delivery import Delivery, Origin, RejectedRows, holding_rejected
 from fks_backfill_dagster.domain.derive import parts_span
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.plausibility import AROUND, implausible
@@ -545,7 +545,7 @@ class _Span:
         if answer.error is not None:
             self._respond(question, lacking, Outcome.ERROR, f"its second request failed: {answer.error}")
             return
-        bad = lacking[_owned(lacking, answer.rejected, self.grid)]
+        bad = lacking[holding_rejected(lacking, answer.rejected, self.grid)]
         if len(bad):
             rows = sum(len(part.candles) for part in answer.rejected)
             self._respond(question, bad, Outcome.REJECTED, f"{rows} rows quarantined")
@@ -716,15 +716,13 @@ class _Span:
                 continue
             window = TimeRange(int(sample.wanted[0]), int(self.grid.closes(sample.wanted[-1:])[0]))
             try:
-                answer = request_range(
-                    provider, RangeRequest(self.series, sample.wanted, window, sample.asked_at, sample.since)
-                )
+                request = RangeRequest(self.series, sample.wanted, window, sample.asked_at, sample.since)
+                answer = self._requested(sample, request)
             except Cancelled:
                 raise
             except ProviderError as error:
                 self.found.errors.append(str(error))
                 continue
-            self.found.requests += answer.requests
             verdict = confirmed(suspected, answer.candles, self.options.tolerance)
             if verdict is not None:
                 return verdict
@@ -770,9 +768,3 @@ def _inside(opens: Instants, hull: TimeRange) -> Instants:
 
 def _common(one: Instants, other: Instants) -> Instants:
     return np.intersect1d(one, other, assume_unique=True)
-
-
-def _owned(opens: Instants, rejected: Iterable[RejectedRows], grid: Grid) -> Mask:
-    """In which of these candles' intervals rejected rows lie; `opens` ascending."""
-    ts = np.sort(np.concatenate([_NONE, *(part.owners for part in rejected)]))
-    return np.searchsorted(ts, opens) < np.searchsorted(ts, grid.closes(opens))

@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.continuity import contradict, doubtful, foreign
-from fks_backfill_dagster.domain.delivery import Delivery, RejectedRows, Transport
+from fks_backfill_dagster.domain.delivery import Delivery, RejectedRows, Transport, holding_rejected
 from fks_backfill_dagster.domain.derive import Derived, derive, owners, parts_span
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.quality import Reason, verify
@@ -234,7 +233,7 @@ def _merged(
     if len(have):
         sure |= (lacking > have.min()) & (lacking < have.max())
     grid = grid_of(asked.series)
-    confirmed = _NONE if error else lacking[sure & ~_holding(lacking, rejected, grid)]
+    confirmed = _NONE if error else lacking[sure & ~holding_rejected(lacking, rejected, grid)]
     answer = ProviderAnswer(
         kept=tuple(delivery for delivery in kept if len(delivery.candles)),
         rejected=tuple(_still_rejected(rejected, have)),
@@ -268,12 +267,6 @@ def _still_rejected(rejected: Sequence[RejectedRows], have: Instants) -> list[Re
             continue
         found.append(part)
     return found
-
-
-def _holding(opens: Instants, rejected: Sequence[RejectedRows], grid: Grid) -> NDArray[np.bool_]:
-    """In which of these intervals rejected rows lie, on the grid or off it; `opens` ascending."""
-    ts = np.sort(np.concatenate([_NONE, *(part.candles.ts for part in rejected)]))
-    return np.searchsorted(ts, opens) < np.searchsorted(ts, grid.closes(opens))
 
 
 def _before(opens: Instants, end: int) -> Instants:
@@ -331,12 +324,10 @@ def _quiet_parts(
     expected = np.concatenate([_NONE, *(fine.opens(part) for part in covered)])
     absent = missing_of(expected, candles.ts)
     around = absent[(absent < wanted.start) | (absent >= wanted.end)]
-    witnesses = around[~_holding(around, native.answer.rejected, fine)]
+    witnesses = around[~holding_rejected(around, native.answer.rejected, fine)]
     closes = fine.closes(absent)
-    twice = absent[
-        _absent_elsewhere(asked, candles).contains(absent)
-        & _absent_elsewhere(asked, candles).contains(np.maximum(closes - 1, absent))
-    ]
+    elsewhere = _absent_elsewhere(asked, candles)
+    twice = absent[elsewhere.contains(absent) & elsewhere.contains(np.maximum(closes - 1, absent))]
     confirmed = np.union1d(native.answer.confirmed, witnesses)
     mask = no_trade(Absent.of(absent, confirmed, twice), covered, fine, asked.closed)
     return absent[mask]

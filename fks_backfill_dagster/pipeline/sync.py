@@ -333,7 +333,7 @@ class _Work:
     def is_kept(self) -> bool:
         """Whether it has candles: then a symbol that no provider knows any more is an answer, and a mistyped
         one no more."""
-        return any(state.total_candles for state in reading.sync_status(self.context.database, self.series))
+        return self._oldest is not None
 
     @cached_property
     def _oldest(self) -> int | None:

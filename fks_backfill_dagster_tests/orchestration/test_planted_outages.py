@@ -115,14 +115,6 @@ def running() -> Iterator[LocalMarket]:
         yield market
 
 
-@pytest.fixture
-def market(running: LocalMarket) -> LocalMarket:
-    running.clear_faults()
-    running.clear_outages()
-    running.reset_requests()
-    return running
-
-
 @dataclass
 class Faces:
     """What everything that shows data showed, after every step.

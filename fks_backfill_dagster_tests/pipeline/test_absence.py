@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -19,10 +19,9 @@ from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.ledger.no_trade import Absent, no_trade
 from fks_backfill_dagster.pipeline.fill import fill_gaps
 from fks_backfill_dagster.pipeline.sync import Context, sync
-from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
+from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster_tests.pipeline.conftest import NOW
 from fks_backfill_dagster_tests.pipeline.test_faults import Case, context_of
 from fks_backfill_dagster_tests.pipeline.test_real_candles import invented, replay, write_csv
 from fks_backfill_dagster_tests.pipeline.test_sync import days
@@ -32,19 +31,6 @@ MINUTES = replace(BITCOIN, timeframe=Timeframe.M1)
 EURO = Series("EUR/USD", Timeframe.H1, AssetClass.FOREX)
 SPY = Series("SPY", Timeframe.M1, AssetClass.STOCKS)
 NOWHERE = RangeSet()
-
-
-@pytest.fixture(scope="module")
-def market() -> Iterator[LocalMarket]:
-    with LocalMarket(MarketConfig(limits=False, now=NOW)) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def honest(market: LocalMarket) -> Iterator[None]:
-    yield
-    market.clear_faults()
-    market.clear_outages()
 
 
 def opens_in(database: Database, series: Series, window: TimeRange, *states: GapStatus) -> Instants:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 
@@ -16,10 +15,9 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe, iso
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.pipeline.sync import sync
-from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
+from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster_tests.pipeline.conftest import NOW
 from fks_backfill_dagster_tests.pipeline.test_faults import Case, accounted_for, context_of, quarantined
 from fks_backfill_dagster_tests.pipeline.test_sync import days
 
@@ -91,19 +89,6 @@ MADE = [
     made("coingecko", "BTC/USDT", "1d", "4h", ("2024-05-20", "2024-06-14"), 1),
     made("coingecko", "BTC/USDT", "1w", "4h", ("2024-05-20", "2024-06-10"), 1),
 ]
-
-
-@pytest.fixture(scope="module")
-def market() -> Iterator[LocalMarket]:
-    with LocalMarket(MarketConfig(limits=False, now=NOW)) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def honest(market: LocalMarket) -> Iterator[None]:
-    yield
-    market.clear_faults()
-    market.clear_outages()
 
 
 def evidence(database: Database, case: Case) -> dict[int, list[str]]:

@@ -5,7 +5,6 @@ Binance has finer cases in test_sync.py as well, and cli/test_backfill.py says w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -24,7 +23,7 @@ from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
 from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool
 from fks_backfill_dagster.providers.oanda import PAGE_SIZE
 from fks_backfill_dagster.providers.registry import build, resolve_options
-from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
+from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.checking import part_states
 from fks_backfill_dagster.store.database import Database
@@ -119,22 +118,6 @@ FAULTS = [
     rejected("negative", "not_positive"),
     rejected("high_below_low", "high_low"),
 ]
-
-
-@pytest.fixture(scope="module")
-def market() -> Iterator[LocalMarket]:
-    with LocalMarket(MarketConfig(limits=False, now=NOW)) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def honest(market: LocalMarket) -> Iterator[None]:
-    """Every test begins with an honest market."""
-    market.clear_faults()
-    market.clear_outages()
-    yield
-    market.clear_faults()
-    market.clear_outages()
 
 
 def context_of(

@@ -6,7 +6,6 @@ quarantine, or a refusal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,10 +19,9 @@ from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
-from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
+from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster_tests.pipeline.conftest import NOW
 from fks_backfill_dagster_tests.pipeline.test_faults import Case, accounted_for, context_of, hits, quarantined
 from fks_backfill_dagster_tests.pipeline.test_sync import days
 
@@ -119,19 +117,6 @@ LONG = [
         "USD/JPY",
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def market() -> Iterator[LocalMarket]:
-    with LocalMarket(MarketConfig(limits=False, now=NOW)) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def honest(market: LocalMarket) -> Iterator[None]:
-    yield
-    market.clear_faults()
-    market.clear_outages()
 
 
 def truth_of(market: LocalMarket, case: Case) -> Candles:
