@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
@@ -52,6 +54,15 @@ def test_nothing_expected_has_no_coverage() -> None:
     assert coverage_total([], NOW)[1:5] == (0, 0, None, 0)
 
 
-@pytest.mark.parametrize(("missing", "rounded"), [(0, 1.0), (1, 0.999999), (3_333_333, 0.666667)])
+@pytest.mark.parametrize(
+    ("missing", "rounded"), [(0, 1.0), (1, 0.999999), (3_333_333, 0.666667), (4_300_000, 0.57)]
+)
 def test_a_rounded_coverage_is_whole_only_where_nothing_is_missing(missing: int, rounded: float) -> None:
     assert Counts(expected=10_000_000, missing=missing).rounded_coverage == rounded
+
+
+@given(missing=st.integers(0, 10**9), expected=st.integers(1, 10**9))
+def test_a_rounded_coverage_is_within_a_millionth(missing: int, expected: int) -> None:
+    counts = Counts(expected=expected, missing=min(missing, expected))
+    assert abs(counts.rounded_coverage - counts.coverage) <= 1e-6
+    assert (counts.rounded_coverage == 1) == (counts.missing == 0)

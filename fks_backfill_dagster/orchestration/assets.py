@@ -11,7 +11,6 @@ the partition is materialized, the completeness check tells.
 
 # No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -161,7 +160,7 @@ class Outcome:
             "missing": part.missing,
             "explained": part.missing - part.unexplained,
             "quiet": part.quiet,
-            "coverage": rounded_coverage(part.coverage),
+            "coverage": part.rounded_coverage,
             "providers": MetadataValue.json(dict(part.providers)),
             "from_fallback": part.from_fallback(self.first_provider),
             **{name: value for name, value in values.items() if value is not None},
@@ -198,11 +197,6 @@ class Outcome:
 def rounded(value: float) -> float:
     """Ten significant digits: more are noise of the summation."""
     return float(f"{value:.10g}")
-
-
-def rounded_coverage(share: float) -> float:
-    """Six decimals, downwards: one missing candle of many never shows as 1."""
-    return math.floor(share * 1e6) / 1e6
 
 
 def _materialize(

@@ -26,6 +26,7 @@ from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, to_datetime
 from fks_backfill_dagster.ledger.no_trade import NEIGHBOURS, Absent, quiet_tail
+from fks_backfill_dagster.pipeline.eligible import eligible
 from fks_backfill_dagster.pipeline.outages import Outage, find_outages
 from fks_backfill_dagster.pipeline.plan import GRACE
 from fks_backfill_dagster.providers.base import Provider
@@ -166,13 +167,8 @@ def _neighbourhood(series: Series) -> int:
 
 def publication_delay(providers: Mapping[str, Provider], priority: Sequence[str], series: Series) -> int:
     """The delay, in microseconds, of the quickest provider that can be requested for the series; 0 without any."""
-    able = (providers[name] for name in priority if name in providers)
-    delays = [
-        one.capabilities.publication_delay
-        for one in able
-        if one.capabilities.serve(series) and one.missing_key() is None
-    ]
-    return min(delays, default=0)
+    able = eligible(providers, series, priority).providers.values()
+    return min((one.capabilities.publication_delay for one in able), default=0)
 
 
 def behind(database: Database, series: Series, until: int, closed: Closed) -> int | None:

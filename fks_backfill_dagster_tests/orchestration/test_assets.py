@@ -13,13 +13,10 @@ from dagster._core.storage.partition_status_cache import (
     AssetPartitionStatus,
     get_and_update_asset_status_cache_value,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso
-from fks_backfill_dagster.orchestration.assets import rounded_coverage
 from fks_backfill_dagster.orchestration.resources import TimescaleDB
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.simulator.config import instant
@@ -125,14 +122,6 @@ def test_what_a_fallback_delivered_is_counted(
         "2024-02-01": (8, 0),
     }
     assert found["2024-02-01"]["providers"] == {"binance": 2776, "polygon": 8}
-
-
-@given(missing=st.integers(0, 10**9), expected=st.integers(1, 10**9))
-def test_a_coverage_is_rounded_downwards(missing: int, expected: int) -> None:
-    share = 1 - min(missing, expected) / expected
-    shown = rounded_coverage(share)
-    assert 0 <= share - shown < 1e-6
-    assert (shown == 1) == (share == 1)
 
 
 def observations(project: Project, key: AssetKey) -> dict[str, dict[str, Any]]:
