@@ -12,10 +12,10 @@ STAMP := $(VENV)/.made-$(HASH)
 # Quiet about everything but errors.
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
-# One more than processors, for the tests wait for servers more than they compute; four at most, for
-# each worker keeps databases and servers of its own.
+# Two more than processors, for many tests wait for servers more than they compute; six at most, for each
+# worker keeps databases and servers of its own.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); \
-	n=$$((n + 1)); [ $$n -gt 4 ] && n=4; echo $$n)
+	n=$$((n + 2)); [ $$n -gt 6 ] && n=6; echo $$n)
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-slow up down bench pictures lint format lock clean
@@ -38,8 +38,9 @@ env: $(STAMP)
 demo: $(STAMP)
 	@$(BIN)/fks-backfill demo $(if $(filter-out 0,$(KEEP)),--keep)
 
+# In the order of conftest.py, not by the number of tests in a module.
 test: $(STAMP)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m 'not slow' $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m 'not slow' $(ARGS)
 
 # By test, not by module: the longest are cases of one function.
 test-slow: $(STAMP)

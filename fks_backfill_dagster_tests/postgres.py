@@ -71,14 +71,18 @@ def empty_database_url(server_url: str) -> Iterator[str]:
 
 
 class scratch_database:
-    """Makes a database on the server, and drops it at the end whoever is still connected."""
+    """Makes a database on the server, and drops it at the end whoever is still connected.
+
+    A template is copied file by file: through the log, as PostgreSQL does by itself, thousands of copies would
+    fill the memory that the test server may live in.
+    """
 
     def __init__(self, server_url: str, template: str | None) -> None:
         self._server_url, self._template = server_url, template
         self._name = f"fks_test_{uuid.uuid4().hex[:12]}"
 
     def __enter__(self) -> str:
-        origin = f' TEMPLATE "{self._template}"' if self._template else ""
+        origin = f' TEMPLATE "{self._template}" STRATEGY FILE_COPY' if self._template else ""
         with psycopg.connect(self._server_url, autocommit=True) as connection:
             connection.execute(f'CREATE DATABASE "{self._name}"{origin}')
         url = sa.make_url(self._server_url).set(database=self._name)

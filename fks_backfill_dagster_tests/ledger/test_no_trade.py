@@ -142,7 +142,8 @@ def test_random_quiet_minutes_are_no_trade(share: float, seed: int) -> None:
     random = np.random.default_rng(seed)
     missing = opens[1:-1][random.random(len(opens) - 2) < share]
     left = missing_of(missing, judged(opens, missing, stocks, MONTH))
-    assert len(left) <= 0.01 * len(missing) + 3
+    # A run whose like chance brings once in a thousand neighbourhoods is left: one month in fifty has one.
+    assert len(find_gaps(left, stocks)) <= 3
 
 
 @settings(deadline=None, max_examples=30)

@@ -1,6 +1,7 @@
 """`launch` against a real webserver and daemon while settings change and a provider fails.
 
-Everything is seen from outside: the command's exit code and documents, and Dagster over GraphQL.
+Everything is seen from outside: the command's exit code and documents, and Dagster over GraphQL. All of it is
+slow; `make test` has one launch with a failed month in test_scenario.py.
 """
 
 from __future__ import annotations
@@ -217,6 +218,7 @@ def test_a_symbol_taken_out_is_all_that_is_lost(desk: Desk) -> None:
     assert frozenset({"BTC_USDT"}) in desk.runs_of("SUCCESS")
 
 
+@pytest.mark.slow
 def test_a_later_beginning_and_a_timeframe_taken_out_are_survived(desk: Desk) -> None:
     """The same kind of change: what is not defined any more leaves, all else is run to its end."""
     made = desk.made
