@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import PRICES, Candles, Floats
-from fks_backfill_dagster.domain.ranges import Instants
+from fks_backfill_dagster.domain.ranges import Instants, among
 
 JUMP = 0.20
 """A step at the edge of a response below this share of the price is no jump."""
@@ -70,13 +70,16 @@ def doubtful(candles: Candles, seams: Instants) -> NDArray[np.bool_]:
     return mask
 
 
-def contradict(one: Candles, other: Candles, tolerance: float) -> bool:
-    """Whether two responses differ by more than `tolerance` in every price of a candle that both hold.
+def contradict(one: Candles, other: Candles, tolerance: float) -> bool | None:
+    """Whether two responses differ by more than `tolerance` in every price of a candle that both hold; None:
+    they share none.
 
     Both ascend. A correction between two requests changes a price or two; another instrument all four.
     """
-    mine, theirs = one.take(np.isin(one.ts, other.ts)), other.take(np.isin(other.ts, one.ts))
-    return bool(len(mine)) and bool((difference(mine, theirs).min(axis=0) > tolerance).any())
+    mine, theirs = one.take(among(one.ts, other.ts)), other.take(among(other.ts, one.ts))
+    if not len(mine):
+        return None
+    return bool((difference(mine, theirs).min(axis=0) > tolerance).any())
 
 
 def difference(ours: Candles, theirs: Candles) -> Floats:

@@ -149,6 +149,19 @@ class RangeSet:
         )
 
 
+def among(some: Instants, others: Instants) -> NDArray[np.bool_]:
+    """Which of `some` are in `others`, too. Neither need ascend.
+
+    Quick where they overlap by little, as neighbouring responses do: what only one of them reaches is not compared.
+    """
+    if not (len(some) and len(others)):
+        return np.zeros(len(some), dtype=bool)
+    low, high = max(some.min(), others.min()), min(some.max(), others.max())
+    mask: NDArray[np.bool_] = (some >= low) & (some <= high)
+    mask[mask] = np.isin(some[mask], others[(others >= low) & (others <= high)])
+    return mask
+
+
 def _normalised(starts: Instants, ends: Instants) -> tuple[Instants, Instants]:
     """Sorts, and merges what overlaps or touches."""
     if len(starts) == 0:

@@ -21,7 +21,7 @@ from fks_backfill_dagster.domain.derive import parts_span
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.plausibility import AROUND, implausible
 from fks_backfill_dagster.domain.quality import Reason
-from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange, among
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso
 from fks_backfill_dagster.ledger.gaps import missing_of
@@ -399,7 +399,8 @@ class _Span:
         found = self.found
         heard = [r for r in found.responses if r.evidence.provider not in dropped]
         answered = bool(found.seen)
-        given = np.unique(np.concatenate([_NONE, *(d.candles.ts for d in found.deliveries)]))
+        # Deliveries share no candle, and each ascends.
+        given = np.sort(np.concatenate([_NONE, *(d.candles.ts for d in found.deliveries)]), kind="stable")
         missing = missing_of(self.requested, given)
         found.failed = found.failed or (not answered and (self.refetch or len(missing) > 0))
         if found.failed and not found.errors:
@@ -508,7 +509,7 @@ class _Span:
         found.rejected += answer.rejected
         known = found.seen.get(question.name, Candles.empty())
         found.seen[question.name] = Candles.concat(
-            [known, theirs.take(~np.isin(theirs.ts, known.ts))]
+            [known, theirs.take(~among(theirs.ts, known.ts))]
         ).sorted()
         asked = _inside(question.wanted, hull)
         if spliced is not None and self.refetch and question.first:

@@ -194,10 +194,7 @@ def _disagree(other: Fetched | None, mine: Candles, name: str) -> bool | None:
     """Whether a neighbouring span gives other values for a candle that both hold; None: they share none."""
     if other is None or name not in other.seen:
         return None
-    theirs = other.seen[name]
-    if not np.isin(mine.ts, theirs.ts).any():
-        return None
-    return contradict(mine, theirs, _TOLERANCE)
+    return contradict(mine, other.seen[name], _TOLERANCE)
 
 
 # Two responses of one sync about one closed candle are the same but for a correction of its last digits.

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from fks_backfill_dagster.domain.candles import Candles, Floats
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.quality import verify
-from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange, among
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, Timeframe
 from fks_backfill_dagster.providers.base import (
@@ -329,7 +329,7 @@ def _assemble(pages: Sequence[_Page], wanted: RangeSet) -> list[Candles]:
     blocks: list[Candles] = []
     shared = np.empty(0, dtype=np.int64)
     for page in pages:
-        fresh = page.candles.take(~np.isin(page.candles.ts, shared))
+        fresh = page.candles.take(~among(page.candles.ts, shared))
         blocks.append(fresh.take(wanted.contains(fresh.ts)))
         shared = page.candles.ts
     return blocks

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.ranges import Instants
+from fks_backfill_dagster.domain.ranges import Instants, among
 
 Page = TypeVar("Page")
 
@@ -36,7 +36,7 @@ def joined(pages: Sequence[Candles]) -> tuple[Candles, Instants]:
 
 def differing(one: Candles, other: Candles) -> bool:
     """Whether a candle that both hold has different values; NaN equals NaN."""
-    mine, theirs = np.isin(one.ts, other.ts), np.isin(other.ts, one.ts)
+    mine, theirs = among(one.ts, other.ts), among(other.ts, one.ts)
     return not one.take(mine).equals(other.take(theirs))
 
 

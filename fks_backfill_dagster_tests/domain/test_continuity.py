@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.continuity import doubtful, foreign
+from fks_backfill_dagster.domain.continuity import contradict, doubtful, foreign
 
 HOUR = 3_600_000_000
 
@@ -42,3 +42,15 @@ def test_another_level_is_seen_in_steady_candles(factor: float) -> None:
     assert np.flatnonzero(foreign(block, seams)).tolist() == list(range(10, 20))
     assert np.flatnonzero(doubtful(block.take(slice(0, 20)), seams)).tolist() == list(range(10))
     assert not foreign(block, seams + HOUR).any()  # a market that moves elsewhere than at the edges
+
+
+def test_responses_contradict_only_about_candles_that_both_hold() -> None:
+    block = candles([100.0] * 20, [100.0] * 20)
+    other = candles([130.0] * 20, [130.0] * 20)
+    head, tail = slice(0, 12), slice(10, 20)
+    assert contradict(block.take(head), block.take(tail), 0.01) is False
+    assert contradict(block.take(head), other.take(tail), 0.01) is True
+    assert contradict(block.take(head), other.take(slice(12, 20)), 0.01) is None
+    assert contradict(Candles.empty(), block, 0.01) is None
+    corrected = candles([100.0] * 20, [130.0] * 20)  # close and high, not open and low
+    assert contradict(block, corrected, 0.01) is False

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
+from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange, among
 
 LIMIT = 30
 RANGES = st.tuples(st.integers(0, LIMIT), st.integers(0, LIMIT)).map(lambda p: TimeRange(min(p), max(p)))
@@ -85,6 +85,15 @@ def test_range_contains(a: TimeRange, instant: int) -> None:
     assert a.contains(instant) == (instant in points([a]))
     assert a.duration == len(points([a]))
     assert bool(a) == bool(points([a]))
+
+
+INSTANTS = st.lists(st.integers(-1, LIMIT + 1))
+
+
+@given(INSTANTS, INSTANTS)
+def test_among(some: list[int], others: list[int]) -> None:
+    found = among(np.array(some, dtype=np.int64), np.array(others, dtype=np.int64))
+    assert found.tolist() == [instant in others for instant in some]
 
 
 def test_end_before_start_is_refused() -> None:
