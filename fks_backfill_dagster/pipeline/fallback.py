@@ -508,9 +508,7 @@ class _Span:
         found, theirs = self.found, answer.candles
         found.rejected += answer.rejected
         known = found.seen.get(question.name, Candles.empty())
-        found.seen[question.name] = Candles.concat(
-            [known, theirs.take(~among(theirs.ts, known.ts))]
-        ).sorted()
+        found.seen[question.name] = Candles.concat([known, theirs.take(~among(theirs.ts, known.ts))]).sorted()
         asked = _inside(question.wanted, hull)
         if spliced is not None and self.refetch and question.first:
             self._spliced = True  # the guard of a refetch decides
