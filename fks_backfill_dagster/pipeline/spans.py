@@ -154,7 +154,8 @@ def _jumps(before: Candles, after: Candles, grid: Grid) -> bool:
     """Whether the one ends and the other begins at different levels, next to each other."""
     if not _adjacent(before, after, grid):
         return False
-    return bool(doubtful(Candles.concat([before, after]), after.ts[:1]).any())
+    edge = Candles.concat([before.take(slice(-_AROUND, None)), after.take(slice(0, _AROUND))])
+    return bool(doubtful(edge, after.ts[:1]).any())
 
 
 def _adjacent(before: Candles, after: Candles, grid: Grid) -> bool:
@@ -200,6 +201,9 @@ def _disagree(other: Fetched | None, mine: Candles, name: str) -> bool | None:
 # Two responses of one sync about one closed candle are the same but for a correction of its last digits.
 _TOLERANCE = 0.01
 
+# So many candles on either side of an edge tell which steps are usual there.
+_AROUND = 500
+
 # Candles that are further apart (of a fallback, here and there) may be of different levels.
 _BESIDE = 3
 
@@ -208,7 +212,8 @@ def _own(found: Fetched | None, name: str) -> Candles:
     """The candles of a span that a provider gave, without its neighbours."""
     if found is None:
         return Candles.empty()
-    return Candles.concat([d.candles for d in found.deliveries if d.origin.provider == name]).sorted()
+    blocks = [d.candles for d in found.deliveries if d.origin.provider == name]
+    return blocks[0] if len(blocks) == 1 else Candles.concat(blocks).sorted()
 
 
 def _jumps_in_and_out(before: Candles, mine: Candles, after: Candles) -> bool:
