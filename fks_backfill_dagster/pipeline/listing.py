@@ -74,10 +74,11 @@ class Listings:
         """Where a sync that is asked from `start` begins to request; `is_covered`: whether an open is synced."""
         if self.earliest is None or self.silent:
             return start
-        first = first_open(grid, self.earliest)
-        if is_covered(first):  # requested before, with what might lie before it
-            return max(start, first)
-        return max(start, min(self.since(name) for name in self.claims))
+        first, since = first_open(grid, self.earliest), min(self.since(name) for name in self.claims)
+        if start >= max(first, since):
+            return start
+        # Covered: it was requested before, with what might lie before it.
+        return max(start, first if is_covered(first) else since)
 
     def beginning(self, grid: Grid) -> int | None:
         """The open before which absent candles are not expected until one is found. What was observed in

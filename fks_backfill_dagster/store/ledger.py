@@ -40,15 +40,20 @@ def refuse_changed(connection: sa.Connection, series: Series) -> None:
     Its ledger was reckoned on another grid: to go on would call closed days missing, and open ones
     complete. The calendar matters for stocks only.
     """
+    _stored_id(connection, series)
+
+
+def _stored_id(connection: sa.Connection, series: Series) -> int | None:
+    """The id of a series that was synced before. Raises SeriesChanged."""
     table = schema.series
     row = connection.execute(
-        sa.select(table).where(table.c.id == series_id(connection, series))
+        sa.select(table).where(table.c.symbol == series.symbol, table.c.timeframe == series.timeframe.value)
     ).one_or_none()
     if row is None:
-        return
+        return None
     stored = Series(series.symbol, series.timeframe, AssetClass(row.asset_class), row.calendar)
     if _kind(stored) == _kind(series):
-        return
+        return int(row.id)
     is_stock = stored.asset_class is AssetClass.STOCKS
     raise SeriesChanged(
         f"{series} is stored as {_kind(stored)}, and is now asked for as {_kind(series)}: put asset_class:"
@@ -65,8 +70,7 @@ def _kind(series: Series) -> str:
 
 def register(connection: sa.Connection, series: Series) -> int:
     """The id of a series, made on its first use. Raises SeriesChanged."""
-    refuse_changed(connection, series)
-    found = series_id(connection, series)
+    found = _stored_id(connection, series)
     if found is not None:
         return found
     table = schema.series
