@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 
 import numpy as np
 
@@ -128,7 +129,12 @@ def find_listings(
     """
     with database.begin() as connection:
         known = ledger.listings(connection, series.symbol)
-        oldest = ledger.oldest_by_provider(connection, series.symbol)
+
+    @cache
+    def oldest() -> dict[str, dict[Timeframe, int]]:
+        with database.begin() as connection:
+            return ledger.oldest_by_provider(connection, series.symbol)
+
     claims: dict[str, Listing] = {}
     refuted: dict[str, Listing] = {}
     silent = set()
@@ -148,7 +154,8 @@ def find_listings(
             )
         if name not in chain.names:
             continue
-        if claim is not None and not _is_refuted(claim, oldest.get(name, {})):
+        # A claim that cuts nothing off need not be refuted.
+        if claim is not None and (claim.listed_at <= start or not _is_refuted(claim, oldest().get(name, {}))):
             claims[name] = claim
             continue
         silent.add(name)
