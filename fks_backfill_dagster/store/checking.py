@@ -121,7 +121,8 @@ class Completeness(Counts):
 def part_states(database: Database, series: Series, windows: Mapping[str, TimeRange]) -> dict[str, PartState]:
     """The state of every window by its key. Windows reach no further than candles can exist.
 
-    The stored candles of all windows are read by one statement, whatever their number.
+    The stored candles are summed up by one statement, whatever the number of windows. Who brought them is counted
+    only where more than one provider has brought some: elsewhere the ledger knows how many there are.
     """
     hull = TimeRange(min(w.start for w in windows.values()), max(w.end for w in windows.values()))
     grid = grid_of(series)
@@ -140,7 +141,29 @@ def part_states(database: Database, series: Series, windows: Mapping[str, TimeRa
         }
         full = {key: windows[key] for key, state in found.items() if state.stored}
         values = _values(connection, series.timeframe, identity, full) if full else {}
-    return {key: replace(state, **values.get(key, {})) for key, state in found.items()}
+        only = _only_provider(connection, identity, full) if full else {}
+        mixed = {key: window for key, window in full.items() if key not in only}
+        shares = _shares(connection, series.timeframe, identity, mixed) if mixed else {}
+    shares |= {key: {provider: found[key].stored} for key, provider in only.items()}
+    return {
+        key: replace(state, providers=shares.get(key, {}), **values.get(key, {}))
+        for key, state in found.items()
+    }
+
+
+_WINDOWS = (
+    "unnest(CAST(:keys AS text[]), CAST(:starts AS timestamptz[]), CAST(:ends AS timestamptz[]))"
+    " AS w(key, low, high)"
+)
+
+
+def _named(identity: int | None, windows: Mapping[str, TimeRange]) -> dict[str, Any]:
+    return {
+        "id": identity,
+        "keys": list(windows),
+        "starts": [to_datetime(w.start) for w in windows.values()],
+        "ends": [to_datetime(w.end) for w in windows.values()],
+    }
 
 
 def _values(
@@ -148,38 +171,21 @@ def _values(
 ) -> dict[str, dict[str, Any]]:
     """What the stored candles of every window amount to, as fields of PartState.
 
-    The candles of a window are grouped by batch first: there are few, and only they are joined with their
-    provider. The last close is read by index.
+    Only the volumes are read of all of them; the first and the last candle are found by index.
     """
+    candles = f'FROM fks."candles_{timeframe}" WHERE series_id = :id AND ts >= w.low AND ts < w.high'
     rows = connection.execute(
         sa.text(
-            "WITH n AS ("
-            "   SELECT w.key, c.*"
-            "   FROM unnest(CAST(:keys AS text[]), CAST(:starts AS timestamptz[]), CAST(:ends AS timestamptz[]))"
-            "     AS w(key, low, high)"
-            "   CROSS JOIN LATERAL ("
-            "     SELECT batch_id, count(*) AS candles, min(ts) AS first, max(ts) AS last, sum(volume) AS volume"
-            f'     FROM fks."candles_{timeframe}" WHERE series_id = :id AND ts >= w.low AND ts < w.high'
-            "     GROUP BY batch_id) c),"
-            " p AS ("
-            "   SELECT n.key, b.provider, sum(n.candles)::bigint AS candles, min(n.first) AS first,"
-            "     max(n.last) AS last, sum(n.volume) AS volume"
-            "   FROM n JOIN fks.batch b ON b.id = n.batch_id GROUP BY 1, 2)"
-            " SELECT p.key, jsonb_object_agg(p.provider, p.candles) AS providers, sum(p.volume) AS volume,"
-            f"   {_MICROS.format('min(p.first)')} AS first, {_MICROS.format('max(p.last)')} AS last,"
-            f'   (SELECT close FROM fks."candles_{timeframe}" WHERE series_id = :id AND ts = max(p.last)) AS close'
-            " FROM p GROUP BY p.key"
+            f"SELECT w.key, c.volume, {_MICROS.format('f.ts')} AS first, {_MICROS.format('l.ts')} AS last, l.close"
+            f" FROM {_WINDOWS}"
+            f" CROSS JOIN LATERAL (SELECT sum(volume) AS volume {candles}) c"
+            f" CROSS JOIN LATERAL (SELECT ts {candles} ORDER BY ts LIMIT 1) f"
+            f" CROSS JOIN LATERAL (SELECT ts, close {candles} ORDER BY ts DESC LIMIT 1) l"
         ),
-        {
-            "id": identity,
-            "keys": list(windows),
-            "starts": [to_datetime(w.start) for w in windows.values()],
-            "ends": [to_datetime(w.end) for w in windows.values()],
-        },
+        _named(identity, windows),
     )
     return {
         row.key: {
-            "providers": dict(sorted(row.providers.items(), key=lambda item: (-item[1], item[0]))),
             "first": row.first,
             "last": row.last,
             "close_last": row.close,
@@ -187,6 +193,45 @@ def _values(
         }
         for row in rows
     }
+
+
+def _only_provider(
+    connection: sa.Connection, identity: int | None, windows: Mapping[str, TimeRange]
+) -> dict[str, str]:
+    """Who brought all candles of a window, where that was one provider."""
+    rows = connection.execute(
+        sa.text(
+            f"SELECT w.key, min(b.provider) AS provider FROM {_WINDOWS}"
+            " JOIN fks.batch b ON b.series_id = :id AND b.range_start < w.high AND b.range_end > w.low"
+            "   AND b.inserted + b.updated > 0"
+            " GROUP BY 1 HAVING count(DISTINCT b.provider) = 1"
+        ),
+        _named(identity, windows),
+    )
+    return {row.key: row.provider for row in rows}
+
+
+def _shares(
+    connection: sa.Connection, timeframe: Timeframe, identity: int | None, windows: Mapping[str, TimeRange]
+) -> dict[str, dict[str, int]]:
+    """The stored candles of every window by provider.
+
+    They are grouped by batch first: there are few, and only they are joined with their provider.
+    """
+    rows = connection.execute(
+        sa.text(
+            f"SELECT w.key, b.provider, sum(n.candles)::bigint AS candles FROM {_WINDOWS}"
+            " CROSS JOIN LATERAL ("
+            f'   SELECT batch_id, count(*) AS candles FROM fks."candles_{timeframe}"'
+            "   WHERE series_id = :id AND ts >= w.low AND ts < w.high GROUP BY batch_id) n"
+            " JOIN fks.batch b ON b.id = n.batch_id GROUP BY 1, 2 ORDER BY 3 DESC, 2"
+        ),
+        _named(identity, windows),
+    )
+    found: dict[str, dict[str, int]] = {}
+    for row in rows:
+        found.setdefault(row.key, {})[row.provider] = row.candles
+    return found
 
 
 def _next_attempt(gaps: Sequence[LedgerGap], window: TimeRange) -> int | None:
