@@ -23,7 +23,7 @@ settings.load_profile("any machine")
 # Inherited by the workers of a run, which share the server below it (postgres.py).
 _HOME = "FKS_TEST_HOME"
 
-# Where the server lives if there is room: on a disk, copying the template for each test is what takes longest.
+# The server's folder if there is room: on a disk, copying the template for each test is what takes longest.
 _MEMORY = Path("/dev/shm")
 _ROOM = 2 * 2**30
 

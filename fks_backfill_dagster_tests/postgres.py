@@ -73,8 +73,8 @@ def empty_database_url(server_url: str) -> Iterator[str]:
 class scratch_database:
     """Makes a database on the server, and drops it at the end whoever is still connected.
 
-    A template is copied file by file: through the log, as PostgreSQL does by itself, thousands of copies would
-    fill the memory that the test server may live in.
+    A template is copied file by file: PostgreSQL's default copies through the log, and thousands of copies would
+    fill the memory in which the test server may be.
     """
 
     def __init__(self, server_url: str, template: str | None) -> None:

@@ -201,7 +201,7 @@ def _disagree(other: Fetched | None, mine: Candles, name: str) -> bool | None:
 # Two responses of one sync about one closed candle are the same but for a correction of its last digits.
 _TOLERANCE = 0.01
 
-# So many candles on either side of an edge tell which steps are usual there.
+# The usual steps are measured on this many candles on either side of an edge.
 _AROUND = 500
 
 # Candles that are further apart (of a fallback, here and there) may be of different levels.

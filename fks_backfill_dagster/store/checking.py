@@ -121,8 +121,8 @@ class Completeness(Counts):
 def part_states(database: Database, series: Series, windows: Mapping[str, TimeRange]) -> dict[str, PartState]:
     """The state of every window by its key. Windows reach no further than candles can exist.
 
-    The stored candles are summed up by one statement, whatever the number of windows. Who brought them is counted
-    only where more than one provider has brought some: elsewhere the ledger knows how many there are.
+    One statement sums up the stored candles, whatever the number of windows. Candles are counted by provider only
+    where the lineage names more than one; elsewhere the ledger has their number.
     """
     hull = TimeRange(min(w.start for w in windows.values()), max(w.end for w in windows.values()))
     grid = grid_of(series)
@@ -198,7 +198,7 @@ def _values(
 def _only_provider(
     connection: sa.Connection, identity: int | None, windows: Mapping[str, TimeRange]
 ) -> dict[str, str]:
-    """Who brought all candles of a window, where that was one provider."""
+    """The provider of all candles of a window, where the lineage names only one."""
     rows = connection.execute(
         sa.text(
             f"SELECT w.key, min(b.provider) AS provider FROM {_WINDOWS}"
