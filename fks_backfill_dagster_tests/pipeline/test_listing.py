@@ -206,6 +206,18 @@ def test_a_claim_in_the_future_is_no_claim(database: Database, market: Days, con
     assert known(database) == {}
 
 
+def test_a_first_claim_is_refuted_by_rows_that_were_stored_without_one(
+    database: Database, market: Days, context: Context
+) -> None:
+    market.claim = "2024-12-02"
+    synced(context, "yfinance")
+    assert known(database) == {}
+    market.claim = "2024-05-01"
+    earlier = days("2022-01-01", "2023-01-01")
+    report = sync(context, DAILY, earlier, ["yfinance"])
+    assert (report.complete, report.expected) == (True, len(sessions("2022-01-01", "2023-01-01")))
+
+
 def test_a_claim_in_the_future_that_was_kept_is_no_claim_either(
     database: Database, market: Days, context: Context
 ) -> None:
