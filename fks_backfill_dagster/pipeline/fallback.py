@@ -467,7 +467,8 @@ class _Span:
         self._ask(newer)
 
     def _ask_hull(self, question: _Question, hull: TimeRange) -> None:
-        window = question.window(hull, self._beside(hull), self.grid)
+        beside = self._stored_beside(hull)
+        window = question.window(hull, _joined(hull, beside.ts, self.grid), self.grid)
         parts = replace(self.series, timeframe=question.provider.capabilities.parts(self.series))
         request = RangeRequest(
             series=self.series,
@@ -480,10 +481,10 @@ class _Span:
             tolerance=self.options.tolerance,
         )
         answer = self._requested(question, request)
-        found = self._splice(question, answer.candles, hull)
+        found = self._splice(question, answer.candles, hull, beside)
         if found is not None and question.first:  # one wrong response, or another market: a second one shows
             answer = self._requested(question, request)
-            found = self._splice(question, answer.candles, hull)
+            found = self._splice(question, answer.candles, hull, beside)
         strange = self._strange(question, request, answer.candles)
         self._accept(question, answer, hull, found, strange)
 
@@ -576,26 +577,26 @@ class _Span:
 
     # --- neighbours
 
-    def _splice(self, question: _Question, theirs: Candles, hull: TimeRange) -> float | None:
-        """By how much the provider differs beside the hull, if it quotes another market; else None."""
+    def _splice(self, question: _Question, theirs: Candles, hull: TimeRange, stored: Candles) -> float | None:
+        """By how much the provider differs beside the hull, if it quotes another market; else None.
+
+        `stored`: the neighbours of the hull that were stored before this sync.
+        """
         beside = theirs.take((theirs.ts < hull.start) | (theirs.ts >= hull.end))
         fresh = Candles.concat([only(d.candles, beside.ts) for d in self.found.deliveries]).sorted()
-        stored = self.options.stored(missing_of(beside.ts, fresh.ts)) if len(beside) else Candles.empty()
-        ours = Candles.concat([fresh, stored]).sorted()
+        compared = missing_of(beside.ts, fresh.ts)
+        since = missing_of(compared, stored.ts)  # what an earlier span of this sync has stored
+        kept = self.options.stored(since) if len(since) else Candles.empty()
+        ours = Candles.concat([fresh, only(stored, compared), kept]).sorted()
         return splice(ours, beside, self.options.tolerance, first=question.first)
 
-    def _beside(self, hull: TimeRange) -> TimeRange:
-        """The hull with its neighbours, as far as they were stored before this sync. A refetch needs them only
-        where it compares too few candles for its guard."""
+    def _stored_beside(self, hull: TimeRange) -> Candles:
+        """The neighbours of the hull that were stored before this sync. A refetch needs them only where it
+        compares too few candles for its guard."""
         if self.refetch and len(self.requested) >= SUSPICIOUS_CANDLES:
-            return hull
-        before, after = neighbours(hull, self.grid)
-        opens = np.concatenate([before, after])
-        stored = self.options.stored(opens[~self.plan.missing_ranges.contains(opens)]).ts
-        return TimeRange(
-            int(before[0]) if np.isin(before, stored).any() else hull.start,
-            int(self.grid.closes(after)[0]) if np.isin(after, stored).any() else hull.end,
-        )
+            return Candles.empty()
+        opens = np.concatenate(neighbours(hull, self.grid))
+        return self.options.stored(opens[~self.plan.missing_ranges.contains(opens)])
 
     # --- implausible candles
 
@@ -754,6 +755,13 @@ def neighbours(hull: TimeRange, grid: Grid, since: int | None = None) -> tuple[I
     if before is not None and since is not None and before < since:
         before = None
     return _one(before), _one(after)
+
+
+def _joined(hull: TimeRange, opens: Instants, grid: Grid) -> TimeRange:
+    """The hull with its neighbours that open at `opens`."""
+    if not len(opens):
+        return hull
+    return TimeRange(min(hull.start, int(opens[0])), max(hull.end, int(grid.closes(opens[-1:])[0])))
 
 
 def _one(instant: int | None) -> Instants:

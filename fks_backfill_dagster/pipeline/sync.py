@@ -21,10 +21,9 @@ from functools import cached_property
 
 import numpy as np
 
-from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.closures import market_closures
 from fks_backfill_dagster.domain.grid import grid_of
-from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
+from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso, to_micros
 from fks_backfill_dagster.ledger.records import Outcome
@@ -146,14 +145,14 @@ def sync(
     chain = _chain(context, series, priority, heed_circuit=not recheck, force=force)
     for message in chain.warnings:
         listen(Warned(series, message))
-    reopen(context, [series])
-    plan, listings = _plan(context, series, window, chain, scope, recheck, listen)
+    identity = _identified(context, series)
+    plan, listings = _plan(context, series, identity, window, chain, scope, recheck, listen)
     work = _Work(context, series, chain, run_id, listen)
     listen(Planned(series, plan, chain.names))
     shown = work.run(plan, listings)
     if window.start < plan.window.start and (refuted := work.refuted(listings)):
         earlier = TimeRange(window.start, plan.window.start)
-        more = _planned(context, series, earlier, chain, scope, recheck)
+        more = _planned(context, series, work.identity, earlier, chain, scope, recheck)
         for name in refuted:
             chain.listed.pop(name, None)
         listen(Planned(series, more, chain.names))
@@ -179,7 +178,10 @@ def dry_run(
         if isinstance(event, Warned):
             heard[event.message] = None
 
-    plan, _ = _plan(context, series, window, chain, scope, recheck, hear)
+    with context.database.begin() as connection:
+        found = ledger.registered(connection, series)
+    identity = None if found is None else found.identity
+    plan, _ = _plan(context, series, identity, window, chain, scope, recheck, hear)
     estimates = tuple((name, chain.estimate(name, plan)) for name in chain.names)
     return DryRun(plan, estimates, tuple(dict.fromkeys((*heard, *chain.dropped))))
 
@@ -195,6 +197,16 @@ def reopen(context: Context, series: Iterable[Series]) -> None:
         ledger.reopen(connection, {one: able(context, one) for one in series}, context.clock())
 
 
+def _identified(context: Context, series: Series) -> int | None:
+    """The id of a series that was synced before, reopened as `reopen` does. Raises SeriesChanged."""
+    names = able(context, series)
+    with context.database.begin() as connection:
+        found = ledger.registered(connection, series)
+        if found is not None and found.eligible != names:
+            ledger.reopen(connection, {series: names}, context.clock())
+    return None if found is None else found.identity
+
+
 def _chain(
     context: Context,
     series: Series,
@@ -203,10 +215,6 @@ def _chain(
     heed_circuit: bool = True,
     force: bool = False,
 ) -> ProviderChain:
-    def stored(opens: Instants) -> Candles:
-        hulls = (TimeRange(ts, ts + 1) for ts in opens.tolist())  # neighbours: two at most
-        return Candles.concat([reading.read_candles(context.database, series, hull) for hull in hulls])
-
     def stored_rows(window: TimeRange) -> StoredRows:
         candles = reading.read_candles(context.database, series, window)
         with context.database.begin() as connection:
@@ -217,7 +225,7 @@ def _chain(
 
     options = ChainOptions(
         clock=context.clock,
-        stored=stored,
+        stored=lambda opens: reading.read_opens(context.database, series, opens),
         stored_within=lambda window: reading.read_candles(context.database, series, window),
         stored_rows=stored_rows,
         tolerance=context.tolerance,
@@ -232,15 +240,13 @@ def _chain(
 def _plan(
     context: Context,
     series: Series,
+    identity: int | None,
     window: TimeRange,
     chain: ProviderChain,
     scope: Scope,
     recheck: bool,
     listen: Listener,
 ) -> tuple[Plan, Listings]:
-    with context.database.begin() as connection:
-        ledger.refuse_changed(connection, series)
-
     def warn(message: str) -> None:
         chain.warnings.append(message)
         listen(Warned(series, message))
@@ -253,23 +259,28 @@ def _plan(
 
     def is_covered(ts: int) -> bool:
         with context.database.begin() as connection:
-            identity = ledger.series_id(connection, series)
             return bool(ledger.known(connection, identity, TimeRange(ts, ts + 1)).synced)
 
     start = min(window.end, listings.requested_from(window.start, grid_of(series), is_covered))
-    plan = _planned(context, series, TimeRange(start, window.end), chain, scope, recheck)
+    plan = _planned(context, series, identity, TimeRange(start, window.end), chain, scope, recheck)
     if window and not plan.window:
         warn(_nothing_possible(series, window, listings))
     return plan, listings
 
 
 def _planned(
-    context: Context, series: Series, window: TimeRange, chain: ProviderChain, scope: Scope, recheck: bool
+    context: Context,
+    series: Series,
+    identity: int | None,
+    window: TimeRange,
+    chain: ProviderChain,
+    scope: Scope,
+    recheck: bool,
 ) -> Plan:
     grid, now = grid_of(series), context.clock()
     possible = closed_window(window, grid, now, None)
     with context.database.begin() as connection:
-        known = ledger.known(connection, ledger.series_id(connection, series), possible)
+        known = ledger.known(connection, identity, possible)
     return make_plan(
         series,
         possible,
@@ -349,10 +360,11 @@ class _Work:
         if not (self.chain.names or not plan.batches or self.is_kept):
             return listings
         with self.context.database.begin() as connection:
-            known = ledger.series_id(connection, self.series)
-            if known is None and not plan.batches:
+            found = ledger.registered(connection, self.series)
+            if found is None and not plan.batches:
                 return listings  # requesting nothing makes no series
-            self.identity = identity = ledger.register(connection, self.series)
+            identity = found.identity if found else ledger.register(connection, self.series)
+        self.identity = identity
         self.beginning = Beginning(self._claimed(plan, listings))
         with _lease(self.context.database, identity) as owner:
             error: str | None = None
@@ -401,7 +413,8 @@ class _Work:
     def _counted(self, window: TimeRange) -> tuple[int, int]:
         """How many candles of the window are missing, and how many are no-trade intervals."""
         with self.context.database.begin() as connection:
-            known = ledger.known(connection, ledger.series_id(connection, self.series), window)
+            identity = self.identity or ledger.series_id(connection, self.series)
+            known = ledger.known(connection, identity, window)
         missing, quiet = (
             sum(self.grid.count(part) for part in ranges)
             for ranges in (known.lacking(window), known.quiet(window))

@@ -34,17 +34,22 @@ def series_id(connection: sa.Connection, series: Series) -> int | None:
     return connection.scalar(query)
 
 
-def refuse_changed(connection: sa.Connection, series: Series) -> None:
-    """Raises SeriesChanged where the series is stored as one of another asset class or calendar.
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A series that was synced before: its id, and the providers that were eligible for it at the last look
+    (see `reopen`)."""
 
-    Its ledger was reckoned on another grid: to go on would call closed days missing, and open ones
-    complete. The calendar matters for stocks only.
+    identity: int
+    eligible: frozenset[str]
+
+
+def registered(connection: sa.Connection, series: Series) -> Registered | None:
+    """What is stored of the series itself; None for one that was never synced.
+
+    Raises SeriesChanged where it is stored as one of another asset class or calendar: its ledger was computed
+    on another grid, so to go on would call closed days missing, and open ones complete. The calendar matters
+    for stocks only.
     """
-    _stored_id(connection, series)
-
-
-def _stored_id(connection: sa.Connection, series: Series) -> int | None:
-    """The id of a series that was synced before. Raises SeriesChanged."""
     table = schema.series
     row = connection.execute(
         sa.select(table).where(table.c.symbol == series.symbol, table.c.timeframe == series.timeframe.value)
@@ -53,7 +58,7 @@ def _stored_id(connection: sa.Connection, series: Series) -> int | None:
         return None
     stored = Series(series.symbol, series.timeframe, AssetClass(row.asset_class), row.calendar)
     if _kind(stored) == _kind(series):
-        return int(row.id)
+        return Registered(int(row.id), frozenset(row.eligible or ()))
     is_stock = stored.asset_class is AssetClass.STOCKS
     raise SeriesChanged(
         f"{series} is stored as {_kind(stored)}, and is now asked for as {_kind(series)}: put asset_class:"
@@ -70,9 +75,9 @@ def _kind(series: Series) -> str:
 
 def register(connection: sa.Connection, series: Series) -> int:
     """The id of a series, made on its first use. Raises SeriesChanged."""
-    found = _stored_id(connection, series)
+    found = registered(connection, series)
     if found is not None:
-        return found
+        return found.identity
     table = schema.series
     insert = (
         sa.dialects.postgresql.insert(table)
@@ -95,16 +100,20 @@ def register(connection: sa.Connection, series: Series) -> int:
 
 # Unfilled gaps are disjoint, so the last one that starts before an instant is the only one that can
 # reach beyond it: two look-ups in the index `gap_missing` instead of all gaps since the beginning.
-_GAPS_AROUND = """
-SELECT * FROM fks.gap
-WHERE series_id = :id AND status <> 'filled'
-AND gap_start >= coalesce(
+# The coverage stands in the first row, which has no gap where there is none.
+_KNOWN_AROUND = """
+SELECT CASE WHEN row_number() OVER (ORDER BY g.gap_start) = 1
+    THEN s.synced * tstzmultirange(tstzrange(:start, :end)) END AS covered, g.*
+FROM fks.sync_state s LEFT JOIN fks.gap g
+ON g.series_id = :id AND g.status <> 'filled'
+AND g.gap_start >= coalesce(
     (SELECT max(gap_start) FROM fks.gap WHERE series_id = :id AND status <> 'filled' AND gap_start < :start),
     :start)
-AND gap_start <= coalesce(
+AND g.gap_start <= coalesce(
     (SELECT min(gap_start) FROM fks.gap WHERE series_id = :id AND status <> 'filled' AND gap_start >= :end),
     :end)
-ORDER BY gap_start
+WHERE s.series_id = :id
+ORDER BY g.gap_start
 """
 
 
@@ -120,17 +129,14 @@ def known_around(connection: sa.Connection, identity: int | None, window: TimeRa
     """As `known`, with the nearest unfilled gap on either side: one that the window may come to touch."""
     if identity is None:
         return Known(RangeSet(), ())
-    synced = connection.scalar(
-        sa.text(
-            "SELECT synced * tstzmultirange(tstzrange(:start, :end)) FROM fks.sync_state WHERE series_id = :id"
-        ),
-        {"start": to_datetime(window.start), "end": to_datetime(window.end), "id": identity},
-    )
     rows = connection.execute(
-        sa.text(_GAPS_AROUND),
+        sa.text(_KNOWN_AROUND),
         {"start": to_datetime(window.start), "end": to_datetime(window.end), "id": identity},
-    )
-    return Known(from_multirange(synced), tuple(gap_of(row) for row in rows))
+    ).all()
+    if not rows:
+        return Known(RangeSet(), ())
+    gaps = tuple(gap_of(row) for row in rows if row.gap_start is not None)
+    return Known(from_multirange(rows[0].covered), gaps)
 
 
 def gap_of(row: sa.Row[Any]) -> LedgerGap:

@@ -107,6 +107,12 @@ def read_candles(
     return Candles.concat(list(_blocks(database, series, [window], as_of)))
 
 
+def read_opens(database: Database, series: Series, opens: Instants) -> Candles:
+    """The stored candles among a few opens, ascending."""
+    windows = [TimeRange(ts, ts + 1) for ts in opens.tolist()]
+    return Candles.concat(list(_blocks(database, series, windows, None))) if windows else Candles.empty()
+
+
 def iterate_candles(
     database: Database, series: Series, window: TimeRange, as_of: datetime | None = None
 ) -> Iterator[Candles]:
