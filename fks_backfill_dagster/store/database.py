@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,10 @@ from fks_backfill_dagster.store.schema import SCHEMA
 OLDEST_SERVER = 15
 
 _MIGRATION_LOCK = 4613731
+
+# SQLAlchemy logs an interruption in the middle of a rollback with its traceback, and raises it too. Where nobody
+# has configured logging, Python would print that beside our own sentence.
+logging.getLogger("sqlalchemy").addHandler(logging.NullHandler())
 
 
 class Database:

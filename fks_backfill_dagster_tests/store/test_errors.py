@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -195,3 +197,28 @@ def test_out_of_locks_is_not_a_full_disk(database: Database) -> None:
 def test_any_other_error_is_told_in_one_line(database: Database) -> None:
     with pytest.raises(StoreError, match=r'reported an error: relation "absent" does not exist$'):
         execute(database, "SELECT * FROM absent")
+
+
+_INTERRUPTED = """
+import sys, sqlalchemy as sa
+from fks_backfill_dagster.store.database import Database
+
+database = Database(sys.argv[1])
+
+@sa.event.listens_for(database._engine, "reset")
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+try:
+    with database.begin() as connection:
+        connection.execute(sa.text("SELECT 1"))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interruption_in_a_rollback_prints_no_traceback(database_url: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED, database_url], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
