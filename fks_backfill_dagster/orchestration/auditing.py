@@ -6,20 +6,19 @@ nobody else would look at it. Series that were removed from the settings are aud
 Does not belong here: what is compared and how it is repaired (`pipeline.audit` and below).
 """
 
-# No `from __future__ import annotations` here: Dagster looks at the annotations of `context` and `config`.
+# No `from __future__ import annotations` here: Dagster looks at the annotation of `context`.
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
 from dagster import (
     AssetObservation,
-    Config,
     DefaultScheduleStatus,
     Failure,
+    Field,
     JobDefinition,
     MetadataValue,
     OpExecutionContext,
-    RunConfig,
     RunRequest,
     RunsFilter,
     ScheduleDefinition,
@@ -31,7 +30,6 @@ from dagster import (
     schedule,
 )
 from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
-from pydantic import Field
 
 from fks_backfill_dagster import documents, wiring
 from fks_backfill_dagster.domain.series import Series
@@ -54,21 +52,23 @@ _MINUTE = 50  # when no refresh and no daily job begins
 _HOUR_SECONDS = 3600
 
 
-class AuditConfig(Config):
-    """Which series are audited."""
-
-    series: list[str] = Field(
-        default=[], description="Such as `BTC/USDT 1h`; empty: every stored series, configured or not."
+# Plain types: a field of dagster.Config may be {"env": NAME} as well, and a wrong name of a series is shown.
+_CONFIG = {
+    "series": Field(
+        [str],
+        default_value=[],
+        description="Such as `BTC/USDT 1h`; empty: every stored series, configured or not.",
     )
+}
 
 
 def build_audit(settings: Settings) -> JobDefinition:
     """The job."""
 
-    @op(name=OP, required_resource_keys={DATABASE})
-    def audit_series(context: OpExecutionContext, config: AuditConfig) -> None:
+    @op(name=OP, required_resource_keys={DATABASE}, config_schema=_CONFIG)
+    def audit_series(context: OpExecutionContext) -> None:
         database = getattr(context.resources, DATABASE).database
-        series = _wanted(auditable(database, settings.series()), config.series)
+        series = _wanted(auditable(database, settings.series()), context.op_config["series"])
         report = audit(database, series, wiring.now, done=lambda found: _tell(context, settings, found))
         _conclude(context, report)
 
@@ -196,9 +196,9 @@ def audit_requests(database: Database, settings: Settings) -> Iterator[RunReques
     """A run per 50 stored series."""
     names = [str(one) for one in auditable(database, settings.series())]
     for number, start in enumerate(range(0, len(names), pace.MOST_SERIES)):
-        some = AuditConfig(series=names[start : start + pace.MOST_SERIES])
+        some = names[start : start + pace.MOST_SERIES]
         yield RunRequest(
             run_key=f"audit {number}",
-            run_config=RunConfig(ops={OP: some}),
+            run_config={"ops": {OP: {"config": {"series": some}}}},
             tags={pace.PRIORITY: pace.LAST},
         )

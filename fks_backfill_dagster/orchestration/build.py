@@ -15,7 +15,7 @@ from fks_backfill_dagster.orchestration.groups import groups_of
 from fks_backfill_dagster.orchestration.housekeeping import build_housekeeping
 from fks_backfill_dagster.orchestration.jobs import build_check_jobs, build_jobs
 from fks_backfill_dagster.orchestration.outages import build_outage_sensors
-from fks_backfill_dagster.orchestration.resources import default_resources
+from fks_backfill_dagster.orchestration.resources import default_resources, fixed
 from fks_backfill_dagster.orchestration.schedules import build_schedules
 from fks_backfill_dagster.settings import Settings, load_settings
 
@@ -26,9 +26,10 @@ def build_defs(
     """The definitions of these settings, or of the file and the environment.
 
     `resource_overrides` replaces resources by name (`timescaledb`, `binance`, ...), so that a test or
-    another deployment brings its own. Raises SettingsError, with every problem at once.
+    another deployment brings its own. No run can replace any of them. Raises SettingsError, with every problem at once.
     """
     settings = load_settings() if settings is None else settings
+    resources = {**default_resources(settings), **(resource_overrides or {})}
     groups = groups_of(settings)
     jobs = build_jobs(groups)
     return Definitions(
@@ -41,7 +42,7 @@ def build_defs(
             *build_outage_sensors(groups, settings),
             *build_before_start_sensors(groups, settings),
         ],
-        resources={**default_resources(settings), **(resource_overrides or {})},
+        resources={name: fixed(resource) for name, resource in resources.items()},
         # A run is one op that brings its own threads. With a process per step it would cost 7 s before
         # any work, in this process 0.9 s.
         executor=in_process_executor,

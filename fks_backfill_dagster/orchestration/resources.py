@@ -2,6 +2,9 @@
 
 A resource only says where something is and how to open it; it does so when a run begins, never when
 definitions are loaded. Secrets are no fields: Dagster shows fields in its UI and keeps them in runs.
+
+Nothing of a resource can be replaced by the configuration of a run (`fixed`): a run with another base_url
+would send the provider's key there, and one with `{"env": "POLYGON_API_KEY"}` as a value would show it.
 """
 
 from __future__ import annotations
@@ -10,7 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from dagster import ConfigurableResource, InitResourceContext, get_dagster_logger
+from dagster import (
+    ConfigurableResource,
+    InitResourceContext,
+    ResourceDefinition,
+    get_dagster_logger,
+    mem_io_manager,
+)
 from pydantic import PrivateAttr
 
 from fks_backfill_dagster import wiring
@@ -79,16 +88,49 @@ class ProviderResource(ConfigurableResource):  # type: ignore[type-arg]
 
 
 def default_resources(settings: Settings) -> dict[str, object]:
-    """The resources as the settings have them."""
-    return {DATABASE: _database(settings), **{name: _provider(settings, name) for name in PROVIDERS}}
+    """The resources as the settings have them.
+
+    No op hands a value to another one. Dagster's own I/O manager for that takes a folder from a run's
+    configuration.
+    """
+    return {
+        DATABASE: _database(settings),
+        **{name: _provider(settings, name) for name in PROVIDERS},
+        "io_manager": mem_io_manager,
+    }
+
+
+def fixed(resource: object) -> object:
+    """The resource without what a run's configuration could replace; any other object as it is.
+
+    Dagster then refuses such a run, wherever it is launched, before a value of its configuration is looked at.
+    """
+    if not isinstance(resource, ConfigurableResource):
+        return resource
+
+    def opened_once(_: InitResourceContext) -> Iterator[object]:
+        with resource.process_config_and_initialize_cm() as opened_resource:
+            yield opened_resource
+
+    return ResourceDefinition(
+        resource_fn=opened_once,  # type: ignore[arg-type]  # a generator function, as documented
+        config_schema={},
+        description=_description(resource),
+    )
+
+
+def _description(resource: ConfigurableResource[Any]) -> str:
+    """What Dagster's page of the resource shows."""
+    if isinstance(resource, ProviderResource):
+        return f"{resource.provider}, requested at {resource.base_url}. Set in the settings, not by a run."
+    return type(resource).__doc__ or type(resource).__name__
 
 
 def _database(settings: Settings) -> TimescaleDB:
     class SettingsDatabase(TimescaleDB):
-        """The database of the settings: FKS_DATABASE_URL, else the embedded PostgreSQL.
+        """The database of the settings: FKS_DATABASE_URL, else the embedded PostgreSQL."""
 
-        A class of its own because its address holds a password, and Dagster shows every field.
-        """
+        # A class of its own because its address holds a password, and Dagster shows every field.
 
         url: str = ""
 

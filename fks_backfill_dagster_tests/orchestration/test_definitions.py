@@ -8,7 +8,15 @@ import sys
 import warnings
 
 import pytest
-from dagster import AssetCheckKey, AssetKey, ConfigurableResource, TimeWindowPartitionsDefinition
+from dagster import (
+    AssetCheckKey,
+    AssetKey,
+    ConfigurableResource,
+    DagsterInvalidConfigError,
+    JobDefinition,
+    TimeWindowPartitionsDefinition,
+    build_resources,
+)
 
 from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
@@ -91,28 +99,63 @@ def test_every_series_has_both_checks_and_none_blocks() -> None:
 
 def test_there_is_a_resource_for_the_database_and_for_every_provider() -> None:
     resources = build_defs(settings=MIXED).resources or {}
-    assert set(resources) == {DATABASE, *PROVIDERS}
+    assert set(resources) == {DATABASE, *PROVIDERS, "io_manager"}
 
 
 def test_a_resource_can_be_replaced() -> None:
     class Mine(ConfigurableResource):  # type: ignore[type-arg]
         answer: int = 42
 
-    mine = Mine()
-    resources = build_defs(settings=MIXED, resource_overrides={"polygon": mine}).resources or {}
-    assert resources["polygon"] is mine
-    assert set(resources) == {DATABASE, *PROVIDERS}
+    resources = build_defs(settings=MIXED, resource_overrides={"polygon": Mine()}).resources or {}
+    with build_resources({"polygon": resources["polygon"]}) as opened:
+        assert opened.polygon.answer == 42
+    assert set(resources) == {DATABASE, *PROVIDERS, "io_manager"}
 
 
-def test_no_secret_is_a_field_that_the_ui_shows() -> None:
+def test_no_secret_is_shown_by_the_ui() -> None:
     settings = Settings(
         keys={"polygon": "very-secret"},  # type: ignore[dict-item]
         database_url="postgresql://me:also-secret@localhost/candles",  # type: ignore[arg-type]
     )
     resources = build_defs(settings=settings).resources or {}
-    shown = [resource.model_dump() for resource in resources.values()]
+    shown = [(one.description, str(one.config_schema.as_field())) for one in resources.values()]
     assert "api.massive.com" in str(shown)
     assert "secret" not in str(shown)
+
+
+def _jobs() -> list[JobDefinition]:
+    return list(build_defs(settings=MIXED).get_repository_def().get_all_jobs())
+
+
+@pytest.mark.parametrize("job", _jobs(), ids=lambda job: job.name)
+def test_no_value_of_a_run_is_taken_from_the_environment(job: JobDefinition) -> None:
+    """A run with {"env": "POLYGON_API_KEY"} as a value would show the key, in an error or a path at least."""
+    schema = job.run_config_schema.run_config_schema_type
+    kinds = {type(kind).__name__ for kind in schema.type_iterator()}
+    assert "Shape" in kinds
+    assert not {kind for kind in kinds if "Source" in kind}
+
+
+@pytest.mark.parametrize("name", [DATABASE, *PROVIDERS])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"base_url": "http://127.0.0.1:1"},
+        {"base_url": {"env": "POLYGON_API_KEY"}},
+        {"requests_per_minute": {"env": "POLYGON_API_KEY"}},
+        {"url": "postgresql://127.0.0.1:1/other"},
+    ],
+)
+def test_a_run_cannot_replace_a_resource(
+    name: str, config: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLYGON_API_KEY", "very-secret")
+    job = build_defs(settings=MIXED).resolve_job_def("ohlcv_months")
+    with pytest.raises(DagsterInvalidConfigError) as refused:
+        job.execute_in_process(run_config={"resources": {name: {"config": config}}})
+    (field,) = config
+    assert f'unexpected config entry "{field}" at path root:resources:{name}' in str(refused.value)
+    assert "very-secret" not in str(refused.value)
 
 
 _MEASURE = """
