@@ -65,7 +65,7 @@ def orchestra(environment: Mapping[str, str]) -> Iterator[Orchestra]:
             keep_database=False,
             say=lambda text: None,
         )
-        yield Orchestra(settings, environment, Webserver(up.url))
+        yield Orchestra(settings, environment, up.web)
     finally:
         servers.down(settings, say=lambda text: None)
 

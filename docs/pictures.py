@@ -33,7 +33,8 @@ from websockets.sync.client import ClientConnection, connect  # Dagster's webser
 from fks_backfill_dagster import scenario
 from fks_backfill_dagster.demo import run_demo
 from fks_backfill_dagster.orchestration import servers
-from fks_backfill_dagster.orchestration.processes import Background
+from fks_backfill_dagster.orchestration.launching import running_webserver
+from fks_backfill_dagster.orchestration.webserver import Webserver
 from fks_backfill_dagster.settings import CHECKOUT, load_settings
 
 FOLDER = Path(__file__).parent / "pictures"
@@ -210,34 +211,35 @@ def _tab(profile: Path, process: subprocess.Popen[bytes]) -> str:
 
 
 @contextmanager
-def staged(stage: Stage) -> Iterator[str]:
-    """The URL of Dagster after what the stage does in a scratch home; stopped and removed afterwards."""
+def staged(stage: Stage) -> Iterator[Webserver]:
+    """Dagster's webserver after what the stage does in a scratch home; stopped and removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="fks-pictures-", ignore_cleanup_errors=True) as folder:
         if stage is Stage.FAILED_MONTH:
             with scenario.failed_month(Path(folder)) as scene:
-                yield scene.web.url
+                yield scene.web
         else:
-            with _demo(Path(folder)) as url:
-                yield url
+            with _demo(Path(folder)) as web:
+                yield web
 
 
 @contextmanager
-def _demo(home: Path) -> Iterator[str]:
+def _demo(home: Path) -> Iterator[Webserver]:
+    environment = {"FKS_HOME": str(home), "FKS_CONFIG": str(home / "backfill.yaml")}
     try:
         if run_demo(keep=True, home=home):
             raise NoPicture("the demo did not succeed, so there is nothing to take a picture of.")
-        yield f"http://{servers.HOST}:{Background(home, servers.WEBSERVER).port}"
+        yield running_webserver(load_settings(environment, CHECKOUT))
     finally:
-        environment = {"FKS_HOME": str(home), "FKS_CONFIG": str(home / "backfill.yaml")}
         servers.down(load_settings(environment, CHECKOUT), say=lambda text: None)
 
 
 def _take(page: Page, stage: Stage, pictures: Sequence[Picture]) -> None:
     if not pictures:
         return
-    with staged(stage) as url:
+    with staged(stage) as web:
+        page.call("Page.navigate", url=web.visit)
         for picture in pictures:
-            content = page.take(url, picture)
+            content = page.take(web.url, picture)
             if len(content) > LARGEST:
                 raise NoPicture(f"{picture.name} has {len(content):,} bytes: make its page smaller.")
             (FOLDER / f"{picture.name}.png").write_bytes(content)

@@ -161,7 +161,7 @@ class Demo:
         self._market = Background(home, MARKET)
         self._plain = _clean_environment(home, config)
         self._settings = load_settings(self._plain, CHECKOUT)
-        self.url = ""
+        self.url = self._visit = ""
 
     def run(self) -> bool:
         """Everything from the market to the report; whether all is complete."""
@@ -173,7 +173,7 @@ class Demo:
             database = stack.enter_context(wiring.open_database(self._settings))
             before = sum(status.total_candles for status in sync_status(database))
             self._up(environment, (servers.WEBSERVER,))
-            web = Webserver(self.url)
+            web = self._web
             self._say(f"   market    {market['FKS_PROVIDERS__BINANCE__BASE_URL'].removesuffix('/binance')}")
             self._say(f"   Dagster   {self.url}")
             for outage in self._outages():
@@ -234,7 +234,7 @@ class Demo:
             environment=environment,
             say=lambda text: None,
         )
-        self.url = up.url
+        self.url, self._visit, self._web = up.url, up.web.visit, up.web
 
     # --- the backfill ---
 
@@ -366,7 +366,7 @@ class Demo:
                 f"{before:,} candles were there from an earlier run and were not fetched again ({changed:,}"
                 f" changed); {new:,} were new."
             )
-        self._say(f"UI: {self.url}")
+        self._say(f"UI: {self._visit}")
 
 
 def _write_settings(home: Path) -> Path:

@@ -116,7 +116,7 @@ def _backfill(
         environment=environment,
         say=_silent,
     )
-    web = Webserver(up.url)
+    web = up.web
     identity = launching.start(web, orders)
     servers.up(settings, keep_database=False, environment=environment, say=_silent)
     return launching.watch(web, identity, orders, _silent)

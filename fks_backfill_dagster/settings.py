@@ -96,6 +96,28 @@ def _between(low: float, high: float) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _host_name(value: str) -> str:
+    """As in a browser's address, without scheme, port and path."""
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]", value):
+        raise ValueError(
+            f"{value!r} is not the name of a host such as fks.example.com, without scheme and port"
+        )
+    return value.lower()
+
+
+LEAST_TOKEN = 32  # characters
+
+
+def _token(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    if len(text) < LEAST_TOKEN or not (text.isascii() and text.isprintable()) or " " in text:
+        raise ValueError(
+            f"it is to be {LEAST_TOKEN} or more printable ASCII characters without spaces, such as"
+            " `openssl rand -hex 32` prints"
+        )
+    return value
+
+
 def _seconds(value: float) -> float:
     if not 0 < value <= 600:
         raise ValueError(f"{value:g} is not a time above 0 and up to 600 seconds")
@@ -439,6 +461,19 @@ class Automation(Section):
     keep_runs_days: Annotated[int, _between(1, 3_650)] = 3
 
 
+class Webserver(Section):
+    """Who reaches Dagster's pages that `up` starts, besides the loopback address and with the token.
+
+    `hosts`: names of this server in a browser's address, such as those of a proxy. `login` off: whoever
+    reaches it is let in, because a proxy has asked them. `report_assets`: whether other programs may report
+    materializations and checks over HTTP.
+    """
+
+    hosts: Many[Annotated[str, AfterValidator(_host_name)]] = ()
+    login: bool = True
+    report_assets: bool = False
+
+
 class Alerts(Section):
     urls: Many[Annotated[SecretStr, AfterValidator(_webhook)]] = ()
 
@@ -564,13 +599,14 @@ class Settings(BaseSettings):
     history_start: Instant = to_micros(datetime(2017, 8, 17, tzinfo=UTC))
     allow_mixed_sources: bool = False
     alerts: Alerts = Alerts()
+    webserver: Webserver = Webserver()
     automation: Automation = Automation()
 
     home: Annotated[Path, AfterValidator(_folder)] = Path(".fks")
     root: Path = Path()
     config_file: Path | None = None
     database_url: Annotated[SecretStr, AfterValidator(_database)] | None = None
-    api_token: SecretStr | None = None
+    api_token: Annotated[SecretStr, AfterValidator(_token)] | None = None
     keys: dict[ProviderName, SecretStr] = Field(default={}, repr=False)
 
     @classmethod

@@ -437,7 +437,7 @@ SECRETS = {
     "COINGECKO_API_KEY": "hidden-coingecko",
     "ALPHAVANTAGE_API_KEY": " hidden-alphavantage\n",
     "OANDA_API_TOKEN": "",
-    "FKS_API_TOKEN": "hidden-token",
+    "FKS_API_TOKEN": "hidden-token-of-thirty-two-characters",
     "FKS_DATABASE_URL": "postgresql://user:hidden-password@127.0.0.1:5432/fks",
     "FKS_ALERTS__URLS": '["https://hooks.example.com/hidden-hook"]',
 }
@@ -453,7 +453,7 @@ def test_keys_come_from_the_environment(load: Load) -> None:
         "alphavantage": "hidden-alphavantage",
         "oanda": None,
     }
-    assert loaded.api_token == SecretStr("hidden-token")
+    assert loaded.api_token == SecretStr(SECRETS["FKS_API_TOKEN"])
     assert loaded.database_url is not None
     assert loaded.database_url.get_secret_value() == SECRETS["FKS_DATABASE_URL"]
 

@@ -44,7 +44,8 @@ def demo(keep: bool) -> int:
 def up(port: int, as_json: bool) -> None:
     """Start the database (if it is the embedded one), Dagster's webserver and daemon.
 
-    They run on in the background until `down`. What runs already stays as it is.
+    They run on in the background until `down`. What runs already stays as it is. The address that is printed
+    holds the token that the pages ask for.
     """
     from fks_backfill_dagster.orchestration import servers
     from fks_backfill_dagster.settings import load_settings
@@ -59,6 +60,7 @@ def up(port: int, as_json: bool) -> None:
         answer_json(
             {
                 "url": running.url,
+                "token": running.token,
                 "logs": str(running.logs),
                 "started": running.started,
                 "addresses": addresses,

@@ -1,8 +1,11 @@
 """The keeper of the code server of `up`, which the webserver and the daemon share.
 
 Left to themselves they start a code server each, the daemon another one every minute. Here both are led to
-one by a workspace file of their own. `python -m ...code_server PORT` starts the server (`forking_server`),
+one by a workspace file of their own. `python -m ...code_server SOCKET` starts the server (`forking_server`),
 and starts it again when it was killed; both find it again by themselves.
+
+It does what it is asked, and a request can name code to call. So it listens on a Unix socket in a folder that
+its user alone can enter, and nowhere else.
 
 Does not belong here: who starts the keeper and finds it again (`servers`, `processes`); anything of
 Dagster, for the keeper lives as long as the server and should weigh nothing.
@@ -10,12 +13,15 @@ Dagster, for the keeper lives as long as the server and should weigh nothing.
 
 from __future__ import annotations
 
-import re
+import hashlib
+import json
+import os
+import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-HOST = "127.0.0.1"
 LOCATION = "fks_backfill"
 """As workspace.yaml names it."""
 
@@ -25,31 +31,58 @@ _SERVER = "fks_backfill_dagster.orchestration.forking_server"
 _WORKSPACE = """\
 # Written by `fks-backfill up`: its webserver and daemon share the code server that it has started.
 load_from:
-  - grpc_server: {{host: "{host}", port: {port}, location_name: {location}}}
+  - grpc_server: {{socket: {socket}, location_name: {location}}}
 """
 
-
-def write_workspace(path: Path, port: int) -> None:
-    """The file that leads to the code server at `port`."""
-    path.write_text(_WORKSPACE.format(host=HOST, port=port, location=LOCATION))
+_LONGEST_PATH = 103
+"""Bytes of a socket's path that every system takes."""
 
 
-def told_port(path: Path) -> int | None:
-    """The port in such a file; None where there is none."""
-    try:
-        found = re.search(r"port: (\d+)", path.read_text())
-    except FileNotFoundError:
-        return None
-    return int(found[1]) if found else None
+class SocketFolder(Exception):
+    """There is no folder for the socket that strangers cannot enter: one sentence with the remedy."""
 
 
-def keep(port: int) -> int:
+def socket_of(home: Path) -> Path:
+    """Where the code server of a home listens; where the home's path is too long for a socket, in the
+    temporary folder. Raises SocketFolder."""
+    near = home / "run" / "code.sock"
+    if len(os.fsencode(near)) <= _LONGEST_PATH:
+        return near
+    digest = hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
+    short = Path(tempfile.gettempdir()) / f"fks-code-{os.geteuid()}-{digest}" / "code.sock"
+    if len(os.fsencode(short)) > _LONGEST_PATH:
+        raise SocketFolder(
+            f"the paths of {home} and of {short.parent.parent} are too long for a socket: set FKS_HOME or TMPDIR"
+            " to a shorter one"
+        )
+    return short
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of a socket for this user alone. Raises SocketFolder where it is somebody else's."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise SocketFolder(
+            f"{folder} should be a folder of yours for a socket and is somebody else's (uid {found.st_uid}):"
+            " delete it, or set FKS_HOME or TMPDIR to a folder of your own"
+        )
+    if found.st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+def write_workspace(path: Path, socket: Path) -> None:
+    """The file that leads to the code server at `socket`."""
+    path.write_text(_WORKSPACE.format(socket=json.dumps(str(socket)), location=LOCATION))
+
+
+def keep(socket: str) -> int:
     """Runs the server until it ends by itself; its exit code. One that was killed is started again."""
     while True:
-        code = subprocess.run([sys.executable, "-m", _SERVER, str(port)], check=False).returncode
+        code = subprocess.run([sys.executable, "-P", "-m", _SERVER, socket], check=False).returncode
         if code >= 0:
             return code
 
 
 if __name__ == "__main__":
-    sys.exit(keep(int(sys.argv[1])))
+    sys.exit(keep(sys.argv[1]))

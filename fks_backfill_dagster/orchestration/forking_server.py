@@ -25,7 +25,7 @@ from dagster._utils.error import serializable_error_info_from_exc_info
 from dagster._utils.interrupts import setup_interrupt_handlers
 from dagster._utils.log import configure_loggers
 
-from fks_backfill_dagster.orchestration.code_server import DEFINITIONS, HOST, LOCATION
+from fks_backfill_dagster.orchestration.code_server import DEFINITIONS, LOCATION
 
 # What a run worker imports in the end, so that its fork finds it there. None of these opens a connection when
 # it is imported, and what starts threads (OpenBLAS, jemalloc) knows of forks. The definitions themselves are
@@ -80,7 +80,7 @@ class ForkingServer(DagsterApiServer):
         return ReloadCodeReply()
 
 
-def serve(port: int) -> None:
+def serve(socket: str) -> None:
     """Returns when the server was told to end. It listens when the definitions are loaded."""
     setup_interrupt_handlers()
     configure_loggers()
@@ -92,8 +92,7 @@ def serve(port: int) -> None:
         dagster_api_servicer=ForkingServer(ended, threads),
         logger=_logger,
         threadpool_executor=threads,
-        host=HOST,
-        port=port,
+        socket=socket,
     )
     try:
         server.serve()  # type: ignore[no-untyped-call]
@@ -102,4 +101,4 @@ def serve(port: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(sys.argv[1])

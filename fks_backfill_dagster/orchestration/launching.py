@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso
+from fks_backfill_dagster.login import token_of
 from fks_backfill_dagster.orchestration.names import AssetPath, asset_path, is_monthly, keys_of
 from fks_backfill_dagster.orchestration.processes import Background
 from fks_backfill_dagster.orchestration.servers import DAEMON, HOST, WEBSERVER, ServersError
@@ -105,7 +106,7 @@ def running_webserver(settings: Settings) -> Webserver:
     server, daemon = Background(settings.home, WEBSERVER), Background(settings.home, DAEMON)
     if not (server.is_running() and daemon.is_running() and server.port):
         raise ServersError("Dagster is not up: start it with `fks-backfill up`, then launch again.")
-    return Webserver(f"http://{HOST}:{server.port}")
+    return Webserver(f"http://{HOST}:{server.port}", token_of(settings))
 
 
 def start(web: Webserver, orders: Sequence[Order], say: Say | None = None) -> str:

@@ -16,9 +16,10 @@ from typing import Any
 from dagster import (
     ConfigurableResource,
     InitResourceContext,
+    InMemoryIOManager,
+    IOManagerDefinition,
     ResourceDefinition,
     get_dagster_logger,
-    mem_io_manager,
 )
 from pydantic import PrivateAttr
 
@@ -96,7 +97,7 @@ def default_resources(settings: Settings) -> dict[str, object]:
     return {
         DATABASE: _database(settings),
         **{name: _provider(settings, name) for name in PROVIDERS},
-        "io_manager": mem_io_manager,
+        "io_manager": IOManagerDefinition(lambda _: InMemoryIOManager(), config_schema={}),  # type: ignore[no-untyped-call]
     }
 
 
@@ -113,7 +114,7 @@ def fixed(resource: object) -> object:
             yield opened_resource
 
     return ResourceDefinition(
-        resource_fn=opened_once,  # type: ignore[arg-type]  # a generator function, as documented
+        resource_fn=opened_once,
         config_schema={},
         description=_description(resource),
     )

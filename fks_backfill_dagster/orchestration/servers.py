@@ -18,32 +18,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 
 from fks_backfill_dagster import wiring
+from fks_backfill_dagster.login import make_token
 from fks_backfill_dagster.orchestration import code_server
 from fks_backfill_dagster.orchestration.processes import Background, backgrounds, stop
-from fks_backfill_dagster.orchestration.webserver import DagsterRefused, Webserver
+from fks_backfill_dagster.orchestration.webserver import DagsterRefused, Webserver, WrongToken
 from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.database import Database
 
-HOST = code_server.HOST
+HOST = "127.0.0.1"
 PORT = 3000
 WEBSERVER, DAEMON = "webserver", "daemon"
 
 _DAEMON = "fks_backfill_dagster.orchestration.daemon"
+_GUARDED_WEBSERVER = "fks_backfill_dagster.orchestration.guarded_webserver"
 
 CODE = "code-server"
 """Not among the parts that a caller names: whichever runs needs it."""
 
 START_SECONDS = 120.0
 """A cold start of Dagster on a busy machine; a process that ends is noticed at once."""
-
-PORT_SECONDS = 2.0
-"""How long the port of a killed server is waited for."""
 
 EVENTS_AT_ONCE = "100"
 """Materialization events of a range run are written in batches: half the time (dagster-postgres only)."""
@@ -60,11 +59,19 @@ class ServersError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    """Where the running servers are. `started` is false when all of them ran already."""
+    """Where the running servers are, and the token that the webserver asks for (None: it asks for none).
+
+    `started` is false when all of them ran already.
+    """
 
     url: str
     logs: Path
     started: bool
+    token: str | None = field(default=None, repr=False)
+
+    @property
+    def web(self) -> Webserver:
+        return Webserver(self.url, self.token)
 
 
 def dagster_folder(home: Path) -> Path:
@@ -91,10 +98,11 @@ def up(
     with _alone(settings):
         _open_database(settings, keep_database)
         processes = [Background(settings.home, name) for name in (CODE, *parts)]
-        missing = _missing(settings, processes)
+        missing = _missing(processes)
         server = Background(settings.home, WEBSERVER)
         found_port = server.port if server.is_running() and server.port else port
-        web = Webserver(f"http://{HOST}:{found_port}")
+        web = Webserver(f"http://{HOST}:{found_port}", make_token(settings))
+        running = Servers(web.url, server.log.parent, bool(missing), web.token)
         if missing:
             began = time.time()
             try:
@@ -103,8 +111,10 @@ def up(
             except BaseException:
                 stop(missing)
                 raise
-        _tell(settings, web, bool(missing), say)
-        return Servers(web.url, server.log.parent, bool(missing))
+        else:
+            _ready(web, None)  # it may ask for another token than the one that is told
+        _tell(settings, running, say)
+        return running
 
 
 def down(settings: Settings, *, say: Say = click.echo) -> list[str]:
@@ -156,16 +166,9 @@ def _open_database(settings: Settings, keep: bool) -> None:
             embedded.release()
 
 
-def _missing(settings: Settings, processes: list[Background]) -> list[Background]:
-    """What is to be started: what does not run, and where the code server cannot come back to its port,
-    all of them, as the others look for it there."""
-    code, *others = processes
-    missing = [process for process in processes if not process.is_running()]
-    if code not in missing or len(missing) == len(processes):
-        return missing
-    stop([code], at_once=True)  # what it left behind holds the port
-    told = code_server.told_port(dagster_folder(settings.home) / "workspace.yaml")
-    return missing if told is None or _becomes_free(told) else [code, *others]
+def _missing(processes: list[Background]) -> list[Background]:
+    """What is to be started: what does not run."""
+    return [process for process in processes if not process.is_running()]
 
 
 def _start(settings: Settings, missing: list[Background], port: int, environment: Mapping[str, str]) -> None:
@@ -187,24 +190,24 @@ def _start(settings: Settings, missing: list[Background], port: int, environment
         stop([process], at_once=not process.is_running())
         if process.name == WEBSERVER:
             _check_port(port)
-    code_port = Background(settings.home, CODE).port or _code_port(folder / "workspace.yaml")
-    code_server.write_workspace(folder / "workspace.yaml", code_port)
-    workspace = ["--workspace", str(folder / "workspace.yaml")]
-    ports = {CODE: code_port, WEBSERVER: port}
+    socket, workspace = _code_socket(settings), folder / "workspace.yaml"
+    code_server.write_workspace(workspace, socket)
     modules = {
-        CODE: [code_server.__name__, str(code_port)],
-        WEBSERVER: ["dagster_webserver", "--host", HOST, "--port", str(port), *workspace],
-        DAEMON: [_DAEMON, str(folder / "workspace.yaml")],
+        CODE: [code_server.__name__, str(socket)],
+        WEBSERVER: [_GUARDED_WEBSERVER, str(port), str(workspace)],
+        DAEMON: [_DAEMON, str(workspace)],
     }
     for process in missing:
+        # The webserver alone needs the token. -P: a module in the working folder is not taken for Python's own.
+        kept = {k: v for k, v in environment.items() if process.name == WEBSERVER or k != "FKS_API_TOKEN"}
         process.start(
-            [sys.executable, "-m", *modules[process.name]],
+            [sys.executable, "-P", "-m", *modules[process.name]],
             cwd=settings.root,
-            environment={**environment, **own},
-            port=ports.get(process.name, 0),
+            environment={**kept, **own},
+            port=port if process.name == WEBSERVER else 0,
         )
         if process.name == CODE:
-            _wait_for(process, code_port)
+            _wait_for(process, socket)
 
 
 def _project_file(settings: Settings, name: str) -> Path:
@@ -222,18 +225,14 @@ def _check_port(port: int) -> None:
         )
 
 
-def _code_port(workspace: Path) -> int:
-    """That of last time where it can be had: a webserver or daemon that still runs looks there."""
-    told = code_server.told_port(workspace)
-    return told if told and _is_free(told) else free_port()
-
-
-def _becomes_free(port: int) -> bool:
-    """Whether it is free, or is so in a moment: what was killed just now may hold it a little longer."""
-    deadline = time.monotonic() + PORT_SECONDS
-    while not (free := _is_free(port)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return free
+def _code_socket(settings: Settings) -> Path:
+    """Where the code server listens, in a folder that is there."""
+    try:
+        place = code_server.socket_of(settings.home)
+        code_server.make_folder(place.parent)
+    except code_server.SocketFolder as error:
+        raise ServersError(f"{error}.") from None
+    return place
 
 
 def _is_free(port: int) -> bool:
@@ -246,12 +245,12 @@ def _is_free(port: int) -> bool:
         return True
 
 
-def _wait_for(process: Background, port: int) -> None:
+def _wait_for(process: Background, place: Path) -> None:
     """Until it listens: then its definitions are loaded, and the others find them at their first look."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex((HOST, port)) == 0:
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(place)) == 0:
                 return
         _still_runs(process)
         time.sleep(0.05)
@@ -287,16 +286,21 @@ def _wait(web: Webserver, processes: Sequence[Background], daemons_since: float 
 def _ready(web: Webserver, daemons_since: float | None) -> bool:
     try:
         return web.answers() and (daemons_since is None or not web.late_daemons(daemons_since))
+    except WrongToken:
+        raise ServersError(
+            f"the webserver at {web.url} was started with another token: stop it with `fks-backfill down`, then"
+            " start it again."
+        ) from None
     except DagsterRefused:
         return False
 
 
-def _tell(settings: Settings, web: Webserver, started: bool, say: Say) -> None:
+def _tell(settings: Settings, running: Servers, say: Say) -> None:
     database = (
         "FKS_DATABASE_URL" if settings.database_url else f"the embedded PostgreSQL in {settings.home / 'pg'}"
     )
-    say("Dagster is up." if started else "Dagster is up already.")
-    say(f"  UI        {web.url}")
+    say("Dagster is up." if running.started else "Dagster is up already.")
+    say(f"  UI        {running.web.visit}")
     say(f"  database  {database}")
     say(f"  logs      {settings.home / 'logs'}")
     say("Stop it with `fks-backfill down`.")

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.error import HTTPError, URLError
+from urllib.parse import urlencode
 from urllib.request import ProxyHandler, Request, build_opener
+
+from fks_backfill_dagster.guard import TOKEN
 
 # What is on this machine is not asked through a proxy.
 _open = build_opener(ProxyHandler({})).open
@@ -24,6 +27,10 @@ FINISHED = frozenset({"SUCCESS", "FAILURE", "CANCELED"})
 
 class DagsterRefused(Exception):
     """The webserver does not answer, or says no; the text is its own."""
+
+
+class WrongToken(DagsterRefused):
+    """It asks for another token than the one that it was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +72,31 @@ class CheckOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Webserver:
-    """The webserver at `url`."""
+    """The webserver at `url`, which asks for `token`; None: for none."""
 
     url: str
+    token: str | None = field(default=None, repr=False)
+
+    @property
+    def visit(self) -> str:
+        """The address for a browser: its first visit brings the token."""
+        return self.url if self.token is None else f"{self.url}/?{urlencode({TOKEN: self.token})}"
 
     def ask(self, query: str, **variables: object) -> dict[str, Any]:
         """The `data` of the answer. Raises DagsterRefused."""
         body = json.dumps({"query": query, "variables": variables}).encode()
-        request = Request(f"{self.url}/graphql", body, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        if self.token is not None:
+            headers["Authorization"] = f"Bearer {self.token}"
+        request = Request(f"{self.url}/graphql", body, headers)
         try:
             with _open(request, timeout=60) as response:
                 answer = json.loads(response.read())
         except HTTPError as error:
+            if error.code == 401:
+                raise WrongToken(
+                    f"{self.url} asks for another token: FKS_API_TOKEN has to be as it was for `fks-backfill up`"
+                ) from None
             raise DagsterRefused(f"{self.url} answered {error.code}: {error.read()[:500]!r}") from None
         except (URLError, OSError, ValueError) as error:
             raise DagsterRefused(f"{self.url} does not answer: {error}") from None
@@ -90,6 +110,8 @@ class Webserver:
     def answers(self) -> bool:
         try:
             return bool(self.ask("{ version }")["version"])
+        except WrongToken:
+            raise
         except DagsterRefused:
             return False
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fks_backfill_dagster import wiring
+from fks_backfill_dagster.login import token_of
 from fks_backfill_dagster.orchestration import servers
 from fks_backfill_dagster.orchestration.processes import Background, Guard
 from fks_backfill_dagster.orchestration.servers import DAEMON, WEBSERVER
@@ -48,7 +49,7 @@ class Site:
 
     @property
     def web(self) -> Webserver:
-        return Webserver(f"http://{servers.HOST}:{self.port}")
+        return Webserver(f"http://{servers.HOST}:{self.port}", token_of(self.settings))
 
     def up(self, *parts: str) -> None:
         """Starts what of these is not running; the database goes with its last user."""

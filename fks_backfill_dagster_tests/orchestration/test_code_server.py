@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,13 +26,13 @@ from fks_backfill_dagster_tests.orchestration.test_servers import environment, f
 __all__ = ["environment", "settings"]
 
 
-def command(port: int) -> list[str]:
-    return [sys.executable, "-m", code_server.__name__, str(port)]
+def command(place: Path) -> list[str]:
+    return [sys.executable, "-m", code_server.__name__, str(place)]
 
 
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((code_server.HOST, port)) == 0
+def listens(place: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(place)) == 0
 
 
 def template_processes(code: Background) -> list[psutil.Process]:
@@ -44,40 +45,68 @@ def template_processes(code: Background) -> list[psutil.Process]:
 @pytest.fixture
 def code(environment: Mapping[str, str], tmp_path: Path) -> Iterator[Background]:
     """One without webserver and daemon."""
-    made, port = Background(Path(environment["FKS_HOME"]), CODE), free_port()
-    made.start(command(port), cwd=CHECKOUT, environment=environment, port=port)
-    until(lambda: listens(port))
+    made = Background(Path(environment["FKS_HOME"]), CODE)
+    place = code_server.socket_of(made.home)
+    code_server.make_folder(place.parent)
+    made.start(command(place), cwd=CHECKOUT, environment=environment, port=0)
+    until(lambda: listens(place))
     yield made
     stop([made])
 
 
 def test_a_killed_one_is_started_again(code: Background) -> None:
     assert code.pid is not None
-    assert code.port is not None
-    port, keeper = code.port, psutil.Process(code.pid)
+    place, keeper = code_server.socket_of(code.home), psutil.Process(code.pid)
     (server,) = keeper.children()
     server.kill()
-    until(lambda: [child.pid for child in keeper.children()] not in ([], [server.pid]) and listens(port))
+    until(lambda: [child.pid for child in keeper.children()] not in ([], [server.pid]) and listens(place))
     until(lambda: len(template_processes(code)) == 1)  # the old one's is gone
 
     keeper.kill()
     until(lambda: not code.is_running())
-    assert listens(port)
+    assert listens(place)
     left = code.members()
     assert stop([code]) == [CODE]
     assert not any(lives(process) for process in left)
 
 
-def test_one_that_cannot_begin_ends_with_its_keeper(environment: Mapping[str, str]) -> None:
-    with socket.socket() as other:
-        other.bind((code_server.HOST, 0))
-        other.listen()
-        port = other.getsockname()[1]
-        done = subprocess.run(
-            command(port), cwd=CHECKOUT, env=dict(environment), capture_output=True, text=True, check=False
-        )
+def test_one_that_cannot_begin_ends_with_its_keeper(environment: Mapping[str, str], tmp_path: Path) -> None:
+    place = tmp_path / "absent" / "code.sock"
+    done = subprocess.run(
+        command(place), cwd=CHECKOUT, env=dict(environment), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
-    assert str(port) in done.stderr
+    assert str(place) in done.stderr
+
+
+def test_a_home_with_a_long_name_has_its_socket_elsewhere(tmp_path: Path) -> None:
+    near, far = tmp_path / "home", tmp_path / ("long" * 25) / "home"
+    assert code_server.socket_of(near) == near / "run" / "code.sock"
+    place = code_server.socket_of(far)
+    assert len(os.fsencode(place)) <= 103
+    assert place != code_server.socket_of(far / "other")
+    code_server.make_folder(place.parent)
+    assert stat.S_IMODE(place.parent.stat().st_mode) == 0o700
+    place.parent.rmdir()
+
+
+def test_a_folder_that_strangers_can_reach_takes_no_socket(tmp_path: Path) -> None:
+    open_folder, link = tmp_path / "open", tmp_path / "link"
+    open_folder.mkdir(mode=0o777)
+    code_server.make_folder(open_folder)  # ours: closed
+    assert stat.S_IMODE(open_folder.stat().st_mode) == 0o700
+    link.symlink_to(open_folder)
+    with pytest.raises(code_server.SocketFolder, match="is somebody else's"):
+        code_server.make_folder(link)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="making a folder of another user needs root")
+def test_a_folder_of_somebody_else_takes_no_socket(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir(mode=0o700)
+    os.chown(theirs, 65534, 65534)
+    with pytest.raises(code_server.SocketFolder, match=r"is somebody else's \(uid 65534\)"):
+        code_server.make_folder(theirs)
 
 
 def status_of(web: Webserver, run: str) -> str:
@@ -111,7 +140,7 @@ def test_its_workers_are_forks_that_can_be_told_to_end(
     for provider in ("binance", "archive"):
         market.plant_fault(provider, "hang", count=None, seconds=15)
     up = servers.up(settings, port=free_port(), environment=environment, say=lambda text: None)
-    web, code = Webserver(up.url), Background(settings.home, CODE)
+    web, code = up.web, Background(settings.home, CODE)
     run = launch(web)
     until(
         lambda: market.requests() > 0
@@ -151,26 +180,6 @@ def test_its_workers_are_forks_that_can_be_told_to_end(
     assert ["ohlcv", "SOL_USDT", "15m"] in keys(web)
     third = launch(web, "SOL_USDT")
     until(lambda: status_of(web, third) == "SUCCESS")
-
-
-def test_all_are_started_again_when_the_port_of_the_code_server_is_taken(
-    settings: Settings, environment: Mapping[str, str]
-) -> None:
-    up = servers.up(settings, port=free_port(), environment=environment, say=lambda text: None)
-    code, server = Background(settings.home, CODE), Background(settings.home, servers.WEBSERVER)
-    port, before = code.port, server.pid
-    servers.stop_part(settings, CODE)
-    with socket.socket() as other:
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        other.bind((code_server.HOST, port))
-        other.listen()
-        servers.up(settings, environment=environment, say=lambda text: None)
-    assert code.port != port
-    assert server.pid != before
-    web = Webserver(up.url)
-    assert web.load_errors() == []
-    run = launch(web)
-    until(lambda: status_of(web, run) == "SUCCESS")
 
 
 def reload(web: Webserver) -> None:

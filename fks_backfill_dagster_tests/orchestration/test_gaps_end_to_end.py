@@ -145,7 +145,7 @@ def world(empty_database_url: str, tmp_path: Path) -> Iterator[World]:
                 up = servers.up(
                     settings, port=servers.free_port(), environment=environment, say=lambda text: None
                 )
-                yield World(settings, market, Webserver(up.url))
+                yield World(settings, market, up.web)
             finally:
                 servers.down(settings, say=lambda text: None)
 

@@ -99,7 +99,7 @@ def test_from_up_to_down(
     port = free_port()
     # The daemon looks for backfills when it starts and then every 30 s: the test does not wait for that.
     first = servers.up(settings, port=port, parts=(WEBSERVER,), environment=environment, say=said.append)
-    web = Webserver(first.url)
+    web = first.web
     for provider in ("binance", "archive"):
         market.plant_fault(
             provider, "status", count=None, status=400, symbol="ETHUSDT", start="2024-02-01", end="2024-03-01"

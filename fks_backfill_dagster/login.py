@@ -1,0 +1,49 @@
+"""The token that Dagster's pages ask for: where it is kept, and who reads it.
+
+It is FKS_API_TOKEN, or else one that is made once for a home and kept there, in a file that its owner alone
+can read. So a visit goes on after a restart, and commands of this home come in without being asked.
+
+Does not belong here: what the token opens (`guard`).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+from fks_backfill_dagster.settings import Settings
+
+
+def token_of(settings: Settings) -> str | None:
+    """The token of these settings; None where nobody is asked for one, or none was made yet."""
+    if not settings.webserver.login:
+        return None
+    if settings.api_token is not None:
+        return settings.api_token.get_secret_value()
+    with suppress(FileNotFoundError):
+        return _file(settings.home).read_text().strip() or None
+    return None
+
+
+def make_token(settings: Settings) -> str | None:
+    """As `token_of`, made where it is needed. Two who make it at once get the same one."""
+    found = token_of(settings)
+    if found is not None or not settings.webserver.login:
+        return found
+    file = _file(settings.home)
+    part = file.with_name(f"{file.name}.{os.getpid()}")
+    part.unlink(missing_ok=True)
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
+        opened.write(secrets.token_urlsafe(32))
+    try:
+        with suppress(FileExistsError):
+            os.link(part, file)
+    finally:
+        part.unlink()
+    return token_of(settings)
+
+
+def _file(home: Path) -> Path:
+    return home / "run" / "token"
