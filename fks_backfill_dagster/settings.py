@@ -462,15 +462,15 @@ class Automation(Section):
 
 
 class Webserver(Section):
-    """Who reaches Dagster's pages that `up` starts, besides the loopback address and with the token.
+    """Who reaches Dagster's pages that `up` starts.
 
-    `hosts`: names of this server in a browser's address, such as those of a proxy. `login` off: whoever
-    reaches it is let in, because a proxy has asked them. `report_assets`: whether other programs may report
-    materializations and checks over HTTP.
+    `hosts`: names of this server in a browser's address besides the loopback ones, such as those of a proxy.
+    `login`: whether they ask for the token; without it every account of this machine is let in.
+    `report_assets`: whether other programs may report materializations and checks over HTTP.
     """
 
     hosts: Many[Annotated[str, AfterValidator(_host_name)]] = ()
-    login: bool = True
+    login: bool = False
     report_assets: bool = False
 
 

@@ -45,7 +45,7 @@ def up(port: int, as_json: bool) -> None:
     """Start the database (if it is the embedded one), Dagster's webserver and daemon.
 
     They run on in the background until `down`. What runs already stays as it is. The address that is printed
-    holds the token that the pages ask for.
+    holds the token that the pages ask for, where they do (webserver.login).
     """
     from fks_backfill_dagster.orchestration import servers
     from fks_backfill_dagster.settings import load_settings

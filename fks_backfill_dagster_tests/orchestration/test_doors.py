@@ -7,26 +7,47 @@ of this server, from a page of it or from no page, as GET of a page or as POST o
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import itertools
 import json
+import shutil
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from types import ModuleType
 from urllib.parse import urlsplit
 
 import psutil
 import pytest
+import sqlalchemy as sa
 
-from fks_backfill_dagster.orchestration import code_server, servers
+from fks_backfill_dagster.orchestration import code_server, guarded_webserver, servers
 from fks_backfill_dagster.orchestration.processes import backgrounds
 from fks_backfill_dagster.orchestration.servers import WEBSERVER, Servers, ServersError
 from fks_backfill_dagster.orchestration.webserver import REPOSITORY, Webserver, WrongToken
-from fks_backfill_dagster.settings import CHECKOUT, SettingsError, load_settings
+from fks_backfill_dagster.settings import CHECKOUT, KEY_VARIABLES, SettingsError, load_settings
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster_tests.orchestration.site import Site, site
+from fks_backfill_dagster_tests.orchestration.site import Site, compute_log, site
+from fks_backfill_dagster_tests.orchestration.test_servers import until
+
+
+def _pictures() -> ModuleType:
+    """docs/pictures.py, which drives a browser."""
+    spec = importlib.util.spec_from_file_location("pictures", CHECKOUT / "docs" / "pictures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+pictures = _pictures()
 
 JSON = "application/json"
 QUERY = json.dumps({"query": "{ version }"})
@@ -101,17 +122,24 @@ KEY = "very-secret-key"
 
 @pytest.fixture(scope="module")
 def doors(running: LocalMarket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
-    with site(tmp_path_factory.mktemp("doors") / "home", running, ["BTC/USDT"], "15m", "2024-01-01") as made:
+    with site(tmp_path_factory.mktemp("doors") / "home", running, ["BTC/USDT"], "15m", "2024-01-01") as plain:
+        made = changed(plain, FKS_WEBSERVER__LOGIN="true", POLYGON_API_KEY=KEY)
         up = servers.up(
             made.settings,
             port=made.port,
             parts=(WEBSERVER,),
             keep_database=False,
-            environment={**made.environment, "POLYGON_API_KEY": KEY},
+            environment=made.environment,
             say=said.append,
         )
         running.reset_requests()
         yield Doors(up, made)
+
+
+def changed(plain: Site, **variables: str) -> Site:
+    """The site with further variables of the environment."""
+    environment = {**plain.environment, **variables}
+    return replace(plain, settings=load_settings(environment, CHECKOUT), environment=environment)
 
 
 said: list[str] = []
@@ -237,6 +265,12 @@ def test_a_run_with_another_resource_is_refused(
     assert doors.runs() == 0
 
 
+def test_without_a_login_the_guard_stays(doors: Doors) -> None:
+    open_rules = guarded_webserver.rules_of(changed(doors.site, FKS_WEBSERVER__LOGIN="false").settings, 3000)
+    assert open_rules.token is None
+    assert (open_rules.posts, open_rules.closed) == (("/graphql",), ("/report_asset",))
+
+
 def test_the_command_line_of_dagster_is_refused_such_a_run(doors: Doors, tmp_path: Path) -> None:
     """`dagster job launch` looks at no configuration; the run fails before it asks anybody."""
     config = tmp_path / "run.yaml"
@@ -273,6 +307,126 @@ def test_only_the_webserver_listens_on_the_network(doors: Doors) -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
+# What a page of another site can do without asking: forms, simple requests, sockets, frames, pictures.
+EVIL_PAGE = """<!doctype html><iframe id=frame src="{url}/"></iframe><img src="{url}/graphql?query=%7Bversion%7D">
+<script>
+const results = {{}};
+const body = JSON.stringify({body});
+const simple = (name, path, options) => fetch("{url}" + path, {{method: "POST", credentials: "include", ...options}})
+  .then(answer => results[name] = answer.type + " " + answer.status, error => results[name] = "refused");
+const socket = new Promise(done => {{
+  const opened = new WebSocket("{url}/graphql".replace("http", "ws"), "graphql-ws");
+  opened.onopen = () => {{ results.socket = "opened"; done(); }};
+  opened.onerror = () => {{ results.socket = "refused"; done(); }};
+}});
+Promise.all([
+  simple("text", "/graphql", {{mode: "no-cors", headers: {{"Content-Type": "text/plain"}}, body}}),
+  simple("json", "/graphql", {{headers: {{"Content-Type": "application/json"}}, body}}),
+  simple("report", "/report_asset_check/ohlcv/BTC_USDT/15m?check_name=completeness&passed=true", {{mode: "no-cors"}}),
+  socket,
+]).then(() => {{ window.results = results; }});
+</script>"""
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, pictures.BROWSERS)), reason=f"no browser ({', '.join(pictures.BROWSERS)})"
+)
+def test_a_page_of_another_site_in_a_real_browser(doors: Doors) -> None:
+    web, runs = doors.running.web, doors.runs()
+    body = {"query": LAUNCH, "variables": {"p": launch()}}
+    page_of_others = EVIL_PAGE.format(url=web.url, body=json.dumps(body)).encode()
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(page_of_others)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as other, pictures.browser() as page:
+        Thread(target=other.serve_forever, daemon=True).start()
+        page.call("Page.navigate", url=web.visit)
+        until(
+            lambda: (
+                "BTC_USDT" in str(page.value("document.body.innerText"))
+                or page.value("location.search") == ""
+            )
+        )
+        own = f"fetch('/graphql', {{method: 'POST', headers: {{'Content-Type': '{JSON}'}}, body: '{QUERY}'}})"
+        page.value(f"{own}.then(answer => window.own = answer.status)")
+        until(lambda: page.value("window.own") == 200)  # the visit has left its cookie
+
+        for host in ("127.0.0.1", "localhost"):  # of the same site, and of another one
+            page.call("Page.navigate", url=f"http://{host}:{other.server_port}/")
+            until(lambda: page.value("Boolean(window.results)"))
+            found = page.value("window.results")
+            assert found["socket"] == "refused"
+            assert found["json"] == "refused"  # the browser asks first, and gets no leave
+            assert page.value("document.getElementById('frame').contentDocument") is None
+        other.shutdown()
+    assert doors.runs() == runs
+    assert doors.site.market.requests() == 0
+    asset = "{ assetChecksOrError { ... on AssetChecks { checks { executionForLatestMaterialization { status } } } } }"
+    key = {"path": ["ohlcv", "BTC_USDT", "15m"]}
+    shown = web.ask(
+        f"query($key: AssetKeyInput!) {{ assetNodeOrError(assetKey: $key) {{ ... on AssetNode {asset} }} }}",
+        key=key,
+    )
+    assert "SUCCEEDED" not in str(shown)  # no check was reported as passed
+
+
+def test_no_secret_is_found_anywhere(running: LocalMarket, tmp_path: Path) -> None:
+    """A secret in every variable that takes one; then everything that anybody can look at."""
+    named = [*KEY_VARIABLES.values(), "FKS_API_TOKEN"]
+    secrets = {name: f"hush-{name.lower().replace('_', '-')}-{'x' * 32}" for name in named}
+    with site(tmp_path / "home", running, ["BTC/USDT"], "15m", "2024-01-01") as plain:
+        hook = '["https://hooks.example/hush-hook"]'
+        made = changed(plain, **secrets, FKS_WEBSERVER__LOGIN="true", FKS_ALERTS__URLS=hook)
+        made.up()
+        web = made.web
+        run = str(web.ask(LAUNCH, p=launch())["launchRun"]["run"]["runId"])
+        until(lambda: web.run(run).finished)
+        assert web.run(run).status == "SUCCESS"
+
+        doors = Doors(Servers(web.url, made.settings.home / "logs", True, web.token), made)
+        seen = [doors.ask("GET", path, Authorization=f"Bearer {web.token}").body for path in ROUTES]
+        answers = (web.ask(query, **({"run": run} if "$run" in query else {})) for query in EVERYTHING)
+        seen += map(json.dumps, answers)
+        seen += [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+        seen += [" ".join(filter(None, compute_log(web, run)))]
+        with made.database() as database, database.begin() as connection:
+            tables = connection.execute(
+                sa.text(
+                    "SELECT format('%I.%I', schemaname, tablename) FROM pg_tables"
+                    " WHERE schemaname IN ('fks', 'dagster')"
+                )
+            ).scalars()
+            for table in list(tables):
+                seen += connection.execute(sa.text(f"SELECT CAST(t AS text) FROM {table} t")).scalars()
+        assert len(seen) > 200
+        files = [path for path in made.settings.home.rglob("*") if path.is_file()]
+        seen += [path.read_bytes().decode("latin-1") for path in files]
+        assert any(path.name == "webserver.log" for path in files)
+    assert [text[:200] for text in seen if "hush-" in text] == []
+
+
+EVERYTHING = (
+    "{ instance { info runQueuingSupported hasInfo } }",
+    "{ workspaceOrError { ... on Workspace { locationEntries { name displayMetadata { key value }"
+    " locationOrLoadError { ... on RepositoryLocation { environmentPath dagsterLibraryVersions { name version } } }"
+    " } } } }",
+    "{ repositoriesOrError { ... on RepositoryConnection { nodes { allTopLevelResourceDetails { name description"
+    " configFields { name description defaultValueAsJson } configuredValues { key value type } } } } } }",
+    "query($run: ID!) { runOrError(runId: $run) { ... on Run { runConfigYaml tags { key value } } } }",
+    "query($run: ID!) { logsForRun(runId: $run) { ... on EventConnection { events { __typename"
+    " ... on MessageEvent { message } } } } }",
+)
+"""What the pages of Dagster ask for that could hold settings."""
+
+
 def test_the_token_outlives_a_restart_and_another_one_is_told(doors: Doors) -> None:
     site, quiet = doors.site, {"keep_database": False, "say": said.append, "parts": (WEBSERVER,)}
     servers.stop_part(site.settings, WEBSERVER)
@@ -285,5 +439,5 @@ def test_the_token_outlives_a_restart_and_another_one_is_told(doors: Doors) -> N
         ServersError, match="was started with another token: stop it with `fks-backfill down`"
     ):
         servers.up(other, port=site.port, environment=site.environment, **quiet)
-    with pytest.raises(SettingsError, match="environment FKS_API_TOKEN: it is to be 32 or more"):
+    with pytest.raises(SettingsError, match="FKS_API_TOKEN: it is to be 32 or more"):
         load_settings({"FKS_API_TOKEN": "y" * 31}, CHECKOUT)
