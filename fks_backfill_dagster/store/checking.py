@@ -121,8 +121,9 @@ class Completeness(Counts):
 def part_states(database: Database, series: Series, windows: Mapping[str, TimeRange]) -> dict[str, PartState]:
     """The state of every window by its key. Windows reach no further than candles can exist.
 
-    One statement sums up the stored candles, whatever the number of windows. Candles are counted by provider only
-    where the lineage names more than one; elsewhere the ledger has their number.
+    Few statements, whatever the number of windows. Candles are read only where the lineage does not tell: their
+    volumes where something was corrected or batches reach beyond the window, and whose they are where it names more
+    than one provider.
     """
     hull = TimeRange(min(w.start for w in windows.values()), max(w.end for w in windows.values()))
     grid = grid_of(series)
@@ -140,13 +141,18 @@ def part_states(database: Database, series: Series, windows: Mapping[str, TimeRa
             for key, window in windows.items()
         }
         full = {key: windows[key] for key, state in found.items() if state.stored}
-        values = _values(connection, series.timeframe, identity, full) if full else {}
-        only = _only_provider(connection, identity, full) if full else {}
+        edges = _edges(connection, series.timeframe, identity, full) if full else {}
+        lineage = _lineage(connection, identity, full) if full else {}
+        only = {key: one.provider for key, one in lineage.items() if one.provider is not None}
+        summed = {key: one.volume for key, one in lineage.items() if one.inserted == found[key].stored}
+        volumes = {key: volume for key, volume in summed.items() if volume is not None}
+        unsummed = {key: window for key, window in full.items() if key not in volumes}
+        volumes |= _volumes(connection, series.timeframe, identity, unsummed) if unsummed else {}
         mixed = {key: window for key, window in full.items() if key not in only}
         shares = _shares(connection, series.timeframe, identity, mixed) if mixed else {}
     shares |= {key: {provider: found[key].stored} for key, provider in only.items()}
     return {
-        key: replace(state, providers=shares.get(key, {}), **values.get(key, {}))
+        key: replace(state, providers=shares.get(key, {}), volume_sum=volumes.get(key), **edges.get(key, {}))
         for key, state in found.items()
     }
 
@@ -166,49 +172,65 @@ def _named(identity: int | None, windows: Mapping[str, TimeRange]) -> dict[str, 
     }
 
 
-def _values(
+def _edges(
     connection: sa.Connection, timeframe: Timeframe, identity: int | None, windows: Mapping[str, TimeRange]
 ) -> dict[str, dict[str, Any]]:
-    """What the stored candles of every window amount to, as fields of PartState.
-
-    Only the volumes are read of all of them; the first and the last candle are found by index.
-    """
+    """The first and the last stored candle of every window, as fields of PartState; found by index."""
     candles = f'FROM fks."candles_{timeframe}" WHERE series_id = :id AND ts >= w.low AND ts < w.high'
     rows = connection.execute(
         sa.text(
-            f"SELECT w.key, c.volume, {_MICROS.format('f.ts')} AS first, {_MICROS.format('l.ts')} AS last, l.close"
+            f"SELECT w.key, {_MICROS.format('f.ts')} AS first, {_MICROS.format('l.ts')} AS last, l.close"
             f" FROM {_WINDOWS}"
-            f" CROSS JOIN LATERAL (SELECT sum(volume) AS volume {candles}) c"
             f" CROSS JOIN LATERAL (SELECT ts {candles} ORDER BY ts LIMIT 1) f"
             f" CROSS JOIN LATERAL (SELECT ts, close {candles} ORDER BY ts DESC LIMIT 1) l"
         ),
         _named(identity, windows),
     )
-    return {
-        row.key: {
-            "first": row.first,
-            "last": row.last,
-            "close_last": row.close,
-            "volume_sum": row.volume,
-        }
-        for row in rows
-    }
+    return {row.key: {"first": row.first, "last": row.last, "close_last": row.close} for row in rows}
 
 
-def _only_provider(
+@dataclass(frozen=True, slots=True)
+class _Lineage:
+    """What the batches of a window tell of its candles: how many they have inserted, the provider where there is
+    one, their volume where they hold nothing else and nothing of them was changed since."""
+
+    inserted: int
+    provider: str | None
+    volume: float | None
+
+
+def _lineage(
     connection: sa.Connection, identity: int | None, windows: Mapping[str, TimeRange]
-) -> dict[str, str]:
-    """The provider of all candles of a window, where the lineage names only one."""
+) -> dict[str, _Lineage]:
     rows = connection.execute(
         sa.text(
-            f"SELECT w.key, min(b.provider) AS provider FROM {_WINDOWS}"
+            "SELECT w.key, sum(b.inserted)::bigint AS inserted,"
+            " CASE WHEN count(DISTINCT b.provider) = 1 THEN min(b.provider) END AS provider,"
+            " CASE WHEN bool_and(b.range_start >= w.low AND b.range_end <= w.high AND b.updated = 0"
+            "   AND b.undoes IS NULL AND b.volume_sum IS NOT NULL) THEN sum(b.volume_sum) END AS volume"
+            f" FROM {_WINDOWS}"
             " JOIN fks.batch b ON b.series_id = :id AND b.range_start < w.high AND b.range_end > w.low"
             "   AND b.inserted + b.updated > 0"
-            " GROUP BY 1 HAVING count(DISTINCT b.provider) = 1"
+            " GROUP BY 1"
         ),
         _named(identity, windows),
     )
-    return {row.key: row.provider for row in rows}
+    return {row.key: _Lineage(row.inserted, row.provider, row.volume) for row in rows}
+
+
+def _volumes(
+    connection: sa.Connection, timeframe: Timeframe, identity: int | None, windows: Mapping[str, TimeRange]
+) -> dict[str, float]:
+    """The volume of the stored candles of every window; of them nothing else is read."""
+    rows = connection.execute(
+        sa.text(
+            f"SELECT w.key, c.volume FROM {_WINDOWS} CROSS JOIN LATERAL ("
+            f'   SELECT sum(volume) AS volume FROM fks."candles_{timeframe}"'
+            "   WHERE series_id = :id AND ts >= w.low AND ts < w.high) c"
+        ),
+        _named(identity, windows),
+    )
+    return {row.key: row.volume for row in rows}
 
 
 def _shares(

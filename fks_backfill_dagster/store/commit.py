@@ -120,7 +120,7 @@ def commit_batch(
         opened = [*batch_ids, *gone_by]
         useful = [batch for batch in opened if inserted.get(batch) or changed.get(batch)]
         _drop_idle(connection, [batch for batch in opened if batch not in useful])
-        _stamp(connection, useful, inserted, changed)
+        _stamp(connection, useful, inserted, changed, _volumes(rows, row_batches, inserted))
         return Committed(
             sum(inserted.values()), sum(updated.values()), len(missing), sum(outdated.values()), len(gone)
         )
@@ -193,10 +193,24 @@ def _drop_idle(connection: sa.Connection, batch_ids: Sequence[int]) -> None:
         connection.execute(sa.text("DELETE FROM fks.batch WHERE id = ANY(:ids)"), {"ids": list(batch_ids)})
 
 
+def _volumes(rows: Candles, origins: NDArray[np.int32], inserted: dict[int, int]) -> dict[int, float]:
+    """The volume of the batches of which every candle was inserted and any has a volume."""
+    found = {}
+    for batch, count in inserted.items():
+        volumes = rows.volume[origins == batch]
+        if len(volumes) == count and not np.isnan(volumes).all():
+            found[batch] = float(np.nansum(volumes))
+    return found
+
+
 def _stamp(
-    connection: sa.Connection, batch_ids: Sequence[int], inserted: dict[int, int], updated: dict[int, int]
+    connection: sa.Connection,
+    batch_ids: Sequence[int],
+    inserted: dict[int, int],
+    updated: dict[int, int],
+    volumes: dict[int, float],
 ) -> None:
-    """Gives batches their commit time, behind the gate; the last thing a transaction does."""
+    """Gives batches their numbers and their commit time, behind the gate; the last thing a transaction does."""
     if not batch_ids:
         return
     connection.execute(sa.text("SELECT pg_advisory_xact_lock(:gate)"), {"gate": _COMMIT_GATE})
@@ -207,15 +221,17 @@ def _stamp(
             "WITH stamp AS MATERIALIZED ("
             " SELECT greatest(clock_timestamp(), max(committed_at) + interval '1 microsecond') AS now"
             " FROM fks.batch WHERE committed_at < 'infinity')"
-            " UPDATE fks.batch b SET committed_at = stamp.now, inserted = n.inserted, updated = n.updated"
-            " FROM stamp, unnest(CAST(:ids AS int[]), CAST(:inserted AS int[]), CAST(:updated AS int[]))"
-            "   AS n(id, inserted, updated)"
+            " UPDATE fks.batch b"
+            " SET committed_at = stamp.now, inserted = n.inserted, updated = n.updated, volume_sum = n.volume"
+            " FROM stamp, unnest(CAST(:ids AS int[]), CAST(:inserted AS int[]), CAST(:updated AS int[]),"
+            "   CAST(:volumes AS float8[])) AS n(id, inserted, updated, volume)"
             " WHERE b.id = n.id"
         ),
         {
             "ids": list(batch_ids),
             "inserted": [inserted.get(b, 0) for b in batch_ids],
             "updated": [updated.get(b, 0) for b in batch_ids],
+            "volumes": [volumes.get(b) for b in batch_ids],
         },
     )
 
@@ -605,7 +621,7 @@ def undo_batch(database: Database, series: Series, identity: int, batch_id: int,
         _recount(connection, identity, series, len(returned) - len(removed))
         # Kept even if every candle was changed since: the batch must not come back by a later undo.
         total = len(removed) + changed + len(returned)
-        _stamp(connection, [undo], {}, {undo: total})
+        _stamp(connection, [undo], {}, {undo: total}, {})
         return Committed(0, total, len(missing))
 
 

@@ -91,6 +91,8 @@ batch = sa.Table(
     sa.Column("host", sa.Text, nullable=False, server_default=sa.text("''")),
     sa.Column("instrument", sa.Text),
     sa.Column("published_at", _instant),
+    # Of what it has inserted, in base units. NULL: not known, or no candle has a volume.
+    sa.Column("volume_sum", sa.Double),
     sa.Index("batch_by_series", "series_id", "id"),
     sa.Index("batch_by_commit", "committed_at"),
     # Without it every deletion of a batch would look through all of them for its undo.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -17,6 +18,7 @@ from fks_backfill_dagster.store.checking import (
     PartState,
     Reach,
     Tail,
+    _lineage,
     completeness,
     missing_gaps,
     next_attempts,
@@ -26,9 +28,11 @@ from fks_backfill_dagster.store.checking import (
     sanity,
     tails,
 )
+from fks_backfill_dagster.store.commit import Withdrawal
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.reading import read_candles
-from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, execute
+from fks_backfill_dagster.store.errors import StoreError
+from fks_backfill_dagster.store.reading import batches, read_candles
+from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, execute, origin_of
 from fks_backfill_dagster_tests.store.conftest import fresh
 
 
@@ -83,6 +87,49 @@ def test_a_window_tells_its_ends_its_last_close_and_its_volume(hours: Shelf) -> 
     assert found["mute"].volume_sum is None
     assert (found["both"].from_fallback("binance"), found["both"].from_fallback("polygon")) == (24, 18)
     assert (found["late"].from_fallback("binance"), found["none"].from_fallback("binance")) == (10, 0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_volume_of_a_window_is_that_of_its_candles(hours: Shelf, seed: int) -> None:
+    """Whether the lineage tells it or the candles do: batches side by side and over each other, corrections,
+    withdrawals, undone batches, windows that cut batches."""
+    chance = np.random.default_rng(seed)
+    windows = {f"{low}..{past}": hours.span(low, past) for low in range(0, 72, 12) for past in (low + 12, 72)}
+    told = 0
+    for _ in range(12):
+        first = int(chance.integers(0, 6)) * 12 if chance.random() < 0.7 else int(chance.integers(0, 60))
+        past = first + (12 if chance.random() < 0.7 else int(chance.integers(1, 30)))
+        match chance.integers(0, 8):
+            case 0 if made := [b for b in batches(hours.database, hours.series) if b.undoes is None]:
+                with suppress(StoreError):
+                    hours.undo(made[int(chance.integers(0, len(made)))].id)
+            case 1:
+                gone = Withdrawal(origin_of(), hours.opens(first, first + 2))
+                hours.commit(hours.span(first, past), withdrawn=(gone,))
+            case _:
+                hours.put(first, past, version=int(chance.integers(0, 2) * chance.integers(0, 5)))
+        found = part_states(hours.database, hours.series, windows)
+        for key, window in windows.items():
+            stored = read_candles(hours.database, hours.series, window)
+            volumes = stored.volume[~np.isnan(stored.volume)]
+            assert found[key].volume_sum == (pytest.approx(volumes.sum()) if len(volumes) else None)
+            assert found[key].first == (int(stored.ts[0]) if len(stored) else None)
+            assert found[key].last == (int(stored.ts[-1]) if len(stored) else None)
+        with hours.database.begin() as connection:
+            told += sum(
+                one.volume is not None for one in _lineage(connection, hours.identity, windows).values()
+            )
+    assert told  # else this would be about candles alone
+
+
+def test_whole_batches_are_not_read_for_their_volume(hours: Shelf) -> None:
+    """A month of minutes is 43,200 candles, and a run looks at sixty of them."""
+    hours.put(0, 12)
+    hours.put(12, 24)
+    execute(hours.database, f"UPDATE {hours.table} SET volume = 1e9 WHERE series_id = {hours.identity}")
+    found = part_states(hours.database, hours.series, {"whole": hours.span(0, 24), "cut": hours.span(6, 24)})
+    assert found["whole"].volume_sum == pytest.approx(np.nansum(candles_at(hours.opens(0, 24)).volume))
+    assert found["cut"].volume_sum == pytest.approx(18e9)
 
 
 def test_a_window_tells_when_the_first_of_its_gaps_is_requested_again(hours: Shelf) -> None:
