@@ -15,6 +15,7 @@ from typing import Any
 
 from dagster import (
     ConfigurableResource,
+    EnvVar,
     InitResourceContext,
     InMemoryIOManager,
     IOManagerDefinition,
@@ -109,8 +110,14 @@ def fixed(resource: object) -> object:
     if not isinstance(resource, ConfigurableResource):
         return resource
 
-    def opened_once(_: InitResourceContext) -> Iterator[object]:
-        with resource.process_config_and_initialize_cm() as opened_resource:
+    given = {name: getattr(resource, name) for name in type(resource).model_fields}
+
+    def opened_once(context: InitResourceContext) -> Iterator[object]:
+        values = {
+            name: value.get_value() if isinstance(value, EnvVar) else value for name, value in given.items()
+        }
+        # It makes a resource of what is configured, which is nothing, and of what is given beside that.
+        with type(resource).from_resource_context_cm(context, values) as opened_resource:
             yield opened_resource
 
     return ResourceDefinition(

@@ -13,10 +13,13 @@ from dagster import (
     AssetKey,
     ConfigurableResource,
     DagsterInvalidConfigError,
+    EnvVar,
+    InitResourceContext,
     JobDefinition,
     TimeWindowPartitionsDefinition,
     build_resources,
 )
+from pydantic import PrivateAttr
 
 from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
@@ -102,13 +105,25 @@ def test_there_is_a_resource_for_the_database_and_for_every_provider() -> None:
     assert set(resources) == {DATABASE, *PROVIDERS, "io_manager"}
 
 
-def test_a_resource_can_be_replaced() -> None:
+def test_a_resource_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     class Mine(ConfigurableResource):  # type: ignore[type-arg]
+        where: str
         answer: int = 42
+        _log: list[str] = PrivateAttr(default_factory=list)
 
-    resources = build_defs(settings=MIXED, resource_overrides={"polygon": Mine()}).resources or {}
+        def setup_for_execution(self, context: InitResourceContext) -> None:
+            self._log.append("opened")
+
+        def teardown_after_execution(self, context: InitResourceContext) -> None:
+            ended.extend([*self._log, "closed"])
+
+    ended: list[str] = []
+    mine = Mine(where=EnvVar("MY_PLACE"))
+    resources = build_defs(settings=MIXED, resource_overrides={"polygon": mine}).resources or {}
+    monkeypatch.setenv("MY_PLACE", "here")  # looked up when a run opens it
     with build_resources({"polygon": resources["polygon"]}) as opened:
-        assert opened.polygon.answer == 42
+        assert (opened.polygon.where, opened.polygon.answer) == ("here", 42)
+    assert ended == ["opened", "closed"]
     assert set(resources) == {DATABASE, *PROVIDERS, "io_manager"}
 
 
