@@ -190,10 +190,10 @@ def _start(settings: Settings, missing: list[Background], port: int, environment
         stop([process], at_once=not process.is_running())
         if process.name == WEBSERVER:
             _check_port(port)
-    socket, workspace = _code_socket(settings), folder / "workspace.yaml"
-    code_server.write_workspace(workspace, socket)
+    code_socket, workspace = _code_socket(settings), folder / "workspace.yaml"
+    code_server.write_workspace(workspace, code_socket)
     modules = {
-        CODE: [code_server.__name__, str(socket)],
+        CODE: [code_server.__name__, str(code_socket)],
         WEBSERVER: [_GUARDED_WEBSERVER, str(port), str(workspace)],
         DAEMON: [_DAEMON, str(workspace)],
     }
@@ -207,7 +207,7 @@ def _start(settings: Settings, missing: list[Background], port: int, environment
             port=port if process.name == WEBSERVER else 0,
         )
         if process.name == CODE:
-            _wait_for(process, socket)
+            _wait_for(process, code_socket)
 
 
 def _project_file(settings: Settings, name: str) -> Path:
