@@ -14,7 +14,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from fks_backfill_dagster.store import timescale
+from fks_backfill_dagster.store import roles, timescale
 from fks_backfill_dagster.store.errors import DatabaseUnavailable, SchemaTooNew, SchemaTooOld, translated
 from fks_backfill_dagster.store.schema import SCHEMA
 
@@ -94,17 +94,24 @@ class Database:
         self.check()
 
     def upgrade(self) -> None:
-        """Brings the schema to this program's revision. Several processes may call it at once."""
+        """Brings the schema to this program's revision. Several processes may call it at once.
+
+        Who could read every view before can do so afterwards.
+        """
         with self.begin() as connection:
             self._refuse_old_server(connection)
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
             found = _revision(connection)
             if found is not None and found not in _known_revisions():
                 self._judge(found)
-            connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+            # CREATE SCHEMA IF NOT EXISTS needs a right even when the schema exists: ask first.
+            if connection.scalar(sa.text("SELECT to_regnamespace(:name)"), {"name": SCHEMA}) is None:
+                connection.execute(sa.text(f"CREATE SCHEMA {SCHEMA}"))
+            readers = roles.readers(connection)
             config = _alembic_config()
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+            roles.grant_views(connection, readers)
             if timescale.install(connection):
                 timescale.make_hypertables(connection)
 
