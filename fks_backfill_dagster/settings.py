@@ -43,6 +43,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series, identifier
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso, to_micros
+from fks_backfill_dagster.loopback import is_loopback
 from fks_backfill_dagster.settings_sources import (
     CLASS_CALENDARS,
     EnvironmentSource,
@@ -137,6 +138,12 @@ def _url(text: str) -> str:
     if "?" in text or "#" in text:
         raise ValueError("is scheme, host and path prefix only: leave out what follows '?' or '#'")
     return text.rstrip("/")
+
+
+def leaves_unencrypted(url: str) -> bool:
+    """Whether requests to this checked address leave the machine unencrypted."""
+    parts = urlsplit(url)
+    return parts.scheme == "http" and not is_loopback(parts.hostname or "")
 
 
 def _webhook(secret: SecretStr) -> SecretStr:
@@ -563,6 +570,11 @@ ENVIRONMENT_ONLY: Final = {
 }
 """Fields of `Settings` that the file cannot set, and the variable that does."""
 
+_OPEN_KEY: Final = (
+    "would send {} unencrypted to another host: begin it with https://, unset that key, or let a proxy on this machine"
+    " do it (http://127.0.0.1, http://[::1] and http://localhost are taken)"
+)
+
 _sources: ContextVar[tuple[PydanticBaseSettingsSource, ...]] = ContextVar("_sources", default=())
 
 
@@ -578,7 +590,8 @@ class Settings(BaseSettings):
     """All settings, checked. `load_settings` makes them; `Settings(...)` alone reads no file or variable.
 
     `home` holds what the project keeps (the embedded database, Dagster's folder), `root` is the folder
-    of the project. Both are absolute when loaded.
+    of the project. Both are absolute when loaded. `keys` stand before `providers`, whose addresses are checked
+    against them.
     """
 
     model_config = SettingsConfigDict(
@@ -591,6 +604,7 @@ class Settings(BaseSettings):
     gap_detection: GapDetection = GapDetection()
     freshness: Freshness = Freshness()
     validation: Validation = Validation()
+    keys: dict[ProviderName, SecretStr] = Field(default={}, repr=False)
     providers: Providers = Providers()
     symbols: Annotated[tuple[SymbolSettings, ...], Field(strict=False)] = Field(
         default_factory=_default_symbols
@@ -607,7 +621,6 @@ class Settings(BaseSettings):
     config_file: Path | None = None
     database_url: Annotated[SecretStr, AfterValidator(_database)] | None = None
     api_token: Annotated[SecretStr, AfterValidator(_token)] | None = None
-    keys: dict[ProviderName, SecretStr] = Field(default={}, repr=False)
 
     @classmethod
     def settings_customise_sources(
@@ -619,6 +632,25 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings, *_sources.get())
+
+    @field_validator("providers")
+    @classmethod
+    def _keys_are_encrypted(cls, providers: Providers, info: ValidationInfo) -> Providers:
+        """Every problem at the address it is about."""
+        problems = [
+            InitErrorDetails(
+                type=PydanticCustomError(
+                    "open_key", "{text}", {"text": _OPEN_KEY.format(KEY_VARIABLES[name])}
+                ),
+                loc=(name, "base_url"),
+                input=None,
+            )
+            for name in KEY_VARIABLES
+            if name in info.data.get("keys", {}) and leaves_unencrypted(getattr(providers, name).base_url)
+        ]
+        if problems:
+            raise ValidationError.from_exception_data("providers", problems)
+        return providers
 
     @field_validator("symbols", mode="wrap")
     @classmethod

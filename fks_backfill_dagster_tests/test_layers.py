@@ -16,15 +16,17 @@ PACKAGE = "fks_backfill_dagster"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
 BELOW = {"domain", "ledger", "providers", "store", "pipeline"}
-FACE = BELOW | {"settings", "wiring", "reading", "documents", "tables", "embedded"}
+FACE = BELOW | {"settings", "wiring", "reading", "documents", "tables", "embedded", "loopback"}
 
 # For every part of the package the parts it may import, besides itself. A new part gets a line here.
 MAY_IMPORT = {
     "domain": set(),
     "embedded": set(),
-    "simulator": {"domain"},
+    # Which hosts are this machine: for those who send keys and those who listen.
+    "loopback": set(),
+    "simulator": {"domain", "loopback"},
     "settings_sources": set(),
-    "settings": {"domain", "settings_sources"},
+    "settings": {"domain", "settings_sources", "loopback"},
     "providers": {"domain"},
     "ledger": {"domain"},
     "store": {"domain", "ledger"},

@@ -22,6 +22,7 @@ from fks_backfill_dagster.domain.series import AssetClass, Series, identifier
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso
 from fks_backfill_dagster.settings import (
     CHECKOUT,
+    KEY_VARIABLES,
     PROVIDER_NAMES,
     Settings,
     SettingsError,
@@ -347,6 +348,90 @@ def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
 def test_an_address_is_scheme_host_and_prefix(address: str, problems: Callable[..., list[str]]) -> None:
     (problem,) = problems("", {"FKS_PROVIDERS__OANDA__BASE_URL": address})
     assert problem.startswith("environment FKS_PROVIDERS__OANDA__BASE_URL: is ")
+
+
+def with_key(provider: str, address: str) -> dict[str, str]:
+    return {f"FKS_PROVIDERS__{provider.upper()}__BASE_URL": address, KEY_VARIABLES[provider]: "hidden-key"}
+
+
+@pytest.mark.parametrize("provider", KEY_VARIABLES)
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://api.example.com",
+        "HTTP://API.EXAMPLE.COM/prefix",
+        "http://localhost.example.com",
+        "http://127.0.0.1.example.com",
+        "http://127.1",
+        "http://0.0.0.0:8899",
+        "http://192.168.1.5:8899",
+        "http://[2001:db8::1]",
+        "http://[::]:8899",
+        "http://[::ffff:10.0.0.1]",
+    ],
+)
+def test_a_key_does_not_leave_the_machine_unencrypted(
+    provider: str, address: str, problems: Callable[..., list[str]]
+) -> None:
+    (told,) = problems("", with_key(provider, address))
+    assert told == (
+        f"environment FKS_PROVIDERS__{provider.upper()}__BASE_URL: would send {KEY_VARIABLES[provider]} unencrypted to"
+        " another host: begin it with https://, unset that key, or let a proxy on this machine do it"
+        " (http://127.0.0.1, http://[::1] and http://localhost are taken)"
+    )
+
+
+def test_an_unencrypted_address_is_told_with_its_line_and_all_else(
+    problems: Callable[..., list[str]],
+) -> None:
+    told = problems(
+        """
+        batch_size_days: 0
+        providers:
+          oanda: {base_url: http://fx.example.com}
+          polygon:
+            base_url: http://stocks.example.com
+        """,
+        {"OANDA_API_TOKEN": "hidden-token", "POLYGON_API_KEY": "hidden-key"},
+    )
+    assert [text.partition(" would")[0] for text in told[1:]] == [
+        "config/backfill.yaml:4: providers.oanda.base_url:",
+        "config/backfill.yaml:6: providers.polygon.base_url:",
+    ]
+    assert told[0].startswith("config/backfill.yaml:2: batch_size_days: ")
+    assert "hidden" not in "\n".join(told)
+
+
+@pytest.mark.parametrize("provider", KEY_VARIABLES)
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://api.example.com",
+        "HTTPS://api.example.com",
+        "http://localhost:8899/x",
+        "http://LocalHost",
+        "http://127.0.0.1:8899",
+        "http://127.8.8.8",
+        "http://[::1]:8899/x",
+        "http://[0:0:0:0:0:0:0:1]",
+        "http://[::ffff:127.0.0.1]",
+    ],
+)
+def test_a_key_goes_encrypted_or_stays_on_the_machine(provider: str, address: str, load: Load) -> None:
+    assert load("", with_key(provider, address)).provider(provider).base_url == address
+
+
+def test_without_a_key_an_address_may_be_unencrypted(load: Load) -> None:
+    loaded = load(
+        """
+        providers:
+          binance: {base_url: "http://mirror.example.com", archive_url: "http://files.example.com"}
+          polygon: {base_url: "http://stocks.example.com"}
+        """,
+        {"OANDA_API_TOKEN": "hidden-token"},
+    )
+    assert loaded.providers.binance.archive_url == "http://files.example.com"
+    assert loaded.providers.polygon.base_url == "http://stocks.example.com"
 
 
 # --- the environment ---

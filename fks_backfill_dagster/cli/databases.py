@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +11,12 @@ from fks_backfill_dagster.cli.speaking import answer, answer_json, example, json
 
 if TYPE_CHECKING:
     from fks_backfill_dagster.settings import Settings
+    from fks_backfill_dagster.store.roles import Reader
+
+LONGEST_ROLE_NAME = 63
+"""PostgreSQL cuts a longer name off, and another role would be granted."""
+
+ROLES_DOC = "docs/operations.md, Roles"
 
 
 @click.group()
@@ -33,11 +40,27 @@ def url(as_json: bool) -> None:
         answer(found)
 
 
-@db.command(epilog=example("db init"))
+def _role_name(context: click.Context, option: click.Parameter, name: str | None) -> str | None:
+    try:
+        size = None if name is None else len(name.encode())
+    except UnicodeEncodeError:  # bytes of the command line that are no text
+        size = 0
+    if name is not None and (not size or size > LONGEST_ROLE_NAME or "\0" in name):
+        raise click.BadParameter(f"a role's name has 1 to {LONGEST_ROLE_NAME} bytes of UTF-8.")
+    return name
+
+
+@db.command(epilog=example("db init", "db init --reader fks_reader"))
+@click.option(
+    "--reader",
+    metavar="NAME",
+    callback=_role_name,
+    help="Let this role read the views, and nothing else; made (without login) if it does not exist.",
+)
 @json_option
-def init(as_json: bool) -> None:
+def init(reader: str | None, as_json: bool) -> None:
     """Make the schema where there is none; the embedded PostgreSQL is started and runs until `db stop`."""
-    _prepare(as_json, upgrade=False)
+    _prepare(as_json, upgrade=False, reader=reader)
 
 
 @db.command(epilog=example("db upgrade"))
@@ -64,8 +87,9 @@ def stop(as_json: bool) -> None:
         answer("Stopped." if stopped else "It was not running.")
 
 
-def _prepare(as_json: bool, *, upgrade: bool) -> None:
+def _prepare(as_json: bool, *, upgrade: bool, reader: str | None = None) -> None:
     from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.store import roles
     from fks_backfill_dagster.store.database import Database
 
     database = Database(_kept_url(load_settings()), pool_size=1)
@@ -74,13 +98,34 @@ def _prepare(as_json: bool, *, upgrade: bool) -> None:
             database.upgrade()
         database.ensure()
         revision, timescale = database.revision(), database.has_timescale()
+        reading = None if reader is None else roles.make_reader(database, reader)
     finally:
         database.dispose()
     if as_json:
-        answer_json({"database": database.where, "revision": revision, "timescaledb": timescale})
-    else:
-        kind = "TimescaleDB" if timescale else "plain PostgreSQL"
-        answer(f"{database.where} ({kind}) has the schema fks, revision {revision}.")
+        document: dict[str, object] = {
+            "database": database.where,
+            "revision": revision,
+            "timescaledb": timescale,
+        }
+        if reading is not None:
+            document["reader"] = asdict(reading)
+        answer_json(document)
+        return
+    kind = "TimescaleDB" if timescale else "plain PostgreSQL"
+    answer(f"{database.where} ({kind}) has the schema fks, revision {revision}.")
+    if reading is not None:
+        answer(_sentence(reading))
+
+
+def _sentence(reader: Reader) -> str:
+    made = "was made" if reader.made else "was there"
+    granted = (
+        f"is granted {', '.join(reader.granted)}" if reader.granted else "has everything that a reader needs"
+    )
+    login = (
+        "" if reader.can_log_in else f" It cannot log in: grant it to a role that can, or see {ROLES_DOC}."
+    )
+    return f"The role {reader.name} {made} and {granted}.{login}"
 
 
 def _kept_url(settings: Settings) -> str:

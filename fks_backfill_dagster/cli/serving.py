@@ -160,6 +160,7 @@ def simulate(
     come into the database of real ones. Its answers have the providers' own form, and faults and outages
     can be planted while it runs.
     """
+    from fks_backfill_dagster.loopback import is_loopback
     from fks_backfill_dagster.simulator.config import Absence, MarketConfig, Outage
     from fks_backfill_dagster.simulator.replay import ReplayError
     from fks_backfill_dagster.simulator.server import run, url_of
@@ -181,6 +182,11 @@ def simulate(
     )
 
     def announce(url: str) -> None:
+        if not is_loopback(host):
+            tell(
+                f"Warning: --host {host} lets other machines use this market and, by its control routes, change what"
+                " it serves. Without --host it listens on this machine only."
+            )
         tell(f"The local market listens at {url}. Ctrl-C ends it. To use it, in another terminal:")
         _print_environment(url, home, as_json)
 
@@ -197,9 +203,10 @@ def simulate(
 def _print_environment(url: str, home: Path | None, as_json: bool) -> None:
     """The environment in which fks-backfill uses the market at `url`, and nothing of real data.
 
-    A database that is named elsewhere would win over the home: it has to go.
+    A database that is named elsewhere would win over the home: it has to go. So have the keys where the market is
+    another machine's: the settings refuse to send one there unencrypted.
     """
-    from fks_backfill_dagster.settings import home_of
+    from fks_backfill_dagster.settings import KEY_VARIABLES, home_of, leaves_unencrypted
 
     usual = home_of()
     own = usual if usual.name == SANDBOX_HOME else usual / SANDBOX_HOME  # the shell may have this one already
@@ -218,6 +225,9 @@ def _print_environment(url: str, home: Path | None, as_json: bool) -> None:
         "FKS_HOME": str((own if home is None else home).resolve()),
     }
     unset = ["FKS_DATABASE_URL"]
+    if leaves_unencrypted(url):
+        unset += KEY_VARIABLES.values()
+        environment = {name: value for name, value in environment.items() if name not in unset}
     if as_json:
         answer_json({"url": url, "environment": environment, "unset": unset})
         return

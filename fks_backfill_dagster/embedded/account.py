@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-FIRST_FREE_UID = 60706
-"""Begin of the range that no distribution gives out (https://systemd.io/UIDS-GIDS, 60706..61183)."""
+FIRST_FREE_UID, LAST_FREE_UID = 60706, 61183
+"""The range that no distribution gives out (https://systemd.io/UIDS-GIDS)."""
 
 
 class Account(NamedTuple):
@@ -23,7 +23,12 @@ class Account(NamedTuple):
 
     @property
     def has_name(self) -> bool:
-        return _has_name(self.uid)
+        return name_of(self.uid) is not None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it is one of those that nobody is given: only root can be it."""
+        return FIRST_FREE_UID <= self.uid <= LAST_FREE_UID and not self.has_name
 
 
 def account_for(home: Path, cluster: Path) -> Account | None:
@@ -34,7 +39,7 @@ def account_for(home: Path, cluster: Path) -> Account | None:
         if os.path.lexists(path) and (status := path.lstat()).st_uid != 0:
             return Account(status.st_uid, status.st_gid)
     uid = FIRST_FREE_UID
-    while _has_name(uid):
+    while name_of(uid) is not None:
         uid += 1
     return Account(uid, uid)
 
@@ -95,11 +100,11 @@ def _may_search(status: os.stat_result, account: Account) -> bool:
     return bool(status.st_mode & stat.S_IXOTH)
 
 
-def _has_name(uid: int) -> bool:
+def name_of(uid: int) -> str | None:
+    """The name of a user; None for a uid that no account has."""
     import pwd
 
     try:
-        pwd.getpwuid(uid)
+        return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return False
-    return True
+        return None

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from fks_backfill_dagster.embedded.account import Account, give, nobody, run
+from fks_backfill_dagster.embedded.account import Account, give, name_of, nobody, run
 from fks_backfill_dagster.embedded.binaries import MAJOR_VERSION
 from fks_backfill_dagster.embedded.errors import EmbeddedError
 from fks_backfill_dagster.embedded.log import ServerLog
@@ -34,6 +34,35 @@ timezone = 'UTC'
 log_timezone = 'UTC'
 log_checkpoints = off
 """
+
+
+ACCESS = """\
+# Written at every start. A socket in a folder of its owner's (0700), nothing on the network.
+local all all {method}
+"""
+
+USERS = """\
+# Written at every start. Whom the folder of the socket lets in, as whatever role they ask for.
+"""
+
+
+def write_access(cluster: Path, account: Account | None, log: ServerLog, lock: int) -> None:
+    """Writes who may log in: the user of the server, and root, by the kernel's word. Nobody by TCP.
+
+    Clusters of earlier versions let in whoever reached the socket, or any TCP port. An owner without a name cannot be
+    named in PostgreSQL's list; for one that somebody can be, the folder stays the only rule.
+    """
+    own = Account(os.geteuid(), os.getegid()) if account is None else account
+    names = {name for uid in (0, own.uid) if (name := name_of(uid)) is not None}
+    only_root = account is not None and own.is_free
+    method = "peer map=owner" if own.has_name or only_root else "trust"
+    users = USERS + "".join(f'owner "{name}" all\n' for name in sorted(names))
+    for name, text in (("pg_hba.conf", ACCESS.format(method=method)), ("pg_ident.conf", users)):
+        # By the owner of the folder, who may have put a link there.
+        script = 'umask 077 && cat >"$1.new" && mv -f "$1.new" "$1"'
+        command = ["/bin/sh", "-c", script, "sh", str(cluster / name)]
+        if run(command, account, log=log.descriptor, lock=lock, stdin=text) != 0:
+            raise log.failure(f"could not get its {name}")
 
 
 def check_version(cluster: Path) -> bool:
@@ -88,7 +117,8 @@ def _initdb(binaries: Path, target: Path) -> list[str]:
         "--locale=C",
         "--locale-provider=builtin",
         "--builtin-locale=C.UTF-8",
-        "--auth=trust",  # the directory of the socket is the door: 0700
+        "--auth-local=peer",  # `write_access` replaces both before the first start
+        "--auth-host=reject",
         "--no-instructions",
     ]
 

@@ -33,7 +33,13 @@ from fks_backfill_dagster.embedded.account import (
     run,
 )
 from fks_backfill_dagster.embedded.binaries import binaries_for, root_state
-from fks_backfill_dagster.embedded.cluster import DATABASE, SUPERUSER, check_version, make_cluster
+from fks_backfill_dagster.embedded.cluster import (
+    DATABASE,
+    SUPERUSER,
+    check_version,
+    make_cluster,
+    write_access,
+)
 from fks_backfill_dagster.embedded.errors import OTHER_DATABASE, EmbeddedError, explain
 from fks_backfill_dagster.embedded.log import ServerLog, open_log, rotate
 from fks_backfill_dagster.embedded.watchdog import Home, Postmaster, is_locked, open_lock, try_lock
@@ -294,6 +300,7 @@ class EmbeddedPostgres:
         for stale in sockets.iterdir():
             stale.unlink()
         log.mark()
+        write_access(cluster, account, log, server)
         # The shell ends at once and leaves the server to init: a killed server must not remain as our zombie.
         command = ["/bin/sh", "-c", '"$@" &', "sh", str(binaries / "postgres")]
         command += ["-D", str(cluster), "-k", str(sockets), "-p", str(PORT), "-c", "listen_addresses="]

@@ -33,6 +33,7 @@ from fks_backfill_dagster.simulator.config import (
     plain_symbol,
 )
 from fks_backfill_dagster.simulator.faults import ROWS, Fault, Kind
+from fks_backfill_dagster.simulator.guard import refusal
 from fks_backfill_dagster.simulator.polygon import Polygon
 from fks_backfill_dagster.simulator.state import Instrument, Sandbox
 from fks_backfill_dagster.simulator.wire import Face
@@ -76,9 +77,14 @@ class Control:
         ]
 
     def _guard(self, handler: Callable[..., Any]) -> Callable[[Request], Any]:
-        """Runs a handler off the event loop; what it refuses becomes a 400 with its sentence."""
+        """Runs a handler off the event loop; what it refuses becomes a 400 with its sentence.
+
+        What a page of another site may have sent never comes to a handler (`guard`).
+        """
 
         async def guarded(request: Request) -> Response:
+            if (refused := refusal(request, self._sandbox.config.host)) is not None:
+                return refused
             try:
                 document = await request.json() if request.method == "POST" else {}
                 if not isinstance(document, dict):

@@ -198,7 +198,8 @@ class LocalMarket:
         return json.loads(self._ask("POST", path, json.dumps(document).encode()))
 
     def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        request = Request(f"{self.url}{path}", data=body, method=method)
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        request = Request(f"{self.url}{path}", data=body, headers=headers, method=method)
         try:
             with urlopen(request, timeout=600) as response:
                 answer: bytes = response.read()

@@ -320,5 +320,6 @@ def address(config: MarketConfig, sock: socket.socket) -> str:
 
 
 def url_of(host: str, port: int) -> str:
-    """The URL of a sandbox at `host` and `port`."""
+    """The URL of a sandbox that listens at `host` and `port`; of one that listens everywhere, on this machine."""
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"

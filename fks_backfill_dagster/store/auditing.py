@@ -23,7 +23,8 @@ from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.ledger.reconcile import Flaw, Kind, Recorded, Seen, SeriesAudit, judge
 from fks_backfill_dagster.store.checking import GOOD
 from fks_backfill_dagster.store.copying import decode_array
-from fks_backfill_dagster.store.database import Database, cursor_of
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.driver import cursor_of
 from fks_backfill_dagster.store.ledger import from_multirange, gap_of, series_id
 
 # Candles of a market that never closes in a block: some MB here and in the server. Twice and half as

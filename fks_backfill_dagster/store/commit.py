@@ -33,7 +33,8 @@ from fks_backfill_dagster.ledger.records import Known
 from fks_backfill_dagster.ledger.settle import Response, Rules, Settlement, settle, surroundings
 from fks_backfill_dagster.store import copying, schema
 from fks_backfill_dagster.store.auditing import Clock, examine_within
-from fks_backfill_dagster.store.database import Database, cursor_of
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.driver import cursor_of
 from fks_backfill_dagster.store.errors import StoreError
 from fks_backfill_dagster.store.ledger import known_around, series_id, to_multirange
 from fks_backfill_dagster.store.schema import WITHDRAWAL

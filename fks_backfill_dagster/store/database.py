@@ -6,16 +6,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from urllib.parse import unquote
 
-import psycopg
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from fks_backfill_dagster.store import timescale
+from fks_backfill_dagster.store import roles, timescale
 from fks_backfill_dagster.store.errors import DatabaseUnavailable, SchemaTooNew, SchemaTooOld, translated
 from fks_backfill_dagster.store.schema import SCHEMA
 
@@ -40,6 +39,7 @@ class Database:
     def __init__(self, url: str, *, pool_size: int = 8) -> None:
         self.url = _with_driver(url)
         self.where = _without_secrets(self.url)
+        self._hidden = _hidden(self.url)
         self._engine = sa.create_engine(
             self.url,
             pool_size=pool_size,
@@ -59,13 +59,13 @@ class Database:
     @contextmanager
     def begin(self) -> Iterator[sa.Connection]:
         """A transaction: committed at the end of the block, rolled back by an exception."""
-        with translated(self.where), self._engine.begin() as connection:
+        with translated(self.where, self._hidden), self._engine.begin() as connection:
             yield connection
 
     @contextmanager
     def snapshot(self) -> Iterator[sa.Connection]:
         """A transaction that only reads, and sees the database as it was at its first query."""
-        with translated(self.where), self._engine.connect() as connection:
+        with translated(self.where, self._hidden), self._engine.connect() as connection:
             frozen = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             with frozen.begin():
                 yield frozen
@@ -73,7 +73,7 @@ class Database:
     @contextmanager
     def autocommit(self) -> Iterator[sa.Connection]:
         """A connection on which every statement commits by itself."""
-        with translated(self.where), self._engine.connect() as connection:
+        with translated(self.where, self._hidden), self._engine.connect() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
     # The schema -----------------------------------------------------------------------------------
@@ -94,17 +94,24 @@ class Database:
         self.check()
 
     def upgrade(self) -> None:
-        """Brings the schema to this program's revision. Several processes may call it at once."""
+        """Brings the schema to this program's revision. Several processes may call it at once.
+
+        Who could read every view before can do so afterwards.
+        """
         with self.begin() as connection:
             self._refuse_old_server(connection)
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
             found = _revision(connection)
             if found is not None and found not in _known_revisions():
                 self._judge(found)
-            connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+            # CREATE SCHEMA IF NOT EXISTS needs a right even when the schema exists: ask first.
+            if connection.scalar(sa.text("SELECT to_regnamespace(:name)"), {"name": SCHEMA}) is None:
+                connection.execute(sa.text(f"CREATE SCHEMA {SCHEMA}"))
+            readers = roles.readers(connection)
             config = _alembic_config()
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+            roles.grant_views(connection, readers)
             if timescale.install(connection):
                 timescale.make_hypertables(connection)
 
@@ -140,12 +147,6 @@ class Database:
             return bool(connection.scalar(sa.text(query)))
 
 
-def cursor_of(connection: sa.Connection) -> psycopg.Cursor[Any]:
-    """A psycopg cursor in the same transaction: COPY is not in SQLAlchemy's vocabulary."""
-    raw = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
-    return raw.cursor()
-
-
 def _with_driver(url: str) -> sa.URL:
     # SQLAlchemy would pick a driver by its own default, which changed between versions: name it.
     scheme, separator, rest = url.partition("://")
@@ -155,7 +156,10 @@ def _with_driver(url: str) -> sa.URL:
         parsed = sa.make_url(f"postgresql+psycopg{separator}{rest}")
     except (sa.exc.ArgumentError, ValueError):  # its text may quote a piece of the password
         raise _no_address() from None
-    if "@" in (parsed.host or ""):  # a password with a bare @: the rest of it would pass for the host
+    # These parts are shown. A password with a bare @ would pass for the host, one behind an encoded colon for the
+    # user, and parameters behind a wrong separator for the user or the database.
+    shown = ((parsed.username, ":=?&"), (unquote(parsed.host or ""), "@=&"), (parsed.database, "@=?&"))
+    if any(set(part or "") & set(marks) for part, marks in shown):
         raise _no_address()
     return parsed
 
@@ -167,11 +171,42 @@ def _no_address() -> DatabaseUnavailable:
     )
 
 
+# The parameters that messages show: enough to find the server. libpq has secrets among the others (password,
+# sslpassword, oauth_client_secret, scram_client_key), gets new ones with every version, and `options` may hold any.
+_SHOWN_PARAMETERS = frozenset(
+    (
+        "application_name",
+        "channel_binding",
+        "connect_timeout",
+        "gssencmode",
+        "host",
+        "hostaddr",
+        "port",
+        "sslmode",
+        "sslrootcert",
+        "target_session_attrs",
+    )
+)
+
+# A shorter value would take its letters out of every word of a message.
+_SHORTEST_SECRET = 4
+
+
 def _without_secrets(url: sa.URL) -> str:
-    """The address for messages: libpq takes passwords among the parameters as well."""
-    secret = [name for name in url.query if "password" in name.lower() or name.lower() == "passfile"]
-    shown = url.set(drivername="postgresql").difference_update_query(secret)
+    """The address for messages: no password, and of the parameters those only that cannot be a secret."""
+    shown = url.set(drivername="postgresql").difference_update_query(url.query.keys() - _SHOWN_PARAMETERS)
     return shown.render_as_string(hide_password=True)
+
+
+def _hidden(url: sa.URL) -> tuple[str, ...]:
+    """What a driver's or a server's message may quote and ours must not: values of parameters that are not shown.
+
+    Longest first. Of `options` it is each value by itself: `-c name=value`.
+    """
+    given = [value for name in url.query.keys() - _SHOWN_PARAMETERS for value in url.normalized_query[name]]
+    words = [word.partition("=")[2] or word for value in given for word in value.split()]
+    found = {text for text in (*given, *words) if len(text) >= _SHORTEST_SECRET}
+    return tuple(sorted(found, key=len, reverse=True))
 
 
 def _revision(connection: sa.Connection) -> str | None:

@@ -12,7 +12,7 @@ StoreError                 one sentence with the remedy
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import psycopg
@@ -59,14 +59,18 @@ _AT_THE_DOOR = (
 
 
 @contextmanager
-def translated(where: str) -> Iterator[None]:
-    """Turns the driver's errors into StoreErrors. `where` is the database without its password."""
+def translated(where: str, hidden: Sequence[str] = ()) -> Iterator[None]:
+    """Turns the driver's errors into StoreErrors. `where` is the database without its password.
+
+    What is in `hidden` is asterisks in the sentence. Where the driver's own text holds some of it, that is no
+    cause of the StoreError either: causes are logged, and Dagster stores them.
+    """
     try:
         yield
-    except sa.exc.DBAPIError as error:
-        raise _translate(error.orig if error.orig is not None else error, where) from error
-    except psycopg.Error as error:
-        raise _translate(error, where) from error
+    except (sa.exc.DBAPIError, psycopg.Error) as error:
+        original = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig is not None else error
+        quoted = any(secret in str(error) for secret in hidden)
+        raise _translate(original, where, hidden) from (None if quoted else error)
 
 
 def _state(error: BaseException) -> str:
@@ -76,16 +80,23 @@ def _state(error: BaseException) -> str:
     return str(state)
 
 
-def _said(error: BaseException) -> str:
+def _said(error: BaseException, hidden: Sequence[str]) -> str:
     """The server's sentence without its CONTEXT and LINE; the whole text where there was no server."""
+    said = _text(error)
+    for secret in hidden:
+        said = said.replace(secret, "***")
+    return said
+
+
+def _text(error: BaseException) -> str:
     diagnosis = error.diag if isinstance(error, psycopg.Error) else None
     if diagnosis is None or diagnosis.message_primary is None:
         return " ".join(str(error).split())
     return " ".join(filter(None, (diagnosis.message_primary, diagnosis.message_hint)))
 
 
-def _translate(error: BaseException, where: str) -> StoreError:
-    state, said = _state(error), _said(error)
+def _translate(error: BaseException, where: str, hidden: Sequence[str]) -> StoreError:
+    state, said = _state(error), _said(error, hidden)
     if state in ("53100", "53400"):
         return DatabaseFull(
             f"The database {where} has no room left ({said}). What was committed is kept;"

@@ -17,7 +17,8 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime, to_micros
 from fks_backfill_dagster.ledger.records import Known, LedgerGap
 from fks_backfill_dagster.store import copying, schema
-from fks_backfill_dagster.store.database import Database, cursor_of
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.driver import cursor_of
 from fks_backfill_dagster.store.ledger import known, series_id
 
 _COLUMNS = "ts, open, high, low, close, coalesce(volume, 'NaN')"

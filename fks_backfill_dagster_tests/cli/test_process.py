@@ -192,6 +192,26 @@ def test_what_a_pasted_block_writes_stays_out_of_the_real_database(
     assert process("status", "BTC/USDT", "1h", "--json").json["status"] == "not_started"
 
 
+def test_a_market_that_others_reach_says_so(settings: Path) -> None:
+    """It listens everywhere; the settings that are printed lead to it on this machine."""
+    with start("simulate", "--host", "0.0.0.0", "--port", "0", "--json") as running:
+        assert running.stdout is not None
+        document = json.loads("".join(iter(running.stdout.readline, "}\n")) + "}")
+        running.send_signal(signal.SIGINT)
+        _, stderr = running.communicate(timeout=20)
+    assert stderr.startswith("Warning: --host 0.0.0.0 lets other machines use this market")
+    assert document["url"].startswith("http://127.0.0.1:")
+    assert document["environment"]["POLYGON_API_KEY"] == "any"
+
+
+def test_no_key_is_printed_for_a_market_of_another_machine(fks: Command) -> None:
+    """The settings would refuse it. Who writes an address in this way has to write it in the usual one."""
+    document = fks("simulate", "--env", "--host", "127.1", "--port", "1", "--json").json
+    assert document["environment"]["FKS_PROVIDERS__POLYGON__BASE_URL"] == "http://127.1:1/polygon"
+    assert "POLYGON_API_KEY" not in document["environment"]
+    assert {"FKS_DATABASE_URL", "POLYGON_API_KEY", "OANDA_API_TOKEN"} <= set(document["unset"])
+
+
 def test_a_halt_is_planted_from_the_start(settings: Path) -> None:
     halt = "binance@BTC/USDT=2024-01-05T03:00/2024-01-05T03:40"
     with start("simulate", "--port", "0", "--halt", halt, "--json") as running:

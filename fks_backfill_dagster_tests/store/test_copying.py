@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY
 from fks_backfill_dagster.store import copying
-from fks_backfill_dagster.store.database import Database, cursor_of
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.driver import cursor_of
 from fks_backfill_dagster_tests.domain.builders import at
 
 PRICE = st.floats(allow_nan=False)

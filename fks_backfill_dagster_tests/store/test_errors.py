@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
+from fks_backfill_dagster.store import database as database_module
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import DatabaseFull, DatabaseUnavailable, StoreError
 from fks_backfill_dagster_tests.postgres import TIMESCALE_URL
@@ -108,6 +110,15 @@ def test_too_many_connections(server_url: str) -> None:
         f"postgresql://fks:{PASSWORD}@127.0.0.1:port/fks",
         f"postgresql://fks:begin@{PASSWORD}@127.0.0.1/fks",
         f"postgresql://fks:{PASSWORD}@one:1,two:2/fks",
+        f"host=127.0.0.1 user=fks password={PASSWORD}",
+        f"postgresql:fks:{PASSWORD}@127.0.0.1/fks",
+        f"postgresql://fks%3A{PASSWORD}@127.0.0.1/fks",
+        f"postgresql://fks%3A{PASSWORD}%40127.0.0.1/fks",
+        f"postgresql://fks?password={PASSWORD}@127.0.0.1/fks",
+        f"postgresql://127.0.0.1/fks&password={PASSWORD}",
+        f"postgresql://127.0.0.1/fks%3Fpassword={PASSWORD}",
+        f"postgresql://127.0.0.1&password={PASSWORD}/fks",
+        f"postgresql://127.0.0.1/fks/{PASSWORD}@127.0.0.1",
     ],
 )
 def test_no_address(url: str) -> None:
@@ -131,6 +142,69 @@ def test_a_password_among_the_parameters() -> None:
     assert database.where == "postgresql:///fks?host=%2Fnowhere"
     assert PASSWORD in database.url.render_as_string(hide_password=False)  # and it is still used
     assert PASSWORD not in complaint(f"postgresql:///fks?host=/nowhere&password={PASSWORD}")
+
+
+def parameters_of_libpq() -> list[str]:
+    return [option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()]
+
+
+PLACE = {"host", "hostaddr", "port", "user", "dbname", "service", "servicefile"}
+"""The parameters without which nothing is connected, or something else is."""
+
+
+def test_the_client_knows_parameters_with_secrets() -> None:
+    assert {"password", "passfile", "options", "sslpassword"} <= set(parameters_of_libpq())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["oauth_client_secret", "scram_client_key", "Password", "PASSWORD", "a_parameter_of_tomorrow"],
+)
+def test_a_parameter_that_this_client_may_not_know(name: str) -> None:
+    database = Database(f"postgresql://fks@127.0.0.1:1/fks?{name}={PASSWORD}&sslmode=disable")
+    assert database.where == "postgresql://fks@127.0.0.1:1/fks?sslmode=disable"
+    with pytest.raises(StoreError) as caught:
+        database.check()
+    assert PASSWORD not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(parameters_of_libpq()) - PLACE - set(database_module._SHOWN_PARAMETERS))
+)
+def test_a_parameter_that_is_not_shown(name: str, server_url: str) -> None:
+    """Neither by us, nor in the text of the client or the server, nor in what a log would have of it.
+
+    Whether the value is one that can be connected with is not the point.
+    """
+    url = sa.make_url(server_url).update_query_dict({name: PASSWORD})
+    database = Database(url.render_as_string(hide_password=False))
+    assert PASSWORD not in database.where
+    told = ""
+    try:
+        database.revision()
+    except StoreError as error:
+        told = "".join(traceback.format_exception(error))
+    finally:
+        database.dispose()
+    assert PASSWORD not in told
+
+
+def test_what_the_client_quotes_of_a_parameter_is_hidden() -> None:
+    said = complaint(f"postgresql://fks@127.0.0.1:1/fks?load_balance_hosts={PASSWORD}")
+    assert '"***"' in said
+
+
+def test_what_tells_the_place_is_shown() -> None:
+    url = "postgresql://fks@one.example:1/fks?sslmode=require&target_session_attrs=read-write"
+    assert Database(url).where == url
+
+
+def test_several_hosts_are_shown_without_the_password() -> None:
+    url = f"postgresql://fks:{PASSWORD}@/fks?host=one.example:1&host=two.example:2&passfile=/home/{PASSWORD}"
+    where = Database(url).where
+    assert PASSWORD not in where
+    assert "one.example" in where
+    assert "two.example" in where
 
 
 # Open, but not ours to write ------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
@@ -22,7 +23,7 @@ from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import SchemaTooOld
 from fks_backfill_dagster.store.ledger import series_id
 from fks_backfill_dagster_tests.domain.builders import at, window
-from fks_backfill_dagster_tests.store.builders import Shelf, archive, brought, fetch
+from fks_backfill_dagster_tests.store.builders import Shelf, archive, brought, execute, fetch
 
 FIXTURE = Path(__file__).parent / "written_by_324a536"
 AS_OF = "SELECT * FROM fks.ohlcv_as_of(:symbol, :timeframe, '2000-01-01Z', '2030-01-01Z', :moment)"
@@ -124,6 +125,32 @@ def test_an_audit_finds_nothing(upgraded: Database) -> None:
         found = examine(upgraded, one, grid_of(one), lambda: at("2024-06-02T00:00Z"))
         assert found is not None
         assert found.differences == ()
+
+
+def test_a_reader_of_old_stays_one_and_nobody_else_becomes_one(old: Database, answers: Answers) -> None:
+    reader = f"fks_test_{uuid.uuid4().hex[:12]}"
+    execute(
+        old,
+        f"CREATE ROLE {reader}",
+        f"GRANT USAGE ON SCHEMA fks TO {reader}",
+        f"GRANT SELECT ON fks.ohlcv, fks.sync_status, fks.gaps, fks.corrections TO {reader}",
+    )
+    old.upgrade()
+    try:
+        found = fetch(
+            old,
+            f"SELECT relname, has_table_privilege('{reader}', c.oid, 'SELECT'),"
+            " has_table_privilege('public', c.oid, 'SELECT')"
+            " FROM pg_class c WHERE relnamespace = 'fks'::regnamespace AND relkind IN ('r', 'p', 'v')",
+        )
+        views = {"ohlcv", "sync_status", "gaps", "corrections"}
+        assert views < {name for name, _, _ in found}
+        assert {name for name, reads, _ in found if reads} == views
+        assert {public for _, _, public in found} == {False}
+        admit = "has_function_privilege('public', 'fks.pace_admit'::regproc, 'EXECUTE')"
+        assert fetch(old, f"SELECT {admit}") == [(False,)]
+    finally:
+        execute(old, f"DROP OWNED BY {reader}", f"DROP ROLE {reader}")
 
 
 def test_a_second_upgrade_changes_nothing(upgraded: Database, answers: Answers) -> None:

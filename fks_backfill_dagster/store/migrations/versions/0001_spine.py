@@ -296,7 +296,6 @@ COMMIT_GATE = 4613732
 
 
 def upgrade() -> None:
-    op.execute("CREATE SCHEMA IF NOT EXISTS fks")
     op.execute(TABLES)
     for timeframe in TIMEFRAMES:
         op.execute(CANDLES.format(timeframe=timeframe))

@@ -1,0 +1,14 @@
+"""The driver's own cursor, for what SQLAlchemy has no words for: COPY, and names quoted by psycopg."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import psycopg
+import sqlalchemy as sa
+
+
+def cursor_of(connection: sa.Connection) -> psycopg.Cursor[Any]:
+    """A psycopg cursor in the same transaction."""
+    raw = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
+    return raw.cursor()

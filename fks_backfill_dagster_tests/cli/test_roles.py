@@ -1,0 +1,68 @@
+"""`db init --reader`: what it prints, and what it refuses. What a reader may do: store/test_roles.py."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from fks_backfill_dagster_tests.cli.conftest import Command
+
+
+@pytest.fixture
+def role(database_url: str, settings: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a role that does not exist; if it does after the test, it is dropped."""
+    monkeypatch.setenv("FKS_DATABASE_URL", database_url)
+    name = f"fks reader {uuid.uuid4().hex[:12]}"
+    yield name
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        if connection.execute("SELECT FROM pg_roles WHERE rolname = %s", (name,)).fetchone() is not None:
+            for text in ("DROP OWNED BY {}", "DROP ROLE {}"):
+                connection.execute(sql.SQL(text).format(sql.Identifier(name)))
+
+
+def test_a_reader_is_made_once(fks: Command, role: str) -> None:
+    told = fks("db", "init", "--reader", role)
+    assert (told.exit_code, told.stderr) == (0, "")
+    first, second = told.stdout.splitlines()
+    assert "has the schema fks, revision" in first
+    assert second == (
+        f"The role {role} was made and is granted USAGE on schema fks, SELECT on fks.corrections, SELECT on fks.gaps,"
+        " SELECT on fks.ohlcv, SELECT on fks.sync_status. It cannot log in: grant it to a role that can, or see"
+        " docs/operations.md, Roles."
+    )
+    again = fks("db", "init", "--reader", role)
+    assert again.stdout.splitlines()[1].startswith(
+        f"The role {role} was there and has everything that a reader needs. It cannot log in"
+    )
+
+
+def test_a_reader_as_json(fks: Command, role: str) -> None:
+    document = fks("db", "init", "--reader", role, "--json").json
+    assert document["reader"]["name"] == role
+    assert (document["reader"]["made"], document["reader"]["can_log_in"]) == (True, False)
+    assert "SELECT on fks.ohlcv" in document["reader"]["granted"]
+    assert fks("db", "init", "--reader", role, "--json").json["reader"]["granted"] == []
+    assert "reader" not in fks("db", "init", "--json").json
+
+
+@pytest.mark.parametrize("name", ["", "x" * 64, "ü" * 32, "a\0b", "\udcff"])
+def test_what_cannot_be_a_name_is_refused(fks: Command, role: str, name: str) -> None:
+    told = fks("db", "init", "--reader", name)
+    assert (told.exit_code, told.stdout) == (2, "")
+    assert told.stderr.startswith(
+        "Error: Invalid value for '--reader': a role's name has 1 to 63 bytes of UTF-8"
+    )
+    assert told.stderr.count("\n") == 1
+
+
+def test_a_superuser_is_refused_in_one_sentence(fks: Command, role: str, database_url: str) -> None:
+    with psycopg.connect(database_url) as connection:
+        (user,) = connection.execute("SELECT current_user").fetchone() or ("",)
+    told = fks("db", "init", "--reader", user)
+    assert (told.exit_code, told.stdout) == (1, "")
+    assert told.stderr.startswith(f"Error: {user} is a superuser of postgresql://")
+    assert told.stderr.count("\n") == 1

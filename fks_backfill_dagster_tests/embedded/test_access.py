@@ -1,0 +1,127 @@
+"""Who may log in to the server: its owner and root, by the socket alone."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from fks_backfill_dagster.embedded import EmbeddedError, EmbeddedPostgres
+from fks_backfill_dagster.embedded.account import name_of
+from fks_backfill_dagster_tests.embedded.conftest import cleaned, is_root, one
+
+needs_root = pytest.mark.skipif(not is_root(), reason="only root can be another user")
+
+# As initdb wrote it for clusters of earlier versions.
+OPEN_TO_ALL = """\
+local   all             all                                     trust
+host    all             all             127.0.0.1/32            trust
+host    all             all             ::1/128                 trust
+local   replication     all                                     trust
+host    replication     all             127.0.0.1/32            trust
+host    replication     all             ::1/128                 trust
+"""
+
+RULES = "SELECT type, auth_method, error FROM pg_hba_file_rules"
+USERS = "SELECT sys_name, pg_username, error FROM pg_ident_file_mappings ORDER BY 1"
+
+
+def rows(url: str, query: str) -> list[tuple[object, ...]]:
+    with psycopg.connect(url) as connection:
+        return connection.execute(query.encode()).fetchall()
+
+
+def test_a_new_cluster_lets_in_its_owner_alone(fresh_home: Path) -> None:
+    url = EmbeddedPostgres(fresh_home).start()
+    assert rows(url, RULES) == [("local", "peer", None)]
+    names = {"root", name_of(os.geteuid())}
+    assert rows(url, USERS) == [(name, "all", None) for name in sorted(filter(None, names))]
+
+
+@pytest.mark.parametrize("before", [OPEN_TO_ALL, "", "not a rule at all"])
+def test_a_cluster_of_an_earlier_version_is_mended_at_its_start(home: Path, before: str) -> None:
+    rules = home / "pg" / "pg_hba.conf"
+    rules.write_text(before)
+    assert rows(EmbeddedPostgres(home).start(), RULES) == [("local", "peer", None)]
+    assert "trust" not in rules.read_text()
+    assert rules.stat().st_mode & 0o777 == 0o600
+    assert rules.stat().st_uid == (home / "pg").stat().st_uid
+
+
+def test_the_owner_may_be_any_role(home: Path) -> None:
+    """As with a database of one's own: a reader is tried with its own name."""
+    url = EmbeddedPostgres(home).start()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("CREATE ROLE reader LOGIN")
+    assert one(url.replace("fks@", "reader@"), "SELECT session_user") == "reader"
+
+
+def connect_as(uid: int, url: str) -> subprocess.CompletedProcess[str]:
+    """A login by another user, in a child of this process: its Python need not be reachable for that user."""
+    script = (
+        "import os, sys, psycopg\n"
+        "os.setgroups([]); os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))\n"
+        "try:\n"
+        "    print(psycopg.connect(sys.argv[2]).execute('SELECT session_user').fetchone()[0])\n"
+        "except psycopg.OperationalError as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-c", script, str(uid), url]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+
+
+@needs_root
+def test_a_stranger_is_refused_although_the_folder_stands_open(home: Path) -> None:
+    url = EmbeddedPostgres(home).start()
+    stranger = pwd.getpwnam("nobody").pw_uid
+    assert "Permission denied" in connect_as(stranger, url).stdout
+    (home / "pg-socket").chmod(0o777)
+    (home / "pg-socket" / ".s.PGSQL.5432").chmod(0o777)
+    assert 'Peer authentication failed for user "fks"' in connect_as(stranger, url).stdout
+
+
+@needs_root
+def test_the_owner_of_a_home_without_a_name_is_let_in(open_dir: Path, seed: Path) -> None:
+    """In a container a user often has no entry in /etc/passwd, and PostgreSQL's list takes names alone."""
+    uid = 54321
+    if name_of(uid) is not None:
+        pytest.skip(f"here uid {uid} has a name")
+    yard = open_dir / "yard"
+    yard.mkdir(mode=0o755)
+    for home in cleaned(yard / ".fks"):
+        home.mkdir(mode=0o755)
+        subprocess.run(["cp", "-a", str(seed), str(home / "pg")], check=True)
+        for path in (home, *home.rglob("*")):
+            os.chown(path, uid, uid, follow_symlinks=False)
+        url = EmbeddedPostgres(home).start()
+        assert one(url) == 1
+        assert connect_as(uid, url).stdout.strip() == "fks"
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["pg_hba.conf", "pg_ident.conf", "pg_hba.conf.new"])
+def test_root_writes_through_no_link_of_the_owner(open_dir: Path, seed: Path, name: str) -> None:
+    nobody = pwd.getpwnam("nobody")
+    precious = open_dir / "precious"
+    precious.write_text("untouched")
+    yard = open_dir / "yard"
+    yard.mkdir(mode=0o755)
+    for home in cleaned(yard / ".fks"):
+        home.mkdir(mode=0o755)
+        subprocess.run(["cp", "-a", str(seed), str(home / "pg")], check=True)
+        (home / "pg" / name).unlink(missing_ok=True)
+        (home / "pg" / name).symlink_to(precious)
+        for path in (home, *home.rglob("*")):
+            os.chown(path, nobody.pw_uid, nobody.pw_gid, follow_symlinks=False)
+        if name.endswith(".new"):  # not his to write, and not removed for him
+            with pytest.raises(EmbeddedError, match=r"could not get its pg_hba\.conf"):
+                EmbeddedPostgres(home).start()
+        else:
+            EmbeddedPostgres(home).start()
+            assert not (home / "pg" / name).is_symlink()
+        assert precious.read_text() == "untouched"
