@@ -266,6 +266,17 @@ def provider_states(settings: Settings, database: Database) -> dict[str, Provide
     }
 
 
+def reset_provider(settings: Settings, database: Database, name: str) -> list[ProviderState]:
+    """Ends every wait of a provider and of its archives, with the account of the settings; how those stood that had
+    one, or had failed. Processes that run notice by themselves."""
+    from fks_backfill_dagster.providers import registry
+    from fks_backfill_dagster.store import pacing
+
+    paces = registry.paces({name: provider_options(settings, name)})
+    found = (pacing.reset(database, lane, pace.account) for lane, pace in paces.items())
+    return [state for state in found if state is not None]
+
+
 def refuse_mixed_sources(
     settings: Settings,
     database: Database,

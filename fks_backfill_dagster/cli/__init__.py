@@ -4,7 +4,8 @@ Belongs here: options, tables, progress, exit codes, and errors as one sentence 
 Does not belong here: any decision about candles; the commands call `wiring` and `pipeline` and show
 what they answer.
 
-Exit codes: 0 done, 1 something is left incomplete or invalid, 2 usage or settings, 130 interrupted.
+Exit codes: 0 done, 1 something is left incomplete or invalid, 2 usage or settings, 128 + n ended by
+signal n (130 by Ctrl-C).
 Nothing heavy is imported before a command runs: `--help` must answer at once.
 """
 

@@ -1,4 +1,4 @@
-"""Commands that tell what is there: `gaps`, `status`, `series`, `batches`; two of them also take back."""
+"""Commands that tell what is there: `gaps`, `status`, `series`, `batches`; some of them also take back."""
 
 from __future__ import annotations
 
@@ -304,15 +304,25 @@ def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
     return 0
 
 
-@series.command("providers", epilog=example("series providers"))
+@series.command("providers", epilog=example("series providers", "series providers --reset binance"))
+@click.option(
+    "--reset", metavar="NAME", help="End the wait or the cool-down of this provider, and forget its failures."
+)
 @json_option
-def list_providers(as_json: bool) -> None:
-    """Tell which provider has which timeframes, how far back, and whether it can be asked."""
+def list_providers(reset: str | None, as_json: bool) -> None:
+    """Tell which provider has which timeframes, how far back, and whether it can be asked.
+
+    With --reset NAME instead: request this provider again at once, though it has asked to wait or failed
+    again and again. Other processes may run; what was spent of its limits still counts.
+    """
     from fks_backfill_dagster.providers.http import RequestPool
     from fks_backfill_dagster.settings import PROVIDER_NAMES, load_settings
     from fks_backfill_dagster.wiring import build_providers, open_database, provider_states
 
     settings = load_settings()
+    if reset is not None:
+        _reset_provider(settings, reset, as_json)
+        return
     pool = RequestPool(1)
     built = build_providers(settings, pool)
     pool.close()
@@ -343,6 +353,43 @@ def list_providers(as_json: bool) -> None:
             for row in rows
         ],
     )
+
+
+def _reset_provider(settings: Settings, name: str, as_json: bool) -> None:
+    from fks_backfill_dagster.wiring import open_database, reset_provider
+
+    with usage():
+        settings.provider(name)
+    with open_database(settings) as database:
+        found = reset_provider(settings, database, name)
+    if as_json:
+        ended = [
+            {
+                "provider": one.provider,
+                "told_to_wait_seconds": one.told_to_wait,
+                "cool_down_seconds": None if one.rest is None else one.rest.seconds,
+                "failures": one.failures,
+                "reason": one.reason,
+            }
+            for one in found
+        ]
+        answer_json({"provider": name, "ended": ended})
+        return
+    for one in found:
+        answer(f"{one.provider}: ended {' and '.join(_ended(one))}.")
+    if not found:
+        answer(f"{name}: there is nothing to end: it is requested as usual.")
+
+
+def _ended(state: ProviderState) -> list[str]:
+    parts = []
+    if state.told_to_wait is not None:
+        parts.append(f"the wait of another {state.told_to_wait:,.0f} s that it asked for")
+    if state.rest is not None:
+        parts.append(f"the cool-down of another {state.rest.seconds:,.0f} s")
+    if state.failures:
+        parts.append(f"the count of its failures ({state.failures}, the last one: {state.reason})")
+    return parts
 
 
 def _provider_rows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,19 +17,19 @@ from fks_backfill_dagster.cli.choosing import (
     warn_of_typos,
     window_option,
 )
+from fks_backfill_dagster.cli.signals import signals
 from fks_backfill_dagster.cli.speaking import (
     answer,
     answer_json,
     answer_table,
     example,
     json_option,
+    last_words,
     many,
     tell,
 )
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from fks_backfill_dagster.documents import Document
     from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.domain.series import Series
@@ -257,23 +256,17 @@ def _answer(report: SyncReport) -> None:
 
 @contextmanager
 def interruptible(app: App) -> Iterator[None]:
-    """Ctrl-C ends every wait of a provider at once; a batch that is being committed is rolled back whole."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        app.pool.stop.set()
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    except (KeyboardInterrupt, Exception):
-        if not app.pool.stop.is_set():
-            raise
-        # Whatever came of it: a statement that is torn off in the middle fails in ways of its own.
-        tell(_INTERRUPTED)
-        raise click.exceptions.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGINT, before)
+    """A signal ends every wait of a provider at once; a batch that is being committed is rolled back whole."""
+    ending = signals()
+    with ending.first(app.pool.stop.set):
+        try:
+            yield
+        except (KeyboardInterrupt, Exception):
+            if ending.received is None:
+                raise
+            # Whatever came of it: a statement that is torn off in the middle fails in ways of its own.
+            last_words(_INTERRUPTED)
+            raise click.exceptions.Exit(ending.exit_code) from None
 
 
 # Only telling -----------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import NamedTemporaryFile
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("ts", "open", "high", "low", "close", "volume")
 
-# Given a path, something that takes blocks until it is closed.
-_Sink = Callable[[ExitStack, Path], "Callable[[Candles], None]"]
+# Given an open file, something that takes blocks until the stack is closed.
+_Sink = Callable[[ExitStack, IO[bytes]], "Callable[[Candles], None]"]
 
 
 @click.command(
@@ -99,22 +101,39 @@ def _write(output: Path, sink: _Sink, blocks: Iterable[Candles]) -> int:
             for block in blocks:
                 take(block)
                 count += len(block)
+        part.close()
         if count:
-            part.replace(output)
+            Path(part.name).replace(output)
     return count
 
 
 @contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    part = output.with_name(f".{output.name}.{os.getpid()}.part")
+def _beside(output: Path) -> Iterator[IO[bytes]]:
+    """A new file in the folder of `output`, with the mode of any new file; deleted at the end if it is still there.
+
+    Where others can write to the folder, a name that can be foreseen may be a link that somebody put there, and
+    one that is opened twice may be another file the second time: so mkstemp, and only its descriptor is used.
+    """
     try:
-        yield part
+        with NamedTemporaryFile(
+            dir=output.parent, prefix=".fks-export-", suffix=".part", delete=False
+        ) as part:
+            try:
+                os.fchmod(part.fileno(), 0o666 & ~_umask())
+                yield part
+            finally:
+                Path(part.name).unlink(missing_ok=True)
     except OSError as error:
         raise Failed(
             f"{output} cannot be written: {error.strerror or error}. Choose another place."
         ) from None
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The mask of new files: there is no way to read it but to set it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 # Formats ----------------------------------------------------------------------------------------------
@@ -124,20 +143,18 @@ def _sink(output: Path) -> _Sink:
     """The format that the suffix names. Raises ValueError for any other."""
     name = output.name.lower()
     if name.endswith((".csv", ".csv.gz")):
-        return _csv
+        return partial(_csv, "gzip" if name.endswith(".gz") else None)
     if name.endswith(".parquet"):
         return _parquet
     raise ValueError(f"{output.name} has another suffix than .csv, .csv.gz or .parquet")
 
 
-def _csv(stack: ExitStack, path: Path) -> Callable[[Candles], None]:
+def _csv(compression: str | None, stack: ExitStack, file: IO[bytes]) -> Callable[[Candles], None]:
     import pyarrow as pa
     import pyarrow.compute as pc
     from pyarrow import csv
 
-    # The temporary name hides the suffix, which is why the compression is named.
-    compression = "gzip" if ".csv.gz." in path.name.lower() else None
-    stream = stack.enter_context(pa.output_stream(str(path), compression=compression))
+    stream = stack.enter_context(pa.output_stream(file, compression=compression))
     stream.write((",".join(_COLUMNS) + "\n").encode())  # pyarrow would put the names in quotes
     options = csv.WriteOptions(include_header=False, quoting_style="none")
 
@@ -150,7 +167,7 @@ def _csv(stack: ExitStack, path: Path) -> Callable[[Candles], None]:
     return take
 
 
-def _parquet(stack: ExitStack, path: Path) -> Callable[[Candles], None]:
+def _parquet(stack: ExitStack, file: IO[bytes]) -> Callable[[Candles], None]:
     import pyarrow.parquet as pq
 
     writer: Any = None
@@ -159,7 +176,7 @@ def _parquet(stack: ExitStack, path: Path) -> Callable[[Candles], None]:
         nonlocal writer
         table = _table(block)
         if writer is None:
-            writer = stack.enter_context(pq.ParquetWriter(str(path), table.schema))
+            writer = stack.enter_context(pq.ParquetWriter(file, table.schema))
         writer.write_table(table)
 
     return take

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 import click
 
 from fks_backfill_dagster.cli.choosing import check_window, usage, window_option
+from fks_backfill_dagster.cli.signals import signals
 from fks_backfill_dagster.cli.speaking import (
     Failed,
     answer,
     answer_json,
     example,
     json_option,
+    last_words,
     many,
     tell,
 )
@@ -215,8 +217,8 @@ def _watched_only(page: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        tell(f"Not watched any more. The backfill goes on; see or cancel it at {page}")
-        raise click.exceptions.Exit(130) from None
+        last_words(f"Not watched any more. The backfill goes on; see or cancel it at {page}")
+        raise click.exceptions.Exit(signals().exit_code) from None
 
 
 def _hand_over(identity: str, page: str, orders: Sequence[Order], as_json: bool) -> None:

@@ -18,9 +18,10 @@ from fks_backfill_dagster.cli.exporting import export
 from fks_backfill_dagster.cli.filling import fill_gaps
 from fks_backfill_dagster.cli.launching import launch
 from fks_backfill_dagster.cli.serving import demo, down, simulate, up
-from fks_backfill_dagster.cli.speaking import tell
+from fks_backfill_dagster.cli.signals import SIGNALLED, Signals
+from fks_backfill_dagster.cli.speaking import last_words, tell
 
-DONE, INCOMPLETE, USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, INCOMPLETE, USAGE = 0, 1, 2
 
 
 class Program(click.Group):
@@ -35,37 +36,53 @@ class Program(click.Group):
         **extra: Any,
     ) -> NoReturn:
         """Runs a command and exits; what it returns is its exit code, None is 0."""
-        try:
-            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
-        except click.Abort:
-            tell("Interrupted.")
-            code = INTERRUPTED
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            code = USAGE
-        except click.ClickException as error:
-            tell(f"Error: {_sentence(error)}")
-            code = error.exit_code
-        except Exception as error:
-            code = _explained(error)
-            if code is None:
-                raise
-        _leave(code or DONE)
+        signals = Signals()
+        with signals.handled():
+            try:
+                code = super().main(
+                    args, prog_name, complete_var, standalone_mode=False, obj=signals, **extra
+                )
+            except click.Abort:
+                code = _interrupted(signals)
+            except click.exceptions.NoArgsIsHelpError as error:
+                error.show()
+                code = USAGE
+            except click.ClickException as error:
+                tell(f"Error: {_sentence(error)}")
+                code = error.exit_code
+            except Exception as error:
+                # Whatever came of it: a terminal that is gone takes no sentence and no bar any more.
+                code = _explained(error) if signals.received is None else _interrupted(signals)
+                if code is None:
+                    raise
+            _leave(code or DONE)
 
     def list_commands(self, context: click.Context) -> list[str]:
         """As they were added: in the order in which one meets them."""
         return list(self.commands)
 
 
-def _leave(code: int) -> NoReturn:
-    """Exits, after an interruption without the threads that still wait for a market's answer.
+def _interrupted(signals: Signals) -> int:
+    last_words("Interrupted.")
+    return signals.exit_code
 
-    Python would join them, and a market that hangs would hold the user as long as its timeout.
+
+def _leave(code: int) -> NoReturn:
+    """Exits, after an interruption without what would hold that up or change the exit code.
+
+    Python would join the threads that still wait for a market's answer, as long as its timeout, and would flush into
+    a terminal that is gone.
     """
+    if code <= SIGNALLED:
+        sys.exit(code)
     threads = (t for t in threading.enumerate() if t is not threading.main_thread())
-    if code == INTERRUPTED and any(not thread.daemon for thread in threads):
+    is_held_up = any(not thread.daemon for thread in threads)
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
+    except OSError:
+        is_held_up = True
+    if is_held_up:
         os._exit(code)
     sys.exit(code)
 
@@ -98,7 +115,8 @@ def _explained(error: Exception) -> int | None:
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="SYMBOL is BTC/USDT or BTC_USDT; TIMEFRAME one of 1m 5m 15m 30m 1h 4h 1d 1w. Times are ISO 8601,"
     " UTC where no zone is given; an end is exclusive. With --json the result is one JSON document on"
-    " stdout. Exit codes: 0 done, 1 something is left incomplete or invalid, 2 usage or settings.",
+    " stdout. Exit codes: 0 done, 1 something is left incomplete or invalid, 2 usage or settings, 128 + n ended"
+    " by signal n (130 by Ctrl-C).",
 )
 @click.version_option(package_name="fks-backfill", prog_name="fks-backfill")
 def main() -> None:

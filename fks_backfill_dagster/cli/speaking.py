@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -37,6 +38,12 @@ def example(*lines: str) -> str:
 def tell(text: str) -> None:
     """A line for the person at the terminal."""
     click.echo(text, err=True)
+
+
+def last_words(text: str) -> None:
+    """As `tell`, of a command that a signal ends: its terminal may be gone."""
+    with suppress(OSError):
+        tell(text)
 
 
 def answer(text: str) -> None:

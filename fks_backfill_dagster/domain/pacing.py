@@ -11,6 +11,15 @@ from dataclasses import dataclass
 # A limit over this long or longer is a budget: nobody waits for the rest of a day in the middle of a run.
 BUDGET_SECONDS = 3600.0
 
+# However long a provider asks for (a header of a century, a ban until 2126), after a day it is requested again: if
+# it meant that, it says so again, at the cost of one request a day.
+LONGEST_WAIT = 86_400.0
+
+
+def bounded_wait(seconds: float) -> float:
+    """The seconds of a wait that a provider named, as far as they are heeded: 0 .. LONGEST_WAIT, and 0 for NaN."""
+    return min(seconds, LONGEST_WAIT) if seconds > 0 else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Window:

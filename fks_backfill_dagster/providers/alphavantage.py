@@ -63,10 +63,9 @@ from fks_backfill_dagster.providers.http import (
     RequestPool,
     Tally,
     host_of,
-    redact,
     system_micros,
-    usable_key,
 )
+from fks_backfill_dagster.providers.keys import redact, usable_key
 from fks_backfill_dagster.providers.pages import joined
 
 NAME = "alphavantage"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fks_backfill_dagster.domain.delivery import Delivery, Origin, Transport
-from fks_backfill_dagster.domain.pacing import Rest
+from fks_backfill_dagster.domain.pacing import Rest, bounded_wait
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
@@ -63,11 +63,14 @@ class TooOld(NotEntitled):
 
 
 class TransientError(ProviderError):
-    """Asking again may help. `retry_after` is in seconds, None where the provider told nothing."""
+    """Asking again may help. `retry_after` is in seconds, None where the provider told nothing.
+
+    Every time that a provider names passes through here, so here it is bounded: a day at most.
+    """
 
     def __init__(self, provider: str, message: str, retry_after: float | None = None) -> None:
         super().__init__(provider, message)
-        self.retry_after = retry_after
+        self.retry_after = None if retry_after is None else bounded_wait(retry_after)
 
 
 class RateLimited(TransientError):

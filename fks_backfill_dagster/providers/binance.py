@@ -50,7 +50,7 @@ from fks_backfill_dagster.providers.base import (
 )
 from fks_backfill_dagster.providers.binance_archive import ArchiveFile, Archives, Fetched, choose_files
 from fks_backfill_dagster.providers.http import (
-    MAX_BYTES,
+    MAX_JSON_BYTES,
     HttpClient,
     Limiter,
     RequestPool,
@@ -446,7 +446,9 @@ class _Klines:
     def _heed_weight(self, headers: Mapping[str, str], now: int) -> None:
         """Stops everybody until the next minute when the address's weight is nearly spent: not by us alone."""
         used = headers.get("X-MBX-USED-WEIGHT-1M", "")
-        if used.isdecimal() and int(used) >= self._pause_at:
+        if (
+            re.fullmatch("[0-9]+", used) and float(used) >= self._pause_at
+        ):  # int() refuses thousands of digits
             self._limiter.penalise(NAME, seconds_to_next_minute(now))
 
     def _market(self) -> _Market:
@@ -504,7 +506,7 @@ class _Market:
 
     def _remember(self, response: requests.Response, *_: object, **__: object) -> None:
         self._response = response
-        body = read_body(response, MAX_BYTES, self._client.answer_seconds)
+        body = read_body(response, MAX_JSON_BYTES, self._client.answer_seconds)
         response.raw = io.BytesIO(body)  # where requests takes the content from, once the hooks are done
 
     def _meaning(self, error: Exception, symbol: str) -> ProviderError:
@@ -556,8 +558,8 @@ def _code_and_message(body: bytes) -> tuple[int, str]:
 
 def _seconds_of_ban(message: str, headers: Mapping[str, str]) -> float | None:
     """From "IP banned until <ms>", by the server's clock."""
-    until = re.search(r"banned until (\d{13})", message)
+    until = re.search(r"banned until ([0-9]+)", message)
     if until is None:
         return None
     now = server_time(headers) or system_micros()
-    return max(0.0, int(until[1]) / 1000 - now / MICROS_PER_SECOND)
+    return max(0.0, float(until[1]) / 1000 - now / MICROS_PER_SECOND)

@@ -22,7 +22,6 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from enum import Enum
 from urllib.parse import quote
 
@@ -38,7 +37,6 @@ from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_WEEK,
     Timeframe,
     to_datetime,
-    to_micros,
 )
 from fks_backfill_dagster.providers.base import (
     BadAnswer,
@@ -57,6 +55,7 @@ from fks_backfill_dagster.providers.http import (
     RequestPool,
     Tally,
     Unreachable,
+    header_time,
     host_of,
     place_of,
 )
@@ -333,12 +332,10 @@ def published_at(file: ArchiveFile, headers: Mapping[str, str]) -> int:
     """When the file was made: its Last-Modified. Without that header the day after its period; a monthly
     file then counts as published the day after its first day, as it may be older than the daily file of any
     of its days (binance-public-data#475)."""
-    try:
-        moment = parsedate_to_datetime(headers["Last-Modified"])
-        # "-0000" leaves the zone open; the dates of HTTP are always UTC.
-        return to_micros(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return file.period.start + MICROS_PER_DAY if file.monthly else file.period.end
+    named = header_time(headers, "Last-Modified")
+    if named is not None:
+        return named
+    return file.period.start + MICROS_PER_DAY if file.monthly else file.period.end
 
 
 def read_archive(

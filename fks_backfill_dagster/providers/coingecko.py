@@ -63,8 +63,8 @@ from fks_backfill_dagster.providers.http import (
     said_in,
     server_time,
     system_micros,
-    usable_key,
 )
+from fks_backfill_dagster.providers.keys import usable_key
 from fks_backfill_dagster.providers.pages import agreeing, joined
 
 NAME = "coingecko"

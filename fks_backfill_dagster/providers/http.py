@@ -1,7 +1,7 @@
 """What every provider does with HTTP: limits, waits, retries, and errors that say what happened.
 
 Belongs here: the bound on requests in flight, the limiter and its protocol, one HTTP exchange, the
-retry loop around it, the meaning of a status code, the removal of keys from texts.
+retry loop around it, the meaning of a status code.
 Does not belong here: the path, the parameters or the answer of any one provider.
 
 A request passes two doors: a slot of the pool (how many are in flight in this process?), then the
@@ -21,9 +21,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Protocol, TypeVar
-from urllib.parse import quote, quote_plus, urlsplit
+from urllib.parse import urlsplit
 
 import orjson
 import requests
@@ -38,7 +39,7 @@ from urllib3.exceptions import (
     ReadTimeoutError,
 )
 
-from fks_backfill_dagster.domain.pacing import Pace, Turn, Window
+from fks_backfill_dagster.domain.pacing import Pace, Turn, Window, bounded_wait
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, to_micros
 from fks_backfill_dagster.providers.base import (
     BadAnswer,
@@ -51,17 +52,21 @@ from fks_backfill_dagster.providers.base import (
     TransientError,
     WrongKey,
 )
+from fks_backfill_dagster.providers.keys import SilentAdapter, keep_out_of_logs, redact
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 
-# Well above any documented answer (a monthly 1m archive has 2 MB, 50,000 Polygon bars 6 MB).
-MAX_BYTES = 64 * 1024 * 1024
+# Well above any documented answer (50,000 Polygon bars have 6 MB), as sent and as unpacked. Parsed, JSON takes
+# up to thirty times as much memory.
+MAX_JSON_BYTES = 16 * 1024 * 1024
 CONNECT_SECONDS = 10.0
 _CHUNK = 1 << 18
 # A wait that is longer than the first is told, but not more often than the second.
 _SILENT_SECONDS = 2.0
 _TOLD_AGAIN_SECONDS = 30.0
+# Who waits longer asks the limiter again in between: the wait may have been ended by hand.
+_LOOK_AGAIN_SECONDS = 10.0
 ANSWER_TIMEOUTS = 3
 
 
@@ -92,7 +97,7 @@ class Limiter(Protocol):
         ...
 
     def penalise(self, provider: str, seconds: float) -> None:
-        """Nobody asks this provider during the next `seconds`."""
+        """Nobody asks this provider during the next `seconds`, a day at most."""
         ...
 
 
@@ -145,7 +150,7 @@ class ProcessLimiter:
 
     def penalise(self, provider: str, seconds: float) -> None:
         with self._lock:
-            until = time.monotonic() + seconds
+            until = time.monotonic() + bounded_wait(seconds)
             self._closed_until[provider] = max(until, self._closed_until.get(provider, until))
 
     @staticmethod
@@ -313,6 +318,8 @@ class HttpClient:
         self._headers = dict(headers or {})
         self._local = threading.local()
         self._unreachable = False
+        if options.key:
+            keep_out_of_logs(options.key)
 
     def session(self) -> requests.Session:
         """This thread's session."""
@@ -321,6 +328,8 @@ class HttpClient:
             made = requests.Session()
             made.trust_env = False
             made.max_redirects = 0
+            for scheme in ("http://", "https://"):
+                made.mount(scheme, SilentAdapter())
             made.headers.update(self._headers)
             self._local.session = made
         return made
@@ -356,11 +365,12 @@ class HttpClient:
                     turn = self.limiter.admit(self.provider, weight)
                     if not turn.wait:
                         return self._take(turn, attempt, tally)
-                patience.spend(self.provider, turn)
+                pause = min(turn.wait, _LOOK_AGAIN_SECONDS)
+                patience.spend(self.provider, turn, pause)
                 if turn.wait > _SILENT_SECONDS:
                     why = turn.reason or "as its rate limit demands"
                     self.pool.told(self.provider, f"{self.provider}: waiting {turn.wait:.0f} s, {why}")
-                self.pool.sleep(turn.wait)
+                self.pool.sleep(pause)
 
         def tell(state: RetryCallState) -> None:
             lasts = (state.seconds_since_start or 0.0) + state.upcoming_sleep
@@ -396,9 +406,9 @@ class HttpClient:
             self.limiter.over(turn)
 
     def exchange(
-        self, url: str, params: Mapping[str, str] | None = None, *, max_bytes: int = MAX_BYTES
+        self, url: str, params: Mapping[str, str] | None = None, *, max_bytes: int = MAX_JSON_BYTES
     ) -> Reply:
-        """One GET, whatever its status. Raises TransientError when no whole answer came."""
+        """One GET, whatever its status. Raises TransientError when no whole answer came, or one too large."""
         place = place_of(url)
         timeout = (min(CONNECT_SECONDS, self.options.timeout_seconds), self.options.timeout_seconds)
         try:
@@ -428,6 +438,13 @@ class HttpClient:
             raise BadAnswer(self.provider, f"{reply.place} answered no valid JSON but {said}") from None
 
 
+class TooLarge(requests.RequestException):
+    """An answer of more bytes than `limit`; what is left of it is not read."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"more than {limit:,} bytes")
+
+
 def read_body(response: requests.Response, max_bytes: int, seconds: float) -> bytes:
     """The decoded body of a streamed response, bounded in size and in time.
 
@@ -440,7 +457,7 @@ def read_body(response: requests.Response, max_bytes: int, seconds: float) -> by
         while chunk := response.raw.read1(_CHUNK, decode_content=True):
             body += chunk
             if len(body) > max_bytes:
-                raise requests.exceptions.ContentDecodingError(f"more than {max_bytes} bytes")
+                raise TooLarge(max_bytes)
             if time.monotonic() > deadline:
                 raise requests.ReadTimeout("timed out")
     except requests.RequestException:
@@ -464,15 +481,16 @@ class _Patience(stop_base):
         self.for_told_waits = options.longest_wait_seconds
         self._failed_at: float | None = None
 
-    def spend(self, provider: str, turn: Turn) -> None:
-        """Allows for a wait that the limiter tells. Raises RateLimited when it is longer than is left."""
+    def spend(self, provider: str, turn: Turn, pause: float) -> None:
+        """Allows for a `pause` of the wait that the limiter tells. Raises RateLimited when the whole of it is
+        longer than is left."""
         if turn.reason is not None:
             if turn.wait > self.for_told_waits:
                 text = f"{turn.reason} another {turn.wait:.0f} s"
                 raise RateLimited(provider, text, retry_after=turn.wait)
-            self.for_told_waits -= turn.wait
+            self.for_told_waits -= pause
         if self._failed_at is not None:
-            self._failed_at += turn.wait
+            self._failed_at += pause
 
     def __call__(self, retry_state: RetryCallState) -> bool:
         if self._failed_at is None:
@@ -562,26 +580,42 @@ def network_error(
         return Unreachable(provider, f"{place}: no connection ({why}): {check}")
     if isinstance(error, requests.Timeout) or "timed out" in str(error):
         return Unreachable(provider, f"{place} did not answer in time: {check}")
+    if isinstance(error, TooLarge):
+        return BadAnswer(provider, f"{place} answered {error}, which is too large to be an answer")
     if isinstance(error, requests.exceptions.ContentDecodingError):
         return BadAnswer(provider, f"{place} sent a body that cannot be read: {error}")
     return TransientError(provider, f"{place}: the connection broke before the answer was complete")
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds of a Retry-After header; None where there is none that makes sense."""
-    try:
-        seconds = float(headers.get("Retry-After", ""))
-    except ValueError:
+    """The seconds of a Retry-After header, a number or a date; None where there is none that makes sense.
+
+    They may be too many: TransientError bounds them. A date is taken by the server's clock, where it tells it.
+    """
+    text = headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"[0-9]+(\.[0-9]*)?", text):
+        return float(text)
+    until = header_time(headers, "Retry-After")
+    if until is None:
         return None
-    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+    now = server_time(headers) or system_micros()
+    return max(0.0, (until - now) / MICROS_PER_SECOND)
 
 
 def server_time(headers: Mapping[str, str]) -> int | None:
     """The server's clock at the answer, from its Date header (whole seconds), in microseconds."""
+    return header_time(headers, "Date")
+
+
+def header_time(headers: Mapping[str, str], name: str) -> int | None:
+    """The instant that a header names, in microseconds; None without it, or where it is no date since 1970."""
     try:
-        return to_micros(parsedate_to_datetime(headers.get("Date", "")))
-    except ValueError:
+        moment = parsedate_to_datetime(headers.get(name, ""))
+        # "-0000" leaves the zone open; the dates of HTTP are always UTC.
+        named = to_micros(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+    except (ArithmeticError, LookupError, TypeError, ValueError):  # a year of 400 digits is an OverflowError
         return None
+    return named if named >= 0 else None
 
 
 def said_in(body: bytes, key: str | None = None) -> str:
@@ -594,25 +628,6 @@ def said_in(body: bytes, key: str | None = None) -> str:
     if text.startswith("<"):
         return "an HTML page"
     return redact(text, key)[:200]
-
-
-def redact(text: str, key: str | None) -> str:
-    """`text` without the key, in whatever way a URL may have quoted it."""
-    if key:
-        for form in {key, quote(key), quote(key, safe=""), quote_plus(key)}:
-            text = text.replace(form, "***")
-    return text
-
-
-def usable_key(provider: str, key: str, variable: str) -> str:
-    """The key without surrounding blanks.
-
-    Raises WrongKey for one that cannot go into a header: requests would quote it in its error.
-    """
-    key = key.strip()
-    if not re.fullmatch(r"[!-~]+", key):
-        raise WrongKey(provider, f"the value of {variable} is no key: it is empty or has odd characters")
-    return key
 
 
 def place_of(url: str) -> str:

@@ -58,8 +58,8 @@ from fks_backfill_dagster.providers.http import (
     Tally,
     host_of,
     system_micros,
-    usable_key,
 )
+from fks_backfill_dagster.providers.keys import usable_key
 from fks_backfill_dagster.providers.pages import agreeing, differing, joined
 
 NAME = "oanda"

@@ -77,12 +77,11 @@ from fks_backfill_dagster.providers.http import (
     RequestPool,
     Tally,
     host_of,
-    redact,
     retry_after,
     server_time,
     system_micros,
-    usable_key,
 )
+from fks_backfill_dagster.providers.keys import redact, usable_key
 from fks_backfill_dagster.providers.pages import joined
 from fks_backfill_dagster.providers.sessions import midnight_dates
 

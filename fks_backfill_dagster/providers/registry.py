@@ -104,7 +104,7 @@ def resolve_options(
         base_url=(base_url or registered.base_url).rstrip("/"),
         archive_url=archive_url or (None if base_url else registered.archive_url),
         requests_per_minute=requests_per_minute or registered.requests_per_minute,
-        key=key or None,
+        key=(key or "").strip() or None,
         **{option: value for option, value in given.items() if value is not None},
     )
 

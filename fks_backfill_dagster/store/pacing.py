@@ -1,7 +1,7 @@
 """One limit per provider and account for all processes and machines, and the providers left alone.
 
-Belongs here: the limiter and the circuit that are shared through the database, and a look at both. The
-counting itself is the function `fks.pace_admit` (revision 0002), one round trip by the database's clock.
+Belongs here: the limiter and the circuit that are shared through the database, a look at both, and their reset
+by hand. The counting itself is the function `fks.pace_admit` (revision 0002), one round trip by the database's clock.
 Does not belong here: what the limits are (providers), when a provider has failed (pipeline).
 
 A limit holds strictly in any window, as the provider counts: docs/adr/0010-rate-limit-in-sql.md.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 
-from fks_backfill_dagster.domain.pacing import Pace, Rest, Turn
+from fks_backfill_dagster.domain.pacing import LONGEST_WAIT, Pace, Rest, Turn, bounded_wait
 from fks_backfill_dagster.store.database import Database
 
 # So many failures in a row, over all processes and each after its own retries, let a provider rest: for
@@ -25,6 +25,9 @@ from fks_backfill_dagster.store.database import Database
 FAILURES = 5
 FIRST_REST = 60
 LONGEST_REST = 3600
+
+# For so long a process remembers what the database told it to wait: not to the end, which may come sooner by hand.
+REMEMBERED_SECONDS = 5.0
 
 _ADMIT = sa.text(
     "SELECT wait_ms, closed, bound_by, admitted FROM fks.pace_admit(:provider, :account, :owner, :weight,"
@@ -36,6 +39,25 @@ _PENALISE = sa.text(
     " VALUES (:provider, :account, clock_timestamp() + :seconds * interval '1 second')"
     " ON CONFLICT (provider, account)"
     " DO UPDATE SET closed_until = greatest(p.closed_until, excluded.closed_until)"
+)
+# A table written before waits were bounded may hold a century. It is shortened in the table as soon as a request
+# meets it: shortened only where it is read, it would stay a day ahead permanently.
+_SHORTEN = sa.text(
+    """
+    UPDATE fks.pacing p SET
+        closed_until = CASE WHEN p.closed_until > l.until THEN l.until ELSE p.closed_until END,
+        resting_until = CASE WHEN p.resting_until > l.until THEN l.until ELSE p.resting_until END
+    FROM (SELECT clock_timestamp() + :longest * interval '1 second' AS until) l
+    WHERE provider = :provider AND account = :account AND (p.closed_until > l.until OR p.resting_until > l.until)
+    """
+)
+_RESET = sa.text(
+    """
+    DELETE FROM fks.pacing WHERE provider = :provider AND account = :account
+    RETURNING provider, account, failures, reason,
+              CAST(extract(epoch FROM closed_until - clock_timestamp()) AS float8),
+              CAST(extract(epoch FROM resting_until - clock_timestamp()) AS float8)
+    """
 )
 _FAILED = sa.text(
     """
@@ -87,7 +109,7 @@ class SharedLimiter:
         self._paces = dict(paces)
         self._owner = uuid.uuid4().hex
         self._lock = threading.Lock()
-        self._told: dict[str, tuple[float, Turn]] = {}
+        self._told: dict[str, tuple[float, Turn]] = {}  # when, and what
 
     def admit(self, provider: str, weight: int) -> Turn:
         if turn := self._as_told(provider):
@@ -104,12 +126,15 @@ class SharedLimiter:
                 "longest": pace.longest * 1000,
             }
             wait_ms, closed, bound_by, number = connection.execute(_ADMIT, asked).one()
-        if not wait_ms:
-            return Turn(number=number)
-        reason = "told us to wait" if closed else pace.windows[bound_by - 1].reason
-        turn = Turn(wait_ms / 1000, reason)
+            if not wait_ms:
+                return Turn(number=number)
+            wait = wait_ms / 1000
+            if closed and wait > LONGEST_WAIT:
+                _shorten(connection, provider, pace.account)
+                wait = LONGEST_WAIT
+        turn = Turn(wait, "told us to wait" if closed else pace.windows[bound_by - 1].reason)
         with self._lock:
-            self._told[provider] = (time.monotonic() + turn.wait, turn)
+            self._told[provider] = (time.monotonic(), turn)
         return turn
 
     def over(self, turn: Turn) -> None:
@@ -120,14 +145,15 @@ class SharedLimiter:
     def penalise(self, provider: str, seconds: float) -> None:
         account = self._paces.get(provider, Pace()).account
         with self._database.autocommit() as connection:
-            connection.execute(_PENALISE, {"provider": provider, "account": account, "seconds": seconds})
+            named = {"provider": provider, "account": account, "seconds": bounded_wait(seconds)}
+            connection.execute(_PENALISE, named)
 
     def _as_told(self, provider: str) -> Turn | None:
-        """What another thread was told holds for this one too, so that the database is asked once."""
+        """What another thread was told a moment ago holds for this one too, so that the database is asked once."""
         with self._lock:
-            until, turn = self._told.get(provider, (0.0, Turn()))
-        left = until - time.monotonic()
-        return replace(turn, wait=left) if left > 0 else None
+            told_at, turn = self._told.get(provider, (0.0, Turn()))
+        ago = time.monotonic() - told_at
+        return replace(turn, wait=turn.wait - ago) if ago < min(turn.wait, REMEMBERED_SECONDS) else None
 
 
 class SharedCircuit:
@@ -140,6 +166,8 @@ class SharedCircuit:
     def closed_for(self, provider: str) -> Rest | None:
         with self._database.autocommit() as connection:
             row = connection.execute(_RESTING, self._who(provider)).one_or_none()
+            if row is not None and row[0] > LONGEST_WAIT:
+                _shorten(connection, provider, self._accounts.get(provider, ""))
         return None if row is None else _rest(row[0], row[1], row[2])
 
     def failed(self, provider: str, reason: str) -> Rest | None:
@@ -184,18 +212,43 @@ def provider_states(database: Database) -> list[ProviderState]:
     """Every account that was ever told to wait or failed, by provider."""
     with database.begin() as connection:
         rows = connection.execute(_STATES).all()
-    return [
-        ProviderState(
-            provider,
-            account,
-            failures,
-            reason,
-            closed if closed is not None and closed > 0 else None,
-            _rest(resting, failures, reason) if resting is not None and resting > 0 else None,
-        )
-        for provider, account, failures, reason, closed, resting in rows
-    ]
+    return [_state(*row) for row in rows]
+
+
+def reset(database: Database, provider: str, account: str) -> ProviderState | None:
+    """Ends every wait of this account and forgets its failures; what it spent of its limits still counts.
+
+    Returns how it stood; None where there was nothing to end. Other processes notice with their next request,
+    those that are waiting after some seconds.
+    """
+    with database.begin() as connection:
+        row = connection.execute(_RESET, {"provider": provider, "account": account}).one_or_none()
+    state = None if row is None else _state(*row)
+    return state if state is not None and (state.is_out or state.failures) else None
+
+
+def _state(
+    provider: str,
+    account: str,
+    failures: int,
+    reason: str | None,
+    closed: float | None,
+    resting: float | None,
+) -> ProviderState:
+    return ProviderState(
+        provider,
+        account,
+        failures,
+        reason,
+        bounded_wait(closed) if closed is not None and closed > 0 else None,
+        _rest(resting, failures, reason) if resting is not None and resting > 0 else None,
+    )
 
 
 def _rest(seconds: float, failures: int, reason: str | None) -> Rest:
-    return Rest(seconds, f"it failed {failures} times in a row, at last: {reason}")
+    return Rest(bounded_wait(seconds), f"it failed {failures} times in a row, at last: {reason}")
+
+
+def _shorten(connection: sa.Connection, provider: str, account: str) -> None:
+    """Cuts what was stored before waits were bounded to a day from now."""
+    connection.execute(_SHORTEN, {"provider": provider, "account": account, "longest": LONGEST_WAIT})

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,14 @@ def start(*arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[st
         stderr=stderr,
         text=True,
     )
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Waits for a condition."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come true"
+        time.sleep(0.02)
 
 
 @pytest.fixture

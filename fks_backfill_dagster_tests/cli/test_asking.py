@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -417,6 +418,60 @@ def test_providers_that_are_left_alone_or_told_us_to_wait(
         assert re.fullmatch(words, told.stderr)
         assert told.json == fks("status", *names, "--json").json, "stdout is the document alone"
     assert re.fullmatch(words, fks("status").stderr)
+
+
+def test_a_wait_is_ended_by_hand(fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A market that names a century closes itself for a day; by hand it is open again, for other processes too."""
+    monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ARCHIVE_URL", "null")
+    world.plant_fault("binance", "status", count=1, status=429, seconds=3.2e9)
+    line = ("backfill", "BTC/USDT", "1h", *JANUARY, *ONLY, "--json")
+    assert fks(*line).exit_code == 1
+    requests = world.requests()
+    assert fks(*line).exit_code == 1
+    assert world.requests() == requests, "it is not asked"
+    assert re.search(r"binance: told us to wait another 86\d{3} s\n", fks("status").stderr)
+    told = fks("series", "providers", "--reset", "binance")
+    assert told.exit_code == 0
+    assert re.match(r"binance: ended the wait of another 86,\d{3} s that it asked for", told.stdout)
+    assert fks(*line).exit_code == 0
+
+
+def test_a_cool_down_is_ended_by_hand(fks: Command, world: LocalMarket, database_url: str) -> None:
+    settings = load_settings()
+    options = wiring.enabled_options(settings)
+    reset = ("series", "providers", "--reset", "binance")
+    with wiring.open_database(settings) as database:
+        for _ in range(5):
+            wiring.circuit_for(options, database).failed("binance", "binance: answered 503")
+        wiring.limiter_for(options, database).penalise("binance-archive", 1e9)
+        document = fks(*reset, "--json").json
+        for _ in range(2):
+            wiring.circuit_for(options, database).failed("binance", "binance: answered 502")
+        shown = fks(*reset).stdout
+    assert document["provider"] == "binance"
+    rest, archive = document["ended"]
+    assert (rest["provider"], rest["told_to_wait_seconds"], rest["failures"]) == ("binance", None, 5)
+    assert 0 < rest["cool_down_seconds"] <= 60
+    assert rest["reason"] == "binance: answered 503"
+    assert (archive["provider"], archive["cool_down_seconds"], archive["failures"]) == (
+        "binance-archive",
+        None,
+        0,
+    )
+    assert 86_000 < archive["told_to_wait_seconds"] <= 86_400
+    assert shown == "binance: ended the count of its failures (2, the last one: binance: answered 502).\n"
+    assert fks(*reset).stdout == "binance: there is nothing to end: it is requested as usual.\n"
+    assert fks(*reset, "--json").json == {"provider": "binance", "ended": []}
+
+
+@pytest.mark.parametrize(("name", "says"), [("binanse", "did you mean binance?"), ("?", "known: binance ")])
+def test_a_provider_that_is_not_there_is_not_reset(
+    fks: Command, settings: Path, name: str, says: str
+) -> None:
+    told = fks("series", "providers", "--reset", name)
+    assert (told.exit_code, told.stdout) == (2, "")
+    assert f"{name!r} is not a provider" in told.stderr
+    assert says in told.stderr
 
 
 # Batches

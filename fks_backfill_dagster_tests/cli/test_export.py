@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import os
+import signal
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fks_backfill_dagster import read_candles
+from fks_backfill_dagster.cli import exporting
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.delivery import Delivery, Origin, Transport
 from fks_backfill_dagster.domain.grid import grid_of
@@ -26,7 +30,7 @@ from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store.commit import BatchWrite, commit_batch
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.ledger import register
-from fks_backfill_dagster_tests.cli.conftest import Command
+from fks_backfill_dagster_tests.cli.conftest import Command, start, until
 
 SERIES = Series("EUR/USD", Timeframe.D1, AssetClass.FOREX)
 COLUMNS = ["open", "high", "low", "close", "volume"]
@@ -137,6 +141,63 @@ def test_a_place_that_is_not_there(fks: Command, stored: Candles) -> None:
     assert (told.exit_code, told.stdout) == (1, "")
     assert "nowhere/out.csv cannot be written" in told.stderr
     assert told.stderr.count("\n") == 1
+
+
+def test_the_file_has_the_mode_of_any_new_file(fks: Command, stored: Candles, tmp_path: Path) -> None:
+    for mask in (0o022, 0o077, 0o002):
+        before = os.umask(mask)
+        try:
+            (tmp_path / "plain").write_text("x")
+            fks("export", "EUR/USD", "1d", "-o", "out.csv")
+            assert os.umask(mask) == mask, "the mask is as it was"
+        finally:
+            os.umask(before)
+        assert (tmp_path / "out.csv").stat().st_mode == (tmp_path / "plain").stat().st_mode
+        (tmp_path / "plain").unlink()
+
+
+def test_no_planted_link_is_followed(fks: Command, stored: Candles, tmp_path: Path) -> None:
+    """Who can write to the folder plants links by every name that can be foreseen, and one by the target's."""
+    precious = tmp_path / "precious"
+    precious.write_text("untouched")
+    for name in ("out.csv", f".out.csv.{os.getpid()}.part", f"out.csv.{os.getpid()}", "out.csv.part"):
+        (tmp_path / name).symlink_to(precious)
+    assert fks("export", "EUR/USD", "1d", "-o", "out.csv").exit_code == 0
+    assert precious.read_text() == "untouched"
+    assert not (tmp_path / "out.csv").is_symlink()
+    assert from_csv((tmp_path / "out.csv").read_bytes()).equals(stored)
+
+
+def test_what_is_written_while_the_name_is_replaced(
+    stored: Candles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody exchanges the unfinished file for a link: what follows goes into the file, not through the link."""
+    precious = tmp_path / "precious"
+    precious.write_text("untouched")
+
+    def blocks() -> Iterator[Candles]:
+        [part] = tmp_path.glob(".*.part")
+        part.unlink()
+        part.symlink_to(precious)
+        yield stored
+
+    for name in ("out.csv", "out.csv.gz", "out.parquet"):
+        exporting._write(tmp_path / name, exporting._sink(tmp_path / name), blocks())
+        assert precious.read_text() == "untouched"
+
+
+def test_a_signal_leaves_no_half_file(stored: Candles, tmp_path: Path, database: Database) -> None:
+    """It waits for the candles' table, which somebody holds, when the signal comes."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        with database.begin() as connection:
+            connection.exec_driver_sql("LOCK TABLE fks.candles_1d IN ACCESS EXCLUSIVE MODE")
+            with start("export", "EUR/USD", "1d", "-o", "out.csv") as running:
+                until(lambda: bool(list(tmp_path.glob(".*.part"))))
+                running.send_signal(number)
+                stdout, stderr = running.communicate(timeout=30)
+        assert (running.returncode, stdout) == (128 + number, "")
+        assert stderr.strip() == "Interrupted."
+        assert not list(tmp_path.glob("*out.csv*")) + list(tmp_path.glob(".*.part"))
 
 
 # For programs

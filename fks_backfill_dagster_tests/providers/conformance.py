@@ -8,11 +8,14 @@ Belongs here: what holds for all providers. Does not belong here: a wire format.
 
 from __future__ import annotations
 
+import gzip
+import http.client
+import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import ClassVar
 from urllib.parse import unquote
@@ -20,10 +23,12 @@ from urllib.parse import unquote
 import numpy as np
 import orjson
 import pytest
+import requests
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.derive import derive, parts_span
 from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.pacing import LONGEST_WAIT
 from fks_backfill_dagster.domain.quality import verify
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
@@ -40,11 +45,33 @@ from fks_backfill_dagster.providers.base import (
     UnknownSymbol,
     WrongKey,
 )
+from fks_backfill_dagster.providers.http import MAX_JSON_BYTES
 from fks_backfill_dagster.settings import KEY_VARIABLES
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.scripted import Asked, Said, Server, json_said, serve, us
 
 KEY = "sEcReT+key/with=odd&signs"
+
+# Waiting times and dates as a broken or hostile server writes them.
+ABSURD = {
+    "a century": "3153600000",
+    "digits": "9" * 400,
+    "many digits": "9" * 20_000,
+    "exponent": "1e300",
+    "nan": "nan",
+    "inf": "inf",
+    "negative": "-1",
+    "wide digits": "\uff19\uff19\uff19",
+    "underscores": "1_000_000_000",
+    "year 9999": "Fri, 31 Dec 9999 23:59:59 GMT",
+    "year 1": "Mon, 01 Jan 0001 00:00:00 GMT",
+    "year 1, beyond": "Mon, 01 Jan 0001 00:00:00 +2359",
+    "a year of digits": f"Fri, 31 Dec {'9' * 400} 23:59:59 GMT",
+    "a zone of digits": f"Fri, 31 Dec 2026 23:59:59 +{'9' * 30}",
+    "no zone": "Fri, 31 Dec 2126 23:59:59 -0000",
+    "nothing": "",
+    "a comma": ",",
+}
 
 
 class ProviderConformance:
@@ -343,6 +370,38 @@ class ProviderConformance:
             assert time.monotonic() - began < 5, "an hour is not waited for"
         assert caught.value.retry_after == pytest.approx(3600, abs=10)
 
+    @pytest.mark.parametrize("named", ABSURD.values(), ids=ABSURD.keys())
+    @pytest.mark.parametrize("status", [418, 429, 503])
+    def test_no_wait_is_longer_than_a_day(
+        self, provider: Callable[..., Provider], named: str, status: int
+    ) -> None:
+        limited = json_said({"error": "slow down"}, status, {"Retry-After": _on_the_wire(named)})
+        error = self.fails(provider, lambda _: limited, TransientError, longest_wait_seconds=0.0)
+        assert isinstance(error, TransientError)
+        assert error.retry_after is None or 0 <= error.retry_after <= LONGEST_WAIT
+
+    @pytest.mark.parametrize("named", ABSURD.values(), ids=ABSURD.keys())
+    def test_an_odd_clock_of_the_server(self, provider: Callable[..., Provider], named: str) -> None:
+        def dated(asked: Asked) -> Said:
+            honest = self.market(asked)
+            return replace(honest, headers={**honest.headers, "Date": _on_the_wire(named)})
+
+        with self.asking(provider, dated) as (made, series, _):
+            window = self.window(series)
+            rows = Candles.concat([d.candles for d in made.fetch(series, window).deliveries])
+            good = verify(rows, window, grid_of(series), window.end).good.ts
+            # What is no date counts as none. "0001" is 2001 to the standard library: nothing has closed yet.
+            assert np.array_equal(good, grid_of(series).opens(window)) or (len(good) == 0 and "0001" in named)
+
+    @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+    def test_an_answer_is_refused_by_its_size(self, provider: Callable[..., Provider], packed: bool) -> None:
+        """63 MB of empty lists are 2 GB once they are parsed."""
+        body = b"[" + b"[]," * (MAX_JSON_BYTES // 3) + b"[]]"
+        headers = {"Content-Type": "application/json"} | ({"Content-Encoding": "gzip"} if packed else {})
+        said = Said(gzip.compress(body, 1) if packed else body, headers=headers)
+        error = self.fails(provider, lambda _: said, BadAnswer)
+        assert str(error).endswith("answered more than 16,777,216 bytes, which is too large to be an answer")
+
     def test_a_refusal_is_not_asked_again(self, provider: Callable[..., Provider]) -> None:
         for status in (401, 403):
             with self.asking(provider, lambda _, s=status: json_said({}, s)) as (made, series, server):
@@ -413,6 +472,45 @@ class ProviderConformance:
                 for delivery in answer.deliveries:
                     assert "sEcReT" not in repr(delivery.origin), "not in any quoting either"
 
+    @pytest.mark.parametrize("malformed", [False, True], ids=["every request", "malformed header"])
+    def test_no_log_holds_the_key(
+        self, provider: Callable[..., Provider], malformed: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Of a program that logs everything. The server sends the request back where urllib3 quotes the answer."""
+        if not self.needs_key:
+            pytest.skip("a keyless provider has nothing to hide")
+
+        def echoing(asked: Asked) -> Said:
+            told = f"1\r\nno header: {asked.query} {asked.headers}" if malformed else "1"
+            honest = self.market(asked)
+            return replace(honest, headers={**honest.headers, "X": told})
+
+        caplog.set_level(logging.DEBUG)
+        with self.asking(provider, echoing) as (made, series, _):
+            made.fetch(series, self.window(series))
+        assert '"GET /' in caplog.text
+        assert not malformed or "Failed to parse headers" in caplog.text
+        assert "sEcReT" not in caplog.text, "not in any quoting either"
+        assert "***" in caplog.text or not malformed
+        assert all(record.exc_info is None for record in caplog.records), "a handler may format it by itself"
+
+    def test_no_output_holds_the_key(
+        self,
+        provider: Callable[..., Provider],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """Somebody makes http.client print all requests, as the documentation of requests advises."""
+        if not self.needs_key:
+            pytest.skip("a keyless provider has nothing to hide")
+        monkeypatch.setattr(http.client.HTTPConnection, "debuglevel", 1)
+        with self.asking(provider, self.market) as (made, series, server):
+            made.fetch(series, self.window(series))
+            assert "sEcReT" not in capsys.readouterr().out
+            with suppress(requests.RequestException):  # the market knows no such path
+                requests.get(f"{server.url}/other", timeout=5)
+            assert "/other" in capsys.readouterr().out, "what others send is printed"
+
     # --- shared by the tests above ---
 
     def fails(
@@ -429,3 +527,8 @@ class ProviderConformance:
         ):
             made.fetch(series, self.window(series))
         return caught.value
+
+
+def _on_the_wire(text: str) -> str:
+    """A header's value, as http.server encodes it (Latin-1), with these bytes in UTF-8."""
+    return text.encode().decode("latin-1")

@@ -81,10 +81,12 @@ def serve(answer: Callable[[Asked], Said]) -> Iterator[Server]:
 
         def _say(self, said: Said) -> None:
             time.sleep(said.delay)
-            self.send_response(said.status)
+            self.send_response_only(said.status)
+            if "Date" not in said.headers:
+                self.send_header("Date", self.date_time_string())
+            self.send_header("Content-Length", str(len(said.body)))  # first: what follows may be malformed
             for name, value in said.headers.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(said.body)))
             self.end_headers()
             self.wfile.write(said.body[: said.cut])
             if said.cut is not None:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.pacing import LONGEST_WAIT
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_MINUTE, Timeframe
@@ -351,6 +352,28 @@ class TestLimits:
             assert caught.value.retry_after is not None
             assert caught.value.retry_after <= 60
             assert len(server.requests) == 1
+
+    @pytest.mark.parametrize("until", ["4102444800000", "9" * 400, "1" * 14, "0", "\u0669" * 13, "-1", "nan"])
+    def test_a_ban_is_over_after_a_day(self, make: Make, until: str) -> None:
+        """2100, and what is no time at all."""
+        body = {"code": -1003, "msg": f"Way too much request weight used; IP banned until {until}. Please."}
+        with serve(lambda _: json_said(body, 418)) as server:
+            provider = make("binance", server.url, retry_budget_seconds=0.0)
+            with pytest.raises(RateLimited) as caught:
+                provider.fetch(crypto(Timeframe.D1), WINDOW)
+        told = caught.value.retry_after
+        assert told in (None, 0, LONGEST_WAIT)
+        assert (told == LONGEST_WAIT) == (until in ("4102444800000", "9" * 400, "1" * 14))
+
+    @pytest.mark.parametrize("used", ["9" * 400, "9" * 20_000, "\u0669" * 5, "-1", "1e300", "nan"])
+    def test_a_weight_that_is_none(self, make: Make, used: str) -> None:
+        def answer(_: Asked, honest: Said) -> Said:
+            headers = {"X-MBX-USED-WEIGHT-1M": used.encode().decode("latin-1")}
+            return Said(honest.body, 200, headers)
+
+        with serve(SmallBinance(rest=answer)) as server:
+            provider = make("binance", server.url, retry_budget_seconds=0.0, longest_wait_seconds=0.0)
+            assert len(of(provider.fetch(crypto(Timeframe.D1), WINDOW))) == 2
 
     def test_own_pace_replaces_the_default(self, make: Make) -> None:
         def answer(_: Asked, honest: Said) -> Said:

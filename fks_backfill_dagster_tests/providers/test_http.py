@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.pacing import Pace, Window
+from fks_backfill_dagster.domain.pacing import LONGEST_WAIT, Pace, Window
 from fks_backfill_dagster.providers.base import (
     BadAnswer,
     NotEntitled,
@@ -28,12 +31,12 @@ from fks_backfill_dagster.providers.http import (
     RequestPool,
     Tally,
     Unreachable,
-    redact,
     retry_after,
     said_in,
+    server_time,
     status_error,
-    usable_key,
 )
+from fks_backfill_dagster.providers.keys import redact, usable_key
 from fks_backfill_dagster_tests.providers.scripted import Asked, Said, serve
 
 KEY = "s3cr3t/+key"
@@ -231,7 +234,7 @@ class TestExchange:
     def test_too_large(self, pool: RequestPool) -> None:
         with serve(lambda _: Said(b"x" * 5000)) as server:
             client = client_of(pool, server.url)
-            with pytest.raises(BadAnswer, match="more than 1000 bytes"):
+            with pytest.raises(BadAnswer, match="answered more than 1,000 bytes, which is too large"):
                 client.exchange(server.url, max_bytes=1000)
 
     def test_no_answer_in_time(self, pool: RequestPool) -> None:
@@ -295,10 +298,51 @@ def test_statuses(status: int, kind: type[ProviderError]) -> None:
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [("3", 3.0), ("0.5", 0.5), ("nan", None), ("-1", None), ("soon", None), ("inf", None)],
+    [
+        ("3", 3.0),
+        (" 0.5 ", 0.5),
+        ("nan", None),
+        ("-1", None),
+        ("soon", None),
+        ("inf", None),
+        ("1e300", None),
+        ("1_000", None),
+        ("\u0663", None),
+        ("", None),
+        ("Wed, 21 Oct 2026 07:28:30 GMT", 30.0),
+        ("Wed, 21 Oct 2026 07:28:30 -0000", 30.0),
+        ("Wed, 21 Oct 2026 09:28:30 +0200", 30.0),
+        ("Wed, 21 Oct 2026 07:27:00 GMT", 0.0),
+        ("Wed, 32 Oct 2026 07:28:00 GMT", None),
+    ],
 )
 def test_retry_after(value: str, seconds: float | None) -> None:
-    assert retry_after({"Retry-After": value}) == seconds
+    assert retry_after({"Retry-After": value, "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}) == seconds
+
+
+def test_a_date_to_wait_for_is_taken_by_our_clock_where_the_server_tells_none() -> None:
+    until = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    assert retry_after({"Retry-After": until}) == pytest.approx(60, abs=5)
+
+
+@given(st.text() | st.text("0123456789 ,:+-.eGMTFriDec"))
+def test_no_header_is_an_error(text: str) -> None:
+    for headers in ({"Retry-After": text}, {"Date": text}, {"Retry-After": text, "Date": text}):
+        seconds, _ = retry_after(headers), server_time(headers)
+        assert seconds is None or seconds >= 0
+        error = TransientError("p", "no", seconds)
+        assert error.retry_after is None or 0 <= error.retry_after <= LONGEST_WAIT
+
+
+@pytest.mark.parametrize(
+    ("named", "heeded"),
+    [(3.0, 3.0), (1e300, LONGEST_WAIT), (math.inf, LONGEST_WAIT), (math.nan, 0.0), (-5.0, 0.0)],
+)
+def test_a_wait_is_a_day_at_most(named: float, heeded: float) -> None:
+    assert TransientError("p", "slow down", named).retry_after == heeded
+    limiter = ProcessLimiter({})
+    limiter.penalise("p", named)
+    assert limiter.admit("p", 1).wait == pytest.approx(heeded, abs=1)
 
 
 @given(st.text(min_size=4), st.text(), st.text())

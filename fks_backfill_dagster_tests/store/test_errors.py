@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import traceback
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,25 @@ def test_out_of_locks_is_not_a_full_disk(database: Database) -> None:
 def test_any_other_error_is_told_in_one_line(database: Database) -> None:
     with pytest.raises(StoreError, match=r'reported an error: relation "absent" does not exist$'):
         execute(database, "SELECT * FROM absent")
+
+
+def test_no_log_holds_the_password(empty_database_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a program that logs everything, SQLAlchemy's statements, connections and their failures included."""
+    caplog.set_level(logging.DEBUG)
+    for name in ("sqlalchemy", "sqlalchemy.engine", "sqlalchemy.pool", "psycopg", "alembic"):
+        caplog.set_level(logging.DEBUG, name)
+    with role(empty_database_url, f"LOGIN SUPERUSER PASSWORD '{PASSWORD}'") as name:
+        for url in (
+            as_user(empty_database_url, username=name),
+            f"postgresql://fks:{PASSWORD}@127.0.0.1:1/fks",
+        ):
+            database = Database(url)
+            with suppress(StoreError):
+                database.upgrade()
+            database.dispose()
+    assert "CREATE SCHEMA" in caplog.text
+    assert "connection failed" in caplog.text
+    assert PASSWORD not in caplog.text
 
 
 _INTERRUPTED = """

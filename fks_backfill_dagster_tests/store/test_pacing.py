@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Iterator
@@ -10,9 +11,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from fks_backfill_dagster.domain.pacing import BUDGET_SECONDS, Pace, Rest, Turn, Window
+from fks_backfill_dagster.domain.pacing import BUDGET_SECONDS, LONGEST_WAIT, Pace, Rest, Turn, Window
+from fks_backfill_dagster.store import pacing
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.pacing import SharedCircuit, SharedLimiter, provider_states
+from fks_backfill_dagster.store.pacing import SharedCircuit, SharedLimiter, provider_states, reset
 from fks_backfill_dagster_tests.store.builders import execute, fetch
 from fks_backfill_dagster_tests.store.crowd import Crowd, counting_server
 
@@ -199,6 +201,104 @@ class TestPenalty:
         limiter_of(shared, account).penalise("p", 30)
         assert 29 < limiter_of(shared, account).admit("p", 1).wait <= 30
         assert limiter_of(shared, account + "2").admit("p", 1).wait == GO
+
+
+class TestADay:
+    """No provider is closed for longer, whatever it names and whatever was stored before that was so."""
+
+    @pytest.mark.parametrize("named", [86_401.0, 3.2e9, 1e15, 1e300, math.inf])
+    def test_a_penalty(self, shared: Database, account: str, named: float) -> None:
+        limiter_of(shared, account).penalise("p", named)
+        turn = limiter_of(shared, account).admit("p", 1)
+        assert LONGEST_WAIT - 60 < turn.wait <= LONGEST_WAIT
+        assert turn.reason == "told us to wait"
+
+    @pytest.mark.parametrize("named", [math.nan, -1.0, -1e300, -math.inf, 0.0])
+    def test_a_penalty_that_is_none(self, shared: Database, account: str, named: float) -> None:
+        limiter_of(shared, account).penalise("p", named)
+        go(limiter_of(shared, account))
+
+    def test_a_stored_century_is_over_after_a_day(self, shared: Database, account: str) -> None:
+        """Shortened in the table when it is met: it must not be a day ahead for ever."""
+        limiter = limiter_of(shared, account)
+        limiter.penalise("p", 30)
+        execute(shared, f"UPDATE fks.pacing SET closed_until = '2126-01-01' WHERE account = '{account}'")
+        turn = limiter.admit("p", 1)
+        assert LONGEST_WAIT - 60 < turn.wait <= LONGEST_WAIT
+        assert self.days_ahead(shared, account, "closed_until") <= 1
+        time.sleep(0.02)
+        assert limiter_of(shared, account).admit("p", 1).wait < turn.wait
+        limiter.penalise("p", 30)
+        assert self.days_ahead(shared, account, "closed_until") <= 1, "a new wait does not lengthen it"
+
+    def test_a_stored_rest_of_a_century_is_over_after_a_day(self, shared: Database, account: str) -> None:
+        circuit = SharedCircuit(shared, {"p": Pace((), account)})
+        for _ in range(5):
+            circuit.failed("p", "p: answered 503")
+        execute(shared, f"UPDATE fks.pacing SET resting_until = '2126-01-01' WHERE account = '{account}'")
+        first = circuit.closed_for("p")
+        assert first is not None
+        assert LONGEST_WAIT - 60 < first.seconds <= LONGEST_WAIT
+        assert self.days_ahead(shared, account, "resting_until") <= 1
+        [[closed]] = fetch(shared, f"SELECT closed_until FROM fks.pacing WHERE account = '{account}'")
+        assert closed is None, "what was not closed is not closed by it"
+
+    def test_a_report_shows_a_day_at_most(self, database: Database) -> None:
+        execute(database, "INSERT INTO fks.pacing VALUES ('p', '', '2126-01-01', 9, '2126-01-01', 'p: no')")
+        [state] = provider_states(database)
+        assert state.told_to_wait == LONGEST_WAIT
+        assert state.rest is not None
+        assert state.rest.seconds == LONGEST_WAIT
+
+    @staticmethod
+    def days_ahead(database: Database, account: str, column: str) -> float:
+        query = f"SELECT extract(epoch FROM {column} - clock_timestamp()) / 86400 FROM fks.pacing"
+        [[days]] = fetch(database, f"{query} WHERE account = '{account}'")
+        return float(days)
+
+
+class TestReset:
+    def test_it_ends_waits_and_failures(self, shared: Database, account: str) -> None:
+        other = f"{account}-2"
+        circuit = SharedCircuit(shared, {"p": Pace((), account)})
+        for _ in range(5):
+            circuit.failed("p", "p: answered 503")
+        for one in (account, other):
+            limiter_of(shared, one).penalise("p", 1e9)
+        ended = reset(shared, "p", account)
+        assert ended is not None
+        assert ended.told_to_wait == pytest.approx(LONGEST_WAIT, abs=60)
+        assert ended.rest is not None
+        assert 0 < ended.rest.seconds <= 60
+        assert (ended.failures, ended.reason) == (5, "p: answered 503")
+        go(limiter_of(shared, account))
+        assert circuit.closed_for("p") is None
+        assert limiter_of(shared, other).admit("p", 1).wait > 0, "another account stays as it is"
+        circuit.failed("p", "p: answered 503")
+        assert circuit.closed_for("p") is None, "failures are counted from the beginning"
+        assert reset(shared, "p", account) is not None, "one failure is something to forget"
+        assert reset(shared, "p", account) is None
+
+    def test_what_was_spent_still_counts(self, shared: Database, account: str) -> None:
+        limiter = limiter_of(shared, account, Window(1, DAY))
+        go(limiter)
+        limiter.penalise("p", 60)
+        assert reset(shared, "p", account) is not None
+        assert limiter_of(shared, account, Window(1, DAY)).admit("p", 1).reason != "told us to wait"
+        assert limiter_of(shared, account, Window(1, DAY)).admit("p", 1).wait > 0
+
+    def test_processes_that_know_of_the_wait_notice(
+        self, shared: Database, account: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pacing, "REMEMBERED_SECONDS", 0.05)
+        limiter = limiter_of(shared, account)
+        limiter.penalise("p", 3600)
+        assert limiter.admit("p", 1).wait > 3500
+        reset(shared, "p", account)
+        deadline = time.monotonic() + 20
+        while limiter.admit("p", 1).wait:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 class TestCircuit:
