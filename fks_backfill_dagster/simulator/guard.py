@@ -1,9 +1,9 @@
 """Who may use the control routes: programs of this machine, and no web page that its browser shows.
 
 A page of any other site can make the browser send a GET or a form's POST to a port of this machine, and with a name
-of its own that resolves to it (DNS rebinding) read the answer too. Three things that such a page cannot change tell
-it: the name in `Host`, the `Origin`, and the type of a body, which is not JSON without a permission that this server
-never gives.
+of its own that resolves to it (DNS rebinding) read the answer too. Two things that such a page cannot change tell it:
+the name in `Host`, and the `Origin`, which comes with every POST of a page. A program sends none, whatever the type of
+its body (`curl -d`).
 """
 
 from __future__ import annotations
@@ -35,9 +35,6 @@ def refusal(request: Request, bound: str) -> Response | None:
         "same-origin",
     ):
         return _answer(403, "the control routes are not for web pages of other sites")
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if request.method == "POST" and kind != "application/json":
-        return _answer(415, "send the body with `Content-Type: application/json` (curl --json does)")
     return None
 
 
