@@ -17,7 +17,7 @@ from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.ledger import hold_lease, register
-from fks_backfill_dagster_tests.cli.conftest import Command
+from fks_backfill_dagster_tests.cli.conftest import Command, start
 from fks_backfill_dagster_tests.cli.test_backfill import BTC, JANUARY
 
 ONLY = ("--provider", "binance")
@@ -434,6 +434,21 @@ def test_a_wait_is_ended_by_hand(fks: Command, world: LocalMarket, monkeypatch: 
     assert told.exit_code == 0
     assert re.match(r"binance: ended the wait of another 86,\d{3} s that it asked for", told.stdout)
     assert fks(*line).exit_code == 0
+
+
+def test_a_process_that_waits_goes_on_once_the_wait_is_ended(
+    fks: Command, world: LocalMarket, database: Database
+) -> None:
+    options = wiring.enabled_options(load_settings())
+    wiring.limiter_for(options, database).penalise("binance", 250)
+    with start("backfill", "BTC/USDT", "1h", *JANUARY, *ONLY) as running:
+        assert running.stderr is not None
+        assert any("told us to wait" in line for line in running.stderr)
+        began = time.monotonic()
+        assert fks("series", "providers", "--reset", "binance").exit_code == 0
+        running.communicate(timeout=120)
+    assert running.returncode == 0
+    assert time.monotonic() - began < 100
 
 
 def test_a_cool_down_is_ended_by_hand(fks: Command, world: LocalMarket, database_url: str) -> None:

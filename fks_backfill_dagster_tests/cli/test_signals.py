@@ -12,9 +12,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import click
 import psutil
 import pytest
 
+from fks_backfill_dagster.cli import launching
 from fks_backfill_dagster.cli.signals import Signals
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.simulator.config import instant
@@ -99,6 +101,22 @@ def test_a_market_ends_as_usual(settings: Path, number: int) -> None:
     assert running.returncode == 0
     assert "Traceback" not in stderr
     assert "exception" not in stderr
+
+
+@ENDING
+def test_the_watching_of_a_launch(capsys: pytest.CaptureFixture[str], number: int) -> None:
+    ending = Signals()
+    with (
+        click.Context(launching.launch, obj=ending),
+        ending.handled(),
+        pytest.raises(click.exceptions.Exit) as caught,
+        launching._watched_only("http://127.0.0.1:3000/runs/b/abc"),
+    ):
+        signal.raise_signal(number)
+    assert caught.value.exit_code == 128 + number
+    assert capsys.readouterr().err == (
+        "Not watched any more. The backfill goes on; see or cancel it at http://127.0.0.1:3000/runs/b/abc\n"
+    )
 
 
 _DEMO = """
