@@ -16,15 +16,16 @@ PACKAGE = "fks_backfill_dagster"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
 BELOW = {"domain", "ledger", "providers", "store", "pipeline"}
-FACE = BELOW | {"settings", "wiring", "reading", "documents", "tables", "embedded"}
+FACE = BELOW | {"ownership", "settings", "wiring", "reading", "documents", "tables", "embedded"}
 
 # For every part of the package the parts it may import, besides itself. A new part gets a line here.
 MAY_IMPORT = {
     "domain": set(),
-    "embedded": set(),
+    "ownership": set(),
+    "embedded": {"ownership"},
     "simulator": {"domain"},
-    "settings_sources": set(),
-    "settings": {"domain", "settings_sources"},
+    "settings_sources": {"ownership"},
+    "settings": {"domain", "ownership", "settings_sources"},
     "providers": {"domain"},
     "ledger": {"domain"},
     "store": {"domain", "ledger"},
