@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fks_backfill_dagster.ownership import write_text
+
 HOST = "127.0.0.1"
 LOCATION = "fks_backfill"
 """As workspace.yaml names it."""
@@ -31,7 +33,7 @@ load_from:
 
 def write_workspace(path: Path, port: int) -> None:
     """The file that leads to the code server at `port`."""
-    path.write_text(_WORKSPACE.format(host=HOST, port=port, location=LOCATION))
+    write_text(path, _WORKSPACE.format(host=HOST, port=port, location=LOCATION))
 
 
 def told_port(path: Path) -> int | None:
