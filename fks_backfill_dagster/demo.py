@@ -24,7 +24,7 @@ from urllib.request import ProxyHandler, build_opener
 
 import click
 
-from fks_backfill_dagster import wiring
+from fks_backfill_dagster import ownership, wiring
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series, identifier
@@ -121,7 +121,7 @@ class Line:
 def run_demo(keep: bool = False, *, home: Path | None = None, say: Say = click.echo) -> int:
     """The exit code: 0 when every series is complete, 1 otherwise.
 
-    `keep` leaves the servers up. Raises StoreError or EmbeddedError.
+    `keep` leaves the servers up. Raises StoreError, EmbeddedError or OwnershipError.
     """
     try:
         return _run(keep, home, say)
@@ -371,14 +371,12 @@ class Demo:
 
 def _write_settings(home: Path) -> Path:
     """The settings file of the home; that of its first run is kept."""
-    home.mkdir(parents=True, exist_ok=True)
+    ownership.make_home(home)
     path = home / "backfill.yaml"
     if not path.exists():
         start = to_datetime(_months_later(to_micros(datetime.now(UTC)), -12 * HISTORY_YEARS))
         symbols = "".join(_SYMBOL.format(symbol=symbol) for symbol in SYMBOLS)
-        part = path.with_suffix(".part")
-        part.write_text(_SETTINGS.format(start=f"{start:%Y-%m-%d}") + symbols)
-        part.replace(path)
+        ownership.write_text(path, _SETTINGS.format(start=f"{start:%Y-%m-%d}") + symbols)
     return path
 
 

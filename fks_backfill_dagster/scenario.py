@@ -23,6 +23,7 @@ from fks_backfill_dagster.orchestration import launching, servers
 from fks_backfill_dagster.orchestration.launching import Launched, Order
 from fks_backfill_dagster.orchestration.processes import Guard
 from fks_backfill_dagster.orchestration.webserver import Webserver
+from fks_backfill_dagster.ownership import make_home, write_text
 from fks_backfill_dagster.settings import CHECKOUT, KEY_VARIABLES, Settings, load_settings
 from fks_backfill_dagster.simulator.config import MarketConfig
 from fks_backfill_dagster.simulator.local import LocalMarket
@@ -141,10 +142,10 @@ def _key(month: int) -> str:
 
 
 def _write(home: Path, start: int) -> Path:
-    home.mkdir(parents=True, exist_ok=True)
+    make_home(home)
     config = home / "backfill.yaml"
     symbols = "".join(_SYMBOL.format(symbol=symbol, timeframe=TIMEFRAME) for symbol in SYMBOLS)
-    config.write_text(_CONFIG.format(start=_key(start)) + symbols)
+    write_text(config, _CONFIG.format(start=_key(start)) + symbols)
     return config
 
 

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import UTC, date, datetime, timedelta
 from fnmatch import fnmatchcase
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Self, TypeVar
 from urllib.parse import urlsplit
@@ -44,6 +44,7 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series, identifier
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso, to_micros
 from fks_backfill_dagster.loopback import is_loopback
+from fks_backfill_dagster.ownership import exposure, read_trusted
 from fks_backfill_dagster.settings_sources import (
     CLASS_CALENDARS,
     EnvironmentSource,
@@ -184,7 +185,9 @@ def _database(secret: SecretStr) -> SecretStr:
 
 
 def _folder(path: Path) -> Path:
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(
+        path
+    ):  # unlike Path's own they say no where we may not look
         raise ValueError(f"{path} is a file; it has to be a folder")
     return path
 
@@ -871,23 +874,28 @@ def load_settings(environ: Mapping[str, str] | None = None, cwd: Path | None = N
     """Reads file and environment (the environment wins) and checks everything as a whole.
 
     The file: `FKS_CONFIG`; else `config/backfill.yaml` here or in the nearest folder above that has
-    it; else that of the source checkout; else there is none and the defaults hold.
+    it; else that of the source checkout; else there is none and the defaults hold. One that was searched for
+    and that another account can change is an error.
     Raises SettingsError with every problem at once.
     """
     environ = os.environ if environ is None else environ
     cwd = (cwd or Path.cwd()).resolve()
-    root = _project_root(cwd)
-    file = _path(environ, "FKS_CONFIG", cwd) or _existing(root / CONFIG)
+    root, refused = _project(cwd)
+    named = _path(environ, "FKS_CONFIG", cwd)
+    file = named or (None if refused else _existing(root / CONFIG))
     places = Places(file=_relative(file, cwd) if file else "")
     places.variables.update(
         {(name,): ENVIRONMENT_ONLY[name] for name in ("home", "database_url", "api_token")}
     )
     own = [name for name in Settings.model_fields if name not in ENVIRONMENT_ONLY]
     sources: list[PydanticBaseSettingsSource] = [EnvironmentSource(Settings, environ, own, places)]
-    if file is not None and file.is_file():
-        sources.append(FileSource(Settings, file, ENVIRONMENT_ONLY, places))
+    if named is not None and not named.is_file():
+        places.note(f"environment FKS_CONFIG: {named} does not exist or is no file")
     elif file is not None:
-        places.note(f"environment FKS_CONFIG: {file} does not exist or is no file")
+        read = partial(read_trusted, root, *CONFIG.parts) if named is None else partial(_text, file)
+        sources.append(FileSource(Settings, read, ENVIRONMENT_ONLY, places))
+    elif refused:
+        places.note(refused)
     token = _sources.set(tuple(sources))
     try:
         settings = Settings(root=root, config_file=file, **_from_environment(environ, cwd))
@@ -917,7 +925,7 @@ def home_of(environ: Mapping[str, str] | None = None, cwd: Path | None = None) -
     """`home` as `load_settings` would have it, without the checks of anything else."""
     environ = os.environ if environ is None else environ
     cwd = (cwd or Path.cwd()).resolve()
-    return _path(environ, "FKS_HOME", cwd) or _project_root(cwd) / ".fks"
+    return _path(environ, "FKS_HOME", cwd) or _project(cwd)[0] / ".fks"
 
 
 def _path(environ: Mapping[str, str], variable: str, cwd: Path) -> Path | None:
@@ -929,13 +937,31 @@ def _secret(text: str) -> SecretStr | None:
     return SecretStr(text.strip()) if text.strip() else None
 
 
-def _project_root(cwd: Path) -> Path:
-    """The nearest folder with a `config/backfill.yaml`, else the source checkout, else `cwd`."""
-    return next((folder for folder in (cwd, *cwd.parents, CHECKOUT) if (folder / CONFIG).is_file()), cwd)
+def _project(cwd: Path) -> tuple[Path, str | None]:
+    """The folder of the project: the nearest one with a `config/backfill.yaml`, else the source checkout, else `cwd`.
+
+    One that another account can change is passed over, as `dagster.yaml` and more are taken from there, too; the
+    second value is a sentence about the first of those, else None.
+    """
+    refused: str | None = None
+    for folder in (cwd, *cwd.parents, CHECKOUT):
+        if (file := _existing(folder / CONFIG)) is None:
+            continue
+        if (reason := exposure(folder, *CONFIG.parts)) is None:
+            return folder, refused
+        refused = refused or (
+            f"{file}: is not used, because {reason}: set FKS_CONFIG to this file if you trust it, else to your own"
+        )
+    return cwd, refused
 
 
 def _existing(path: Path) -> Path | None:
-    return path if path.is_file() else None
+    """None also for what we may not look at: another account's folder above ours is no error."""
+    return path if os.path.isfile(path) else None
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 def _relative(path: Path, cwd: Path) -> str:

@@ -12,9 +12,8 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -22,6 +21,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from fks_backfill_dagster.ownership import OwnershipError
 
 Location = tuple[str | int, ...]
 """The way to a value from the top of the settings: `("symbols", 3, "timeframes", 0)`."""
@@ -151,27 +152,35 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|fa
 class FileSource(_Source):
     """The YAML file. Bad syntax, duplicate keys and what belongs elsewhere are noted in `places`.
 
-    `elsewhere` are fields that the file cannot set, with the variable that does.
+    `read` gives its text. `elsewhere` are fields that the file cannot set, with the variable that does.
     """
 
     def __init__(
-        self, settings_cls: type[BaseSettings], path: Path, elsewhere: Mapping[str, str], places: Places
+        self,
+        settings_cls: type[BaseSettings],
+        read: Callable[[], str],
+        elsewhere: Mapping[str, str],
+        places: Places,
     ) -> None:
         super().__init__(settings_cls)
-        self._path = path
+        self._read = read
         self._elsewhere = elsewhere
         self._places = places
         self._seen: set[int] = set()
 
     def __call__(self) -> dict[str, Any]:
         try:
-            loader = _Loader(self._path.read_text(encoding="utf-8"))
+            loader = _Loader(self._read())
             root = loader.get_single_node()
             value = None if root is None else self._value(loader, root, (), ())
         except yaml.YAMLError as error:
             self._note_syntax(error)
             return {}
-        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a tag such as !!int before a word
+        except (
+            OSError,
+            OwnershipError,
+            ValueError,
+        ) as error:  # ValueError: not UTF-8, or a tag such as !!int before a word
             self._places.note(f"{self._places.file}: cannot be read: {error}")
             return {}
         if value is not None and not isinstance(value, dict):

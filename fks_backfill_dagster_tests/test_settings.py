@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable, Mapping
 from datetime import date
@@ -31,6 +33,7 @@ from fks_backfill_dagster.settings import (
     load_settings,
 )
 from fks_backfill_dagster.simulator.config import instant
+from fks_backfill_dagster_tests.accounts import as_stranger, needs_root
 
 Load = Callable[..., Settings]
 
@@ -146,6 +149,53 @@ def test_a_named_file_has_to_exist(problems: Callable[..., list[str]], tmp_path:
     assert problems("", {"FKS_CONFIG": "gone.yaml"}) == [
         f"environment FKS_CONFIG: {tmp_path.resolve() / 'gone.yaml'} does not exist or is no file"
     ]
+
+
+@pytest.mark.parametrize("inside", ["", "config", "config/backfill.yaml"])
+def test_a_file_that_others_can_change_is_told_and_not_read(load: Load, tmp_path: Path, inside: str) -> None:
+    load()
+    file, below = tmp_path.resolve() / "config" / "backfill.yaml", tmp_path / "below"
+    file.write_text("batch_size_days: [", encoding="utf-8")
+    below.mkdir()
+    changed = tmp_path.resolve() / inside
+    changed.chmod(0o777)
+    with pytest.raises(SettingsError) as caught:
+        load_settings({}, below)
+    assert caught.value.problems == (
+        f"{file}: is not used, because {changed} can be changed by other accounts (mode 0777): set FKS_CONFIG to"
+        " this file if you trust it, else to your own",
+    )
+
+
+def test_the_project_of_another_account_is_passed_over_with_a_file_of_ones_own(
+    load: Load, tmp_path: Path
+) -> None:
+    load("batch_size_days: 7")
+    shared = tmp_path / "shared"
+    (shared / "config").mkdir(parents=True)
+    (shared / "config" / "backfill.yaml").write_text("batch_size_days: 8", encoding="utf-8")
+    shared.chmod(0o777)
+    assert load_settings({"FKS_CONFIG": "../config/backfill.yaml"}, shared).batch_size_days == 7
+    named = load_settings({"FKS_CONFIG": "config/backfill.yaml"}, shared)
+    assert named.batch_size_days == 8
+    # Nor is anything else taken from there: its dagster.yaml names code.
+    assert (named.root, named.home) == (tmp_path.resolve(), tmp_path.resolve() / ".fks")
+    assert home_of({}, shared) == tmp_path.resolve() / ".fks"
+
+
+@needs_root
+def test_a_folder_that_may_not_be_looked_into_holds_no_project(tmp_path: Path, load: Load) -> None:
+    yard = Path(tempfile.mkdtemp(prefix="fks-")).resolve()
+    yard.chmod(0o755)
+    (yard / "config").mkdir(mode=0o700)
+    (yard / "below").mkdir(mode=0o755)
+    code = "from fks_backfill_dagster.settings import load_settings; print(load_settings({}).root)"
+    made = subprocess.run(
+        [*as_stranger(), sys.executable, "-P", "-c", code],
+        capture_output=True, text=True, cwd=yard / "below",
+    )  # fmt: skip
+    shutil.rmtree(yard)
+    assert (made.stderr, made.stdout) == ("", f"{CHECKOUT}\n")
 
 
 def test_home_is_told_by_the_environment(load: Load, tmp_path: Path) -> None:

@@ -169,6 +169,7 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
         return code
     if code != 2:
         _answer_coverage(found, present, total=chosen.many)
+        answer(f"Settings: {settings.config_file or 'no file, the defaults'}")
     for one in found:
         if not check and one.status is not None and one.status.error_message:
             tell(f"{one.series}: error: {one.status.error_message}")

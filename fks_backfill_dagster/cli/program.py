@@ -97,6 +97,7 @@ def _sentence(error: click.ClickException) -> str:
 def _explained(error: Exception) -> int | None:
     """Tells an error that has a remedy and gives its exit code; None for any other, which is a bug."""
     from fks_backfill_dagster.embedded import EmbeddedError
+    from fks_backfill_dagster.ownership import OwnershipError
     from fks_backfill_dagster.settings import SettingsError
     from fks_backfill_dagster.store.errors import StoreError
 
@@ -104,7 +105,7 @@ def _explained(error: Exception) -> int | None:
         for problem in error.problems:
             tell(f"Error: {problem}")
         return USAGE
-    if isinstance(error, StoreError | EmbeddedError):
+    if isinstance(error, StoreError | EmbeddedError | OwnershipError):
         tell(f"Error: {error}")
         return INCOMPLETE
     return None

@@ -1,8 +1,8 @@
 """The embedded PostgreSQL: a private server below FKS_HOME, started when it is needed and never left behind.
 
 Here belongs everything about the server as a process: where its files are, who runs it, when it starts and
-ends. Nothing here knows SQL or tables (that is `store/`), and nothing of the project is imported. The reasons
-for the design are in docs/adr/0003-embedded-postgresql.md.
+ends. Nothing here knows SQL or tables (that is `store/`), and nothing of the project is imported but `ownership`.
+The reasons for the design are in docs/adr/0003-embedded-postgresql.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Who runs the server. PostgreSQL refuses root, so for root another account must, and must reach its files.
+"""The account of the server. PostgreSQL refuses root, so for root another account must, and must reach its files.
 
-A server of a normal user runs as that user. A server of root runs as the owner of the cluster or of the home;
-if that is root too, as a uid that no account has: so nobody else on the machine can be that user.
+A server of a normal user runs as that user. A server of root runs as a uid that no account has, so nobody else on
+the machine can be that user, and in the group of the same number. Below a folder of another account root starts no
+server: that account could put links where root writes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-FIRST_FREE_UID, LAST_FREE_UID = 60706, 61183
-"""The range that no distribution gives out (https://systemd.io/UIDS-GIDS)."""
+from fks_backfill_dagster.embedded.errors import OTHER_DATABASE, EmbeddedError
+
+FREE_UIDS = range(60706, 61184)
+"""Those that no distribution gives out (https://systemd.io/UIDS-GIDS)."""
 
 
 class Account(NamedTuple):
@@ -28,27 +31,37 @@ class Account(NamedTuple):
     @property
     def is_free(self) -> bool:
         """Whether it is one of those that nobody is given: only root can be it."""
-        return FIRST_FREE_UID <= self.uid <= LAST_FREE_UID and not self.has_name
+        return self.uid in FREE_UIDS and not self.has_name
 
 
-def account_for(home: Path, cluster: Path) -> Account | None:
-    """None: the user of this process. The links' owners count, not the targets': a link is no transfer."""
+def account_for(cluster: Path) -> Account | None:
+    """The account of the server of this cluster, which need not be there yet; None: the user of this process.
+
+    The home is this process's own (`ownership.check_home`). Raises EmbeddedError for a cluster of another account.
+    """
     if os.geteuid() != 0:
         return None
-    for path in (cluster, home):
-        if os.path.lexists(path) and (status := path.lstat()).st_uid != 0:
-            return Account(status.st_uid, status.st_gid)
-    uid = FIRST_FREE_UID
-    while name_of(uid) is not None:
-        uid += 1
-    return Account(uid, uid)
+    owner = cluster.stat().st_uid if cluster.exists() else 0
+    if owner == 0:
+        owner = next(number for number in FREE_UIDS if not (name_of(number) or _names_group(number)))
+    elif owner not in FREE_UIDS or name_of(owner):
+        raise EmbeddedError(
+            f"{cluster} belongs to uid {owner}, and root would write where that account can put links: run this as"
+            f" that user, set FKS_HOME to another directory, {OTHER_DATABASE}"
+        )
+    return Account(owner, owner)
 
 
-def nobody() -> Account:
+def maker_for(account: Account | None) -> Account | None:
+    """Who runs initdb and single-user mode. They ask for the name of their uid, the server does not: nobody lends its.
+
+    The group is the server's: other processes of nobody do not get through the folder that holds the cluster.
+    """
+    if account is None:
+        return None
     import pwd  # absent on Windows
 
-    entry = pwd.getpwnam("nobody")
-    return Account(entry.pw_uid, entry.pw_gid)
+    return Account(pwd.getpwnam("nobody").pw_uid, account.gid)
 
 
 def can_traverse(directory: Path, account: Account) -> bool:
@@ -57,13 +70,13 @@ def can_traverse(directory: Path, account: Account) -> bool:
 
 
 def give(path: Path, account: Account | None) -> None:
-    """Hands the whole tree over (no links followed)."""
+    """Hands the whole tree over. No link is followed, nor one that is put there meanwhile."""
     if account is None:
         return
-    os.chown(path, account.uid, account.gid, follow_symlinks=False)
-    for parent, directories, files in os.walk(path):
+    for _, directories, files, parent in os.fwalk(path, follow_symlinks=False):
         for name in (*directories, *files):
-            os.chown(os.path.join(parent, name), account.uid, account.gid, follow_symlinks=False)
+            os.chown(name, account.uid, account.gid, dir_fd=parent, follow_symlinks=False)
+    os.chown(path, account.uid, account.gid, follow_symlinks=False)
 
 
 def run(command: Sequence[str], account: Account | None, *, log: int, lock: int, stdin: str = "") -> int:
@@ -108,3 +121,13 @@ def name_of(uid: int) -> str | None:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return None
+
+
+def _names_group(gid: int) -> bool:
+    import grp
+
+    try:
+        grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return True

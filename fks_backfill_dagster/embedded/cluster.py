@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from fks_backfill_dagster.embedded.account import Account, give, name_of, nobody, run
+from fks_backfill_dagster.embedded.account import Account, give, maker_for, name_of, run
 from fks_backfill_dagster.embedded.binaries import MAJOR_VERSION
 from fks_backfill_dagster.embedded.errors import EmbeddedError
 from fks_backfill_dagster.embedded.log import ServerLog
@@ -34,6 +34,11 @@ timezone = 'UTC'
 log_timezone = 'UTC'
 log_checkpoints = off
 """
+
+# By the account whose folder it is: root would write through a link that it has put there.
+_ADD_SETTINGS = (
+    r"""umask 077; cat >"$1/fks.conf" && printf "\ninclude = 'fks.conf'\n" >>"$1/postgresql.conf" """
+)
 
 
 ACCESS = """\
@@ -88,15 +93,12 @@ def make_cluster(cluster: Path, binaries: Path, account: Account | None, log: Se
     part = cluster.with_name("pg.new")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(mode=0o700)
-    # initdb and single-user mode ask for the name of their uid, the server does not: nobody lends its own
-    maker = nobody() if account is not None and not account.has_name else account
+    maker = maker_for(account)
     give(part, maker)
     log.mark()
     try:
         _run_to_end(_initdb(binaries, part), maker, log, lock)
-        (part / "fks.conf").write_text(SETTINGS)
-        with (part / "postgresql.conf").open("a") as settings:
-            settings.write("\ninclude = 'fks.conf'\n")
+        _run_to_end(["/bin/sh", "-c", _ADD_SETTINGS, "sh", str(part)], maker, log, lock, stdin=SETTINGS)
         single = [str(binaries / "postgres"), "--single", "-D", str(part), "-c", "exit_on_error=on"]
         _run_to_end([*single, "postgres"], maker, log, lock, stdin=f"CREATE DATABASE {DATABASE}\n")
         give(part, account)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fks_backfill_dagster.embedded.errors import OTHER_DATABASE, EmbeddedError
-from fks_backfill_dagster.embedded.watchdog import own_like_parent
+from fks_backfill_dagster.ownership import open_file
 
 ROTATE_BYTES = 10_000_000
 """At a start a longer log becomes `.1`; the one before that goes."""
@@ -51,10 +51,8 @@ def rotate(path: Path) -> None:
 
 @contextmanager
 def open_log(path: Path) -> Iterator[ServerLog]:
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path, flags, 0o644)
+    descriptor = open_file(path, os.O_RDWR | os.O_APPEND)
     try:
-        own_like_parent(descriptor, path)
         log = ServerLog(path, descriptor)
         log.mark()
         yield log

@@ -42,7 +42,16 @@ from fks_backfill_dagster.embedded.cluster import (
 )
 from fks_backfill_dagster.embedded.errors import OTHER_DATABASE, EmbeddedError, explain
 from fks_backfill_dagster.embedded.log import ServerLog, open_log, rotate
-from fks_backfill_dagster.embedded.watchdog import Home, Postmaster, is_locked, open_lock, try_lock
+from fks_backfill_dagster.embedded.watchdog import Home, Postmaster, is_locked, try_lock
+from fks_backfill_dagster.ownership import (
+    OwnershipError,
+    check_home,
+    let_pass,
+    make_folder,
+    make_home,
+    open_file,
+    write_text,
+)
 
 PORT = 5432
 """No port of the network: it only names the socket file. In the URL so that a PGPORT does not change it."""
@@ -75,7 +84,8 @@ class Status:
 class EmbeddedPostgres:
     """The PostgreSQL below `home`. Cheap to make; any number of objects, threads and processes may share it.
 
-    A forked child counts as a user of its own for as long as it lives. Every method raises EmbeddedError.
+    A forked child counts as a user of its own for as long as it lives. Every method raises EmbeddedError, also for
+    a home of another account.
     """
 
     def __init__(self, home: Path) -> None:
@@ -83,7 +93,8 @@ class EmbeddedPostgres:
             raise EmbeddedError(
                 "the embedded PostgreSQL needs Linux or macOS: on Windows use WSL, " + OTHER_DATABASE
             )
-        self._home = Home(home.expanduser().resolve())
+        self._named = home.expanduser().absolute()
+        self._home = Home(self._named.resolve())
         self._use: int | None = None
         self._mutex = threading.RLock()
 
@@ -93,7 +104,8 @@ class EmbeddedPostgres:
         With `keep` it runs on until `stop`, also without users.
         """
         with self._mutex, self._explained():
-            self._make_home()
+            make_home(self._named)
+            make_folder(self._home.log.parent)
             self._register()
             try:
                 with self._start_lock():
@@ -104,7 +116,7 @@ class EmbeddedPostgres:
                         postmaster = postmaster or self._start(log)
                         self._ensure_watchdog(log)
                     if keep:
-                        os.close(open_lock(self._home.keep))
+                        os.close(open_file(self._home.keep))
             except BaseException:
                 self.release()
                 raise
@@ -120,6 +132,7 @@ class EmbeddedPostgres:
     def stop(self) -> bool:
         """Stops it for everybody, kept or not. Whether it ran."""
         with self._mutex, self._explained():
+            check_home(self._named)
             self.release()
             if not self._home.server.exists():
                 return False
@@ -130,6 +143,7 @@ class EmbeddedPostgres:
     def remove(self) -> None:
         """Stops it and deletes the cluster with all its data: for tests and throw-away homes."""
         with self._mutex, self._explained():
+            check_home(self._named)
             self.release()
             if not self._home.server.exists():
                 return
@@ -146,6 +160,7 @@ class EmbeddedPostgres:
     def status(self) -> Status:
         """How it is now. Starts and changes nothing."""
         with self._explained():
+            check_home(self._named)
             postmaster = self._running()
             try:
                 version = (self._home.cluster / "PG_VERSION").read_text().strip()
@@ -167,23 +182,17 @@ class EmbeddedPostgres:
     def _explained(self) -> Iterator[None]:
         try:
             yield
+        except OwnershipError as error:
+            raise EmbeddedError(str(error)) from None
         except OSError as error:
             raise explain(error, self._home.path) from error
-
-    def _make_home(self) -> None:
-        logs = self._home.log.parent
-        if not logs.exists():
-            logs.mkdir(parents=True, exist_ok=True)
-            owner = self._home.path.stat()
-            if os.geteuid() == 0:  # root in another user's home
-                os.chown(logs, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
     def _register(self) -> None:
         """From here on the watchdog leaves the server alone. Waits while it is just stopping it."""
         if self._use is not None and not _is_same_file(self._use, self._home.users):
             self.release()  # somebody has deleted the home
         if self._use is None:
-            descriptor = open_lock(self._home.users)
+            descriptor = open_file(self._home.users)
             try:
                 self._wait_for(descriptor, shared=True)
             except BaseException:
@@ -193,7 +202,7 @@ class EmbeddedPostgres:
 
     @contextmanager
     def _start_lock(self) -> Iterator[None]:
-        descriptor = open_lock(self._home.start)
+        descriptor = open_file(self._home.start)
         try:
             self._wait_for(descriptor, shared=False)
             os.ftruncate(descriptor, 0)
@@ -227,12 +236,12 @@ class EmbeddedPostgres:
         return postmaster
 
     def _start(self, log: ServerLog) -> Postmaster:
-        server = open_lock(self._home.server)
+        server = open_file(self._home.server)
         try:
             running = self._wait_for_last_server(server)
             if running is not None:
                 return running
-            account = account_for(self._home.path, self._home.cluster)
+            account = account_for(self._home.cluster)
             self._choose_base(account)
             binaries = binaries_for(account)
             cluster = self._home.cluster
@@ -260,37 +269,27 @@ class EmbeddedPostgres:
         return None
 
     def _choose_base(self, account: Account | None) -> None:
-        """Root's server may be unable to enter the home: then cluster and socket are elsewhere."""
+        """Lets root's server through the home. Where a folder above keeps it out, cluster and socket are elsewhere."""
         base = self._home.base
-        if base != self._home.path:
-            if not base.is_dir():
-                raise EmbeddedError(
-                    f"the database of {self._home.path} was in {base}, which is gone: bring it back, "
-                    f"or delete {self._home.location} to begin anew"
-                )
+        if base != self._home.path and not base.is_dir():
+            raise EmbeddedError(
+                f"the database of {self._home.path} was in {base}, which is gone: bring it back, "
+                f"or delete {self._home.location} to begin anew"
+            )
+        if account is None:
             return
-        if account is None or can_traverse(base, account) or self._open_own_home(account):
+        if can_traverse(base.parent, account):
+            let_pass(base, account.gid)
             return
-        if self._home.cluster.exists() or self._home.path.stat().st_uid != 0:
+        if self._home.cluster.exists():
             raise EmbeddedError(
                 f"the embedded PostgreSQL would run as uid {account.uid}, who cannot enter {base}: allow it "
                 f"(chmod o+x on its directories), set FKS_HOME to another directory, {OTHER_DATABASE}"
             )
         elsewhere = root_state() / f"cluster-{secrets.token_hex(8)}"
-        elsewhere.mkdir(mode=0o711)
-        elsewhere.chmod(0o711)
-        part = self._home.location.with_name("pg.location.new")
-        part.write_text(f"{elsewhere}\n")
-        part.replace(self._home.location)
-
-    def _open_own_home(self, account: Account) -> bool:
-        """Lets the server pass through a home that is ours alone (a private temporary one, a strict umask)."""
-        home = self._home.path
-        ours = all(entry.name == "logs" or entry.name.startswith("pg.") for entry in home.iterdir())
-        if not ours or not can_traverse(home.parent, account):
-            return False
-        home.chmod(stat.S_IMODE(home.stat().st_mode) | stat.S_IXOTH)
-        return True
+        make_folder(elsewhere)
+        let_pass(elsewhere, account.gid)
+        write_text(self._home.location, f"{elsewhere}\n")
 
     def _launch(self, binaries: Path, account: Account | None, log: ServerLog, server: int) -> None:
         """The lock is ours, so no process of the last server lives: what it left behind is stale."""
@@ -328,6 +327,7 @@ class EmbeddedPostgres:
     def _ensure_watchdog(self, log: ServerLog) -> None:
         if is_locked(self._home.watchdog):
             return
+        os.close(open_file(self._home.watchdog))  # it makes no file itself
         command = [sys.executable, "-I", "-S", watchdog.__file__, str(self._home.path)]
         done = subprocess.run(
             command,

@@ -91,20 +91,6 @@ class Postmaster(NamedTuple):
     ready: bool
 
 
-def open_lock(path: Path) -> int:
-    """A descriptor to lock; the file is made if absent, and belongs to the owner of its directory."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    own_like_parent(descriptor, path)
-    return descriptor
-
-
-def own_like_parent(descriptor: int, path: Path) -> None:
-    """What root makes in another user's home must stay usable for that user."""
-    if os.geteuid() == 0:
-        owner = path.parent.stat()
-        os.fchown(descriptor, owner.st_uid, owner.st_gid)
-
-
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     import fcntl  # absent on Windows, where the supervisor says so before it comes here
 
@@ -125,13 +111,18 @@ def unlock(descriptor: int) -> None:
 def is_locked(path: Path, *, by_any: bool = False) -> bool:
     """Whether another process holds the lock exclusively (`by_any`: or shared). Takes it for an instant."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = _open_lock(path)
     except FileNotFoundError:
         return False
     try:
         return not try_lock(descriptor, shared=not by_any)
     finally:
         os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    """A descriptor to lock, of a file that the supervisor has made."""
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
 
 
 def read_postmaster(cluster: Path) -> Postmaster | None:
@@ -176,10 +167,10 @@ def stop_postmaster(pid: int, cluster: Path) -> None:
 
 def watch(home: Home) -> int:
     """Returns 0 in the starter's child at once, when the watch is taken over; the watch itself ends later."""
-    own = open_lock(home.watchdog)
+    own = _open_lock(home.watchdog)
     if not try_lock(own):
         return ANOTHER_WATCHES
-    users = open_lock(home.users)
+    users = _open_lock(home.users)
     if os.fork():  # the starter waits for this process only: the lock is known to be held, no zombie remains
         return 0
     _watch_users(home, home.cluster, users)

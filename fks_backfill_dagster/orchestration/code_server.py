@@ -16,11 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from fks_backfill_dagster import ownership
 
 LOCATION = "fks_backfill"
 """As workspace.yaml names it."""
@@ -60,20 +61,19 @@ def socket_of(home: Path) -> Path:
 
 def make_folder(folder: Path) -> None:
     """Makes the folder of a socket for this user alone. Raises SocketFolder where it is somebody else's."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+    if folder.is_symlink() and folder.lstat().st_uid != os.geteuid():
         raise SocketFolder(
-            f"{folder} should be a folder of yours for a socket and is somebody else's (uid {found.st_uid}):"
-            " delete it, or set FKS_HOME or TMPDIR to a folder of your own"
+            f"{folder} is a link of another account: delete it, or set TMPDIR to a folder of your own"
         )
-    if found.st_mode & 0o077:
-        folder.chmod(0o700)
+    try:
+        ownership.make_folder(folder)
+    except ownership.OwnershipError as error:
+        raise SocketFolder(str(error)) from None
 
 
 def write_workspace(path: Path, socket: Path) -> None:
     """The file that leads to the code server at `socket`."""
-    path.write_text(_WORKSPACE.format(socket=json.dumps(str(socket)), location=LOCATION))
+    ownership.write_text(path, _WORKSPACE.format(socket=json.dumps(str(socket)), location=LOCATION))
 
 
 def keep(socket: str) -> int:

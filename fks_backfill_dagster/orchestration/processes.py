@@ -24,6 +24,8 @@ from pathlib import Path
 
 import psutil
 
+from fks_backfill_dagster.ownership import make_folder, make_home, open_file, write_text
+
 MARK = "FKS_HOME"
 """The variable that every process of a home carries, and all that it starts inherit."""
 
@@ -53,23 +55,26 @@ class Background:
         return self.home / "run" / f"{self.name}.json"
 
     def start(self, command: Sequence[str], *, cwd: Path, environment: Mapping[str, str], port: int) -> None:
-        """Starts it with its output in `log`; `port` is where it will listen (0: nowhere)."""
+        """Starts it with its output in `log`; `port` is where it will listen (0: nowhere).
+
+        It and all that it starts write for this account alone, and import nothing from their working folder.
+        """
+        make_home(self.home)
         for folder in (self.log.parent, self.record.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
+            make_folder(folder)
+        with open(open_file(self.log, os.O_WRONLY | os.O_APPEND), "ab") as log:
             child = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=cwd,
-                env={**environment, MARK: str(self.home)},
+                env={**environment, MARK: str(self.home), "PYTHONSAFEPATH": "1"},
+                umask=0o077,
                 start_new_session=True,
             )
         _children.append(child)
-        part = self.record.with_suffix(".part")
-        part.write_text(json.dumps({"pid": child.pid, "port": port}))
-        part.replace(self.record)
+        write_text(self.record, json.dumps({"pid": child.pid, "port": port}))
         # For a moment after its start the system shows a process without an environment, so without our mark.
         while child.poll() is None and not self.is_running():
             time.sleep(0.01)
@@ -172,7 +177,7 @@ class Guard:
 
     def __enter__(self) -> Guard:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(self._home)],
+            [sys.executable, "-P", "-m", __name__, str(self._home)],
             stdin=subprocess.PIPE,
             cwd=self._cwd,
             start_new_session=True,  # a Ctrl-C at the terminal is not for it

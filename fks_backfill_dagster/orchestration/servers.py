@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import socket
 import sys
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import click
 
-from fks_backfill_dagster import wiring
+from fks_backfill_dagster import ownership, wiring
 from fks_backfill_dagster.login import make_token
 from fks_backfill_dagster.orchestration import code_server
 from fks_backfill_dagster.orchestration.processes import Background, backgrounds, stop
@@ -147,11 +146,22 @@ def free_port() -> int:
 @contextmanager
 def _alone(settings: Settings) -> Iterator[None]:
     """Two `up` at the same time wait for each other; the kernel frees the lock of one that dies."""
-    lock = settings.home / "run" / "up.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    run = settings.home / "run"
+    try:
+        ownership.make_home(settings.home)
+        ownership.make_folder(run)
+        lock = ownership.open_file(run / "up.lock")
+    except ownership.OwnershipError as error:
+        raise ServersError(f"{error}.") from None
+    except OSError as error:
+        raise ServersError(
+            f"{error.filename or run} cannot be used ({error.strerror}): set FKS_HOME to a folder of your own."
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 def _open_database(settings: Settings, keep: bool) -> None:
@@ -173,8 +183,11 @@ def _missing(processes: list[Background]) -> list[Background]:
 
 def _start(settings: Settings, missing: list[Background], port: int, environment: Mapping[str, str]) -> None:
     folder = dagster_folder(settings.home)
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(_project_file(settings, "dagster.yaml"), folder / "dagster.yaml")
+    ownership.make_folder(folder)
+    ownership.write_text(folder / "dagster.yaml", _project_file(settings, "dagster.yaml"))
+    variables = settings.root / ".env"  # Dagster reads it in the working folder of its servers, for every run
+    if variables.exists() and (reason := ownership.exposure(settings.root, variables.name)):
+        raise _not_used(variables, reason)
     own = {
         "DAGSTER_HOME": str(folder),
         "DAGSTER_EVENT_BATCH_SIZE": EVENTS_AT_ONCE,
@@ -210,11 +223,20 @@ def _start(settings: Settings, missing: list[Background], port: int, environment
             _wait_for(process, code_socket)
 
 
-def _project_file(settings: Settings, name: str) -> Path:
-    path = settings.root / name
-    if not path.is_file():
-        raise ServersError(f"there is no {name} in {settings.root}: run this in the folder of the project.")
-    return path
+def _project_file(settings: Settings, name: str) -> str:
+    """The text of a file in the folder of the project. Raises ServersError where another account can change it."""
+    try:
+        return ownership.read_trusted(settings.root, name)
+    except FileNotFoundError:
+        raise ServersError(
+            f"there is no {name} in {settings.root}: run this in the folder of the project."
+        ) from None
+    except ownership.OwnershipError as error:
+        raise _not_used(settings.root / name, str(error)) from None
+
+
+def _not_used(file: Path, reason: str) -> ServersError:
+    return ServersError(f"{file} is not used, because {reason}: run this in a folder of your own.")
 
 
 def _check_port(port: int) -> None:
@@ -302,5 +324,6 @@ def _tell(settings: Settings, running: Servers, say: Say) -> None:
     say("Dagster is up." if running.started else "Dagster is up already.")
     say(f"  UI        {running.web.visit}")
     say(f"  database  {database}")
+    say(f"  settings  {settings.config_file or 'no file: the defaults'}")
     say(f"  logs      {settings.home / 'logs'}")
     say("Stop it with `fks-backfill down`.")

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from dagster._config.config_schema import UserConfigSchema
@@ -25,7 +26,7 @@ from dagster._utils import ensure_file, touch_file
 from dagster_postgres import DagsterPostgresStorage
 from dagster_postgres.utils import create_pg_engine
 
-from fks_backfill_dagster import wiring
+from fks_backfill_dagster import ownership, wiring
 from fks_backfill_dagster.orchestration.servers import dagster_folder
 from fks_backfill_dagster.settings import Settings, load_settings
 from fks_backfill_dagster.store.lending import DAGSTER_SCHEMA, lend_schema
@@ -68,7 +69,7 @@ class HomeArtifacts(LocalArtifactStorage):
     def from_config_value(
         cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
     ) -> HomeArtifacts:
-        return cls(str(dagster_folder(_settings().home)), inst_data=inst_data)
+        return cls(str(_own_folder()), inst_data=inst_data)
 
 
 class HomeComputeLogs(LocalComputeLogManager):
@@ -86,7 +87,7 @@ class HomeComputeLogs(LocalComputeLogManager):
     def from_config_value(
         cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
     ) -> HomeComputeLogs:
-        return cls(str(dagster_folder(_settings().home) / "compute_logs"), inst_data=inst_data)
+        return cls(str(_own_folder() / "compute_logs"), inst_data=inst_data)
 
     @contextmanager
     def capture_logs(self, log_key: Sequence[str]) -> Iterator[CapturedLogContext]:
@@ -103,6 +104,15 @@ class HomeComputeLogs(LocalComputeLogManager):
         with redirect_to_file(sys.stdout, out), redirect_to_file(sys.stderr, err):
             yield CapturedLogContext(log_key)
         touch_file(self.complete_artifact_path(log_key))  # type: ignore[no-untyped-call]
+
+
+def _own_folder() -> Path:
+    """Dagster's folder in the home, closed to other accounts: runs print into it."""
+    home = _settings().home
+    folder = dagster_folder(home)
+    ownership.make_home(home)
+    ownership.make_folder(folder)
+    return folder
 
 
 def _settings() -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -200,7 +201,8 @@ def test_status_of_all(fks: Command, synced: LocalMarket) -> None:
         ("SOL/BTC", "1h"): "not_started",
         ("DOGE/USDT", "1h"): "completed",
     }
-    header, *lines = fks("status").stdout.splitlines()
+    header, *lines, used = fks("status").stdout.splitlines()
+    assert used == f"Settings: {os.environ['FKS_CONFIG']}"
     assert re.split(r"\s{2,}", header) == [
         "series",
         "expected",

@@ -24,7 +24,8 @@ import sys
 from pathlib import Path
 from fks_backfill_dagster.embedded import EmbeddedError, EmbeddedPostgres
 try:
-    print(EmbeddedPostgres(Path(sys.argv[1])).start(keep="keep" in sys.argv), flush=True)
+    postgres = EmbeddedPostgres(Path(sys.argv[1]))
+    print(postgres.stop() if "stop" in sys.argv else postgres.start(keep="keep" in sys.argv), flush=True)
 except EmbeddedError as error:
     sys.exit(f"EmbeddedError: {error}")
 if "stay" in sys.argv:

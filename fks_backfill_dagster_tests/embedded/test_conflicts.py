@@ -14,6 +14,7 @@ import pytest
 from fks_backfill_dagster.embedded import EmbeddedError, EmbeddedPostgres, binaries, supervisor, watchdog
 from fks_backfill_dagster.embedded.errors import explain
 from fks_backfill_dagster.embedded.log import ROTATE_BYTES
+from fks_backfill_dagster.ownership import open_file
 from fks_backfill_dagster_tests.embedded.conftest import Use, cleaned, is_root, one, until
 
 
@@ -97,7 +98,7 @@ def test_a_home_that_is_a_file(open_dir: Path) -> None:
 def test_a_server_that_is_not_to_be_seen(fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "LINGER_SECONDS", 0.2)
     fresh_home.mkdir()
-    held = watchdog.open_lock(watchdog.Home(fresh_home).server)
+    held = open_file(watchdog.Home(fresh_home).server)
     assert watchdog.try_lock(held)
     with pytest.raises(EmbeddedError, match="another container"):
         EmbeddedPostgres(fresh_home).start()
@@ -107,7 +108,7 @@ def test_a_server_that_is_not_to_be_seen(fresh_home: Path, monkeypatch: pytest.M
 def test_a_start_lock_that_is_never_given_back(fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "START_SECONDS", 0.2)
     fresh_home.mkdir()
-    held = watchdog.open_lock(watchdog.Home(fresh_home).start)
+    held = open_file(watchdog.Home(fresh_home).start)
     os.write(held, b"4711\n")
     assert watchdog.try_lock(held)
     with pytest.raises(EmbeddedError, match=r"another process \(the last was 4711\)"):

@@ -17,6 +17,7 @@ import pytest
 import sqlalchemy as sa
 
 from fks_backfill_dagster.embedded import EmbeddedPostgres, watchdog
+from fks_backfill_dagster.ownership import open_file
 from fks_backfill_dagster_tests.embedded.conftest import CHECKOUT, START, Use, gone, one, processes_of, until
 
 
@@ -230,7 +231,7 @@ def test_who_comes_while_it_is_being_stopped_waits_and_starts_it_again(
 
 
 def test_a_start_waits_for_the_watchdogs_decision(home: Path) -> None:
-    users = watchdog.open_lock(watchdog.Home(home).users)
+    users = open_file(watchdog.Home(home).users)
     assert watchdog.try_lock(users)
     postgres, urls = EmbeddedPostgres(home), []
     thread = threading.Thread(target=lambda: urls.append(postgres.start()))

@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 
 from fks_backfill_dagster.embedded import EmbeddedError, EmbeddedPostgres, binaries
-from fks_backfill_dagster.embedded.account import Account, can_traverse
+from fks_backfill_dagster.embedded.account import Account, account_for, can_traverse, give
+from fks_backfill_dagster.embedded.cluster import make_cluster
+from fks_backfill_dagster.embedded.log import open_log
 from fks_backfill_dagster.embedded.watchdog import Home
+from fks_backfill_dagster.ownership import open_file
+from fks_backfill_dagster_tests.accounts import as_stranger
 from fks_backfill_dagster_tests.embedded.conftest import (
     CHECKOUT,
     START,
@@ -69,7 +73,9 @@ def test_a_private_home_of_its_own_keeps_its_cluster(open_dir: Path) -> None:
         postgres = EmbeddedPostgres(home)
         assert one(postgres.start()) == 1
         assert postgres.status().data_dir == home / "pg"
-        assert home.stat().st_mode & 0o066 == 0
+        # As root the server passes through it, by a group that no account is in.
+        assert home.stat().st_mode & 0o777 == (0o710 if is_root() else 0o700)
+        assert home.stat().st_gid == postgres.status().data_dir.stat().st_gid
 
 
 @needs_root
@@ -131,9 +137,9 @@ def as_user(open_dir: Path) -> list[str]:
     if python is None or not shutil.which("setpriv") or not can_traverse(packages, user):
         pytest.skip("no Python that a normal user could run (setpriv and reachable packages are needed)")
     ours = open_dir / "ours"  # the checkout itself may be closed to others
-    shutil.copytree(
-        CHECKOUT / "fks_backfill_dagster" / "embedded", ours / "fks_backfill_dagster" / "embedded"
-    )
+    package = CHECKOUT / "fks_backfill_dagster"
+    shutil.copytree(package / "embedded", ours / package.name / "embedded")
+    shutil.copy(package / "ownership.py", ours / package.name)
     identity = [f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups"]
     path = f"PYTHONPATH={ours}:{packages}"
     return ["setpriv", *identity, "env", path, "PYTHONDONTWRITEBYTECODE=1", str(python)]
@@ -149,14 +155,72 @@ def test_a_normal_user_has_a_server_of_his_own(open_dir: Path, as_user: list[str
         assert one(url) == 1
         assert (home / "pg").stat().st_uid == yard.stat().st_uid
 
-        # another user who may (root), then the owner again: the files stay the owner's
-        postgres = EmbeddedPostgres(home)
-        assert postgres.stop() is True
-        assert one(postgres.start()) == 1
         assert {path.stat().st_uid for path in home.rglob("*")} == {yard.stat().st_uid}
-        postgres.stop()
+        assert {path.stat().st_mode & 0o077 for path in (home, *home.rglob("*")) if not path.is_socket()} == {
+            0
+        }
+        if is_root():  # where another account can put links root touches nothing, not even to stop it
+            postgres = EmbeddedPostgres(home)
+            for method in (postgres.start, postgres.stop, postgres.remove, postgres.status):
+                with pytest.raises(
+                    EmbeddedError, match=rf"{home} belongs to nobody .*: run this as that user"
+                ):
+                    method()
+        assert one(url) == 1
+        assert _run(as_user, home, "stop").stdout.strip() == "True"
         assert until(lambda: gone(home))  # noqa: B023 - called before the loop goes on
-        assert _run(as_user, home).stdout.strip() == url
+        shutil.rmtree(yard)  # the clean-up does not touch it either
+
+
+@needs_root
+def test_a_cluster_of_another_account_is_refused(home: Path) -> None:
+    os.chown(home / "pg", pwd.getpwnam("nobody").pw_uid, -1)
+    with pytest.raises(EmbeddedError, match=rf"{home / 'pg'} belongs to uid \d+, and root would write"):
+        EmbeddedPostgres(home).start()
+    os.chown(home / "pg", 0, 0)
+
+
+@needs_root
+def test_a_link_that_lies_in_wait_for_the_settings_of_a_new_cluster_is_not_written(
+    open_dir: Path, executable_dir: Path
+) -> None:
+    """As if another process of the account that runs initdb had put it there."""
+    victim = open_dir / "victim"
+    victim.write_text("precious")
+    initdb = executable_dir / "initdb"
+    initdb.write_text(f"#!/bin/sh\nln -s {victim} {open_dir / 'pg.new' / 'fks.conf'}\n")
+    initdb.chmod(0o755)
+    lock = open_file(open_dir / "lock")
+    account = account_for(open_dir / "pg")
+    with open_log(open_dir / "log") as log, pytest.raises(EmbeddedError, match="could not be made"):
+        make_cluster(open_dir / "pg", executable_dir, account, log, lock)
+    os.close(lock)
+    assert victim.read_text() == "precious"
+
+
+@needs_root
+def test_a_tree_is_handed_over_without_what_its_links_lead_to(open_dir: Path) -> None:
+    tree, outside = open_dir / "tree", open_dir / "outside"
+    for folder in (tree / "inner", outside):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("")
+    (tree / "link").symlink_to(outside)
+    give(tree, Account(60706, 60706))
+    assert {path.lstat().st_uid for path in (tree, *tree.rglob("*"))} == {60706}
+    assert {path.stat().st_uid for path in (outside, outside / "file")} == {0}
+
+
+@needs_root
+def test_nobody_else_gets_to_the_cluster_of_root(home: Path) -> None:
+    postgres = EmbeddedPostgres(home)
+    postgres.start()
+    sockets, cluster = home / "pg-socket", postgres.status().data_dir
+    assert (home / "logs").stat().st_mode & 0o777 == 0o700
+    for path in (home, home / "pg.users", sockets, cluster, cluster / "fks.conf"):
+        code = f"import os, sys; sys.exit(os.access({str(path)!r}, os.R_OK))"
+        assert subprocess.run([*as_stranger(), sys.executable, "-c", code], cwd="/").returncode == 0, path
+    for path in home.glob("pg.*"):
+        assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_home_that_may_not_be_written(open_dir: Path, as_user: list[str]) -> None:

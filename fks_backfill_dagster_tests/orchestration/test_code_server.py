@@ -90,23 +90,28 @@ def test_a_home_with_a_long_name_has_its_socket_elsewhere(tmp_path: Path) -> Non
     place.parent.rmdir()
 
 
-def test_a_folder_that_strangers_can_reach_takes_no_socket(tmp_path: Path) -> None:
-    open_folder, link = tmp_path / "open", tmp_path / "link"
-    open_folder.mkdir(mode=0o777)
-    code_server.make_folder(open_folder)  # ours: closed
-    assert stat.S_IMODE(open_folder.stat().st_mode) == 0o700
-    link.symlink_to(open_folder)
-    with pytest.raises(code_server.SocketFolder, match="is somebody else's"):
-        code_server.make_folder(link)
+def test_a_folder_that_strangers_can_write_takes_no_socket(tmp_path: Path) -> None:
+    readable, writable = tmp_path / "readable", tmp_path / "writable"
+    readable.mkdir()
+    code_server.make_folder(readable)  # ours: closed
+    assert stat.S_IMODE(readable.stat().st_mode) == 0o700
+    writable.mkdir()
+    writable.chmod(0o777)
+    with pytest.raises(code_server.SocketFolder, match="can be changed by other accounts"):
+        code_server.make_folder(writable)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="making a folder of another user needs root")
 def test_a_folder_of_somebody_else_takes_no_socket(tmp_path: Path) -> None:
-    theirs = tmp_path / "theirs"
+    theirs, link = tmp_path / "theirs", tmp_path / "link"
     theirs.mkdir(mode=0o700)
     os.chown(theirs, 65534, 65534)
-    with pytest.raises(code_server.SocketFolder, match=r"is somebody else's \(uid 65534\)"):
+    with pytest.raises(code_server.SocketFolder, match=r"belongs to .*uid 65534"):
         code_server.make_folder(theirs)
+    link.symlink_to(tmp_path)
+    os.lchown(link, 65534, 65534)
+    with pytest.raises(code_server.SocketFolder, match="is a link of another account"):
+        code_server.make_folder(link)
 
 
 def status_of(web: Webserver, run: str) -> str:

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from fks_backfill_dagster.orchestration import processes
-from fks_backfill_dagster.orchestration.processes import Background, backgrounds, stop
+from fks_backfill_dagster.orchestration.processes import Background, Guard, backgrounds, stop
+from fks_backfill_dagster.ownership import OwnershipError
 from fks_backfill_dagster.settings import CHECKOUT
 
 # A leader with a child, as a webserver has its code server.
@@ -109,6 +110,59 @@ def test_a_damaged_record_is_nobody(home: Path) -> None:
     process.record.parent.mkdir(parents=True)
     process.record.write_text("{")
     assert (process.pid, process.is_running()) == (None, False)
+
+
+def test_what_it_and_its_children_write_is_for_us_alone(home: Path) -> None:
+    code = "import subprocess, sys; open('made', 'w'); subprocess.run(['mkdir', 'folder'])"
+    process = Background(home / "home", "server")
+    process.start([sys.executable, "-c", code], cwd=home, environment=os.environ, port=0)
+    until((home / "folder").exists)
+    modes = {"home": 0o700, "home/run": 0o700, "home/logs": 0o700, "home/logs/server.log": 0o600}
+    modes |= {"home/run/server.json": 0o600, "made": 0o600, "folder": 0o700}
+    assert {name: (home / name).stat().st_mode & 0o777 for name in modes} == modes
+
+
+def test_a_log_that_is_a_link_is_not_written(home: Path) -> None:
+    victim = home / "victim"
+    victim.write_text("precious")
+    process = Background(home, "server")
+    process.log.parent.mkdir()
+    process.log.symlink_to(victim)
+    with pytest.raises(OwnershipError, match="is a link"):
+        process.start(["/bin/echo", "text"], cwd=home, environment=os.environ, port=0)
+    assert victim.read_text() == "precious"
+
+
+def plant(folder: Path, *names: str) -> None:
+    """Modules that leave a file `imported` beside them, and hide those of the same name."""
+    for name in names:
+        code = f"import pathlib; pathlib.Path({str(folder / 'imported')!r}).write_text({name!r})\n"
+        (folder / f"{name}.py").write_text(code + "raise SystemExit('a planted module')\n")
+
+
+def test_a_process_and_its_children_import_nothing_from_their_working_folder(home: Path) -> None:
+    """The market of a demo, started as the demo does it, and a Python that it starts."""
+    plant(home, "json", "yaml", "psutil", "click", "fks_backfill_dagster", "sitecustomize")
+    market = Background(home, "market")
+    command = [sys.executable, "-m", "fks_backfill_dagster", "simulate", "--port", "0"]
+    market.start(command, cwd=home, environment=os.environ, port=0)
+    until(lambda: "The local market listens" in market.last_words() or not market.is_running())
+    assert market.is_running(), market.last_words()
+    child = Background(home, "child")
+    code = (
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import yaml; open(\"done\", \"w\")'])"
+    )
+    child.start([sys.executable, "-c", code], cwd=home, environment=os.environ, port=0)
+    until(lambda: (home / "done").exists() or not child.is_running())
+    assert not (home / "imported").exists(), child.last_words()
+
+
+def test_the_guard_imports_nothing_from_its_working_folder(home: Path) -> None:
+    plant(home, "json", "psutil", "fks_backfill_dagster")
+    with Guard(home, home):
+        Background(home, "server").start(["/bin/sleep", "60"], cwd=home, environment=os.environ, port=0)
+    assert not (home / "imported").exists()
+    assert not Background(home, "server").is_running()
 
 
 _DEMO = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -115,7 +116,8 @@ def test_from_up_to_down(
     assert (second.url, second.started) == (first.url, True)
     third = servers.up(settings, port=port, environment=environment, say=said.append)
     assert (third.url, third.started) == (first.url, False)
-    assert said[-5] == "Dagster is up already."
+    assert said[-6] == "Dagster is up already."
+    assert f"  settings  {settings.config_file}" in said
 
     # Assets of both grains, and exactly the month that nobody answered for is failed.
     runs = ended(web, backfill, assets=3)
@@ -185,6 +187,22 @@ def test_a_folder_that_is_not_the_projects_is_named(
     elsewhere = settings.model_copy(update={"root": tmp_path})
     with pytest.raises(ServersError, match=r"there is no dagster\.yaml in"):
         servers.up(elsewhere, environment=environment, say=lambda text: None)
+
+
+@pytest.mark.parametrize("name", ["dagster.yaml", ".env"])
+def test_what_dagster_is_told_by_another_account_is_not_taken(
+    settings: Settings, environment: Mapping[str, str], tmp_path: Path, name: str
+) -> None:
+    """The one names code that every server runs, the other sets variables for every run."""
+    root = tmp_path / "project"
+    root.mkdir()
+    shutil.copy(CHECKOUT / "dagster.yaml", root)
+    (root / ".env").write_text("FKS_BATCH_SIZE_DAYS=7\n")
+    (root / name).chmod(0o666)
+    elsewhere = settings.model_copy(update={"root": root})
+    with pytest.raises(ServersError, match=rf"{root / name} is not used, because .*mode 0666.*of your own"):
+        servers.up(elsewhere, environment=environment, say=lambda text: None)
+    assert backgrounds(settings.home) == []
 
 
 def test_a_server_that_ends_is_told_with_its_last_words(

@@ -1,0 +1,309 @@
+"""Files of other accounts: what is taken, what is refused, and what nobody but us can read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fks_backfill_dagster.ownership import (
+    OwnershipError,
+    check_home,
+    exposure,
+    let_pass,
+    make_folder,
+    make_home,
+    open_file,
+    read_trusted,
+    write_text,
+)
+from fks_backfill_dagster_tests.accounts import IS_ROOT, as_stranger, give_to_stranger, needs_root, stranger
+
+PARTS = ("config", "backfill.yaml")
+TEXT = "batch_size_days: 7\n"
+
+
+@pytest.fixture
+def yard() -> Iterator[Path]:
+    """A folder that every account may enter, unlike pytest's own."""
+    path = Path(tempfile.mkdtemp(prefix="fks-")).resolve()
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def project(yard: Path) -> Path:
+    """A project that only we can change."""
+    file = yard.joinpath("project", *PARTS)
+    file.parent.mkdir(parents=True)
+    file.write_text(TEXT)
+    for path in (file, file.parent, file.parents[1]):
+        path.chmod(0o644 if path is file else 0o755)
+    return yard / "project"
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+# A file that was found
+
+
+def test_a_file_that_only_we_can_change_is_taken(project: Path) -> None:
+    assert exposure(project, *PARTS) is None
+    assert read_trusted(project, *PARTS) == TEXT
+
+
+@pytest.mark.parametrize("inside", ["", "config", "config/backfill.yaml"])
+def test_what_others_can_write_is_not(project: Path, inside: str) -> None:
+    path = project / inside
+    path.chmod(mode(path) | 0o002)
+    assert exposure(project, *PARTS) == f"{path} can be changed by other accounts (mode {mode(path):04o})"
+    with pytest.raises(OwnershipError, match=f"^{path} can be changed by other accounts"):
+        read_trusted(project, *PARTS)
+
+
+@needs_root
+@pytest.mark.parametrize("inside", ["", "config", "config/backfill.yaml"])
+def test_what_belongs_to_another_account_is_not(project: Path, inside: str) -> None:
+    give_to_stranger(project / inside)
+    expected = f"{project / inside} belongs to nobody (uid {stranger().pw_uid})"
+    assert exposure(project, *PARTS) == expected
+    with pytest.raises(OwnershipError) as error:
+        read_trusted(project, *PARTS)
+    assert str(error.value) == expected
+
+
+@needs_root
+def test_roots_file_is_taken_by_everybody_and_a_users_own_by_the_user(project: Path) -> None:
+    for owner in (0, stranger().pw_uid):
+        for path in (project, project / "config", project.joinpath(*PARTS)):
+            os.chown(path, owner, -1)
+        code = "import sys; from pathlib import Path; from fks_backfill_dagster.ownership import exposure"
+        script = f"{code}; sys.exit(exposure(Path({str(project)!r}), *{PARTS!r}))"
+        done = subprocess.run(
+            [*as_stranger(), sys.executable, "-P", "-c", script], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@needs_root
+def test_a_group_counts_unless_it_is_the_owners_alone(project: Path) -> None:
+    file = project.joinpath(*PARTS)
+    file.chmod(0o664)
+    os.chown(file, 0, 0)  # root's own group, as umask 002 leaves it
+    assert exposure(project, *PARTS) is None
+    os.chown(file, 0, stranger().pw_gid)
+    assert exposure(project, *PARTS) == f"{file} can be changed by other accounts (mode 0664)"
+
+
+@needs_root
+def test_an_access_list_behind_the_owners_own_group_counts(project: Path) -> None:
+    file = project.joinpath(*PARTS)
+    os.chown(file, 0, 0)
+    none, user = 0xFFFFFFFF, stranger().pw_uid
+    entries = [(0x01, 6, none), (0x02, 6, user), (0x04, 4, none), (0x10, 6, none), (0x20, 4, none)]
+    packed = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    try:
+        os.setxattr(file, "system.posix_acl_access", packed)
+    except (AttributeError, OSError):
+        pytest.skip("this file system has no access lists")
+    assert "can be changed by other accounts" in str(exposure(project, *PARTS))
+
+
+def test_a_link_counts_as_what_it_leads_to(project: Path, yard: Path) -> None:
+    file = project.joinpath(*PARTS)
+    real = yard / "real.yaml"
+    file.replace(real)
+    file.symlink_to(real)
+    assert read_trusted(project, *PARTS) == TEXT
+    real.chmod(0o666)
+    assert exposure(project, *PARTS) == f"{file} can be changed by other accounts (mode 0666)"
+    with pytest.raises(OwnershipError):
+        read_trusted(project, *PARTS)
+
+
+def test_a_linked_folder_counts_as_well(project: Path, yard: Path) -> None:
+    shared = yard / "shared"
+    (project / "config").replace(shared)
+    (project / "config").symlink_to(shared)
+    assert read_trusted(project, *PARTS) == TEXT
+    shared.chmod(0o777)
+    with pytest.raises(OwnershipError, match="config can be changed by other accounts"):
+        read_trusted(project, *PARTS)
+
+
+def test_a_sticky_folder_is_nobodys_project(project: Path) -> None:
+    project.chmod(0o1777)  # as /tmp: others can put a dagster.yaml beside the file
+    assert exposure(project, *PARTS) == f"{project} can be changed by other accounts (mode 1777)"
+
+
+def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(project: Path) -> None:
+    file = project.joinpath(*PARTS)
+    file.unlink()
+    os.mkfifo(file, 0o600)
+    with pytest.raises(FileNotFoundError):
+        read_trusted(project, *PARTS)
+
+
+# The home
+
+
+def test_a_home_is_made_for_us_alone(yard: Path) -> None:
+    old = os.umask(0)
+    try:
+        make_home(yard / "home")
+        make_folder(yard / "home" / "run")
+        os.close(open_file(yard / "home" / "run" / "lock"))
+        write_text(yard / "home" / "run" / "record", "text")
+    finally:
+        os.umask(old)
+    made = ["home", "home/run", "home/run/lock", "home/run/record"]
+    assert [mode(yard / name) for name in made] == [0o700, 0o700, 0o600, 0o600]
+
+
+def test_an_open_home_of_ours_is_closed(yard: Path) -> None:
+    home = yard / "home"
+    home.mkdir()
+    home.chmod(0o755)
+    check_home(home)
+    assert mode(home) == 0o755, "a look changes nothing"
+    make_home(home)
+    assert mode(home) == 0o700
+
+
+def test_a_home_into_which_others_could_write_is_told(yard: Path) -> None:
+    home = yard / "home"
+    home.mkdir()
+    home.chmod(0o777)
+    for use in (check_home, make_home, make_folder):
+        with pytest.raises(
+            OwnershipError, match=rf"^{home} can be changed .*mode 0777.*chmod go-rwx {home}`"
+        ):
+            use(home)
+    assert mode(home) == 0o777
+    home.chmod(0o700)
+    make_home(home)
+
+
+@needs_root
+@pytest.mark.parametrize("use", [check_home, make_home, make_folder])
+def test_a_home_of_another_account_is_refused(yard: Path, use) -> None:
+    home = yard / "home"
+    home.mkdir()
+    give_to_stranger(home)
+    with pytest.raises(
+        OwnershipError, match=rf"^{home} belongs to nobody \(uid \d+\): run this as that user"
+    ):
+        use(home)
+    assert list(home.iterdir()) == []
+
+
+@needs_root
+def test_a_link_of_another_account_is_no_home(yard: Path) -> None:
+    target, home = yard / "target", yard / "home"
+    target.mkdir()
+    target.chmod(0o755)
+    home.symlink_to(target)
+    make_home(home)  # our own link
+    assert mode(target) == 0o700
+    target.chmod(0o755)
+    give_to_stranger(home)
+    with pytest.raises(OwnershipError, match="belongs to nobody"):
+        make_home(home)
+    assert mode(target) == 0o755
+
+
+@needs_root
+def test_root_uses_no_folder_that_another_account_could_swap(yard: Path) -> None:
+    theirs = yard / "theirs"
+    home = theirs / "deep" / "home"
+    home.mkdir(parents=True)
+    give_to_stranger(theirs)
+    with pytest.raises(OwnershipError, match=rf"^root cannot use {home}, because {theirs} belongs to nobody"):
+        make_home(home)
+    os.chown(theirs, 0, 0)
+    theirs.chmod(0o777)  # root's own: what another account puts there is that account's, and refused as such
+    make_home(home)
+
+    (yard / "way").symlink_to(theirs)
+    make_home(yard / "way" / "deep" / "home")
+    give_to_stranger(yard / "way")
+    with pytest.raises(OwnershipError, match=rf"because {yard / 'way'} belongs to nobody"):
+        make_home(yard / "way" / "deep" / "home")
+
+
+@needs_root
+def test_a_user_has_a_home_in_a_shared_folder(yard: Path) -> None:
+    shared = yard / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    code = "import sys; from pathlib import Path; from fks_backfill_dagster.ownership import make_home"
+    script = f"{code}; make_home(Path({str(shared / 'home')!r}))"
+    subprocess.run([*as_stranger(), sys.executable, "-P", "-c", script], check=True)
+    assert (mode(shared / "home"), (shared / "home").stat().st_uid) == (0o700, stranger().pw_uid)
+
+
+@needs_root
+def test_another_account_sees_nothing_of_a_home(yard: Path) -> None:
+    home = yard / "home"
+    make_home(home)
+    write_text(home / "secret", "x")
+    for command in (["ls", str(home)], ["cat", str(home / "secret")]):
+        assert subprocess.run([*as_stranger(), *command], capture_output=True).returncode != 0
+    let_pass(home, 60706)
+    make_home(home)
+    assert (mode(home), home.stat().st_gid) == (0o710, 60706), "the way of the embedded server stays"
+    for command in (["ls", str(home)], ["cat", str(home / "secret")]):
+        assert subprocess.run([*as_stranger(), *command], capture_output=True).returncode != 0
+    os.chown(home, 0, stranger().pw_gid)
+    make_home(home)
+    assert mode(home) == 0o700, "a group that accounts are in does not pass"
+
+
+# Files in it
+
+
+def test_no_link_is_followed_to_open_a_file(yard: Path) -> None:
+    victim, link = yard / "victim", yard / "lock"
+    victim.write_text("precious")
+    link.symlink_to(victim)
+    with pytest.raises(OwnershipError, match=f"^{link} is a link"):
+        open_file(link, os.O_RDWR | os.O_TRUNC)
+    write_text(link, "ours")
+    assert (victim.read_text(), link.is_symlink(), link.read_text()) == ("precious", False, "ours")
+
+
+def test_an_open_file_of_ours_is_closed(yard: Path) -> None:
+    file = yard / "lock"
+    file.write_text("")
+    file.chmod(0o666)
+    os.close(open_file(file))
+    assert mode(file) == 0o600
+
+
+@needs_root
+def test_a_file_of_another_account_is_refused(yard: Path) -> None:
+    file = yard / "lock"
+    file.write_text("")
+    give_to_stranger(file)
+    with pytest.raises(OwnershipError, match=rf"^{file} belongs to nobody"):
+        open_file(file)
+
+
+@pytest.mark.skipif(IS_ROOT, reason="root may write everything")
+def test_a_file_that_we_may_not_write_is_an_error_of_the_system(yard: Path) -> None:
+    file = yard / "lock"
+    file.write_text("")
+    file.chmod(0o400)
+    with pytest.raises(PermissionError):
+        open_file(file)
