@@ -9,6 +9,8 @@ Does not belong here: what is refused (`guard`), who starts it (`servers`).
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 
 import uvicorn
@@ -34,6 +36,8 @@ _POLL_MILLISECONDS = 2000
 _STATEMENT_MILLISECONDS, _CONNECTION_SECONDS, _MOST_CONNECTIONS = 15_000, 3_600, 20
 
 _REPORTS = "/report_asset"
+
+_logger = logging.getLogger("dagster-webserver")  # formatted by Dagster as its own
 
 
 def rules_of(settings: Settings, port: int) -> Rules:
@@ -73,6 +77,7 @@ def serve(port: int, workspace: str) -> None:
         with WorkspaceProcessContext(
             instance, version=__version__, workspace_load_target=WorkspaceFileTarget([workspace])
         ) as context:
+            _logger.info(f"Serving http://{HOST}:{port} in process {os.getpid()}")
             uvicorn.run(
                 GuardedWebserver(context, rules).create_asgi_app(),
                 host=HOST,
