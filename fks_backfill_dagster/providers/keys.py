@@ -47,12 +47,15 @@ def redact(text: str, key: str | None) -> str:
 _LIBRARIES = frozenset(("urllib3", "requests", "charset_normalizer", "chardet", "ccxt"))
 
 
+_SHORTEST_KEY = 6
+
+
 class _Redaction(logging.Filter):
     """Blanks the keys in a record, whatever its level."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.keys: frozenset[str] = frozenset()
+        self.keys: tuple[str, ...] = ()
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = self._without_keys(record.getMessage()), None
@@ -66,13 +69,22 @@ class _Redaction(logging.Filter):
             text = redact(text, key)
         return text
 
+    def add(self, key: str) -> None:
+        """Longest first: a key that is a part of another one must not leave the rest of it."""
+        self.keys = tuple(sorted({*self.keys, key}, key=len, reverse=True))
+
 
 _redaction = _Redaction()
 
 
 def keep_out_of_logs(key: str) -> None:
-    """From now on no record of the HTTP libraries' loggers holds this key."""
-    _redaction.keys |= {key}
+    """From now on no record of the HTTP libraries' loggers holds this key.
+
+    One of a few letters is none of a provider's, and would be blanked in every word.
+    """
+    if len(key) < _SHORTEST_KEY:
+        return
+    _redaction.add(key)
     for name in list(logging.root.manager.loggerDict):
         if name.partition(".")[0] in _LIBRARIES:
             logging.getLogger(name).addFilter(_redaction)  # adds it once only

@@ -72,6 +72,7 @@ def test_planted_settings_are_told_and_not_used(
     assert told.stderr.count("\n") == 1
 
 
+@pytest.mark.slow  # `orchestration/test_processes.py` has the market and the guard
 def test_nothing_planted_is_imported_from_up_to_down(
     program: Run, theirs: Path, world: LocalMarket, settings: Path, tmp_path: Path
 ) -> None:

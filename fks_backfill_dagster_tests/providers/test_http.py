@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -36,7 +37,7 @@ from fks_backfill_dagster.providers.http import (
     server_time,
     status_error,
 )
-from fks_backfill_dagster.providers.keys import redact, usable_key
+from fks_backfill_dagster.providers.keys import keep_out_of_logs, redact, usable_key
 from fks_backfill_dagster_tests.providers.scripted import Asked, Said, serve
 
 KEY = "s3cr3t/+key"
@@ -524,3 +525,12 @@ def test_answers_are_counted(pool: RequestPool) -> None:
         client, tally = client_of(pool, server.url), Tally()
         pool.map("lane", lambda _: client.run(asking(client, server.url), tally), range(25))
         assert tally.count == len(server.requests) == 25
+
+
+def test_one_key_does_not_keep_another_one_in_the_logs(caplog: pytest.LogCaptureFixture) -> None:
+    """Several keys of a process, one of them a part of the other, and what is no key."""
+    caplog.set_level(logging.DEBUG)
+    for key in ("k", "abcdef", "xxabcdefyy"):
+        keep_out_of_logs(key)
+    logging.getLogger("urllib3.connectionpool").warning("keep %s and %s", "xxabcdefyy", "abcdef")
+    assert caplog.messages == ["keep *** and ***"]
