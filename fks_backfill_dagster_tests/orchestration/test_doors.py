@@ -378,6 +378,7 @@ def test_a_page_of_another_site_in_a_real_browser(doors: Doors) -> None:
     assert "SUCCEEDED" not in str(shown)  # no check was reported as passed
 
 
+@pytest.mark.slow
 def test_no_secret_is_found_anywhere(running: LocalMarket, tmp_path: Path) -> None:
     """A secret in every variable that takes one; then everything that anybody can look at."""
     named = [*KEY_VARIABLES.values(), "FKS_API_TOKEN"]

@@ -139,6 +139,9 @@ def test_a_worker_killed_with_everything_but_the_webserver(running: Site) -> Non
     held.lost_and_tried_again()
 
 
+# On a busy machine Dagster's retry may look at the run between its event of failure and its status, and then
+# gives up ("a run that is not failed"): seen once.
+@pytest.mark.slow
 def test_a_worker_whose_code_server_is_killed_with_its_keeper(running: Site) -> None:
     """The webserver has seen that nobody answers there; `up` brings both back, and the run with them."""
     held = backfill_and_hold(running, "SOL/USDT")
