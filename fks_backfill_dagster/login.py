@@ -8,11 +8,11 @@ Does not belong here: what the token opens (`guard`).
 
 from __future__ import annotations
 
-import os
 import secrets
 from contextlib import suppress
 from pathlib import Path
 
+from fks_backfill_dagster import ownership
 from fks_backfill_dagster.settings import Settings
 
 
@@ -28,20 +28,9 @@ def token_of(settings: Settings) -> str | None:
 
 
 def make_token(settings: Settings) -> str | None:
-    """As `token_of`, made where it is needed. Two who make it at once get the same one."""
-    found = token_of(settings)
-    if found is not None or not settings.webserver.login:
-        return found
-    file = _file(settings.home)
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    part.unlink(missing_ok=True)
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
-        opened.write(secrets.token_urlsafe(32))
-    try:
-        with suppress(FileExistsError):
-            os.link(part, file)
-    finally:
-        part.unlink()
+    """As `token_of`, made where it is needed. `up` calls it under its lock."""
+    if settings.webserver.login and token_of(settings) is None:
+        ownership.write_text(_file(settings.home), secrets.token_urlsafe(32))
     return token_of(settings)
 
 

@@ -2,7 +2,7 @@
 
 Belongs here: what every part checks before it takes a file that it has searched for (`exposure`,
 `read_trusted`), and how everything below FKS_HOME is made (`make_home`, `make_folder`, `open_file`,
-`write_text`). Accounts are compared as the kernel does: by modes and by ids of the process.
+`write_text`, `socket_folder`). Accounts are compared as the kernel does: by modes and by ids of the process.
 
 Does not belong here: which files those are. Only the standard library is imported.
 """
@@ -10,12 +10,16 @@ Does not belong here: which files those are. Only the standard library is import
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+
+SOCKET_PATH_BYTES = 103
+"""The longest path of a socket: macOS has room for 104 bytes with the final zero, Linux for 108."""
 
 _MOST_LINKS = 40
 """As the kernel: more links on one way are a circle."""
@@ -182,6 +186,19 @@ def let_pass(folder: Path, gid: int) -> None:
         os.fchmod(descriptor, 0o710)
     finally:
         os.close(descriptor)
+
+
+def socket_folder(near: Path, file: str, prefix: str, key: Path) -> Path:
+    """The folder for a Unix socket named `file`: `near`, or, where that path is too long for a socket, one of the
+    temporary folder that is named after `key`. It is not made. Raises OwnershipError where both are too long."""
+    digest = hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
+    short = Path(tempfile.gettempdir()) / f"{prefix}-{os.geteuid()}-{digest}"
+    for folder in (near, short):
+        if len(os.fsencode(folder / file)) <= SOCKET_PATH_BYTES:
+            return folder
+    raise OwnershipError(
+        f"the paths of {near} and of {short.parent} are too long for a socket: set FKS_HOME or TMPDIR to a shorter one"
+    )
 
 
 def open_file(path: Path, flags: int = os.O_RDWR) -> int:

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "loopback": set(),
     # Which requests a web server of ours lets in; the token that it asks for.
     "guard": set(),
-    "login": {"settings"},
+    "login": {"ownership", "settings"},
     "embedded": {"ownership"},
     "simulator": {"domain", "loopback"},
     "settings_sources": {"ownership"},

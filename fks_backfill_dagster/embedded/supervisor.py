@@ -7,14 +7,12 @@ believed without a lock beside it.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -50,14 +48,12 @@ from fks_backfill_dagster.ownership import (
     make_folder,
     make_home,
     open_file,
+    socket_folder,
     write_text,
 )
 
 PORT = 5432
 """No port of the network: it only names the socket file. In the URL so that a PGPORT does not change it."""
-
-SOCKET_PATH_BYTES = 103
-"""macOS has room for 104 bytes with the final zero, Linux for 108."""
 
 START_SECONDS = 300.0
 """A start may have to recover gigabytes of WAL first."""
@@ -348,17 +344,7 @@ class EmbeddedPostgres:
 
     def _socket_dir(self) -> Path:
         """Below the home; where that is too long for a socket, a short name in the temporary directory."""
-        near = self._home.base / "pg-socket"
-        if _fits(near):
-            return near
-        digest = hashlib.sha256(os.fsencode(self._home.cluster)).hexdigest()[:16]
-        short = Path(tempfile.gettempdir()) / f"fks-{os.geteuid()}-{digest}"
-        if not _fits(short):
-            raise EmbeddedError(
-                f"the paths of {self._home.path} and of {short.parent} are too long for a socket: "
-                f"set FKS_HOME or TMPDIR to a shorter one"
-            )
-        return short
+        return socket_folder(self._home.base / "pg-socket", f".s.PGSQL.{PORT}", "fks", self._home.cluster)
 
     def _make_socket_dir(self, account: Account | None) -> Path:
         """A directory that only the server's user enters. Who gets there first must not be a stranger."""
@@ -376,10 +362,6 @@ class EmbeddedPostgres:
                 ) from None
             give(directory, account)
         return directory
-
-
-def _fits(directory: Path) -> bool:
-    return len(os.fsencode(directory / f".s.PGSQL.{PORT}")) <= SOCKET_PATH_BYTES
 
 
 def _url(postmaster: Postmaster) -> str:

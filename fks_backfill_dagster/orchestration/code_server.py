@@ -13,12 +13,10 @@ Dagster, for the keeper lives as long as the server and should weigh nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from fks_backfill_dagster import ownership
@@ -28,15 +26,13 @@ LOCATION = "fks_backfill"
 
 DEFINITIONS = "fks_backfill_dagster.orchestration.definitions"
 
+_SOCKET = "code.sock"
 _SERVER = "fks_backfill_dagster.orchestration.forking_server"
 _WORKSPACE = """\
 # Written by `fks-backfill up`: its webserver and daemon share the code server that it has started.
 load_from:
   - grpc_server: {{socket: {socket}, location_name: {location}}}
 """
-
-_LONGEST_PATH = 103
-"""Bytes of a socket's path that every system takes."""
 
 
 class SocketFolder(Exception):
@@ -46,17 +42,10 @@ class SocketFolder(Exception):
 def socket_of(home: Path) -> Path:
     """Where the code server of a home listens; where the home's path is too long for a socket, in the
     temporary folder. Raises SocketFolder."""
-    near = home / "run" / "code.sock"
-    if len(os.fsencode(near)) <= _LONGEST_PATH:
-        return near
-    digest = hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
-    short = Path(tempfile.gettempdir()) / f"fks-code-{os.geteuid()}-{digest}" / "code.sock"
-    if len(os.fsencode(short)) > _LONGEST_PATH:
-        raise SocketFolder(
-            f"the paths of {home} and of {short.parent.parent} are too long for a socket: set FKS_HOME or TMPDIR"
-            " to a shorter one"
-        )
-    return short
+    try:
+        return ownership.socket_folder(home / "run", _SOCKET, "fks-code", home) / _SOCKET
+    except ownership.OwnershipError as error:
+        raise SocketFolder(str(error)) from None
 
 
 def make_folder(folder: Path) -> None:
