@@ -4,7 +4,7 @@
 
 A browser sends requests from any page that its user visits, also to servers on the loopback address, with
 the user's cookies. So a request must be meant for this server, come from a page of its own or from no page,
-and be of a kind that a page of another site cannot send without asking (`application/json`). Then its sender
+and be of a kind that a page of another site cannot send without a preflight (`application/json`). Then its sender
 has to know the token.
 
 Belongs here: what is refused, with which status and sentence, and the headers of every answer. Does not belong
@@ -50,10 +50,10 @@ _NO_FRAMES = (b"content-security-policy", b"frame-ancestors 'none'")
 class Rules:
     """What a server lets in.
 
-    token: who knows it comes in; None: everybody who passes the other questions. cookie: the name of the cookie
+    token: what a request has to carry; None: the other checks alone count. cookie: the name of the cookie
     that stands for the token. hosts: names of the server besides the loopback ones. posts: beginnings of paths
     that take POST with JSON and nothing else; every other path takes GET and HEAD. closed: beginnings of paths
-    that are refused. advice: the sentence for who does not know the token.
+    that are refused. advice: the sentence of a 401.
     """
 
     token: str | None
@@ -173,7 +173,7 @@ def is_known(request: Request, rules: Rules) -> bool:
 
 
 def is_same(given: str | None, wanted: str) -> bool:
-    """Compares in a time that tells nothing of what is wanted."""
+    """Compares in constant time."""
     return given is not None and hmac.compare_digest(given.encode(), wanted.encode())
 
 

@@ -1,7 +1,7 @@
-"""The token that Dagster's pages ask for: where it is kept, and who reads it.
+"""The token of Dagster's pages: where it is kept, and how commands read it.
 
 It is FKS_API_TOKEN, or else one that is made once for a home and kept there, in a file that its owner alone
-can read. So a visit goes on after a restart, and commands of this home come in without being asked.
+can read. So a visit goes on after a restart, and commands of this home find it without an option.
 
 Does not belong here: what the token opens (`guard`).
 """
@@ -17,7 +17,7 @@ from fks_backfill_dagster.settings import Settings
 
 
 def token_of(settings: Settings) -> str | None:
-    """The token of these settings; None where nobody is asked for one, or none was made yet."""
+    """The token of these settings; None where none is required, or none was made yet."""
     if not settings.webserver.login:
         return None
     if settings.api_token is not None:

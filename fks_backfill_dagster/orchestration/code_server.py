@@ -4,7 +4,7 @@ Left to themselves they start a code server each, the daemon another one every m
 one by a workspace file of their own. `python -m ...code_server SOCKET` starts the server (`forking_server`),
 and starts it again when it was killed; both find it again by themselves.
 
-It does what it is asked, and a request can name code to call. So it listens on a Unix socket in a folder that
+A request can name code to call, and is authenticated by nothing. So it listens on a Unix socket in a folder that
 its user alone can enter, and nowhere else.
 
 Does not belong here: who starts the keeper and finds it again (`servers`, `processes`); anything of

@@ -1,10 +1,10 @@
 """The webserver that `up` starts: Dagster's own behind our guard, on the loopback address.
 
-Dagster's takes mutations from any page that a browser has open, and asks nobody for a name.
+Dagster's takes mutations from any page that a browser has open, and has no login.
 
     python -P -m fks_backfill_dagster.orchestration.guarded_webserver PORT WORKSPACE
 
-Does not belong here: what is refused (`guard`), who starts it (`servers`).
+Does not belong here: what is refused (`guard`), how it is started (`servers`).
 """
 
 from __future__ import annotations
