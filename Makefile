@@ -18,11 +18,12 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/nu
 	n=$$((n + 2)); [ $$n -gt 6 ] && n=6; echo $$n)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow up down bench pictures lint format lock clean
+.PHONY: help env demo test test-fast test-slow up down bench pictures lint format lock clean
 
 help:
 	@echo "make demo    runs the whole on a local market and reports; KEEP=1 leaves the servers up"
 	@echo "make test    runs the test suite; ARGS='...' go to pytest"
+	@echo "make test-fast runs those tests that need no server, below a minute"
 	@echo "make test-slow runs the long scenarios that make test leaves out, an hour of real time among them"
 	@echo "make up      starts database, Dagster and daemon on real providers; make down stops them"
 	@echo "make bench   measures against the references"
@@ -42,9 +43,14 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m 'not slow' $(ARGS)
 
-# By test, not by module: the longest are cases of one function.
+# What starts no process and opens no connection: rules, and whatever else is a function of its arguments.
+test-fast: $(STAMP)
+	@$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not server' $(ARGS)
+
+# By test, not by module: the longest are cases of one function. Then the property tests with all their examples.
 test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(ARGS)
+	@FKS_TEST_THOROUGH=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'hypothesis and not server' $(ARGS)
 
 up: $(STAMP)
 	@$(BIN)/fks-backfill up

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from fks_backfill_dagster.embedded import EmbeddedPostgres
+from fks_backfill_dagster_tests.examples import examples
 
 _SHARED = (Path(__file__).resolve().parents[1] / "../shared/data").resolve()
 
 
 # A busy machine is no defect: no test fails for its time.
-settings.register_profile("any machine", settings(), deadline=None)
+settings.register_profile("any machine", settings(), deadline=None, max_examples=examples(100))
 settings.load_profile("any machine")
 
 # Inherited by the workers of a run, which share the server below it (postgres.py).
@@ -31,12 +33,36 @@ _ROOM = 2 * 2**30
 # wait more than they compute, and at the end nothing would go on beside them.
 _FIRST = ("orchestration", "cli", "pipeline")
 
+# Whoever requests one of these needs a server; other tests carry the mark `server` themselves.
+_SERVING = frozenset(("server_url", "running", "one_market"))
+
+# What a test without that mark must not do, as Python's audit events.
+_SERVER_EVENTS = frozenset(
+    (
+        "os.exec",
+        "os.fork",
+        "os.forkpty",
+        "os.posix_spawn",
+        "socket.bind",
+        "socket.connect",
+        "subprocess.Popen",
+    )
+)
+_quick = False
+"""Whether the running test is one without the mark."""
+
+
+def _refuse_servers(event: str, _: object) -> None:
+    if _quick and event in _SERVER_EVENTS:
+        raise RuntimeError(f"{event} in a test without the mark `server`: see docs/testing.md")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if _HOME not in os.environ:
         in_memory = os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _ROOM
         os.environ[_HOME] = tempfile.mkdtemp(prefix="fks-tests-", dir=_MEMORY if in_memory else None)
         config.add_cleanup(_remove_home)
+    sys.addaudithook(_refuse_servers)
 
 
 def _remove_home() -> None:
@@ -45,9 +71,23 @@ def _remove_home() -> None:
     shutil.rmtree(home, ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the marks select
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {folder: place for place, folder in enumerate(_FIRST)}
     items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
+    for item in items:
+        if not _SERVING.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("server")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    global _quick
+    _quick = item.get_closest_marker("server") is None
+    try:
+        return (yield)
+    finally:
+        _quick = False
 
 
 @pytest.fixture(scope="session")

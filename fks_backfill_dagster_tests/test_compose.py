@@ -37,6 +37,7 @@ def test_a_password_has_no_default() -> None:
     assert "HOST_AUTH_METHOD" not in FILE.read_text(encoding="utf-8")
 
 
+@pytest.mark.server
 def test_what_is_printed_without_the_password(tmp_path: object) -> None:
     if shutil.which("docker") is None:
         pytest.skip("there is no docker")

@@ -83,6 +83,7 @@ def test_what_belongs_to_another_account_is_not(project: Path, inside: str) -> N
     assert str(error.value) == expected
 
 
+@pytest.mark.server
 @needs_root
 def test_roots_file_is_taken_by_everybody_and_a_users_own_by_the_user(project: Path) -> None:
     for owner in (0, stranger().pw_uid):
@@ -242,6 +243,7 @@ def test_root_uses_no_folder_that_another_account_could_swap(yard: Path) -> None
         make_home(yard / "way" / "deep" / "home")
 
 
+@pytest.mark.server
 @needs_root
 def test_a_user_has_a_home_in_a_shared_folder(yard: Path) -> None:
     shared = yard / "shared"
@@ -253,6 +255,7 @@ def test_a_user_has_a_home_in_a_shared_folder(yard: Path) -> None:
     assert (mode(shared / "home"), (shared / "home").stat().st_uid) == (0o700, stranger().pw_uid)
 
 
+@pytest.mark.server
 @needs_root
 def test_another_account_sees_nothing_of_a_home(yard: Path) -> None:
     home = yard / "home"

@@ -183,6 +183,7 @@ def test_the_project_of_another_account_is_passed_over_with_a_file_of_ones_own(
     assert home_of({}, shared) == tmp_path.resolve() / ".fks"
 
 
+@pytest.mark.server
 @needs_root
 def test_a_folder_that_may_not_be_looked_into_holds_no_project(tmp_path: Path, load: Load) -> None:
     yard = Path(tempfile.mkdtemp(prefix="fks-")).resolve()
@@ -984,6 +985,7 @@ def test_a_pair_is_the_same_series_by_symbol_and_by_asset_key(symbol: str, timef
     assert found.asset_class is infer_asset_class(symbol)
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("statement", "light"),
     [

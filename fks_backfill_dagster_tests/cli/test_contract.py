@@ -260,6 +260,7 @@ def test_ctrl_c_while_the_market_hangs(
 # What is wrong on our side -----------------------------------------------------------------------------
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("variables", "code", "says"),
     [

@@ -23,6 +23,8 @@ from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster_tests.cli.conftest import CHECKOUT, Command, start
 from fks_backfill_dagster_tests.cli.test_backfill import JANUARY
 
+pytestmark = pytest.mark.server
+
 
 def imported(*arguments: str) -> set[str]:
     """The top-level modules a command has imported at its end."""

@@ -91,6 +91,7 @@ def test_an_audit(fks: Command, world: LocalMarket, database: Database, number: 
     assert (running.returncode, stdout, stderr.strip()) == (128 + number, "", "Interrupted.")
 
 
+@pytest.mark.server
 @ENDING
 def test_a_market_ends_as_usual(settings: Path, number: int) -> None:
     with start("simulate", "--port", "0", "--json") as running:
@@ -131,6 +132,7 @@ main(["demo"], prog_name="fks-backfill")
 """
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_demo_leaves_nothing_behind(settings: Path, tmp_path: Path, number: int) -> None:
     home = tmp_path / "demo"

@@ -59,6 +59,7 @@ def program(settings: Path) -> Run:
     return run
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("arguments", [["status"], ["up"], ["backfill", "BTC/USDT", "1h"], ["db", "url"]])
 def test_planted_settings_are_told_and_not_used(
     program: Run, theirs: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
@@ -94,6 +95,7 @@ def test_nothing_planted_is_imported_from_up_to_down(
     assert opened == []
 
 
+@pytest.mark.server
 def test_nothing_of_the_embedded_database_is_open(
     program: Run, settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

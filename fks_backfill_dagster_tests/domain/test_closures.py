@@ -17,6 +17,7 @@ from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe, to_micros
 from fks_backfill_dagster_tests.domain.builders import at
+from fks_backfill_dagster_tests.examples import examples
 
 NEW_YORK = ZoneInfo("America/New_York")
 STOCKS, FOREX, CRYPTO = AssetClass.STOCKS, AssetClass.FOREX, AssetClass.CRYPTO
@@ -55,7 +56,7 @@ DATES = st.dates(date(2008, 1, 5), date(2026, 12, 1))
 STRETCHES = st.lists(st.tuples(st.integers(0, 20), st.sampled_from([0, 0, 0, 1, 2, 4, 6, 11])), max_size=4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(st.sampled_from(MARKETS), st.sampled_from(list(Timeframe)[1:]), DATES, STRETCHES)
 def test_a_candle_is_closed_if_all_its_minutes_are_on_closed_dates(
     market: tuple[AssetClass, str], timeframe: Timeframe, begin: date, stretches: list[tuple[int, int]]
@@ -89,7 +90,7 @@ def test_a_candle_is_closed_if_all_its_minutes_are_on_closed_dates(
     assert ranges.contains(owners).tolist() == (~traded).tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(st.sampled_from(MARKETS), st.sampled_from(list(Timeframe)), DATES, st.integers(0, 8))
 def test_stretches_begin_and_end_with_candles(
     market: tuple[AssetClass, str], timeframe: Timeframe, begin: date, more: int
@@ -143,7 +144,7 @@ def test_no_dates_close_nothing(market: tuple[AssetClass, str]) -> None:
         assert not closed_ranges(series_of(market, timeframe), [(date(1960, 1, 1), date(1961, 1, 1))])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(st.integers(366 * 24 * 60, 76 * 365 * 24 * 60), st.integers(1, 900))
 def test_forex_holidays_are_wall_time_of_new_york(minute: int, days: int) -> None:
     first = minute * 60_000_000

@@ -30,6 +30,7 @@ from fks_backfill_dagster.domain.timeframe import (
 )
 from fks_backfill_dagster.ledger.gaps import find_gaps, missing_of
 from fks_backfill_dagster_tests.domain.builders import at, grid, read_csv, window
+from fks_backfill_dagster_tests.examples import examples
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "grid"
 NEW_YORK = ZoneInfo("America/New_York")
@@ -80,7 +81,7 @@ def near_new_york_weekend() -> st.SearchStrategy[int]:
 
 
 @given(grids_and_windows())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_the_parts_agree(drawn: tuple[Grid, TimeRange, int]) -> None:
     it, span, step = drawn
     opens = it.opens(span)
@@ -106,7 +107,7 @@ def test_the_parts_agree(drawn: tuple[Grid, TimeRange, int]) -> None:
 
 
 @given(grids_and_windows())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 def test_a_cut_window_loses_nothing(drawn: tuple[Grid, TimeRange, int]) -> None:
     it, span, _ = drawn
     middle = (span.start + span.end) // 2
@@ -115,7 +116,7 @@ def test_a_cut_window_loses_nothing(drawn: tuple[Grid, TimeRange, int]) -> None:
 
 
 @given(grids_and_windows(), st.integers(-3, 3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_closed_end(drawn: tuple[Grid, TimeRange, int], shift: int) -> None:
     """Against its definition: in the middle of the window, and around the last closes in it."""
     it, span, step = drawn
@@ -141,7 +142,7 @@ def test_empty_window(asset_class: str, timeframe: str, calendar: str) -> None:
 
 
 @given(st.integers(0, 78 * 52), st.sampled_from(INTRADAY))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 def test_forex_minute_by_minute(week: int, timeframe: Timeframe) -> None:
     """Every minute of a week asked of the time zone database: in session or not."""
     start = datetime(1970, 1, 8, tzinfo=UTC) + timedelta(weeks=week)  # a Thursday
@@ -166,7 +167,7 @@ def forex_is_open(minute: datetime) -> bool:
 
 
 @given(st.integers(0, 78 * 52))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 def test_forex_days_and_weeks(week: int) -> None:
     sunday = datetime(1970, 1, 4, 17, tzinfo=NEW_YORK) + timedelta(weeks=week)  # wall clock arithmetic
     fives = [to_micros(sunday + timedelta(days=n)) for n in range(6)]

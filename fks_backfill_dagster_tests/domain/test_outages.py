@@ -19,6 +19,7 @@ from fks_backfill_dagster.domain.timeframe import (
     Timeframe,
 )
 from fks_backfill_dagster_tests.domain.builders import at, window
+from fks_backfill_dagster_tests.examples import examples
 
 FRAMES = (Timeframe.M1, Timeframe.H1, Timeframe.D1)
 Ranges = list[tuple[int, int]]
@@ -97,7 +98,7 @@ a_series = st.builds(
 
 
 @given(st.lists(st.tuples(a_series, some_ranges, some_ranges), max_size=14, unique_by=lambda e: e[0]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 def test_against_the_slow_definition(entries: list[Entry]) -> None:
     entries = [*entries, (crypto("H", "1m"), [], [])]  # some minutes that are expected part the others
     assert found(*entries) == slowly(entries)
@@ -193,8 +194,8 @@ def test_four_thousand_series_with_a_hundred_thousand_gaps_take_a_second() -> No
     missing = Spans(owner, starts, starts + draw.integers(1, 9, 100_000) * MICROS_PER_HOUR)
     everything = np.arange(4000)
     synced = Spans(everything, np.full(4000, start), np.full(4000, start + years + MICROS_PER_DAY))
-    begun = time.perf_counter()
+    begun = time.process_time()
     outages = recognise(series, synced, missing)
-    seconds = time.perf_counter() - begun
+    seconds = time.process_time() - begun
     assert [outage.window.start for outage in outages] == common.tolist()
-    assert seconds < 3  # 0.4 s on a busy machine
+    assert seconds < 3  # of CPU: 0.4 where nothing else runs

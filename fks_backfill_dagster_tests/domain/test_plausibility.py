@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.plausibility import AROUND, FACTOR, implausible
+from fks_backfill_dagster_tests.examples import examples
 
 Row = tuple[float, float, float, float]
 
@@ -54,7 +55,7 @@ def rows_of(draw: st.DrawFn) -> list[Row]:
     return rows
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(rows=rows_of())
 def test_like_the_slow_definition(rows: list[Row]) -> None:
     assert implausible(block(rows)).tolist() == slowly(rows)

@@ -20,6 +20,7 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, iso
 from fks_backfill_dagster.ledger.gaps import find_gaps, missing_of
 from fks_backfill_dagster_tests.domain.builders import at, candles, flat, grid, read_csv, window
+from fks_backfill_dagster_tests.examples import examples
 
 NAN, INF = math.nan, math.inf
 Row = tuple[float, ...]
@@ -160,7 +161,7 @@ SANE_ROWS = st.lists(
 
 
 @given(ROWS | SANE_ROWS, st.sampled_from(["crypto", "stocks", "forex"]), st.integers(-1, 14))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 def test_against_row_by_row(rows: list[Row], asset_class: str, closed_hours: int) -> None:
     it, closed_end = grid(asset_class, "1h"), NOON + closed_hours * MICROS_PER_HOUR
     verdict = verify(candles(*rows), DAY, it, closed_end)

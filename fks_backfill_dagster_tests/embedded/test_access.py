@@ -18,6 +18,8 @@ from fks_backfill_dagster_tests.embedded.conftest import cleaned, is_root, one
 from fks_backfill_dagster_tests.embedded.test_users import _run as run_start
 from fks_backfill_dagster_tests.embedded.test_users import as_user
 
+pytestmark = pytest.mark.server
+
 __all__ = ["as_user"]
 
 needs_root = pytest.mark.skipif(not is_root(), reason="only root can be another user")

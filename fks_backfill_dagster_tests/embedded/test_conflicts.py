@@ -17,6 +17,8 @@ from fks_backfill_dagster.embedded.log import ROTATE_BYTES
 from fks_backfill_dagster.ownership import open_file
 from fks_backfill_dagster_tests.embedded.conftest import Use, cleaned, is_root, one, until
 
+pytestmark = pytest.mark.server
+
 
 def test_an_initdb_that_was_killed_is_made_anew(fresh_home: Path, use: Callable[[], Use]) -> None:
     victim = use()

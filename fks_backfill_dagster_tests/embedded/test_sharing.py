@@ -20,6 +20,8 @@ from fks_backfill_dagster.embedded import EmbeddedPostgres, watchdog
 from fks_backfill_dagster.ownership import open_file
 from fks_backfill_dagster_tests.embedded.conftest import CHECKOUT, START, Use, gone, one, processes_of, until
 
+pytestmark = pytest.mark.server
+
 
 def test_a_first_start_gives_a_database_with_its_settings(
     fresh_home: Path, monkeypatch: pytest.MonkeyPatch

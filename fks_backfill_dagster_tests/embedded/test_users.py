@@ -31,6 +31,8 @@ from fks_backfill_dagster_tests.embedded.conftest import (
     until,
 )
 
+pytestmark = pytest.mark.server
+
 needs_root = pytest.mark.skipif(not is_root(), reason="only root can be refused by PostgreSQL")
 
 

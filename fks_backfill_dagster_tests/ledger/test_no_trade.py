@@ -16,6 +16,7 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY
 from fks_backfill_dagster.ledger.gaps import find_gaps, missing_of
 from fks_backfill_dagster.ledger.no_trade import NEIGHBOURS, Absent, no_trade, quiet_tail
 from fks_backfill_dagster_tests.domain.builders import at, grid, read_csv, window
+from fks_backfill_dagster_tests.examples import examples
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 
@@ -90,7 +91,7 @@ KINDS = [
 ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     kind=st.sampled_from(KINDS),
     days=st.integers(1, 40),
@@ -117,7 +118,7 @@ def test_like_the_slow_definition(
     assert found.tolist() == slowly(absent, covered, of, closed)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     share=st.sampled_from([0.0, 0.01, 0.1, 0.4]),
     start=st.integers(600, 3000),
@@ -134,7 +135,7 @@ def test_an_outage_is_never_no_trade(share: float, start: int, size: int, seed: 
     assert not np.isin(opens[start : start + size], judged(opens, opens[gone], minutes, covered)).any()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(share=st.sampled_from([0.03, 0.2, 0.56, 0.8]), seed=st.integers(0, 2**32))
 def test_random_quiet_minutes_are_no_trade(share: float, seed: int) -> None:
     stocks = grid("stocks", "1m")
@@ -146,7 +147,7 @@ def test_random_quiet_minutes_are_no_trade(share: float, seed: int) -> None:
     assert len(find_gaps(left, stocks)) <= 3
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(cuts=st.lists(st.integers(1, 4000), max_size=6), seed=st.integers(0, 2**32))
 def test_what_is_beyond_the_neighbourhood_changes_nothing(cuts: list[int], seed: int) -> None:
     """So the verdict depends on no batch: it is the same as soon as the neighbourhood is covered."""
@@ -229,7 +230,7 @@ def tail_of(of: Grid, covered: TimeRange, length: int) -> TimeRange:
     return TimeRange(covered.end, int(of.at(np.array([first + length]))[0]))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     kind=st.sampled_from(KINDS),
     share=st.sampled_from([0.0, 0.02, 0.2, 0.5, 0.9]),

@@ -17,6 +17,7 @@ from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.ledger.reconcile import Kind, Recorded, Seen, SeriesAudit, judge
 from fks_backfill_dagster.ledger.records import Evidence, LedgerGap, Outcome
 from fks_backfill_dagster_tests.domain.builders import at
+from fks_backfill_dagster_tests.examples import examples
 
 SERIES = [
     Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO),
@@ -98,7 +99,7 @@ def repaired(recorded: Recorded, found: SeriesAudit) -> Recorded:
 
 
 @given(situations())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_after_the_repair_nothing_is_wrong(situation: tuple[Series, Recorded, Seen, int]) -> None:
     series, recorded, seen, closed_end = situation
     grid = grid_of(series)
@@ -112,7 +113,7 @@ def test_after_the_repair_nothing_is_wrong(situation: tuple[Series, Recorded, Se
 
 
 @given(situations())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_the_ledger_is_what_its_definition_says(situation: tuple[Series, Recorded, Seen, int]) -> None:
     series, recorded, seen, closed_end = situation
     grid = grid_of(series)
@@ -135,7 +136,7 @@ def test_the_ledger_is_what_its_definition_says(situation: tuple[Series, Recorde
 
 
 @given(situations())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_nothing_is_explained_away_and_no_history_is_lost(
     situation: tuple[Series, Recorded, Seen, int],
 ) -> None:
@@ -164,7 +165,7 @@ def test_nothing_is_explained_away_and_no_history_is_lost(
 
 
 @given(situations())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_what_nobody_asked_for_does_not_become_a_gap(
     situation: tuple[Series, Recorded, Seen, int],
 ) -> None:

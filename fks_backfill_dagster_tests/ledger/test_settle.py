@@ -28,6 +28,7 @@ from fks_backfill_dagster.ledger.reconcile import Recorded, Seen, judge
 from fks_backfill_dagster.ledger.records import Evidence, LedgerGap, Outcome
 from fks_backfill_dagster.ledger.settle import Response, Rules, Settlement, settle
 from fks_backfill_dagster_tests.domain.builders import at, grid, window
+from fks_backfill_dagster_tests.examples import examples
 
 HALF_HOUR = 30 * MICROS_PER_MINUTE
 # New York from the Wednesday before Thanksgiving 2023 on: a holiday, a half-day, weekends.
@@ -276,7 +277,7 @@ STEP = st.tuples(
 
 
 @given(st.sampled_from([CRYPTO, STOCKS]), st.lists(STEP, min_size=1, max_size=8))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 def test_any_history_gives_the_slow_ledger(grid: Grid, steps: list[tuple[Any, ...]]) -> None:
     opens = grid.opens(TimeRange(FROM, FROM + 60 * 24 * MICROS_PER_HOUR))[:CANDLES].tolist()
     edges = [*opens, opens[-1] + MICROS_PER_HOUR]
@@ -461,7 +462,7 @@ def opens_of(rows: Sequence[LedgerGap], status: GapStatus) -> list[int]:
     ]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=examples(25))
 @given(
     share=st.sampled_from([0.02, 0.2, 0.5]),
     hole=st.tuples(st.integers(1, 3000), st.integers(1, 500)),

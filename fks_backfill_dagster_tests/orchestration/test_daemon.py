@@ -31,6 +31,8 @@ from fks_backfill_dagster.store.reading import batches, read_candles
 from fks_backfill_dagster.wiring import now
 from fks_backfill_dagster_tests.orchestration.site import Site, compute_log, site
 
+pytestmark = pytest.mark.server
+
 FRAME = 15 * MICROS_PER_MINUTE
 BTC, ETH = ("ohlcv", "BTC_USDT", "15m"), ("ohlcv", "ETH_USDT", "15m")
 

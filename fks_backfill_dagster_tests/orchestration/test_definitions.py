@@ -203,11 +203,13 @@ def measured() -> tuple[float, list[str], int, int]:
     return seconds, heavy, assets, checks
 
 
+@pytest.mark.server
 def test_two_thousand_series_load_quickly(measured: tuple[float, list[str], int, int]) -> None:
     seconds, _, assets, checks = measured
     assert (assets, checks) == (2000, 6000)
     assert seconds < 6  # of CPU: 1.7 when nothing else runs; the bound is for busy machines
 
 
+@pytest.mark.server
 def test_definitions_import_nothing_heavy(measured: tuple[float, list[str], int, int]) -> None:
     assert measured[1] == []

@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fks_backfill_dagster.settings import CHECKOUT
+
+pytestmark = pytest.mark.server
 
 
 def test_dg_checks_the_definitions(tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ from fks_backfill_dagster_tests.orchestration.site import Site, site
 from fks_backfill_dagster_tests.orchestration.test_daemon import start_schedule
 from fks_backfill_dagster_tests.store.builders import execute
 
+pytestmark = pytest.mark.server
+
 SYMBOLS = ("BTC/USDT", "ETH/USDT")
 POLLING = 15 * MICROS_PER_MINUTE
 RED_WITHIN = 2 * POLLING + 3 * MICROS_PER_MINUTE

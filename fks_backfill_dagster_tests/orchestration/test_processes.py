@@ -19,6 +19,8 @@ from fks_backfill_dagster.orchestration.processes import Background, Guard, back
 from fks_backfill_dagster.ownership import OwnershipError
 from fks_backfill_dagster.settings import CHECKOUT
 
+pytestmark = pytest.mark.server
+
 # A leader with a child, as a webserver has its code server.
 _LEADER = (
     "import subprocess, sys, time;"

@@ -214,6 +214,7 @@ def test_a_server_that_ends_is_told_with_its_last_words(
     assert backgrounds(settings.home) == []
 
 
+@pytest.mark.server
 def test_nobody_there_is_one_sentence() -> None:
     url = f"http://{servers.HOST}:{free_port()}"
     with pytest.raises(DagsterRefused, match=f"{url} does not answer"):

@@ -12,12 +12,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from dagster import Definitions, TimeWindowPartitionsDefinition
 
 from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.settings import CHECKOUT, Settings, SymbolSettings
+
+pytestmark = pytest.mark.server
 
 SNAPSHOT = Path(__file__).with_name("definitions.txt")
 

@@ -27,6 +27,7 @@ from fks_backfill_dagster.ledger.gaps import GapStatus, find_gaps
 from fks_backfill_dagster.ledger.records import Known, LedgerGap
 from fks_backfill_dagster.pipeline.plan import GRACE, Batch, Plan, Scope, closed_window, make_plan
 from fks_backfill_dagster_tests.domain.builders import at, window
+from fks_backfill_dagster_tests.examples import examples
 
 CRYPTO_1H = Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)
 CRYPTO_1D = Series("BTC/USDT", Timeframe.D1, AssetClass.CRYPTO)
@@ -204,7 +205,7 @@ def test_a_ragged_decade_is_planned_in_a_moment() -> None:
     st.none() | st.integers(-30 * 24 * 60, 200 * 24 * 60),
     st.integers(-10 * 24 * 60, 200 * 24 * 60),
 )
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 def test_only_listed_and_closed_candles_are_expected(
     series: Series, start: int, length: int, listed: int | None, now: int
 ) -> None:

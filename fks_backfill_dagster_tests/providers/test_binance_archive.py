@@ -41,6 +41,8 @@ from fks_backfill_dagster_tests.providers.scripted import (
     zipped_csv,
 )
 
+pytestmark = pytest.mark.server
+
 JANUARY = span("2024-01-01", "2024-02-01")
 
 

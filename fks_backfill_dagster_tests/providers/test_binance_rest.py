@@ -43,6 +43,8 @@ from fks_backfill_dagster_tests.providers.scripted import (
     us,
 )
 
+pytestmark = pytest.mark.server
+
 WINDOW = span("2024-03-01", "2024-03-03")  # 2880 minutes: three pages
 WIRE = Path(__file__).resolve().parents[1] / "data/wire/errors.jsonl"
 SHARED_WIRE = Path(__file__).resolve().parents[2] / "../shared/wire/errors.jsonl"

@@ -43,6 +43,8 @@ from fks_backfill_dagster_tests.providers.scripted import (
     us,
 )
 
+pytestmark = pytest.mark.server
+
 WIRE = Path(__file__).resolve().parents[1] / "data/wire/errors.jsonl"
 SHARED_WIRE = Path(__file__).resolve().parents[2] / "../shared/wire/errors.jsonl"
 NOW = us("2024-06-05T12:07")

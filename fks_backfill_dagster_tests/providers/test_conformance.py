@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
+import pytest
+
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
@@ -17,6 +19,8 @@ from fks_backfill_dagster_tests.providers.markets import (
     small_polygon,
 )
 from fks_backfill_dagster_tests.providers.scripted import Asked, Said, SmallBinance, crypto, json_said, span
+
+pytestmark = pytest.mark.server
 
 
 def relabelled(said: Said, theirs: str, ours: str) -> Said:

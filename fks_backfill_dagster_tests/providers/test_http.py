@@ -40,6 +40,8 @@ from fks_backfill_dagster.providers.http import (
 from fks_backfill_dagster.providers.keys import keep_out_of_logs, redact, usable_key
 from fks_backfill_dagster_tests.providers.scripted import Asked, Said, serve
 
+pytestmark = pytest.mark.server
+
 KEY = "s3cr3t/+key"
 
 

@@ -133,6 +133,7 @@ def test_listing_of_a_pair(make: Make, market: LocalMarket) -> None:
     assert int(day.ts[0]) == listed
 
 
+@pytest.mark.server
 def test_a_free_key_of_alpha_vantage(make: Make) -> None:
     limits = {"alphavantage_per_day": 25, "alphavantage_per_second": 1000}
     with LocalMarket(MarketConfig(now=NOW, **limits)) as market:
@@ -150,6 +151,7 @@ def test_a_free_key_of_alpha_vantage(make: Make) -> None:
         assert caught.value.retry_after == pytest.approx(16 * 3600 + 53 * 60, abs=5)  # midnight in New York
 
 
+@pytest.mark.server
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the recorded candles are not beside the checkout")
 def test_euro_hours_as_recorded(make: Make) -> None:
     """What OANDA really gave over two years, holes included: out comes the file, and nothing else."""

@@ -147,6 +147,7 @@ def test_yahoo_symbols(make: Make, market: LocalMarket) -> None:
     assert listed < ACROSS.start
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("name", ["yfinance", "polygon"])
 def test_real_days(make: Make, name: str) -> None:
     """The file's rows of seven years and two splits, as traded."""

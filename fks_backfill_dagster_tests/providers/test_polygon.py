@@ -45,6 +45,8 @@ from fks_backfill_dagster_tests.providers.scripted import (
     us,
 )
 
+pytestmark = pytest.mark.server
+
 KEY = "sEcReT-polygon-key"
 WINDOW = span("2024-03-01", "2024-03-01T02:00")
 WIRE = Path(__file__).resolve().parents[1] / "data/wire/errors.jsonl"

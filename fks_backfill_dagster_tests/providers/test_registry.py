@@ -54,6 +54,7 @@ def test_a_key_is_not_printed() -> None:
     assert "hidden" not in repr(resolve_options("polygon", key="hidden"))
 
 
+@pytest.mark.server
 def test_ccxt_is_imported_by_those_who_ask_only() -> None:
     """It takes longer to import than everything else together."""
     code = "import sys, fks_backfill_dagster.providers.registry; sys.exit('ccxt' in sys.modules)"

@@ -16,6 +16,7 @@ from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY
 from fks_backfill_dagster.providers.splits import Traded, as_traded
 from fks_backfill_dagster_tests.domain.builders import read_csv
+from fks_backfill_dagster_tests.examples import examples
 from fks_backfill_dagster_tests.providers.scripted import us
 
 START = us("2015-01-05")
@@ -122,20 +123,20 @@ def histories(
 
 
 class TestAny:
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=examples(400))
     @given(histories())
     def test_what_is_given_is_true(self, history: History) -> None:
         """Any splits, any of them not applied, or to a part only: a market that moves less than 20 % a night."""
         history.check(history.read())
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=examples(150))
     @given(histories(ratios=CLEAR, wild=0.05, edges=False, apart=3))
     def test_and_a_clear_split_is_decided(self, history: History) -> None:
         traded = history.read()
         assert (traded.first, traded.doubt) == (0, "")
         history.check(traded)
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=examples(100))
     @given(histories(), st.integers(0, 10**6))
     def test_bars_with_holes(self, history: History, seed: int) -> None:
         random = np.random.default_rng(seed)

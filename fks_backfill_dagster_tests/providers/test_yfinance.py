@@ -35,6 +35,8 @@ from fks_backfill_dagster_tests.providers.conformance import ProviderConformance
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.scripted import Asked, Said, candles_at, json_said, serve, span, us
 
+pytestmark = pytest.mark.server
+
 DATA = Path(__file__).resolve().parents[1] / "data"
 SHARED = Path(__file__).resolve().parents[2] / "../shared"
 APPLE_SPLITS = {us("2014-06-09T13:30"): (7, 1), us("2020-08-31T13:30"): (4, 1)}

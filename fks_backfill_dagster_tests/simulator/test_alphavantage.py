@@ -40,6 +40,7 @@ def test_months_are_those_of_new_york(market: LocalMarket) -> None:
     assert series.ts[-1] < instant("2025-03-01T01:00")
 
 
+@pytest.mark.server
 def test_extended_hours_and_adjusted_prices_are_the_default() -> None:
     with LocalMarket(MarketConfig(now=NOW, splits=(Split("AAPL", date(2025, 2, 14), 2),))) as market:
         asked = {"interval": "30min", "month": "2025-02"}
@@ -85,6 +86,7 @@ def test_compact_and_trailing_days(market: LocalMarket) -> None:
     assert trailing.ts[-1] < NOW
 
 
+@pytest.mark.server
 def test_close_stamps_are_an_option() -> None:
     with LocalMarket(MarketConfig(now=NOW, close_stamped=True)) as market:
         series = of_series(vantage(market, INTRADAY, interval="15min", month="2025-02"))

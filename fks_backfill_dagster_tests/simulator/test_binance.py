@@ -106,6 +106,7 @@ def test_date_follows_the_markets_clock(market: LocalMarket) -> None:
     )
 
 
+@pytest.mark.server
 def test_weight_then_429_then_418() -> None:
     config = MarketConfig(now=NOW, weight_per_minute=10, ban_after=3, ban_seconds=90)
     with LocalMarket(config) as market:
@@ -224,6 +225,7 @@ def test_a_month_is_published_days_after_its_first_monday(market: LocalMarket) -
     assert archive(market, path).status_code == 200
 
 
+@pytest.mark.server
 def test_header_lines_from_a_date_on() -> None:
     config = MarketConfig(now=NOW, archive_header_from=instant("2024-02-02"))
     with LocalMarket(config) as market:

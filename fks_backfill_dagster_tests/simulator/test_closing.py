@@ -37,6 +37,7 @@ from fks_backfill_dagster.simulator.frames import (
 from fks_backfill_dagster.simulator.market import FOR_EVER, LISTED, NO_HALT
 from fks_backfill_dagster.simulator.sessions import stock_sessions, utc, wall
 from fks_backfill_dagster.simulator.splits import Split, adjusted, as_traded
+from fks_backfill_dagster_tests.examples import examples
 from fks_backfill_dagster_tests.simulator.wire import window
 
 STOCKS, FOREX = SyntheticClosing(AssetClass.STOCKS), SyntheticClosing(AssetClass.FOREX)
@@ -71,7 +72,7 @@ def slow(parts: Bars, opens: list[int], closes: list[int]) -> list[tuple[int, ..
     return made
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(st.sampled_from(sorted(MARKETS)), st.sampled_from(list(Timeframe)), DAYS)
 def test_truth_is_made_of_the_regular_minutes_only(symbol: str, timeframe: Timeframe, day: int) -> None:
     market = MARKETS[symbol]
@@ -94,7 +95,7 @@ def test_truth_is_made_of_the_regular_minutes_only(symbol: str, timeframe: Timef
     assert found == expected
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(st.sampled_from(sorted(MARKETS)), DAYS, st.integers(0, 1440), st.integers(1, 3000))
 def test_minutes_are_randomly_accessible_and_sane(symbol: str, day: int, first: int, count: int) -> None:
     start = day * MICROS_PER_DAY
@@ -229,7 +230,7 @@ RULERS: list[Ruler] = [
 ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(st.sampled_from(RULERS), DAYS, st.integers(0, 1439), st.integers(1, 20))
 def test_frames_join_without_a_seam(ruler: Ruler, day: int, minute: int, days: int) -> None:
     start = day * MICROS_PER_DAY
@@ -244,7 +245,7 @@ def test_frames_join_without_a_seam(ruler: Ruler, day: int, minute: int, days: i
     assert (whole.opens[1:] >= whole.ends[:-1]).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50))
 @given(st.sampled_from(RULERS[:6]), DAYS, st.integers(0, 1439))
 def test_floor_and_ceil(ruler: Ruler, day: int, minute: int) -> None:
     at = day * MICROS_PER_DAY + minute * MICROS_PER_MINUTE

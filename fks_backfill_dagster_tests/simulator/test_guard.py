@@ -171,6 +171,7 @@ def address_of_this_machine() -> str:
     return found
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_the_address_that_was_bound_is_served(everywhere: bool) -> None:
     address = address_of_this_machine()

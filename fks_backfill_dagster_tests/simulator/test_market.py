@@ -24,6 +24,7 @@ from fks_backfill_dagster.simulator.market import (
     newest,
     oldest,
 )
+from fks_backfill_dagster_tests.examples import examples
 
 MARKET = SyntheticMarket()
 SYMBOLS = st.sampled_from(["BTCUSDT", "ETHUSDT", "XRPUSDT", "LINKBTC", "PEPEUSDT", "ABCEUR"])
@@ -72,7 +73,7 @@ def rows(bars: Bars) -> list[tuple[int, ...]]:
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(
     SYMBOLS,
     MINUTES,
@@ -92,7 +93,7 @@ def test_every_timeframe_aggregates_exactly_from_the_minutes_that_exist(
     assert rows(served) == slow_aggregate(minutes(symbol, window, outages), step)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(SYMBOLS, MINUTES, st.integers(1, 4000))
 def test_minutes_are_sane_continuous_and_randomly_accessible(symbol: str, minute: int, count: int) -> None:
     start = minute * MICROS_PER_MINUTE
@@ -108,7 +109,7 @@ def test_minutes_are_sane_continuous_and_randomly_accessible(symbol: str, minute
     assert rows(minutes(symbol, middle)) == rows(block)[count // 3 :]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(SYMBOLS, MINUTES)
 def test_candles_are_the_correctly_rounded_decimal_texts(symbol: str, minute: int) -> None:
     start = minute * MICROS_PER_MINUTE
@@ -124,6 +125,7 @@ def test_decimal_texts_are_exact(values: list[int], digits: int) -> None:
     assert all(len(text.partition(".")[2]) == digits for text in texts)
 
 
+@pytest.mark.server
 def test_the_same_in_another_process() -> None:
     window = TimeRange(instant("2021-03-01"), instant("2021-03-09"))
     candles = MARKET.truth("LINKBTC", Timeframe.M5, window)
@@ -197,7 +199,7 @@ def test_the_forming_candle_grows_into_the_closed_one() -> None:
     assert rows(whole) == rows(final)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(
     st.lists(st.tuples(st.integers(0, 400), st.integers(1, 300)), max_size=3),
     st.integers(1, 60),

@@ -53,6 +53,7 @@ def test_a_ticker_is_the_usdt_market(market: LocalMarket) -> None:
     assert of_aggs(page["results"]).equals(of_klines(klines(market, interval="1h", **span(asked)).json()))
 
 
+@pytest.mark.server
 def test_an_offset_moves_all_prices() -> None:
     with LocalMarket(MarketConfig(polygon_offset_ppm=1000)) as market:
         asked = window("2024-01-01", "2024-01-02")
@@ -270,6 +271,7 @@ def test_days_join_without_a_seam(market: LocalMarket) -> None:
     assert backwards[::-1] == whole
 
 
+@pytest.mark.server
 def test_adjusted_prices_are_the_default() -> None:
     splits = (Split("AAPL", date(2024, 3, 6), 7),)
     with LocalMarket(MarketConfig(splits=splits)) as market:

@@ -27,6 +27,8 @@ from fks_backfill_dagster_tests.simulator.wire import (
     window,
 )
 
+pytestmark = pytest.mark.server
+
 SMALL = Path(__file__).resolve().parents[1] / "data/replay"
 HEAD = "ts,open,high,low,close,volume\n"
 

@@ -31,6 +31,8 @@ from fks_backfill_dagster_tests.simulator.wire import (
     window,
 )
 
+pytestmark = pytest.mark.server
+
 SPLITS = (
     Split("AAPL", date(2000, 6, 21), 2),
     Split("AAPL", date(2005, 2, 28), 2),

@@ -102,6 +102,7 @@ def test_what_comes_late_is_there_from_its_time_on(market: LocalMarket) -> None:
         assert len(rows) == there
 
 
+@pytest.mark.server
 def test_outages_of_the_configuration() -> None:
     outage = Outage.parse("binance@BTC/USDT=2024-01-05T03:00/2024-01-05T07:30Z")
     assert outage == Outage("binance", window("2024-01-05T03:00", "2024-01-05T07:30"), "BTCUSDT")
@@ -152,6 +153,7 @@ def test_the_clock_stands_or_runs(market: LocalMarket) -> None:
     assert instant("2024-06-01") // 1000 <= first < instant("2024-06-01T00:01") // 1000
 
 
+@pytest.mark.server
 def test_latency_is_added() -> None:
     with LocalMarket(MarketConfig(latency=0.2)) as market:
         answer = requests.get(f"{market.binance_url}/api/v3/ping", timeout=10)

@@ -98,6 +98,7 @@ def split() -> Iterator[LocalMarket]:
         yield market
 
 
+@pytest.mark.server
 def test_prices_are_adjusted_by_the_splits_so_far(split: LocalMarket) -> None:
     asked = window("2025-03-10", "2025-03-15")
     answer = chart(split, interval="1d", of=asked, events="div,splits")
@@ -112,6 +113,7 @@ def test_prices_are_adjusted_by_the_splits_so_far(split: LocalMarket) -> None:
     assert "events" not in chart(split, interval="1d", of=asked).json()["chart"]["result"][0]
 
 
+@pytest.mark.server
 def test_single_precision_is_as_ugly_as_the_real_thing() -> None:
     with LocalMarket(MarketConfig(now=NOW, single_precision=True)) as market:
         days = of_chart(chart(market, interval="1d", of=window("2025-03-10", "2025-03-15")))

@@ -13,6 +13,7 @@ from fks_backfill_dagster.store import copying
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.driver import cursor_of
 from fks_backfill_dagster_tests.domain.builders import at
+from fks_backfill_dagster_tests.examples import examples
 
 PRICE = st.floats(allow_nan=False)
 VOLUME = st.floats(allow_infinity=False)
@@ -52,7 +53,7 @@ def round_trip(database: Database, candles: Candles, series_id: int = 7) -> tupl
 
 @given(ROWS)
 @example([])
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 def test_round_trip(shared: Database, rows: list[tuple[float, ...]]) -> None:
     ts = np.array([row[0] for row in rows], dtype=np.int64)
     there = Candles(ts, *(np.array([row[n] for row in rows], dtype=np.float64) for n in range(1, 6)))

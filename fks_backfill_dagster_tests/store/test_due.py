@@ -21,6 +21,7 @@ from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.due import Place, Wanted, due_places
 from fks_backfill_dagster.store.ledger import hold_lease
 from fks_backfill_dagster_tests.domain.builders import at
+from fks_backfill_dagster_tests.examples import examples
 from fks_backfill_dagster_tests.store.builders import MIDNIGHT, Shelf
 from fks_backfill_dagster_tests.store.conftest import fresh
 
@@ -232,7 +233,7 @@ def months_of(start: int, end: int) -> list[str]:
     st.integers(0, 1500),
     st.sampled_from([BOTH, frozenset({"oanda"}), frozenset({"binance"})]),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_ledger(
     shared: Database,
     rows: Sequence[tuple[int, int, GapStatus, int | None, object]],

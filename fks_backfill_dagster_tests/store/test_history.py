@@ -19,6 +19,7 @@ from fks_backfill_dagster.ledger.gaps import find_gaps
 from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.commit import Committed, Withdrawal
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.examples import examples
 from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, origin_of
 from fks_backfill_dagster_tests.store.conftest import fresh
 
@@ -115,7 +116,7 @@ WITHDRAW = st.tuples(
         ("undo", 1),
     ]
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 def test_any_history(shared: Database, steps: list[tuple[object, ...]]) -> None:
     shelf, model = Shelf.of(shared, fresh("1h")), Model()
     remembered: list[tuple[datetime, State]] = [(shelf.now(), {})]

@@ -14,6 +14,7 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY
 from fks_backfill_dagster.store import reading
 from fks_backfill_dagster.store.commit import Committed
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.examples import examples
 from fks_backfill_dagster_tests.store.builders import MIDNIGHT, Shelf, archive, brought, candles_at
 from fks_backfill_dagster_tests.store.conftest import fresh
 
@@ -117,7 +118,7 @@ PUBLICATION = st.tuples(st.integers(0, 11), st.integers(1, 12), st.integers(0, 2
     st.lists(PUBLICATION, min_size=1, max_size=5, unique_by=lambda p: p.published),
     st.randoms(use_true_random=False),
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=examples(25))
 def test_the_newest_publication_of_each_candle_is_stored(
     shared: Database, files: list[Publication], random: Random
 ) -> None:
