@@ -340,7 +340,7 @@ class TestLimits:
                     provider.fetch(crypto(Timeframe.D1), WINDOW)
                 assert caught.value.retry_after == pytest.approx(120, abs=3)
             assert len(server.requests) == 1
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 60
 
     def test_nearly_spent_weight_ends_the_asking_for_this_minute(self, make: Make) -> None:
         def answer(_: Asked, honest: Said) -> Said:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -132,10 +131,7 @@ def test_few_look_ups_however_many_batches(database: Database) -> None:
         "ANALYZE fks.batch",
     )
     symbol = shelf.series.symbol
-    oldest(database, symbol)
-    began = time.perf_counter()
     found = oldest(database, symbol)
-    assert time.perf_counter() - began < 0.5
     assert found["binance"] == MIDNIGHT
     assert found["polygon"] > MIDNIGHT
     plan = fetch(database, f"EXPLAIN {ledger._OLDEST}".replace(":symbol", f"'{symbol}'"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from fks_backfill_dagster.store import sources
@@ -123,13 +121,10 @@ def test_few_look_ups_however_many_batches(database: Database) -> None:
         " '2020-01-01', '2020-01-02', now(), '2020-01-01', 1, 0 FROM generate_series(1, 100000) n"
     )
     execute(database, rows, "ANALYZE fks.batch")
-    sources.hosts(database)
-    began = time.perf_counter()
     found = sources.hosts(database)
     assert found == {
         "binance": frozenset({REAL, sources.UNKNOWN}),
         "polygon": frozenset({DOCUMENTED["polygon"]}),
     }
-    assert time.perf_counter() - began < 0.5
     plan = fetch(database, f"EXPLAIN {sources._HOSTS}")
     assert not any("Seq Scan on batch" in str(line) for (line,) in plan)
