@@ -92,10 +92,13 @@ class RejectedRows:
     def of(cls, origin: Origin, reason: Reason, candles: Candles) -> RejectedRows:
         return cls(origin, reason, candles, candles.ts)
 
+    def take(self, mask: NDArray[np.bool_]) -> RejectedRows:
+        """Some of the rows."""
+        return replace(self, candles=self.candles.take(mask), owners=self.owners[mask])
+
     def within(self, window: TimeRange) -> RejectedRows:
         """The rows that belong to `window`."""
-        mine = (self.owners >= window.start) & (self.owners < window.end)
-        return replace(self, candles=self.candles.take(mine), owners=self.owners[mine])
+        return self.take((self.owners >= window.start) & (self.owners < window.end))
 
 
 def holding_rejected(opens: Instants, rejected: Iterable[RejectedRows], grid: Grid) -> NDArray[np.bool_]:

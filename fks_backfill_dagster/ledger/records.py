@@ -20,7 +20,7 @@ from fks_backfill_dagster.ledger.gaps import GapStatus
 class Outcome(StrEnum):
     """How a provider responded to a request for a candle that is missing."""
 
-    ABSENT = "absent"  # it responded without the candle
+    ABSENT = "absent"  # it responded without the candle, or twice with the same rows that broke a rule
     REJECTED = "rejected"  # some of what it responded broke a rule and is in the quarantine
     REFUSED = "refused"  # it will not give it: not entitled, unknown symbol, beyond its depth
     ERROR = "error"  # it did not respond
@@ -31,7 +31,7 @@ class Evidence:
     """A provider's last response about a missing candle. `asked_at` in microseconds.
 
     `confirmed`: a provider that omits intervals without trades lacked it in two complete responses, with
-    candles on both sides.
+    candles on both sides. `repeated`: it gave rows that broke a rule, which were in the quarantine already.
     """
 
     provider: str
@@ -39,6 +39,7 @@ class Evidence:
     outcome: Outcome
     detail: str = ""
     confirmed: bool = False
+    repeated: bool = False
 
     @property
     def answered(self) -> bool:
@@ -64,6 +65,8 @@ class Evidence:
             found["detail"] = self.detail
         if self.confirmed:
             found["confirmed"] = True
+        if self.repeated:
+            found["repeated"] = True
         return found
 
     @classmethod
@@ -74,6 +77,7 @@ class Evidence:
             Outcome(found["outcome"]),
             found.get("detail", ""),
             found.get("confirmed", False),
+            found.get("repeated", False),
         )
 
 
@@ -108,6 +112,12 @@ class LedgerGap:
     def confirmed(self) -> frozenset[str]:
         """The providers that confirm the absence of its candles; see `Evidence`."""
         return frozenset(item.provider for item in self.evidence if item.confirmed)
+
+    def rejected(self) -> frozenset[str]:
+        """The providers that gave rows for its candles, all of which broke a rule."""
+        return frozenset(
+            item.provider for item in self.evidence if item.repeated or item.outcome is Outcome.REJECTED
+        )
 
     def is_due(self, able: frozenset[str], now: int | None) -> bool:
         """See `Known.due`."""

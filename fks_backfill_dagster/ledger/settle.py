@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from fks_backfill_dagster.domain.delivery import RejectedRows, holding_rejected
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.timeframe import (
@@ -57,6 +58,39 @@ class Response:
     opens: Instants
 
 
+def with_repeated(
+    responses: Sequence[Response], rejected: Sequence[tuple[RejectedRows, Mask]], grid: Grid
+) -> tuple[Response, ...]:
+    """The responses, in which rows that were rejected before count as an absence: they come back the same.
+
+    `rejected`: rows, and for each whether it was in the quarantine before this request. A candle for which
+    another row came than before stays REJECTED: a response of garbage passes.
+    """
+    found = []
+    for response in responses:
+        evidence = response.evidence
+        if evidence.outcome is not Outcome.REJECTED:
+            found.append(response)
+            continue
+        mine = [(rows, known) for rows, known in rejected if rows.origin.provider == evidence.provider]
+        opens = response.opens
+        old = holding_rejected(opens, [rows.take(known) for rows, known in mine], grid)
+        new = holding_rejected(opens, [rows.take(~known) for rows, known in mine], grid)
+        # A whole response of another symbol is rejected: what it lacks has no row of its own.
+        bare = ~(old | new)
+        same = (old & ~new) | (bare & (old.any() and not new.any()))
+        again = replace(
+            evidence,
+            outcome=Outcome.ABSENT,
+            detail=f"{evidence.detail or 'rows quarantined'}, the same as before",
+            repeated=True,
+        )
+        found += [
+            Response(kind, opens[mask]) for kind, mask in ((again, same), (evidence, ~same)) if mask.any()
+        ]
+    return tuple(found)
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What decides the state of a gap besides the responses.
@@ -77,9 +111,16 @@ class Rules:
         """Whether every eligible provider has responded finally."""
         return bool(self.eligible) and self.eligible <= gap.heard()
 
+    def tolerates(self, gap: LedgerGap) -> bool:
+        """Whether a gap is short enough. Not one for which rows came that broke a rule: they may be mended."""
+        return gap.missing <= self.tolerated and not gap.rejected()
+
     def confirmed_by(self, gap: LedgerGap) -> int:
         """How many providers that omit no-trade intervals confirm the absence; 0 where a strict provider
-        lacks the candles too, or has not responded: it had an outage, or may have them."""
+        lacks the candles too, or has not responded: it had an outage, or may have them. And where a provider gave
+        rows for them, however bad: then they traded."""
+        if gap.rejected():
+            return 0
         lacked = {item.provider for item in gap.evidence if item.outcome is Outcome.ABSENT}
         if (lacked | (self.eligible - gap.heard())) & self.strict:
             return 0
@@ -281,7 +322,7 @@ def _timed(gap: LedgerGap, now: tuple[Evidence, ...], rules: Rules) -> LedgerGap
     if gap.status not in (GapStatus.OPEN, *GIVEN_UP) or not _requested(gap, now):
         return gap if gap.next_attempt_at is not None else _timed_anew(gap, rules)
     exhausted = gap.status in GIVEN_UP
-    if exhausted and gap.missing <= rules.tolerated:
+    if exhausted and rules.tolerates(gap):
         return replace(gap, status=GapStatus.TOLERATED, next_attempt_at=None)
     requested_at = _requested_at(now)
     known_for = requested_at - (requested_at if gap.found_at is None else gap.found_at)
@@ -294,7 +335,7 @@ def _timed_anew(gap: LedgerGap, rules: Rules) -> LedgerGap:
     """A gap that was a no-trade interval until now is unavailable or tolerated by its length."""
     if gap.status is not GapStatus.UNAVAILABLE or not gap.evidence:
         return gap
-    if gap.missing <= rules.tolerated:
+    if rules.tolerates(gap):
         return replace(gap, status=GapStatus.TOLERATED)
     return replace(gap, next_attempt_at=_requested_at(gap.evidence) + EXHAUSTED.first)
 
@@ -387,13 +428,13 @@ def _earlier(one: int | None, other: int | None) -> int | None:
 
 
 def _neighbours(left: LedgerGap, right: LedgerGap, grid: Grid) -> bool:
-    """Of one kind, confirmed by the same providers, and no expected candle between them.
+    """Of one kind, confirmed and rejected by the same providers, and no expected candle between them.
 
-    What is confirmed of one row must not become true of its neighbour, whose absence has another reason.
+    What is known of one row must not become true of its neighbour, whose absence has another reason.
     """
     if _kind(left.status) != _kind(right.status) or left.end > right.start:
         return False
-    if left.confirmed() != right.confirmed():
+    if left.confirmed() != right.confirmed() or left.rejected() != right.rejected():
         return False
     return grid.count(TimeRange(left.end, right.start)) == 0
 

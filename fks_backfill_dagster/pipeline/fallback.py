@@ -433,6 +433,7 @@ class _Span:
         except Cancelled:
             raise
         except ProviderError as error:
+            found.requests += error.requests
             delivered = before - len(self.wanted)
             left = missing_of(question.wanted, done)
             if isinstance(error, TooOld) and len(left) and int(left[0]) < error.since:
@@ -541,7 +542,13 @@ class _Span:
 
     def _respond_lacking(self, question: _Question, answer: ProviderAnswer) -> None:
         """What the provider responded about each candle that it did not give."""
-        lacking = answer.lacking
+        lacking = missing_of(answer.lacking, answer.pending)
+        if len(answer.pending):
+            count, why = len(answer.pending), f"{answer.clocks}: not closed there yet"
+            self._respond(question, answer.pending, Outcome.ERROR, why)
+            self.found.warnings.append(
+                f"{question.name}: {count:,} candle{'s are' if count > 1 else ' is'} requested again later: {why}"
+            )
         if answer.error is not None:
             self._respond(question, lacking, Outcome.ERROR, f"its second request failed: {answer.error}")
             return
@@ -619,6 +626,7 @@ class _Span:
             except Cancelled:
                 raise
             except ProviderError as error:  # so it stays implausible, until it is requested again
+                self.found.requests += error.requests
                 self.found.warnings.append(str(error))
                 continue
             known = Candles.concat([known, one]).sorted()
@@ -721,6 +729,7 @@ class _Span:
             except Cancelled:
                 raise
             except ProviderError as error:
+                self.found.requests += error.requests
                 self.found.errors.append(str(error))
                 continue
             verdict = confirmed(suspected, answer.candles, self.options.tolerance)

@@ -13,7 +13,7 @@ provider is requested next (`fallback`), comparison with stored candles (`splice
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -25,10 +25,19 @@ from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.quality import Reason, verify
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE
 from fks_backfill_dagster.ledger.gaps import missing_of
 from fks_backfill_dagster.ledger.no_trade import NEIGHBOURS, Absent, no_trade
 from fks_backfill_dagster.pipeline.plan import GRACE
-from fks_backfill_dagster.providers.base import Cancelled, Contradiction, Provider, ProviderError
+from fks_backfill_dagster.providers.base import (
+    Answer,
+    Cancelled,
+    Clocks,
+    ClocksDiffer,
+    Contradiction,
+    Provider,
+    ProviderError,
+)
 
 _NONE = np.empty(0, dtype=np.int64)
 
@@ -61,9 +70,9 @@ class ProviderAnswer:
 
     kept: verified candles of the window, neighbours included; ascending. rejected: rows that broke a rule.
     lacking: the wanted candles that it did not give; of these `confirmed` are absent in two complete
-    responses with candles on both sides (or when the market was closed), and `partial` are derived candles of
-    which parts are absent, with a sentence each. absent: what it confirmed to lack, as ranges of time, parts
-    included.
+    responses with candles on both sides (or when the market was closed), `partial` are derived candles of
+    which parts are absent, with a sentence each, and `pending` are not closed yet by its own clock. absent: what
+    it confirmed to lack, as ranges of time, parts included.
     error: why the second request failed, if it did: then nothing is confirmed.
     """
 
@@ -76,6 +85,8 @@ class ProviderAnswer:
     requests: int = 0
     warnings: tuple[str, ...] = ()
     error: str | None = None
+    pending: Instants = field(default_factory=lambda: _NONE)
+    clocks: Clocks | None = None
 
     @property
     def candles(self) -> Candles:
@@ -86,20 +97,74 @@ def request_range(provider: Provider, asked: RangeRequest) -> ProviderAnswer:
     """Requests the wanted candles of one provider.
 
     Raises ProviderError when the first request fails, and Contradiction when its responses contradict one another,
-    all of it requested anew once: then which of them are right is unknown.
+    all of it requested again once: then which of them are right is unknown. ClocksDiffer when its clock and ours
+    are more than MOST_APART apart, and one of them alone says that wanted candles are closed.
     """
     try:
         return _request(provider, asked)
-    except Contradiction:
-        return _request(provider, asked)
+    except Contradiction as contradiction:
+        spent = contradiction.requests
+    try:
+        answer = _request(provider, asked)
+    except ProviderError as error:
+        error.requests += spent
+        raise
+    return replace(answer, requests=answer.requests + spent)
 
 
 def _request(provider: Provider, asked: RangeRequest) -> ProviderAnswer:
     parts = provider.capabilities.parts(asked.series)
     if parts is asked.series.timeframe:
-        found = _request_native(provider, asked, widen=False)
-        return replace(found.answer, lacking=missing_of(asked.wanted, found.answer.candles.ts))
-    return _request_derived(provider, asked, replace(asked.series, timeframe=parts))
+        answer = _request_native(provider, asked, widen=False).answer
+    else:
+        answer = _request_derived(provider, asked, replace(asked.series, timeframe=parts))
+    lacking = missing_of(asked.wanted, answer.candles.ts)
+    if answer.clocks is None:
+        return replace(answer, lacking=lacking)
+    grid = grid_of(asked.series)
+    closed_end = grid.closed_end(_seen(asked, answer.clocks))
+    pending = lacking[int(np.searchsorted(lacking, closed_end)) :]
+    return replace(answer, lacking=lacking, pending=pending)
+
+
+# Clocks -------------------------------------------------------------------------------------------------
+
+
+# A clock that is wrong by more than that is not waited for.
+MOST_APART = 3 * MICROS_PER_MINUTE
+
+
+def _seen(asked: RangeRequest, clocks: Clocks | None) -> int:
+    """The instant by which a candle has closed that is to be in a response: by our clock and by the provider's."""
+    ours = asked.now - GRACE
+    return ours if clocks is None else min(ours, clocks.theirs)
+
+
+def _check_clocks(provider: Provider, asked: RangeRequest, answer: Answer, grid: Grid) -> None:
+    """Raises ClocksDiffer; see `request_range`.
+
+    Where the provider's clock is behind, it may not have candles that are closed by ours; where it is ahead, ours
+    is why newer ones are not requested. A range that ends before both clocks does not depend on them.
+    """
+    clocks = answer.clocks
+    if clocks is None or clocks.apart <= MOST_APART or not len(asked.wanted):
+        return
+    newest = int(asked.wanted[-1])
+    following = grid.next_open(newest + 1)
+    if clocks.theirs < clocks.ours:
+        is_uncertain = newest >= grid.closed_end(clocks.theirs)
+    elif following is None or following < grid.closed_end(asked.now - GRACE):
+        is_uncertain = False
+    else:
+        is_uncertain = int(grid.closes(np.array([following]))[0]) <= clocks.theirs
+    if is_uncertain:
+        error = ClocksDiffer(
+            provider.name,
+            f"{clocks}: which candles of {asked.series} are closed is uncertain, so its answer is refused: correct"
+            " the clock of this machine, or request a range that ends before both",
+        )
+        error.requests = answer.requests
+        raise error
 
 
 # Native candles -----------------------------------------------------------------------------------------
@@ -115,27 +180,31 @@ class _Native:
 
 def _request_native(provider: Provider, asked: RangeRequest, *, widen: bool) -> _Native:
     grid = grid_of(asked.series)
-    closed_end = grid.closed_end(asked.now - GRACE)
-    first = _fetch(provider, asked.series, asked.window, grid, closed_end)
+    first = _fetch(provider, asked, asked.window, grid)
+    closed_end = grid.closed_end(_seen(asked, first.clocks))
     lacking = missing_of(_before(asked.wanted, closed_end), first.candles.ts)
     if provider.capabilities.confirms_absence and not first.has_foreign:
         lacking = _NONE
     again: list[_Fetched] = []
     error: str | None = None
+    spent = first.requests
     try:
         for window in _windows_again(
             provider, asked, np.union1d(lacking, first.doubtful), grid, closed_end, widen=widen
         ):
-            again.append(_fetch(provider, asked.series, window, grid, closed_end))
+            again.append(_fetch(provider, asked, window, grid))
+            spent += again[-1].requests
             if contradict(first.candles, again[-1].candles, asked.tolerance):
                 raise Contradiction(
                     provider.name, f"it gives different values for the same candles of {asked.series}"
                 )
-    except (Cancelled, Contradiction):
+    except (Cancelled, Contradiction) as failure:
+        failure.requests += spent
         raise
     except ProviderError as failure:
+        spent += failure.requests
         error = str(failure)
-    return _merged(first, again, asked, closed_end, error)
+    return _merged(first, again, asked, closed_end, error, spent)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,10 +220,13 @@ class _Fetched:
     warnings: tuple[str, ...]
     has_foreign: bool
     doubtful: Instants
+    clocks: Clocks | None
 
 
-def _fetch(provider: Provider, series: Series, window: TimeRange, grid: Grid, closed_end: int) -> _Fetched:
-    answer = provider.fetch(series, window)
+def _fetch(provider: Provider, asked: RangeRequest, window: TimeRange, grid: Grid) -> _Fetched:
+    answer = provider.fetch(asked.series, window)
+    _check_clocks(provider, asked, answer, grid)
+    closed_end = grid.closed_end(asked.now - GRACE)
     kept: list[Delivery] = []
     rejected: list[RejectedRows] = []
     has_foreign, doubts = False, [_NONE]
@@ -179,6 +251,7 @@ def _fetch(provider: Provider, series: Series, window: TimeRange, grid: Grid, cl
         answer.warnings,
         has_foreign,
         np.unique(np.concatenate(doubts)),
+        answer.clocks,
     )
 
 
@@ -216,7 +289,12 @@ def _widened(window: TimeRange, known: TimeRange, grid: Grid) -> tuple[int, int]
 
 
 def _merged(
-    first: _Fetched, again: Sequence[_Fetched], asked: RangeRequest, closed_end: int, error: str | None
+    first: _Fetched,
+    again: Sequence[_Fetched],
+    asked: RangeRequest,
+    closed_end: int,
+    error: str | None,
+    requests: int,
 ) -> _Native:
     """The first answer, completed by what the second one has of what it lacked."""
     kept, have = list(first.kept), first.candles.ts
@@ -240,11 +318,12 @@ def _merged(
         lacking=lacking,
         confirmed=confirmed,
         absent=RangeSet.from_arrays(confirmed, grid.closes(confirmed)),
-        requests=first.requests + sum(more.requests for more in again),
+        requests=requests,
         warnings=tuple(
             dict.fromkeys((*_doubts(first), *first.warnings, *(w for more in again for w in more.warnings)))
         ),
         error=error,
+        clocks=first.clocks,
     )
     return _Native(answer, RangeSet([first.window, *(more.window for more in again)]))
 
@@ -292,9 +371,10 @@ def _request_derived(provider: Provider, asked: RangeRequest, parts: Series) -> 
     candles = answer.candles
     quiet = _NONE
     if provider.capabilities.omits_quiet:
-        quiet = _quiet_parts(native, candles, asked, fine, TimeRange(span.start, closed_end))
+        quiet_end = max(span.start, fine.closed_end(_seen(asked, answer.clocks)))
+        quiet = _quiet_parts(native, candles, asked, fine, TimeRange(span.start, min(closed_end, quiet_end)))
     made = derive(candles, fine, coarse, asked.window, quiet)
-    closed = coarse.closed_end(asked.now - GRACE)
+    closed = coarse.closed_end(_seen(asked, answer.clocks))
     kept = _derived_delivery(answer.kept, made.candles.within(TimeRange(0, max(closed, 0))))
     lacking = missing_of(_before(asked.wanted, closed), kept[0].candles.ts if kept else _NONE)
     return replace(

@@ -25,7 +25,7 @@ from fks_backfill_dagster.domain.closures import market_closures
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
-from fks_backfill_dagster.domain.timeframe import iso, to_micros
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, iso, to_micros
 from fks_backfill_dagster.ledger.records import Outcome
 from fks_backfill_dagster.ledger.settle import Rules, surroundings
 from fks_backfill_dagster.pipeline.eligible import eligible
@@ -264,7 +264,7 @@ def _plan(
     start = min(window.end, listings.requested_from(window.start, grid_of(series), is_covered))
     plan = _planned(context, series, identity, TimeRange(start, window.end), chain, scope, recheck)
     if window and not plan.window:
-        warn(_nothing_possible(series, window, listings))
+        warn(_nothing_possible(series, window, listings, context.clock()))
     return plan, listings
 
 
@@ -305,10 +305,13 @@ def _joined(earlier: Plan, later: Plan) -> Plan:
     )
 
 
-def _nothing_possible(series: Series, window: TimeRange, listings: Listings) -> str:
+def _nothing_possible(series: Series, window: TimeRange, listings: Listings, now: int) -> str:
     if listings.earliest is not None and window.end <= listings.earliest:
         return f"nothing is expected of {series} in {window}: it was listed at {iso(listings.earliest)} ({listings})"
-    return f"nothing is expected of {series} in {window}: no candle of it is closed yet"
+    return (
+        f"nothing is expected of {series} in {window}: no candle of it is closed yet by this machine's clock, which"
+        f" shows {iso(now - now % MICROS_PER_SECOND)}"
+    )
 
 
 class _Work:

@@ -62,6 +62,7 @@ from fks_backfill_dagster.providers.http import (
     Reply,
     RequestPool,
     Tally,
+    counted,
     host_of,
     system_micros,
 )
@@ -151,16 +152,24 @@ class AlphaVantage:
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
         check_served(self, series)
-        tally, now = Tally(), self._clock()
         queries = self._queries(series, window)
         if not queries:
             return Answer(())
+        with counted() as tally:
+            return self._fetch(series, window, queries, tally)
+
+    def _fetch(
+        self, series: Series, window: TimeRange, queries: list[dict[str, str]], tally: Tally
+    ) -> Answer:
+        now = self._clock()
         request = self._bars if series.timeframe.is_intraday else self._days
         pages = [page.sorted().within(window) for page in request(series, queries, tally)]
-        end = grid_of(series).closed_end(self._clock())
+        ours = self._clock()
+        end = grid_of(series).closed_end(min(tally.clocks.theirs, ours) if tally.clocks else ours)
         closed, seams = joined([page.take(page.ts < end) for page in pages])
         origin = Origin(NAME, Transport.REST, _source(queries), host_of(self._url), symbol_of(series), now)
-        return Answer((Delivery(closed, origin, seams),) if len(closed) else (), tally.count)
+        deliveries = (Delivery(closed, origin, seams),) if len(closed) else ()
+        return Answer(deliveries, tally.count, clocks=tally.clocks)
 
     def instrument(self, series: Series) -> str:
         return symbol_of(series)
@@ -213,6 +222,7 @@ class AlphaVantage:
 
         def attempt() -> Candles:
             reply = self._client.exchange(self._url, {**query, "apikey": self._key or ""})
+            tally.closed_by(reply.headers, self._clock())
             return self._read(reply, series, query)
 
         # In a thread of this provider's own: its connection is kept there.

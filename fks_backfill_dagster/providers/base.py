@@ -2,6 +2,7 @@
 
 ProviderError                  something a provider said or failed to say
   PermanentError               asking again will not help: ask the next provider
+    ClocksDiffer               its clock and ours disagree about which candles are closed
     UnknownSymbol              it does not know the symbol
     NotEntitled                key missing, wrong, or without the right to this data
       TooOld                   the key covers newer data only, or only that is certain: request again from `since` on
@@ -22,7 +23,14 @@ from fks_backfill_dagster.domain.delivery import Delivery, Origin, Transport
 from fks_backfill_dagster.domain.pacing import Rest, bounded_wait
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
-from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.domain.timeframe import (
+    MICROS_PER_DAY,
+    MICROS_PER_HOUR,
+    MICROS_PER_MINUTE,
+    MICROS_PER_SECOND,
+    Timeframe,
+    iso,
+)
 
 
 class ProviderError(Exception):
@@ -30,11 +38,13 @@ class ProviderError(Exception):
 
     The text never contains a key. What a provider said in it cannot steer a terminal, and a database
     takes it: characters that cannot be printed are shown as "?".
+    `requests`: the HTTP requests of the fetch that failed, retries included.
     """
 
     def __init__(self, provider: str, message: str) -> None:
         super().__init__(f"{provider}: {''.join(c if c.isprintable() else '?' for c in message)}")
         self.provider = provider
+        self.requests = 0
 
 
 class PermanentError(ProviderError):
@@ -43,6 +53,10 @@ class PermanentError(ProviderError):
 
 class UnknownSymbol(PermanentError):
     """The provider does not know the symbol."""
+
+
+class ClocksDiffer(PermanentError):
+    """Its clock and ours are too far apart to decide which of the requested candles are closed."""
 
 
 class WrongKey(PermanentError):
@@ -143,16 +157,52 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True)
+class Clocks:
+    """The provider's clock when it made a response and ours when that came, in microseconds.
+
+    age: how long the response lay in a cache between.
+    """
+
+    theirs: int
+    ours: int
+    age: int = 0
+
+    @property
+    def apart(self) -> int:
+        """How far the clocks are apart, in microseconds."""
+        return abs(self.ours - self.theirs - self.age)
+
+    def __str__(self) -> str:
+        later = "earlier" if self.ours < self.theirs else "later"
+        theirs, ours = (iso(clock - clock % MICROS_PER_SECOND) for clock in (self.theirs, self.ours))
+        if self.age:
+            return f"its response is of {theirs}, from a cache, and this machine's clock shows {ours}"
+        return f"its clock shows {theirs}, this machine's {ours}, {_length(self.apart)} {later}"
+
+
+def _length(micros: int) -> str:
+    """A time in its largest whole unit."""
+    units = ((365 * MICROS_PER_DAY, "year"), (MICROS_PER_DAY, "day"), (MICROS_PER_HOUR, "hour"))
+    for size, name in (*units, (MICROS_PER_MINUTE, "minute")):
+        if micros >= 2 * size:
+            return f"{micros // size:,} {name}s"
+    return f"{micros // MICROS_PER_SECOND} seconds"
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """All that a provider returned for one range.
 
     Deliveries do not overlap each other, and their `ts` need not ascend. `requests` counts HTTP requests,
     retries included. `warnings` are sentences for the log (an archive that failed its checksum and was passed over).
+    `clocks`: of the response in which the provider's was furthest behind; None where no response names its time. A
+    candle that closed later than that is not among the candles.
     """
 
     deliveries: tuple[Delivery, ...]
     requests: int = 0
     warnings: tuple[str, ...] = ()
+    clocks: Clocks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +302,8 @@ __all__ = [
     "Cancelled",
     "Capabilities",
     "Circuit",
+    "Clocks",
+    "ClocksDiffer",
     "Contradiction",
     "Delivery",
     "Estimate",

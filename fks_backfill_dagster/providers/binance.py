@@ -55,6 +55,7 @@ from fks_backfill_dagster.providers.http import (
     Limiter,
     RequestPool,
     Tally,
+    counted,
     host_of,
     network_error,
     place_of,
@@ -135,8 +136,11 @@ class Binance:
         return symbol_of(series)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
+        with counted() as tally:
+            return self._fetch(series, window, tally)
+
+    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> Answer:
         plan = _Plan(symbol_of(series), series, self._opens(series, window))
-        tally = Tally()
         fetched = self._from_archives(plan, tally)
         deliveries = [seen.delivery for seen in fetched if seen.delivery and len(seen.delivery.candles)]
         have = Candles.concat([delivery.candles for delivery in deliveries])
@@ -144,7 +148,7 @@ class Binance:
             witnessed = RangeSet(seen.file.period for seen in fetched if seen.delivery)
             deliveries += self._from_rest(plan, have, witnessed, tally)
         warnings = tuple(seen.warning for seen in fetched if seen.warning)
-        return Answer(tuple(deliveries), tally.count, warnings)
+        return Answer(tuple(deliveries), tally.count, warnings, tally.clocks)
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
         """As if every archive file that can be there were there and complete."""
@@ -359,6 +363,8 @@ def read_page(answer: object, asked: TimeRange, now: int, place: str) -> _Page:
     table = _table(answer, place)
     try:
         opens, closes = table[:, 0].astype(np.int64), table[:, 6].astype(np.int64)
+        if any(isinstance(at, float) and at % 1 for at in table[:, 0]):
+            raise ValueError("part of a millisecond")
     except (TypeError, ValueError, OverflowError):
         raise BadAnswer(NAME, f"{place} answered klines without valid times") from None
     inside = (opens >= asked.start // _MILLIS) & (opens < -(-asked.end // _MILLIS))
@@ -391,7 +397,7 @@ def _floats(cells: NDArray[np.object_]) -> list[Floats]:
     """Text cells (n, 5) to five contiguous float64 columns, rounded as float() rounds."""
     try:
         numbers = cells.astype(np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = np.vectorize(_number_or_nan, otypes=[np.float64])(cells)
     return list(np.ascontiguousarray(numbers.T))
 
@@ -399,7 +405,7 @@ def _floats(cells: NDArray[np.object_]) -> list[Floats]:
 def _number_or_nan(cell: object) -> float:
     try:
         return float(cell)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return float("nan")
 
 
@@ -431,15 +437,14 @@ class _Klines:
 
         def page(item: tuple[Mapping[str, str | int], TimeRange]) -> _Page:
             query, window = item
-            return self._client.run(lambda: self._once(query, window), tally, weight=KLINES_WEIGHT)
+            return self._client.run(lambda: self._once(query, window, tally), tally, weight=KLINES_WEIGHT)
 
         return self._client.pool.map(NAME, page, list(zip(queries, asked, strict=True)))
 
-    def _once(self, query: Mapping[str, str | int], asked: TimeRange) -> _Page:
+    def _once(self, query: Mapping[str, str | int], asked: TimeRange, tally: Tally) -> _Page:
         market = self._market()
         answer = market.klines(query)
-        ours = self._clock()
-        now = min(server_time(market.headers) or ours, ours)  # closed is what both clocks call so
+        now = tally.closed_by(market.headers, self._clock())
         self._heed_weight(market.headers, now)
         return read_page(answer, asked, now, self.place)
 

@@ -397,5 +397,7 @@ def _parse(text: bytes) -> Candles:
     if table["ts"].null_count:
         raise ValueError("a row has no open time")
     ts = table["ts"].to_numpy()
+    if ts.min() < 0:
+        raise ValueError("a row opens before 1970")
     prices = [table[name].to_numpy() for name in _USED[1:]]
     return Candles(np.where(ts < _FIRST_MICROS, ts * 1000, ts), *prices)

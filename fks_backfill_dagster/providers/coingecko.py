@@ -58,10 +58,10 @@ from fks_backfill_dagster.providers.http import (
     Reply,
     RequestPool,
     Tally,
+    counted,
     host_of,
     retry_after,
     said_in,
-    server_time,
     system_micros,
 )
 from fks_backfill_dagster.providers.keys import usable_key
@@ -74,7 +74,8 @@ REQUESTS_PER_MINUTE = 100  # of a demo key
 
 _PRO_HOST = "pro-api"
 _RANGE_START = 1_518_134_400 * MICROS_PER_SECOND  # 2018-02-09
-_LATEST_MS = 1e14  # beyond any time; a float above it may be no whole number
+_LATEST_MS = 1e14  # beyond any time
+_EXACT = 2.0**53  # from here on a double may have been another integer
 # Invalid key or wrong host for it; data that the plan does not cover.
 _KEY_CODES = frozenset({10002, 10010, 10011})
 _PLAN_CODES = frozenset({10005, 10006, 10012})
@@ -230,7 +231,11 @@ class CoinGecko:
     def fetch(self, series: Series, window: TimeRange) -> Answer:
         check_served(self, series)
         question = _Question(coin_of(series), currency_of(series), self._ways[series.timeframe])
-        now, tally = self._clock(), Tally()
+        with counted() as tally:
+            return self._fetch(question, window, tally)
+
+    def _fetch(self, question: _Question, window: TimeRange, tally: Tally) -> Answer:
+        now = self._clock()
         pages = question.way.pages(window, now)
         if not window or not pages:
             return Answer(())
@@ -248,7 +253,8 @@ class CoinGecko:
         path, query = question.request(TimeRange(pages[0].start, pages[-1].end), now)
         source = f"{path}?{urlencode(query)}"
         origin = Origin(NAME, Transport.REST, source, host_of(self._base_url), question.coin, now)
-        return Answer((Delivery(rows, origin, seams),) if len(rows) else (), tally.count)
+        deliveries = (Delivery(rows, origin, seams),) if len(rows) else ()
+        return Answer(deliveries, tally.count, clocks=tally.clocks)
 
     def instrument(self, series: Series) -> str:
         return coin_of(series)
@@ -261,8 +267,7 @@ class CoinGecko:
         def attempt() -> Candles:
             reply = self._client.exchange(url, query)
             rows = read_rows(self._document(reply, question), step, reply.place)
-            ours = self._clock()
-            seen = min(server_time(reply.headers) or ours, ours)  # closed is what both clocks call so
+            seen = tally.closed_by(reply.headers, self._clock())
             rows = rows.take(rows.ts + step <= seen // step * step)  # a forming one may be stamped now
             if not is_spaced(rows.ts, step):
                 raise BadAnswer(
@@ -356,10 +361,13 @@ def read_rows(answer: object, step: int, place: str) -> Candles:
         table = np.array(answer, dtype=np.float64)
     except (TypeError, ValueError):
         table = np.empty(0)
-    if table.ndim != 2 or table.shape[1] != 5 or not (np.abs(table[:, 0]) < _LATEST_MS).all():
+    times = table[:, 0] if table.ndim == 2 and table.shape[1] == 5 else np.array([np.nan])
+    if not ((np.abs(times) < _LATEST_MS) & (times % 1 == 0)).all():
         raise BadAnswer(NAME, f"{place} answered rows that are not [time, open, high, low, close]")
     ts = table[:, 0].astype(np.int64) * 1000 - step
-    columns = [*np.ascontiguousarray(table[:, 1:].T), np.full(len(ts), np.nan)]
+    prices = np.ascontiguousarray(table[:, 1:].T)
+    prices[np.abs(prices) >= _EXACT] = np.inf
+    columns = [*prices, np.full(len(ts), np.nan)]
     return Candles(ts, *columns).sorted()
 
 

@@ -44,6 +44,7 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, to_micros
 from fks_backfill_dagster.providers.base import (
     BadAnswer,
     Cancelled,
+    Clocks,
     NotEntitled,
     PermanentError,
     ProviderError,
@@ -52,7 +53,15 @@ from fks_backfill_dagster.providers.base import (
     TransientError,
     WrongKey,
 )
-from fks_backfill_dagster.providers.keys import SilentAdapter, keep_out_of_logs, redact
+from fks_backfill_dagster.providers.keys import keep_out_of_logs, redact
+from fks_backfill_dagster.providers.network import (
+    Refusal,
+    Session,
+    UnusableCertificates,
+    proxy_of,
+    refusal_of,
+    refused,
+)
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -268,14 +277,53 @@ class RequestPool:
 
 @dataclass(slots=True)
 class Tally:
-    """Counts the requests of one fetch over all threads that work for it."""
+    """Counts the requests of one fetch over all threads that work for it, and keeps what clocks they showed.
+
+    count: requests, retries included. clocks: as in `Answer`.
+    """
 
     count: int = 0
+    clocks: Clocks | None = None
+    _over: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self) -> None:
+        """Raises Cancelled where the fetch has failed already: another page of it is of no use any more."""
         with self._lock:
+            if self._over:
+                raise Cancelled("requests", "another request of the same fetch has failed")
             self.count += 1
+
+    def end(self) -> int:
+        """The count, which does not change any more."""
+        with self._lock:
+            self._over = True
+            return self.count
+
+    def closed_by(self, headers: Mapping[str, str], ours: int) -> int:
+        """The instant by which a candle must have closed to be final: the earlier one of the server's clock, by
+        its Date header, and ours."""
+        theirs = server_time(headers)
+        if theirs is None:
+            return ours
+        age = headers.get("Age", "").strip()
+        in_cache = int(age) * MICROS_PER_SECOND if re.fullmatch("[0-9]{1,9}", age) else 0
+        clocks = Clocks(theirs, ours, in_cache)
+        with self._lock:
+            if self.clocks is None or ours - theirs > self.clocks.ours - self.clocks.theirs:
+                self.clocks = clocks
+        return min(theirs, ours)
+
+
+@contextmanager
+def counted() -> Iterator[Tally]:
+    """The tally of one fetch; an error that ends the fetch has its count."""
+    tally = Tally()
+    try:
+        yield tally
+    except ProviderError as error:
+        error.requests = tally.end()
+        raise
 
 
 # --- one exchange ---------------------------------------------------------------------------------
@@ -296,8 +344,7 @@ class HttpClient:
 
     `setting` is the place in the settings that holds the address, for texts.
 
-    One requests.Session per thread, so connections are reused and nothing is shared. Environment
-    proxies and .netrc are left out: a .netrc entry would replace the Authorization header.
+    One session per thread, so connections are reused and nothing is shared.
     """
 
     def __init__(
@@ -321,15 +368,11 @@ class HttpClient:
         if options.key:
             keep_out_of_logs(options.key)
 
-    def session(self) -> requests.Session:
+    def session(self) -> Session:
         """This thread's session."""
-        made: requests.Session | None = getattr(self._local, "session", None)
+        made: Session | None = getattr(self._local, "session", None)
         if made is None:
-            made = requests.Session()
-            made.trust_env = False
-            made.max_redirects = 0
-            for scheme in ("http://", "https://"):
-                made.mount(scheme, SilentAdapter())
+            made = Session()
             made.headers.update(self._headers)
             self._local.session = made
         return made
@@ -388,6 +431,8 @@ class HttpClient:
         )
         try:
             result = retrying(once)
+        except Cancelled:
+            raise
         except ProviderError as error:
             self._unreachable = isinstance(error, Unreachable)
             raise
@@ -395,10 +440,10 @@ class HttpClient:
         return result
 
     def _take(self, turn: Turn, attempt: Callable[[], T], tally: Tally) -> T:
-        tally.add()
         try:
+            tally.add()
             return attempt()
-        except RateLimited as error:
+        except TransientError as error:
             if error.retry_after is not None:
                 self.limiter.penalise(self.provider, error.retry_after)
             raise
@@ -532,6 +577,8 @@ def status_error(
     told = retry_after(headers)
     if status in (418, 429):
         return RateLimited(provider, text, retry_after=told)
+    if status == 407 and (proxy := proxy_of(place)) is not None:
+        return _proxy_error(provider, refused(proxy, status, "", place))
     if status == 401:
         return WrongKey(provider, f"{text} (check its key)")
     if status == 403 and not body.lstrip().startswith(b"<"):  # a page is some firewall's
@@ -559,10 +606,21 @@ def network_error(
     """
     setting = setting or f"providers.{provider}.base_url"
     check = f"check the network, or correct {setting}"
+    if isinstance(error, UnusableCertificates):
+        return PermanentError(provider, f"{place} is not requested: {error}")
+    if isinstance(error, requests.RequestException) and (refusal := refusal_of(error, place)) is not None:
+        return _proxy_error(provider, refusal)
     if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.MissingSchema):
         return PermanentError(provider, f"{place} is no usable address: correct {setting}")
     if isinstance(error, requests.TooManyRedirects):
         return PermanentError(provider, f"{place} has moved: correct {setting}")
+    untrusted = re.search(r"certificate verify failed: ([\w ,'-]+)", str(error))
+    if isinstance(error, requests.exceptions.SSLError) and untrusted:
+        return PermanentError(
+            provider,
+            f"{place}: its certificate is not trusted ({untrusted[1].strip()}): where a proxy of your network signs"
+            " it, name a file with the certificates to trust in REQUESTS_CA_BUNDLE or SSL_CERT_FILE",
+        )
     if isinstance(error, requests.exceptions.SSLError):
         return TransientError(provider, f"{place}: no secure connection, its certificate does not fit")
     cause = error.args[0] if error.args else None
@@ -585,6 +643,15 @@ def network_error(
     if isinstance(error, requests.exceptions.ContentDecodingError):
         return BadAnswer(provider, f"{place} sent a body that cannot be read: {error}")
     return TransientError(provider, f"{place}: the connection broke before the answer was complete")
+
+
+def _proxy_error(provider: str, refusal: Refusal) -> ProviderError:
+    """Unreachable where the proxy gave no answer; what it refuses it refuses the next time as well."""
+    if refusal.status is None:
+        return Unreachable(provider, refusal.text)
+    if refusal.status < 500:
+        return PermanentError(provider, refusal.text)
+    return TransientError(provider, refusal.text)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

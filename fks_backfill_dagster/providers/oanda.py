@@ -39,6 +39,7 @@ from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
     Capabilities,
+    Clocks,
     Contradiction,
     Delivery,
     Estimate,
@@ -56,7 +57,9 @@ from fks_backfill_dagster.providers.http import (
     Reply,
     RequestPool,
     Tally,
+    counted,
     host_of,
+    server_time,
     system_micros,
 )
 from fks_backfill_dagster.providers.keys import usable_key
@@ -143,7 +146,11 @@ class Oanda:
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
         check_served(self, series)
-        instrument, grid, tally = instrument_of(series), grid_of(series), Tally()
+        with counted() as tally:
+            return self._fetch(series, window, tally)
+
+    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> Answer:
+        instrument, grid = instrument_of(series), grid_of(series)
         requested_at = self._clock()
         opens = self._opens(series, window)
         if len(opens) == 0:
@@ -161,7 +168,8 @@ class Oanda:
         candles, seams = joined(pages)
         source = f"{_path(instrument)}?{urlencode(self._query(series.timeframe, asked.hull))}"
         origin = Origin(NAME, Transport.REST, source, host_of(self._base_url), instrument, requested_at)
-        return Answer((Delivery(candles, origin, seams),) if len(candles) else (), tally.count)
+        deliveries = (Delivery(candles, origin, seams),) if len(candles) else ()
+        return Answer(deliveries, tally.count, clocks=tally.clocks)
 
     def instrument(self, series: Series) -> str:
         return instrument_of(series)
@@ -203,6 +211,7 @@ class Oanda:
 
         def attempt() -> Candles:
             reply = self._client.exchange(url, query)
+            tally.closed_by(reply.headers, self._clock())  # its own flag tells which candles are closed
             if reply.status != 200:
                 raise self._failure(reply, instrument)
             return self._read(reply, instrument, query["granularity"])
@@ -217,7 +226,10 @@ class Oanda:
                 f"it has no instrument {instrument}: correct the symbol, or name OANDA's own in provider_symbols",
             )
         if "in the future" in message:
-            return PermanentError(NAME, f"{reply.place} answered: {message}: this machine's clock is ahead")
+            theirs = server_time(reply.headers)
+            clocks = f" ({Clocks(theirs, self._clock())})" if theirs is not None else ""
+            text = f"{reply.place} answered: {message}: this machine's clock is ahead{clocks}: correct it"
+            return PermanentError(NAME, text)
         return self._client.failure(reply)
 
     def _read(self, reply: Reply, instrument: str, granularity: str) -> Candles:

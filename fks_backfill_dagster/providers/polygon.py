@@ -32,7 +32,8 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from urllib.parse import quote, urlsplit
+from typing import Any
+from urllib.parse import SplitResult, quote, urljoin, urlsplit, urlunsplit
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -40,7 +41,7 @@ import pyarrow as pa
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.grid import grid_of
-from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_DAY,
@@ -76,13 +77,15 @@ from fks_backfill_dagster.providers.http import (
     Reply,
     RequestPool,
     Tally,
+    counted,
     host_of,
+    place_of,
     retry_after,
-    server_time,
     system_micros,
 )
 from fks_backfill_dagster.providers.keys import redact, usable_key
-from fks_backfill_dagster.providers.pages import joined
+from fks_backfill_dagster.providers.numbers import bounded, to_double, to_instants
+from fks_backfill_dagster.providers.pages import Chain, joined
 from fks_backfill_dagster.providers.sessions import midnight_dates
 
 NAME = "polygon"
@@ -195,7 +198,11 @@ class Polygon:
         edge = self._edges.get(series.asset_class, window.start)
         if window.start < edge:
             raise _beyond(edge)
-        asked, tally, requested_at = window, Tally(), self._clock()
+        with counted() as tally:
+            return self._fetch(series, window, tally)
+
+    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> Answer:
+        asked, requested_at = window, self._clock()
         warnings: tuple[str, ...] = ()
         try:
             bars = self._bars(series, asked, tally)
@@ -215,7 +222,8 @@ class Polygon:
             candles = replace(candles, volume=np.full(len(candles), np.nan))
         source = self._url(series, asked).removeprefix(self._base_url)
         origin = Origin(NAME, Transport.REST, source, self._host, self.instrument(series), requested_at)
-        return Answer((Delivery(candles, origin, seams),) if len(candles) else (), tally.count, warnings)
+        deliveries = (Delivery(candles, origin, seams),) if len(candles) else ()
+        return Answer(deliveries, tally.count, warnings, tally.clocks)
 
     def instrument(self, series: Series) -> str:
         return ticker_of(series)
@@ -257,16 +265,16 @@ class Polygon:
     def _bars(self, series: Series, window: TimeRange, tally: Tally) -> list[Candles]:
         """The closed bars of each page that open in `window`."""
         url = self._url(series, window)
-        place, blocks, seen = url.partition("?")[0], list[Candles](), set[str]()
+        chain = Chain(NAME, place_of(url), window, window.duration // series.timeframe.micros, LIMIT)
         following: str | None = url
+        blocks = list[Candles]()
         while following:
-            seen.add(following)
-            candles, following = self._page(following, series, tally)
-            blocks.append(candles)
-            if following in seen:
-                raise BadAnswer(NAME, f"{place} leads from page to page in a circle")
-        # Polygon widens the asked range to whole intervals.
-        return [block.sorted().within(window) for block in blocks]
+            page, stamps, following = self._page(following, series, tally)
+            # Polygon widens the asked range to whole intervals.
+            blocks.append(page.sorted().within(window))
+            if chain.is_done(stamps):
+                break
+        return blocks
 
     def _url(self, series: Series, window: TimeRange) -> str:
         multiplier, span = _SPANS[series.timeframe]
@@ -276,15 +284,14 @@ class Polygon:
         path = f"/v2/aggs/ticker/{ticker}/range/{multiplier}/{span}/{first}/{last}"
         return f"{self._base_url}{path}?adjusted=false&sort=asc&limit={LIMIT}"
 
-    def _page(self, url: str, series: Series, tally: Tally) -> tuple[Candles, str | None]:
-        """The candles of one page, and the URL of the next one."""
+    def _page(self, url: str, series: Series, tally: Tally) -> tuple[Candles, Instants, str | None]:
+        """The candles of one page, the stamps of all its bars, and the URL of the next one."""
 
-        def attempt() -> tuple[Candles, str | None]:
+        def attempt() -> tuple[Candles, Instants, str | None]:
             reply = self._client.exchange(url)
             document = self._document(reply, self.instrument(series))
-            ours = self._clock()
-            now = min(server_time(reply.headers) or ours, ours)  # closed is what both clocks call so
-            return _closed(_bars_of(document, reply.place), series, now), self._next_url(document)
+            now, bars = tally.closed_by(reply.headers, self._clock()), _bars_of(document, reply.place)
+            return _closed(bars, series, now), bars.ts, self._next_url(document, url)
 
         return self._client.pool.map(NAME, lambda ask: self._client.run(ask, tally), [attempt])[0]
 
@@ -315,19 +322,32 @@ class Polygon:
             return RateLimited(NAME, text, retry_after=retry_after(reply.headers))
         return TransientError(NAME, text)
 
-    def _next_url(self, document: dict[str, object]) -> str | None:
-        """Only on the configured host: any other would be sent the key."""
+    def _next_url(self, document: dict[str, object], url: str) -> str | None:
+        """The address of the page after the one at `url`. Only on the configured host: any other would be sent
+        the key."""
         following = document.get("next_url")
         if not following:
             return None
-        theirs, ours = urlsplit(str(following)), urlsplit(self._base_url)
-        if (theirs.scheme, theirs.netloc) != (ours.scheme, ours.netloc):
+        try:
+            theirs, ours = urlsplit(urljoin(url, str(following))), urlsplit(url)
+            is_ours = _origin_of(theirs) == _origin_of(ours)
+        except ValueError:
+            raise BadAnswer(NAME, f"{place_of(url)} names a next page that is no address") from None
+        if not is_ours:
+            host = theirs.netloc.rpartition("@")[2]
             raise PermanentError(
                 NAME,
-                f"it continues its answer at {theirs.scheme}://{theirs.netloc}, which is not the configured "
+                f"it continues its answer at {theirs.scheme}://{host}, which is not the configured "
                 f"host: set providers.polygon.base_url to that if you trust it",
             )
-        return str(following)
+        return urlunsplit((ours.scheme, ours.netloc, theirs.path, theirs.query, ""))
+
+
+def _origin_of(url: SplitResult) -> tuple[str, str | None, int | None, bool]:
+    """What the addresses of one server have in common: scheme, host and port, and that they name no user, which
+    would replace the key. Raises ValueError for a port that is none."""
+    port = url.port or {"http": 80, "https": 443}.get(url.scheme)
+    return url.scheme, url.hostname, port, url.username is not None
 
 
 def _has_own_days(series: Series) -> bool:
@@ -354,12 +374,22 @@ def _bars_of(document: dict[str, object], place: str) -> Candles:
     if not isinstance(results, list) or document.get("resultsCount", len(results)) != len(results):
         raise BadAnswer(NAME, f"{place} answered another number of bars than it says")
     try:
-        bars = pa.array(results, type=_BAR)
-        t, *columns = bars.flatten()
-        ts = t.to_numpy() * 1000
-    except (pa.ArrowException, TypeError, OverflowError):
+        t, *columns = _columns(results)
+        ts = to_instants(t, 1000)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError):
         raise BadAnswer(NAME, f"{place} answered bars of another shape") from None
-    return Candles(ts, *(column.to_numpy(zero_copy_only=False) for column in columns))
+    return Candles(ts, *(bounded(column) for column in columns))
+
+
+def _columns(bars: list[Any]) -> list[pa.Array]:
+    """The columns of _BAR. Raises pa.ArrowException, TypeError or OverflowError for another shape."""
+    try:
+        return pa.array(bars, type=_BAR).flatten()  # type: ignore[no-any-return]
+    except pa.ArrowInvalid:  # an integer that is no double, among others
+        if not all(isinstance(bar, dict) for bar in bars):
+            raise
+        rounded = [{**bar, **{name: to_double(bar.get(name)) for name in "ohlcv"}} for bar in bars]
+        return pa.array(rounded, type=_BAR).flatten()  # type: ignore[no-any-return]
 
 
 def _closed(bars: Candles, series: Series, now: int) -> Candles:

@@ -263,10 +263,10 @@ def _multiplied(bars: Candles, factor: Floats) -> Candles:
 
 
 def _rounded(prices: Floats, digits: int) -> Floats:
-    """To so many significant digits; what is not positive stays, it is bad anyway."""
-    usable = np.where(prices > 0, prices, 1.0)
+    """To so many significant digits; what is not positive or infinite stays, it is bad anyway."""
+    usable = np.where((prices > 0) & (prices < np.inf), prices, 1.0)
     scale = 10.0 ** (digits - 1 - np.floor(np.log10(usable)))
-    return np.where(prices > 0, np.rint(usable * scale) / scale, prices)
+    return np.where(usable == prices, np.rint(usable * scale) / scale, prices)
 
 
 def _named(dates: Instants, ratios: Floats) -> str:

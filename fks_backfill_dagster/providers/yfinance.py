@@ -27,7 +27,6 @@ from urllib.parse import quote, urlencode
 from zoneinfo import ZoneInfo
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import PRICES, Candles
@@ -63,10 +62,11 @@ from fks_backfill_dagster.providers.http import (
     Reply,
     RequestPool,
     Tally,
+    counted,
     host_of,
-    server_time,
     system_micros,
 )
+from fks_backfill_dagster.providers.numbers import to_floats, to_instant, to_instants
 from fks_backfill_dagster.providers.pages import joined
 from fks_backfill_dagster.providers.sessions import session_dates, wall_clock
 from fks_backfill_dagster.providers.splits import as_traded
@@ -154,7 +154,11 @@ class YFinance:
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
         check_served(self, series)
-        symbol, tally, now = symbol_of(series), Tally(), self._clock()
+        with counted() as tally:
+            return self._fetch(series, window, tally)
+
+    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> Answer:
+        symbol, now = symbol_of(series), self._clock()
         asked, native = self._asked(series, window, now), series.timeframe
         pages = _pages(asked, native)
         if not pages:
@@ -169,7 +173,8 @@ class YFinance:
             NAME, Transport.REST, _range_path(symbol, native, asked), host_of(self._base_url), symbol, now
         )
         seams = seams[(seams > window.start) & (seams < window.end)]
-        return Answer((Delivery(candles, origin, seams),) if len(candles) else (), tally.count)
+        deliveries = (Delivery(candles, origin, seams),) if len(candles) else ()
+        return Answer(deliveries, tally.count, clocks=tally.clocks)
 
     def instrument(self, series: Series) -> str:
         return symbol_of(series)
@@ -184,16 +189,15 @@ class YFinance:
 
     def _charts(self, symbol: str, interval: Timeframe, paths: Sequence[str], tally: Tally) -> list[_Chart]:
         def ask(path: str) -> _Chart:
-            return self._client.run(lambda: self._chart(symbol, interval, path), tally)
+            return self._client.run(lambda: self._chart(symbol, interval, path, tally), tally)
 
         return self._client.pool.map(NAME, ask, paths)
 
-    def _chart(self, symbol: str, interval: Timeframe, path: str) -> _Chart:
+    def _chart(self, symbol: str, interval: Timeframe, path: str, tally: Tally) -> _Chart:
         """One exchange, and the reading of its answer."""
         reply = self._client.exchange(f"{self._base_url}{path}")
         result = self._result(reply, symbol)
-        ours = self._clock()
-        now = min(server_time(reply.headers) or ours, ours)  # closed is what both clocks call so
+        now = tally.closed_by(reply.headers, self._clock())
         if result is None:
             return _Chart(Candles.empty(), {}, None, now)
         try:
@@ -331,17 +335,15 @@ def _read(result: Any, symbol: str, interval: Timeframe, now: int) -> _Chart:
 
 
 def _instant(seconds: Any) -> int | None:
-    return None if seconds is None else int(seconds) * MICROS_PER_SECOND
+    return None if seconds is None else to_instant(seconds, MICROS_PER_SECOND)
 
 
 def _bars(stamps: Any, quote: Any) -> Candles:
     """The bars that have a price. A single price that is null becomes NaN."""
     if not stamps:
         return Candles.empty()
-    ts = pa.array(stamps, pa.int64()).to_numpy() * MICROS_PER_SECOND
-    columns = [
-        pa.array(quote[name], pa.float64()).to_numpy(zero_copy_only=False) for name in (*PRICES, "volume")
-    ]
+    ts = to_instants(stamps, MICROS_PER_SECOND)
+    columns = [to_floats(quote[name]) for name in (*PRICES, "volume")]
     if any(len(column) != len(ts) for column in columns):
         raise _Odd("columns of different lengths")
     priced = ~np.isnan(np.stack(columns[:4])).all(axis=0)
@@ -352,7 +354,7 @@ def _splits(result: Any) -> dict[int, float]:
     """The ratio (4.0 for 4:1) of each split by its instant."""
     splits = (result.get("events") or {}).get("splits") or {}
     found = {
-        int(split["date"]) * MICROS_PER_SECOND: float(split["numerator"]) / float(split["denominator"])
+        to_instant(split["date"], MICROS_PER_SECOND): float(split["numerator"]) / float(split["denominator"])
         for split in splits.values()
     }
     if not all(0 < ratio < np.inf for ratio in found.values()):

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import quote, urlencode
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 import numpy as np
 from pyarrow import ipc
@@ -26,6 +26,9 @@ from fks_backfill_dagster.simulator.config import MarketConfig
 from fks_backfill_dagster.simulator.server import address, listen, make_server, run
 
 _START_SECONDS = 30.0
+
+# What is on this machine is not requested through a proxy.
+_open = build_opener(ProxyHandler({})).open
 
 
 class LocalMarket:
@@ -201,7 +204,7 @@ class LocalMarket:
         headers = {} if body is None else {"Content-Type": "application/json"}
         request = Request(f"{self.url}{path}", data=body, headers=headers, method=method)
         try:
-            with urlopen(request, timeout=600) as response:
+            with _open(request, timeout=600) as response:
                 answer: bytes = response.read()
                 return answer
         except HTTPError as error:

@@ -12,6 +12,7 @@ and no WAL for unchanged rows), never by ON CONFLICT (0.3, and it writes WAL for
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,8 +30,15 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.ledger.gaps import missing_of
 from fks_backfill_dagster.ledger.reconcile import SeriesAudit
-from fks_backfill_dagster.ledger.records import Known
-from fks_backfill_dagster.ledger.settle import Response, Rules, Settlement, settle, surroundings
+from fks_backfill_dagster.ledger.records import Known, Outcome
+from fks_backfill_dagster.ledger.settle import (
+    Response,
+    Rules,
+    Settlement,
+    settle,
+    surroundings,
+    with_repeated,
+)
 from fks_backfill_dagster.store import copying, schema
 from fks_backfill_dagster.store.auditing import Clock, examine_within
 from fks_backfill_dagster.store.database import Database
@@ -109,8 +117,9 @@ def commit_batch(
         inserted, updated, outdated = _write_candles(connection, series, identity, rows, row_batches, dated)
         gone, gone_by = _withdraw(connection, series, identity, withdrawals, rows.ts, write, grid)
         missing = np.union1d(_still_missing(before, write.window, rows.ts, grid), gone)
+        responses = _with_repeated(connection, identity, write, grid)
         settlement = settle(
-            before.gaps, write.window, missing, rows.ts, write.responses, grid, before.synced, write.rules
+            before.gaps, write.window, missing, rows.ts, responses, grid, before.synced, write.rules
         )
         _write_gaps(connection, identity, settlement)
         _write_rejected(connection, identity, write.rejected)
@@ -511,27 +520,57 @@ def _write_gaps(connection: sa.Connection, identity: int, settlement: Settlement
     )
 
 
+_VALUES = ("open", "high", "low", "close", "volume")
+
+# A look-up by the unique key of the quarantine: its rows within the batch are few.
+_KNOWN_REJECTED = """
+SELECT n.place
+FROM unnest(CAST(:ts AS timestamptz[]), CAST(:open AS float8[]), CAST(:high AS float8[]), CAST(:low AS float8[]),
+        CAST(:close AS float8[]), CAST(:volume AS float8[]))
+    WITH ORDINALITY AS n(ts, open, high, low, close, volume, place)
+JOIN fks.quarantine q ON q.ts = n.ts
+    AND (q.open, q.high, q.low, q.close, q.volume) IS NOT DISTINCT FROM (n.open, n.high, n.low, n.close, n.volume)
+WHERE q.series_id = :id AND q.provider = :provider AND q.reason = :reason
+"""
+
+
+def _with_repeated(
+    connection: sa.Connection, identity: int, write: BatchWrite, grid: Grid
+) -> tuple[Response, ...]:
+    """The responses, in view of what an earlier request left in the quarantine."""
+    if not any(response.evidence.outcome is Outcome.REJECTED for response in write.responses):
+        return write.responses
+    known = []
+    for rows in write.rejected:
+        names = {"id": identity, "provider": rows.origin.provider, "reason": rows.reason.value}
+        found = connection.scalars(sa.text(_KNOWN_REJECTED), names | _columns_of(rows)).all()
+        mask = np.zeros(len(rows.candles), dtype=bool)
+        mask[np.array(found, dtype=np.int64) - 1] = True
+        known.append((rows, mask))
+    return with_repeated(write.responses, known, grid)
+
+
+def _columns_of(rows: RejectedRows) -> dict[str, list[Any]]:
+    """Rows as the quarantine keeps them: what is no number is NULL."""
+    ts, *values = rows.candles.columns()
+    return {"ts": [to_datetime(at) for at in ts.tolist()]} | {
+        name: [value if math.isfinite(value) else None for value in column.tolist()]
+        for name, column in zip(_VALUES, values, strict=True)
+    }
+
+
 def _write_rejected(connection: sa.Connection, identity: int, rejected: Sequence[RejectedRows]) -> None:
-    """One row a broken row, however often it came. What is no number is kept as NULL."""
-    rows = [
-        {
+    """One row a broken row, however often it came."""
+    rows = []
+    for one in rejected:
+        about = {
             "series_id": identity,
-            "ts": to_datetime(int(r.candles.ts[i])),
-            "provider": r.origin.provider,
-            "source": r.origin.source,
-            "reason": r.reason.value,
+            "provider": one.origin.provider,
+            "source": one.origin.source,
+            "reason": one.reason.value,
         }
-        | {
-            name: float(value) if np.isfinite(value) else None
-            for name, value in zip(
-                ("open", "high", "low", "close", "volume"),
-                (c[i] for c in r.candles.columns()[1:]),
-                strict=True,
-            )
-        }
-        for r in rejected
-        for i in range(len(r.candles))
-    ]
+        columns = _columns_of(one)
+        rows += [about | dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     if not rows:
         return
     table = schema.quarantine

@@ -125,6 +125,22 @@ def test_a_candle_within_the_grace_waits(database: Database, market: LocalMarket
     assert status_of(database, HOURS).newest_data_time == datetime(2024, 6, 15, 10, tzinfo=UTC)
 
 
+@pytest.mark.parametrize("case", ["first request", "second request"])
+def test_a_failed_batch_reports_its_requests(
+    context: Context, database: Database, market: LocalMarket, case: str
+) -> None:
+    sync(context, HOURS, days("2024-01-01", "2024-01-02"), ["binance"])  # its listing is known from here on
+    market.reset_requests()
+    if case == "second request":
+        market.plant_outage("binance", days("2024-01-03T03:00", "2024-01-03T05:00"))
+        market.plant_fault("binance", "status", status=500, count=None, nth=2)
+    else:
+        market.plant_fault("binance", "status", status=500, count=None)
+    report = sync(context, HOURS, days("2024-01-02", "2024-01-04"), ["binance"])
+    assert (report.failed_batches, len(report.errors)) == (1, 1)
+    assert report.requests == market.requests() > 2
+
+
 # Listing, future ------------------------------------------------------------------------------------------
 
 

@@ -8,9 +8,12 @@ Belongs here: what holds for all providers. Does not belong here: a wire format.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import http.client
+import itertools
 import logging
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -426,6 +429,53 @@ class ProviderConformance:
         series = self.series(made)[0]
         with pytest.raises(TransientError):
             made.fetch(series, self.window(series))
+
+    def test_an_error_has_its_number_of_requests(self, provider: Callable[..., Provider]) -> None:
+        with self.asking(provider, lambda _: Said(b"", 502), retry_budget_seconds=0.4) as (
+            made,
+            series,
+            server,
+        ):
+            with pytest.raises(TransientError) as caught:
+                made.fetch(series, self.window(series))
+            time.sleep(0.1)  # for what was on its way
+            assert caught.value.requests == len(server.requests) > 1
+
+    def test_the_same_answer_again_and_again_has_an_end(self, provider: Callable[..., Provider]) -> None:
+        """Whatever is requested: paging without progress."""
+        first: list[Said] = []
+
+        def stuck(asked: Asked) -> Said:
+            if not first:
+                first.append(self.market(asked))
+            return first[0]
+
+        with self.asking(provider, stuck) as (made, series, server):
+            asked, window = self.paged() or (series, self.window(series))
+            with suppress(ProviderError):
+                made.fetch(asked, window)
+            assert len(server.requests) <= 10 + 10 * made.estimate(asked, window).requests
+
+    def test_numbers_of_any_size(self, provider: Callable[..., Provider]) -> None:
+        """Each number of an honest answer in turn is one that neither a double nor 64 bits hold."""
+
+        def changed(asked: Asked, written: bytes, place: int) -> Said:
+            honest = self.market(asked)
+            numbers = list(re.finditer(rb"(?<=[:,\[])-?[0-9]+(\.[0-9]+)?(?=[,\]}])", honest.body))
+            if not numbers:
+                return honest
+            chosen = numbers[place % len(numbers)]
+            return replace(honest, body=honest.body[: chosen.start()] + written + honest.body[chosen.end() :])
+
+        huge = (b"9007199254740993", b"18446744073709551616", b"-9223372036854775809", b"1" * 400, b"1e400")
+        for written, place in itertools.product(huge, range(4)):
+            answer = functools.partial(changed, written=written, place=place)
+            with self.asking(provider, answer) as (made, series, _), suppress(ProviderError):
+                window = self.window(series)
+                rows = Candles.concat([d.candles for d in made.fetch(series, window).deliveries])
+                good = verify(rows, window, grid_of(series), window.end).good
+                assert np.isin(good.ts, grid_of(series).opens(window)).all()
+                assert not any((np.abs(column) == 2.0**53).any() for column in good.columns()[1:])
 
     def test_one_failure_heals(self, provider: Callable[..., Provider]) -> None:
         failures = [Said(b"<html>", 502)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import ssl
 import threading
 import time
 import zipfile
@@ -60,7 +61,9 @@ class Server:
 
 
 @contextmanager
-def serve(answer: Callable[[Asked], Said]) -> Iterator[Server]:
+def serve(answer: Callable[[Asked], Said], tls: ssl.SSLContext | None = None) -> Iterator[Server]:
+    """`tls`: with it the server speaks HTTPS."""
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -103,7 +106,9 @@ def serve(answer: Callable[[Asked], Said]) -> Iterator[Server]:
             """A client that goes away is part of the tests."""
 
     httpd = Loopback(("127.0.0.1", 0), Handler)
-    server = Server(f"http://127.0.0.1:{httpd.server_address[1]}")
+    if tls is not None:
+        httpd.socket = tls.wrap_socket(httpd.socket, server_side=True)
+    server = Server(f"http{'s' if tls else ''}://127.0.0.1:{httpd.server_address[1]}")
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

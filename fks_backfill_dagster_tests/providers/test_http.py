@@ -32,6 +32,7 @@ from fks_backfill_dagster.providers.http import (
     RequestPool,
     Tally,
     Unreachable,
+    counted,
     retry_after,
     said_in,
     server_time,
@@ -110,6 +111,46 @@ class TestRetries:
             times = [asked.at for asked in server.requests]
         assert len(times) == 3
         assert min(times[1:]) - times[0] >= 0.45
+
+    @pytest.mark.parametrize("status", [429, 503])
+    def test_a_date_to_wait_for_holds_for_every_client(self, pool: RequestPool, status: int) -> None:
+        """As edge servers send it; clients of one limiter are what processes are to the shared one."""
+        until = int(time.time()) + 2
+        named = format_datetime(datetime.fromtimestamp(until, UTC), usegmt=True)
+        answers = [Said(b"slow down", status, {"Retry-After": named})]
+        arrived: list[float] = []
+
+        def answer(_: Asked) -> Said:
+            arrived.append(time.time())
+            return answers.pop() if answers else Said(b"good")
+
+        with serve(answer) as server:
+            limiter = ProcessLimiter({})
+            clients = [client_of(pool, server.url, longest_wait_seconds=9.0) for _ in range(3)]
+            for one in clients:
+                one.limiter = limiter
+            threads = [
+                threading.Thread(target=one.run, args=(asking(one, server.url), Tally())) for one in clients
+            ]
+            threads[0].start()
+            while answers:
+                time.sleep(0.005)
+            while not limiter.admit("p", 1).wait:
+                time.sleep(0.005)
+            for thread in threads[1:]:
+                thread.start()
+            for thread in threads:
+                thread.join(timeout=20)
+        assert len(arrived) == 4
+        assert min(arrived[1:]) >= until
+
+    def test_a_date_that_is_past_is_no_wait(self, pool: RequestPool) -> None:
+        answers = [Said(b"", 429, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), Said(b"good")]
+        with serve(lambda _: answers.pop(0)) as server:
+            client = client_of(pool, server.url)
+            began = time.monotonic()
+            assert client.run(asking(client, server.url), Tally()) == b"good"
+            assert time.monotonic() - began < 1.5
 
     def test_gives_up_within_the_budget(self, pool: RequestPool) -> None:
         with serve(lambda _: Said(b"<html>down", 503)) as server:
@@ -516,6 +557,22 @@ class TestPool:
     def test_needs_a_slot(self) -> None:
         with pytest.raises(ValueError, match="at least 1"):
             RequestPool(0)
+
+
+def test_a_failed_fetch_sends_nothing_more(pool: RequestPool) -> None:
+    """The others of its pages are in the middle of their retries."""
+    with serve(lambda asked: Said(b"no", 404 if asked.path == "/0" else 503)) as server:
+        client = client_of(pool, server.url, retry_budget_seconds=60.0)
+
+        def request(page: int) -> bytes:
+            while page == 0 and len(server.requests) < 6:
+                time.sleep(0.005)
+            return client.run(asking(client, f"{server.url}/{page}"), tally)
+
+        with pytest.raises(PermanentError) as caught, counted() as tally:
+            pool.map("lane", request, range(4))
+        time.sleep(0.5)
+        assert caught.value.requests == tally.count == len(server.requests)
 
 
 def test_answers_are_counted(pool: RequestPool) -> None:

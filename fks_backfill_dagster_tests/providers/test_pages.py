@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.providers.pages import agreeing, contradicting, joined
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.providers.base import BadAnswer
+from fks_backfill_dagster.providers.pages import Chain, agreeing, contradicting, joined
 from fks_backfill_dagster_tests.providers.scripted import candles_at
 
 MINUTE = 60_000_000
@@ -78,3 +81,53 @@ class TestAgreeing:
         one, other = page(1, 2), page(2, 3)
         one.volume[:] = other.volume[:] = np.nan
         assert contradicting([one, other]) == []
+
+
+def chain(candles: int = 100, page_size: int = 50) -> Chain:
+    return Chain("p", "http://host/path", TimeRange(0, candles * MINUTE), candles, page_size)
+
+
+class TestChain:
+    def test_honest_pages_of_any_size(self) -> None:
+        for size in (1, 7, 50, 100):
+            # Small pages are as honest, while they are not many.
+            made = chain(100 if size > 1 else 10)
+            for first in range(0, made.candles, size):
+                assert not made.is_done(page(*range(first, min(first + size, made.candles))).ts)
+
+    def test_it_is_done_beyond_the_range(self) -> None:
+        made = chain()
+        assert not made.is_done(page(98, 99).ts)
+        assert made.is_done(page(99, 100).ts)
+
+    @pytest.mark.parametrize("again", [page(0, 1, 2), page(1, 2), page(2), page()], ids=len)
+    def test_pages_without_a_newer_bar_are_refused_after_a_few(self, again: Candles) -> None:
+        made = chain()
+        made.is_done(page(0, 1, 2).ts)
+        for _ in range(3):
+            made.is_done(again.ts)
+        with pytest.raises(BadAnswer, match="the last 4 of 5 pages brought no newer bar"):
+            made.is_done(again.ts)
+
+    def test_a_newer_bar_ends_a_stretch_without_one(self) -> None:
+        made = chain()
+        for minute in range(5):
+            made.is_done(page(minute).ts)
+            for _ in range(3):
+                made.is_done(page().ts)
+        assert made.pages == 20
+
+    def test_as_many_pages_as_the_range_can_need(self) -> None:
+        made = chain(100)
+        for minute in range(20):
+            made.is_done(page(minute).ts)
+        with pytest.raises(BadAnswer, match="21 pages brought 21 bars, for a range of at most 100"):
+            made.is_done(page(20).ts)
+
+    def test_as_many_rows_as_the_range_can_hold(self) -> None:
+        """Each page repeats all before it, and has a newer bar."""
+        made = chain(100, 50)
+        for minute in range(50, 55):
+            made.is_done(page(*range(minute)).ts)
+        with pytest.raises(BadAnswer, match="6 pages brought 315 bars, for a range of at most 100"):
+            made.is_done(page(*range(55)).ts)

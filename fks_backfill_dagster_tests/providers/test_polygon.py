@@ -30,7 +30,9 @@ from fks_backfill_dagster.providers.base import (
     UnknownSymbol,
     WrongKey,
 )
-from fks_backfill_dagster.providers.polygon import ticker_of
+from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool
+from fks_backfill_dagster.providers.polygon import DEFAULT_BASE_URL, Polygon, ticker_of
+from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.markets import new_york_midnight
 from fks_backfill_dagster_tests.providers.scripted import (
@@ -456,6 +458,46 @@ class TestKey:
                 make("polygon", server.url, key=KEY).fetch(crypto(), WINDOW)
             assert len(server.requests) == 1
 
+    @pytest.mark.parametrize("written", ["default port", "relative", "capitals"])
+    def test_other_ways_to_write_the_configured_host(self, written: str) -> None:
+        provider = build("polygon", resolve_options("polygon", key=KEY), RequestPool(1), ProcessLimiter({}))
+        assert isinstance(provider, Polygon)
+        url = f"{DEFAULT_BASE_URL}/v2/aggs/x?limit=9"
+        following = {
+            "default port": "https://api.massive.com:443/v2/aggs/x?cursor=1",
+            "relative": "?cursor=1",
+            "capitals": "HTTPS://API.Massive.com/v2/aggs/x?cursor=1",
+        }[written]
+        assert provider._next_url({"next_url": following}, url) == f"{DEFAULT_BASE_URL}/v2/aggs/x?cursor=1"
+
+    @pytest.mark.parametrize(
+        "elsewhere",
+        [
+            "https://api.massive.com:8443/x",
+            "http://api.massive.com/x",
+            "https://api.massive.com.evil.example/x",
+            "https://me@api.massive.com/x",
+            "https://api.massive.com@evil.example/x",
+            "https:\\\\evil.example/x",
+            "//evil.example:443/x",
+        ],
+    )
+    def test_is_not_sent_to_what_looks_like_the_configured_host(self, elsewhere: str) -> None:
+        provider = build("polygon", resolve_options("polygon", key=KEY), RequestPool(1), ProcessLimiter({}))
+        assert isinstance(provider, Polygon)
+        try:
+            found = provider._next_url({"next_url": elsewhere}, f"{DEFAULT_BASE_URL}/v2/x")
+        except ProviderError:
+            return
+        assert str(found).startswith(f"{DEFAULT_BASE_URL}/")
+
+    def test_pages_at_a_relative_address(self, make: Make) -> None:
+        market = SmallPolygon()
+        with serve(market) as server:
+            answer = make("polygon", server.url, key=KEY, requests_per_minute=1000).fetch(crypto(), WINDOW)
+        assert of(answer).equals(candles_at(np.arange(WINDOW.start, WINDOW.end, 60_000_000), "X:BTCUSD"))
+        assert market.url == "", "its next_url begins with the path"
+
     def test_echoed_keys_are_blanked(self, make: Make) -> None:
         for status in (200, 401, 500):
             answer = json_said({"status": "ERROR", "error": f"bad {KEY}"}, status)
@@ -493,19 +535,83 @@ class TestLies:
                 provider.fetch(crypto(), WINDOW)
             assert len(server.requests) > 1, "garbage may pass: it is asked again"
 
-    def test_a_circle_of_pages(self, make: Make) -> None:
-        market = SmallPolygon(
-            lambda honest: {**honest, "next_url": f"{market.url}/v2/aggs/ticker/X/1/1/minute/0/9"}
-        )
+    @pytest.mark.parametrize("cursor", ["1", None], ids=["a circle", "another address every time"])
+    def test_pages_without_an_end(self, make: Make, cursor: str | None) -> None:
+        """Bars that were there already (polygon-io issue 289)."""
+        rows = bars(candles_at(np.arange(WINDOW.start, WINDOW.start + 600_000_000, 60_000_000), "X"))
 
         def same(asked: Asked) -> Said:
-            rows = bars(candles_at(np.array([WINDOW.start]), "X"))
-            return json_said(document(rows, next_url=f"{market.url}{asked.path}?cursor=1"))
+            following = cursor or f"c{len(server.requests)}"
+            return json_said(document(rows, next_url=f"{server.url}{asked.path}?cursor={following}"))
 
         with serve(same) as server:
-            market.url = server.url
-            with pytest.raises(BadAnswer, match="circle"):
-                make("polygon", server.url, key=KEY, requests_per_minute=1000).fetch(crypto(), WINDOW)
+            provider = make("polygon", server.url, key=KEY, requests_per_minute=1000)
+            with pytest.raises(BadAnswer, match="the last 4 of 5 pages brought no newer bar") as caught:
+                provider.fetch(crypto(), WINDOW)
+            assert caught.value.requests == len(server.requests) == 5
+
+    def test_an_empty_page_in_between(self, make: Make) -> None:
+        """Of pages that are empty by themselves each still leads to the next."""
+        rows = bars(candles_at(np.array([WINDOW.start, WINDOW.start + 60_000_000]), "X:BTCUSD"))
+
+        def gappy(asked: Asked) -> Said:
+            at = int(asked.query.get("cursor", 0))
+            made = {0: rows[:1], 3: rows[1:]}.get(at, [])
+            more = {"next_url": f"{server.url}{asked.path}?cursor={at + 1}"} if at < 3 else {}
+            return json_said(document(made, **more))
+
+        with serve(gappy) as server:
+            got = of(make("polygon", server.url, key=KEY, requests_per_minute=1000).fetch(crypto(), WINDOW))
+        assert len(got) == 2
+
+    @pytest.mark.parametrize("following", ["http://127.0.0.1:x/", "http://[::1", 7, ["x"]], ids=str)
+    def test_a_next_page_that_is_no_address(self, make: Make, following: object) -> None:
+        rows = bars(candles_at(np.array([WINDOW.start]), "X"))
+        with serve(lambda _: json_said(document(rows, next_url=following))) as server:
+            provider = make(
+                "polygon", server.url, key=KEY, requests_per_minute=1000, retry_budget_seconds=0.0
+            )
+            with pytest.raises(BadAnswer, match=r"no address|newer bar|answered"):
+                provider.fetch(crypto(), WINDOW)
+            assert {asked.headers["Authorization"] for asked in server.requests} == {f"Bearer {KEY}"}
+
+
+class TestNumbers:
+    @pytest.mark.parametrize(
+        ("volume", "reason"),
+        [
+            (2**53 - 1, None),
+            (2**53 + 1, Reason.BAD_VOLUME),
+            (2**63 + 1, Reason.BAD_VOLUME),
+            (10**30, Reason.BAD_VOLUME),
+        ],
+    )
+    def test_a_volume_that_no_double_holds_costs_one_row(
+        self, make: Make, volume: int, reason: Reason | None
+    ) -> None:
+        rows = bars(candles_at(np.arange(WINDOW.start, WINDOW.start + 600_000_000, 60_000_000), "X:BTCUSD"))
+        rows[3]["v"] = volume
+        body = orjson.dumps(document([{**row, "v": 0} if row is rows[3] else row for row in rows]))
+        body = body.replace(b'"v":0,', b'"v":%d,' % volume)
+        with serve(lambda _: Said(body)) as server:
+            got = of(make("polygon", server.url, key=KEY).fetch(crypto(), WINDOW))
+        assert len(got) == 10
+        verdict = verify(got, WINDOW, grid_of(crypto()), WINDOW.end)
+        assert [(part.reason, len(part.candles)) for part in verdict.rejected] == (
+            [(reason, 1)] if reason else []
+        )
+        if reason is None:
+            assert int(got.volume[3]) == volume
+
+    @pytest.mark.parametrize("stamp", [WINDOW.start // 1000 + 2**61, -(2**61), 2**63, 10**30, 2**53 + 1])
+    def test_a_time_that_is_no_date_does_not_wrap_around(self, make: Make, stamp: int) -> None:
+        """2^61 milliseconds are a multiple of 2^64 microseconds: the product is the right one."""
+        rows = bars(candles_at(np.array([WINDOW.start]), "X:BTCUSD"))
+        body = orjson.dumps(document(rows)).replace(b'"t":%d' % rows[0]["t"], b'"t":%d' % stamp)
+        with serve(lambda _: Said(body)) as server:
+            provider = make("polygon", server.url, key=KEY, retry_budget_seconds=0.0)
+            with pytest.raises(BadAnswer, match="another shape"):
+                provider.fetch(crypto(), WINDOW)
 
 
 class TestErrors:
