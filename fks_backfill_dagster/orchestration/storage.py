@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class DatabaseStorage(DagsterPostgresStorage):
 class DagsterPlace:
     """Where Dagster's tables are. `url` holds the password in clear; `place` is the database for messages."""
 
-    url: str
+    url: str = field(repr=False)
     place: Place
 
 
