@@ -16,7 +16,7 @@ from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.settings import load_settings
 from fks_backfill_dagster.store import reading as store
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.wiring import database_url
+from fks_backfill_dagster.wiring import connect, database_url
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,7 +47,8 @@ def read_candles(
     A frame with the float columns open, high, low, close, volume (NaN: the source has none) and a
     DatetimeIndex `ts` in UTC, the candles' opens. Without `start` or `end` there is no bound.
     Moments are datetimes or ISO 8601 text, UTC where no zone is given. With `as_of`: what this
-    database held at that moment, and the same `as_of` gives the same frame for ever.
+    database held at that moment, and the same `as_of` gives the same frame for ever. A standby refuses
+    `as_of`: it gets commits later than the primary server, so the frame could change.
 
     `url` is a PostgreSQL URL; without it the settings decide (FKS_DATABASE_URL, else the embedded
     database, which then runs as long as this process).
@@ -63,7 +64,7 @@ def read_candles(
         _EVER.start if start is None else _micros(start), _EVER.end if end is None else _micros(end)
     )
     moment = None if as_of is None else to_datetime(_micros(as_of))
-    database = Database(url or database_url(settings), pool_size=1)
+    database = Database(url, pool_size=1) if url else connect(settings, database_url(settings), pool_size=1)
     try:
         database.check()
         series = settings.find_series(symbol, timeframe, _stored(database))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -126,11 +127,9 @@ def open_database(settings: Settings) -> Iterator[Database]:
     The embedded one runs at least that long, and is upgraded without being asked: it has no other
     owner. A database of the user's own gets its schema when it has none, and is never upgraded.
     """
-    from fks_backfill_dagster.store.database import Database
-
     server = embedded(settings)
     try:
-        database = Database(server.start() if server else database_url(settings))
+        database = connect(settings, server.start() if server else database_url(settings))
         try:
             prepare(database, settings)
             yield database
@@ -139,6 +138,19 @@ def open_database(settings: Settings) -> Iterator[Database]:
     finally:
         if server:
             server.release()
+
+
+def connect(settings: Settings, url: str, *, pool_size: int = 8) -> Database:
+    """The database of the settings at its URL. Nothing is connected yet."""
+    from fks_backfill_dagster.store.database import Database
+
+    return Database(url, pool_size=pool_size, log=embedded_log(settings))
+
+
+def embedded_log(settings: Settings) -> Path | None:
+    """The log of the embedded PostgreSQL; None where the settings name another database."""
+    server = embedded(settings)
+    return None if server is None else server.log
 
 
 def prepare(database: Database, settings: Settings) -> None:

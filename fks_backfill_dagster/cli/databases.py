@@ -90,9 +90,10 @@ def stop(as_json: bool) -> None:
 def _prepare(as_json: bool, *, upgrade: bool, reader: str | None = None) -> None:
     from fks_backfill_dagster.settings import load_settings
     from fks_backfill_dagster.store import roles
-    from fks_backfill_dagster.store.database import Database
+    from fks_backfill_dagster.wiring import connect
 
-    database = Database(_kept_url(load_settings()), pool_size=1)
+    settings = load_settings()
+    database = connect(settings, _kept_url(settings), pool_size=1)
     try:
         if upgrade:
             database.upgrade()

@@ -94,6 +94,11 @@ class EmbeddedPostgres:
         self._use: int | None = None
         self._mutex = threading.RLock()
 
+    @property
+    def log(self) -> Path:
+        """What the server wrote, and why it did not start."""
+        return self._home.log
+
     def start(self, *, keep: bool = False) -> str:
         """Its libpq URL; it runs when this returns, and as long as this process lives or `release` is called.
 

@@ -143,7 +143,7 @@ def _database(settings: Settings) -> TimescaleDB:
         url: str = ""
 
         def _open(self) -> Database:
-            database = Database(wiring.database_url(settings))
+            database = wiring.connect(settings, wiring.database_url(settings))
             wiring.prepare(database, settings)
             return database
 

@@ -28,7 +28,6 @@ from fks_backfill_dagster.orchestration import code_server
 from fks_backfill_dagster.orchestration.processes import Background, backgrounds, stop
 from fks_backfill_dagster.orchestration.webserver import DagsterRefused, Webserver, WrongToken
 from fks_backfill_dagster.settings import Settings
-from fks_backfill_dagster.store.database import Database
 
 HOST = "127.0.0.1"
 PORT = 3000
@@ -167,7 +166,8 @@ def _alone(settings: Settings) -> Iterator[None]:
 def _open_database(settings: Settings, keep: bool) -> None:
     """Starts the embedded database; makes the schema where there is none."""
     embedded = wiring.embedded(settings)
-    database = Database(embedded.start(keep=keep) if embedded else wiring.database_url(settings))
+    url = embedded.start(keep=keep) if embedded else wiring.database_url(settings)
+    database = wiring.connect(settings, url)
     try:
         wiring.prepare(database, settings)
     finally:

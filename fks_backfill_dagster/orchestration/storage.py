@@ -12,10 +12,12 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dagster import EventLogEntry
 from dagster._config.config_schema import UserConfigSchema
 from dagster._core.execution.compute_logs import redirect_to_file
 from dagster._core.storage.compute_log_manager import CapturedLogContext, ComputeIOType
@@ -23,13 +25,20 @@ from dagster._core.storage.local_compute_log_manager import IO_TYPE_EXTENSION, L
 from dagster._core.storage.root import LocalArtifactStorage
 from dagster._serdes import ConfigurableClassData
 from dagster._utils import ensure_file, touch_file
-from dagster_postgres import DagsterPostgresStorage
+from dagster_postgres import (
+    DagsterPostgresStorage,
+    PostgresEventLogStorage,
+    PostgresRunStorage,
+    PostgresScheduleStorage,
+)
 from dagster_postgres.utils import create_pg_engine
 
 from fks_backfill_dagster import ownership, wiring
 from fks_backfill_dagster.orchestration.servers import dagster_folder
 from fks_backfill_dagster.settings import Settings, load_settings
-from fks_backfill_dagster.store.lending import DAGSTER_SCHEMA, lend_schema
+from fks_backfill_dagster.store import sessions
+from fks_backfill_dagster.store.errors import Place, repeated
+from fks_backfill_dagster.store.lending import DAGSTER_SCHEMA, keeps_connections, lend_schema
 
 _CONNECTIONS_KEPT = 2
 """A process writes one event at a time; what more threads need at the same moment is closed after use."""
@@ -42,10 +51,17 @@ class DatabaseStorage(DagsterPostgresStorage):
     opened hundreds. Here all instances of a process share an engine, which keeps a few.
     """
 
-    def __init__(self, url: str, inst_data: ConfigurableClassData | None = None) -> None:
-        super().__init__(url, should_autocreate_tables=False, inst_data=inst_data)
-        for part in (self._run_storage, self._event_log_storage, self._schedule_storage):
-            part._engine = _engine(url)
+    def __init__(
+        self,
+        place: DagsterPlace,
+        inst_data: ConfigurableClassData | None = None,
+        *,
+        makes_tables: bool = False,
+    ) -> None:
+        super().__init__(place.url, should_autocreate_tables=False, inst_data=inst_data)
+        self._run_storage = _Runs(place, makes_tables)
+        self._event_log_storage = _Events(place, makes_tables)
+        self._schedule_storage = _Schedules(place, makes_tables)
 
     @classmethod
     def config_type(cls) -> UserConfigSchema:
@@ -55,7 +71,62 @@ class DatabaseStorage(DagsterPostgresStorage):
     def from_config_value(
         cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
     ) -> DatabaseStorage:
-        return cls(_prepared(wiring.database_url(_settings())), inst_data)
+        settings = _settings()
+        return cls(_prepared(wiring.database_url(settings), wiring.embedded_log(settings)), inst_data)
+
+
+@dataclass(frozen=True, slots=True)
+class DagsterPlace:
+    """Where Dagster's tables are. `url` holds the password in clear; `place` is the database for messages."""
+
+    url: str = field(repr=False)
+    place: Place
+
+
+class _InSchema:
+    """One of Dagster's three storages, on connections that begin as ours do and find the schema by their search_path.
+
+    Dagster makes its engines from the URL by itself, another one for the webserver: each is attached here. All that
+    is not for the webserver share one.
+    """
+
+    def __init__(self, place: DagsterPlace, makes_tables: bool) -> None:
+        self._place = place
+        super().__init__(place.url, makes_tables)  # type: ignore[call-arg]
+
+    @property
+    def _engine(self) -> Any:
+        return self._attached
+
+    @_engine.setter
+    def _engine(self, made: Any) -> None:
+        if not keeps_connections(made):
+            self._attached = _shared_engine(self._place)
+        else:
+            self._attached = _attached(made, self._place.place)
+
+
+class _Runs(_InSchema, PostgresRunStorage):
+    @repeated
+    def handle_run_event(self, *arguments: Any, **named: Any) -> None:
+        super().handle_run_event(*arguments, **named)
+
+
+class _Events(_InSchema, PostgresEventLogStorage):
+    # Where the connection was lost after the write, an event is in the log twice. Otherwise the run would fail,
+    # though its candles are there.
+
+    @repeated
+    def store_event(self, event: EventLogEntry) -> None:
+        super().store_event(event)
+
+    @repeated
+    def store_event_batch(self, events: Sequence[EventLogEntry]) -> None:
+        super().store_event_batch(events)
+
+
+class _Schedules(_InSchema, PostgresScheduleStorage):
+    pass
 
 
 class HomeArtifacts(LocalArtifactStorage):
@@ -127,23 +198,35 @@ def _settings_of(environment: tuple[tuple[str, str], ...]) -> Settings:
 
 
 @cache
-def _prepared(database_url: str) -> str:
-    """Dagster's URL, with its schema and its tables made where there are none: looked after once a process."""
-    url = storage_url(database_url)
-    DagsterPostgresStorage(url)
-    return url
+def _prepared(database_url: str, log: Path | None) -> DagsterPlace:
+    """Where Dagster's tables are, made where there are none: looked after once a process."""
+    place = dagster_place(database_url, log)
+    DatabaseStorage(place, makes_tables=True)
+    return place
 
 
 @cache
-def _engine(url: str) -> Any:
-    return create_pg_engine(
-        url, isolation_level="AUTOCOMMIT", pool_size=_CONNECTIONS_KEPT, max_overflow=-1, pool_pre_ping=True
+def _shared_engine(place: DagsterPlace) -> Any:
+    engine = create_pg_engine(
+        place.url,
+        isolation_level="AUTOCOMMIT",
+        pool_size=_CONNECTIONS_KEPT,
+        max_overflow=-1,
+        pool_pre_ping=True,
+        pool_use_lifo=True,
     )
+    return _attached(engine, place.place)
 
 
-def storage_url(database_url: str) -> str:
-    """Dagster's URL into our database; makes its schema there. Raises a StoreError.
+def _attached(engine: Any, place: Place) -> Any:
+    """Dagster's processes wait for their database at any time: whoever started them has reached it before."""
+    sessions.attach(engine, place, search_path=DAGSTER_SCHEMA, is_patient=True)
+    return engine
+
+
+def dagster_place(database_url: str, log: Path | None = None) -> DagsterPlace:
+    """Dagster's schema in our database, made where there is none. Raises a StoreError.
 
     The driver is named: SQLAlchemy 2.1 reads `postgresql://` as psycopg 3, which breaks dagster-postgres.
     """
-    return lend_schema(database_url, DAGSTER_SCHEMA, "psycopg2")
+    return DagsterPlace(*lend_schema(database_url, DAGSTER_SCHEMA, "psycopg2", log=log))

@@ -40,6 +40,7 @@ from fks_backfill_dagster.pipeline.spans import fetch_spans
 from fks_backfill_dagster.providers.base import Cancelled, Circuit, Estimate, Provider
 from fks_backfill_dagster.store import ledger, reading
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.errors import repeated
 from fks_backfill_dagster.store.ledger import ListingKind
 
 _NONE = np.empty(0, dtype=np.int64)
@@ -191,12 +192,14 @@ def able(context: Context, series: Series) -> frozenset[str]:
     return eligible(context.providers, series, context.priority(series)).names
 
 
+@repeated
 def reopen(context: Context, series: Iterable[Series]) -> None:
     """What rests on one provider's response is open again once another provider can be requested."""
     with context.database.begin() as connection:
         ledger.reopen(connection, {one: able(context, one) for one in series}, context.clock())
 
 
+@repeated
 def _identified(context: Context, series: Series) -> int | None:
     """The id of a series that was synced before, reopened as `reopen` does. Raises SeriesChanged."""
     names = able(context, series)
@@ -257,6 +260,7 @@ def _plan(
     for name in listings.claims:
         chain.listed[name] = listings.since(name)
 
+    @repeated
     def is_covered(ts: int) -> bool:
         with context.database.begin() as connection:
             return bool(ledger.known(connection, identity, TimeRange(ts, ts + 1)).synced)
@@ -268,6 +272,7 @@ def _plan(
     return plan, listings
 
 
+@repeated
 def _planned(
     context: Context,
     series: Series,
@@ -362,11 +367,9 @@ class _Work:
         """
         if not (self.chain.names or not plan.batches or self.is_kept):
             return listings
-        with self.context.database.begin() as connection:
-            found = ledger.registered(connection, self.series)
-            if found is None and not plan.batches:
-                return listings  # requesting nothing makes no series
-            identity = found.identity if found else ledger.register(connection, self.series)
+        identity = self._registered(plan)
+        if identity is None:
+            return listings
         self.identity = identity
         self.beginning = Beginning(self._claimed(plan, listings))
         with _lease(self.context.database, identity) as owner:
@@ -384,14 +387,28 @@ class _Work:
                 interrupted, error = is_interruption(failure), str(failure) or type(failure).__name__
                 raise
             finally:
-                with self.context.database.begin() as connection:
-                    if interrupted:
-                        ledger.release_lease(connection, identity, owner)
-                    else:
-                        ledger.end_sync(connection, identity, owner, error)
+                self._end(identity, owner, error, interrupted=interrupted)
         if self.beginning.found is not None:
             self.begin = min(self.beginning.found, self.begin or self.beginning.found)
         return self._remember_beginnings(plan, listings)
+
+    @repeated
+    def _registered(self, plan: Plan) -> int | None:
+        """The id of the series; None for one that is new and has no batches: requesting nothing makes no series."""
+        with self.context.database.begin() as connection:
+            found = ledger.registered(connection, self.series)
+            if found is None:
+                return ledger.register(connection, self.series) if plan.batches else None
+            return found.identity
+
+    @repeated
+    def _end(self, identity: int, owner: str, error: str | None, *, interrupted: bool) -> None:
+        """Ends the lease; an interruption leaves the status as it was."""
+        with self.context.database.begin() as connection:
+            if interrupted:
+                ledger.release_lease(connection, identity, owner)
+            else:
+                ledger.end_sync(connection, identity, owner, error)
 
     def _claimed(self, plan: Plan, listings: Listings) -> int | None:
         """The open before which absent candles are not expected; None where the plan begins behind it, or the
@@ -413,6 +430,7 @@ class _Work:
             return None
         return f"no provider has any of {missing:,} {'candle' if missing == 1 else 'candles'}"
 
+    @repeated
     def _counted(self, window: TimeRange) -> tuple[int, int]:
         """How many candles of the window are missing, and how many are no-trade intervals."""
         with self.context.database.begin() as connection:
@@ -623,6 +641,7 @@ def _lease(database: Database, identity: int) -> Iterator[str]:
     owner = uuid.uuid4().hex
     over = threading.Event()
 
+    @repeated
     def renew() -> None:
         with database.begin() as connection:
             ledger.hold_lease(connection, identity, owner, LEASE_SECONDS)

@@ -43,7 +43,7 @@ from fks_backfill_dagster.store import copying, schema
 from fks_backfill_dagster.store.auditing import Clock, examine_within
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.driver import cursor_of
-from fks_backfill_dagster.store.errors import StoreError
+from fks_backfill_dagster.store.errors import StoreError, repeated
 from fks_backfill_dagster.store.ledger import known_around, series_id, to_multirange
 from fks_backfill_dagster.store.schema import WITHDRAWAL
 
@@ -98,10 +98,14 @@ class Committed:
     withdrawn: int = 0
 
 
+@repeated
 def commit_batch(
     database: Database, series: Series, identity: int, write: BatchWrite, grid: Grid
 ) -> Committed:
     """Writes one batch; all of it or nothing. Committing the same batch twice changes nothing.
+
+    So a batch whose connection is lost is committed again. Where it was lost after the commit and before its
+    confirmation, the result is that of the second commit, which found nothing to change.
 
     Raises ValueError for candles that the batch may not hold: the ledger would be wrong for ever.
     """

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote
 
+import psycopg
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from fks_backfill_dagster.store import roles, timescale
-from fks_backfill_dagster.store.errors import DatabaseUnavailable, SchemaTooNew, SchemaTooOld, translated
+from fks_backfill_dagster.store import roles, sessions, timescale
+from fks_backfill_dagster.store.errors import (
+    DatabaseUnavailable,
+    Place,
+    SchemaTooNew,
+    SchemaTooOld,
+    StoreError,
+    UnsuitableServer,
+    translated,
+)
 from fks_backfill_dagster.store.schema import SCHEMA
 
 # TimescaleDB's oldest supported server; multiranges and UNIQUE NULLS NOT DISTINCT need it too.
 OLDEST_SERVER = 15
 
+# Nothing of ours: our SQL names the schema of everything. What an extension puts elsewhere is looked up.
+SEARCH_PATH = "public"
+
 _MIGRATION_LOCK = 4613731
+
+_DEFAULTS = {"connect_timeout": "10", "application_name": "fks-backfill"}
 
 # SQLAlchemy logs an interruption in the middle of a rollback with its traceback, and raises it too. Where nobody
 # has configured logging, Python would print that beside our own sentence.
@@ -33,25 +48,22 @@ class Database:
 
     `url` is a libpq URL; any `postgresql[+driver]://` or `postgres://` form is taken, anything else
     is a StoreError. Nothing is connected until it is used. Safe to share between threads; close it
-    with `dispose`.
+    with `dispose`. `log`: that of the embedded server, which messages then name instead of FKS_DATABASE_URL.
     """
 
-    def __init__(self, url: str, *, pool_size: int = 8) -> None:
+    def __init__(self, url: str, *, pool_size: int = 8, log: Path | None = None) -> None:
         self.url = _with_driver(url)
         self.where = _without_secrets(self.url)
-        self._hidden = _hidden(self.url)
+        self.place = Place(self.where, _hidden(self.url), log)
         self._engine = sa.create_engine(
             self.url,
             pool_size=pool_size,
             pool_pre_ping=True,
-            # Whatever the server's default: a statement after a lock has to see what came before it.
+            pool_timeout=2 * sessions.PATIENCE_SECONDS,
             isolation_level="READ COMMITTED",
-            connect_args={
-                "connect_timeout": 10,
-                "application_name": "fks-backfill",
-                "options": "-c timezone=UTC",
-            },
+            connect_args={name: value for name, value in _DEFAULTS.items() if name not in self.url.query},
         )
+        sessions.attach(self._engine, self.place, search_path=SEARCH_PATH)
 
     def dispose(self) -> None:
         self._engine.dispose()
@@ -59,13 +71,13 @@ class Database:
     @contextmanager
     def begin(self) -> Iterator[sa.Connection]:
         """A transaction: committed at the end of the block, rolled back by an exception."""
-        with translated(self.where, self._hidden), self._engine.begin() as connection:
+        with translated(self.place), self._engine.begin() as connection:
             yield connection
 
     @contextmanager
     def snapshot(self) -> Iterator[sa.Connection]:
         """A transaction that only reads, and sees the database as it was at its first query."""
-        with translated(self.where, self._hidden), self._engine.connect() as connection:
+        with translated(self.place), self._engine.connect() as connection:
             frozen = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             with frozen.begin():
                 yield frozen
@@ -73,7 +85,7 @@ class Database:
     @contextmanager
     def autocommit(self) -> Iterator[sa.Connection]:
         """A connection on which every statement commits by itself."""
-        with translated(self.where, self._hidden), self._engine.connect() as connection:
+        with translated(self.place), self._engine.connect() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
     # The schema -----------------------------------------------------------------------------------
@@ -81,7 +93,7 @@ class Database:
     def revision(self) -> str | None:
         """The schema's revision; None where there is no schema yet."""
         with self.begin() as connection:
-            return _revision(connection)
+            return self._revision(connection)
 
     def check(self) -> None:
         """Raises a StoreError unless the schema is exactly what this program was written for."""
@@ -101,12 +113,14 @@ class Database:
         with self.begin() as connection:
             self._refuse_old_server(connection)
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
-            found = _revision(connection)
+            found = self._revision(connection)
             if found is not None and found not in _known_revisions():
                 self._judge(found)
-            # CREATE SCHEMA IF NOT EXISTS needs a right even when the schema exists: ask first.
-            if connection.scalar(sa.text("SELECT to_regnamespace(:name)"), {"name": SCHEMA}) is None:
-                connection.execute(sa.text(f"CREATE SCHEMA {SCHEMA}"))
+            make_schema(connection, SCHEMA, self.place)
+            if found is None:
+                self._refuse_foreign_tables(connection)
+            if found != _head():
+                self._refuse_missing_rights(connection)
             readers = roles.readers(connection)
             config = _alembic_config()
             config.attributes["connection"] = connection
@@ -141,10 +155,67 @@ class Database:
                 " Upgrade the server or point FKS_DATABASE_URL at another one."
             )
 
+    def _revision(self, connection: sa.Connection) -> str | None:
+        context = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA})
+        found = sorted(context.get_current_heads())
+        if len(found) > 1:
+            raise StoreError(
+                f"{self.place} has {len(found)} schema revisions ({', '.join(found)}) in {SCHEMA}.alembic_version,"
+                " which holds one: a backup was restored over another schema. Restore it into an empty database, or"
+                f" keep the newest revision (DELETE FROM {SCHEMA}.alembic_version WHERE version_num <> '{found[-1]}')"
+                " and run `fks-backfill audit`."
+            )
+        return found[0] if found else None
+
+    def _refuse_missing_rights(self, connection: sa.Connection) -> None:
+        """What batches need besides the schema: they pass through a temporary table."""
+        query = (
+            "SELECT current_user, current_database(), has_schema_privilege(:schema, 'CREATE'),"
+            " has_database_privilege(current_database(), 'TEMPORARY')"
+        )
+        role, database, may_create, may_stage = connection.execute(sa.text(query), {"schema": SCHEMA}).one()
+        grants = []
+        if not may_create:
+            grants.append(f'ALTER SCHEMA {SCHEMA} OWNER TO "{role}"')
+        if not may_stage:
+            grants.append(f'GRANT TEMPORARY ON DATABASE "{database}" TO "{role}"')
+        if grants:
+            raise UnsuitableServer(
+                f"{self.place} gives its role {role} too few rights: let an administrator run {'; '.join(grants)}."
+            )
+
+    def _refuse_foreign_tables(self, connection: sa.Connection) -> None:
+        """A schema without a revision has to be empty: ours has one."""
+        query = (
+            "SELECT count(*) FROM pg_class WHERE relnamespace = to_regnamespace(:name)"
+            " AND relkind IN ('r', 'p', 'v') AND relname <> 'alembic_version'"
+        )
+        if connection.scalar(sa.text(query), {"name": SCHEMA}):
+            raise UnsuitableServer(
+                f"{self.place} has tables in the schema {SCHEMA} and no revision in {SCHEMA}.alembic_version: restore"
+                " the schema as a whole from a backup, move it away (ALTER SCHEMA fks RENAME TO ...), or name another"
+                " database in FKS_DATABASE_URL."
+            )
+
     def has_timescale(self) -> bool:
         with self.begin() as connection:
             query = "SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'timescaledb')"
             return bool(connection.scalar(sa.text(query)))
+
+
+def make_schema(connection: sa.Connection, name: str, place: Place) -> None:
+    """Makes a schema where there is none. Raises UnsuitableServer where this role may not."""
+    # CREATE SCHEMA IF NOT EXISTS needs a right even when the schema exists: ask first.
+    if connection.scalar(sa.text("SELECT to_regnamespace(:name)"), {"name": name}) is not None:
+        return
+    may_create = "SELECT current_user, has_database_privilege(current_database(), 'CREATE')"
+    role, may = connection.execute(sa.text(may_create)).one()
+    if not may:
+        raise UnsuitableServer(
+            f"{place} has no schema {name}, and its role {role} may not make one: let an administrator run"
+            f' CREATE SCHEMA {name} AUTHORIZATION "{role}" in it.'
+        )
+    connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {name}"))
 
 
 def _with_driver(url: str) -> sa.URL:
@@ -161,7 +232,27 @@ def _with_driver(url: str) -> sa.URL:
     shown = ((parsed.username, ":=?&"), (unquote(parsed.host or ""), "@=&"), (parsed.database, "@=?&"))
     if any(set(part or "") & set(marks) for part, marks in shown):
         raise _no_address()
-    return parsed
+    if of_driver := sorted(parsed.query.keys() & _OF_THE_DRIVER):
+        raise DatabaseUnavailable(
+            f"FKS_DATABASE_URL has the parameter {of_driver[0]}, which is one of a driver and not of PostgreSQL: take"
+            " it out (prepared statements need no setting; behind a pooler they need one in session mode)."
+        )
+    return _without_repetitions(parsed)
+
+
+def _without_repetitions(url: sa.URL) -> sa.URL:
+    """Options add up; of any other parameter that is given twice the last one holds, as in libpq. Hosts are a list."""
+    given = {name: values for name, values in url.query.items() if not isinstance(values, str)}
+    joined = {
+        name: " ".join(values) if name == "options" else values[-1]
+        for name, values in given.items()
+        if name not in ("host", "port")
+    }
+    return url.update_query_dict(joined)
+
+
+# Arguments of psycopg's `connect` that SQLAlchemy would pass on as text.
+_OF_THE_DRIVER = frozenset(inspect.signature(psycopg.Connection.connect).parameters) - {"conninfo", "kwargs"}
 
 
 def _no_address() -> DatabaseUnavailable:
@@ -207,11 +298,6 @@ def _hidden(url: sa.URL) -> tuple[str, ...]:
     words = [word.partition("=")[2] or word for value in given for word in value.split()]
     found = {text for text in (*given, *words) if len(text) >= _SHORTEST_SECRET}
     return tuple(sorted(found, key=len, reverse=True))
-
-
-def _revision(connection: sa.Connection) -> str | None:
-    context = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA})
-    return context.get_current_revision()
 
 
 def _alembic_config() -> Config:

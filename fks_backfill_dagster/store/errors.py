@@ -2,6 +2,8 @@
 
 StoreError                 one sentence with the remedy
   DatabaseUnavailable      it does not answer, does not exist, or refuses the login
+    ConnectionLost         it answered, and the connection ended in the middle of a unit of work
+    UnsuitableServer       it answers, and this program cannot work with it as it is set up
   SchemaTooOld             made by an older fks-backfill
   SchemaTooNew             made by a newer fks-backfill
   DatabaseFull             no space left, or a quota is used up
@@ -12,11 +14,14 @@ StoreError                 one sentence with the remedy
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import psycopg
 import sqlalchemy as sa
+from tenacity import retry, retry_if_exception, stop_after_attempt
 
 
 class StoreError(Exception):
@@ -24,6 +29,14 @@ class StoreError(Exception):
 
 
 class DatabaseUnavailable(StoreError):
+    pass
+
+
+class ConnectionLost(DatabaseUnavailable):
+    """Nothing of the unit of work is committed, or all of it; see `repeated`."""
+
+
+class UnsuitableServer(DatabaseUnavailable):
     pass
 
 
@@ -47,84 +60,186 @@ class MixedSources(StoreError):
     """Raised before anything is requested; see `store.sources`."""
 
 
-# libpq tells why a connection failed in words only, without the SQLSTATE. A server that speaks
+def _is_lost(error: BaseException) -> bool:
+    """Whether the connection ended, and was not torn off by an interruption of this process."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if not isinstance(chain, Exception):
+            return False
+        chain = chain.__cause__ or chain.__context__
+    return isinstance(error, ConnectionLost) or (
+        isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
+    )
+
+
+ATTEMPTS = 3
+
+repeated = retry(retry=retry_if_exception(_is_lost), stop=stop_after_attempt(ATTEMPTS), reraise=True)
+"""Decorates a unit of work that changes nothing when it is done twice: it is begun again where its connection
+was lost in the middle. The new connection waits for a server that recovers (`sessions`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A database as messages name it.
+
+    where: its address without the password.
+    hidden: values that no message may quote, longest first.
+    log: the log of the embedded server; None for a server of FKS_DATABASE_URL.
+    """
+
+    where: str
+    hidden: tuple[str, ...] = ()
+    log: Path | None = None
+
+    def __str__(self) -> str:
+        return f"The database {self.where}" if self.log is None else "The embedded PostgreSQL"
+
+    def remedy(self, own: str) -> str:
+        """`own` is about FKS_DATABASE_URL; the embedded server has none, but its log."""
+        if self.log is None:
+            return own
+        return f"Its log is {self.log}; run the same command again, which starts it where it does not run"
+
+
+# No SQLSTATE of PostgreSQL: what a pooler answers to a parameter that it does not know.
+_REFUSED_PARAMETER = "08P01 parameter"
+
+NOT_READY = "57P03"
+
+# libpq describes why a connection failed in words only, without the SQLSTATE. A server that speaks
 # another language is then understood as one that does not answer, with its words quoted.
-_AT_THE_DOOR = (
-    (re.compile(r'FATAL: +database ".*" does not exist'), "3D000"),
+_AT_CONNECT = (
+    (re.compile(r"No space left on device|Disk quota exceeded"), "53100"),
+    (re.compile(r'FATAL: +database ".*" does not exist|no such database'), "3D000"),
     (re.compile(r'FATAL: +\w+ authentication failed|FATAL: +role ".*"|no pg_hba\.conf entry'), "28000"),
     (re.compile(r"no password supplied|password is required"), "28000"),
     (re.compile(r"FATAL: +(sorry, )?(too many|remaining connection slots)"), "53300"),
+    (re.compile(r"no more connections allowed|query_wait_timeout"), "53300"),  # pgbouncer
     (re.compile(r"FATAL: +permission denied for database"), "42501"),
+    (re.compile(r"FATAL: +the database system is"), NOT_READY),
+    (re.compile(r"unsupported startup parameter"), _REFUSED_PARAMETER),
 )
+
+# Prepared statements that exist already, or do not: the session is not the one that it was.
+_OF_ANOTHER_SESSION = frozenset({"42P05", "26000"})
+_TIMED_OUT = frozenset({"57014", "55P03", "25P03", "25P04"})
+_ENDED_BY_SERVER = frozenset({"57P01", "57P02", "57P04", "57P05"})
+
+OWN_PORT = "use the server's own port, or a pool in session mode (pool_mode = session)"
 
 
 @contextmanager
-def translated(where: str, hidden: Sequence[str] = ()) -> Iterator[None]:
-    """Turns the driver's errors into StoreErrors. `where` is the database without its password.
+def translated(place: Place) -> Iterator[None]:
+    """Turns the driver's errors into StoreErrors.
 
-    What is in `hidden` is asterisks in the sentence. Where the driver's own text holds some of it, that is no
+    What is in `place.hidden` is asterisks in the sentence. Where the driver's own text holds some of it, that is no
     cause of the StoreError either: causes are logged, and Dagster stores them.
     """
     try:
         yield
-    except (sa.exc.DBAPIError, psycopg.Error) as error:
-        original = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig is not None else error
-        quoted = any(secret in str(error) for secret in hidden)
-        raise _translate(original, where, hidden) from (None if quoted else error)
+    except (sa.exc.DBAPIError, sa.exc.TimeoutError, psycopg.Error) as error:
+        raise translate(error, place) from shown_cause(error, place)
 
 
-def _state(error: BaseException) -> str:
-    state = getattr(error, "sqlstate", None)
+def translate(error: Exception, place: Place, *, connecting: bool = False) -> StoreError:
+    """The StoreError of an error of SQLAlchemy, psycopg or psycopg2. `connecting`: no session had begun yet."""
+    original = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig is not None else error
+    state = state_of(original)
+    is_lost = isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
+    is_lost = is_lost or state in _ENDED_BY_SERVER or (not state and _is_operational(original))
+    return _translate(original, state, place, is_lost=is_lost and not connecting)
+
+
+def shown_cause(error: Exception, place: Place) -> Exception | None:
+    return None if any(secret in str(error) for secret in place.hidden) else error
+
+
+def _is_operational(error: BaseException) -> bool:
+    """By the name that PEP 249 gives the class, for there are two drivers."""
+    return any(kind.__name__ == "OperationalError" for kind in type(error).__mro__)
+
+
+def state_of(error: BaseException) -> str:
+    """The SQLSTATE of a driver's error, as far as it can be known; else an empty string."""
+    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
     if state is None:
-        return next((state for words, state in _AT_THE_DOOR if words.search(str(error))), "")
+        return next((state for words, state in _AT_CONNECT if words.search(str(error))), "")
     return str(state)
 
 
-def _said(error: BaseException, hidden: Sequence[str]) -> str:
+def _described(error: BaseException, place: Place) -> str:
     """The server's sentence without its CONTEXT and LINE; the whole text where there was no server."""
-    said = _text(error)
-    for secret in hidden:
-        said = said.replace(secret, "***")
-    return said
+    text = _text(error)
+    for secret in place.hidden:
+        text = text.replace(secret, "***")
+    return text
 
 
 def _text(error: BaseException) -> str:
-    diagnosis = error.diag if isinstance(error, psycopg.Error) else None
+    diagnosis = getattr(error, "diag", None)
     if diagnosis is None or diagnosis.message_primary is None:
         return " ".join(str(error).split())
     return " ".join(filter(None, (diagnosis.message_primary, diagnosis.message_hint)))
 
 
-def _translate(error: BaseException, where: str, hidden: Sequence[str]) -> StoreError:
-    state, said = _state(error), _said(error, hidden)
+def _translate(error: BaseException, state: str, place: Place, *, is_lost: bool) -> StoreError:
+    described = _described(error, place)
     if state in ("53100", "53400"):
         return DatabaseFull(
-            f"The database {where} has no room left ({said}). What was committed is kept;"
+            f"{place} has no room left ({described}). What was committed is kept;"
             " free space and run the same command again."
         )
     if state == "53300":
         return DatabaseUnavailable(
-            f"The database {where} has no connection left ({said}). Raise max_connections or stop other clients."
+            f"{place} has no connection left ({described}). Raise max_connections (the size of its pool, where"
+            " there is a pooler) or stop other clients."
         )
     if state == "3D000":
         return DatabaseUnavailable(
-            f"The database {where} does not exist. Create it, or correct FKS_DATABASE_URL."
+            f"{place} does not exist. {place.remedy('Create it, or correct FKS_DATABASE_URL')}."
         )
     if state.startswith("28"):
-        return DatabaseUnavailable(
-            f"The database {where} refused the login ({said}). Correct the user or password in FKS_DATABASE_URL."
-        )
+        remedy = place.remedy("Correct the user or password in FKS_DATABASE_URL")
+        return DatabaseUnavailable(f"{place} refused the login ({described}). {remedy}.")
     if state == "42501":
         return StoreError(
-            f"The database {where} does not allow this ({said}). Grant the role the right to its schema fks."
+            f"{place} does not allow this ({described}). Grant the role the right to its schema fks, and"
+            " TEMPORARY in the database."
         )
     if state == "25006":
+        remedy = place.remedy("Point FKS_DATABASE_URL at the primary server")
+        return DatabaseUnavailable(f"{place} is read-only ({described}). {remedy}.")
+    if state == NOT_READY:
         return DatabaseUnavailable(
-            f"The database {where} is read-only ({said}). Point FKS_DATABASE_URL at the primary server."
+            f"{place} is not ready yet ({described}). Wait until it is, and run the same command again; what was"
+            " committed is kept."
         )
-    if isinstance(error, psycopg.OperationalError) or state.startswith(("08", "57P")):
-        return DatabaseUnavailable(
-            f"The database {where} does not answer ({said}). Start it or correct FKS_DATABASE_URL;"
-            " what was committed is kept, run the same command again."
+    if state == _REFUSED_PARAMETER:
+        return UnsuitableServer(
+            f"The pooler before {place.where} refuses the connection ({described}). Take the parameter out of"
+            f" FKS_DATABASE_URL, or {OWN_PORT}."
         )
-    return StoreError(f"The database {where} reported an error: {said}")
+    if state in _OF_ANOTHER_SESSION:
+        return pooled_by_transaction(place, described)
+    if state in _TIMED_OUT:
+        return StoreError(
+            f"{place} ended a statement early ({described}). Where a timeout did it that FKS_DATABASE_URL sets in"
+            " its options, raise it or take it out."
+        )
+    if is_lost or _is_operational(error) or state.startswith(("08", "57P")):
+        remedy = place.remedy("Start it or correct FKS_DATABASE_URL")
+        kind = ConnectionLost if is_lost else DatabaseUnavailable
+        if place.log is None:
+            remedy += "; what was committed is kept, run the same command again"
+        else:
+            remedy += "; what was committed is kept"
+        return kind(f"{place} does not answer ({described}). {remedy}.")
+    return StoreError(f"{place} reported an error: {described}")
+
+
+def pooled_by_transaction(place: Place, seen: str) -> UnsuitableServer:
+    return UnsuitableServer(
+        f"{place} is behind a pooler in transaction mode ({seen}), which gives the settings of a session to other"
+        f" clients and takes them from this one: {OWN_PORT} in FKS_DATABASE_URL."
+    )

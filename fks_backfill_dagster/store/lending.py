@@ -1,32 +1,38 @@
-"""A schema of our database lent to another program, which brings its own driver and makes its own tables.
+"""A schema of our database lent to another program, which has its own driver and makes its own tables.
 
 Belongs here: the schema and the address of it. Does not belong here: anything inside that schema.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import sqlalchemy as sa
 
-from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.database import Database, make_schema
+from fks_backfill_dagster.store.errors import Place
 
 DAGSTER_SCHEMA = "dagster"
 
 
-def lend_schema(database_url: str, schema: str, driver: str) -> str:
-    """The SQLAlchemy URL with which `driver` works in `schema`, which is made where there is none.
+def lend_schema(database_url: str, schema: str, driver: str, *, log: Path | None = None) -> tuple[str, Place]:
+    """The SQLAlchemy URL with which `driver` connects, and the database for messages. Makes the schema.
 
-    The schema is the connection's search_path, for programs whose tables carry none of their own. The
-    URL holds the password in clear. Raises a StoreError when the database cannot be had.
+    The engine still has to be attached (`sessions.attach`) with the schema as its search_path: programs whose tables
+    carry no schema of their own find them by it. The URL holds the password in clear. `log`: as for Database. Raises
+    StoreError.
     """
-    database = Database(database_url, pool_size=1)
+    database = Database(database_url, pool_size=1, log=log)
     try:
         with database.begin() as connection:
-            # CREATE SCHEMA IF NOT EXISTS needs a right even when the schema exists: ask first.
-            if connection.scalar(sa.text("SELECT to_regnamespace(:name)"), {"name": schema}) is None:
-                connection.execute(sa.text(f'CREATE SCHEMA IF NOT EXISTS "{schema}"'))
-        given = database.url.query.get("options", "")
+            make_schema(connection, schema, database.place)
     finally:
         database.dispose()
-    options = f"{given if isinstance(given, str) else ' '.join(given)} -csearch_path={schema}".strip()
-    url = database.url.set(drivername=f"postgresql+{driver}").update_query_dict({"options": options})
-    return url.render_as_string(hide_password=False)
+    return database.url.set(drivername=f"postgresql+{driver}").render_as_string(
+        hide_password=False
+    ), database.place
+
+
+def keeps_connections(engine: sa.Engine) -> bool:
+    """Whether an engine of another program has a pool of its own."""
+    return not isinstance(engine.pool, sa.NullPool)

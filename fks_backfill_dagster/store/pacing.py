@@ -19,6 +19,7 @@ import sqlalchemy as sa
 
 from fks_backfill_dagster.domain.pacing import LONGEST_WAIT, Pace, Rest, Turn, bounded_wait
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.errors import repeated
 
 # So many failures in a row, over all processes and each after its own retries, let a provider rest: for
 # FIRST_REST seconds, and twice as long with every further failure, up to LONGEST_REST.
@@ -101,7 +102,8 @@ class SharedLimiter:
     """A Limiter (providers/http.py) that all processes on this database share.
 
     Processes take turns while they wait, whatever the number of their threads. A provider that is not
-    in `paces` has no limit and only obeys penalties. Every method may raise StoreError.
+    in `paces` has no limit and only obeys penalties. Every method may raise StoreError. A permit whose connection
+    was lost before it arrived counts as used until it expires.
     """
 
     def __init__(self, database: Database, paces: Mapping[str, Pace]) -> None:
@@ -111,6 +113,7 @@ class SharedLimiter:
         self._lock = threading.Lock()
         self._told: dict[str, tuple[float, Turn]] = {}  # when, and what
 
+    @repeated
     def admit(self, provider: str, weight: int) -> Turn:
         if turn := self._as_told(provider):
             return turn
@@ -137,11 +140,13 @@ class SharedLimiter:
             self._told[provider] = (time.monotonic(), turn)
         return turn
 
+    @repeated
     def over(self, turn: Turn) -> None:
         if turn.number:
             with self._database.autocommit() as connection:
                 connection.execute(_OVER, {"number": turn.number})
 
+    @repeated
     def penalise(self, provider: str, seconds: float) -> None:
         account = self._paces.get(provider, Pace()).account
         with self._database.autocommit() as connection:
@@ -163,6 +168,7 @@ class SharedCircuit:
         self._database = database
         self._accounts = {name: pace.account for name, pace in paces.items()}
 
+    @repeated
     def closed_for(self, provider: str) -> Rest | None:
         with self._database.autocommit() as connection:
             row = connection.execute(_RESTING, self._who(provider)).one_or_none()
@@ -170,6 +176,7 @@ class SharedCircuit:
                 _shorten(connection, provider, self._accounts.get(provider, ""))
         return None if row is None else _rest(row[0], row[1], row[2])
 
+    @repeated
     def failed(self, provider: str, reason: str) -> Rest | None:
         with self._database.autocommit() as connection:
             row = connection.execute(
@@ -179,6 +186,7 @@ class SharedCircuit:
             ).one_or_none()
         return None if row is None or row[0] is None else _rest(row[0], row[1], row[2])
 
+    @repeated
     def succeeded(self, provider: str) -> bool:
         with self._database.autocommit() as connection:
             return bool(connection.scalar(_SUCCEEDED, self._who(provider)))

@@ -19,6 +19,7 @@ from fks_backfill_dagster.ledger.records import Known, LedgerGap
 from fks_backfill_dagster.store import copying, schema
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.driver import cursor_of
+from fks_backfill_dagster.store.errors import repeated
 from fks_backfill_dagster.store.ledger import known, series_id
 
 _COLUMNS = "ts, open, high, low, close, coalesce(volume, 'NaN')"
@@ -98,16 +99,18 @@ class StoredOrigins:
         return len(self.ts)
 
 
+@repeated
 def read_candles(
     database: Database, series: Series, window: TimeRange, as_of: datetime | None = None
 ) -> Candles:
     """The stored candles that open in `window`, ascending; with `as_of`, what was stored at that moment.
 
-    Raises StoreError for an `as_of` in the future, ValueError for one without a zone.
+    Raises StoreError for an `as_of` in the future and for any on a standby, ValueError for one without a zone.
     """
     return Candles.concat(list(_blocks(database, series, [window], as_of)))
 
 
+@repeated
 def read_opens(database: Database, series: Series, opens: Instants) -> Candles:
     """The stored candles among a few opens, ascending."""
     windows = [TimeRange(ts, ts + 1) for ts in opens.tolist()]
@@ -154,6 +157,7 @@ def _blocks(
                     yield block
 
 
+@repeated
 def sync_status(database: Database, series: Series | None = None) -> list[SyncStatus]:
     """The status of one series, or of all: by symbol, then by timeframe from the shortest."""
     where = " WHERE symbol = :symbol AND timeframe = :timeframe" if series else ""
@@ -165,6 +169,7 @@ def sync_status(database: Database, series: Series | None = None) -> list[SyncSt
     return sorted(found, key=lambda s: (s.symbol, order.index(s.timeframe)))
 
 
+@repeated
 def stored_series(database: Database) -> list[Series]:
     """Every series that was ever synced."""
     with database.begin() as connection:
@@ -254,6 +259,7 @@ def stored_origins(connection: sa.Connection, series: Series, window: TimeRange)
     return StoredOrigins(ts[order], column(0, object), column(1, object), column(3, np.int64))
 
 
+@repeated
 def what_is_known(database: Database, series: Series, window: TimeRange) -> Known:
     """Coverage (clipped to `window`) and unfilled gaps (not clipped); both empty where never synced."""
     with database.begin() as connection:

@@ -7,9 +7,13 @@ series can be read, changed and kept in order alone.
 
 from __future__ import annotations
 
+import logging
+
 import sqlalchemy as sa
 
 from fks_backfill_dagster.domain.timeframe import Timeframe
+
+_log = logging.getLogger(__name__)
 
 # About 45,000 candles a series and chunk for minutes, some thousands from an hour up.
 CHUNK_DAYS = {
@@ -25,7 +29,10 @@ CHUNK_DAYS = {
 
 
 def install(connection: sa.Connection) -> bool:
-    """Makes the extension if the server has it and this role may; tells whether it is there."""
+    """Makes the extension if the server has it and this role may; whether it is there.
+
+    Where the server has it and it cannot be made, that is logged as a warning.
+    """
     installed = "SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'timescaledb')"
     # This setting exists where the library is preloaded. Where it is not, CREATE EXTENSION does not
     # fail: it kills the session.
@@ -37,7 +44,13 @@ def install(connection: sa.Connection) -> bool:
     try:
         with connection.begin_nested():
             connection.execute(sa.text("CREATE EXTENSION timescaledb"))
-    except sa.exc.DBAPIError:  # not permitted: plain tables serve as well
+    except sa.exc.DBAPIError as error:  # not permitted: plain tables serve as well
+        reason = " ".join(str(error.orig).split())
+        _log.warning(
+            "TimescaleDB is loaded, and its extension could not be made here (%s): the tables are plain ones. Let an"
+            " administrator run CREATE EXTENSION timescaledb in this database, then run `fks-backfill db upgrade`.",
+            reason,
+        )
         return False
     return True
 
@@ -45,13 +58,17 @@ def install(connection: sa.Connection) -> bool:
 def make_hypertables(connection: sa.Connection) -> None:
     """Turns every candle table into a hypertable with a compression policy; twice does nothing.
 
-    The Apache-licensed build has no compression: hypertables are made all the same.
+    The Apache-licensed build has no compression: hypertables are made all the same. The functions are named with the
+    schema of the extension, which need not be in the search_path.
     """
+    where = connection.scalar(
+        sa.text("SELECT extnamespace::regnamespace::text FROM pg_extension WHERE extname = 'timescaledb'")
+    )
     for timeframe, days in CHUNK_DAYS.items():
         table = f'fks."candles_{timeframe}"'
         connection.execute(
             sa.text(
-                f"SELECT create_hypertable('{table}', by_range('ts', INTERVAL '{days} days'),"
+                f"SELECT {where}.create_hypertable('{table}', {where}.by_range('ts', INTERVAL '{days} days'),"
                 " if_not_exists => true, migrate_data => true, create_default_indexes => false)"
             )
         )
@@ -66,6 +83,6 @@ def make_hypertables(connection: sa.Connection) -> None:
         # Late enough that corrections of recent candles meet plain rows.
         connection.execute(
             sa.text(
-                f"SELECT add_compression_policy('{table}', INTERVAL '{2 * days} days', if_not_exists => true)"
+                f"SELECT {where}.add_compression_policy('{table}', INTERVAL '{2 * days} days', if_not_exists => true)"
             )
         )

@@ -18,7 +18,14 @@ import sqlalchemy as sa
 
 from fks_backfill_dagster.store import database as database_module
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.errors import DatabaseFull, DatabaseUnavailable, StoreError
+from fks_backfill_dagster.store.errors import (
+    DatabaseFull,
+    DatabaseUnavailable,
+    Place,
+    StoreError,
+    UnsuitableServer,
+    translate,
+)
 from fks_backfill_dagster_tests.postgres import TIMESCALE_URL
 from fks_backfill_dagster_tests.store.builders import Shelf, execute
 from fks_backfill_dagster_tests.store.conftest import fresh
@@ -257,6 +264,38 @@ def test_a_used_up_quota(database: Database) -> None:
             "SET LOCAL work_mem = '64kB'",
             "SELECT count(*) FROM (SELECT n FROM generate_series(1, 200000) n ORDER BY -n OFFSET 1) x",
         )
+
+
+def test_a_full_disk_at_the_login() -> None:
+    """libpq has the server's words and no SQLSTATE."""
+    error = psycopg.OperationalError(
+        "connection failed: FATAL:  could not write init file: No space left on device"
+    )
+    assert isinstance(translate(error, Place("x"), connecting=True), DatabaseFull)
+
+
+STATES = ["", "08006", "25006", "28P01", "3D000", "53100", "53300", "57P01", "57P03"]
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("connecting", [True, False])
+def test_of_the_embedded_server_no_variable_is_named(state: str, connecting: bool) -> None:
+    """It has none that could be corrected. Where it does not run, its log has the reason."""
+    kind = psycopg.errors.lookup(state) if state else psycopg.OperationalError
+    own, embedded = Place("postgresql://fks@/fks"), Place("postgresql://fks@/fks", log=Path("/home/me/log"))
+    told = str(translate(kind("no"), embedded, connecting=connecting))
+    assert "FKS_DATABASE_URL" not in told
+    assert told.startswith("The embedded PostgreSQL")
+    if "FKS_DATABASE_URL" in str(translate(kind("no"), own, connecting=connecting)):
+        assert "Its log is /home/me/log" in told
+
+
+@pytest.mark.parametrize("state", ["42P05", "26000"])
+def test_a_pooler_that_was_changed_to_transaction_mode(state: str) -> None:
+    """Noticed by a statement that was prepared in one session and is executed in another."""
+    found = translate(psycopg.errors.lookup(state)('prepared statement "_pg3_0" already exists'), Place("x"))
+    assert isinstance(found, UnsuitableServer)
+    assert "use the server's own port, or a pool in session mode" in str(found)
 
 
 def test_out_of_locks_is_not_a_full_disk(database: Database) -> None:

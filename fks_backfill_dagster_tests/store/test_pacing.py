@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import psycopg
 import pytest
+import sqlalchemy as sa
 
 from fks_backfill_dagster.domain.pacing import BUDGET_SECONDS, LONGEST_WAIT, Pace, Rest, Turn, Window
 from fks_backfill_dagster.store import pacing
@@ -51,6 +53,19 @@ class TestCrowd:
         assert len(arrivals.at) >= 0.9 * window.limit * seconds / window.seconds
         assert len(set(arrivals.who)) == 8
         assert arrivals.least_share() >= 0.5
+
+    @pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+    def test_in_a_database_of_another_isolation(self, database_url: str, level: str) -> None:
+        """A statement that waited for its account's lock has to see what was counted meanwhile."""
+        window = Window(40, 1.0)
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            name = sa.make_url(database_url).database
+            connection.execute(
+                f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = '{level}'".encode()
+            )
+        with counting_server() as server:
+            arrivals = Crowd(database_url, server, (window,), threads=[2] * 4).ask_for(1.6)
+        assert 20 < arrivals.most_within(window.seconds) <= window.limit
 
     def test_one_is_told_to_wait_and_all_do(self, database_url: str) -> None:
         with counting_server() as server:

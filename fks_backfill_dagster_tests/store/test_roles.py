@@ -11,16 +11,15 @@ from pathlib import Path
 import psycopg
 import pytest
 import sqlalchemy as sa
-from dagster_postgres import DagsterPostgresStorage
 from psycopg import sql
 
 from fks_backfill_dagster import read_candles
 from fks_backfill_dagster.domain.pacing import Pace, Window
+from fks_backfill_dagster.orchestration.storage import DatabaseStorage, dagster_place
 from fks_backfill_dagster.settings import CHECKOUT
 from fks_backfill_dagster.store import roles
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
-from fks_backfill_dagster.store.lending import DAGSTER_SCHEMA, lend_schema
 from fks_backfill_dagster.store.pacing import SharedLimiter
 from fks_backfill_dagster.store.schema import metadata
 from fks_backfill_dagster_tests.postgres import TIMESCALE_URL, needs_timescale
@@ -164,7 +163,7 @@ def readable(admin: str, role: str) -> set[str]:
 
 def with_dagster(url: str) -> None:
     """Dagster's tables, as `up` makes them."""
-    DagsterPostgresStorage(lend_schema(url, DAGSTER_SCHEMA, "psycopg2"))
+    DatabaseStorage(dagster_place(url), makes_tables=True)
 
 
 # Functions ------------------------------------------------------------------------------------------------
@@ -495,8 +494,6 @@ def test_a_program_without_a_schema_is_told(none_yet: Roles) -> None:
     none_yet.run(THE_PROGRAM)
     none_yet.admin("DROP SCHEMA fks")
     database = Database(none_yet.login(none_yet.program))
-    with pytest.raises(
-        StoreError, match=r"permission denied for database .* Grant the role the right to its schema"
-    ):
+    with pytest.raises(StoreError, match="let an administrator run CREATE SCHEMA fks AUTHORIZATION"):
         database.ensure()
     database.dispose()
