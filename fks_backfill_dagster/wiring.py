@@ -10,7 +10,7 @@ Importing this module is cheap; what is heavy is imported by the function that n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.embedded import EmbeddedPostgres
+    from fks_backfill_dagster.pipeline.closures import SettledClosures
     from fks_backfill_dagster.pipeline.freshness import Rule
     from fks_backfill_dagster.pipeline.sync import Context
     from fks_backfill_dagster.providers.base import Circuit, Provider, ProviderOptions
@@ -225,6 +226,22 @@ def closures(settings: Settings) -> Callable[[Series, TimeRange], RangeSet]:
     from fks_backfill_dagster.domain.closures import market_closures
 
     return lambda series, window: market_closures(series, settings.closed(series), window)
+
+
+def settle_closures(
+    settings: Settings, database: Database, series: Iterable[Series]
+) -> list[SettledClosures]:
+    """Brings the ledger in line with the closed dates of the settings, where those have changed since: one
+    statement where they have not, and providers are imported only then."""
+    from fks_backfill_dagster.pipeline.closures import settle_changed
+
+    return settle_changed(
+        database,
+        {one: settings.closed(one) for one in series},
+        lambda: _usable_providers(settings),
+        settings.priority,
+        settings.gap_detection.max_gap_minutes,
+    )
 
 
 def _usable_providers(settings: Settings) -> dict[str, Provider]:

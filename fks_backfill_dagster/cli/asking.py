@@ -74,6 +74,7 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
     with open_database(settings) as database:
         stored = stored_series(database)
         chosen = choose(settings, names, everything, stored)
+        _settle_closures(settings, database, chosen)
         found = [
             (s, gap)
             for s in chosen.series
@@ -136,6 +137,7 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
     it shows; with --check 1 if a series needs attention. Errors, and providers in a cool-down, are named on stderr.
     """
     from fks_backfill_dagster import documents
+    from fks_backfill_dagster.pipeline.calendars import calendar_changes
     from fks_backfill_dagster.pipeline.coverage import coverage
     from fks_backfill_dagster.pipeline.freshness import Rule
     from fks_backfill_dagster.settings import load_settings
@@ -146,6 +148,8 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
     with open_database(settings) as database:
         stored = stored_series(database)
         chosen = choose(settings, names, everything or not names, stored)
+        _settle_closures(settings, database, chosen)
+        changes = calendar_changes(database, chosen.series)
         # Without a verdict nothing need be known of providers, whose import takes a while.
         rule = freshness_rule(settings) if check else Rule(end_of=settings.end_of, closed=closures(settings))
         found = coverage(database, chosen.series, present, rule)
@@ -154,6 +158,8 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
     code = report_code(settings, chosen, stored)
     for name, stands in providers.items():
         tell(f"{name}: {_standing(stands)}")
+    for change in dict.fromkeys(changes.values()):
+        tell(str(change))
     if check:
         # A series that was taken out of the settings is not kept fresh, so it cannot be stale.
         kept = set(settings.series())
@@ -162,7 +168,7 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
         ]
         for series, reason in problems:
             tell(f"{series}: {reason}")
-        code = code or int(bool(problems))
+        code = code or int(bool(problems or changes))
     if as_json:
         shown = [documents.status(one) for one in found]
         answer_json(shown if chosen.many else shown[0])
@@ -176,6 +182,20 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
     for line in silent:
         tell(line)
     return code
+
+
+def _settle_closures(settings: Settings, database: Database, chosen: Chosen) -> None:
+    """What the settings close counts at once, not from the next sync on. A role that may not write is told so."""
+    from fks_backfill_dagster.store.errors import StoreError
+    from fks_backfill_dagster.wiring import settle_closures
+
+    try:
+        settled = settle_closures(settings, database, chosen.series)
+    except StoreError as error:
+        tell(f"closed dates of the settings are not applied yet: {error}")
+        return
+    for one in settled:
+        tell(f"{one.series}: {one}")
 
 
 def _answer_coverage(found: Sequence[Coverage], now: int, *, total: bool) -> None:
@@ -303,6 +323,54 @@ def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
     else:
         answer(f"{found}: removed with {many(candles, 'candle')}.")
     return 0
+
+
+@series.command("accept-calendar", epilog=example("series accept-calendar XHKG"))
+@click.argument("calendar")
+@json_option
+def accept_calendar(calendar: str, as_json: bool) -> int:
+    """Settle the gaps of all series of an exchange calendar by what its library says now.
+
+    For a calendar of which `status` tells that its past has changed. Sessions that are new become gaps, to be filled
+    as any other; gaps on days that are no sessions any more go. Candles are never changed. Exit code 1 if something
+    is left, such as candles on such days: each with its remedy, as `audit` tells it.
+    """
+    from fks_backfill_dagster import documents
+    from fks_backfill_dagster.cli.auditing import differences
+    from fks_backfill_dagster.pipeline.audit import audit, auditable
+    from fks_backfill_dagster.pipeline.calendars import accept_calendar as accept
+    from fks_backfill_dagster.pipeline.calendars import calendar_change
+    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.wiring import now, open_database
+
+    settings = load_settings()
+    with open_database(settings) as database:
+        with usage():
+            change = calendar_change(database, calendar)
+        if change is None:
+            tell(f"{calendar}: nothing to accept: no series was synced by another calendar of this name.")
+            if as_json:
+                answer_json({"calendar": calendar, "new": [], "gone": [], "hours": [], "audit": None})
+            return 0
+        accept(database, change, now())
+        concerned = [one for one in auditable(database, settings.series()) if change.concerns(one)]
+        report = audit(database, concerned, now)
+    if as_json:
+        answer_json(
+            {
+                "calendar": calendar,
+                **{
+                    name: [str(day) for day in getattr(change.difference, name)]
+                    for name in ("new", "gone", "hours")
+                },
+                "audit": documents.audit_report(report),
+            }
+        )
+    else:
+        answer(f"{calendar}: {change.difference}: accepted.")
+        for line in differences(report):
+            answer(line)
+    return 1 if report.left else 0
 
 
 @series.command("providers", epilog=example("series providers", "series providers --reset binance"))

@@ -82,6 +82,12 @@ def _wanted(
     return tuple(stored[key] for one in chosen.series if (key := (one.symbol, one.timeframe)) in stored)
 
 
+def differences(report: AuditReport) -> list[str]:
+    """A line for each difference, then the sums."""
+    found = [f"{one.series}: {_words(each)}" for one in report.series for each in one.differences]
+    return [*found, _sums(report)]
+
+
 def _words(found: Difference) -> str:
     from fks_backfill_dagster.domain.timeframe import to_datetime
 

@@ -1,7 +1,7 @@
 """Dates without trading, as instants: what the settings name as closed, and the holidays of forex.
 
-Belongs here: the way from dates to the expected candles that lie on them. Does not belong here: which
-dates are closed (`settings`), what becomes of candles that are absent then (`ledger`).
+Belongs here: the way from dates to the expected candles that lie on them, and the text that dates are kept as.
+Does not belong here: which dates are closed (`settings`), what becomes of candles that are absent then (`ledger`).
 
 A candle lies on closed dates if every part of it does: a week with one closed day is traded on the others,
 and a 4h candle that holds the end of a closed forex day holds the begin of the next one.
@@ -9,8 +9,8 @@ and a 4h candle that holds the end of a closed forex day holds the begin of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from zoneinfo import ZoneInfo
 
@@ -26,6 +26,9 @@ from fks_backfill_dagster.domain.timeframe import (
     Timeframe,
     to_datetime,
 )
+
+Dates = Sequence[tuple[date, date]]
+"""First and last (inclusive) of each stretch."""
 
 _NEW_YORK = ZoneInfo("America/New_York")
 _HOLIDAYS = (((12, 24), (12, 26)), ((12, 31), (1, 2)))
@@ -89,6 +92,40 @@ def forex_holidays(window: TimeRange) -> RangeSet:
         for first, last in _HOLIDAYS
     )
     return RangeSet(holiday for holiday in holidays if holiday.intersect(known))
+
+
+@dataclass(frozen=True, slots=True)
+class ClosureChange:
+    """How the closed dates of a series differ from those of before.
+
+    `touched`: where its candles became closed, or expected again, wholly. `added`: the trading days that became
+    closed, whole, whatever of its candles lies in them. `dates`, `withdrawn`: so many dates.
+    """
+
+    touched: RangeSet
+    added: RangeSet
+    dates: int
+    withdrawn: int
+
+    @classmethod
+    def of(cls, series: Series, before: Dates, present: Dates) -> ClosureChange:
+        old, new = closed_ranges(series, before), closed_ranges(series, present)
+        was, now = _midnights(before), _midnights(present)
+        fresh, gone = np.setdiff1d(now, was), np.setdiff1d(was, now)
+        days = [(day, day) for day in fresh.astype("datetime64[us]").astype("datetime64[D]").tolist()]
+        added = closed_ranges(replace(series, timeframe=Timeframe.D1), days)
+        return cls((old - new) | (new - old), added, len(fresh), len(gone))
+
+
+def written(dates: Dates) -> str:
+    """Dates as text, such as `2023-09-01 2024-11-14/2024-11-15`; the same for the same dates."""
+    return " ".join(str(first) if first == last else f"{first}/{last}" for first, last in dates)
+
+
+def read(text: str) -> Dates:
+    """The dates of `written`."""
+    ends = (part.partition("/") for part in text.split())
+    return [(date.fromisoformat(first), date.fromisoformat(last or first)) for first, _, last in ends]
 
 
 def _midnights(dates: Iterable[tuple[date, date]]) -> Instants:

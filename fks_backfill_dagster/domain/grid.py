@@ -118,7 +118,7 @@ def _grid(asset_class: AssetClass, timeframe: Timeframe, calendar: str) -> Grid:
         case AssetClass.CRYPTO:
             return _EvenGrid(timeframe.micros, FIRST_MONDAY if timeframe is Timeframe.W1 else 0)
         case AssetClass.STOCKS:
-            return _stocks(_sessions(calendar), timeframe)
+            return _stocks(sessions_of(calendar), timeframe)
         case AssetClass.FOREX:
             return _forex(timeframe)
 
@@ -310,12 +310,12 @@ def _intraday(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Sessions:
+class Sessions:
     """The sessions of an exchange calendar.
 
     `dates` (00:00 UTC of the session's date) and `closes` hold one element a session. `starts`,
-    `ends` and `offsets` (local clock minus UTC) hold one per stretch of trading: a session with a
-    lunch break has two.
+    `ends`, `offsets` (local clock minus UTC) and `days` (the session's date again) hold one per stretch
+    of trading: a session with a lunch break has two.
     """
 
     calendar: str
@@ -324,9 +324,10 @@ class _Sessions:
     starts: Instants
     ends: Instants
     offsets: Instants
+    days: Instants
 
 
-def _stocks(sessions: _Sessions, timeframe: Timeframe) -> Grid:
+def _stocks(sessions: Sessions, timeframe: Timeframe) -> Grid:
     source = f"the exchange calendar {sessions.calendar}"
     if timeframe.is_intraday:
         return _intraday(
@@ -341,14 +342,21 @@ def _stocks(sessions: _Sessions, timeframe: Timeframe) -> Grid:
 
 
 @cache
-def _sessions(calendar: str) -> _Sessions:
+def sessions_of(calendar: str) -> Sessions:
+    """The sessions of an exchange calendar by its library, made once.
+
+    Raises ValueError for one that is unknown or cannot be made.
+    """
     # Imported here: it costs half a second that a crypto backfill need not pay.
     import exchange_calendars
     import pandas as pd
     from exchange_calendars.errors import CalendarError, InvalidCalendarName
 
     try:
-        known = exchange_calendars.get_calendar(calendar)  # its default span, to ask for its bounds
+        # A month that every calendar knows, to ask for its bounds: its own default span costs up to two seconds.
+        known = exchange_calendars.get_calendar(calendar, start="2024-01-01", end="2024-01-31")
+        if _passed_over(known.day, renamed=hasattr(pd.tseries.offsets.BaseOffset, "_add_datetime")):
+            raise NotImplementedError("pandas passes over the calendar's own weeks")
         start = max(pd.Timestamp(FIRST_DATE), known.bound_min() or pd.Timestamp.min)
         end = min(pd.Timestamp(LAST_DATE), known.bound_max() or pd.Timestamp.max)
         whole = exchange_calendars.get_calendar(calendar, start=start, end=end)
@@ -357,10 +365,11 @@ def _sessions(calendar: str) -> _Sessions:
             f"there is no exchange calendar {calendar!r}; give the name of one of exchange_calendars, "
             "such as XNYS, XLON or XTKS"
         ) from error
-    except (CalendarError, ValueError, NotImplementedError) as error:
+    except (CalendarError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise ValueError(
-            f"the exchange calendar {calendar!r} cannot be made by the installed exchange-calendars; "
-            "upgrade it or give another calendar"
+            f"the exchange calendar {calendar!r} cannot be made by exchange-calendars"
+            f" {exchange_calendars.__version__} with pandas {pd.__version__} ({_brief(error)}); install the versions"
+            " that fks-backfill asks for (pandas below 3.1), or give another calendar"
         ) from error
 
     table = whole.schedule
@@ -373,7 +382,27 @@ def _sessions(calendar: str) -> _Sessions:
     order = np.argsort(starts)
     starts, ends = starts[order], ends[order]
     local = pd.DatetimeIndex(starts.view("datetime64[us]")).tz_localize("UTC").tz_convert(whole.tz)
-    return _Sessions(calendar, _micros(table.index), closes, starts, ends, _micros(local) - starts)
+    dates = _micros(table.index)
+    days = np.concatenate([dates, dates[has_break]])[order]
+    return Sessions(calendar, dates, closes, starts, ends, _micros(local) - starts, days)
+
+
+def _passed_over(day: object, *, renamed: bool) -> bool:
+    """Whether pandas would compute sessions without the calendar's own rule for them, `day`.
+
+    `renamed`: from 3.1 on pandas calls `_add_datetime` of an offset, or nothing at all, where it has called `_apply`.
+    A calendar whose weeks were others once (Saturdays in Seoul, Sundays in Tel Aviv) overrides `_apply`, and would be
+    made with the weeks of today, without an error.
+    """
+    from pandas.tseries.offsets import CustomBusinessDay
+
+    own = [kind for kind in type(day).__mro__ if kind not in CustomBusinessDay.__mro__]
+    return renamed and any("_apply" in vars(kind) for kind in own)
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _forex(timeframe: Timeframe) -> Grid:

@@ -12,6 +12,9 @@ responses with candles on both sides (`confirmed`), and
 
 A run that holds a whole session of an exchange is never no_trade, unless the market was closed.
 
+On a day that the settings close one final response without the candle is enough, of any provider: a person has
+stated that nothing traded. This is `decided` by the caller.
+
 A run at the end of a series is undecided, since nothing shows how long it will be. Whether it may still become a
 no-trade interval follows from the same arithmetic (`quiet_tail`).
 
@@ -45,7 +48,7 @@ _WITNESSES = 5
 class Absent:
     """Expected candles that are not stored: one element each, `opens` ascending.
 
-    confirmed, corroborated: see the module. decided: no_trade by an earlier rule, which stays.
+    confirmed, corroborated: see the module. decided: no_trade for another reason than this rule, which stays.
     """
 
     opens: Instants

@@ -27,7 +27,7 @@ from fks_backfill_dagster.ledger.records import LedgerGap
 
 
 class Kind(StrEnum):
-    """What can be wrong. All but the last five can be put right from the candles alone."""
+    """What can be wrong. All but the last six can be put right from the candles alone."""
 
     UNRECORDED_GAP = "unrecorded_gap"  # absent inside the coverage, and in no row of the ledger
     STORED_IN_GAP = "stored_in_gap"  # a row spans candles that are stored
@@ -47,6 +47,7 @@ class Kind(StrEnum):
     BROKEN_RULE = "broken_rule"
     NO_LINEAGE = "no_lineage"
     NO_CALENDAR = "no_calendar"
+    CALENDAR_CHANGED = "calendar_changed"  # not compared: what was expected is in doubt
 
     @property
     def repairable(self) -> bool:
@@ -59,7 +60,16 @@ class Kind(StrEnum):
 
 
 # A candle is what somebody delivered: what is wrong with one is told, and not deleted.
-_FOR_A_PERSON = frozenset({Kind.OFF_GRID, Kind.UNCLOSED, Kind.BROKEN_RULE, Kind.NO_LINEAGE, Kind.NO_CALENDAR})
+_FOR_A_PERSON = frozenset(
+    {
+        Kind.OFF_GRID,
+        Kind.UNCLOSED,
+        Kind.BROKEN_RULE,
+        Kind.NO_LINEAGE,
+        Kind.NO_CALENDAR,
+        Kind.CALENDAR_CHANGED,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,13 +99,16 @@ class Rules:
         is explained. Empty: nothing is explained.
     strict: the providers that give every interval: what one of them lacks is no no-trade interval.
     tolerated: how many candles a gap may lack that is tolerated once all have responded.
-    closed: where the market was closed though candles are expected.
+    closed: where the market was closed though candles are expected; declared: the part of it that the settings
+        name. reopened: where they do not name it any more: what was decided by it is decided again.
     """
 
     eligible: frozenset[str] = frozenset()
     strict: frozenset[str] = frozenset()
     tolerated: int = 0
     closed: RangeSet = field(default_factory=RangeSet)
+    declared: RangeSet = field(default_factory=RangeSet)
+    reopened: RangeSet = field(default_factory=RangeSet)
 
     def exhausted(self, gap: LedgerGap) -> bool:
         """Whether every eligible provider has responded finally."""
@@ -210,11 +213,13 @@ def _decided(
     near = _near(window, grid)
     opens = [grid.opens(TimeRange(g.start, g.end)) for g in rows]
     owner = np.repeat(np.arange(len(rows)), [len(some) for some in opens])
+    missing = np.concatenate([_NOTHING, *opens])
     confirmed = np.array([rules.confirmed_by(g) for g in rows], dtype=np.int64)
-    decided = np.array([_decided_before(g, now) for g in rows], dtype=bool)
-    absent = Absent(
-        np.concatenate([_NOTHING, *opens]), (confirmed > 0)[owner], (confirmed > 1)[owner], decided[owner]
-    )
+    answered = np.array([bool(g.heard()) for g in rows], dtype=bool)
+    before = np.array([_decided_before(g, now) for g in rows], dtype=bool)
+    decided = before[owner] & ~rules.reopened.contains(missing)
+    decided |= answered[owner] & rules.declared.contains(missing)
+    absent = Absent(missing, (confirmed > 0)[owner], (confirmed > 1)[owner], decided)
     is_no_trade = no_trade(absent, covered, grid, rules.closed)
     found, taken = list[LedgerGap](), set[int]()
     for index, (row, mask) in enumerate(zip(rows, _split(is_no_trade, opens), strict=True)):

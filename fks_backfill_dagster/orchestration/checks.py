@@ -40,6 +40,7 @@ from fks_backfill_dagster.orchestration.freshness import (
 from fks_backfill_dagster.orchestration.groups import Group
 from fks_backfill_dagster.orchestration.names import is_monthly
 from fks_backfill_dagster.orchestration.resources import DATABASE
+from fks_backfill_dagster.pipeline.calendars import CalendarChange, calendar_changes
 from fks_backfill_dagster.pipeline.freshness import recent_windows
 from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.checking import (
@@ -204,6 +205,8 @@ def _sanity_result(key: AssetKey, found: Sanity, broken: Mapping[str, int]) -> A
 def _completeness(
     database: Database, wanted: Mapping[AssetKey, Series], part: str, settings: Settings, now: int
 ) -> list[AssetCheckResult]:
+    wiring.settle_closures(settings, database, wanted.values())
+    changes = calendar_changes(database, wanted.values())
     found = completeness(database, list(wanted.values()))
     lacking = [one for one in wanted.values() if found[one].missing]
     parts = open_parts(database, [one for one in lacking if found[one].open_gaps], part)
@@ -211,20 +214,28 @@ def _completeness(
     recent = recent_missing(database, recent_windows(database, lacking, now, rule))
     gaps = missing_gaps(database, lacking, MOST_GAPS)
     return [
-        _completeness_result(key, found[one], parts.get(one, []), recent.get(one, 0), gaps.get(one, ()))
+        _completeness_result(
+            key, found[one], parts.get(one, []), recent.get(one, 0), gaps.get(one, ()), changes.get(one)
+        )
         for key, one in wanted.items()
     ]
 
 
 def _completeness_result(
-    key: AssetKey, found: Completeness, lacking: Sequence[str], recent: int, gaps: Sequence[LedgerGap]
+    key: AssetKey,
+    found: Completeness,
+    lacking: Sequence[str],
+    recent: int,
+    gaps: Sequence[LedgerGap],
+    change: CalendarChange | None,
 ) -> AssetCheckResult:
+    text = _completeness_text(found, recent)
     return AssetCheckResult(
         asset_key=key,
         check_name=COMPLETENESS,
-        passed=not (found.open_gaps or recent),
+        passed=not (found.open_gaps or recent or change),
         severity=AssetCheckSeverity.WARN,
-        description=_completeness_text(found, recent),
+        description=text if change is None else f"{text} But {change}.",
         metadata={
             "expected": found.expected,
             "stored": found.stored,

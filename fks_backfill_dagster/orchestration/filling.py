@@ -38,7 +38,7 @@ from fks_backfill_dagster.orchestration.groups import Group, asset_key
 from fks_backfill_dagster.orchestration.jobs import job_name
 from fks_backfill_dagster.orchestration.names import is_monthly
 from fks_backfill_dagster.orchestration.resources import ALL, opened
-from fks_backfill_dagster.pipeline.sync import Context, able
+from fks_backfill_dagster.pipeline.sync import Context, able, settle_closures
 from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.due import Place, Wanted, due_places
 from fks_backfill_dagster.store.ledger import reopen
@@ -110,11 +110,12 @@ def fill_requests(
     asset class.
 
     Gaps at the spots `besides` are left out. What rests on one provider's response is opened first where
-    another one has become eligible.
+    another one has become eligible, and what the settings close is explained.
     """
     wanted, now, most = _wanted(groups, settings, work), work.clock(), pace.MOST_SERIES * most_runs
     with work.database.begin() as connection:
         reopen(connection, {series: one.able for series, one in wanted.items()}, now)
+    settle_closures(work, wanted)
     due = due_places(work.database, wanted, now, most + len(besides))
     open_places = [one for one in due if (asset_key(one.series), one.key) not in besides]
     for (job, key, _), series in bundled(open_places, most_runs).items():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.ledger.reconcile import Difference, Kind, SeriesAudit
+from fks_backfill_dagster.pipeline.calendars import CalendarChange, calendar_changes
 from fks_backfill_dagster.store.auditing import examine
 from fks_backfill_dagster.store.commit import repair_series
 from fks_backfill_dagster.store.database import Database
@@ -55,16 +56,28 @@ def audit(
     """Audits each series by itself; `done` gets its result as it ends. What is not stored is left out.
 
     A series that somebody syncs meanwhile is audited as it was at one moment, and repaired, if it has
-    to be, between two of its commits.
+    to be, between two of its commits. One whose calendar has changed is not compared before that is accepted: a
+    repair would turn sessions that are new into gaps.
     """
     began = time.monotonic()
     found = []
+    changes = calendar_changes(database, series)
     for one in series:
-        result = _audit_one(database, one, clock, repair)
+        result = (
+            _of_changed(one, changes[one]) if one in changes else _audit_one(database, one, clock, repair)
+        )
         if result is not None:
             found.append(result)
             done(result)
     return AuditReport(tuple(found), time.monotonic() - began)
+
+
+def _of_changed(series: Series, change: CalendarChange) -> SeriesAudit:
+    hull = change.difference.spans.hull
+    return SeriesAudit(
+        series,
+        differences=(Difference(Kind.CALENDAR_CHANGED, hull.start, hull.end, None, None, str(change)),),
+    )
 
 
 def _audit_one(

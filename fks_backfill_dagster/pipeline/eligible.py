@@ -40,3 +40,8 @@ def eligible(providers: Mapping[str, Provider], series: Series, priority: Sequen
         else:
             warnings.append(f"{name} is skipped: {key} is not set")
     return Eligible(found, tuple(warnings))
+
+
+def strict(providers: Mapping[str, Provider]) -> frozenset[str]:
+    """The names of those that give every interval, whether anything was traded or not."""
+    return frozenset(name for name, one in providers.items() if not one.capabilities.omits_quiet)

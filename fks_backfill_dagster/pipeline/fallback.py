@@ -115,8 +115,9 @@ class ChainOptions:
 
     clock: the present. stored: the stored candles of some opens. stored_within: those of a window.
     stored_rows: the same with their lineage. tolerance: the largest relative difference of a price between two
-    quotes of one market. closed: where the market of a series was closed within a window. force: a refetch is
-    not guarded. eligible: the providers of the series by the settings, whether they are requested or not.
+    quotes of one market. closed: where the market of a series was closed within a window; declared: the part of
+    it that the settings name. force: a refetch is not guarded. eligible: the providers of the series by the
+    settings, whether they are requested or not.
     """
 
     clock: Callable[[], int]
@@ -125,6 +126,7 @@ class ChainOptions:
     stored_rows: Callable[[TimeRange], StoredRows]
     tolerance: float
     closed: Callable[[Series, TimeRange], RangeSet] = lambda series, window: RangeSet()
+    declared: Callable[[Series], RangeSet] = lambda series: RangeSet()
     force: bool = False
     eligible: frozenset[str] = frozenset()
 
@@ -478,6 +480,7 @@ class _Span:
             now=question.asked_at,
             since=question.since,
             closed=self.options.closed(parts, surroundings(window, grid_of(parts))),
+            declared=self.options.declared(parts),
             absent_elsewhere=self._absent,
             tolerance=self.options.tolerance,
         )

@@ -49,7 +49,7 @@ class RangeRequest:
     wanted: expected opens of the series, ascending. window: what is requested, `wanted` with a neighbour on
     either side where that shows something. now: candles that are closed then are requested. since: the
     earliest open that the provider can have, None: no limit. closed: where the market was closed, as candles
-    of the timeframe that is requested.
+    of the timeframe that is requested; declared: the part of it that the settings name.
     absent_elsewhere: what complete responses of other providers lack, as ranges of time.
     tolerance: the largest relative difference between two responses about one candle.
     """
@@ -60,6 +60,7 @@ class RangeRequest:
     now: int
     since: int | None = None
     closed: RangeSet = RangeSet()  # noqa: RUF009 - immutable
+    declared: RangeSet = RangeSet()  # noqa: RUF009 - immutable
     absent_elsewhere: RangeSet = RangeSet()  # noqa: RUF009 - immutable
     tolerance: float = 0.01
 
@@ -369,10 +370,13 @@ def _request_derived(provider: Provider, asked: RangeRequest, parts: Series) -> 
     native = _request_native(provider, replace(asked, series=parts, wanted=wanted, window=span), widen=True)
     answer = native.answer
     candles = answer.candles
-    quiet = _NONE
+    lost = missing_of(wanted, candles.ts)
+    sure = ~holding_rejected(lost, answer.rejected, fine)
+    quiet = lost[sure & asked.declared.contains(lost)]
     if provider.capabilities.omits_quiet:
         quiet_end = max(span.start, fine.closed_end(_seen(asked, answer.clocks)))
-        quiet = _quiet_parts(native, candles, asked, fine, TimeRange(span.start, min(closed_end, quiet_end)))
+        found = _quiet_parts(native, candles, asked, fine, TimeRange(span.start, min(closed_end, quiet_end)))
+        quiet = np.union1d(quiet, found)
     made = derive(candles, fine, coarse, asked.window, quiet)
     closed = coarse.closed_end(_seen(asked, answer.clocks))
     kept = _derived_delivery(answer.kept, made.candles.within(TimeRange(0, max(closed, 0))))

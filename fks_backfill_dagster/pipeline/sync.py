@@ -16,19 +16,20 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import date
 from functools import cached_property
 
 import numpy as np
 
-from fks_backfill_dagster.domain.closures import market_closures
+from fks_backfill_dagster.domain.closures import Dates, closed_ranges, market_closures, written
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, iso, to_micros
 from fks_backfill_dagster.ledger.records import Outcome
 from fks_backfill_dagster.ledger.settle import Rules, surroundings
-from fks_backfill_dagster.pipeline.eligible import eligible
+from fks_backfill_dagster.pipeline.calendars import CalendarWatch
+from fks_backfill_dagster.pipeline.closures import settle_changed, settle_series
+from fks_backfill_dagster.pipeline.eligible import eligible, strict
 from fks_backfill_dagster.pipeline.events import BatchDone, Listener, Planned, SyncEvent, Warned, silent
 from fks_backfill_dagster.pipeline.fallback import ChainOptions, Fetched, ProviderChain, Tally
 from fks_backfill_dagster.pipeline.freshness import is_quiet_end
@@ -56,7 +57,7 @@ class Context:
 
     `providers` by name; `clock` gives the present in microseconds; `priority` gives the providers of a series
     by the settings, whichever ones a call may be limited to; `closed_dates` those on which the market of a
-    series was closed though candles are expected: first and last of each stretch.
+    series was closed though candles are expected; `calendars` compares each exchange calendar once.
     """
 
     database: Database
@@ -68,11 +69,21 @@ class Context:
     max_gap_minutes: int = 5
     circuit: Circuit | None = None
     priority: Callable[[Series], Sequence[str]] = lambda series: ()
-    closed_dates: Callable[[Series], Sequence[tuple[date, date]]] = lambda series: ()
+    closed_dates: Callable[[Series], Dates] = lambda series: ()
+    calendars: CalendarWatch = field(default_factory=CalendarWatch)
 
     def closed(self, series: Series, window: TimeRange) -> RangeSet:
         """Where the market of a series was closed within a window though candles are expected."""
         return market_closures(series, self.closed_dates(series), window)
+
+    @property
+    def strict(self) -> frozenset[str]:
+        """The providers that give every interval, whether anything was traded or not."""
+        return strict(self.providers)
+
+    def declared(self, series: Series) -> RangeSet:
+        """Where it was closed by the settings."""
+        return closed_ranges(series, self.closed_dates(series))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +155,12 @@ def sync(
     """
     began = time.monotonic()
     chain = _chain(context, series, priority, heed_circuit=not recheck, force=force)
+    identity = _identified(context, series, chain.warnings.append)
+    change = context.calendars.change_for(context.database, series, context.clock)
+    if change is not None:
+        chain.warnings.append(str(change))
     for message in chain.warnings:
         listen(Warned(series, message))
-    identity = _identified(context, series)
     plan, listings = _plan(context, series, identity, window, chain, scope, recheck, listen)
     work = _Work(context, series, chain, run_id, listen)
     listen(Planned(series, plan, chain.names))
@@ -194,20 +208,42 @@ def able(context: Context, series: Series) -> frozenset[str]:
 
 @repeated
 def reopen(context: Context, series: Iterable[Series]) -> None:
-    """What rests on one provider's response is open again once another provider can be requested."""
+    """What rests on one provider's response is open again once another provider can be requested, and what the
+    settings close is explained."""
+    eligible_now = {one: able(context, one) for one in series}
     with context.database.begin() as connection:
-        ledger.reopen(connection, {one: able(context, one) for one in series}, context.clock())
+        ledger.reopen(connection, eligible_now, context.clock())
+    settle_closures(context, eligible_now)
+
+
+def settle_closures(context: Context, series: Iterable[Series]) -> None:
+    """Explains what the settings close since the ledger was settled, and what they do not close any more is a gap
+    again."""
+    dates = {one: context.closed_dates(one) for one in series}
+    settle_changed(
+        context.database, dates, lambda: context.providers, context.priority, context.max_gap_minutes
+    )
 
 
 @repeated
-def _identified(context: Context, series: Series) -> int | None:
-    """The id of a series that was synced before, reopened as `reopen` does. Raises SeriesChanged."""
+def _identified(context: Context, series: Series, warn: Callable[[str], None]) -> int | None:
+    """The id of a series that was synced before, its ledger brought in line with the settings as `reopen` does.
+    Raises SeriesChanged."""
     names = able(context, series)
     with context.database.begin() as connection:
         found = ledger.registered(connection, series)
         if found is not None and found.eligible != names:
             ledger.reopen(connection, {series: names}, context.clock())
-    return None if found is None else found.identity
+    if found is None:
+        return None
+    dates = context.closed_dates(series)
+    if found.closed != written(dates) and names:
+        done = settle_series(
+            context.database, series, found, dates, names, context.strict, context.max_gap_minutes
+        )
+        if done.warning:
+            warn(done.warning)
+    return found.identity
 
 
 def _chain(
@@ -233,6 +269,7 @@ def _chain(
         stored_rows=stored_rows,
         tolerance=context.tolerance,
         closed=context.closed,
+        declared=context.declared,
         force=force,
         eligible=able(context, series),
     )
@@ -336,7 +373,9 @@ class _Work:
         self.eligible = frozenset((*chain.names, *chain.unfit)) | able(context, series)
         self.identity: int | None = None
         self.beginning = Beginning(None)
+        self.declared = context.declared(series)
         self.succeeded = self.failed = self.candles = self.requests = self.outdated = self.withdrawn = 0
+        self.while_closed = 0
         # Sets that keep the order in which they came.
         self.errors: dict[str, None] = {}
         self.warnings: dict[str, None] = dict.fromkeys(chain.warnings)
@@ -397,9 +436,10 @@ class _Work:
         """The id of the series; None for one that is new and has no batches: requesting nothing makes no series."""
         with self.context.database.begin() as connection:
             found = ledger.registered(connection, self.series)
-            if found is None:
-                return ledger.register(connection, self.series) if plan.batches else None
-            return found.identity
+            if found is not None:
+                return found.identity
+            closed = written(self.context.closed_dates(self.series))
+            return ledger.register(connection, self.series, closed) if plan.batches else None
 
     @repeated
     def _end(self, identity: int, owner: str, error: str | None, *, interrupted: bool) -> None:
@@ -468,16 +508,14 @@ class _Work:
         window = TimeRange(start, window.end)
         rules = Rules(
             eligible=self.eligible,
-            strict=frozenset(
-                name
-                for name, provider in self.context.providers.items()
-                if not provider.capabilities.omits_quiet
-            ),
+            strict=self.context.strict,
             tolerated=self.context.max_gap_minutes // self.series.timeframe.minutes,
             closed=self.context.closed(self.series, surroundings(window, self.grid)),
+            declared=self.declared,
         )
         done = ingest(self.context.database, self.series, identity, window, given, rules, run_id=self.run_id)
         changed = done.inserted + done.updated
+        self.while_closed += int(self.declared.contains(opens).sum())
         self.candles += changed
         self.outdated += done.outdated
         self.withdrawn += done.withdrawn
@@ -610,6 +648,11 @@ class _Work:
             yield (
                 f"{self.outdated:,} stored candles differ from an older publication of the same provider, and were"
                 " kept"
+            )
+        if self.while_closed:
+            yield (
+                f"{self.while_closed:,} candles came of dates that the settings close, and are stored: take the"
+                " dates out of `closed` if the market was open"
             )
         if self.withdrawn:
             yield f"{self.withdrawn:,} stored candles are not returned any more by any provider, and were removed"

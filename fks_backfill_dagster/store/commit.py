@@ -23,6 +23,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.closures import ClosureChange
 from fks_backfill_dagster.domain.delivery import Delivery, Origin, RejectedRows
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
@@ -46,6 +47,8 @@ from fks_backfill_dagster.store.driver import cursor_of
 from fks_backfill_dagster.store.errors import StoreError, repeated
 from fks_backfill_dagster.store.ledger import known_around, series_id, to_multirange
 from fks_backfill_dagster.store.schema import WITHDRAWAL
+
+_NONE = np.empty(0, dtype=np.int64)
 
 # Advisory locks: (class, series id) for one series, one key for the gate (see fks.ohlcv_as_of).
 _SERIES_LOCK = 46137
@@ -759,6 +762,56 @@ RETURNING ts
 """
 
 
+# Closed dates -------------------------------------------------------------------------------------------
+
+_RENEW = """
+UPDATE fks.gap SET status = 'open', next_attempt_at = NULL, changed_at = now()
+WHERE series_id = :id AND status IN ('open', 'unavailable', 'tolerated')
+  AND gap_start < :end AND gap_end > :start
+"""
+
+
+def settle_closures(
+    database: Database,
+    series: Series,
+    identity: int,
+    change: ClosureChange,
+    rules: Rules,
+    grid: Grid,
+    closed: str,
+) -> int:
+    """Settles the ledger by other closed dates, `closed`; nothing was requested.
+
+    Absent candles of dates that were added are explained, those of dates that were withdrawn are gaps again, with
+    the history that they had. A gap that only touches an added date (a week) is due at once: it may be derived
+    now. No candle is changed. Returns how many candles are stored on the added dates.
+    """
+    with database.begin() as connection:
+        _lock(connection, identity)
+        for window in change.touched:
+            before = known_around(connection, identity, surroundings(window, grid))
+            for part in before.synced & RangeSet([window]):
+                missing = _still_missing(before, part, _NONE, grid)
+                settlement = settle(before.gaps, part, missing, _NONE, (), grid, before.synced, rules)
+                _write_gaps(connection, identity, settlement)
+                before = known_around(connection, identity, surroundings(window, grid))
+        stored = 0
+        for window in change.added:
+            named = {"id": identity, "start": to_datetime(window.start), "end": to_datetime(window.end)}
+            connection.execute(sa.text(_RENEW), named)
+        for window in change.touched & rules.declared:
+            named = {"id": identity, "start": to_datetime(window.start), "end": to_datetime(window.end)}
+            count = (
+                f"SELECT count(*) FROM {_table(series)} WHERE series_id = :id AND ts >= :start AND ts < :end"
+            )
+            stored += connection.scalar(sa.text(count), named) or 0
+        connection.execute(
+            sa.text("UPDATE fks.series SET closed = :closed WHERE id = :id"),
+            {"id": identity, "closed": closed},
+        )
+        return stored
+
+
 # Repair -------------------------------------------------------------------------------------------------
 
 
@@ -836,5 +889,6 @@ __all__ = [
     "commit_batch",
     "remove_series",
     "repair_series",
+    "settle_closures",
     "undo_batch",
 ]

@@ -36,11 +36,12 @@ def series_id(connection: sa.Connection, series: Series) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A series that was synced before: its id, and the providers that were eligible for it at the last look
-    (see `reopen`)."""
+    """A series that was synced before: its id, the providers that were eligible for it at the last look (see
+    `reopen`), and the dates that the settings closed when its ledger was last settled by them, as written."""
 
     identity: int
     eligible: frozenset[str]
+    closed: str = ""
 
 
 def registered(connection: sa.Connection, series: Series) -> Registered | None:
@@ -58,7 +59,7 @@ def registered(connection: sa.Connection, series: Series) -> Registered | None:
         return None
     stored = Series(series.symbol, series.timeframe, AssetClass(row.asset_class), row.calendar)
     if _kind(stored) == _kind(series):
-        return Registered(int(row.id), frozenset(row.eligible or ()))
+        return Registered(int(row.id), frozenset(row.eligible or ()), row.closed)
     is_stock = stored.asset_class is AssetClass.STOCKS
     raise SeriesChanged(
         f"{series} is stored as {_kind(stored)}, and is now asked for as {_kind(series)}: put asset_class:"
@@ -73,8 +74,9 @@ def _kind(series: Series) -> str:
     return f"stocks with the calendar {series.calendar}" if is_stock else series.asset_class.value
 
 
-def register(connection: sa.Connection, series: Series) -> int:
-    """The id of a series, made on its first use. Raises SeriesChanged."""
+def register(connection: sa.Connection, series: Series, closed: str = "") -> int:
+    """The id of a series, made on its first use; `closed`: the dates by which its ledger will be settled, as
+    written. Raises SeriesChanged."""
     found = registered(connection, series)
     if found is not None:
         return found.identity
@@ -86,6 +88,7 @@ def register(connection: sa.Connection, series: Series) -> int:
             timeframe=series.timeframe.value,
             asset_class=series.asset_class.value,
             calendar=series.calendar,
+            closed=closed,
         )
         .on_conflict_do_nothing()
     )
@@ -315,6 +318,34 @@ def reopen(
     by_name = {(one.symbol, one.timeframe.value): one for one in eligible}
     rows = connection.execute(sa.text(_REOPEN), named | {"ids": ids, "now": to_datetime(now)})
     return {by_name[row.symbol, row.timeframe]: row.gaps for row in rows}
+
+
+# Closed dates ------------------------------------------------------------------------------------------
+
+_CLOSED_OTHERWISE = """
+SELECT s.symbol, s.timeframe, s.id, s.eligible, s.closed FROM fks.series s
+JOIN unnest(CAST(:symbols AS text[]), CAST(:timeframes AS text[]), CAST(:closed AS text[]))
+    AS w(symbol, timeframe, closed) ON w.symbol = s.symbol AND w.timeframe = s.timeframe
+WHERE s.closed <> w.closed
+"""
+
+
+def closed_otherwise(connection: sa.Connection, closed: Mapping[Series, str]) -> dict[Series, Registered]:
+    """The stored series whose ledger was settled by other closed dates than these (as `domain.closures` writes
+    them): one statement, whatever the number of series."""
+    by_name = {(one.symbol, one.timeframe.value): one for one in closed}
+    rows = connection.execute(
+        sa.text(_CLOSED_OTHERWISE),
+        {
+            "symbols": [one.symbol for one in closed],
+            "timeframes": [one.timeframe.value for one in closed],
+            "closed": list(closed.values()),
+        },
+    )
+    return {
+        by_name[row.symbol, row.timeframe]: Registered(row.id, frozenset(row.eligible or ()), row.closed)
+        for row in rows
+    }
 
 
 # Leases and the outcome of a sync ------------------------------------------------------------------------

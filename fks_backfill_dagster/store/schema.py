@@ -8,6 +8,7 @@
             ├─ lease                 who is syncing now
             └─ quarantine            rows that broke a rule, with the rule
     listing                          since when a provider has a symbol
+    calendar                         the past sessions of the exchange calendars by which all this was filled
     pacing                           accounts at providers: told to wait, failing, resting
     ├─ pacing_request                requests under way
     ├─ pacing_spent                  what was spent, by window
@@ -54,6 +55,8 @@ series = sa.Table(
     # The providers that can serve it, by name; NULL: not known yet. And until when others could.
     sa.Column("eligible", ARRAY(sa.Text)),
     sa.Column("eligible_until", JSONB, nullable=False, server_default=sa.text("'{}'")),
+    # The dates that the settings closed when the ledger was last settled by them, as domain.closures writes them.
+    sa.Column("closed", sa.Text, nullable=False, server_default=sa.text("''")),
     sa.UniqueConstraint("symbol", "timeframe"),
 )
 
@@ -232,6 +235,19 @@ listing = sa.Table(
     sa.Column("found_at", _instant, nullable=False, server_default=_now),
     sa.Column("kind", sa.Text, nullable=False, server_default=sa.text("'claim'")),
     sa.CheckConstraint("kind IN ('claim', 'observation')", name="listing_kind"),
+)
+
+calendar = sa.Table(
+    "calendar",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    # The sessions dated before it: as domain.calendars packs them, and their digest.
+    sa.Column("until", sa.Date, nullable=False),
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("sessions", sa.LargeBinary, nullable=False),
+    # The version of exchange-calendars that gave them.
+    sa.Column("library", sa.Text, nullable=False),
+    sa.Column("recorded_at", _instant, nullable=False, server_default=_now),
 )
 
 

@@ -11,7 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.closures import closed_ranges, forex_holidays
+from fks_backfill_dagster.domain.closures import (
+    ClosureChange,
+    closed_ranges,
+    forex_holidays,
+    read,
+    written,
+)
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
@@ -180,3 +186,26 @@ def test_the_holidays_of_two_years() -> None:
     assert not forex_holidays(TimeRange(at("2016-03-01T00:00Z"), at("2016-11-01T00:00Z")))
     assert not forex_holidays(TimeRange(at("2016-12-25T00:00Z"), at("2016-12-25T00:00Z")))
     assert len(forex_holidays(TimeRange(-(2**60), 2**62))) > 150
+
+
+def test_dates_as_text() -> None:
+    one, stretch = (date(2023, 9, 1),) * 2, (date(2024, 11, 14), date(2024, 11, 15))
+    assert written([one, stretch]) == "2023-09-01 2024-11-14/2024-11-15"
+    assert read(written([one, stretch])) == [one, stretch]
+    assert (written([]), read("")) == ("", [])
+
+
+def test_what_other_closed_dates_change() -> None:
+    """Both halves of a day in Hong Kong, but of its week nothing: the other days were traded."""
+    first, second = (date(2023, 9, 1),) * 2, (date(2023, 9, 8),) * 2
+    hours = series_of((STOCKS, "XHKG"), Timeframe.H1)
+    change = ClosureChange.of(hours, [first], [second])
+    assert (change.dates, change.withdrawn) == (1, 1)
+    days = [TimeRange(at(f"{day}T01:30Z"), at(f"{day}T08:00Z")) for day in ("2023-09-01", "2023-09-08")]
+    assert all(change.touched.contains(grid_of(hours).opens(day)).all() for day in days)
+    assert list(change.added) == [TimeRange(at("2023-09-08T00:00Z"), at("2023-09-08T08:00Z"))]
+    week = ClosureChange.of(series_of((STOCKS, "XHKG"), Timeframe.W1), [], [first, second])
+    assert (len(week.touched), len(week.added)) == (0, 2)
+    # A stretch that grows adds one date; the others stay as they were.
+    grown = ClosureChange.of(hours, [first], [(date(2023, 8, 31), date(2023, 9, 1))])
+    assert (grown.dates, grown.withdrawn, len(grown.touched)) == (1, 0, 1)

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.grid import Grid, _intraday, grid_of
+from fks_backfill_dagster.domain.calendars import past_sessions
+from fks_backfill_dagster.domain.grid import Grid, _intraday, _passed_over, grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import (
@@ -60,7 +61,10 @@ def stamp(instant: np.int64) -> str:
 
 
 def test_every_golden_file_is_in_use() -> None:
-    assert {path.stem for path in GOLDEN.glob("*.csv")} == {case["name"] for case in CASES} | {"cases"}
+    assert {path.stem for path in GOLDEN.glob("*.csv")} == {case["name"] for case in CASES} | {
+        "cases",
+        "calendars",
+    }
 
 
 # --- laws that hold for every grid ---------------------------------------------------------------
@@ -352,3 +356,45 @@ def test_real_euro_hours(shared_data: Callable[[str], Path]) -> None:
         ("2017-12-24T22", "2017-12-26T00", 26),
         ("2017-12-31T22", "2018-01-01T00", 2),
     ]
+
+
+# --- every calendar of the library ---------------------------------------------------------------
+
+# Sessions from 1970 to 2025, their first and last date and the hours of trading in all of them, as
+# exchange-calendars 4.13.2 gives them with pandas 2.3.3. To be made anew with a new version of the library.
+EVERY_CALENDAR = {
+    row["calendar"]: row for row in csv.DictReader((GOLDEN / "calendars.csv").read_text().splitlines())
+}
+# Orthodox Easter; single Saturdays and Sundays.
+SHORT = ("ASEX", "XBOM")
+
+
+def test_every_calendar_of_the_library_is_known() -> None:
+    names = exchange_calendars.get_calendar_names(include_aliases=True)
+    assert {exchange_calendars.resolve_alias(name) for name in names} == set(EVERY_CALENDAR)
+
+
+@pytest.mark.parametrize(
+    "calendar",
+    [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in EVERY_CALENDAR],
+)
+def test_every_calendar_has_its_sessions(calendar: str) -> None:
+    past = past_sessions(calendar, at("2026-01-01T00:00Z"))
+    days = [to_datetime(day).date() for day in past.by_date()]
+    starts, ends = past.rows[:, 1], past.rows[:, 2]
+    assert EVERY_CALENDAR[calendar] == {
+        "calendar": calendar,
+        "sessions": str(len(days)),
+        "first": str(days[0]),
+        "last": str(days[-1]),
+        "hours": str(int((ends - starts).sum()) // MICROS_PER_HOUR),
+    }
+
+
+def test_a_pandas_that_passes_over_a_calendars_weeks_is_noticed() -> None:
+    """From 3.1 on it calls another method than the one that such a calendar overrides."""
+    first, last = "2024-01-01", "2024-01-31"
+    for calendar, is_passed_over in (("XBOM", True), ("XNYS", False), ("ASEX", False)):
+        day = exchange_calendars.get_calendar(calendar, start=first, end=last).day
+        assert _passed_over(day, renamed=True) == is_passed_over
+        assert not _passed_over(day, renamed=False)

@@ -16,16 +16,23 @@ from dagster import (
 from fks_backfill_dagster.domain.freshness import recent_start
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
-from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, to_datetime
-from fks_backfill_dagster.orchestration.checks import MOST_GAPS
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe, to_datetime
+from fks_backfill_dagster.orchestration.checks import COMPLETENESS, MOST_GAPS, evaluate
+from fks_backfill_dagster.orchestration.groups import asset_key, groups_of
+from fks_backfill_dagster.pipeline.calendars import keep_calendar
+from fks_backfill_dagster.settings import Settings, SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store.checking import recent_missing
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.reading import ledger_gaps
 from fks_backfill_dagster.wiring import now
+from fks_backfill_dagster_tests.calendars import Update, update
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project
 from fks_backfill_dagster_tests.orchestration.test_assets import plant_failure
-from fks_backfill_dagster_tests.store.builders import execute
+from fks_backfill_dagster_tests.store.builders import Shelf, execute
+
+__all__ = ["update"]
 
 
 def run_checks(project: Project, *checks: AssetCheckKey) -> ExecuteInProcessResult:
@@ -281,3 +288,23 @@ def test_recent_missing_candles_warn_though_they_are_explained(
     assert recent_missing(database, {mine.series("BTC/USDT", "15m"): late}) == {
         mine.series("BTC/USDT", "15m"): 0
     }
+
+
+def test_completeness_fails_while_a_calendar_has_changed(database: Database, update: Update) -> None:
+    apple = Series("AAPL", Timeframe.D1, AssetClass.STOCKS)
+    settings = Settings(
+        symbols=(SymbolSettings(asset_class=apple.asset_class, symbol="AAPL", timeframes=(apple.timeframe,)),)
+    )
+    (group,) = groups_of(settings)
+    shelf = Shelf.of(database, apple)
+    shelf.put(0, 60)
+    keep_calendar(database, "XNYS", now())
+    wanted = {AssetCheckKey(asset_key(apple), COMPLETENESS)}
+    (before,) = evaluate(database, group, settings, wanted)
+    assert before.passed
+    update("XNYS", closed=["2024-02-14"])
+    (found,) = evaluate(database, group, settings, wanted)
+    assert not found.passed
+    assert found.description is not None
+    assert "the calendar XNYS has changed" in found.description
+    assert "2024-02-14 is no session any more" in found.description
