@@ -1,6 +1,6 @@
 """The closed dates and the exchange calendars by which the ledger was settled.
 
-Revision ID: 0007
+Revision ID: 0008
 """
 
 from alembic import op
