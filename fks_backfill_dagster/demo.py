@@ -35,7 +35,7 @@ from fks_backfill_dagster.orchestration.webserver import CheckOutcome, DagsterRe
 from fks_backfill_dagster.pipeline.coverage import Coverage, coverage
 from fks_backfill_dagster.pipeline.freshness import Rule
 from fks_backfill_dagster.pipeline.plan import closed_window
-from fks_backfill_dagster.settings import CHECKOUT, KEY_VARIABLES, load_settings
+from fks_backfill_dagster.settings import KEY_VARIABLES, home_of, load_settings
 from fks_backfill_dagster.store.checking import PartState, part_states
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.reading import batches, sync_status
@@ -48,6 +48,8 @@ MINUTE_MONTHS = 3
 HISTORY_YEARS = 2
 CHECKS = ("ohlc_sanity", "completeness", "data_freshness")
 MARKET = "market"
+HOME = "demo"
+"""The folder below the usual home."""
 WAIT_SECONDS = 600.0
 
 _SETTINGS = """\
@@ -131,10 +133,10 @@ def run_demo(keep: bool = False, *, home: Path | None = None, say: Say = click.e
 
 
 def _run(keep: bool, home: Path | None, say: Say) -> int:
-    home = (CHECKOUT / ".fks" / "demo" if home is None else home).resolve()
+    home = (_usual_home() if home is None else home).resolve()
     began = time.monotonic()
     config = _write_settings(home)
-    root = load_settings({"FKS_HOME": str(home), "FKS_CONFIG": str(config)}, CHECKOUT).root
+    root = load_settings({"FKS_HOME": str(home), "FKS_CONFIG": str(config)}).root
     with Guard(home, root) as guard:
         demo: Demo | None = None
         try:
@@ -149,7 +151,7 @@ def _run(keep: bool, home: Path | None, say: Say) -> int:
     if keep:
         say(f"Everything is still up: {demo.url}\nStop it with `FKS_HOME={home} fks-backfill down`.")
     else:
-        say("Everything is stopped. `make demo KEEP=1` leaves the servers up to look around.")
+        say("Everything is stopped. `fks-backfill demo --keep` leaves the servers up to look around.")
     return 0 if complete else 1
 
 
@@ -160,7 +162,7 @@ class Demo:
         self._home, self._say = home, say
         self._market = Background(home, MARKET)
         self._plain = _clean_environment(home, config)
-        self._settings = load_settings(self._plain, CHECKOUT)
+        self._settings = load_settings(self._plain)
         self.url = self._visit = ""
 
     def run(self) -> bool:
@@ -168,7 +170,7 @@ class Demo:
         self._say(f"1. A local market, a database and Dagster, all below {self._home}")
         market = self._start_market()
         environment = {**self._plain, **market}
-        self._settings = load_settings(environment, CHECKOUT)
+        self._settings = load_settings(environment)
         with ExitStack() as stack:
             database = stack.enter_context(wiring.open_database(self._settings))
             before = sum(status.total_candles for status in sync_status(database))
@@ -225,10 +227,10 @@ class Demo:
             return None
 
     def _up(self, environment: Mapping[str, str], parts: Sequence[str]) -> None:
-        port = _free_port(servers.PORT)
+        listens = Background(self._home, servers.WEBSERVER).is_running()
         up = servers.up(
             self._settings,
-            port=port,
+            port=None if listens else _free_port(servers.PORT),
             parts=parts,
             keep_database=False,
             environment=environment,
@@ -367,6 +369,11 @@ class Demo:
                 f" changed); {new:,} were new."
             )
         self._say(f"UI: {self._visit}")
+
+
+def _usual_home() -> Path:
+    usual = home_of()
+    return usual if usual.name == HOME else usual / HOME  # the shell may have this one, from `demo --keep`
 
 
 def _write_settings(home: Path) -> Path:

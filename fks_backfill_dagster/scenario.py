@@ -24,7 +24,7 @@ from fks_backfill_dagster.orchestration.launching import Launched, Order
 from fks_backfill_dagster.orchestration.processes import Guard
 from fks_backfill_dagster.orchestration.webserver import Webserver
 from fks_backfill_dagster.ownership import make_home, write_text
-from fks_backfill_dagster.settings import CHECKOUT, KEY_VARIABLES, Settings, load_settings
+from fks_backfill_dagster.settings import KEY_VARIABLES, Settings, load_settings
 from fks_backfill_dagster.simulator.config import MarketConfig
 from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster.store.reading import BatchInfo, batches
@@ -82,7 +82,7 @@ def failed_month(home: Path, *, port: int = 0, environ: Mapping[str, str] | None
     config = _write(home, months[0])
     with LocalMarket(MarketConfig(limits=False)) as market:
         environment = _environment(home, config, market, os.environ if environ is None else environ)
-        settings = load_settings(environment, CHECKOUT)
+        settings = load_settings(environment)
         for transport in ("binance", "archive"):
             market.plant_fault(
                 transport,
@@ -97,7 +97,7 @@ def failed_month(home: Path, *, port: int = 0, environ: Mapping[str, str] | None
             try:
                 window = TimeRange(months[0], months[-1])
                 orders = tuple(launching.order(settings, one, window) for one in settings.series())
-                first = _backfill(settings, environment, orders, port)
+                first = _backfill(settings, environment, orders, port or servers.free_port())
                 web = launching.running_webserver(settings)
                 yield Scene(settings, environment, market, web, orders, _key(failed.start), first)
             finally:
@@ -105,13 +105,13 @@ def failed_month(home: Path, *, port: int = 0, environ: Mapping[str, str] | None
 
 
 def _backfill(
-    settings: Settings, environment: Mapping[str, str], orders: tuple[Order, ...], port: int = 0
+    settings: Settings, environment: Mapping[str, str], orders: tuple[Order, ...], port: int | None = None
 ) -> Launched:
     """Through the webserver first: the daemon looks for new backfills when it starts, then every 30 s."""
     servers.stop_part(settings, servers.DAEMON)
     up = servers.up(
         settings,
-        port=port or servers.free_port(),
+        port=port,
         parts=(servers.WEBSERVER,),
         keep_database=False,
         environment=environment,

