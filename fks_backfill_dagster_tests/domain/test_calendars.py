@@ -32,7 +32,7 @@ def test_what_is_kept_comes_back(calendar: str) -> None:
     packed = past.packed()
     assert np.array_equal(PastSessions.unpacked(packed).rows, past.rows)
     assert PastSessions.unpacked(packed).digest == past.digest == digest_of(calendar, UNTIL)
-    assert len(packed) < 100_000
+    assert len(packed) < 20_000
     known = sessions_of(calendar)
     assert sorted(past.by_date()) == [day for day in known.dates.tolist() if day < UNTIL]
     assert not compare(past, past)
