@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "simulator": {"domain", "loopback"},
     "settings_sources": {"ownership"},
     "settings": {"domain", "ownership", "settings_sources", "loopback"},
-    "providers": {"domain"},
+    "providers": {"domain", "loopback"},
     "ledger": {"domain"},
     "store": {"domain", "ledger"},
     "pipeline": {"domain", "ledger", "providers", "store"},

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import venv
 import zipfile
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from fks_backfill_dagster.orchestration.servers import free_port
 from fks_backfill_dagster.settings import CHECKOUT, CONFIG
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster_tests.postgres import database_url, server_url, template
+
+pytestmark = pytest.mark.server
 
 __all__ = ["database_url", "server_url", "template"]
 
@@ -179,7 +182,11 @@ def installed(wheel: Path) -> Iterator[Program]:
         stop(backgrounds(home))
         EmbeddedPostgres(home).remove()
     changed = files(own) ^ before
-    left = [process.info for process in psutil.process_iter(["cmdline"]) if _names(process, yard)]
+    deadline = time.monotonic() + 60
+    while left := [one.info for one in psutil.process_iter(["cmdline"]) if _names(one, yard)]:
+        if time.monotonic() > deadline:  # a watchdog looks once a second whether it is still needed
+            break
+        time.sleep(0.1)
     shutil.rmtree(yard)
     assert (changed, left) == (set(), [])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,14 +225,16 @@ def test_status_of_all(fks: Command, synced: LocalMarket) -> None:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch, world: LocalMarket) -> Callable[[str], None]:
-    """Sets what the command takes for the present."""
+def clock(monkeypatch: pytest.MonkeyPatch, world: LocalMarket) -> Iterator[Callable[[str], None]]:
+    """Sets what the command and the market take for the present."""
 
     def at(moment: str) -> None:
         monkeypatch.setattr(wiring, "now", lambda: instant(moment))
+        world.set_clock(instant(moment))
 
     at("2024-02-01T00:30")
-    return at
+    yield at
+    world.set_clock(None)
 
 
 def backfill_all(fks: Command) -> None:

@@ -33,6 +33,17 @@ def test_the_settings_of_the_first_run_are_kept(tmp_path: Path) -> None:
     assert path.read_text() == changed
 
 
+def test_its_home_is_below_the_usual_one_and_not_nested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FKS_HOME", raising=False)
+    assert demo._usual_home() == CHECKOUT / ".fks" / "demo"
+    monkeypatch.setenv("FKS_HOME", str(tmp_path))
+    assert demo._usual_home() == tmp_path / "demo"
+    monkeypatch.setenv("FKS_HOME", str(tmp_path / "demo"))
+    assert demo._usual_home() == tmp_path / "demo"
+
+
 def test_its_environment_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FKS_DATABASE_URL", "postgresql://real")
     monkeypatch.setenv("DAGSTER_HOME", "/real")

@@ -28,6 +28,8 @@ from fks_backfill_dagster_tests.store.builders import execute, fetch
 from fks_backfill_dagster_tests.store.test_errors import role
 from fks_backfill_dagster_tests.store.test_sessions import HELD, waiting
 
+pytestmark = pytest.mark.server
+
 
 @pytest.fixture
 def instance(empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DagsterInstance:

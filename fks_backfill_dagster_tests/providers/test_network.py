@@ -24,6 +24,8 @@ from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.forwarding import forwarding
 from fks_backfill_dagster_tests.providers.scripted import Said, SmallBinance, crypto, serve, span
 
+pytestmark = pytest.mark.server
+
 # No resolver knows it: what comes from there came through the proxy.
 HOST = "market.example"
 VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")

@@ -18,6 +18,8 @@ from fks_backfill_dagster_tests.odd_servers import Cluster, folder_for_servers, 
 from fks_backfill_dagster_tests.store.builders import Shelf, candles_at, execute, fetch
 from fks_backfill_dagster_tests.store.conftest import fresh
 
+pytestmark = pytest.mark.server
+
 HELD = 77_002
 
 
