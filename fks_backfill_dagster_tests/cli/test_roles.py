@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import psycopg
 import pytest
 from psycopg import sql
 
+from fks_backfill_dagster.embedded import EmbeddedPostgres
 from fks_backfill_dagster_tests.cli.conftest import Command
 
 
@@ -66,3 +68,19 @@ def test_a_superuser_is_refused_in_one_sentence(fks: Command, role: str, databas
     assert (told.exit_code, told.stdout) == (1, "")
     assert told.stderr.startswith(f"Error: {user} is a superuser of postgresql://")
     assert told.stderr.count("\n") == 1
+
+
+@pytest.mark.server
+def test_a_failure_leaves_no_server_to_be_kept(
+    fks: Command, settings: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded one runs on after a `db init` that has worked, and only then."""
+    monkeypatch.delenv("FKS_DATABASE_URL")
+    server = EmbeddedPostgres(tmp_path / "home")
+    try:
+        assert fks("db", "init", "--reader", "fks").exit_code == 1  # its superuser
+        assert not server.status().kept
+        assert fks("db", "init").exit_code == 0
+        assert server.status().kept
+    finally:
+        server.remove()
