@@ -185,7 +185,7 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
 
 
 def _settle_closures(settings: Settings, database: Database, chosen: Chosen) -> None:
-    """What the settings close counts at once, not from the next sync on. A role that may not write is told so."""
+    """What the settings close counts at once, not from the next sync on; a role that may not write gets a warning."""
     from fks_backfill_dagster.store.errors import StoreError
     from fks_backfill_dagster.wiring import settle_closures
 
@@ -329,11 +329,11 @@ def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
 @click.argument("calendar")
 @json_option
 def accept_calendar(calendar: str, as_json: bool) -> int:
-    """Settle the gaps of all series of an exchange calendar by what its library says now.
+    """Settle the gaps of all series of an exchange calendar by the present sessions of its library.
 
-    For a calendar of which `status` tells that its past has changed. Sessions that are new become gaps, to be filled
+    For a calendar whose past has changed, which `status` reports. Sessions that are new become gaps, to be filled
     as any other; gaps on days that are no sessions any more go. Candles are never changed. Exit code 1 if something
-    is left, such as candles on such days: each with its remedy, as `audit` tells it.
+    is left, such as candles on such days: each with its remedy, as `audit` reports it.
     """
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.cli.auditing import differences
