@@ -27,6 +27,7 @@ from dagster_postgres import DagsterPostgresStorage
 from dagster_postgres.utils import create_pg_engine
 
 from fks_backfill_dagster import ownership, wiring
+from fks_backfill_dagster.orchestration.lasting import make_lasting
 from fks_backfill_dagster.orchestration.servers import dagster_folder
 from fks_backfill_dagster.settings import Settings, load_settings
 from fks_backfill_dagster.store.lending import DAGSTER_SCHEMA, lend_schema
@@ -46,6 +47,7 @@ class DatabaseStorage(DagsterPostgresStorage):
         super().__init__(url, should_autocreate_tables=False, inst_data=inst_data)
         for part in (self._run_storage, self._event_log_storage, self._schedule_storage):
             part._engine = _engine(url)
+            make_lasting(part)
 
     @classmethod
     def config_type(cls) -> UserConfigSchema:
