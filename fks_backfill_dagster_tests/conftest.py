@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from fks_backfill_dagster.embedded import EmbeddedPostgres
+from fks_backfill_dagster.embedded import EmbeddedPostgres, clusters
 from fks_backfill_dagster_tests.examples import examples
 
 _SHARED = (Path(__file__).resolve().parents[1] / "../shared/data").resolve()
@@ -57,12 +59,43 @@ def _refuse_servers(event: str, _: object) -> None:
         raise RuntimeError(f"{event} in a test without the mark `server`: see docs/testing.md")
 
 
+_started = pytest.StashKey[set[Path]]()
+_FAILED = 1
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    _ignore_nothing()
+    config.stash[_started] = {one.folder for one in clusters.elsewhere()}
     if _HOME not in os.environ:
         in_memory = os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _ROOM
         os.environ[_HOME] = tempfile.mkdtemp(prefix="fks-tests-", dir=_MEMORY if in_memory else None)
         config.add_cleanup(_remove_home)
     sys.addaudithook(_refuse_servers)
+
+
+def _ignore_nothing() -> None:
+    """A shell without job control starts a job in the background with SIGINT ignored. All that is started here would
+    inherit that, and Dagster makes of it that SIGTERM is ignored as well."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in (
+            (signal.SIGINT, signal.default_int_handler),
+            (signal.SIGTERM, signal.SIG_DFL),
+        ):
+            if signal.getsignal(number) == signal.SIG_IGN:
+                signal.signal(number, handler)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """As root: no cluster of a test is left outside of its home, where nothing would ever remove it."""
+    if hasattr(session.config, "workerinput"):
+        return
+    temporary = session.config._tmp_path_factory.getbasetemp().resolve()  # type: ignore[attr-defined]
+    made = [one for one in clusters.elsewhere() if one.folder not in session.config.stash[_started]]
+    left = [one for one in made if one.home is not None and one.home.is_relative_to(temporary)]
+    if left and session.exitstatus == 0:
+        session.exitstatus = _FAILED
+    for one in left:
+        sys.stderr.write(f"\nleft behind: {one.folder}, the cluster of {one.home} ({one.state})\n")
 
 
 def _remove_home() -> None:

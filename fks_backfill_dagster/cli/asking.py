@@ -134,9 +134,11 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
 
     `expected`, `stored` and `coverage` are about what was synced; `lag` counts the closed candles since the
     newest stored one. Exit code 2 for a series that is neither configured nor stored, else 0, whatever
-    it shows; with --check 1 if a series needs attention. Errors, and providers in a cool-down, are named on stderr.
+    it shows; with --check 1 if a series or a server of `up` needs attention. Errors, and providers in a cool-down,
+    are named on stderr.
     """
     from fks_backfill_dagster import documents
+    from fks_backfill_dagster.orchestration import keeper
     from fks_backfill_dagster.pipeline.calendars import calendar_changes
     from fks_backfill_dagster.pipeline.coverage import coverage
     from fks_backfill_dagster.pipeline.freshness import Rule
@@ -145,6 +147,8 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
     from fks_backfill_dagster.wiring import closures, freshness_rule, now, open_database, provider_states
 
     settings, present = load_settings(), now()
+    for line in (unkept := keeper.problems(settings.home)):
+        tell(line)
     with open_database(settings) as database:
         stored = stored_series(database)
         chosen = choose(settings, names, everything or not names, stored)
@@ -168,7 +172,7 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
         ]
         for series, reason in problems:
             tell(f"{series}: {reason}")
-        code = code or int(bool(problems or changes))
+        code = code or int(bool(problems or changes or unkept))
     if as_json:
         shown = [documents.status(one) for one in found]
         answer_json(shown if chosen.many else shown[0])

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
-from fks_backfill_dagster.cli.speaking import answer, answer_json, example, json_option
+from fks_backfill_dagster.cli.speaking import (
+    Failed,
+    answer,
+    answer_json,
+    answer_table,
+    example,
+    json_option,
+    many,
+    tell,
+)
 
 if TYPE_CHECKING:
+    from fks_backfill_dagster.documents import Document
+    from fks_backfill_dagster.embedded.clusters import Cluster
     from fks_backfill_dagster.settings import Settings
     from fks_backfill_dagster.store.roles import Reader
 
@@ -85,6 +97,89 @@ def stop(as_json: bool) -> None:
         answer("Nothing to stop: FKS_DATABASE_URL names a database of your own.")
     else:
         answer("Stopped." if stopped else "It was not running.")
+
+
+@db.command("list", epilog=example("db list", "db list --json"))
+@json_option
+def list_clusters(as_json: bool) -> None:
+    """List the clusters of embedded databases: that of this home, and for root those in /var/lib/fks-backfill.
+
+    A cluster is `running`, `in use` (its home exists), an `orphan` (its home is gone), or `unknown`: one of an
+    earlier version, which does not name its home until it is started again.
+    """
+    from fks_backfill_dagster.embedded import clusters
+    from fks_backfill_dagster.settings import load_settings
+
+    own = clusters.of_home(load_settings().home)
+    others = [one for one in clusters.elsewhere() if own is None or one.folder != own.folder]
+    found = [(one, one.size()) for one in (*([] if own is None else [own]), *others)]
+    if as_json:
+        answer_json([_cluster(*each) for each in found])
+        return
+    rows = [(one.folder, one.home or "", _megabytes(size), one.state.value) for one, size in found]
+    answer_table(("cluster", "home", "size", "state"), rows)
+    orphans = [size for one, size in found if one.state is clusters.State.ORPHAN]
+    if orphans:
+        tell(
+            f"{many(len(orphans), 'orphan')}, {_megabytes(sum(orphans))}: `fks-backfill db remove` removes them."
+        )
+
+
+@db.command(epilog=example("db remove", "db remove cluster-0c2d71476addc399 --yes"))
+@click.argument("names", nargs=-1, metavar="[CLUSTER]...")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def remove(names: tuple[str, ...], yes: bool, as_json: bool) -> None:
+    """Remove clusters whose home is gone, with all their data: all orphans, or those named.
+
+    One that names no home (`unknown`) is removed only if it is named here. One whose server runs or whose home
+    exists is never removed.
+    """
+    from fks_backfill_dagster.embedded import clusters
+
+    chosen = [(one, one.size()) for one in _chosen(names, clusters.elsewhere())]
+    if chosen and not yes:
+        for one, size in chosen:
+            tell(f"{one.folder}  {one.home or 'home unknown'}  {_megabytes(size)}")
+        try:
+            click.confirm(f"Remove {many(len(chosen), 'cluster')} with all data?", abort=True, err=True)
+        except click.Abort:
+            tell("")  # ends the line of the question
+            raise Failed("Nothing was removed; --yes removes without asking.") from None
+    for one, _ in chosen:
+        clusters.remove(one)
+    if as_json:
+        answer_json([_cluster(*each) for each in chosen])
+    elif chosen:
+        answer(f"Removed {many(len(chosen), 'cluster')}, {_megabytes(sum(size for _, size in chosen))}.")
+    else:
+        answer("There is no cluster whose home is gone.")
+
+
+def _chosen(names: Sequence[str], found: Sequence[Cluster]) -> list[Cluster]:
+    """The clusters of these names or paths; without any, the orphans."""
+    from fks_backfill_dagster.embedded.clusters import State
+
+    if not names:
+        return [one for one in found if one.state is State.ORPHAN]
+    known = {key: one for one in found for key in (one.name, str(one.folder))}
+    for name in names:
+        if name.rstrip("/") not in known:
+            raise click.BadParameter(f"there is no cluster {name}: `fks-backfill db list` shows them.")
+    return list({known[name.rstrip("/")].folder: known[name.rstrip("/")] for name in names}.values())
+
+
+def _cluster(one: Cluster, size: int) -> Document:
+    return {
+        "cluster": str(one.folder),
+        "home": None if one.home is None else str(one.home),
+        "size_bytes": size,
+        "state": one.state.value,
+    }
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
 
 
 def _prepare(as_json: bool, *, upgrade: bool, reader: str | None = None) -> None:

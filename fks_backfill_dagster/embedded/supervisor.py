@@ -38,6 +38,7 @@ from fks_backfill_dagster.embedded.cluster import (
     make_cluster,
     write_access,
 )
+from fks_backfill_dagster.embedded.clusters import HOME_FILE, PREFIX, write_home
 from fks_backfill_dagster.embedded.errors import OTHER_DATABASE, EmbeddedError, explain
 from fks_backfill_dagster.embedded.log import ServerLog, open_log, rotate
 from fks_backfill_dagster.embedded.watchdog import Home, Postmaster, is_locked, try_lock
@@ -66,13 +67,15 @@ _POLL_SECONDS = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """`in_use`: a process holds it. `kept`: it runs until `stop`. `version`: None until the first start."""
+    """`in_use`: a process holds it. `kept`: it runs until `stop`. `stopped`: it was stopped for everybody, so that it
+    does not run is no accident. `version`: None until the first start."""
 
     running: bool
     pid: int | None
     url: str | None
     in_use: bool
     kept: bool
+    stopped: bool
     version: str | None
     data_dir: Path
 
@@ -110,6 +113,7 @@ class EmbeddedPostgres:
             self._register()
             try:
                 with self._start_lock():
+                    self._home.stopped.unlink(missing_ok=True)
                     postmaster = self._running()
                     if postmaster is None:
                         rotate(self._home.log)
@@ -139,6 +143,7 @@ class EmbeddedPostgres:
                 return False
             with self._start_lock():
                 self._home.keep.unlink(missing_ok=True)
+                os.close(open_file(self._home.stopped))
                 return self._stop()
 
     def remove(self) -> None:
@@ -155,6 +160,7 @@ class EmbeddedPostgres:
                 for path in (base / "pg", base / "pg.new", self._socket_dir()):
                     shutil.rmtree(path, ignore_errors=True)
                 if base != self._home.path:
+                    (base / HOME_FILE).unlink(missing_ok=True)
                     base.rmdir()
                     self._home.location.unlink()
 
@@ -173,6 +179,7 @@ class EmbeddedPostgres:
                 url=_url(postmaster) if postmaster else None,
                 in_use=is_locked(self._home.users, by_any=True),
                 kept=self._home.keep.exists(),
+                stopped=self._home.stopped.exists(),
                 version=version,
                 data_dir=self._home.cluster,
             )
@@ -279,6 +286,8 @@ class EmbeddedPostgres:
             )
         if account is None:
             return
+        if base != self._home.path:
+            write_home(base, self._home.path)  # those of earlier versions do not name it
         if can_traverse(base.parent, account):
             let_pass(base, account.gid)
             return
@@ -287,8 +296,9 @@ class EmbeddedPostgres:
                 f"the embedded PostgreSQL would run as uid {account.uid}, who cannot enter {base}: allow it "
                 f"(chmod o+x on its directories), set FKS_HOME to another directory, {OTHER_DATABASE}"
             )
-        elsewhere = root_state() / f"cluster-{secrets.token_hex(8)}"
+        elsewhere = root_state() / f"{PREFIX}{secrets.token_hex(8)}"
         make_folder(elsewhere)
+        write_home(elsewhere, self._home.path)
         let_pass(elsewhere, account.gid)
         write_text(self._home.location, f"{elsewhere}\n")
 

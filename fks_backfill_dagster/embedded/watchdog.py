@@ -57,6 +57,11 @@ class Home(NamedTuple):
         return self.path / "pg.keep"
 
     @property
+    def stopped(self) -> Path:
+        """Exists: the server was stopped for everybody, and has not been started since."""
+        return self.path / "pg.stopped"
+
+    @property
     def location(self) -> Path:
         """Exists only for root: names the directory of the cluster when it cannot be in the home."""
         return self.path / "pg.location"

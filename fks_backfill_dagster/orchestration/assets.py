@@ -14,6 +14,7 @@ the partition is materialized, the completeness check tells.
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, cast
 
 from dagster import (
@@ -45,13 +46,14 @@ from fks_backfill_dagster.orchestration.names import partitions_start
 from fks_backfill_dagster.orchestration.partitions import partitions_for, windows_of
 from fks_backfill_dagster.orchestration.refreshing import asked_range
 from fks_backfill_dagster.orchestration.resources import ALL, opened
+from fks_backfill_dagster.orchestration.retrying import is_back, retried
 from fks_backfill_dagster.orchestration.story import Lines, Progress, Story
 from fks_backfill_dagster.pipeline.freshness import behind
 from fks_backfill_dagster.pipeline.plan import Scope, closed_window
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
 from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.checking import PartState, Reach, listed_at, part_states, reaches
-from fks_backfill_dagster.store.errors import SeriesChanged, StoreError
+from fks_backfill_dagster.store.errors import DatabaseUnavailable, SeriesChanged, StoreError
 
 # A run costs seconds before its first request and a partition of it milliseconds, so a run takes years of
 # months; more would leave nothing to run side by side. The figures have to differ: Dagster puts assets with
@@ -62,6 +64,9 @@ PARTITIONS_PER_RUN = {AssetClass.CRYPTO: 60, AssetClass.STOCKS: 48, AssetClass.F
 # Series synced side by side in a run. One candle of each is mostly waiting, for a provider and for the
 # database; the requests in flight have a bound of their own.
 SERIES_AT_ONCE = 4
+
+# Of the database, by one series in one run.
+MOST_LOSSES = 5
 
 OWNER = "team:market-data"
 TABLE = "fks.ohlcv"
@@ -214,24 +219,25 @@ def _materialize(
     refresh = Errand.of(context.run.tags) is Errand.REFRESH
     with opened(context.resources, settings, lines.warn) as work:
         try:
-            for key, outcome in _outcomes(context, work, selected, windows, settings, lines):
-                progress.add(outcome.report)
-                stalled = refresh and _is_stalled(work, outcome)
-                if outcome.failed:
-                    failed.append(outcome)
-                    if not stalled:
-                        _log_succeeded(context, key, outcome)
-                    for partition in outcome.failed:
-                        context.log_event(outcome.observation(key, partition))
-                if outcome.failed or stalled:
-                    continue
-                for partition in windows:
-                    context.add_asset_metadata(outcome.metadata(partition), key, partition)
-                yield MaterializeResult(asset_key=key)
-            if refresh:
-                evaluate_after_refresh(context, work.database, group, settings, set(selected))
-            if failed:
-                evaluate_after_failure(context, work.database, group, settings, set(selected))
+            with retried(context):
+                for key, outcome in _outcomes(context, work, selected, windows, settings, lines):
+                    progress.add(outcome.report)
+                    stalled = refresh and _is_stalled(work, outcome)
+                    if outcome.failed:
+                        failed.append(outcome)
+                        if not stalled:
+                            _log_succeeded(context, key, outcome)
+                        for partition in outcome.failed:
+                            context.log_event(outcome.observation(key, partition))
+                    if outcome.failed or stalled:
+                        continue
+                    for partition in windows:
+                        context.add_asset_metadata(outcome.metadata(partition), key, partition)
+                    yield MaterializeResult(asset_key=key)
+                if refresh:
+                    evaluate_after_refresh(context, work.database, group, settings, set(selected))
+                if failed:
+                    evaluate_after_failure(context, work.database, group, settings, set(selected))
         except StoreError as error:  # the database is gone or full: the next series would meet the same
             raise Failure(description=str(error), allow_retries=False) from error
         finally:
@@ -258,7 +264,7 @@ def _outcomes(
     try:
         for key, series in selected.items():
             task = Task(series, windows, settings, context.run.run_id, errand, known.get(series))
-            waiting[pool.submit(materialize_series, work, task, Story(lines, detailed))] = key
+            waiting[pool.submit(materialize_lasting, work, task, lines, detailed)] = key
         while waiting:
             done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
             lines.write(context.log)
@@ -292,6 +298,18 @@ class Task:
             return self.window
         asked = asked_range(self.series, self.reach, self.settings, now)
         return self.window.intersect(asked)
+
+
+def materialize_lasting(work: Context, task: Task, lines: Lines, detailed: bool) -> Outcome:
+    """`materialize_series`, from its beginning again when it loses the database: only what is missing is requested."""
+    for losses in count(1):
+        try:
+            return materialize_series(work, task, Story(lines, detailed))
+        except DatabaseUnavailable as error:
+            if losses > MOST_LOSSES or not is_back(work.database):
+                raise
+            lines.warn(f"the database was away, what is missing is fetched again: {error}", str(task.series))
+    raise AssertionError
 
 
 def materialize_series(work: Context, task: Task, story: Story) -> Outcome:

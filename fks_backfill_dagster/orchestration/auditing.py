@@ -37,6 +37,7 @@ from fks_backfill_dagster.ledger.reconcile import SeriesAudit
 from fks_backfill_dagster.orchestration import pace
 from fks_backfill_dagster.orchestration.groups import asset_key
 from fks_backfill_dagster.orchestration.resources import DATABASE
+from fks_backfill_dagster.orchestration.retrying import retried
 from fks_backfill_dagster.pipeline.audit import AuditReport, audit, auditable
 from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.database import Database
@@ -68,8 +69,9 @@ def build_audit(settings: Settings) -> JobDefinition:
     @op(name=OP, required_resource_keys={DATABASE}, config_schema=_CONFIG)
     def audit_series(context: OpExecutionContext) -> None:
         database = getattr(context.resources, DATABASE).database
-        series = _wanted(auditable(database, settings.series()), context.op_config["series"])
-        report = audit(database, series, wiring.now, done=lambda found: _tell(context, settings, found))
+        with retried(context):
+            series = _wanted(auditable(database, settings.series()), context.op_config["series"])
+            report = audit(database, series, wiring.now, done=lambda found: _tell(context, settings, found))
         _conclude(context, report)
 
     @job(name=AUDIT, executor_def=in_process_executor, description=_JOB, tags={pace.PRIORITY: pace.LAST})

@@ -40,6 +40,7 @@ from fks_backfill_dagster.orchestration.freshness import (
 from fks_backfill_dagster.orchestration.groups import Group
 from fks_backfill_dagster.orchestration.names import is_monthly
 from fks_backfill_dagster.orchestration.resources import DATABASE
+from fks_backfill_dagster.orchestration.retrying import retried
 from fks_backfill_dagster.pipeline.calendars import CalendarChange, calendar_changes
 from fks_backfill_dagster.pipeline.freshness import recent_windows
 from fks_backfill_dagster.settings import Settings
@@ -102,7 +103,8 @@ def build_checks(group: Group, settings: Settings) -> AssetChecksDefinition:
         can_subset=True,
     )
     def checks(context: AssetCheckExecutionContext) -> Iterator[AssetCheckResult]:
-        yield from _evaluate(context, group, settings)
+        with retried(context):
+            yield from _evaluate(context, group, settings)
 
     return checks
 

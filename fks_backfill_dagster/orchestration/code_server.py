@@ -1,22 +1,18 @@
-"""The keeper of the code server of `up`, which the webserver and the daemon share.
+"""Where the code server of `up` listens, which the webserver and the daemon share.
 
 Left to themselves they start a code server each, the daemon another one every minute. Here both are led to
-one by a workspace file of their own. `python -m ...code_server SOCKET` starts the server (`forking_server`),
-and starts it again when it was killed; both find it again by themselves.
+one by a workspace file of their own. One that was killed is started again (`keeper`), and both find it again.
 
 A request can name code to call, and is authenticated by nothing. So it listens on a Unix socket in a folder that
 its user alone can enter, and nowhere else.
 
-Does not belong here: who starts the keeper and finds it again (`servers`, `processes`); anything of
-Dagster, for the keeper lives as long as the server and should weigh nothing.
+Does not belong here: the server itself (`forking_server`), anything of Dagster.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from fks_backfill_dagster import ownership
@@ -27,7 +23,6 @@ LOCATION = "fks_backfill"
 DEFINITIONS = "fks_backfill_dagster.orchestration.definitions"
 
 _SOCKET = "code.sock"
-_SERVER = "fks_backfill_dagster.orchestration.forking_server"
 _WORKSPACE = """\
 # Written by `fks-backfill up`: its webserver and daemon share the code server that it has started.
 load_from:
@@ -63,15 +58,3 @@ def make_folder(folder: Path) -> None:
 def write_workspace(path: Path, socket: Path) -> None:
     """The file that leads to the code server at `socket`."""
     ownership.write_text(path, _WORKSPACE.format(socket=json.dumps(str(socket)), location=LOCATION))
-
-
-def keep(socket: str) -> int:
-    """Runs the server until it ends by itself; its exit code. One that was killed is started again."""
-    while True:
-        code = subprocess.run([sys.executable, "-P", "-m", _SERVER, socket], check=False).returncode
-        if code >= 0:
-            return code
-
-
-if __name__ == "__main__":
-    sys.exit(keep(sys.argv[1]))

@@ -46,6 +46,8 @@ from dagster._daemon.daemon import BackfillDaemon, DagsterDaemon, SpanMarker
 from dagster._utils.caching_instance_queryer import CachingInstanceQueryer
 from dagster._utils.interrupts import capture_interrupts, setup_interrupt_handlers
 
+from fks_backfill_dagster.orchestration.plain_logs import write_plain
+
 _FIRST, _LAST = ASSET_PARTITION_RANGE_START_TAG, ASSET_PARTITION_RANGE_END_TAG
 
 _DEFINITIONS_CHANGED = frozenset(
@@ -264,6 +266,7 @@ def daemons(instance: DagsterInstance) -> list[DagsterDaemon[Any]]:
 def run(workspace: str) -> None:
     """Returns when it was told to end."""
     setup_interrupt_handlers()
+    write_plain()
     _forget_removed()
     try:
         with (

@@ -4,7 +4,7 @@ A run's worker is a fork of a process that has imported everything and does noth
 fork server); Dagster's starts a Python that imports everything anew, which takes seconds of CPU. And
 "Reload definitions" in the UI reads the settings anew, for which Dagster would start another server.
 
-Does not belong here: starting it, and starting it again (`code_server`).
+Does not belong here: starting it (`servers`), and starting it again (`keeper`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dagster._utils.interrupts import setup_interrupt_handlers
 from dagster._utils.log import configure_loggers
 
 from fks_backfill_dagster.orchestration.code_server import DEFINITIONS, LOCATION
+from fks_backfill_dagster.orchestration.plain_logs import write_plain
 
 # What a run worker imports in the end, so that its fork finds it there. None of these opens a connection when
 # it is imported, and what starts threads (OpenBLAS, jemalloc) knows of forks. The definitions themselves are
@@ -83,6 +84,7 @@ class ForkingServer(DagsterApiServer):
 def serve(socket: str) -> None:
     """Returns when the server was told to end. It listens when the definitions are loaded."""
     setup_interrupt_handlers()
+    write_plain()
     configure_loggers()
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(_IMPORTED))
     forkserver.ensure_running()  # imports while we do

@@ -25,6 +25,7 @@ from starlette.middleware import Middleware
 
 from fks_backfill_dagster.guard import Guard, Rules
 from fks_backfill_dagster.login import token_of
+from fks_backfill_dagster.orchestration.plain_logs import write_plain
 from fks_backfill_dagster.settings import Settings, load_settings
 
 HOST = "127.0.0.1"
@@ -71,6 +72,7 @@ def serve(port: int, workspace: str) -> None:
     if rules.token is None and settings.webserver.login:
         raise SystemExit("there is no token yet: `fks-backfill up` makes it")
     setup_interrupt_handlers()
+    write_plain()
     configure_loggers()
     with DagsterInstance.get() as instance:
         instance.optimize_for_webserver(_STATEMENT_MILLISECONDS, _CONNECTION_SECONDS, _MOST_CONNECTIONS)

@@ -3,6 +3,8 @@
 Dagster's own launcher cannot, so a run whose code server was killed would stay "started" for ever. The
 code server that launched a run is asked; where nobody answers at its address any more, or it does not
 know the run, the worker is gone. Run monitoring (dagster.yaml) fails such a run, and it is tried again.
+While the keeper starts the code server again the run is left alone: Dagster would give up its retry, for it
+launches that at once and cannot without a code server.
 
 Dagster writes down that a failed run will be tried again a moment after it has failed. The daemon's
 threads all begin at the same time: its backfills, which look in just that moment, would take a run that
@@ -13,6 +15,8 @@ down before.
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
@@ -24,6 +28,9 @@ from dagster._core.storage.tags import GRPC_INFO_TAG, WILL_RETRY_TAG
 from dagster._grpc.client import DagsterGrpcClient
 from dagster._grpc.types import CanCancelExecutionRequest, CanCancelExecutionResult
 from dagster._serdes import deserialize_value
+
+from fks_backfill_dagster.orchestration import code_server
+from fks_backfill_dagster.orchestration.processes import KEEPER, MARK, Background
 
 ANSWER_SECONDS = 10
 
@@ -51,12 +58,21 @@ def _worker_health(run: DagsterRun) -> CheckRunHealthResult:
             CanCancelExecutionRequest(run_id=run.run_id), timeout=ANSWER_SECONDS
         )
     except DagsterUserCodeUnreachableError as error:
-        if _code(error.__cause__) == "UNAVAILABLE":
+        if _code(error.__cause__) == "UNAVAILABLE" and not _comes_back(json.loads(told)):
             return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "its code server is gone")
         return CheckRunHealthResult(WorkerStatus.RUNNING)  # it is there, and too busy to say so
     if deserialize_value(found, CanCancelExecutionResult).can_cancel:
         return CheckRunHealthResult(WorkerStatus.RUNNING)
     return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "its code server does not know it any more")
+
+
+def _comes_back(told: dict[str, Any]) -> bool:
+    """Whether it is the code server of `up`, which its keeper starts again at the same place."""
+    home = os.environ.get(MARK)
+    if home is None or told.get("socket") is None:
+        return False
+    is_ours = Path(told["socket"]) == code_server.socket_of(Path(home))
+    return is_ours and Background(Path(home), KEEPER).is_running()
 
 
 def _announce_retry(instance: DagsterInstance, run: DagsterRun) -> None:

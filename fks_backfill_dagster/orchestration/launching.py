@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso
 from fks_backfill_dagster.login import token_of
 from fks_backfill_dagster.orchestration.names import AssetPath, asset_path, is_monthly, keys_of
-from fks_backfill_dagster.orchestration.processes import Background
+from fks_backfill_dagster.orchestration.processes import KEEPER, Background
 from fks_backfill_dagster.orchestration.servers import DAEMON, HOST, WEBSERVER, ServersError
 from fks_backfill_dagster.orchestration.webserver import Backfill, DagsterRefused, Run, Webserver
 from fks_backfill_dagster.settings import Settings
 
 LOOK_SECONDS = 1.0
+START_SECONDS = 30.0
+AWAY_SECONDS = 120.0
 ENDED = frozenset({"CANCELED", "FAILED", "COMPLETED", "COMPLETED_FAILED", "COMPLETED_SUCCESS"})
 
 Say = Callable[[str], object]
@@ -102,11 +104,21 @@ def order(settings: Settings, series: Series, window: TimeRange) -> Order:
 
 
 def running_webserver(settings: Settings) -> Webserver:
-    """The webserver that `up` has started. Raises ServersError unless it and the daemon run."""
-    server, daemon = Background(settings.home, WEBSERVER), Background(settings.home, DAEMON)
-    if not (server.is_running() and daemon.is_running() and server.port):
+    """The webserver that `up` has started. One that the keeper is starting again is waited for, and so is the daemon.
+
+    Raises ServersError unless both run.
+    """
+    server, daemon, keeper = (Background(settings.home, name) for name in (WEBSERVER, DAEMON, KEEPER))
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        runs = server.is_running() and daemon.is_running() and server.port
+        web = Webserver(f"http://{HOST}:{server.port}", token_of(settings)) if runs else None
+        if (web and web.answers()) or not keeper.is_running() or time.monotonic() > deadline:
+            break
+        time.sleep(LOOK_SECONDS)
+    if web is None:
         raise ServersError("Dagster is not up: start it with `fks-backfill up`, then launch again.")
-    return Webserver(f"http://{HOST}:{server.port}", token_of(settings))
+    return web
 
 
 def start(web: Webserver, orders: Sequence[Order], say: Say | None = None) -> str:
@@ -159,8 +171,10 @@ def watch(
     """Reports how far it is, about once a second, until every partition was run.
 
     When symbols are taken out of the settings meanwhile and that cost the others anything, another backfill
-    goes on with those. Raises DagsterRefused when Dagster fails the backfill for any other reason.
+    goes on with those. A webserver that is started again meanwhile is waited for. Raises DagsterRefused when
+    Dagster fails the backfill for any other reason.
     """
+    impatient, web = web, replace(web, patience=AWAY_SECONDS)
     runs: list[Run] = []
     ids, wanted, removed = [identity], list(orders), set[Order]()
     while True:
@@ -185,7 +199,7 @@ def watch(
         if gone == removed or not wanted:
             break
         removed = gone
-        ids.append(start(web, wanted))
+        ids.append(start(impatient, wanted))  # an order that nothing answers may have arrived
         if say is not None:
             names = ", ".join(sorted({one.series.symbol for one in gone}))
             say(f"{names}: taken out of the settings. The others go on: {web.url}/runs/b/{ids[-1]}")

@@ -1,10 +1,10 @@
 """Starting and stopping Dagster: `up` and `down`.
 
 The webserver, the daemon and the code server that both share run in the background, with logs in
-`<home>/logs` and what is needed to find them again in `<home>/run`. DAGSTER_HOME is `<home>/dagster`,
-where a copy of the project's dagster.yaml stands (of the program's own where the project has none); its
-storage is our database, so that these, `dagster dev` and every run share one instance whichever way they were
-started.
+`<home>/logs` and what is needed to find them again in `<home>/run`. A keeper starts again what ends (`keeper`).
+DAGSTER_HOME is `<home>/dagster`, where a copy of the project's dagster.yaml stands (of the program's own where the
+project has none); its storage is our database, so that these, `dagster dev` and every run share one instance
+whichever way they were started.
 
 Does not belong here: Dagster's own modules. They take seconds to import, and its processes do that.
 """
@@ -26,7 +26,8 @@ import click
 from fks_backfill_dagster import ownership, wiring
 from fks_backfill_dagster.login import make_token
 from fks_backfill_dagster.orchestration import code_server
-from fks_backfill_dagster.orchestration.processes import Background, backgrounds, stop
+from fks_backfill_dagster.orchestration.keeper import Part, Plan
+from fks_backfill_dagster.orchestration.processes import KEEPER, Background, stop, stop_all
 from fks_backfill_dagster.orchestration.webserver import DagsterRefused, Webserver, WrongToken
 from fks_backfill_dagster.settings import CONFIG, SHIPPED, Settings
 
@@ -35,7 +36,9 @@ PORT = 3000
 WEBSERVER, DAEMON = "webserver", "daemon"
 
 _DAEMON = "fks_backfill_dagster.orchestration.daemon"
+_FORKING_SERVER = "fks_backfill_dagster.orchestration.forking_server"
 _GUARDED_WEBSERVER = "fks_backfill_dagster.orchestration.guarded_webserver"
+_KEEPER = "fks_backfill_dagster.orchestration.keeper"
 
 CODE = "code-server"
 """Not among the parts that a caller names: whichever runs needs it."""
@@ -87,29 +90,38 @@ def up(
     environment: Mapping[str, str] | None = None,
     say: Say = click.echo,
 ) -> Servers:
-    """Starts what is not running: the embedded database, the code server, Dagster's webserver and daemon.
+    """Starts what is not running: the embedded database, the code server, Dagster's webserver and daemon, and the
+    keeper, which starts each of them again when it ends.
 
-    Tells where. `port` None is that of the running webserver, or PORT; another one than the running webserver's is
+    Reports where. `port` None is that of the running webserver, or PORT; another one than the running webserver's is
     an error. `environment` replaces this process's for the servers and their runs. Without `keep_database` the embedded
     database ends with its last user. Returns when the webserver answers, the definitions are loaded and every daemon
     has given a sign of life. Raises ServersError, StoreError or EmbeddedError; what was started by then is stopped, and
     an embedded database that did not run before ends as after any command.
     """
     with _alone(settings):
-        found_port = _port(settings, port)  # before anything is started
+        _port(settings, port)  # an error comes before anything is started or stopped
         with wiring.open_database(settings):
-            processes = [Background(settings.home, name) for name in (CODE, *parts)]
-            missing = _missing(processes)
+            wanted = [Background(settings.home, name) for name in (CODE, *parts)]
+            keeper = Background(settings.home, KEEPER)
+            started = bool(_missing(wanted)) or not keeper.is_running()
+            if started:
+                stop([keeper])  # it would start what is being started here
+            missing = _missing(wanted)
+            found_port = _port(settings, port)  # the keeper may have started the webserver meanwhile
             web = Webserver(f"http://{HOST}:{found_port}", make_token(settings))
-            running = Servers(web.url, settings.home / "logs", bool(missing), web.token)
-            if missing:
-                began = time.time()
+            running = Servers(web.url, settings.home / "logs", started, web.token)
+            if started:
+                given = {**(os.environ if environment is None else environment), **_own_variables(settings)}
+                known, began = _parts(settings, found_port), time.time()
                 try:
-                    _start(settings, missing, found_port, os.environ if environment is None else environment)
-                    _wait(web, processes, began if DAEMON in {m.name for m in missing} else None)
+                    _start(settings, [part for part in known if part.name in missing], given)
+                    _wait(web, wanted, began if DAEMON in missing else None)
                 except BaseException:
-                    stop(missing)
+                    stop([Background(settings.home, name) for name in missing])
                     raise
+                finally:
+                    _keep(settings, known, given, keep_database)
             else:
                 _ready(web, None)  # it may ask for another token than the one that is told
             if keep_database:
@@ -124,7 +136,7 @@ def down(settings: Settings, *, say: Say = click.echo) -> list[str]:
     Names of what was running.
     """
     with _alone(settings):
-        ran = stop(backgrounds(settings.home))
+        ran = stop_all(settings.home)
         embedded = wiring.embedded(settings)
         if embedded is not None and embedded.stop():
             ran.append("database")
@@ -133,9 +145,9 @@ def down(settings: Settings, *, say: Say = click.echo) -> list[str]:
 
 
 def stop_part(settings: Settings, name: str) -> None:
-    """Stops one of them, as a restart of it begins."""
+    """Stops one of them, as a restart of it begins. The others are not kept until the next `up`."""
     with _alone(settings):
-        stop([Background(settings.home, name)])
+        stop([Background(settings.home, one) for one in (KEEPER, name)])
 
 
 def free_port() -> int:
@@ -185,20 +197,15 @@ def _keep_database(settings: Settings) -> None:
         embedded.release()
 
 
-def _missing(processes: list[Background]) -> list[Background]:
-    """What is to be started: what does not run."""
-    return [process for process in processes if not process.is_running()]
+def _missing(wanted: Sequence[Background]) -> set[str]:
+    """The names of those that do not run."""
+    return {process.name for process in wanted if not process.is_running()}
 
 
-def _start(settings: Settings, missing: list[Background], port: int, environment: Mapping[str, str]) -> None:
-    folder = dagster_folder(settings.home)
-    ownership.make_folder(folder)
-    ownership.write_text(folder / "dagster.yaml", _project_file(settings, "dagster.yaml"))
-    variables = settings.root / ".env"  # Dagster reads it in the working folder of its servers, for every run
-    if variables.exists() and (reason := ownership.exposure(settings.root, variables.name)):
-        raise _not_used(variables, reason)
+def _own_variables(settings: Settings) -> dict[str, str]:
+    """What the servers and their runs get besides the environment of `up`."""
     own = {
-        "DAGSTER_HOME": str(folder),
+        "DAGSTER_HOME": str(dagster_folder(settings.home)),
         "DAGSTER_EVENT_BATCH_SIZE": EVENTS_AT_ONCE,
         "FRESHNESS_DAEMON_INTERVAL_SECONDS": FRESHNESS_SECONDS,
         # A backfill waits while the settings cannot be loaded, as in the middle of an edit.
@@ -206,30 +213,54 @@ def _start(settings: Settings, missing: list[Background], port: int, environment
     }
     if settings.config_file is not None:
         own["FKS_CONFIG"] = str(settings.config_file)
-    for process in missing:
-        # What a killed one left behind is killed too: a worker that is asked to end says itself that its
-        # run has failed, while nobody is there to start it once more.
-        stop([process], at_once=not process.is_running())
-        if process.name == WEBSERVER:
-            _check_port(port)
-    code_socket, workspace = _code_socket(settings), folder / "workspace.yaml"
-    code_server.write_workspace(workspace, code_socket)
-    modules = {
-        CODE: [code_server.__name__, str(code_socket)],
-        WEBSERVER: [_GUARDED_WEBSERVER, str(port), str(workspace)],
-        DAEMON: [_DAEMON, str(workspace)],
-    }
-    for process in missing:
-        # The webserver alone needs the token. -P: a module in the working folder is not taken for Python's own.
-        kept = {k: v for k, v in environment.items() if process.name == WEBSERVER or k != "FKS_API_TOKEN"}
-        process.start(
-            [sys.executable, "-P", "-m", *modules[process.name]],
-            cwd=settings.root,
-            environment={**kept, **own},
-            port=port if process.name == WEBSERVER else 0,
-        )
-        if process.name == CODE:
-            _wait_for(process, code_socket)
+    return own
+
+
+def _workspace(settings: Settings) -> Path:
+    return dagster_folder(settings.home) / "workspace.yaml"
+
+
+def _parts(settings: Settings, port: int) -> list[Part]:
+    """All that `up` can start, in the order in which it is started."""
+    socket_of_code, workspace = str(_code_socket(settings)), str(_workspace(settings))
+    # -P: a module in the working folder is not taken for Python's own.
+    run, token = (sys.executable, "-P", "-m"), ("FKS_API_TOKEN",)  # the webserver alone needs it
+    return [
+        Part(CODE, (*run, _FORKING_SERVER, socket_of_code), withheld=token),
+        Part(WEBSERVER, (*run, _GUARDED_WEBSERVER, str(port), workspace), port),
+        Part(DAEMON, (*run, _DAEMON, workspace), withheld=token),
+    ]
+
+
+def _start(settings: Settings, missing: Sequence[Part], environment: Mapping[str, str]) -> None:
+    folder = dagster_folder(settings.home)
+    ownership.make_folder(folder)
+    ownership.write_text(folder / "dagster.yaml", _project_file(settings, "dagster.yaml"))
+    variables = settings.root / ".env"  # Dagster reads it in the working folder of its servers, for every run
+    if variables.exists() and (reason := ownership.exposure(settings.root, variables.name)):
+        raise _not_used(variables, reason)
+    for part in missing:
+        # What a killed one left behind is killed too: a worker that is asked to end reports itself that its
+        # run has failed, while nothing is there to start it once more.
+        stop([Background(settings.home, part.name)], at_once=True)
+        if part.name == WEBSERVER:
+            _check_port(part.port)
+    code_socket = _code_socket(settings)
+    code_server.write_workspace(_workspace(settings), code_socket)
+    for part in missing:
+        part.start(settings.home, settings.root, environment)
+        if part.name == CODE:
+            _wait_for(Background(settings.home, CODE), code_socket)
+
+
+def _keep(settings: Settings, parts: Sequence[Part], environment: Mapping[str, str], database: bool) -> None:
+    """Starts the keeper of those that run; none where nothing does."""
+    kept = tuple(part for part in parts if Background(settings.home, part.name).is_running())
+    if not kept:
+        return
+    Plan(settings.root, kept, None if wiring.embedded(settings) is None else database).write(settings.home)
+    command = (sys.executable, "-P", "-m", _KEEPER, str(settings.home))
+    Part(KEEPER, command).start(settings.home, settings.root, environment)
 
 
 def _project_file(settings: Settings, name: str) -> str:

@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dagster import EventLogEntry
 from dagster._config.config_schema import UserConfigSchema
 from dagster._core.execution.compute_logs import redirect_to_file
 from dagster._core.storage.compute_log_manager import CapturedLogContext, ComputeIOType
@@ -34,10 +33,11 @@ from dagster_postgres import (
 from dagster_postgres.utils import create_pg_engine
 
 from fks_backfill_dagster import ownership, wiring
+from fks_backfill_dagster.orchestration.lasting import make_lasting
 from fks_backfill_dagster.orchestration.servers import dagster_folder
 from fks_backfill_dagster.settings import Settings, load_settings
 from fks_backfill_dagster.store import sessions
-from fks_backfill_dagster.store.errors import Place, repeated
+from fks_backfill_dagster.store.errors import Place
 from fks_backfill_dagster.store.lending import DAGSTER_SCHEMA, keeps_connections, lend_schema
 
 _CONNECTIONS_KEPT = 2
@@ -93,6 +93,7 @@ class _InSchema:
     def __init__(self, place: DagsterPlace, makes_tables: bool) -> None:
         self._place = place
         super().__init__(place.url, makes_tables)  # type: ignore[call-arg]
+        make_lasting(self)
 
     @property
     def _engine(self) -> Any:
@@ -107,22 +108,11 @@ class _InSchema:
 
 
 class _Runs(_InSchema, PostgresRunStorage):
-    @repeated
-    def handle_run_event(self, *arguments: Any, **named: Any) -> None:
-        super().handle_run_event(*arguments, **named)
+    pass
 
 
 class _Events(_InSchema, PostgresEventLogStorage):
-    # Where the connection was lost after the write, an event is in the log twice. Otherwise the run would fail,
-    # though its candles are there.
-
-    @repeated
-    def store_event(self, event: EventLogEntry) -> None:
-        super().store_event(event)
-
-    @repeated
-    def store_event_batch(self, events: Sequence[EventLogEntry]) -> None:
-        super().store_event_batch(events)
+    pass
 
 
 class _Schedules(_InSchema, PostgresScheduleStorage):

@@ -7,8 +7,10 @@ here: starting the webserver (`servers`).
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode
@@ -22,11 +24,17 @@ _open = build_opener(ProxyHandler({})).open
 REPOSITORY = {"repositoryName": "__repository__", "repositoryLocationName": "fks_backfill"}
 """As workspace.yaml names it."""
 
+_PAUSE_SECONDS = 0.5
+
 FINISHED = frozenset({"SUCCESS", "FAILURE", "CANCELED"})
 
 
 class DagsterRefused(Exception):
     """The webserver does not answer, or says no; the text is its own."""
+
+
+class Unreachable(DagsterRefused):
+    """Nothing answers."""
 
 
 class WrongToken(DagsterRefused):
@@ -72,10 +80,12 @@ class CheckOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Webserver:
-    """The webserver at `url`, which asks for `token`; None: for none."""
+    """The webserver at `url`, which asks for `token`; None: for none. For `patience` seconds a query that nothing
+    answers is sent again: the keeper starts a webserver that was killed."""
 
     url: str
     token: str | None = field(default=None, repr=False)
+    patience: float = 0.0
 
     @property
     def visit(self) -> str:
@@ -84,6 +94,16 @@ class Webserver:
 
     def ask(self, query: str, **variables: object) -> dict[str, Any]:
         """The `data` of the answer. Raises DagsterRefused."""
+        deadline = time.monotonic() + self.patience
+        while True:
+            try:
+                return self._ask(query, variables)
+            except Unreachable:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(_PAUSE_SECONDS)
+
+    def _ask(self, query: str, variables: Mapping[str, object]) -> dict[str, Any]:
         body = json.dumps({"query": query, "variables": variables}).encode()
         headers = {"Content-Type": "application/json"}
         if self.token is not None:
@@ -98,8 +118,8 @@ class Webserver:
                     f"{self.url} asks for another token: FKS_API_TOKEN has to be as it was for `fks-backfill up`"
                 ) from None
             raise DagsterRefused(f"{self.url} answered {error.code}: {error.read()[:500]!r}") from None
-        except (URLError, OSError, ValueError) as error:
-            raise DagsterRefused(f"{self.url} does not answer: {error}") from None
+        except (URLError, HTTPException, OSError, ValueError) as error:
+            raise Unreachable(f"{self.url} does not answer: {error}") from None
         if answer.get("errors"):
             raise DagsterRefused("; ".join(error["message"] for error in answer["errors"]))
         data: dict[str, Any] = answer["data"]

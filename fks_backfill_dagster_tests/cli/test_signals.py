@@ -19,6 +19,7 @@ import pytest
 from fks_backfill_dagster.cli import launching
 from fks_backfill_dagster.cli.signals import Signals
 from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.embedded import EmbeddedPostgres
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster.store.database import Database
@@ -149,6 +150,7 @@ def test_a_demo_leaves_nothing_behind(settings: Path, tmp_path: Path, number: in
     assert running.returncode == 128 + number
     assert stderr.strip() == "Interrupted."
     until(lambda: not alive(home))
+    EmbeddedPostgres(home).remove()
 
 
 def alive(home: Path) -> list[int]:
@@ -197,6 +199,24 @@ def test_a_job_in_the_background_ignores_ctrl_c(hanging: LocalMarket) -> None:
         os.kill(job, signal.SIGTERM)
         _, stderr = shell.communicate(timeout=30)
     assert "Interrupted: what was committed stays" in stderr
+
+
+@pytest.mark.server
+def test_a_market_in_the_background_ends(settings: Path) -> None:
+    with subprocess.Popen(
+        ["/bin/sh", "-c", '"$@" & echo $!; wait $!', "sh", *COMMAND, "simulate", "--port", "0", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
+        text=True,
+    ) as shell:
+        assert shell.stdout is not None
+        job = int(shell.stdout.readline())
+        assert "".join(iter(shell.stdout.readline, "}\n"))
+        os.kill(job, signal.SIGTERM)
+        _, stderr = shell.communicate(timeout=30)
+    assert shell.returncode == 0
+    assert "Traceback" not in stderr
 
 
 @pytest.mark.parametrize("market_state", ["hangs", "is not reached"])

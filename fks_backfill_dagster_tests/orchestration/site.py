@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fks_backfill_dagster import wiring
+from fks_backfill_dagster.embedded import EmbeddedPostgres
 from fks_backfill_dagster.login import token_of
 from fks_backfill_dagster.orchestration import servers
 from fks_backfill_dagster.orchestration.processes import Background, Guard
@@ -170,3 +171,4 @@ def site(
             yield Site(settings, environment, market, servers.free_port())
         finally:
             servers.down(settings, say=lambda text: None)
+            EmbeddedPostgres(home).remove()  # as root it may lie outside of the home

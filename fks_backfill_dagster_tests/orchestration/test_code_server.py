@@ -1,4 +1,4 @@
-"""The code server that webserver and daemon share: it comes back when killed, and its forked workers obey."""
+"""The code server that webserver and daemon share: its forked workers obey, and it comes back when killed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 import pytest
 
 from fks_backfill_dagster.orchestration import code_server, servers
-from fks_backfill_dagster.orchestration.processes import Background, stop
+from fks_backfill_dagster.orchestration.processes import Background
 from fks_backfill_dagster.orchestration.servers import CODE
 from fks_backfill_dagster.orchestration.webserver import Webserver
 from fks_backfill_dagster.settings import CHECKOUT, Settings
@@ -26,11 +26,7 @@ from fks_backfill_dagster_tests.orchestration.test_servers import environment, f
 __all__ = ["environment", "settings"]
 
 
-def command(place: Path) -> list[str]:
-    return [sys.executable, "-m", code_server.__name__, str(place)]
-
-
-def listens(place: Path) -> bool:
+def answers(place: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(str(place)) == 0
 
@@ -42,38 +38,11 @@ def template_processes(code: Background) -> list[psutil.Process]:
     ]
 
 
-@pytest.fixture
-def code(environment: Mapping[str, str], tmp_path: Path) -> Iterator[Background]:
-    """One without webserver and daemon."""
-    made = Background(Path(environment["FKS_HOME"]), CODE)
-    place = code_server.socket_of(made.home)
-    code_server.make_folder(place.parent)
-    made.start(command(place), cwd=CHECKOUT, environment=environment, port=0)
-    until(lambda: listens(place))
-    yield made
-    stop([made])
-
-
-def test_a_killed_one_is_started_again(code: Background) -> None:
-    assert code.pid is not None
-    place, keeper = code_server.socket_of(code.home), psutil.Process(code.pid)
-    (server,) = keeper.children()
-    server.kill()
-    until(lambda: [child.pid for child in keeper.children()] not in ([], [server.pid]) and listens(place))
-    until(lambda: len(template_processes(code)) == 1)  # the old one's is gone
-
-    keeper.kill()
-    until(lambda: not code.is_running())
-    assert listens(place)
-    left = code.members()
-    assert stop([code]) == [CODE]
-    assert not any(lives(process) for process in left)
-
-
-def test_one_that_cannot_begin_ends_with_its_keeper(environment: Mapping[str, str], tmp_path: Path) -> None:
+def test_one_that_cannot_begin_ends(environment: Mapping[str, str], tmp_path: Path) -> None:
     place = tmp_path / "absent" / "code.sock"
+    command = [sys.executable, "-m", "fks_backfill_dagster.orchestration.forking_server", str(place)]
     done = subprocess.run(
-        command(place), cwd=CHECKOUT, env=dict(environment), capture_output=True, text=True, check=False
+        command, cwd=CHECKOUT, env=dict(environment), capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert str(place) in done.stderr
@@ -156,15 +125,16 @@ def test_its_workers_are_forks_that_can_be_told_to_end(
     until(lambda: status_of(web, run) == "CANCELED")
     until(lambda: not lives(worker))
 
-    # kill -9 of the whole of it: `up` starts that alone, at the socket where the others look for it.
+    # kill -9 of the whole of it: it is started again, at the socket where the others look for it.
     market.clear_faults()
     others = [Background(settings.home, name).pid for name in (servers.WEBSERVER, servers.DAEMON)]
+    before = code.pid
     for member in code.members():
         os.kill(member.pid, signal.SIGKILL)
-    until(lambda: not code.members())
-    code.record.unlink()  # as an `up` that failed leaves it
-    assert servers.up(settings, environment=environment, say=lambda text: None).started
+    until(lambda: code.is_running() and code.pid != before)
+    until(lambda: len(template_processes(code)) == 1)  # the old one's is gone
     assert [Background(settings.home, name).pid for name in (servers.WEBSERVER, servers.DAEMON)] == others
+    until(lambda: web.load_errors() == [] and answers(code_server.socket_of(settings.home)))
     again = launch(web)
     until(lambda: status_of(web, again) == "SUCCESS")
 

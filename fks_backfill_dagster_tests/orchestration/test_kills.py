@@ -1,24 +1,36 @@
-"""kill -9 while a backfill runs: of the run's worker alone, and of everything but the webserver.
+"""kill -9 while a backfill runs: of the run's worker alone, of everything but the webserver, and of one server after
+the other.
 
-The market holds up the last month for longer than a test takes: the others are committed when the worker is
-killed, so a retry has that month to fetch and nothing else.
+In most cases the market holds up the last month for longer than a test takes: the others are committed when the
+worker is killed, so a retry has that month to fetch and nothing else.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import psutil
 import pytest
 
-from fks_backfill_dagster.orchestration.processes import backgrounds
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.embedded import EmbeddedPostgres
+from fks_backfill_dagster.orchestration import launching
+from fks_backfill_dagster.orchestration.processes import KEEPER, Background, backgrounds
 from fks_backfill_dagster.orchestration.servers import CODE, DAEMON, WEBSERVER, stop_part
 from fks_backfill_dagster.orchestration.webserver import Run
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
-from fks_backfill_dagster.store.reading import batches
+from fks_backfill_dagster.simulator.config import instant
+from fks_backfill_dagster.store.reading import batches, read_candles
 from fks_backfill_dagster_tests.orchestration.site import Site, site
 
 SYMBOLS = ("BTC/USDT", "ETH/USDT", "SOL/USDT")
@@ -128,7 +140,8 @@ def test_a_worker_killed_with_everything_but_the_webserver(running: Site) -> Non
     """Nobody is left who could notice: it is the next daemon's to find out."""
     held = backfill_and_hold(running, "ETH/USDT")
     groups = [group for group in backgrounds(running.settings.home) if group.name != WEBSERVER]
-    victims = sorted((one for group in groups for one in group.members()), key=lambda one: one.pid)
+    groups.sort(key=lambda group: group.name != KEEPER)  # it would start the others again
+    victims = [one for group in groups for one in sorted(group.members(), key=lambda one: one.pid)]
     assert held.worker in victims
     for victim in victims:  # whoever started a process before the process
         with suppress(psutil.NoSuchProcess):
@@ -142,13 +155,71 @@ def test_a_worker_killed_with_everything_but_the_webserver(running: Site) -> Non
 # On a busy machine Dagster's retry may look at the run between its event of failure and its status, and then
 # gives up ("a run that is not failed"): seen once.
 @pytest.mark.slow
-def test_a_worker_whose_code_server_is_killed_with_its_keeper(running: Site) -> None:
-    """The webserver has seen that nobody answers there; `up` brings both back, and the run with them."""
+def test_a_worker_whose_code_server_is_killed(running: Site) -> None:
+    """It is started again, without the worker, and the run as well."""
     held = backfill_and_hold(running, "SOL/USDT")
     (code,) = [group for group in backgrounds(running.settings.home) if group.name == CODE]
-    assert code.pid is not None
-    psutil.Process(code.pid).kill()
+    before = code.pid
+    assert before is not None
+    psutil.Process(before).kill()
     recover(running)
-    running.up()
-    assert running.web.load_errors() == []
+    running.until(lambda: code.is_running() and code.pid != before)
     held.lost_and_tried_again()
+    assert running.web.load_errors() == []
+
+
+# One server after the other -----------------------------------------------------------------------------
+
+LONG = TimeRange(instant("2019-01-01"), instant("2024-01-01"))
+
+
+def postmaster(made: Site) -> int | None:
+    """Its pid, found without starting it."""
+    return EmbeddedPostgres(made.settings.home).status().pid
+
+
+def leader(made: Site, name: str) -> int | None:
+    process = Background(made.settings.home, name)
+    return process.pid if process.is_running() else None
+
+
+def stored(made: Site) -> int:
+    with made.database() as database:
+        return sum(one.inserted for one in batches(database))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_server_is_killed_while_a_backfill_runs(tmp_path: Path) -> None:
+    """It ends complete, and whoever watches it sees that; nothing is started by hand."""
+    servers: dict[str, Callable[[Site], int | None]] = {"postmaster": postmaster}
+    servers |= {name: partial(leader, name=name) for name in (WEBSERVER, DAEMON, CODE)}
+    with (
+        LocalMarket(MarketConfig(limits=False, latency=1.0), process=True) as market,
+        site(tmp_path / "home", market, SYMBOLS, "15m", "2019-01-01") as made,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        made.up(WEBSERVER)
+        orders = [launching.order(made.settings, series, LONG) for series in made.settings.series()]
+        backfill = launching.start(made.web, orders)
+        made.up()
+        watched = thread.submit(launching.watch, made.web, backfill, orders, lambda seen: None)
+        for find in servers.values():
+            before, pid = stored(made), find(made)
+            made.until(lambda: stored(made) > before)  # noqa: B023
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            deadline = time.monotonic() + 60
+            while find(made) in (None, pid):
+                assert time.monotonic() < deadline, "it is not started again"
+                time.sleep(0.1)
+        assert not watched.done()
+        assert watched.result(600).succeeded
+        with made.database() as database:
+            for one in orders:
+                found = read_candles(database, one.series, LONG)
+                truth = market.truth("binance", one.series.symbol.replace("/", ""), Timeframe.M15, LONG)
+                assert all(
+                    (ours == theirs).all()
+                    for ours, theirs in zip(found.columns(), truth.columns(), strict=True)
+                )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
 from dagster._core.launcher import WorkerStatus
 from dagster._core.storage.tags import GRPC_INFO_TAG, WILL_RETRY_TAG
 
+from fks_backfill_dagster.orchestration import code_server
 from fks_backfill_dagster.orchestration.launcher import WatchedRunLauncher
+from fks_backfill_dagster.orchestration.processes import KEEPER, MARK, Background, stop
 
 
 def status_of(tags: dict[str, str]) -> WorkerStatus:
@@ -21,6 +24,20 @@ def status_of(tags: dict[str, str]) -> WorkerStatus:
 def test_nobody_at_its_address_means_gone(tmp_path: Path) -> None:
     told = {"host": "localhost", "socket": str(tmp_path / "gone")}
     assert status_of({GRPC_INFO_TAG: json.dumps(told)}) is WorkerStatus.NOT_FOUND
+
+
+@pytest.mark.server
+def test_one_that_its_keeper_starts_again_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MARK, str(tmp_path))
+    tags = {GRPC_INFO_TAG: json.dumps({"host": "localhost", "socket": str(code_server.socket_of(tmp_path))})}
+    assert status_of(tags) is WorkerStatus.NOT_FOUND
+    keeper = Background(tmp_path, KEEPER)
+    keeper.start(["/bin/sleep", "60"], cwd=tmp_path, environment=os.environ, port=0)
+    assert status_of(tags) is WorkerStatus.RUNNING
+    stop([keeper])
+    assert status_of(tags) is WorkerStatus.NOT_FOUND
 
 
 def test_a_run_that_no_code_server_launched_is_left_alone() -> None:

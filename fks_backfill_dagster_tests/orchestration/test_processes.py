@@ -124,6 +124,33 @@ def test_what_it_and_its_children_write_is_for_us_alone(home: Path) -> None:
     assert {name: (home / name).stat().st_mode & 0o777 for name in modes} == modes
 
 
+_STARTS = """
+import os, signal, sys, time
+from pathlib import Path
+from fks_backfill_dagster.orchestration.processes import Background, stop
+home = Path(sys.argv[1])
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+server = Background(home, "server")
+server.start([sys.executable, "-c", sys.argv[2]], cwd=home, environment=os.environ, port=0)
+while "\\n" not in server.last_words():
+    time.sleep(0.02)
+print(server.last_words(), [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)])
+stop([server])
+"""
+
+
+def test_one_that_a_background_job_has_started_ends_by_signals(home: Path) -> None:
+    """A shell without job control starts it with SIGINT ignored, and children inherit that."""
+    shown = (
+        "import signal, time; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler);"
+        " print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", _STARTS, str(home), shown]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT, check=True, timeout=60)
+    assert done.stdout == "True\nTrue [True, True]\n"
+
+
 def test_a_log_that_is_a_link_is_not_written(home: Path) -> None:
     victim = home / "victim"
     victim.write_text("precious")

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.embedded import EmbeddedPostgres
 from fks_backfill_dagster.orchestration import servers
-from fks_backfill_dagster.orchestration.processes import Background, backgrounds, stop
+from fks_backfill_dagster.orchestration.processes import KEEPER, Background, backgrounds, stop_all
 from fks_backfill_dagster.orchestration.servers import CODE, DAEMON, WEBSERVER, ServersError
 from fks_backfill_dagster.orchestration.webserver import DagsterRefused, Run, Webserver
 from fks_backfill_dagster.settings import CHECKOUT, Settings, load_settings
@@ -59,7 +60,7 @@ def open_home() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="fks-")).resolve()
     folder.chmod(0o755)
     yield folder / ".fks"
-    stop(backgrounds(folder / ".fks"))
+    stop_all(folder / ".fks")
     EmbeddedPostgres(folder / ".fks").remove()
     shutil.rmtree(folder)
 
@@ -68,7 +69,7 @@ def open_home() -> Iterator[Path]:
 def settings(environment: dict[str, str]) -> Iterator[Settings]:
     made = load_settings(environment, CHECKOUT)
     yield made
-    stop(backgrounds(made.home))
+    stop_all(made.home)
 
 
 def free_port() -> int:
@@ -107,7 +108,11 @@ def ended(web: Webserver, backfill: str, assets: int) -> list[Run]:
 
 
 def test_from_up_to_down(
-    settings: Settings, environment: Mapping[str, str], market: LocalMarket, empty_database_url: str
+    settings: Settings,
+    environment: Mapping[str, str],
+    market: LocalMarket,
+    empty_database_url: str,
+    background_job: None,
 ) -> None:
     said: list[str] = []
     port = free_port()
@@ -167,22 +172,41 @@ def test_from_up_to_down(
     found = {o.name: o.passed for o in web.check_outcomes(("ohlcv", "BTC_USDT", "15m"))}
     assert found == {"ohlc_sanity": True, "completeness": True, "data_freshness": False}  # of January 2024
 
-    # kill -9 of one: `up` starts that one, `down` leaves nothing of any.
+    # kill -9 of one: it is started again; `down` leaves nothing of any.
     daemon = Background(settings.home, DAEMON)
-    survivor = Background(settings.home, WEBSERVER).pid
-    assert daemon.pid is not None
-    os.kill(daemon.pid, signal.SIGKILL)
-    assert servers.up(settings, port=port, environment=environment, say=said.append).started
-    assert daemon.is_running()
+    survivor, before = Background(settings.home, WEBSERVER).pid, daemon.pid
+    assert before is not None
+    os.kill(before, signal.SIGKILL)
+    until(lambda: daemon.is_running() and daemon.pid != before)
     assert Background(settings.home, WEBSERVER).pid == survivor
-    os.kill(daemon.pid, signal.SIGKILL)
-    until(lambda: not daemon.is_running())
-    groups = [Background(settings.home, name) for name in (CODE, DAEMON, WEBSERVER)]
-    assert servers.down(settings, say=said.append) == [CODE, WEBSERVER]
+    groups = [Background(settings.home, name) for name in (KEEPER, CODE, DAEMON, WEBSERVER)]
+    assert not any(ignored(group.pid) for group in groups)
+    assert servers.down(settings, say=said.append) == [CODE, DAEMON, WEBSERVER]
     assert not any(group.members() for group in groups)
     assert not web.answers()
     assert servers.down(settings, say=said.append) == []
     assert said[-1] == "Nothing was running."
+
+    logs = [path for path in settings.home.rglob("*") if path.suffix in (".log", ".out", ".err")]
+    assert {path.stem for path in logs} >= {KEEPER, CODE, DAEMON, WEBSERVER}
+    assert [path for path in logs if b"\x1b" in path.read_bytes()] == []
+
+
+def ignored(pid: int | None) -> set[int]:
+    """Those of SIGINT and SIGTERM that a process ignores."""
+    if sys.platform != "linux":
+        return set()
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line[:7] == "SigIgn:"]
+    mask = int(line.split()[1], 16)
+    return {number for number in (signal.SIGINT, signal.SIGTERM) if mask & 1 << number - 1}
+
+
+@pytest.fixture
+def background_job() -> Iterator[None]:
+    """As a shell without job control starts a job in the background: Dagster would ignore SIGTERM as well."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_port_in_use_is_named_and_nothing_is_left(

@@ -10,6 +10,7 @@ import asyncio
 import json
 import multiprocessing
 import random
+import signal
 import threading
 import time
 import urllib.request
@@ -90,6 +91,7 @@ def counting_server(delay: float = 0.0) -> Iterator[CountingServer]:
 
 
 def _serve(told: Connection, delay: float) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever started it may ignore it, and ends it by it
     asyncio.run(_serving(told, delay))
 
 
