@@ -19,7 +19,7 @@ from typing import Any
 
 from dagster_postgres.utils import DagsterPostgresException
 
-from fks_backfill_dagster.store.errors import DatabaseUnavailable
+from fks_backfill_dagster.store.errors import DatabaseUnavailable, UnsuitableServer
 
 AWAY_SECONDS = 120.0
 """A database that was killed may have to read minutes of its log first."""
@@ -63,6 +63,6 @@ def is_away(error: Exception) -> bool:
     if isinstance(
         error, DagsterPostgresException | DatabaseUnavailable
     ):  # "too many retries for DB connection"
-        return True
+        return not isinstance(error, UnsuitableServer)
     state = getattr(getattr(error, "orig", None), "pgcode", None) or ""
     return bool(getattr(error, "connection_invalidated", False)) or state.startswith(_AWAY)
