@@ -132,7 +132,7 @@ def test_from_up_to_down(
     )
     with pytest.raises(ServersError, match=rf"Dagster is up at {first.url}, and goes on there, not at port"):
         servers.up(settings, port=free_port(), environment=environment, say=said.append)
-    assert {one.name for one in backgrounds(settings.home)} == {CODE, WEBSERVER}
+    assert {one.name for one in backgrounds(settings.home)} == {CODE, WEBSERVER, KEEPER}
     second = servers.up(settings, environment=environment, say=said.append)
     assert (second.url, second.started) == (first.url, True)
     third = servers.up(settings, port=port, environment=environment, say=said.append)
