@@ -47,7 +47,7 @@ def read_candles(
     A frame with the float columns open, high, low, close, volume (NaN: the source has none) and a
     DatetimeIndex `ts` in UTC, the candles' opens. Without `start` or `end` there is no bound.
     Moments are datetimes or ISO 8601 text, UTC where no zone is given. With `as_of`: what this
-    database held at that moment, and the same `as_of` gives the same frame for ever. A standby refuses
+    database held at that moment, and the same `as_of` always gives the same frame. A standby refuses
     `as_of`: it gets commits later than the primary server, so the frame could change.
 
     `url` is a PostgreSQL URL; without it the settings decide (FKS_DATABASE_URL, else the embedded

@@ -1,4 +1,4 @@
-"""The past of an exchange calendar as a value that can be kept, and compared with what its library says later.
+"""The past of an exchange calendar as a value that can be kept, and compared with a later version of its library.
 
 A calendar library corrects the past: a closure that was announced on short notice, an early close, a rule of a
 year long ago. The grid of every series of that calendar changes with it, and nothing stored does. So the sessions
@@ -86,7 +86,7 @@ class Difference:
 
 @lru_cache(maxsize=256)
 def past_sessions(calendar: str, until: int) -> PastSessions:
-    """What the library says of the sessions dated before `until` (00:00 UTC of a date, microseconds).
+    """The library's sessions dated before `until` (00:00 UTC of a date, microseconds).
 
     Raises ValueError for a calendar that is unknown or cannot be made.
     """

@@ -113,7 +113,7 @@ def remove(cluster: Cluster) -> None:
             " candles are to go"
         )
     try:
-        # The files below belong to an account that nobody is, the folder itself to root.
+        # The files below belong to a uid without an account, the folder itself to root.
         shutil.rmtree(cluster.folder)
     except OSError as error:
         raise explain(error, cluster.folder) from error

@@ -76,7 +76,7 @@ def with_repeated(
         opens = response.opens
         old = holding_rejected(opens, [rows.take(known) for rows, known in mine], grid)
         new = holding_rejected(opens, [rows.take(~known) for rows, known in mine], grid)
-        # A whole response of another symbol is rejected: what it lacks has no row of its own.
+        # A whole response of another symbol is rejected: its missing candles have no rows of their own.
         bare = ~(old | new)
         same = (old & ~new) | (bare & (old.any() and not new.any()))
         again = replace(

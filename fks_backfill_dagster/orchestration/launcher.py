@@ -3,7 +3,7 @@
 Dagster's own launcher cannot, so a run whose code server was killed would stay "started" for ever. The
 code server that launched a run is asked; where nobody answers at its address any more, or it does not
 know the run, the worker is gone. Run monitoring (dagster.yaml) fails such a run, and it is tried again.
-While the keeper starts the code server again the run is left alone: Dagster would give up its retry, for it
+While the keeper restarts the code server the run counts as running: Dagster would give up its retry, for it
 launches that at once and cannot without a code server.
 
 Dagster writes down that a failed run will be tried again a moment after it has failed. The daemon's

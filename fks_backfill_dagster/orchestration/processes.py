@@ -39,7 +39,7 @@ MARK = "FKS_HOME"
 """The variable that every process of a home carries, and all that it starts inherit."""
 
 _PLAIN = {"NO_COLOR": "1", "PYTHON_COLORS": "0"}
-"""Its output is a file, whatever the terminal of this process is told by FORCE_COLOR."""
+"""Its output is a file, also where FORCE_COLOR is set for the terminal of this process."""
 
 STOP_SECONDS = 15.0
 """For a run worker to report that it was interrupted, and a code server to end. Then they are killed."""

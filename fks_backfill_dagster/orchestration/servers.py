@@ -123,7 +123,7 @@ def up(
                 finally:
                     _keep(settings, known, given, keep_database)
             else:
-                _ready(web, None)  # it may ask for another token than the one that is told
+                _ready(web, None)  # it may require another token than the one that is reported
             if keep_database:
                 _keep_database(settings)
         _tell(settings, running, say)

@@ -86,7 +86,7 @@ class DagsterPlace:
 class _InSchema:
     """One of Dagster's three storages, on connections that begin as ours do and find the schema by their search_path.
 
-    Dagster makes its engines from the URL by itself, another one for the webserver: each is attached here. All that
+    Dagster makes its engines from the URL, another one for the webserver: each is attached here. All that
     is not for the webserver share one.
     """
 

@@ -1,4 +1,4 @@
-"""Whether an exchange calendar still says of the past what the database was filled by.
+"""Whether the past sessions of an exchange calendar are still those by which the database was filled.
 
 An update of the calendar library can add sessions to the past, take some out, or change their hours. Nothing that
 is stored follows by that alone: the sessions are recorded per calendar, a difference that concerns something
@@ -34,7 +34,7 @@ LIBRARY = "exchange-calendars"
 
 @dataclass(frozen=True, slots=True)
 class CalendarChange:
-    """A calendar that says otherwise of the past than the one that these series were synced by."""
+    """A calendar whose past sessions differ from those by which these series were synced."""
 
     recorded: RecordedCalendar
     difference: Difference
@@ -62,7 +62,7 @@ def calendar_change(database: Database, name: str) -> CalendarChange | None:
 def calendar_changes(database: Database, series: Iterable[Series]) -> dict[Series, CalendarChange]:
     """The series that a changed calendar concerns: one statement where none has changed. Changes nothing.
 
-    A calendar that the library does not have any more is left out: its series cannot be synced, and say so.
+    A calendar that the library no longer has is left out: the syncs of its series fail and name it.
     """
     stocks = [one for one in series if one.asset_class is AssetClass.STOCKS]
     if not stocks:
@@ -129,7 +129,7 @@ def _record(database: Database, name: str, until: int, replaces: RecordedCalenda
 def accept_calendar(database: Database, change: CalendarChange, now: int) -> None:
     """Records the calendar as it is now; the ledger of its series is then for an audit to settle.
 
-    Raises StoreError where somebody has recorded another one meanwhile.
+    Raises StoreError where another process has recorded one meanwhile.
     """
     name, until = change.recorded.name, max(start_of_day(now), change.recorded.until)
     with database.begin() as connection:

@@ -73,7 +73,7 @@ class ProviderAnswer:
     lacking: the wanted candles that it did not give; of these `confirmed` are absent in two complete
     responses with candles on both sides (or when the market was closed), `partial` are derived candles of
     which parts are absent, with a sentence each, and `pending` are not closed yet by its own clock. absent: what
-    it confirmed to lack, as ranges of time, parts included.
+    it confirmed as missing, as ranges of time, parts included.
     error: why the second request failed, if it did: then nothing is confirmed.
     """
 
@@ -99,7 +99,7 @@ def request_range(provider: Provider, asked: RangeRequest) -> ProviderAnswer:
 
     Raises ProviderError when the first request fails, and Contradiction when its responses contradict one another,
     all of it requested again once: then which of them are right is unknown. ClocksDiffer when its clock and ours
-    are more than MOST_APART apart, and one of them alone says that wanted candles are closed.
+    are more than MOST_APART apart, and by one of them alone wanted candles are closed.
     """
     try:
         return _request(provider, asked)

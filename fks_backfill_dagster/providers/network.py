@@ -128,7 +128,7 @@ class Refusal:
 
 
 def refusal_of(error: requests.RequestException, place: str) -> Refusal | None:
-    """What a failed request says of the proxy, if it failed there."""
+    """The proxy's part in a failed request; None if it failed elsewhere."""
     proxy = proxy_of(place)
     if proxy is None:
         return None
@@ -141,10 +141,10 @@ def refusal_of(error: requests.RequestException, place: str) -> Refusal | None:
         return None
     cause = error.args[0] if error.args else None
     reason = cause.reason if isinstance(cause, MaxRetryError) else cause
-    said = str(getattr(reason, "original_error", reason))
-    tunnel = re.search(r"Tunnel connection failed: ([0-9]{3}) ?(.*)", said)
+    text = str(getattr(reason, "original_error", reason))
+    tunnel = re.search(r"Tunnel connection failed: ([0-9]{3}) ?(.*)", text)
     if tunnel is None:
-        why = said.rpartition(": ")[2] or "no connection"
+        why = text.rpartition(": ")[2] or "no connection"
         return Refusal(
             f"{proxy} cannot be reached ({why}): correct that variable, or name {host} in NO_PROXY"
         )

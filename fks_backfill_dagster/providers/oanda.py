@@ -211,7 +211,7 @@ class Oanda:
 
         def attempt() -> Candles:
             reply = self._client.exchange(url, query)
-            tally.closed_by(reply.headers, self._clock())  # its own flag tells which candles are closed
+            tally.closed_by(reply.headers, self._clock())  # its own flag marks the closed candles
             if reply.status != 200:
                 raise self._failure(reply, instrument)
             return self._read(reply, instrument, query["granularity"])

@@ -60,7 +60,7 @@ class Chain:
         if self.idle > _IDLE_PAGES:
             raise BadAnswer(
                 self.provider,
-                f"{self.place} leads from page to page, and the last {self.idle} of {self.pages:,} pages brought no"
+                f"{self.place} leads from page to page, and the last {self.idle} of {self.pages:,} pages had no"
                 " newer bar",
             )
         most_pages, most_rows = (
@@ -70,7 +70,7 @@ class Chain:
         if self.pages > most_pages or self.rows > most_rows:
             raise BadAnswer(
                 self.provider,
-                f"{self.place} leads from page to page: {self.pages:,} pages brought {self.rows:,} bars, for a range"
+                f"{self.place} leads from page to page: {self.pages:,} pages had {self.rows:,} bars, for a range"
                 f" of at most {self.candles:,}",
             )
         return newest is not None and newest >= self.window.end

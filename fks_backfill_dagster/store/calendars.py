@@ -58,7 +58,7 @@ def record(
     connection: sa.Connection, name: str, until: int, past: PastSessions, library: str, replaces: str | None
 ) -> bool:
     """Keeps a calendar where the row still has the digest `replaces` (None: where there is no row); whether it
-    did. Somebody else may have kept another one meanwhile."""
+    did. Another process may have recorded one meanwhile."""
     table = schema.calendar
     row = {
         "until": to_datetime(until).date(),

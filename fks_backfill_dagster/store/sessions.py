@@ -1,5 +1,5 @@
 """How every connection begins: with patience for a server that recovers, and with the settings that this program
-relies on, whatever the server, the database, the role or the URL says.
+relies on, whatever the settings of the server, the database, the role or the URL.
 
 Belongs here: what holds for all connections, those of `database` (psycopg) and those of Dagster (psycopg2).
 Does not belong here: transactions (`database`), the sentences of errors (`errors`).

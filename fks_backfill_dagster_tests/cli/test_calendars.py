@@ -32,7 +32,7 @@ def close(settings: Path, dates: str = "") -> None:
 
 @pytest.fixture
 def typhoon(world: LocalMarket, settings: Path) -> LocalMarket:
-    """Two days that nobody has and that the calendar calls sessions."""
+    """Two days that no provider has and that the calendar calls sessions."""
     close(settings)
     for day in ("2024-03-08", "2024-03-13"):
         world.plant_outage("polygon", TimeRange(instant(day), instant(f"{day}T23:00")))

@@ -1,4 +1,4 @@
-"""The keeper: what ends is started again, at growing distances and not for ever; nothing after `stop`.
+"""The keeper: what ends is started again, at growing distances, until it is given up; nothing after `stop`.
 
 The servers here are small ones. With Dagster's own: test_servers.py (the daemon), test_kills.py (all of them).
 """

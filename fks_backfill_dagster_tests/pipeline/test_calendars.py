@@ -1,4 +1,4 @@
-"""A new version of the calendar library says otherwise of the past: reported, and settled when it is accepted."""
+"""A new version of the calendar library changes past sessions: reported, and settled when it is accepted."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_session_that_is_new(database: Database, market: LocalMarket, update: 
 
 
 def test_sessions_that_are_gone_or_shorter(database: Database, market: LocalMarket, update: Update) -> None:
-    """A day that nobody has, one that is stored, and the hours after an early close."""
+    """A day that no provider has, one that is stored, and the hours after an early close."""
     context = market_of(database, market)
     lost = days("2024-03-08", "2024-03-09")
     market.plant_outage("polygon", lost)

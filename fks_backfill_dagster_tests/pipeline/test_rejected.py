@@ -86,7 +86,7 @@ def test_other_rows_than_before_explain_nothing(database: Database, market: Loca
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_a_short_gap_with_rows_is_not_tolerated(database: Database, market: LocalMarket, case: Case) -> None:
-    """It is requested again by itself: the rows may be mended one day."""
+    """It is requested again on schedule: the rows may be mended one day."""
     context = replace(context_with(database, market, case), max_gap_minutes=10_000)
     planted(market, case, "negative", TimeRange(ROWS.start, ROWS.start + 2 * MICROS_PER_MINUTE))
     for status in (GapStatus.OPEN, GapStatus.UNAVAILABLE, GapStatus.UNAVAILABLE):
@@ -97,7 +97,7 @@ def test_a_short_gap_with_rows_is_not_tolerated(database: Database, market: Loca
 
 
 def test_an_interval_with_rows_is_no_no_trade_interval(database: Database, market: LocalMarket) -> None:
-    """The row of one provider is bad, another one that omits intervals without trades lacks it."""
+    """The row of one provider is bad, another one that omits intervals without trades does not have it."""
     apple = Series("AAPL", Timeframe.M1, AssetClass.STOCKS)
     polygon, yahoo = Case("polygon", "polygon", apple, DAY), Case("yfinance", "yahoo", apple, DAY)
     quiet = market.truth("polygon", "AAPL", Timeframe.M1, DAY).ts

@@ -106,7 +106,7 @@ class TestChain:
         made.is_done(page(0, 1, 2).ts)
         for _ in range(3):
             made.is_done(again.ts)
-        with pytest.raises(BadAnswer, match="the last 4 of 5 pages brought no newer bar"):
+        with pytest.raises(BadAnswer, match="the last 4 of 5 pages had no newer bar"):
             made.is_done(again.ts)
 
     def test_a_newer_bar_ends_a_stretch_without_one(self) -> None:
@@ -121,7 +121,7 @@ class TestChain:
         made = chain(100)
         for minute in range(20):
             made.is_done(page(minute).ts)
-        with pytest.raises(BadAnswer, match="21 pages brought 21 bars, for a range of at most 100"):
+        with pytest.raises(BadAnswer, match="21 pages had 21 bars, for a range of at most 100"):
             made.is_done(page(20).ts)
 
     def test_as_many_rows_as_the_range_can_hold(self) -> None:
@@ -129,5 +129,5 @@ class TestChain:
         made = chain(100, 50)
         for minute in range(50, 55):
             made.is_done(page(*range(minute)).ts)
-        with pytest.raises(BadAnswer, match="6 pages brought 315 bars, for a range of at most 100"):
+        with pytest.raises(BadAnswer, match="6 pages had 315 bars, for a range of at most 100"):
             made.is_done(page(*range(55)).ts)

@@ -546,7 +546,7 @@ class TestLies:
 
         with serve(same) as server:
             provider = make("polygon", server.url, key=KEY, requests_per_minute=1000)
-            with pytest.raises(BadAnswer, match="the last 4 of 5 pages brought no newer bar") as caught:
+            with pytest.raises(BadAnswer, match="the last 4 of 5 pages had no newer bar") as caught:
                 provider.fetch(crypto(), WINDOW)
             assert caught.value.requests == len(server.requests) == 5
 
