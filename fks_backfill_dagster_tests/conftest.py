@@ -51,7 +51,7 @@ _SERVER_EVENTS = frozenset(
     )
 )
 _quick = False
-"""Whether the running test is one without the mark."""
+"""Whether the running test is one without the mark, and not slow: `make test-fast` runs it."""
 
 
 def _refuse_servers(event: str, _: object) -> None:
@@ -116,7 +116,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     global _quick
-    _quick = item.get_closest_marker("server") is None
+    _quick = not any(item.get_closest_marker(name) for name in ("server", "slow"))
     try:
         return (yield)
     finally:
