@@ -5,10 +5,10 @@
 A browser sends requests from any page that its user visits, also to servers on the loopback address, with
 the user's cookies. So a request must be meant for this server, come from a page of its own or from no page,
 and be of a kind that a page of another site cannot send without a preflight (`application/json`). Then its sender
-has to know the token.
+has to know the token, or to be a process of the account that is let in without.
 
 Belongs here: what is refused, with which status and sentence, and the headers of every answer. Does not belong
-here: where the token is kept (`login`), the routes (the servers).
+here: where the token is kept (`login`), whose a connection is (`peers`), the routes (the servers).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequen
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
+
+from fks_backfill_dagster.peers import Address, account_of
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -33,6 +35,9 @@ TOKEN = "token"  # noqa: S105 - the name of a parameter
 """The name of the token in the query of a first visit."""
 
 JSON = "application/json"
+
+_FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
+"""Headers that a proxy adds: the process that has connected is not the one that has sent the request."""
 
 _PORTS = {"http": "80", "https": "443"}
 
@@ -53,7 +58,8 @@ class Rules:
     token: what a request has to carry; None: the other checks alone count. cookie: the name of the cookie
     that stands for the token. hosts: names of the server besides the loopback ones. posts: beginnings of paths
     that take POST with JSON and nothing else; every other path takes GET and HEAD. closed: beginnings of paths
-    that are refused. advice: the sentence of a 401.
+    that are refused. owner: the account whose own processes on this machine need no token; None: all need it.
+    advice: the sentence of a 401.
     """
 
     token: str | None
@@ -61,6 +67,7 @@ class Rules:
     hosts: frozenset[str] = frozenset()
     posts: tuple[str, ...] = ()
     closed: tuple[str, ...] = ()
+    owner: int | None = None
     advice: str = "Open the address that `fks-backfill up` prints: it holds the token."
 
 
@@ -102,7 +109,10 @@ class Guard:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the questions are about. `headers` by lower-case name, all values of each."""
+    """What the questions are about. `headers` by lower-case name, all values of each.
+
+    client, server: the two ends of the connection; None where there is none, or not over IPv4.
+    """
 
     method: str
     path: str
@@ -110,6 +120,8 @@ class Request:
     query: str
     headers: Mapping[str, tuple[str, ...]]
     websocket: bool = False
+    client: Address | None = None
+    server: Address | None = None
 
     @classmethod
     def of(cls, scope: Scope) -> Request:
@@ -125,6 +137,8 @@ class Request:
             query=scope.get("query_string", b"").decode("latin-1"),
             headers=headers,
             websocket=scope["type"] == "websocket",
+            client=_address(scope.get("client")),
+            server=_address(scope.get("server")),
         )
 
     def one(self, name: str) -> str | None:
@@ -162,14 +176,31 @@ def refusal(request: Request, rules: Rules) -> Refusal | None:
 
 
 def is_known(request: Request, rules: Rules) -> bool:
-    """Whether the sender knows the token, by a header of its own or by the cookie of an earlier visit."""
-    if rules.token is None:
+    """Whether the sender knows the token, by a header or by the cookie of an earlier visit, or needs none."""
+    if rules.token is None or (rules.owner is not None and _is_of(rules.owner, request)):
         return True
     scheme, _, credentials = (request.one("authorization") or "").partition(" ")
     if scheme.lower() == "bearer" and is_same(credentials.strip(), rules.token):
         return True
     wanted = cookie_value(rules.token)
     return any(is_same(value, wanted) for value in _cookies(request, rules.cookie))
+
+
+def _is_of(owner: int, request: Request) -> bool:
+    """Whether a process of this account, on this machine, has sent the request itself.
+
+    A proxy of the same account passes on requests of anyone: it is known by its headers, or by a Host that is not a
+    loopback name.
+    """
+    if (
+        request.client is None
+        or request.server is None
+        or any(name in request.headers for name in _FORWARDED)
+    ):
+        return False
+    if _name(request.one("host") or "") not in LOOPBACK:
+        return False
+    return account_of(request.client, request.server) == owner
 
 
 def is_same(given: str | None, wanted: str) -> bool:
@@ -180,6 +211,11 @@ def is_same(given: str | None, wanted: str) -> bool:
 def cookie_value(token: str) -> str:
     """What a browser keeps in the token's place: it opens the pages, and does not show the token."""
     return hmac.new(token.encode(), b"cookie of a visit", hashlib.sha256).hexdigest()
+
+
+def _address(found: Sequence[Any] | None) -> Address | None:
+    """One end of a connection as ASGI has it: a host and a port, or the path of a Unix socket and no port."""
+    return None if not found or found[1] is None else (str(found[0]), int(found[1]))
 
 
 def _name(host: str) -> str:

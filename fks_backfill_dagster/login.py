@@ -8,12 +8,13 @@ Does not belong here: what the token opens (`guard`).
 
 from __future__ import annotations
 
+import os
 import secrets
 from contextlib import suppress
 from pathlib import Path
 
 from fks_backfill_dagster import ownership
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings import OTHERS, Settings
 
 
 def token_of(settings: Settings) -> str | None:
@@ -25,6 +26,14 @@ def token_of(settings: Settings) -> str | None:
     with suppress(FileNotFoundError):
         return _file(settings.home).read_text().strip() or None
     return None
+
+
+def owner_of(settings: Settings) -> int | None:
+    """The account whose own processes need no token; None where all need it, or nobody does.
+
+    A token that was configured is one that its user wants to be asked for.
+    """
+    return os.geteuid() if settings.webserver.login == OTHERS and settings.api_token is None else None
 
 
 def make_token(settings: Settings) -> str | None:

@@ -18,7 +18,7 @@ from datetime import UTC, date, datetime, timedelta
 from fnmatch import fnmatchcase
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Final, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -29,6 +29,7 @@ from pydantic import (
     Discriminator,
     Field,
     PlainSerializer,
+    PlainValidator,
     SecretStr,
     Tag,
     ValidationError,
@@ -107,6 +108,15 @@ def _host_name(value: str) -> str:
             f"{value!r} is not the name of a host such as fks.example.com, without scheme and port"
         )
     return value.lower()
+
+
+OTHERS: Final = "others"
+
+
+def _login(value: object) -> object:
+    if value is True or value is False or value == OTHERS:
+        return value
+    raise ValueError(f"{_shown(value)} is not one of: true, false, {OTHERS}")
 
 
 LEAST_TOKEN = 32  # characters
@@ -477,12 +487,13 @@ class Webserver(Section):
     """Who reaches Dagster's pages that `up` starts.
 
     `hosts`: names of this server in a browser's address besides the loopback ones, such as those of a proxy.
-    `login`: whether they ask for the token; without it every account of this machine is let in.
+    `login`: who needs the token: everybody (true), nobody (false), or all but the processes of the account that has
+    called `up` (`others`); FKS_API_TOKEN makes `others` everybody.
     `report_assets`: whether other programs may report materializations and checks over HTTP.
     """
 
     hosts: Many[Annotated[str, AfterValidator(_host_name)]] = ()
-    login: bool = False
+    login: Annotated[Literal[True, False, "others"], PlainValidator(_login)] = OTHERS
     report_assets: bool = False
 
 

@@ -36,8 +36,9 @@ MAY_IMPORT = {
     "ownership": set(),
     # Which hosts are this machine: for those who send keys and those who listen.
     "loopback": set(),
-    # Which requests a web server of ours lets in; the token that it asks for.
-    "guard": set(),
+    # Which requests a web server of ours lets in; whose a connection is; the token that it asks for.
+    "peers": set(),
+    "guard": {"peers"},
     "login": {"ownership", "settings"},
     "embedded": {"ownership"},
     "simulator": {"domain", "loopback"},

@@ -290,6 +290,7 @@ def test_every_error_is_told_at_once_with_its_line(problems: Callable[..., list[
           - {symbol: BRK_B, asset_class: stock, calendar: XNYSS}
         home: /data
         gap_detection: 5
+        webserver: {login: "yes"}
     """
     place = "config/backfill.yaml"
     variables = "COINGECKO_API_KEY, POLYGON_API_KEY, ALPHAVANTAGE_API_KEY, OANDA_API_TOKEN"
@@ -317,6 +318,7 @@ def test_every_error_is_told_at_once_with_its_line(problems: Callable[..., list[
         f"{place}:15: symbols[3].calendar: 'XNYSS' is no exchange calendar; did you mean XNYS?",
         f"{place}:16: home: comes from the environment only (FKS_HOME)",
         f"{place}:17: gap_detection: is not a section of `key: value` settings",
+        f"{place}:18: webserver.login: 'yes' is not one of: true, false, others",
     ]
 
 

@@ -24,7 +24,7 @@ from dagster_webserver.webserver import DagsterWebserver
 from starlette.middleware import Middleware
 
 from fks_backfill_dagster.guard import Guard, Rules
-from fks_backfill_dagster.login import token_of
+from fks_backfill_dagster.login import owner_of, token_of
 from fks_backfill_dagster.orchestration.plain_logs import write_plain
 from fks_backfill_dagster.settings import Settings, load_settings
 
@@ -48,6 +48,7 @@ def rules_of(settings: Settings, port: int) -> Rules:
     return Rules(
         token=token_of(settings),
         cookie=f"fks_backfill_{port}",
+        owner=owner_of(settings),
         hosts=frozenset(settings.webserver.hosts),
         posts=("/graphql", _REPORTS) if opened else ("/graphql",),
         closed=() if opened else (_REPORTS,),

@@ -10,6 +10,7 @@ import http.client
 import importlib.util
 import itertools
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -26,6 +27,7 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
+from fks_backfill_dagster.login import make_token, token_of
 from fks_backfill_dagster.orchestration import code_server, guarded_webserver, servers
 from fks_backfill_dagster.orchestration.processes import backgrounds
 from fks_backfill_dagster.orchestration.servers import WEBSERVER, Servers, ServersError
@@ -269,6 +271,24 @@ def test_without_a_login_the_guard_stays(doors: Doors) -> None:
     open_rules = guarded_webserver.rules_of(changed(doors.site, FKS_WEBSERVER__LOGIN="false").settings, 3000)
     assert open_rules.token is None
     assert (open_rules.posts, open_rules.closed) == (("/graphql",), ("/report_asset",))
+
+
+@pytest.mark.parametrize(
+    ("variables", "owner"),
+    [
+        ({}, os.geteuid()),
+        ({"FKS_WEBSERVER__LOGIN": "others"}, os.geteuid()),
+        ({"FKS_WEBSERVER__LOGIN": "true"}, None),
+        ({"FKS_API_TOKEN": "x" * 32}, None),
+        ({"FKS_API_TOKEN": "x" * 32, "FKS_WEBSERVER__LOGIN": "others"}, None),
+    ],
+)
+def test_who_needs_no_token(tmp_path: Path, variables: dict[str, str], owner: int | None) -> None:
+    (tmp_path / "run").mkdir()
+    settings = load_settings({"FKS_HOME": str(tmp_path), **variables}, tmp_path)
+    assert make_token(settings) is not None
+    rules = guarded_webserver.rules_of(settings, 3000)
+    assert (rules.token, rules.owner) == (token_of(settings), owner)
 
 
 def test_the_command_line_of_dagster_is_refused_such_a_run(doors: Doors, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.reading import batches, read_candles
+from fks_backfill_dagster_tests.accounts import IS_ROOT
+from fks_backfill_dagster_tests.test_peers import status, status_for_stranger
 
 CONFIG = """\
 history_start: 2024-01-01
@@ -119,6 +121,10 @@ def test_from_up_to_down(
     # The daemon looks for backfills when it starts and then every 30 s: the test does not wait for that.
     first = servers.up(settings, port=port, parts=(WEBSERVER,), environment=environment, say=said.append)
     web = first.web
+    assert status(port) == 200, "a process of this account needs no token"
+    if IS_ROOT:
+        assert status_for_stranger(port) == 401
+        assert status_for_stranger(port, first.token or "") == 200
     for provider in ("binance", "archive"):
         market.plant_fault(
             provider, "status", count=None, status=400, symbol="ETHUSDT", start="2024-02-01", end="2024-03-01"
