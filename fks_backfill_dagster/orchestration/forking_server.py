@@ -15,7 +15,6 @@ import sys
 import threading
 import uuid
 from multiprocessing import forkserver
-from pathlib import Path
 
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from dagster._core.utils import FuturesAwareThreadPoolExecutor
@@ -51,9 +50,8 @@ class ForkingServer(DagsterApiServer):
     """Answers what Dagster asks of a code server. It is made when the definitions were loaded, or failed to."""
 
     def __init__(self, ended: threading.Event, threads: FuturesAwareThreadPoolExecutor) -> None:
-        self._origin = LoadableTargetOrigin(
-            executable_path=sys.executable, module_name=DEFINITIONS, working_directory=str(Path.cwd())
-        )
+        # Without a working folder: Dagster would import from there.
+        self._origin = LoadableTargetOrigin(executable_path=sys.executable, module_name=DEFINITIONS)
         super().__init__(
             server_termination_event=ended,
             logger=_logger,
