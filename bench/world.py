@@ -30,7 +30,7 @@ from fks_backfill_dagster.providers.http import RequestPool, system_micros
 from fks_backfill_dagster.providers.registry import build, limiter_for, paces, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.pacing import SharedLimiter
+from fks_backfill_dagster.store.rate_limits import SharedLimiter
 
 SERIES = Series("BTC/USDT", Timeframe.M1, AssetClass.CRYPTO)
 LISTED = datetime(2015, 1, 1, tzinfo=UTC)

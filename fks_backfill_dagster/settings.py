@@ -5,7 +5,7 @@ can answer: which series are configured, which series a written symbol means, wh
 dates a market was closed.
 
 Does not belong here: reading files and variables and telling their places (`settings_sources.py`);
-anything that acts on a setting (`wiring.py` and the faces).
+anything that acts on a setting (`app.py` and the faces).
 """
 
 from __future__ import annotations
@@ -795,6 +795,15 @@ class Settings(BaseSettings):
             else:
                 merged.append((one.start, one.end))
         return tuple(merged)
+
+    @property
+    def earliest_start(self) -> int:
+        """The earliest start of any series, in microseconds: partitions of every grain begin there, rounded down.
+
+        All series of a grain share one partitions definition, as one run cannot mix two.
+        """
+        starts = (entry.start for entry in self.symbols if entry.start is not None)
+        return min((self.history_start, *starts))
 
     def start_of(self, series: Series) -> int:
         """From when on the series is kept, in microseconds."""

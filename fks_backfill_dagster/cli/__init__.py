@@ -11,6 +11,6 @@ Nothing heavy is imported before a command runs: `--help` must answer at once.
 
 from __future__ import annotations
 
-from fks_backfill_dagster.cli.program import main
+from fks_backfill_dagster.cli.main import main
 
 __all__ = ["main"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fks_backfill_dagster.cli.choosing import (
+from fks_backfill_dagster.cli.arguments import (
     any_series,
     choose,
     report_code,
@@ -16,7 +16,7 @@ from fks_backfill_dagster.cli.choosing import (
     usage,
     window_option,
 )
-from fks_backfill_dagster.cli.speaking import (
+from fks_backfill_dagster.cli.output import (
     answer,
     answer_json,
     answer_table,
@@ -30,7 +30,7 @@ from fks_backfill_dagster.cli.speaking import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fks_backfill_dagster.cli.choosing import Chosen
+    from fks_backfill_dagster.cli.arguments import Chosen
     from fks_backfill_dagster.documents import Document
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.pipeline.coverage import Coverage
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.providers.base import Provider
     from fks_backfill_dagster.settings import Settings
     from fks_backfill_dagster.store.database import Database
-    from fks_backfill_dagster.store.pacing import ProviderState
+    from fks_backfill_dagster.store.rate_limits import ProviderState
     from fks_backfill_dagster.tables import CoverageRow
 
 
@@ -60,12 +60,12 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
     configured nor stored, else 0, whatever is missing.
     """
     from fks_backfill_dagster import documents
+    from fks_backfill_dagster.app import now, open_database
     from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.pipeline.gaps import earlier_gaps, find_gaps
     from fks_backfill_dagster.pipeline.outages import find_outages
     from fks_backfill_dagster.settings import load_settings
-    from fks_backfill_dagster.store.reading import stored_series
-    from fks_backfill_dagster.wiring import now, open_database
+    from fks_backfill_dagster.store.queries import stored_series
 
     settings, present = load_settings(), now()
     if start is not None and end is not None:
@@ -138,13 +138,13 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
     are named on stderr.
     """
     from fks_backfill_dagster import documents
-    from fks_backfill_dagster.orchestration import keeper
+    from fks_backfill_dagster.app import closures, freshness_rule, now, open_database, provider_states
+    from fks_backfill_dagster.host import keeper
     from fks_backfill_dagster.pipeline.calendars import calendar_changes
     from fks_backfill_dagster.pipeline.coverage import coverage
     from fks_backfill_dagster.pipeline.freshness import Rule
     from fks_backfill_dagster.settings import load_settings
-    from fks_backfill_dagster.store.reading import stored_series
-    from fks_backfill_dagster.wiring import closures, freshness_rule, now, open_database, provider_states
+    from fks_backfill_dagster.store.queries import stored_series
 
     settings, present = load_settings(), now()
     for line in (unkept := keeper.problems(settings.home)):
@@ -190,8 +190,8 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
 
 def _settle_closures(settings: Settings, database: Database, chosen: Chosen) -> None:
     """What the settings close counts at once, not from the next sync on; a role that may not write gets a warning."""
+    from fks_backfill_dagster.app import settle_closures
     from fks_backfill_dagster.store.errors import StoreError
-    from fks_backfill_dagster.wiring import settle_closures
 
     try:
         settled = settle_closures(settings, database, chosen.series)
@@ -258,9 +258,9 @@ def series() -> None:
 def list_series(as_json: bool) -> None:
     """List the configured and the stored series."""
     from fks_backfill_dagster import documents
+    from fks_backfill_dagster.app import open_database
     from fks_backfill_dagster.settings import load_settings
-    from fks_backfill_dagster.store.reading import stored_series, sync_status
-    from fks_backfill_dagster.wiring import open_database
+    from fks_backfill_dagster.store.queries import stored_series, sync_status
 
     settings = load_settings()
     with open_database(settings) as database:
@@ -303,10 +303,10 @@ def list_series(as_json: bool) -> None:
 @json_option
 def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
     """Delete a series from the database: candles, lineage, gaps, quarantine. The settings stay as they are."""
+    from fks_backfill_dagster.app import open_database
     from fks_backfill_dagster.settings import load_settings
     from fks_backfill_dagster.store import commit
-    from fks_backfill_dagster.store.reading import stored_series, sync_status
-    from fks_backfill_dagster.wiring import open_database
+    from fks_backfill_dagster.store.queries import stored_series, sync_status
 
     settings = load_settings()
     with usage():
@@ -340,12 +340,12 @@ def accept_calendar(calendar: str, as_json: bool) -> int:
     is left, such as candles on such days: each with its remedy, as `audit` reports it.
     """
     from fks_backfill_dagster import documents
-    from fks_backfill_dagster.cli.auditing import differences
+    from fks_backfill_dagster.app import now, open_database
+    from fks_backfill_dagster.cli.audit import differences
     from fks_backfill_dagster.pipeline.audit import audit, auditable
     from fks_backfill_dagster.pipeline.calendars import accept_calendar as accept
     from fks_backfill_dagster.pipeline.calendars import calendar_change
     from fks_backfill_dagster.settings import load_settings
-    from fks_backfill_dagster.wiring import now, open_database
 
     settings = load_settings()
     with open_database(settings) as database:
@@ -388,9 +388,9 @@ def list_providers(reset: str | None, as_json: bool) -> None:
     With --reset NAME instead: request this provider again at once, though it has asked to wait or failed
     again and again. Other processes may run; what was spent of its limits still counts.
     """
+    from fks_backfill_dagster.app import build_providers, open_database, provider_states
     from fks_backfill_dagster.providers.http import RequestPool
     from fks_backfill_dagster.settings import PROVIDER_NAMES, load_settings
-    from fks_backfill_dagster.wiring import build_providers, open_database, provider_states
 
     settings = load_settings()
     if reset is not None:
@@ -429,7 +429,7 @@ def list_providers(reset: str | None, as_json: bool) -> None:
 
 
 def _reset_provider(settings: Settings, name: str, as_json: bool) -> None:
-    from fks_backfill_dagster.wiring import open_database, reset_provider
+    from fks_backfill_dagster.app import open_database, reset_provider
 
     with usage():
         settings.provider(name)
@@ -535,9 +535,9 @@ def batches() -> None:
 def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
     """List what was committed, newest first: provider, transport, range, source, host."""
     from fks_backfill_dagster import documents
+    from fks_backfill_dagster.app import open_database
     from fks_backfill_dagster.settings import load_settings
-    from fks_backfill_dagster.store import reading
-    from fks_backfill_dagster.wiring import open_database
+    from fks_backfill_dagster.store import queries
 
     settings = load_settings()
     if len(names) not in (0, 2):
@@ -546,8 +546,8 @@ def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
         wanted = settings.find_series(names[0], names[1]) if names else None
     with open_database(settings) as database:
         if names:
-            wanted = settings.find_series(names[0], names[1], reading.stored_series(database))
-        found = reading.batches(database, wanted, limit)
+            wanted = settings.find_series(names[0], names[1], queries.stored_series(database))
+        found = queries.batches(database, wanted, limit)
     if as_json:
         answer_json([documents.batch(one) for one in found])
         return
@@ -579,15 +579,15 @@ def undo(batch_id: int, as_json: bool) -> int:
 
     The undo is a batch of its own. What goes becomes an open gap, so the next backfill asks for it.
     """
+    from fks_backfill_dagster.app import open_database
     from fks_backfill_dagster.domain.grid import grid_of
     from fks_backfill_dagster.settings import load_settings
-    from fks_backfill_dagster.store import reading
+    from fks_backfill_dagster.store import queries
     from fks_backfill_dagster.store.commit import undo_batch
     from fks_backfill_dagster.store.ledger import series_id
-    from fks_backfill_dagster.wiring import open_database
 
     with open_database(load_settings()) as database:
-        found = reading.series_of_batch(database, batch_id)
+        found = queries.series_of_batch(database, batch_id)
         if found is None:
             raise click.UsageError(f"there is no batch {batch_id}; see `fks-backfill batches list`")
         with database.begin() as connection:

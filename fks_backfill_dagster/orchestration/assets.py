@@ -38,16 +38,15 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series, identifier
 from fks_backfill_dagster.domain.timeframe import iso
-from fks_backfill_dagster.orchestration import pace
+from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.checks import evaluate_after_failure, evaluate_after_refresh
 from fks_backfill_dagster.orchestration.errands import Errand
 from fks_backfill_dagster.orchestration.groups import Group
-from fks_backfill_dagster.orchestration.names import partitions_start
 from fks_backfill_dagster.orchestration.partitions import partitions_for, windows_of
-from fks_backfill_dagster.orchestration.refreshing import asked_range
 from fks_backfill_dagster.orchestration.resources import ALL, opened
 from fks_backfill_dagster.orchestration.retrying import is_back, retried
-from fks_backfill_dagster.orchestration.story import Lines, Progress, Story
+from fks_backfill_dagster.orchestration.run_config import asked_range
+from fks_backfill_dagster.orchestration.run_log import Lines, Progress, Story
 from fks_backfill_dagster.pipeline.freshness import behind
 from fks_backfill_dagster.pipeline.plan import Scope, closed_window
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
@@ -88,7 +87,7 @@ _COLUMNS = TableSchema(
 
 def build_asset(group: Group, settings: Settings) -> AssetsDefinition:
     """The multi-asset of one group."""
-    partitions = partitions_for(group.timeframe, partitions_start(settings))
+    partitions = partitions_for(group.timeframe, settings.earliest_start)
 
     @multi_asset(
         name=f"ohlcv_{group.name}",
@@ -130,7 +129,7 @@ def _spec(
         kinds={"timescaledb"},
         owners=[OWNER],
         tags={"symbol": identifier(series.symbol), "timeframe": series.timeframe.value},
-        freshness_policy=None if ended else pace.freshness(group.asset_class, group.timeframe),
+        freshness_policy=None if ended else cadence.freshness(group.asset_class, group.timeframe),
         partitions_def=partitions,
         skippable=True,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 
-from fks_backfill_dagster.orchestration.refreshing import REFRESH
+from fks_backfill_dagster.orchestration.run_config import REFRESH
 
 FILL = "fks/fill"
 """The tag of a run that fills gaps, its value the partition."""

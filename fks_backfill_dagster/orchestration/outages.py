@@ -23,11 +23,11 @@ from dagster import (
     sensor,
 )
 
-from fks_backfill_dagster import wiring
+from fks_backfill_dagster import app
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, iso
-from fks_backfill_dagster.orchestration import pace
+from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.freshness import freshness_results, worth_an_event
 from fks_backfill_dagster.orchestration.groups import Group, asset_key
 from fks_backfill_dagster.orchestration.resources import DATABASE
@@ -55,20 +55,20 @@ def build_outage_sensors(groups: Sequence[Group], settings: Settings) -> list[Se
 
     @sensor(
         name=SENSOR,
-        minimum_interval_seconds=pace.OUTAGE_SECONDS,
+        minimum_interval_seconds=cadence.OUTAGE_SECONDS,
         default_status=DefaultSensorStatus.RUNNING if on else DefaultSensorStatus.STOPPED,
         description="Reports once when several symbols of a venue lack the same candles. Starts no run.",
         required_resource_keys={DATABASE},
     )
     def venue_outages(context: SensorEvaluationContext) -> SensorResult:
-        database, now = getattr(context.resources, DATABASE).database, wiring.now()
+        database, now = getattr(context.resources, DATABASE).database, app.now()
         found = find_outages(database, series, TimeRange(0, now), settings.end_of)
         before = Reported.parse(context.cursor)
         told, lines = news(found, before.told)
         observed, affected = observations(found, told, before.observed, now)
         for line in lines:
             context.log.warning(line)
-        results = freshness_results(database, affected, wiring.freshness_rule(settings), now)
+        results = freshness_results(database, affected, app.freshness_rule(settings), now)
         return SensorResult(
             skip_reason="\n".join(lines) or "no venue has an outage that was not told",
             cursor=Reported(told, observed.seen).dump(),

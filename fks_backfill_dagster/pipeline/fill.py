@@ -17,7 +17,7 @@ from fks_backfill_dagster.pipeline.gaps import find_gaps
 from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, reopen, sync
 from fks_backfill_dagster.store.checking import PartState, part_states
-from fks_backfill_dagster.store.reading import what_is_known
+from fks_backfill_dagster.store.queries import what_is_known
 
 
 @dataclass(frozen=True, slots=True)

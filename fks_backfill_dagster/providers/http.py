@@ -39,7 +39,7 @@ from urllib3.exceptions import (
     ReadTimeoutError,
 )
 
-from fks_backfill_dagster.domain.pacing import Pace, Turn, Window, bounded_wait
+from fks_backfill_dagster.domain.rate_limits import Pace, Turn, Window, bounded_wait
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, to_micros
 from fks_backfill_dagster.providers.base import (
     BadAnswer,
@@ -117,7 +117,7 @@ class _Spent:
 
 
 class ProcessLimiter:
-    """A Limiter for one process, which forgets with it; see store/pacing.py for the shared one.
+    """A Limiter for one process, which forgets with it; see store/rate_limits.py for the shared one.
 
     A provider that is not in `paces` has no limit and only obeys penalties.
     """

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fks_backfill_dagster.domain.pacing import Pace, Window
+from fks_backfill_dagster.domain.rate_limits import Pace, Window
 from fks_backfill_dagster.providers import alphavantage, binance, coingecko, oanda, polygon, yfinance
 from fks_backfill_dagster.providers.base import Provider, ProviderError, ProviderOptions
 from fks_backfill_dagster.providers.http import (

@@ -40,8 +40,8 @@ from fks_backfill_dagster.ledger.settle import (
     surroundings,
     with_repeated,
 )
-from fks_backfill_dagster.store import copying, schema
-from fks_backfill_dagster.store.auditing import Clock, examine_within
+from fks_backfill_dagster.store import copy_format, schema
+from fks_backfill_dagster.store.audit_reader import Clock, examine_within
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.driver import cursor_of
 from fks_backfill_dagster.store.errors import StoreError, repeated
@@ -331,23 +331,23 @@ def _table(series: Series) -> str:
 def _copy(
     connection: sa.Connection, table: str, identity: int, rows: Candles, origins: NDArray[np.int32]
 ) -> None:
-    columns = ", ".join(copying.CANDLE_COLUMNS)
+    columns = ", ".join(copy_format.CANDLE_COLUMNS)
     with (
         cursor_of(connection) as cursor,
         cursor.copy(f"COPY {table} ({columns}) FROM STDIN (FORMAT BINARY)") as copy,
     ):
-        for block in copying.encode(identity, rows, origins):
+        for block in copy_format.encode(identity, rows, origins):
             copy.write(block)
 
 
 def _insert_new(connection: sa.Connection, table: str, reach: dict[str, object]) -> dict[int, int]:
-    columns = ", ".join(copying.CANDLE_COLUMNS)
+    columns = ", ".join(copy_format.CANDLE_COLUMNS)
     return _counts(
         connection.execute(
             sa.text(
                 f"WITH new AS ("
                 f" INSERT INTO {table} ({columns})"
-                f" SELECT {', '.join(f's.{name}' for name in copying.CANDLE_COLUMNS)}"
+                f" SELECT {', '.join(f's.{name}' for name in copy_format.CANDLE_COLUMNS)}"
                 f" FROM staged_candles s LEFT JOIN {table} c"
                 f"   ON c.series_id = :id AND c.ts BETWEEN :first AND :last AND c.ts = s.ts"
                 f" WHERE c.ts IS NULL ORDER BY s.ts RETURNING batch_id"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fks_backfill_dagster import wiring
+from fks_backfill_dagster import app
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.settings import load_settings
 from fks_backfill_dagster.simulator.config import instant
@@ -229,7 +229,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, world: LocalMarket) -> Iterator[Calla
     """Sets what the command and the market take for the present."""
 
     def at(moment: str) -> None:
-        monkeypatch.setattr(wiring, "now", lambda: instant(moment))
+        monkeypatch.setattr(app, "now", lambda: instant(moment))
         world.set_clock(instant(moment))
 
     at("2024-02-01T00:30")
@@ -401,15 +401,15 @@ def test_providers_that_are_left_alone_or_told_us_to_wait(
 ) -> None:
     """Of the account of the settings: another key of the same provider says nothing."""
     settings = load_settings()
-    options = wiring.enabled_options(settings)
+    options = app.enabled_options(settings)
     other = options | {"polygon": replace(options["polygon"], key="another")}
-    with wiring.open_database(settings) as database:
-        wiring.limiter_for(other, database).penalise("polygon", 90)
+    with app.open_database(settings) as database:
+        app.limiter_for(other, database).penalise("polygon", 90)
         for _ in range(5):
-            wiring.circuit_for(options, database).failed("binance", "binance: answered 503")
+            app.circuit_for(options, database).failed("binance", "binance: answered 503")
         states = {row["provider"]: row["state"] for row in fks("series", "providers", "--json").json}
         assert states["polygon"] == "ready"
-        wiring.limiter_for(options, database).penalise("polygon", 90)
+        app.limiter_for(options, database).penalise("polygon", 90)
         states = {row["provider"]: row["state"] for row in fks("series", "providers", "--json").json}
     assert re.fullmatch(r"told us to wait another (8\d|90) s", states["polygon"])
     assert re.fullmatch(
@@ -443,8 +443,8 @@ def test_a_wait_is_ended_by_hand(fks: Command, world: LocalMarket, monkeypatch: 
 def test_a_process_that_waits_goes_on_once_the_wait_is_ended(
     fks: Command, world: LocalMarket, database: Database
 ) -> None:
-    options = wiring.enabled_options(load_settings())
-    wiring.limiter_for(options, database).penalise("binance", 250)
+    options = app.enabled_options(load_settings())
+    app.limiter_for(options, database).penalise("binance", 250)
     with start("backfill", "BTC/USDT", "1h", *JANUARY, *ONLY) as running:
         assert running.stderr is not None
         assert any("told us to wait" in line for line in running.stderr)
@@ -457,15 +457,15 @@ def test_a_process_that_waits_goes_on_once_the_wait_is_ended(
 
 def test_a_cool_down_is_ended_by_hand(fks: Command, world: LocalMarket, database_url: str) -> None:
     settings = load_settings()
-    options = wiring.enabled_options(settings)
+    options = app.enabled_options(settings)
     reset = ("series", "providers", "--reset", "binance")
-    with wiring.open_database(settings) as database:
+    with app.open_database(settings) as database:
         for _ in range(5):
-            wiring.circuit_for(options, database).failed("binance", "binance: answered 503")
-        wiring.limiter_for(options, database).penalise("binance-archive", 1e9)
+            app.circuit_for(options, database).failed("binance", "binance: answered 503")
+        app.limiter_for(options, database).penalise("binance-archive", 1e9)
         document = fks(*reset, "--json").json
         for _ in range(2):
-            wiring.circuit_for(options, database).failed("binance", "binance: answered 502")
+            app.circuit_for(options, database).failed("binance", "binance: answered 502")
         shown = fks(*reset).stdout
     assert document["provider"] == "binance"
     rest, archive = document["ended"]

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fks_backfill_dagster import read_candles
-from fks_backfill_dagster.cli import exporting
+from fks_backfill_dagster.cli import export
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.delivery import Delivery, Origin, Transport
 from fks_backfill_dagster.domain.grid import grid_of
@@ -182,7 +182,7 @@ def test_what_is_written_while_the_name_is_replaced(
         yield stored
 
     for name in ("out.csv", "out.csv.gz", "out.parquet"):
-        exporting._write(tmp_path / name, exporting._sink(tmp_path / name), blocks())
+        export._write(tmp_path / name, export._sink(tmp_path / name), blocks())
         assert precious.read_text() == "untouched"
 
 

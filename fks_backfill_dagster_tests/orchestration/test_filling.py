@@ -20,16 +20,16 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.ledger.gaps import GapStatus
-from fks_backfill_dagster.orchestration import pace
+from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.build import build_defs
-from fks_backfill_dagster.orchestration.filling import bundled
 from fks_backfill_dagster.orchestration.resources import ProviderResource
+from fks_backfill_dagster.orchestration.sensors import bundled
 from fks_backfill_dagster.settings import Automation, ProviderPriority, Settings
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.due import Place
-from fks_backfill_dagster.store.reading import ledger_gaps, read_candles
+from fks_backfill_dagster.store.due_gaps import Place
+from fks_backfill_dagster.store.queries import ledger_gaps, read_candles
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project, settings_of
 from fks_backfill_dagster_tests.orchestration.test_assets import metadata_of
 from fks_backfill_dagster_tests.store.builders import execute
@@ -97,7 +97,7 @@ def test_a_gap_is_asked_for_when_its_time_has_come(
     both = {holed.key(symbol, "15m") for symbol in ("BTC/USDT", "ETH/USDT")}
     assert set(request.asset_selection or ()) == both, "found at the same time, in any order"
     assert [str(key.name) for key in request.asset_check_keys or ()] == ["completeness"] * 2
-    assert request.tags[pace.PRIORITY] == pace.LAST
+    assert request.tags[cadence.PRIORITY] == cadence.LAST
     assert request.run_key is None, "a key would make a second attempt look done"
 
     market.clear_outages()
@@ -177,7 +177,7 @@ def test_a_run_that_broke_is_not_asked_for_again_at_once(
 
 def test_runs_that_wait_are_waited_for(holed: Project, resources: dict[str, Any], database: Database) -> None:
     time_has_come(database)
-    for _ in range(pace.FILL_RUNS):
+    for _ in range(cadence.FILL_RUNS):
         holed.instance.create_run_for_job(
             holed.definitions.resolve_job_def("ohlcv_years"),
             asset_selection=frozenset([holed.key("BTC/USDT", "1h")]),

@@ -9,6 +9,7 @@ import pytest
 from dagster import AssetCheckEvaluation, AssetObservation, build_sensor_context
 from dagster._core.definitions.sensor_definition import SensorExecutionData
 
+from fks_backfill_dagster.app import now
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe, to_datetime
@@ -17,7 +18,6 @@ from fks_backfill_dagster.orchestration.outages import MOST_LINES, Reported, new
 from fks_backfill_dagster.pipeline.outages import Outage
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.simulator.config import instant
-from fks_backfill_dagster.wiring import now
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project
 
 SYMBOLS = ("BTC/USDT", "ETH/USDT", "SOL/USDT")

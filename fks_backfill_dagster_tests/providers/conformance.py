@@ -31,9 +31,9 @@ import requests
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.derive import derive, parts_span
 from fks_backfill_dagster.domain.grid import grid_of
-from fks_backfill_dagster.domain.pacing import LONGEST_WAIT
 from fks_backfill_dagster.domain.quality import verify
 from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.rate_limits import LONGEST_WAIT
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe
 from fks_backfill_dagster.providers.base import (

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.pacing import LONGEST_WAIT, Pace, Window
+from fks_backfill_dagster.domain.rate_limits import LONGEST_WAIT, Pace, Window
 from fks_backfill_dagster.providers.base import (
     BadAnswer,
     NotEntitled,

@@ -18,8 +18,8 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, Timeframe, 
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.ledger.reconcile import Kind, SeriesAudit
 from fks_backfill_dagster.ledger.records import Evidence, Outcome
-from fks_backfill_dagster.store import reading
-from fks_backfill_dagster.store.auditing import examine
+from fks_backfill_dagster.store import queries
+from fks_backfill_dagster.store.audit_reader import examine
 from fks_backfill_dagster.store.commit import repair_series
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.store.builders import EVER, MIDNIGHT, Shelf, brought, candles_at, execute
@@ -367,7 +367,7 @@ def told(found: SeriesAudit) -> list[Found]:
 def assert_the_invariants(it: Stand, found: SeriesAudit) -> None:
     """By their plain definition, from what the tables say."""
     shelf, grid = it.shelf, it.shelf.grid
-    known = reading.what_is_known(shelf.database, shelf.series, EVER)
+    known = queries.what_is_known(shelf.database, shelf.series, EVER)
     stored = shelf.read().ts
     expected = np.concatenate([np.empty(0, np.int64), *(grid.opens(part) for part in known.synced)])
     absent = np.setdiff1d(expected, stored)
@@ -453,7 +453,7 @@ def test_a_series_without_candles_is_in_order(hours: Shelf) -> None:
 
 def test_many_blocks_are_one_series(minutes: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gap across two blocks is one, and a batch in both of them is told once."""
-    monkeypatch.setattr("fks_backfill_dagster.store.auditing._BLOCK", 50)
+    monkeypatch.setattr("fks_backfill_dagster.store.audit_reader._BLOCK", 50)
     minutes.put(0, 1000)
     opens = minutes.opens(0, 1000)
     for first, last in ((90, 110), (140, 460)):
@@ -474,7 +474,7 @@ def test_many_blocks_are_one_series(minutes: Shelf, monkeypatch: pytest.MonkeyPa
 
 def test_a_batch_may_be_far_from_its_candles(minutes: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody but a hand brings that about. The lineage is wrong, and yet it is there."""
-    monkeypatch.setattr("fks_backfill_dagster.store.auditing._BLOCK", 50)
+    monkeypatch.setattr("fks_backfill_dagster.store.audit_reader._BLOCK", 50)
     minutes.put(0, 500)
     minutes.put(500, 1000)
     first, second = minutes.batches()

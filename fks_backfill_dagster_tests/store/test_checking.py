@@ -31,7 +31,7 @@ from fks_backfill_dagster.store.checking import (
 from fks_backfill_dagster.store.commit import Withdrawal
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
-from fks_backfill_dagster.store.reading import batches, read_candles
+from fks_backfill_dagster.store.queries import batches, read_candles
 from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, execute, origin_of
 from fks_backfill_dagster_tests.store.conftest import fresh
 

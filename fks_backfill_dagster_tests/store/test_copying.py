@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY
-from fks_backfill_dagster.store import copying
+from fks_backfill_dagster.store import copy_format
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.driver import cursor_of
 from fks_backfill_dagster_tests.domain.builders import at
@@ -27,20 +27,20 @@ ROWS = st.lists(
 def round_trip(database: Database, candles: Candles, series_id: int = 7) -> tuple[Candles, list[int]]:
     """Written by `encode`, read by `decode`; also the batch ids, both in the order of `ts`."""
     batches = np.arange(len(candles), dtype=np.int32) % 1000 + 1
-    columns = ", ".join(copying.CANDLE_COLUMNS)
+    columns = ", ".join(copy_format.CANDLE_COLUMNS)
     with database.begin() as connection, cursor_of(connection) as cursor:
         cursor.execute('CREATE TEMPORARY TABLE there (LIKE fks."candles_1m") ON COMMIT DROP')
         with cursor.copy(f"COPY there ({columns}) FROM STDIN (FORMAT BINARY)") as copy:
-            for block in copying.encode(series_id, candles, batches):
+            for block in copy_format.encode(series_id, candles, batches):
                 copy.write(block)
         read = "SELECT ts, open, high, low, close, coalesce(volume, 'NaN') FROM there ORDER BY ts"
         with cursor.copy(f"COPY ({read}) TO STDOUT (FORMAT BINARY)") as copy:
-            back = copying.decode(copy)
+            back = copy_format.decode(copy)
         sent = cursor.execute(
             "SELECT array_send(array_agg(ts ORDER BY ts)) FROM there", binary=True
         ).fetchone()
         assert sent is not None
-        assert np.array_equal(copying.decode_array(sent[0]), back.ts)
+        assert np.array_equal(copy_format.decode_array(sent[0]), back.ts)
         cursor.execute(
             "SELECT coalesce(bool_and(series_id = %s), true), count(*) FILTER (WHERE volume = 'NaN'),"
             " count(*) FILTER (WHERE volume IS NULL) FROM there",
@@ -65,7 +65,7 @@ def test_round_trip(shared: Database, rows: list[tuple[float, ...]]) -> None:
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 @pytest.mark.parametrize("unknown", ["none", "all", "some", "second block"])
 def test_blocks(shared: Database, monkeypatch: pytest.MonkeyPatch, extra: int, unknown: str) -> None:
-    monkeypatch.setattr(copying, "BLOCK_ROWS", 1000)
+    monkeypatch.setattr(copy_format, "BLOCK_ROWS", 1000)
     count = 2 * 1000 + extra
     values = np.random.default_rng(count).normal(size=(5, count))
     absent = {

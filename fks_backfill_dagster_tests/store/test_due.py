@@ -18,7 +18,7 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOU
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.ledger.records import Evidence, LedgerGap, Outcome
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.due import Place, Wanted, due_places
+from fks_backfill_dagster.store.due_gaps import Place, Wanted, due_places
 from fks_backfill_dagster.store.ledger import hold_lease
 from fks_backfill_dagster_tests.domain.builders import at
 from fks_backfill_dagster_tests.examples import examples

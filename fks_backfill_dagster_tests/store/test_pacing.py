@@ -13,10 +13,10 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from fks_backfill_dagster.domain.pacing import BUDGET_SECONDS, LONGEST_WAIT, Pace, Rest, Turn, Window
-from fks_backfill_dagster.store import pacing
+from fks_backfill_dagster.domain.rate_limits import BUDGET_SECONDS, LONGEST_WAIT, Pace, Rest, Turn, Window
+from fks_backfill_dagster.store import rate_limits
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.pacing import SharedCircuit, SharedLimiter, provider_states, reset
+from fks_backfill_dagster.store.rate_limits import SharedCircuit, SharedLimiter, provider_states, reset
 from fks_backfill_dagster_tests.store.builders import execute, fetch
 from fks_backfill_dagster_tests.store.crowd import Crowd, counting_server
 
@@ -305,7 +305,7 @@ class TestReset:
     def test_processes_that_know_of_the_wait_notice(
         self, shared: Database, account: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(pacing, "REMEMBERED_SECONDS", 0.05)
+        monkeypatch.setattr(rate_limits, "REMEMBERED_SECONDS", 0.05)
         limiter = limiter_of(shared, account)
         limiter.penalise("p", 3600)
         assert limiter.admit("p", 1).wait > 3500
