@@ -10,16 +10,19 @@ from typing import Any, NoReturn
 
 import click
 
-from fks_backfill_dagster.cli.asking import batches, gaps, series, status
 from fks_backfill_dagster.cli.audit import audit
 from fks_backfill_dagster.cli.backfill import backfill
+from fks_backfill_dagster.cli.batches import batches
 from fks_backfill_dagster.cli.db import db
 from fks_backfill_dagster.cli.export import export
 from fks_backfill_dagster.cli.fill_gaps import fill_gaps
+from fks_backfill_dagster.cli.gaps import gaps
 from fks_backfill_dagster.cli.launch import launch
 from fks_backfill_dagster.cli.output import last_words, tell
+from fks_backfill_dagster.cli.series import series
 from fks_backfill_dagster.cli.servers import demo, down, simulate, up
 from fks_backfill_dagster.cli.signals import SIGNALLED, Signals
+from fks_backfill_dagster.cli.status import status
 
 DONE, INCOMPLETE, USAGE = 0, 1, 2
 

@@ -36,7 +36,7 @@ from fks_backfill_dagster.pipeline.coverage import Coverage, coverage
 from fks_backfill_dagster.pipeline.freshness import Rule
 from fks_backfill_dagster.pipeline.plan import closed_window
 from fks_backfill_dagster.settings import KEY_VARIABLES, home_of, load_settings
-from fks_backfill_dagster.store.checking import PartState, part_states
+from fks_backfill_dagster.store.coverage import PartState, part_states
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.queries import batches, sync_status
 from fks_backfill_dagster.tables import COVERAGE, CoverageRow, coverage_total

@@ -51,8 +51,9 @@ from fks_backfill_dagster.pipeline.freshness import behind
 from fks_backfill_dagster.pipeline.plan import Scope, closed_window
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
 from fks_backfill_dagster.settings import Settings
-from fks_backfill_dagster.store.checking import PartState, Reach, listed_at, part_states, reaches
+from fks_backfill_dagster.store.coverage import PartState, listed_at, part_states
 from fks_backfill_dagster.store.errors import DatabaseUnavailable, SeriesChanged, StoreError
+from fks_backfill_dagster.store.reaches import Reach, reaches
 
 # A run costs seconds before its first request and a partition of it milliseconds, so a run takes years of
 # months; more would leave nothing to run side by side. The figures have to differ: Dagster puts assets with

@@ -8,7 +8,7 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.pipeline.refresh import is_due, quiet_until, refresh_range
 from fks_backfill_dagster.settings import Settings
-from fks_backfill_dagster.store.checking import Reach
+from fks_backfill_dagster.store.reaches import Reach
 
 REFRESH = "fks/refresh"
 """The tag of a refresh, its value the timeframe: tells the op that it is one."""

@@ -41,8 +41,8 @@ from fks_backfill_dagster.orchestration.jobs import CHECKS, job_name
 from fks_backfill_dagster.orchestration.resources import DATABASE
 from fks_backfill_dagster.orchestration.run_config import REFRESH, asked_range, is_wanted
 from fks_backfill_dagster.settings import Settings
-from fks_backfill_dagster.store.checking import reaches, synced_ends
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.reaches import reaches, synced_ends
 
 Tick = RunRequest | SkipReason
 

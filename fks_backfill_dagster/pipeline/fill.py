@@ -16,7 +16,7 @@ from fks_backfill_dagster.pipeline.events import Listener, silent
 from fks_backfill_dagster.pipeline.gaps import find_gaps
 from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, reopen, sync
-from fks_backfill_dagster.store.checking import PartState, part_states
+from fks_backfill_dagster.store.coverage import PartState, part_states
 from fks_backfill_dagster.store.queries import what_is_known
 
 

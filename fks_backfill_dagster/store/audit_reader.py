@@ -21,11 +21,11 @@ from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.ledger.reconcile import Flaw, Kind, Recorded, Seen, SeriesAudit, judge
-from fks_backfill_dagster.store.checking import GOOD
 from fks_backfill_dagster.store.copy_format import decode_array
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.driver import cursor_of
 from fks_backfill_dagster.store.ledger import from_multirange, gap_of, series_id
+from fks_backfill_dagster.store.sanity import GOOD
 
 # Candles of a market that never closes in a block: some MB here and in the server. Twice and half as
 # many cost the same.

@@ -21,6 +21,7 @@ from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.driver import cursor_of
 from fks_backfill_dagster.store.errors import repeated
 from fks_backfill_dagster.store.ledger import known, series_id
+from fks_backfill_dagster.store.sql import micros
 
 _COLUMNS = "ts, open, high, low, close, coalesce(volume, 'NaN')"
 
@@ -234,7 +235,7 @@ def stored_origins(connection: sa.Connection, series: Series, window: TimeRange)
     with cursor_of(connection) as cursor:
         rows = cursor.execute(
             "SELECT b.provider, b.instrument, o.opens,"
-            "   CAST(extract(epoch FROM coalesce(b.published_at, b.fetched_at)) * 1000000 AS bigint)"
+            f"   {micros('coalesce(b.published_at, b.fetched_at)')}"
             " FROM (SELECT c.batch_id, array_send(array_agg(c.ts)) AS opens"
             f'   FROM fks."candles_{series.timeframe}" c JOIN fks.series s ON s.id = c.series_id'
             "   WHERE s.symbol = %(symbol)s AND s.timeframe = %(timeframe)s"

@@ -24,9 +24,9 @@ from fks_backfill_dagster.orchestration.groups import asset_key, groups_of
 from fks_backfill_dagster.pipeline.calendars import keep_calendar
 from fks_backfill_dagster.settings import Settings, SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster.store.checking import recent_missing
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.queries import ledger_gaps
+from fks_backfill_dagster.store.reaches import recent_missing
 from fks_backfill_dagster_tests.calendars import Update, update
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project
 from fks_backfill_dagster_tests.orchestration.test_assets import plant_failure

@@ -18,9 +18,10 @@ from fks_backfill_dagster.orchestration.schedules import check_requests, refresh
 from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
-from fks_backfill_dagster.store.checking import PartState, reaches
+from fks_backfill_dagster.store.coverage import PartState
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.queries import ledger_gaps, read_candles
+from fks_backfill_dagster.store.reaches import reaches
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, settings_of
 from fks_backfill_dagster_tests.orchestration.test_assets import metadata_of, statuses
 from fks_backfill_dagster_tests.orchestration.test_schedules import pretend_synced, requests_at

@@ -22,7 +22,7 @@ from fks_backfill_dagster.pipeline.fill import fill_gaps
 from fks_backfill_dagster.pipeline.sync import Context, settle_closures, sync
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import queries
-from fks_backfill_dagster.store.checking import completeness
+from fks_backfill_dagster.store.coverage import completeness
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.pipeline.conftest import NOW
 from fks_backfill_dagster_tests.pipeline.test_absence import opens_in

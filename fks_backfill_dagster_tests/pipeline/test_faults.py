@@ -25,7 +25,7 @@ from fks_backfill_dagster.providers.oanda import PAGE_SIZE
 from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import queries
-from fks_backfill_dagster.store.checking import part_states
+from fks_backfill_dagster.store.coverage import part_states
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.pipeline.conftest import NOW
 

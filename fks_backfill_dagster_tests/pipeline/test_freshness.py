@@ -29,8 +29,8 @@ from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store import queries
-from fks_backfill_dagster.store.checking import reaches
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.reaches import reaches
 from fks_backfill_dagster_tests.pipeline.conftest import NOW
 from fks_backfill_dagster_tests.store.builders import execute
 

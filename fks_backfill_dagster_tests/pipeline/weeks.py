@@ -35,9 +35,9 @@ from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool
 from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import queries
-from fks_backfill_dagster.store.checking import reaches
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.due_gaps import Place, Wanted, due_places
+from fks_backfill_dagster.store.reaches import reaches
 
 PLACES_A_STEP = 10
 
