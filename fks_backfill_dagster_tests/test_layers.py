@@ -6,6 +6,7 @@ The rules are functions over a folder, so that each of them is also shown to fin
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -174,7 +175,26 @@ def impure(root: Path) -> list[str]:
     return wrong
 
 
-RULES = [upward, without_layer, out_of_place, impure]
+# A statement that changes candles, as it stands in the code: the table by its name or by `table_of`.
+CHANGES_CANDLES = re.compile(
+    r"\b(INSERT INTO|UPDATE|DELETE FROM|TRUNCATE|COPY)\s+[^ ]*(candles_|table_of\(|\{table\})"
+)
+WRITES = ("store/writer/", "store/migrations/")
+
+
+def writing(root: Path) -> list[str]:
+    """Statements that change candles outside the one package that does."""
+    return [
+        f"{path}:{node.lineno}: {part} changes candles"
+        for part, path, tree in sources(root)
+        if not path.startswith(WRITES)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+        if CHANGES_CANDLES.search(ast.unparse(node))
+    ]
+
+
+RULES = [upward, without_layer, out_of_place, impure, writing]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -214,6 +234,9 @@ def test_there_is_a_package_to_look_at() -> None:
         (impure, "domain/a.py", "x = open('f')", "domain does I/O (open)"),
         (impure, "ledger/a.py", "x = datetime.now(UTC)", "ledger reads the clock (now)"),
         (upward, "ledger/a.py", f"from {PACKAGE}.store import x", "ledger imports store"),
+        (writing, "store/a.py", "x = 'DELETE FROM fks.\"candles_1h\"'", "store changes candles"),
+        (writing, "cli/a.py", "x = f'UPDATE {table_of(one)} SET close = 1'", "cli changes candles"),
+        (writing, "pipeline/a.py", "x = 'INSERT INTO {table} VALUES (1)'", "pipeline changes candles"),
     ],
 )
 def test_a_violation_is_found_with_its_place(rule, path, line, expected, tmp_path: Path) -> None:
@@ -230,10 +253,12 @@ def test_a_violation_is_found_with_its_place(rule, path, line, expected, tmp_pat
         ("orchestration/a.py", f"import dagster\nfrom {PACKAGE}.app import x"),
         ("store/a.py", f"import psycopg\nfrom . import b\nfrom {PACKAGE}.domain.ranges import TimeRange"),
         ("providers/a.py", "import requests"),
+        ("store/writer/a.py", "x = f'DELETE FROM {table_of(one)}'"),
+        ("store/a.py", "x = f'SELECT ts FROM {table_of(one)}'"),
         ("domain/a.py", "from datetime import datetime\nimport numpy"),
     ],
 )
 def test_what_is_allowed_passes(path: str, line: str, tmp_path: Path) -> None:
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / path).write_text(line, encoding="utf-8")
-    assert [rule(tmp_path) for rule in RULES] == [[], [], [], []]
+    assert [rule(tmp_path) for rule in RULES] == [[], [], [], [], []]

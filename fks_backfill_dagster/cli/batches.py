@@ -89,8 +89,8 @@ def undo(batch_id: int, as_json: bool) -> int:
     from fks_backfill_dagster.domain.grid import grid_of
     from fks_backfill_dagster.settings import load_settings
     from fks_backfill_dagster.store import queries
-    from fks_backfill_dagster.store.commit import undo_batch
     from fks_backfill_dagster.store.ledger import series_id
+    from fks_backfill_dagster.store.writer.undo import undo_batch
 
     with open_database(load_settings()) as database:
         found = queries.series_of_batch(database, batch_id)

@@ -85,8 +85,8 @@ def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
     """Delete a series from the database: candles, lineage, gaps, quarantine. The settings stay as they are."""
     from fks_backfill_dagster.app import open_database
     from fks_backfill_dagster.settings import load_settings
-    from fks_backfill_dagster.store import commit
     from fks_backfill_dagster.store.queries import stored_series, sync_status
+    from fks_backfill_dagster.store.writer.remove import remove_series as remove_stored
 
     settings = load_settings()
     with usage():
@@ -101,7 +101,7 @@ def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
             raise click.UsageError(
                 f"this would delete {many(state.total_candles, 'candle')} of {found}: add --yes to do it"
             )
-        candles = commit.remove_series(database, found)
+        candles = remove_stored(database, found)
     if as_json:
         answer_json({"symbol": found.symbol, "timeframe": found.timeframe.value, "candles_removed": candles})
     else:

@@ -26,6 +26,7 @@ from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.driver import cursor_of
 from fks_backfill_dagster.store.ledger import from_multirange, gap_of, series_id
 from fks_backfill_dagster.store.sanity import GOOD
+from fks_backfill_dagster.store.sql import table_of
 
 # Candles of a market that never closes in a block: some MB here and in the server. Twice and half as
 # many cost the same.
@@ -144,7 +145,7 @@ class _Block:
 
 
 def _seen(connection: sa.Connection, series: Series, identity: int, grid: Grid, closed_end: int) -> Seen:
-    table = f'fks."candles_{series.timeframe}"'
+    table = table_of(series.timeframe)
     candles, oldest, newest = 0, None, None
     runs: list[RangeSet] = []
     flaws: dict[tuple[Kind, int], Flaw] = {}

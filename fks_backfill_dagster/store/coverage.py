@@ -20,7 +20,7 @@ from fks_backfill_dagster.ledger.gaps import MISSING, GapStatus
 from fks_backfill_dagster.ledger.records import LedgerGap
 from fks_backfill_dagster.store import ledger
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.sql import micros, series_of
+from fks_backfill_dagster.store.sql import micros, series_of, table_of
 
 # The states of gaps in which candles are missing: they did trade, as far as is known.
 
@@ -145,7 +145,7 @@ def _edges(
     connection: sa.Connection, timeframe: Timeframe, identity: int | None, windows: Mapping[str, TimeRange]
 ) -> dict[str, dict[str, Any]]:
     """The first and the last stored candle of every window, as fields of PartState; found by index."""
-    candles = f'FROM fks."candles_{timeframe}" WHERE series_id = :id AND ts >= w.low AND ts < w.high'
+    candles = f"FROM {table_of(timeframe)} WHERE series_id = :id AND ts >= w.low AND ts < w.high"
     rows = connection.execute(
         sa.text(
             f"SELECT w.key, {micros('f.ts')} AS first, {micros('l.ts')} AS last, l.close"
@@ -194,7 +194,7 @@ def _volumes(
     rows = connection.execute(
         sa.text(
             f"SELECT w.key, c.volume FROM {_WINDOWS} CROSS JOIN LATERAL ("
-            f'   SELECT sum(volume) AS volume FROM fks."candles_{timeframe}"'
+            f"   SELECT sum(volume) AS volume FROM {table_of(timeframe)}"
             "   WHERE series_id = :id AND ts >= w.low AND ts < w.high) c"
         ),
         _named(identity, windows),
@@ -213,7 +213,7 @@ def _shares(
         sa.text(
             f"SELECT w.key, b.provider, sum(n.candles)::bigint AS candles FROM {_WINDOWS}"
             " CROSS JOIN LATERAL ("
-            f'   SELECT batch_id, count(*) AS candles FROM fks."candles_{timeframe}"'
+            f"   SELECT batch_id, count(*) AS candles FROM {table_of(timeframe)}"
             "   WHERE series_id = :id AND ts >= w.low AND ts < w.high GROUP BY batch_id) n"
             " JOIN fks.batch b ON b.id = n.batch_id GROUP BY 1, 2 ORDER BY 3 DESC, 2"
         ),

@@ -21,14 +21,13 @@ from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.driver import cursor_of
 from fks_backfill_dagster.store.errors import repeated
 from fks_backfill_dagster.store.ledger import known, series_id
-from fks_backfill_dagster.store.sql import micros
+from fks_backfill_dagster.store.sql import micros, table_of
 
 _COLUMNS = "ts, open, high, low, close, coalesce(volume, 'NaN')"
 
 # COPY of a hypertable itself would give no rows; of a query it does.
 _STORED = (
-    'SELECT {columns} FROM fks."candles_{timeframe}"'
-    " WHERE series_id = %(id)s AND ts >= %(start)s AND ts < %(end)s ORDER BY ts"
+    "SELECT {columns} FROM {table} WHERE series_id = %(id)s AND ts >= %(start)s AND ts < %(end)s ORDER BY ts"
 )
 
 # About as many rows as one month of minutes: what is held in memory at a time.
@@ -136,7 +135,7 @@ def _blocks(
         if identity is None:
             return
         if as_of is None:
-            query = _STORED.format(columns=_COLUMNS, timeframe=series.timeframe)
+            query = _STORED.format(columns=_COLUMNS, table=table_of(series.timeframe))
         else:
             query = (
                 f"SELECT {_COLUMNS} FROM fks.ohlcv_as_of"
@@ -221,7 +220,7 @@ def origins(database: Database, series: Series, window: TimeRange) -> list[Origi
         rows = connection.execute(
             sa.text(
                 "SELECT b.provider, b.transport, sum(n.candles)::bigint AS candles FROM ("
-                f'   SELECT batch_id, count(*) AS candles FROM fks."candles_{series.timeframe}"'
+                f"   SELECT batch_id, count(*) AS candles FROM {table_of(series.timeframe)}"
                 "   WHERE series_id = :id AND ts >= :start AND ts < :end GROUP BY batch_id) n"
                 " JOIN fks.batch b ON b.id = n.batch_id GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2"
             ),
@@ -237,7 +236,7 @@ def stored_origins(connection: sa.Connection, series: Series, window: TimeRange)
             "SELECT b.provider, b.instrument, o.opens,"
             f"   {micros('coalesce(b.published_at, b.fetched_at)')}"
             " FROM (SELECT c.batch_id, array_send(array_agg(c.ts)) AS opens"
-            f'   FROM fks."candles_{series.timeframe}" c JOIN fks.series s ON s.id = c.series_id'
+            f"   FROM {table_of(series.timeframe)} c JOIN fks.series s ON s.id = c.series_id"
             "   WHERE s.symbol = %(symbol)s AND s.timeframe = %(timeframe)s"
             "     AND c.ts >= %(start)s AND c.ts < %(end)s GROUP BY c.batch_id) o"
             " JOIN fks.batch b ON b.id = o.batch_id",

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_micros
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.sql import series_of
+from fks_backfill_dagster.store.sql import series_of, table_of
 
 # The rules of domain/quality.py in SQL. In PostgreSQL NaN is greater than every number.
 _RULES = {
@@ -68,7 +68,7 @@ def _broken(connection: sa.Connection, timeframe: Timeframe, ids: Sequence[int])
     return connection.execute(
         sa.text(
             f"SELECT series_id, count(*) AS bad, {counts}, min(ts) AS first"
-            f' FROM fks."candles_{timeframe}" WHERE series_id = ANY(:ids) AND NOT ({GOOD}) GROUP BY series_id'
+            f" FROM {table_of(timeframe)} WHERE series_id = ANY(:ids) AND NOT ({GOOD}) GROUP BY series_id"
         ),
         {"ids": list(ids)},
     ).all()
@@ -83,7 +83,7 @@ def bad_parts(database: Database, series: Sequence[Series], part: str) -> dict[S
             rows = connection.execute(
                 sa.text(
                     "SELECT series_id, to_char(date_trunc(:part, ts AT TIME ZONE 'UTC'), 'YYYY-MM-DD') AS key,"
-                    f' count(*) AS bad FROM fks."candles_{timeframe}"'
+                    f" count(*) AS bad FROM {table_of(timeframe)}"
                     f" WHERE series_id = ANY(:ids) AND NOT ({GOOD}) GROUP BY 1, 2 ORDER BY 1, 2"
                 ),
                 {"part": part, "ids": [i for i, one in owners.items() if one.timeframe is timeframe]},

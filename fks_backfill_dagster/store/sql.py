@@ -7,6 +7,12 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 
 from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import Timeframe
+
+
+def table_of(timeframe: Timeframe) -> str:
+    """The table of the candles of this timeframe."""
+    return f'fks."candles_{timeframe}"'
 
 
 def micros(expression: str) -> str:

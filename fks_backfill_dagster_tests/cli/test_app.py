@@ -16,10 +16,11 @@ from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.providers import registry
 from fks_backfill_dagster.providers.http import RequestPool
 from fks_backfill_dagster.settings import load_settings
-from fks_backfill_dagster.store.commit import BatchWrite, commit_batch
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import MixedSources
 from fks_backfill_dagster.store.ledger import register
+from fks_backfill_dagster.store.writer.commit import commit_batch
+from fks_backfill_dagster.store.writer.records import BatchWrite
 from fks_backfill_dagster_tests.domain.builders import flat
 
 LOCAL = "http://127.0.0.1:1/binance"

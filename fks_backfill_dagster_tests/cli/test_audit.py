@@ -9,8 +9,8 @@ import pytest
 from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.cli.conftest import Command
-from fks_backfill_dagster_tests.cli.test_asking import ONLY
-from fks_backfill_dagster_tests.cli.test_asking import synced as synced
+from fks_backfill_dagster_tests.cli.test_status import ONLY
+from fks_backfill_dagster_tests.cli.test_status import synced as synced
 from fks_backfill_dagster_tests.cli.test_backfill import JANUARY
 from fks_backfill_dagster_tests.store.builders import execute
 

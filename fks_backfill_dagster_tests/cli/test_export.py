@@ -27,9 +27,10 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_micros
 from fks_backfill_dagster.reading import UnknownSeries
 from fks_backfill_dagster.simulator.config import instant
-from fks_backfill_dagster.store.commit import BatchWrite, commit_batch
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.ledger import register
+from fks_backfill_dagster.store.writer.commit import commit_batch
+from fks_backfill_dagster.store.writer.records import BatchWrite
 from fks_backfill_dagster_tests.cli.conftest import Command, start, until
 
 SERIES = Series("EUR/USD", Timeframe.D1, AssetClass.FOREX)

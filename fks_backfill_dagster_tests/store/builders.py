@@ -21,15 +21,11 @@ from fks_backfill_dagster.ledger.records import Evidence, LedgerGap
 from fks_backfill_dagster.ledger.settle import Response
 from fks_backfill_dagster.store import ledger, queries
 from fks_backfill_dagster.store.audit_reader import examine
-from fks_backfill_dagster.store.commit import (
-    BatchWrite,
-    Committed,
-    Withdrawal,
-    commit_batch,
-    repair_series,
-    undo_batch,
-)
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.writer.commit import commit_batch
+from fks_backfill_dagster.store.writer.records import BatchWrite, Committed, Withdrawal
+from fks_backfill_dagster.store.writer.repair import repair_series
+from fks_backfill_dagster.store.writer.undo import undo_batch
 from fks_backfill_dagster_tests.domain.builders import at
 
 MIDNIGHT = at("2024-01-01T00:00Z")

@@ -12,9 +12,9 @@ import pytest
 import sqlalchemy as sa
 
 from fks_backfill_dagster.store import queries
-from fks_backfill_dagster.store.commit import Committed
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
+from fks_backfill_dagster.store.writer.records import Committed
 from fks_backfill_dagster_tests.store.builders import EVER, Shelf, candles_at, execute
 from fks_backfill_dagster_tests.store.conftest import fresh
 

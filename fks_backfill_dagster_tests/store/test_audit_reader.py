@@ -20,8 +20,8 @@ from fks_backfill_dagster.ledger.reconcile import Kind, SeriesAudit
 from fks_backfill_dagster.ledger.records import Evidence, Outcome
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.audit_reader import examine
-from fks_backfill_dagster.store.commit import repair_series
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.writer.repair import repair_series
 from fks_backfill_dagster_tests.store.builders import EVER, MIDNIGHT, Shelf, brought, candles_at, execute
 from fks_backfill_dagster_tests.store.conftest import fresh
 

@@ -20,9 +20,10 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe, to_datetime
 from fks_backfill_dagster.ledger.records import Evidence, Outcome
 from fks_backfill_dagster.store import ledger, queries
-from fks_backfill_dagster.store.commit import Committed, remove_series
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import ATTEMPTS, DatabaseFull, DatabaseUnavailable, StoreError
+from fks_backfill_dagster.store.writer.records import Committed
+from fks_backfill_dagster.store.writer.remove import remove_series
 from fks_backfill_dagster_tests.domain.builders import at, candles, window
 from fks_backfill_dagster_tests.store.builders import (
     EVER,

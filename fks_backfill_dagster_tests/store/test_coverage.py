@@ -12,7 +12,6 @@ import pytest
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, to_datetime, to_micros
-from fks_backfill_dagster.store.commit import Withdrawal
 from fks_backfill_dagster.store.coverage import (
     Completeness,
     PartState,
@@ -27,6 +26,7 @@ from fks_backfill_dagster.store.errors import StoreError
 from fks_backfill_dagster.store.queries import batches, read_candles
 from fks_backfill_dagster.store.reaches import MOST_TAIL_GAPS, Reach, Tail, reaches, recent_missing, tails
 from fks_backfill_dagster.store.sanity import sanity
+from fks_backfill_dagster.store.writer.records import Withdrawal
 from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, execute, origin_of
 from fks_backfill_dagster_tests.store.conftest import fresh
 

@@ -17,8 +17,8 @@ from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.ledger.gaps import find_gaps
 from fks_backfill_dagster.store import queries
-from fks_backfill_dagster.store.commit import Committed, Withdrawal
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.writer.records import Committed, Withdrawal
 from fks_backfill_dagster_tests.examples import examples
 from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, origin_of
 from fks_backfill_dagster_tests.store.conftest import fresh

@@ -18,10 +18,11 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.audit_reader import examine
-from fks_backfill_dagster.store.commit import Committed, undo_batch
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import SchemaTooOld
 from fks_backfill_dagster.store.ledger import series_id
+from fks_backfill_dagster.store.writer.records import Committed
+from fks_backfill_dagster.store.writer.undo import undo_batch
 from fks_backfill_dagster_tests.domain.builders import at, window
 from fks_backfill_dagster_tests.store.builders import Shelf, archive, brought, execute, fetch
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fks_backfill_dagster.domain.delivery import Delivery
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY
 from fks_backfill_dagster.store import queries
-from fks_backfill_dagster.store.commit import Committed
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.writer.records import Committed
 from fks_backfill_dagster_tests.examples import examples
 from fks_backfill_dagster_tests.store.builders import MIDNIGHT, Shelf, archive, brought, candles_at
 from fks_backfill_dagster_tests.store.conftest import fresh

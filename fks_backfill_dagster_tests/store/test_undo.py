@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fks_backfill_dagster.store import queries
-from fks_backfill_dagster.store.commit import Committed
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
+from fks_backfill_dagster.store.writer.records import Committed
 from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at
 from fks_backfill_dagster_tests.store.conftest import fresh
 

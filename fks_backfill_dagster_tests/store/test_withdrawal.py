@@ -8,8 +8,9 @@ import pytest
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.ledger.records import Evidence, Outcome
 from fks_backfill_dagster.store import queries
-from fks_backfill_dagster.store.commit import WITHDRAWN, Committed, Withdrawal
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.writer.candles import WITHDRAWN
+from fks_backfill_dagster.store.writer.records import Committed, Withdrawal
 from fks_backfill_dagster_tests.store.builders import (
     EVER,
     MIDNIGHT,
