@@ -37,8 +37,8 @@ from fks_backfill_dagster.host.lasting import make_lasting
 from fks_backfill_dagster.host.servers import dagster_folder
 from fks_backfill_dagster.settings import Settings, load_settings
 from fks_backfill_dagster.store import sessions
+from fks_backfill_dagster.store.dagster_schema import DAGSTER_SCHEMA, keeps_connections, make_dagster_schema
 from fks_backfill_dagster.store.errors import Place
-from fks_backfill_dagster.store.lending import DAGSTER_SCHEMA, keeps_connections, lend_schema
 
 _CONNECTIONS_KEPT = 2
 """A process writes one event at a time; what more threads need at the same moment is closed after use."""
@@ -219,4 +219,4 @@ def dagster_place(database_url: str, log: Path | None = None) -> DagsterPlace:
 
     The driver is named: SQLAlchemy 2.1 reads `postgresql://` as psycopg 3, which breaks dagster-postgres.
     """
-    return DagsterPlace(*lend_schema(database_url, DAGSTER_SCHEMA, "psycopg2", log=log))
+    return DagsterPlace(*make_dagster_schema(database_url, DAGSTER_SCHEMA, "psycopg2", log=log))

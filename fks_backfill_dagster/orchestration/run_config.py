@@ -1,6 +1,12 @@
-"""What a refresh asks for of one series: said alike by the schedule that requests it and the op that does it."""
+"""The kind of a run, read from its tags, and the range that a refresh requests of one series.
+
+The schedule that requests a refresh and the op that does it use the same rule.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
 
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.partitions import start_before
@@ -11,7 +17,22 @@ from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.reaches import Reach
 
 REFRESH = "fks/refresh"
-"""The tag of a refresh, its value the timeframe: tells the op that it is one."""
+"""The tag of a refresh, its value the timeframe."""
+
+FILL = "fks/fill"
+"""The tag of a run that fills gaps, its value the partition."""
+
+
+class RunKind(Enum):
+    BACKFILL = "backfill"
+    REFRESH = "refresh"
+    FILL = "fill"
+
+    @classmethod
+    def of(cls, tags: Mapping[str, str]) -> RunKind:
+        if REFRESH in tags:
+            return cls.REFRESH
+        return cls.FILL if FILL in tags else cls.BACKFILL
 
 
 def is_wanted(series: Series, reach: Reach | None, settings: Settings, now: int, *, daily: bool) -> bool:

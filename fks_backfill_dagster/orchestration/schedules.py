@@ -4,7 +4,7 @@ A look (a tick of a refresh) asks the database which series have a candle that h
 last sync, and requests runs for those: a look that finds nothing new costs two queries. A series
 whose refresh still waits or runs is not asked for again.
 
-Does not belong here: how often (`pace`), what a run does (`assets`, `checks`, `housekeeping`).
+Does not belong here: how often (`cadence`), what a run does (`assets`, `checks`, `run_retention`).
 """
 
 # No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
@@ -36,10 +36,10 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_
 from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.checks import CHECK_NAMES
 from fks_backfill_dagster.orchestration.groups import Group
-from fks_backfill_dagster.orchestration.housekeeping import HOUSEKEEPING
 from fks_backfill_dagster.orchestration.jobs import CHECKS, job_name
 from fks_backfill_dagster.orchestration.resources import DATABASE
 from fks_backfill_dagster.orchestration.run_config import REFRESH, asked_range, is_wanted
+from fks_backfill_dagster.orchestration.run_retention import HOUSEKEEPING
 from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.reaches import reaches, synced_ends

@@ -1,6 +1,6 @@
 """Filling the gaps of a series: a sync of nothing but them, and what became of each.
 
-Does not belong here: which gaps are due (`store.due`), who asks when (the faces).
+Does not belong here: which gaps are due (`store.due_gaps`), who asks when (the faces).
 """
 
 from __future__ import annotations

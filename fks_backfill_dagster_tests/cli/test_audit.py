@@ -9,9 +9,9 @@ import pytest
 from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.cli.conftest import Command
+from fks_backfill_dagster_tests.cli.test_backfill import JANUARY
 from fks_backfill_dagster_tests.cli.test_status import ONLY
 from fks_backfill_dagster_tests.cli.test_status import synced as synced
-from fks_backfill_dagster_tests.cli.test_backfill import JANUARY
 from fks_backfill_dagster_tests.store.builders import execute
 
 DELETE = "DELETE FROM fks.\"candles_1h\" WHERE ts = '2024-01-20T12:00Z'"

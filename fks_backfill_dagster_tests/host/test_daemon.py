@@ -23,11 +23,11 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, MICROS_PER_MINUTE, Timeframe, to_datetime
 from fks_backfill_dagster.host.graphql import REPOSITORY
 from fks_backfill_dagster.host.servers import WEBSERVER, dagster_folder
-from fks_backfill_dagster.orchestration.housekeeping import HOUSEKEEPING
 from fks_backfill_dagster.orchestration.jobs import CHECKS
+from fks_backfill_dagster.orchestration.run_retention import HOUSEKEEPING
 from fks_backfill_dagster.settings import CHECKOUT
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
-from fks_backfill_dagster.store.lending import DAGSTER_SCHEMA
+from fks_backfill_dagster.store.dagster_schema import DAGSTER_SCHEMA
 from fks_backfill_dagster.store.queries import batches, read_candles
 from fks_backfill_dagster_tests.host.site import Site, compute_log, site
 

@@ -13,8 +13,8 @@ from fks_backfill_dagster.app import now
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe, to_datetime
-from fks_backfill_dagster.orchestration import outages as sensor_module
-from fks_backfill_dagster.orchestration.outages import MOST_LINES, Reported, news, observations
+from fks_backfill_dagster.orchestration import outage_sensor as sensor_module
+from fks_backfill_dagster.orchestration.outage_sensor import MOST_LINES, Reported, news, observations
 from fks_backfill_dagster.pipeline.outages import Outage
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.simulator.config import instant

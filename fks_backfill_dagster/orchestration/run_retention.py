@@ -16,9 +16,13 @@ from dagster import DagsterInstance, JobDefinition, OpExecutionContext, in_proce
 
 from fks_backfill_dagster.orchestration.resources import DATABASE
 from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.store.dagster_schema import (
+    DAGSTER_SCHEMA,
+    event_count,
+    forget_strays,
+    obsolete_runs,
+)
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.lending import DAGSTER_SCHEMA
-from fks_backfill_dagster.store.lodging import event_count, forget_strays, obsolete_runs
 
 HOUSEKEEPING = "housekeeping"
 

@@ -1,16 +1,46 @@
-"""What became obsolete in the tables that Dagster keeps in a schema lent to it (`lending`).
+"""The schema of our database in which Dagster keeps its tables, and which of its rows are obsolete.
 
-Belongs here: the few questions about many of its events at once that its own interface answers one
-run at a time. Rows of runs are deleted through that interface, never here.
+Belongs here: the schema, its address, and the questions about many of Dagster's events at once that its own
+interface answers one run at a time. Does not belong here: deleting rows of runs, which that interface does.
 """
 
 from __future__ import annotations
 
 from datetime import datetime
+from pathlib import Path
 
 import sqlalchemy as sa
 
-from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.database import Database, make_schema
+from fks_backfill_dagster.store.errors import Place
+
+DAGSTER_SCHEMA = "dagster"
+
+
+def make_dagster_schema(
+    database_url: str, schema: str, driver: str, *, log: Path | None = None
+) -> tuple[str, Place]:
+    """The SQLAlchemy URL with which `driver` connects, and the database for messages. Makes the schema.
+
+    The engine still has to be attached (`sessions.attach`) with the schema as its search_path: programs whose tables
+    carry no schema of their own find them by it. The URL holds the password in clear. `log`: as for Database. Raises
+    StoreError.
+    """
+    database = Database(database_url, pool_size=1, log=log)
+    try:
+        with database.begin() as connection:
+            make_schema(connection, schema, database.place)
+    finally:
+        database.dispose()
+    return database.url.set(drivername=f"postgresql+{driver}").render_as_string(
+        hide_password=False
+    ), database.place
+
+
+def keeps_connections(engine: sa.Engine) -> bool:
+    """Whether an engine of another program has a pool of its own."""
+    return not isinstance(engine.pool, sa.NullPool)
+
 
 # A partition's state follows from its newest materialization and its newest plan; a check's from its
 # newest evaluation. Whatever run holds one of those stays.

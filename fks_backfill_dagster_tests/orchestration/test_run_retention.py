@@ -11,12 +11,11 @@ from dagster import AssetCheckKey, DagsterInstance
 from dagster._core.instance.ref import InstanceRef
 
 from fks_backfill_dagster.orchestration.build import build_defs
-from fks_backfill_dagster.orchestration.housekeeping import forget_before
+from fks_backfill_dagster.orchestration.run_retention import forget_before
 from fks_backfill_dagster.settings import CHECKOUT
 from fks_backfill_dagster.simulator import LocalMarket
+from fks_backfill_dagster.store.dagster_schema import DAGSTER_SCHEMA, event_count
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.lending import DAGSTER_SCHEMA
-from fks_backfill_dagster.store.lodging import event_count
 from fks_backfill_dagster_tests.orchestration.conftest import Project, settings_of
 from fks_backfill_dagster_tests.orchestration.test_assets import plant_failure, statuses
 

@@ -5,7 +5,7 @@ less. It is not asked for while a run that may fill it waits or runs, nor within
 broke before it could ask anybody must not be started again and again. History that was never synced is in
 no ledger, and never asked for here.
 
-Does not belong here: when a gap is due (`ledger.settle`, `store.due`), what a run does (`assets`).
+Does not belong here: when a gap is due (`ledger.settle`, `store.due_gaps`), what a run does (`assets`).
 """
 
 # No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
@@ -34,10 +34,10 @@ from fks_backfill_dagster.domain.partitions import is_monthly
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.checks import COMPLETENESS
-from fks_backfill_dagster.orchestration.errands import FILL
 from fks_backfill_dagster.orchestration.groups import Group, asset_key
 from fks_backfill_dagster.orchestration.jobs import job_name
 from fks_backfill_dagster.orchestration.resources import ALL, opened
+from fks_backfill_dagster.orchestration.run_config import FILL
 from fks_backfill_dagster.pipeline.sync import Context, able, settle_closures
 from fks_backfill_dagster.settings import Settings
 from fks_backfill_dagster.store.due_gaps import Place, Wanted, due_places
