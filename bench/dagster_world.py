@@ -13,7 +13,8 @@ from typing import Any
 
 from fks_backfill_dagster.host import servers
 from fks_backfill_dagster.host.graphql import REPOSITORY, Webserver
-from fks_backfill_dagster.settings import CHECKOUT, Settings, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import CHECKOUT, Settings
 
 _AUTOMATION_OFF = {
     "FKS_AUTOMATION__REFRESH": "[]",

@@ -31,7 +31,8 @@ from fks_backfill_dagster.host import launch
 from fks_backfill_dagster.host.graphql import Webserver
 from fks_backfill_dagster.pipeline.plan import GRACE
 from fks_backfill_dagster.pipeline.sync import sync
-from fks_backfill_dagster.settings import CHECKOUT, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import CHECKOUT
 
 MANY = 2000
 SIXTY_MONTHS = window(2019, 5)

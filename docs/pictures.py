@@ -35,7 +35,8 @@ from fks_backfill_dagster.demo.demo import run_demo
 from fks_backfill_dagster.host import servers
 from fks_backfill_dagster.host.graphql import Webserver
 from fks_backfill_dagster.host.launch import running_webserver
-from fks_backfill_dagster.settings import CHECKOUT, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import CHECKOUT
 
 FOLDER = Path(__file__).parent / "pictures"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

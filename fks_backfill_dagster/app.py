@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from fks_backfill_dagster.settings import Binance, Settings
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.sections import Binance
 
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange

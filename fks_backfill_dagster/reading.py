@@ -14,7 +14,7 @@ from fks_backfill_dagster.app import connect, database_url
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
-from fks_backfill_dagster.settings import load_settings
+from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.store import queries as store
 from fks_backfill_dagster.store.database import Database
 

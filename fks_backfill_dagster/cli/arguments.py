@@ -20,7 +20,7 @@ from fks_backfill_dagster.cli.output import tell
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.domain.series import Series
-    from fks_backfill_dagster.settings import Settings
+    from fks_backfill_dagster.settings.model import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -84,7 +84,7 @@ def _matching(
     settings: Settings, pattern: str, timeframe: str | None, stored: Iterable[Series]
 ) -> tuple[Series, ...]:
     from fks_backfill_dagster.domain.series import identifier
-    from fks_backfill_dagster.settings import parse_timeframe
+    from fks_backfill_dagster.settings.types import parse_timeframe
 
     known = {(s.symbol, s.timeframe): s for s in (*stored, *settings.series())}
     symbols = {

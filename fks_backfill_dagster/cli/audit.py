@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.ledger.reconcile import Difference, SeriesAudit
     from fks_backfill_dagster.pipeline.audit import AuditReport
-    from fks_backfill_dagster.settings import Settings
+    from fks_backfill_dagster.settings.model import Settings
     from fks_backfill_dagster.store.database import Database
 
 QUIET_SECONDS = 5.0
@@ -45,7 +45,7 @@ def audit(names: tuple[str, ...], everything: bool, no_repair: bool, as_json: bo
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import now, open_database
     from fks_backfill_dagster.pipeline.audit import audit as run
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
 
     settings = load_settings()
     with open_database(settings) as database:

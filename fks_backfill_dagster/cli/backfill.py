@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.pipeline.events import SyncEvent
     from fks_backfill_dagster.pipeline.plan import Scope
     from fks_backfill_dagster.pipeline.sync import DryRun, SyncReport
-    from fks_backfill_dagster.settings import Settings
+    from fks_backfill_dagster.settings.model import Settings
 
 _INTERRUPTED = (
     "Interrupted: what was committed stays, and the same command fetches only what is still missing."
@@ -88,7 +88,7 @@ def backfill(
     again fetches only what is missing. Exit code 0 only if every expected candle that traded is there.
     """
     from fks_backfill_dagster.pipeline.plan import Scope
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
 
     if force and not refetch:
         raise click.UsageError("--force is for --refetch: nothing else overwrites stored candles.")

@@ -42,7 +42,7 @@ def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
     """List what was committed, newest first: provider, transport, range, source, host."""
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import open_database
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store import queries
 
     settings = load_settings()
@@ -87,7 +87,7 @@ def undo(batch_id: int, as_json: bool) -> int:
     """
     from fks_backfill_dagster.app import open_database
     from fks_backfill_dagster.domain.grid import grid_of
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store import queries
     from fks_backfill_dagster.store.ledger import series_id
     from fks_backfill_dagster.store.writer.undo import undo_batch

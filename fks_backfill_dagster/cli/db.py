@@ -22,7 +22,7 @@ from fks_backfill_dagster.cli.output import (
 if TYPE_CHECKING:
     from fks_backfill_dagster.documents import Document
     from fks_backfill_dagster.embedded.clusters import Cluster
-    from fks_backfill_dagster.settings import Settings
+    from fks_backfill_dagster.settings.model import Settings
     from fks_backfill_dagster.store.roles import Reader
 
 LONGEST_ROLE_NAME = 63
@@ -43,7 +43,7 @@ def url(as_json: bool) -> None:
 
     The embedded PostgreSQL is started and runs until `db stop`.
     """
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
 
     found = _kept_url(load_settings())
     if as_json:
@@ -87,7 +87,7 @@ def upgrade(as_json: bool) -> None:
 def stop(as_json: bool) -> None:
     """Stop the embedded PostgreSQL, whoever uses it. Nothing that was committed is lost."""
     from fks_backfill_dagster.app import embedded
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
 
     server = embedded(load_settings())
     stopped = server is not None and server.stop()
@@ -108,7 +108,7 @@ def list_clusters(as_json: bool) -> None:
     earlier version, which does not name its home until it is started again.
     """
     from fks_backfill_dagster.embedded import clusters
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
 
     own = clusters.of_home(load_settings().home)
     others = [one for one in clusters.elsewhere() if own is None or one.folder != own.folder]
@@ -184,7 +184,7 @@ def _megabytes(size: int) -> str:
 
 def _prepare(as_json: bool, *, upgrade: bool, reader: str | None = None) -> None:
     from fks_backfill_dagster.app import connect, database_url
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store import roles
 
     settings = load_settings()

@@ -60,7 +60,7 @@ def export(
     """
     from fks_backfill_dagster.app import now, open_database
     from fks_backfill_dagster.domain.timeframe import iso, to_datetime
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import iterate_candles, stored_series, sync_status
 
     settings, present = load_settings(), now()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.pipeline.fill import FilledGap, FillReport
-    from fks_backfill_dagster.settings import Settings
+    from fks_backfill_dagster.settings.model import Settings
 
 
 @click.command(
@@ -47,7 +47,7 @@ def fill_gaps(
     Exit code 0 only if nothing that traded is missing of any of these gaps any more.
     """
     from fks_backfill_dagster.domain.ranges import TimeRange
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
 
     settings = load_settings()
     if start is not None and end is not None:

@@ -52,7 +52,7 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
     from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.pipeline.gaps import earlier_gaps, find_gaps
     from fks_backfill_dagster.pipeline.outages import find_outages
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import stored_series
 
     settings, present = load_settings(), now()

@@ -26,7 +26,7 @@ from fks_backfill_dagster.cli.signals import signals
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.host.launch import Launched, Order, Seen
-    from fks_backfill_dagster.settings import Settings
+    from fks_backfill_dagster.settings.model import Settings
 
 QUIET_SECONDS = 5.0
 LONGEST_SILENCE = 30.0
@@ -77,7 +77,7 @@ def launch(
     from fks_backfill_dagster.host import launch
     from fks_backfill_dagster.host.graphql import DagsterRefused
     from fks_backfill_dagster.host.servers import ServersError
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
 
     settings = load_settings()
     orders = _orders(settings, _chosen(settings, symbols, everything, timeframes), start, end)
@@ -107,7 +107,7 @@ def _chosen(
     settings: Settings, symbols: Sequence[str], everything: bool, timeframes: Sequence[str]
 ) -> list[Series]:
     """Configured series only: others are no assets."""
-    from fks_backfill_dagster.settings import parse_timeframe
+    from fks_backfill_dagster.settings.types import parse_timeframe
 
     with usage():
         if bool(symbols) == everything:

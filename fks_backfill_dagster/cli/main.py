@@ -101,7 +101,7 @@ def _explained(error: Exception) -> int | None:
     """Tells an error that has a remedy and gives its exit code; None for any other, which is a bug."""
     from fks_backfill_dagster.embedded import EmbeddedError
     from fks_backfill_dagster.ownership import OwnershipError
-    from fks_backfill_dagster.settings import SettingsError
+    from fks_backfill_dagster.settings.model import SettingsError
     from fks_backfill_dagster.store.errors import StoreError
 
     if isinstance(error, SettingsError):

@@ -21,7 +21,7 @@ from fks_backfill_dagster.cli.output import (
 if TYPE_CHECKING:
     from fks_backfill_dagster.documents import Document
     from fks_backfill_dagster.providers.base import Provider
-    from fks_backfill_dagster.settings import Settings
+    from fks_backfill_dagster.settings.model import Settings
     from fks_backfill_dagster.store.rate_limits import ProviderState
 
 
@@ -38,7 +38,8 @@ def list_providers(reset: str | None, as_json: bool) -> None:
     """
     from fks_backfill_dagster.app import build_providers, open_database, provider_states
     from fks_backfill_dagster.providers.http import RequestPool
-    from fks_backfill_dagster.settings import PROVIDER_NAMES, load_settings
+    from fks_backfill_dagster.settings.load import load_settings
+    from fks_backfill_dagster.settings.sections import PROVIDER_NAMES
 
     settings = load_settings()
     if reset is not None:

@@ -39,7 +39,7 @@ def list_series(as_json: bool) -> None:
     """List the configured and the stored series."""
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import open_database
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import stored_series, sync_status
 
     settings = load_settings()
@@ -84,7 +84,7 @@ def list_series(as_json: bool) -> None:
 def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
     """Delete a series from the database: candles, lineage, gaps, quarantine. The settings stay as they are."""
     from fks_backfill_dagster.app import open_database
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import stored_series, sync_status
     from fks_backfill_dagster.store.writer.remove import remove_series as remove_stored
 
@@ -125,7 +125,7 @@ def accept_calendar(calendar: str, as_json: bool) -> int:
     from fks_backfill_dagster.pipeline.audit import audit, auditable
     from fks_backfill_dagster.pipeline.calendars import accept_calendar as accept
     from fks_backfill_dagster.pipeline.calendars import calendar_change
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
 
     settings = load_settings()
     with open_database(settings) as database:

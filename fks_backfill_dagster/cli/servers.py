@@ -49,7 +49,7 @@ def up(port: int | None, as_json: bool) -> None:
     holds the token that the pages ask for, where they do (webserver.login).
     """
     from fks_backfill_dagster.host import servers
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
 
     settings = load_settings()
     try:
@@ -76,7 +76,7 @@ def up(port: int | None, as_json: bool) -> None:
 def down(as_json: bool) -> None:
     """Stop what `up` has started, and the embedded database."""
     from fks_backfill_dagster.host import servers
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
 
     settings = load_settings()
     try:
@@ -207,7 +207,9 @@ def _print_environment(url: str, home: Path | None, as_json: bool) -> None:
     A database that is named elsewhere would win over the home: it has to go. So have the keys where the market is
     another machine's: the settings refuse to send one there unencrypted.
     """
-    from fks_backfill_dagster.settings import KEY_VARIABLES, home_of, leaves_unencrypted
+    from fks_backfill_dagster.settings.load import home_of
+    from fks_backfill_dagster.settings.model import KEY_VARIABLES
+    from fks_backfill_dagster.settings.types import leaves_unencrypted
 
     usual = home_of()
     own = usual if usual.name == SANDBOX_HOME else usual / SANDBOX_HOME  # the shell may have this one already

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from fks_backfill_dagster.cli.arguments import Chosen
     from fks_backfill_dagster.pipeline.coverage import Coverage
-    from fks_backfill_dagster.settings import Settings
+    from fks_backfill_dagster.settings.model import Settings
     from fks_backfill_dagster.store.database import Database
     from fks_backfill_dagster.tables import CoverageRow
 
@@ -55,7 +55,7 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
     from fks_backfill_dagster.pipeline.calendars import calendar_changes
     from fks_backfill_dagster.pipeline.coverage import coverage
     from fks_backfill_dagster.pipeline.freshness import Rule
-    from fks_backfill_dagster.settings import load_settings
+    from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import stored_series
 
     settings, present = load_settings(), now()

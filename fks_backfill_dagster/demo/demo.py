@@ -35,7 +35,8 @@ from fks_backfill_dagster.host.processes import Background, Guard, stop
 from fks_backfill_dagster.pipeline.coverage import Coverage, coverage
 from fks_backfill_dagster.pipeline.freshness import Rule
 from fks_backfill_dagster.pipeline.plan import closed_window
-from fks_backfill_dagster.settings import KEY_VARIABLES, home_of, load_settings
+from fks_backfill_dagster.settings.load import home_of, load_settings
+from fks_backfill_dagster.settings.model import KEY_VARIABLES
 from fks_backfill_dagster.store.coverage import PartState, part_states
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.queries import batches, sync_status

@@ -24,7 +24,8 @@ from fks_backfill_dagster.host.graphql import Webserver
 from fks_backfill_dagster.host.launch import Launched, Order
 from fks_backfill_dagster.host.processes import Guard
 from fks_backfill_dagster.ownership import make_home, write_text
-from fks_backfill_dagster.settings import KEY_VARIABLES, Settings, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import KEY_VARIABLES, Settings
 from fks_backfill_dagster.simulator.config import MarketConfig
 from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster.store.queries import BatchInfo, batches

@@ -26,7 +26,8 @@ from starlette.middleware import Middleware
 from fks_backfill_dagster.guard import Guard, Rules
 from fks_backfill_dagster.host.plain_logs import write_plain
 from fks_backfill_dagster.login import owner_of, token_of
-from fks_backfill_dagster.settings import Settings, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import Settings
 
 HOST = "127.0.0.1"
 

@@ -1,7 +1,7 @@
 """A partition backfill of some series through the running Dagster, watched to its end.
 
 Belongs here: which partitions a range means, and when all of them have been run. Does not belong here:
-how it is shown (command line), how Dagster is asked (`webserver`).
+how it is shown (command line), the client of Dagster (`graphql`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fks_backfill_dagster.host.graphql import Backfill, DagsterRefused, Run, Web
 from fks_backfill_dagster.host.processes import KEEPER, Background
 from fks_backfill_dagster.host.servers import DAEMON, HOST, WEBSERVER, ServersError
 from fks_backfill_dagster.login import token_of
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings.model import Settings
 
 LOOK_SECONDS = 1.0
 START_SECONDS = 30.0

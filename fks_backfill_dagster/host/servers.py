@@ -29,7 +29,7 @@ from fks_backfill_dagster.host.graphql import DagsterRefused, Webserver, WrongTo
 from fks_backfill_dagster.host.keeper import Part, Plan
 from fks_backfill_dagster.host.processes import KEEPER, Background, stop, stop_all
 from fks_backfill_dagster.login import make_token
-from fks_backfill_dagster.settings import CONFIG, SHIPPED, Settings
+from fks_backfill_dagster.settings.model import CONFIG, SHIPPED, Settings
 
 HOST = "127.0.0.1"
 PORT = 3000

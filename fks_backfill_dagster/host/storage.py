@@ -35,7 +35,8 @@ from dagster_postgres.utils import create_pg_engine
 from fks_backfill_dagster import app, ownership
 from fks_backfill_dagster.host.lasting import make_lasting
 from fks_backfill_dagster.host.servers import dagster_folder
-from fks_backfill_dagster.settings import Settings, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store import sessions
 from fks_backfill_dagster.store.dagster_schema import DAGSTER_SCHEMA, keeps_connections, make_dagster_schema
 from fks_backfill_dagster.store.errors import Place

@@ -49,7 +49,7 @@ from fks_backfill_dagster.orchestration.run_log import Lines, Progress, Story
 from fks_backfill_dagster.pipeline.freshness import behind
 from fks_backfill_dagster.pipeline.plan import Scope, closed_window
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.coverage import PartState, listed_at, part_states
 from fks_backfill_dagster.store.errors import DatabaseUnavailable, SeriesChanged, StoreError
 from fks_backfill_dagster.store.reaches import Reach, reaches

@@ -39,7 +39,7 @@ from fks_backfill_dagster.orchestration.groups import asset_key
 from fks_backfill_dagster.orchestration.resources import DATABASE
 from fks_backfill_dagster.orchestration.retrying import retried
 from fks_backfill_dagster.pipeline.audit import AuditReport, audit, auditable
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.database import Database
 
 AUDIT, OP = "audit", "audit_series"

@@ -36,7 +36,7 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso, to_datetime
 from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.groups import Group, asset_key
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings.model import Settings
 
 SENSOR = "partitions_before_start"
 

@@ -17,7 +17,8 @@ from fks_backfill_dagster.orchestration.outage_sensor import build_outage_sensor
 from fks_backfill_dagster.orchestration.resources import default_resources, fixed
 from fks_backfill_dagster.orchestration.run_retention import build_housekeeping
 from fks_backfill_dagster.orchestration.schedules import build_schedules
-from fks_backfill_dagster.settings import Settings, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import Settings
 
 
 def build_defs(

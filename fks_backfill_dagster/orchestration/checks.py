@@ -43,7 +43,7 @@ from fks_backfill_dagster.orchestration.resources import DATABASE
 from fks_backfill_dagster.orchestration.retrying import retried
 from fks_backfill_dagster.pipeline.calendars import CalendarChange, calendar_changes
 from fks_backfill_dagster.pipeline.freshness import recent_windows
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.coverage import Completeness, completeness, missing_gaps, open_parts
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.reaches import recent_missing

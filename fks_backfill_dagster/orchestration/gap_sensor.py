@@ -39,7 +39,7 @@ from fks_backfill_dagster.orchestration.jobs import job_name
 from fks_backfill_dagster.orchestration.resources import ALL, opened
 from fks_backfill_dagster.orchestration.run_config import FILL
 from fks_backfill_dagster.pipeline.sync import Context, able, settle_closures
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.due_gaps import Place, Wanted, due_places
 from fks_backfill_dagster.store.ledger import reopen
 

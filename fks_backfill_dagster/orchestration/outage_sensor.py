@@ -3,7 +3,7 @@
 Each series of the outage gets one observation, and its `data_freshness` is evaluated: while the outage goes on,
 it fails. The sensor reads the ledger and requests no run: each gap is filled by itself. What it has reported is
 its cursor.
-Does not belong here: what an outage is (`domain.outages`), filling (`filling`).
+Does not belong here: what an outage is (`domain.outages`), filling (`gap_sensor`).
 """
 
 # No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
@@ -32,7 +32,7 @@ from fks_backfill_dagster.orchestration.freshness import freshness_results, wort
 from fks_backfill_dagster.orchestration.groups import Group, asset_key
 from fks_backfill_dagster.orchestration.resources import DATABASE
 from fks_backfill_dagster.pipeline.outages import Outage, find_outages
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings.model import Settings
 
 SENSOR = "venue_outages"
 

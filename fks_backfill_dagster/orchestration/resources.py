@@ -29,7 +29,7 @@ from fks_backfill_dagster.pipeline.sync import Context
 from fks_backfill_dagster.providers.base import Provider, ProviderOptions
 from fks_backfill_dagster.providers.http import Limiter, RequestPool
 from fks_backfill_dagster.providers.registry import BUILT, build, resolve_options
-from fks_backfill_dagster.settings import Settings, custom_address
+from fks_backfill_dagster.settings.model import Settings, custom_address
 from fks_backfill_dagster.store.database import Database
 
 DATABASE = "timescaledb"

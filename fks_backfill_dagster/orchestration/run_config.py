@@ -13,7 +13,7 @@ from fks_backfill_dagster.domain.partitions import start_before
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.pipeline.refresh import is_due, quiet_until, refresh_range
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.reaches import Reach
 
 REFRESH = "fks/refresh"

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from dagster import DagsterInstance, JobDefinition, OpExecutionContext, in_process_executor, job, op
 
 from fks_backfill_dagster.orchestration.resources import DATABASE
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.dagster_schema import (
     DAGSTER_SCHEMA,
     event_count,

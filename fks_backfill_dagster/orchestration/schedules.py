@@ -40,7 +40,7 @@ from fks_backfill_dagster.orchestration.jobs import CHECKS, job_name
 from fks_backfill_dagster.orchestration.resources import DATABASE
 from fks_backfill_dagster.orchestration.run_config import REFRESH, asked_range, is_wanted
 from fks_backfill_dagster.orchestration.run_retention import HOUSEKEEPING
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.reaches import reaches, synced_ends
 

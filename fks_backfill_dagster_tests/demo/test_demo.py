@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fks_backfill_dagster.demo import demo
-from fks_backfill_dagster.settings import CHECKOUT, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import CHECKOUT
 from fks_backfill_dagster.simulator.config import Outage, instant
 
 

@@ -22,7 +22,7 @@ from fks_backfill_dagster.demo.scenario import FAILED_SYMBOL, MONTHS, SYMBOLS, S
 from fks_backfill_dagster.host import servers
 from fks_backfill_dagster.host.graphql import Webserver
 from fks_backfill_dagster.host.processes import Background
-from fks_backfill_dagster.settings import CHECKOUT
+from fks_backfill_dagster.settings.model import CHECKOUT
 from fks_backfill_dagster_tests.host.site import compute_log
 from fks_backfill_dagster_tests.host.test_servers import until
 

@@ -23,7 +23,8 @@ from fks_backfill_dagster.host.graphql import REPOSITORY, Webserver
 from fks_backfill_dagster.host.processes import Background, Guard
 from fks_backfill_dagster.host.servers import DAEMON, WEBSERVER
 from fks_backfill_dagster.login import token_of
-from fks_backfill_dagster.settings import CHECKOUT, KEY_VARIABLES, Settings, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import CHECKOUT, KEY_VARIABLES, Settings
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store.database import Database
 

@@ -18,7 +18,7 @@ from fks_backfill_dagster.host import code_server, servers
 from fks_backfill_dagster.host.graphql import Webserver
 from fks_backfill_dagster.host.processes import Background
 from fks_backfill_dagster.host.servers import CODE
-from fks_backfill_dagster.settings import CHECKOUT, Settings
+from fks_backfill_dagster.settings.model import CHECKOUT, Settings
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster_tests.host.test_processes import lives
 from fks_backfill_dagster_tests.host.test_servers import environment, free_port, settings, until

@@ -25,7 +25,7 @@ from fks_backfill_dagster.host.graphql import REPOSITORY
 from fks_backfill_dagster.host.servers import WEBSERVER, dagster_folder
 from fks_backfill_dagster.orchestration.jobs import CHECKS
 from fks_backfill_dagster.orchestration.run_retention import HOUSEKEEPING
-from fks_backfill_dagster.settings import CHECKOUT
+from fks_backfill_dagster.settings.model import CHECKOUT
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.store.dagster_schema import DAGSTER_SCHEMA
 from fks_backfill_dagster.store.queries import batches, read_candles

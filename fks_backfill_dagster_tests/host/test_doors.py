@@ -32,7 +32,8 @@ from fks_backfill_dagster.host.graphql import REPOSITORY, Webserver, WrongToken
 from fks_backfill_dagster.host.processes import backgrounds
 from fks_backfill_dagster.host.servers import WEBSERVER, Servers, ServersError
 from fks_backfill_dagster.login import make_token, token_of
-from fks_backfill_dagster.settings import CHECKOUT, KEY_VARIABLES, SettingsError, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import CHECKOUT, KEY_VARIABLES, SettingsError
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster_tests.host.site import Site, compute_log, site
 from fks_backfill_dagster_tests.host.test_servers import until

@@ -19,7 +19,8 @@ import pytest
 from fks_backfill_dagster.host.coordinator import BACKFILL
 from fks_backfill_dagster.host.graphql import REPOSITORY
 from fks_backfill_dagster.orchestration.before_start import SENSOR
-from fks_backfill_dagster.settings import CHECKOUT, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import CHECKOUT
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster_tests.host.site import Site, site
 

@@ -32,7 +32,7 @@ from fks_backfill_dagster.host.processes import Background, stop
 from fks_backfill_dagster.host.servers import DAEMON, WEBSERVER, dagster_folder
 from fks_backfill_dagster.orchestration.groups import asset_key
 from fks_backfill_dagster.orchestration.jobs import CHECKS
-from fks_backfill_dagster.settings import CHECKOUT
+from fks_backfill_dagster.settings.model import CHECKOUT
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.store.queries import read_candles
 from fks_backfill_dagster_tests.host.site import Site, site

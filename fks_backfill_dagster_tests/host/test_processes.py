@@ -17,7 +17,7 @@ import pytest
 from fks_backfill_dagster.host import processes
 from fks_backfill_dagster.host.processes import Background, Guard, backgrounds, stop
 from fks_backfill_dagster.ownership import OwnershipError
-from fks_backfill_dagster.settings import CHECKOUT
+from fks_backfill_dagster.settings.model import CHECKOUT
 
 pytestmark = pytest.mark.server
 

@@ -21,7 +21,8 @@ from fks_backfill_dagster.host import servers
 from fks_backfill_dagster.host.graphql import DagsterRefused, Run, Webserver
 from fks_backfill_dagster.host.processes import KEEPER, Background, backgrounds, stop_all
 from fks_backfill_dagster.host.servers import CODE, DAEMON, WEBSERVER, ServersError
-from fks_backfill_dagster.settings import CHECKOUT, Settings, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import CHECKOUT, Settings
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store.database import Database

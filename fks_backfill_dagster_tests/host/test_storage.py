@@ -19,7 +19,7 @@ from dagster._core.instance.ref import InstanceRef
 from dagster._core.run_coordinator import QueuedRunCoordinator
 
 from fks_backfill_dagster.host.storage import DatabaseStorage, dagster_place
-from fks_backfill_dagster.settings import CHECKOUT
+from fks_backfill_dagster.settings.model import CHECKOUT
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import UnsuitableServer
 from fks_backfill_dagster_tests.odd_servers import Cluster, folder_for_servers, pgbouncer

@@ -13,7 +13,8 @@ from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.groups import asset_key
 from fks_backfill_dagster.orchestration.resources import ProviderResource, TimescaleDB
-from fks_backfill_dagster.settings import ProviderPriority, Settings, SymbolSettings
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.sections import ProviderPriority, SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.markets import market, running

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.audit import audit_cron, audit_requests, is_audit_hour
 from fks_backfill_dagster.orchestration.build import build_defs
-from fks_backfill_dagster.settings import GapDetection
+from fks_backfill_dagster.settings.sections import GapDetection
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project, settings_of
 from fks_backfill_dagster_tests.orchestration.test_schedules import pretend_synced

@@ -20,7 +20,8 @@ from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.orchestration import before_start
 from fks_backfill_dagster.orchestration.before_start import SENSOR
-from fks_backfill_dagster.settings import Settings, SymbolSettings
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.sections import SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project

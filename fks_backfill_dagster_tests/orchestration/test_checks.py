@@ -22,7 +22,8 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOU
 from fks_backfill_dagster.orchestration.checks import COMPLETENESS, MOST_GAPS, evaluate
 from fks_backfill_dagster.orchestration.groups import asset_key, groups_of
 from fks_backfill_dagster.pipeline.calendars import keep_calendar
-from fks_backfill_dagster.settings import Settings, SymbolSettings
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.sections import SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.queries import ledger_gaps

@@ -15,7 +15,7 @@ from fks_backfill_dagster.orchestration.groups import groups_of
 from fks_backfill_dagster.orchestration.run_config import RunKind
 from fks_backfill_dagster.orchestration.run_log import Lines, Story
 from fks_backfill_dagster.orchestration.schedules import check_requests, refresh_requests
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store.coverage import PartState

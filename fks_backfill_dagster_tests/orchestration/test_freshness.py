@@ -36,7 +36,8 @@ from fks_backfill_dagster.orchestration.groups import groups_of
 from fks_backfill_dagster.orchestration.resources import ProviderResource, TimescaleDB
 from fks_backfill_dagster.pipeline.coverage import coverage
 from fks_backfill_dagster.pipeline.plan import GRACE
-from fks_backfill_dagster.settings import ProviderPriority, Providers, Settings, SymbolSettings
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.sections import ProviderPriority, Providers, SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database

@@ -24,7 +24,8 @@ from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.gap_sensor import bundled
 from fks_backfill_dagster.orchestration.resources import ProviderResource
-from fks_backfill_dagster.settings import Automation, ProviderPriority, Settings
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.sections import Automation, ProviderPriority
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store.database import Database

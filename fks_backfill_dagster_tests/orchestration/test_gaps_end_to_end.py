@@ -24,7 +24,8 @@ from fks_backfill_dagster.host.graphql import REPOSITORY, Webserver
 from fks_backfill_dagster.host.processes import Background, Guard
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.ledger.records import LedgerGap
-from fks_backfill_dagster.settings import CHECKOUT, KEY_VARIABLES, Settings, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import CHECKOUT, KEY_VARIABLES, Settings
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store.queries import ledger_gaps, origins

@@ -32,7 +32,8 @@ from fks_backfill_dagster.orchestration.groups import groups_of
 from fks_backfill_dagster.pipeline.coverage import coverage
 from fks_backfill_dagster.pipeline.plan import GRACE
 from fks_backfill_dagster.pipeline.refresh import SILENT_AFTER
-from fks_backfill_dagster.settings import KEY_VARIABLES, Settings, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import KEY_VARIABLES, Settings
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store.database import Database

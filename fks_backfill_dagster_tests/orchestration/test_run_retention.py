@@ -12,7 +12,7 @@ from dagster._core.instance.ref import InstanceRef
 
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.run_retention import forget_before
-from fks_backfill_dagster.settings import CHECKOUT
+from fks_backfill_dagster.settings.model import CHECKOUT
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store.dagster_schema import DAGSTER_SCHEMA, event_count
 from fks_backfill_dagster.store.database import Database

@@ -23,7 +23,8 @@ from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.groups import groups_of
 from fks_backfill_dagster.orchestration.schedules import check_requests, refresh_requests, unfinished
-from fks_backfill_dagster.settings import Automation, Settings, SymbolSettings
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.sections import Automation, SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.queries import read_candles

@@ -16,7 +16,7 @@ from psycopg import sql
 from fks_backfill_dagster import read_candles
 from fks_backfill_dagster.domain.rate_limits import Pace, Window
 from fks_backfill_dagster.host.storage import DatabaseStorage, dagster_place
-from fks_backfill_dagster.settings import CHECKOUT
+from fks_backfill_dagster.settings.model import CHECKOUT
 from fks_backfill_dagster.store import roles
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
