@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.pipeline.freshness import Rule
     from fks_backfill_dagster.pipeline.sync import Context
     from fks_backfill_dagster.providers.base import Circuit, Provider, ProviderOptions
-    from fks_backfill_dagster.providers.http import Limiter, RequestPool
+    from fks_backfill_dagster.providers.http.limiter import Limiter
+    from fks_backfill_dagster.providers.http.pool import RequestPool
     from fks_backfill_dagster.store.database import Database
     from fks_backfill_dagster.store.rate_limits import ProviderState
     from fks_backfill_dagster.store.sources import HostInUse
@@ -108,7 +109,7 @@ def open_app(settings: Settings, tell: Callable[[str], None] = lambda _: None) -
     `tell` gets a sentence when a provider keeps everybody waiting, from any thread.
     Raises StoreError or EmbeddedError when the database cannot be had, or must not be used with these hosts.
     """
-    from fks_backfill_dagster.providers.http import RequestPool
+    from fks_backfill_dagster.providers.http.pool import RequestPool
 
     with ExitStack() as stack:
         database = stack.enter_context(open_database(settings))
@@ -249,7 +250,7 @@ def _usable_providers(settings: Settings) -> dict[str, Provider]:
     """The enabled providers, for what they declare; without those whose key cannot be one."""
     from fks_backfill_dagster.providers import registry
     from fks_backfill_dagster.providers.base import ProviderError
-    from fks_backfill_dagster.providers.http import RequestPool
+    from fks_backfill_dagster.providers.http.pool import RequestPool
 
     options, found = enabled_options(settings), {}
     pool = RequestPool(1)
@@ -324,7 +325,7 @@ def refuse_mixed_sources(
 
 def host_in_use(name: str, options: ProviderOptions) -> HostInUse:
     """Where a provider is requested; of a custom and a documented host of one provider, the custom one."""
-    from fks_backfill_dagster.providers.http import host_of
+    from fks_backfill_dagster.providers.http.errors import host_of
     from fks_backfill_dagster.store.sources import HostInUse
 
     hosts = [host_of(url) for url in (options.base_url, options.archive_url) if url]

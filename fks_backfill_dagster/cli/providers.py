@@ -37,7 +37,7 @@ def list_providers(reset: str | None, as_json: bool) -> None:
     again and again. Other processes may run; what was spent of its limits still counts.
     """
     from fks_backfill_dagster.app import build_providers, open_database, provider_states
-    from fks_backfill_dagster.providers.http import RequestPool
+    from fks_backfill_dagster.providers.http.pool import RequestPool
     from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.settings.sections import PROVIDER_NAMES
 

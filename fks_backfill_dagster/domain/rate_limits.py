@@ -1,7 +1,7 @@
 """How often a provider may be asked: the values that providers, store and faces exchange about it.
 
 Belongs here: limits, whose they are, and what an asker is told. Does not belong here: counting, which
-needs a clock (providers/http.py in one process, store/rate_limits.py in the database).
+needs a clock (providers/http/limiter.py in one process, store/rate_limits.py in the database).
 """
 
 from __future__ import annotations

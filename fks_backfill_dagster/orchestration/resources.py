@@ -27,7 +27,8 @@ from pydantic import PrivateAttr
 from fks_backfill_dagster import app
 from fks_backfill_dagster.pipeline.sync import Context
 from fks_backfill_dagster.providers.base import Provider, ProviderOptions
-from fks_backfill_dagster.providers.http import Limiter, RequestPool
+from fks_backfill_dagster.providers.http.limiter import Limiter
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import BUILT, build, resolve_options
 from fks_backfill_dagster.settings.model import Settings, custom_address
 from fks_backfill_dagster.store.database import Database

@@ -99,7 +99,7 @@ _STATES = sa.text(
 
 
 class SharedLimiter:
-    """A Limiter (providers/http.py) that all processes on this database share.
+    """A Limiter (providers/http/limiter.py) that all processes on this database share.
 
     Processes take turns while they wait, whatever the number of their threads. A provider that is not
     in `paces` has no limit and only obeys penalties. Every method may raise StoreError. A permit whose connection

@@ -14,7 +14,7 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.providers import registry
-from fks_backfill_dagster.providers.http import RequestPool
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import MixedSources

@@ -24,7 +24,8 @@ from fks_backfill_dagster.pipeline.freshness import (
 )
 from fks_backfill_dagster.pipeline.refresh import refresh_range
 from fks_backfill_dagster.pipeline.sync import Context, sync
-from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool
+from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant

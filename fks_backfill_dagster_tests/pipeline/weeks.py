@@ -31,7 +31,8 @@ from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.refresh import is_due, refresh_range
 from fks_backfill_dagster.pipeline.sync import Context, able, sync
 from fks_backfill_dagster.providers.base import Provider
-from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool
+from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import queries

@@ -48,7 +48,7 @@ from fks_backfill_dagster.providers.base import (
     UnknownSymbol,
     WrongKey,
 )
-from fks_backfill_dagster.providers.http import MAX_JSON_BYTES
+from fks_backfill_dagster.providers.http.body import MAX_JSON_BYTES
 from fks_backfill_dagster.settings.model import KEY_VARIABLES
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.scripted import Asked, Said, Server, json_said, serve, us

@@ -25,19 +25,17 @@ from fks_backfill_dagster.providers.base import (
     TransientError,
     WrongKey,
 )
-from fks_backfill_dagster.providers.http import (
-    Cancelled,
-    HttpClient,
-    ProcessLimiter,
-    RequestPool,
-    Tally,
+from fks_backfill_dagster.providers.http import Cancelled
+from fks_backfill_dagster.providers.http.client import HttpClient
+from fks_backfill_dagster.providers.http.errors import (
     Unreachable,
-    counted,
     retry_after,
     said_in,
     server_time,
     status_error,
 )
+from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
+from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.keys import keep_out_of_logs, redact, usable_key
 from fks_backfill_dagster_tests.providers.scripted import Asked, Said, serve
 
