@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from fks_backfill_dagster.domain.rate_limits import LONGEST_WAIT, Pace, Window
 from fks_backfill_dagster.providers.base import (
     BadAnswer,
+    Cancelled,
     NotEntitled,
     PermanentError,
     ProviderError,
@@ -25,7 +26,6 @@ from fks_backfill_dagster.providers.base import (
     TransientError,
     WrongKey,
 )
-from fks_backfill_dagster.providers.http import Cancelled
 from fks_backfill_dagster.providers.http.client import HttpClient
 from fks_backfill_dagster.providers.http.errors import (
     Unreachable,
