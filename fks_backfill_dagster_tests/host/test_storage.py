@@ -66,6 +66,21 @@ def test_its_files_are_below_the_home(instance: DagsterInstance, tmp_path: Path)
         assert logs.startswith(str(tmp_path / "home" / "dagster" / "compute_logs"))
 
 
+def test_a_dagster_yaml_with_the_former_names_works(
+    empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FKS_DATABASE_URL", empty_database_url)
+    monkeypatch.setenv("FKS_HOME", str(tmp_path / "home"))
+    text = (CHECKOUT / "dagster.yaml").read_text()
+    former = text.replace("fks_backfill_dagster.host.", "fks_backfill_dagster.orchestration.")
+    assert former.count(".orchestration.") == 5
+    (tmp_path / "dagster.yaml").write_text(former)
+    with DagsterInstance.from_ref(InstanceRef.from_dir(str(tmp_path))) as instance:
+        assert instance.get_runs() == []
+        assert type(instance.run_launcher).__module__ == "fks_backfill_dagster.host.launcher"
+        assert type(instance.run_coordinator).__module__ == "fks_backfill_dagster.host.coordinator"
+
+
 def backend(instance: DagsterInstance) -> int:
     """The process of the server that serves a query of the event log."""
     with instance.event_log_storage.index_connection() as connection:  # type: ignore[attr-defined]
