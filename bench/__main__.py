@@ -23,12 +23,12 @@ from bench.gaps import sensor
 from bench.orchestral import overhead, refresh
 from bench.result import Result
 from bench.world import SERIES, World, limited_market, prepare, stopwatch, window, world
-from fks_backfill_dagster.domain.pacing import Window
 from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.rate_limits import Window
 from fks_backfill_dagster.pipeline.sync import sync
-from fks_backfill_dagster.store import copying
+from fks_backfill_dagster.store import copy_format
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.reading import read_candles
+from fks_backfill_dagster.store.queries import read_candles
 from fks_backfill_dagster_tests.store.crowd import Crowd, counting_server
 
 YEAR = window(2023, 1)
@@ -43,7 +43,7 @@ def archives(place: World, runs: int) -> list[Result]:
     database = Database(place.database_url)
     candles = read_candles(database, SERIES, YEAR)
     database.dispose()
-    blocks = list(copying.encode(1, candles, np.ones(len(candles), dtype=np.int32)))
+    blocks = list(copy_format.encode(1, candles, np.ones(len(candles), dtype=np.int32)))
     ratios, again, rates = [], [], []
     for _ in range(runs):
         bare = bare_copy(place, blocks)
@@ -74,7 +74,7 @@ def archives(place: World, runs: int) -> list[Result]:
 def bare_copy(place: World, blocks: Sequence[bytes]) -> float:
     """Seconds to COPY prebuilt binary blocks into the same empty table and commit."""
     place.clear()
-    columns = ", ".join(copying.CANDLE_COLUMNS)
+    columns = ", ".join(copy_format.CANDLE_COLUMNS)
     copying_in = f'COPY fks."candles_1m" ({columns}) FROM STDIN (FORMAT BINARY)'
     with place.connect() as connection, connection.cursor() as cursor:
         with stopwatch() as seconds, connection.transaction(), cursor.copy(copying_in) as copy:

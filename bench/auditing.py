@@ -15,13 +15,13 @@ import psycopg
 
 from bench.result import Result
 from bench.world import World, stopwatch
+from fks_backfill_dagster.app import now
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, Timeframe
 from fks_backfill_dagster.pipeline.audit import audit
 from fks_backfill_dagster.store import ledger
-from fks_backfill_dagster.store.copying import decode_array
+from fks_backfill_dagster.store.copy_format import decode_array
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.wiring import now
 
 CANDLES = int(os.environ.get("BENCH_AUDIT_CANDLES", "5000000"))
 SERIES = 10

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from fks_backfill_dagster.orchestration.processes import backgrounds
+from fks_backfill_dagster.host.processes import backgrounds
 
 _EVERY_SECONDS = 0.25
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fks_backfill_dagster.orchestration import servers
-from fks_backfill_dagster.orchestration.webserver import REPOSITORY, Webserver
-from fks_backfill_dagster.settings import CHECKOUT, Settings, load_settings
+from fks_backfill_dagster.host import servers
+from fks_backfill_dagster.host.graphql import REPOSITORY, Webserver
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import CHECKOUT, Settings
 
 _AUTOMATION_OFF = {
     "FKS_AUTOMATION__REFRESH": "[]",

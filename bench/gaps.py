@@ -10,7 +10,7 @@ import psycopg
 from bench.dagster_world import Orchestra, environment_of, orchestra, took
 from bench.result import Result
 from bench.world import World
-from fks_backfill_dagster.orchestration.webserver import REPOSITORY
+from fks_backfill_dagster.host.graphql import REPOSITORY
 from fks_backfill_dagster.store.database import Database
 
 SYMBOLS, FRAMES = 1000, ("1m", "5m", "15m", "30m")

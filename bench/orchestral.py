@@ -23,15 +23,16 @@ from bench.dagster_world import (
 )
 from bench.result import Result
 from bench.world import World, window
-from fks_backfill_dagster import wiring
+from fks_backfill_dagster import app
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
-from fks_backfill_dagster.orchestration import launching
-from fks_backfill_dagster.orchestration.webserver import Webserver
+from fks_backfill_dagster.host import launch
+from fks_backfill_dagster.host.graphql import Webserver
 from fks_backfill_dagster.pipeline.plan import GRACE
 from fks_backfill_dagster.pipeline.sync import sync
-from fks_backfill_dagster.settings import CHECKOUT, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import CHECKOUT
 
 MANY = 2000
 SIXTY_MONTHS = window(2019, 5)
@@ -77,9 +78,9 @@ def _command_line(environment: dict[str, str]) -> float:
 def _run_seconds(dagster: Orchestra) -> float:
     """From RUN_START to RUN_SUCCESS of one run over the 60 months."""
     series = dagster.settings.series()[0]
-    one = launching.order(dagster.settings, series, SIXTY_MONTHS)
-    identity = launching.start(dagster.web, [one])
-    done = launching.watch(dagster.web, identity, [one], lambda seen: None)
+    one = launch.order(dagster.settings, series, SIXTY_MONTHS)
+    identity = launch.start(dagster.web, [one])
+    done = launch.watch(dagster.web, identity, [one], lambda seen: None)
     (times,) = until_ended(dagster.web, [run.id for run in done.runs])
     if not done.succeeded:
         raise SystemExit(f"the run did not do what was to be measured: {done}")
@@ -165,13 +166,13 @@ _PAGES: dict[str, tuple[str, dict[str, object]]] = {
 def _seed(environment: dict[str, str]) -> None:
     """Syncs every series up to its last candle but one."""
     settings = load_settings(environment, CHECKOUT)
-    with wiring.open_app(settings) as app, ThreadPoolExecutor(4) as pool:
-        now = wiring.now()
+    with app.open_app(settings) as opened, ThreadPoolExecutor(4) as pool:
+        now = app.now()
 
         def seed(series: Series) -> None:
             step = series.timeframe.micros
             end = grid_of(series).closed_end(now - GRACE) - step
-            report = sync(app.context, series, TimeRange(end - 3 * step, end), ["binance"])
+            report = sync(opened.context, series, TimeRange(end - 3 * step, end), ["binance"])
             if report.missing:
                 raise SystemExit(f"the seed went wrong: {report}")
 

@@ -26,11 +26,12 @@ from fks_backfill_dagster.domain.timeframe import Timeframe, to_micros
 from fks_backfill_dagster.embedded import EmbeddedPostgres
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
 from fks_backfill_dagster.providers.base import Cancelled
-from fks_backfill_dagster.providers.http import RequestPool, system_micros
+from fks_backfill_dagster.providers.http.limiter import system_micros
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import build, limiter_for, paces, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.pacing import SharedLimiter
+from fks_backfill_dagster.store.rate_limits import SharedLimiter
 
 SERIES = Series("BTC/USDT", Timeframe.M1, AssetClass.CRYPTO)
 LISTED = datetime(2015, 1, 1, tzinfo=UTC)

@@ -30,12 +30,13 @@ from urllib.request import ProxyHandler, Request, build_opener
 import click
 from websockets.sync.client import ClientConnection, connect  # Dagster's webserver brings it along
 
-from fks_backfill_dagster import scenario
-from fks_backfill_dagster.demo import run_demo
-from fks_backfill_dagster.orchestration import servers
-from fks_backfill_dagster.orchestration.launching import running_webserver
-from fks_backfill_dagster.orchestration.webserver import Webserver
-from fks_backfill_dagster.settings import CHECKOUT, load_settings
+from fks_backfill_dagster.demo import scenario
+from fks_backfill_dagster.demo.demo import run_demo
+from fks_backfill_dagster.host import servers
+from fks_backfill_dagster.host.graphql import Webserver
+from fks_backfill_dagster.host.launch import running_webserver
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import CHECKOUT
 
 FOLDER = Path(__file__).parent / "pictures"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.pipeline.fill import FilledGap
     from fks_backfill_dagster.pipeline.gaps import FoundGap
     from fks_backfill_dagster.pipeline.sync import DryRun, SyncReport
-    from fks_backfill_dagster.store.reading import BatchInfo, SyncStatus
+    from fks_backfill_dagster.store.queries import BatchInfo, SyncStatus
 
 Document = dict[str, object]
 

@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from fks_backfill_dagster import ownership
-from fks_backfill_dagster.settings import OTHERS, Settings
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.types import OTHERS
 
 
 def token_of(settings: Settings) -> str | None:

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from fks_backfill_dagster.app import connect, database_url
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
-from fks_backfill_dagster.settings import load_settings
-from fks_backfill_dagster.store import reading as store
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.store import queries as store
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.wiring import connect, database_url
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,7 +12,7 @@ from datetime import datetime
 
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime
-from fks_backfill_dagster.store.checking import Counts
+from fks_backfill_dagster.store.coverage import Counts
 
 Cell = str | int | float | bool | datetime | None
 

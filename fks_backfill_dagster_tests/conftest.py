@@ -33,7 +33,7 @@ _ROOM = 2 * 2**30
 
 # Folders of tests in the order in which they begin; the others follow. Those with whole servers are first: they
 # wait more than they compute, and at the end nothing would go on beside them.
-_FIRST = ("orchestration", "cli", "pipeline")
+_FIRST = ("host", "demo", "orchestration", "cli", "pipeline")
 
 # Whoever requests one of these needs a server; other tests carry the mark `server` themselves.
 _SERVING = frozenset(("server_url", "running", "one_market"))

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import yaml
 
-from fks_backfill_dagster.settings import CHECKOUT
+from fks_backfill_dagster.settings.model import CHECKOUT
 
 FILE = CHECKOUT / "compose.yaml"
 

@@ -7,7 +7,7 @@ import tomllib
 
 import pytest
 
-from fks_backfill_dagster.settings import CHECKOUT
+from fks_backfill_dagster.settings.model import CHECKOUT
 
 USERS, DEVELOPERS = "requirements.lock", "requirements-dev.lock"
 

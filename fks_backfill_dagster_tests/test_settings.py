@@ -18,20 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from fks_backfill_dagster import settings as module
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series, identifier
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso
-from fks_backfill_dagster.settings import (
-    CHECKOUT,
-    KEY_VARIABLES,
-    PROVIDER_NAMES,
-    Settings,
-    SettingsError,
-    home_of,
-    infer_asset_class,
-    load_settings,
-)
+from fks_backfill_dagster.settings import load as module
+from fks_backfill_dagster.settings.load import home_of, load_settings
+from fks_backfill_dagster.settings.model import CHECKOUT, KEY_VARIABLES, Settings, SettingsError
+from fks_backfill_dagster.settings.sections import PROVIDER_NAMES
+from fks_backfill_dagster.settings.symbols import infer_asset_class
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster_tests.accounts import as_stranger, needs_root
 

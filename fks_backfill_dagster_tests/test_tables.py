@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
-from fks_backfill_dagster.store.checking import Counts
+from fks_backfill_dagster.store.coverage import Counts
 from fks_backfill_dagster.tables import COVERAGE, CoverageRow, coverage_total, lines, percent
 from fks_backfill_dagster_tests.domain.builders import at
 

@@ -23,9 +23,9 @@ import psutil
 import pytest
 
 from fks_backfill_dagster.embedded import EmbeddedPostgres
-from fks_backfill_dagster.orchestration.processes import backgrounds, stop
-from fks_backfill_dagster.orchestration.servers import free_port
-from fks_backfill_dagster.settings import CHECKOUT, CONFIG
+from fks_backfill_dagster.host.processes import backgrounds, stop
+from fks_backfill_dagster.host.servers import free_port
+from fks_backfill_dagster.settings.model import CHECKOUT, CONFIG
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster_tests.postgres import database_url, server_url, template
 
@@ -133,7 +133,7 @@ def test_commands_work_from_an_empty_folder(wheel: Path, database_url: str, tmp_
                 "FKS_PROVIDERS__BINANCE__ARCHIVE_URL": market.archive_url,
             },
         )
-        where = "import fks_backfill_dagster.settings as s; print(s.SHIPPED, s.load_settings().home)"
+        where = "from fks_backfill_dagster.settings import load, model; print(model.SHIPPED, load.load_settings().home)"
         found = subprocess.run(
             [*fks.command[:2], "-c", where], cwd=folder, env=fks.environment, capture_output=True, text=True
         )

@@ -1,7 +1,7 @@
 """The command line `fks-backfill`: a face, as the API and Dagster are.
 
 Belongs here: options, tables, progress, exit codes, and errors as one sentence with the remedy.
-Does not belong here: any decision about candles; the commands call `wiring` and `pipeline` and show
+Does not belong here: any decision about candles; the commands call `app` and `pipeline` and show
 what they answer.
 
 Exit codes: 0 done, 1 something is left incomplete or invalid, 2 usage or settings, 128 + n ended by
@@ -11,6 +11,6 @@ Nothing heavy is imported before a command runs: `--help` must answer at once.
 
 from __future__ import annotations
 
-from fks_backfill_dagster.cli.program import main
+from fks_backfill_dagster.cli.main import main
 
 __all__ = ["main"]

@@ -26,6 +26,7 @@ class GapStatus(StrEnum):
 
 
 GIVEN_UP = (GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
+MISSING = (GapStatus.OPEN, *GIVEN_UP)
 """All were asked, and nobody has it; the two differ in length only."""
 
 

@@ -21,7 +21,7 @@ from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_MINUTE,
     to_micros,
 )
-from fks_backfill_dagster.ledger.gaps import GIVEN_UP, GapStatus, close_before, find_gaps
+from fks_backfill_dagster.ledger.gaps import GIVEN_UP, MISSING, GapStatus, close_before, find_gaps
 from fks_backfill_dagster.ledger.no_trade import NEIGHBOURS, Absent, Mask, no_trade
 from fks_backfill_dagster.ledger.records import Evidence, LedgerGap, Outcome, latest
 
@@ -324,7 +324,7 @@ def _after_request(old: LedgerGap, evidence: tuple[Evidence, ...], rules: Rules)
 def _timed(gap: LedgerGap, now: tuple[Evidence, ...], rules: Rules) -> LedgerGap:
     """When a gap that was requested just now is requested again. One that no provider can fill and that is
     short enough is tolerated, and is not."""
-    if gap.status not in (GapStatus.OPEN, *GIVEN_UP) or not _requested(gap, now):
+    if gap.status not in MISSING or not _requested(gap, now):
         return gap if gap.next_attempt_at is not None else _timed_anew(gap, rules)
     exhausted = gap.status in GIVEN_UP
     if exhausted and rules.tolerates(gap):

@@ -38,22 +38,21 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series, identifier
 from fks_backfill_dagster.domain.timeframe import iso
-from fks_backfill_dagster.orchestration import pace
+from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.checks import evaluate_after_failure, evaluate_after_refresh
-from fks_backfill_dagster.orchestration.errands import Errand
 from fks_backfill_dagster.orchestration.groups import Group
-from fks_backfill_dagster.orchestration.names import partitions_start
 from fks_backfill_dagster.orchestration.partitions import partitions_for, windows_of
-from fks_backfill_dagster.orchestration.refreshing import asked_range
 from fks_backfill_dagster.orchestration.resources import ALL, opened
 from fks_backfill_dagster.orchestration.retrying import is_back, retried
-from fks_backfill_dagster.orchestration.story import Lines, Progress, Story
+from fks_backfill_dagster.orchestration.run_config import RunKind, asked_range
+from fks_backfill_dagster.orchestration.run_log import Lines, Progress, Story
 from fks_backfill_dagster.pipeline.freshness import behind
 from fks_backfill_dagster.pipeline.plan import Scope, closed_window
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
-from fks_backfill_dagster.settings import Settings
-from fks_backfill_dagster.store.checking import PartState, Reach, listed_at, part_states, reaches
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.store.coverage import PartState, listed_at, part_states
 from fks_backfill_dagster.store.errors import DatabaseUnavailable, SeriesChanged, StoreError
+from fks_backfill_dagster.store.reaches import Reach, reaches
 
 # A run costs seconds before its first request and a partition of it milliseconds, so a run takes years of
 # months; more would leave nothing to run side by side. The figures have to differ: Dagster puts assets with
@@ -88,7 +87,7 @@ _COLUMNS = TableSchema(
 
 def build_asset(group: Group, settings: Settings) -> AssetsDefinition:
     """The multi-asset of one group."""
-    partitions = partitions_for(group.timeframe, partitions_start(settings))
+    partitions = partitions_for(group.timeframe, settings.earliest_start)
 
     @multi_asset(
         name=f"ohlcv_{group.name}",
@@ -130,7 +129,7 @@ def _spec(
         kinds={"timescaledb"},
         owners=[OWNER],
         tags={"symbol": identifier(series.symbol), "timeframe": series.timeframe.value},
-        freshness_policy=None if ended else pace.freshness(group.asset_class, group.timeframe),
+        freshness_policy=None if ended else cadence.freshness(group.asset_class, group.timeframe),
         partitions_def=partitions,
         skippable=True,
     )
@@ -216,7 +215,7 @@ def _materialize(
     lines = Lines()
     progress = Progress(len(selected), lines)
     failed: list[Outcome] = []
-    refresh = Errand.of(context.run.tags) is Errand.REFRESH
+    refresh = RunKind.of(context.run.tags) is RunKind.REFRESH
     with opened(context.resources, settings, lines.warn) as work:
         try:
             with retried(context):
@@ -256,14 +255,14 @@ def _outcomes(
     lines: Lines,
 ) -> Iterator[tuple[AssetKey, Outcome]]:
     """The outcome of every series as it ends. What the threads tell is logged here: Dagster is not theirs."""
-    errand = Errand.of(context.run.tags)
-    known = reaches(work.database, list(selected.values())) if errand is Errand.REFRESH else {}
+    run_kind = RunKind.of(context.run.tags)
+    known = reaches(work.database, list(selected.values())) if run_kind is RunKind.REFRESH else {}
     detailed = len(selected) <= SERIES_AT_ONCE
     pool = ThreadPoolExecutor(SERIES_AT_ONCE, thread_name_prefix="series")
     waiting: dict[Future[Outcome], AssetKey] = {}
     try:
         for key, series in selected.items():
-            task = Task(series, windows, settings, context.run.run_id, errand, known.get(series))
+            task = Task(series, windows, settings, context.run.run_id, run_kind, known.get(series))
             waiting[pool.submit(materialize_lasting, work, task, lines, detailed)] = key
         while waiting:
             done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -283,7 +282,7 @@ class Task:
     windows: Mapping[str, TimeRange]
     settings: Settings
     run_id: str
-    errand: Errand = Errand.BACKFILL
+    run_kind: RunKind = RunKind.BACKFILL
     reach: Reach | None = None
 
     @property
@@ -294,7 +293,7 @@ class Task:
 
     def asked(self, now: int) -> TimeRange:
         """What is synced."""
-        if self.errand is not Errand.REFRESH:
+        if self.run_kind is not RunKind.REFRESH:
             return self.window
         asked = asked_range(self.series, self.reach, self.settings, now)
         return self.window.intersect(asked)
@@ -325,9 +324,9 @@ def materialize_series(work: Context, task: Task, story: Story) -> Outcome:
                 series,
                 asked,
                 priority,
-                scope=Scope.GAPS if task.errand is Errand.FILL else Scope.MISSING,
+                scope=Scope.GAPS if task.run_kind is RunKind.FILL else Scope.MISSING,
                 # A person who asks for a partition means its gaps, however lately nobody had them.
-                recheck=task.errand is Errand.BACKFILL,
+                recheck=task.run_kind is RunKind.BACKFILL,
                 run_id=task.run_id,
                 listen=story,
             )
@@ -356,7 +355,7 @@ def materialize_series(work: Context, task: Task, story: Story) -> Outcome:
 
 def _possible(work: Context, task: Task, report: SyncReport, now: int) -> TimeRange:
     """Where candles of the run's partitions can exist; a sync of all of it has found that out."""
-    if task.errand is not Errand.REFRESH:
+    if task.run_kind is not RunKind.REFRESH:
         return report.window
     listed = listed_at(work.database, task.series, task.settings.priority(task.series))
     return closed_window(task.window, grid_of(task.series), now, listed)

@@ -30,13 +30,13 @@ from dagster import (
 from dagster._core.events import StepMaterializationData
 from dagster._core.instance.utils import RUNLESS_JOB_NAME, RUNLESS_RUN_ID
 
+from fks_backfill_dagster.domain.partitions import keys_before_start, window_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso, to_datetime
-from fks_backfill_dagster.orchestration import pace
+from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.groups import Group, asset_key
-from fks_backfill_dagster.orchestration.names import keys_before_start, partitions_start, window_of
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings.model import Settings
 
 SENSOR = "partitions_before_start"
 
@@ -65,7 +65,7 @@ def build_before_start_sensors(groups: Sequence[Group], settings: Settings) -> l
 
     @sensor(
         name=SENSOR,
-        minimum_interval_seconds=pace.BEFORE_START_SECONDS,
+        minimum_interval_seconds=cadence.BEFORE_START_SECONDS,
         default_status=DefaultSensorStatus.RUNNING,
         description="Reports partitions before a series' own start as materialized, once. Starts no run.",
     )
@@ -84,7 +84,7 @@ def build_before_start_sensors(groups: Sequence[Group], settings: Settings) -> l
 
 def early_partitions(groups: Sequence[Group], settings: Settings) -> list[Early]:
     """What there is to report, by series; those without such a partition are left out."""
-    begin = partitions_start(settings)
+    begin = settings.earliest_start
     found = (
         Early(one, start, keys_before_start(one.timeframe, begin, start))
         for group in groups

@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from dagster import Definitions, in_process_executor
 
 from fks_backfill_dagster.orchestration.assets import build_asset
-from fks_backfill_dagster.orchestration.auditing import build_audit, build_audit_schedule
+from fks_backfill_dagster.orchestration.audit import build_audit, build_audit_schedule
 from fks_backfill_dagster.orchestration.before_start import build_before_start_sensors
 from fks_backfill_dagster.orchestration.checks import build_checks
-from fks_backfill_dagster.orchestration.filling import build_sensors
+from fks_backfill_dagster.orchestration.gap_sensor import build_sensors
 from fks_backfill_dagster.orchestration.groups import groups_of
-from fks_backfill_dagster.orchestration.housekeeping import build_housekeeping
 from fks_backfill_dagster.orchestration.jobs import build_check_jobs, build_jobs
-from fks_backfill_dagster.orchestration.outages import build_outage_sensors
+from fks_backfill_dagster.orchestration.outage_sensor import build_outage_sensors
 from fks_backfill_dagster.orchestration.resources import default_resources, fixed
+from fks_backfill_dagster.orchestration.run_retention import build_housekeeping
 from fks_backfill_dagster.orchestration.schedules import build_schedules
-from fks_backfill_dagster.settings import Settings, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import Settings
 
 
 def build_defs(

@@ -27,7 +27,8 @@ from dagster import (
     multi_asset_check,
 )
 
-from fks_backfill_dagster import wiring
+from fks_backfill_dagster import app
+from fks_backfill_dagster.domain.partitions import is_monthly
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso, to_datetime
 from fks_backfill_dagster.ledger.records import LedgerGap
@@ -38,23 +39,15 @@ from fks_backfill_dagster.orchestration.freshness import (
     worth_an_event,
 )
 from fks_backfill_dagster.orchestration.groups import Group
-from fks_backfill_dagster.orchestration.names import is_monthly
 from fks_backfill_dagster.orchestration.resources import DATABASE
 from fks_backfill_dagster.orchestration.retrying import retried
 from fks_backfill_dagster.pipeline.calendars import CalendarChange, calendar_changes
 from fks_backfill_dagster.pipeline.freshness import recent_windows
-from fks_backfill_dagster.settings import Settings
-from fks_backfill_dagster.store.checking import (
-    Completeness,
-    Sanity,
-    bad_parts,
-    completeness,
-    missing_gaps,
-    open_parts,
-    recent_missing,
-    sanity,
-)
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.store.coverage import Completeness, completeness, missing_gaps, open_parts
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.reaches import recent_missing
+from fks_backfill_dagster.store.sanity import Sanity, bad_parts, sanity
 
 SANITY = "ohlc_sanity"
 COMPLETENESS = "completeness"
@@ -124,7 +117,7 @@ def evaluate(
 ) -> list[AssetCheckResult]:
     """The checks of a group with a query or two per kind, however many series they are about."""
     part = "month" if is_monthly(group.timeframe) else "year"
-    now = wiring.now()
+    now = app.now()
     return [
         *_sanity(database, _wanted(group, wanted, SANITY), part),
         *_completeness(database, _wanted(group, wanted, COMPLETENESS), part, settings, now),
@@ -166,7 +159,7 @@ def evaluate_after_refresh(
     if context.job_def.has_node_named(op_name(group)):
         return  # it evaluates all of them, or `evaluate_after_failure` does
     wanted = {key: group.series[key] for key in group.series if key in keys}
-    now = wiring.now()
+    now = app.now()
     results = _freshness(database, wanted, settings, now)
     for event in worth_an_event(context.instance, results, wanted, now):
         context.log_event(event)
@@ -207,12 +200,12 @@ def _sanity_result(key: AssetKey, found: Sanity, broken: Mapping[str, int]) -> A
 def _completeness(
     database: Database, wanted: Mapping[AssetKey, Series], part: str, settings: Settings, now: int
 ) -> list[AssetCheckResult]:
-    wiring.settle_closures(settings, database, wanted.values())
+    app.settle_closures(settings, database, wanted.values())
     changes = calendar_changes(database, wanted.values())
     found = completeness(database, list(wanted.values()))
     lacking = [one for one in wanted.values() if found[one].missing]
     parts = open_parts(database, [one for one in lacking if found[one].open_gaps], part)
-    rule = wiring.freshness_rule(settings)
+    rule = app.freshness_rule(settings)
     recent = recent_missing(database, recent_windows(database, lacking, now, rule))
     gaps = missing_gaps(database, lacking, MOST_GAPS)
     return [
@@ -298,4 +291,4 @@ def _freshness(
 ) -> list[AssetCheckResult]:
     if not wanted:
         return []
-    return freshness_results(database, wanted, wiring.freshness_rule(settings), now)
+    return freshness_results(database, wanted, app.freshness_rule(settings), now)

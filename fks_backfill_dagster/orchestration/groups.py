@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from dagster import AssetKey
 
+from fks_backfill_dagster.domain.partitions import asset_path
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
-from fks_backfill_dagster.orchestration.names import asset_path
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings.model import Settings
 
 
 @dataclass(frozen=True, slots=True)

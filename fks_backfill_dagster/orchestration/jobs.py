@@ -12,9 +12,9 @@ from dagster import AssetSelection
 from dagster import define_asset_job as define
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
+from fks_backfill_dagster.domain.partitions import is_monthly
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.orchestration.groups import Group
-from fks_backfill_dagster.orchestration.names import is_monthly
 
 MONTHS, YEARS, CHECKS = "ohlcv_months", "ohlcv_years", "ohlcv_checks"
 

@@ -12,9 +12,9 @@ from functools import cache
 
 from dagster import TimeWindowPartitionsDefinition
 
+from fks_backfill_dagster.domain.partitions import KEY_FORMAT, is_monthly
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime
-from fks_backfill_dagster.orchestration.names import KEY_FORMAT, is_monthly
 
 
 def partitions_for(timeframe: Timeframe, begin: int) -> TimeWindowPartitionsDefinition:

@@ -24,12 +24,13 @@ from dagster import (
 )
 from pydantic import PrivateAttr
 
-from fks_backfill_dagster import wiring
+from fks_backfill_dagster import app
 from fks_backfill_dagster.pipeline.sync import Context
 from fks_backfill_dagster.providers.base import Provider, ProviderOptions
-from fks_backfill_dagster.providers.http import Limiter, RequestPool
+from fks_backfill_dagster.providers.http.limiter import Limiter
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import BUILT, build, resolve_options
-from fks_backfill_dagster.settings import Settings, custom_address
+from fks_backfill_dagster.settings.model import Settings, custom_address
 from fks_backfill_dagster.store.database import Database
 
 DATABASE = "timescaledb"
@@ -86,7 +87,7 @@ class ProviderResource(ConfigurableResource):  # type: ignore[type-arg]
         )
 
     def make(self, options: ProviderOptions, pool: RequestPool, limiter: Limiter) -> Provider:
-        return build(self.provider, options, pool, limiter, wiring.now)
+        return build(self.provider, options, pool, limiter, app.now)
 
 
 def default_resources(settings: Settings) -> dict[str, object]:
@@ -143,15 +144,15 @@ def _database(settings: Settings) -> TimescaleDB:
         url: str = ""
 
         def _open(self) -> Database:
-            database = wiring.connect(settings, wiring.database_url(settings))
-            wiring.prepare(database, settings)
+            database = app.connect(settings, app.database_url(settings))
+            app.prepare(database, settings)
             return database
 
     return SettingsDatabase()
 
 
 def _provider(settings: Settings, name: str) -> ProviderResource:
-    options = wiring.provider_options(settings, name)
+    options = app.provider_options(settings, name)
     return ProviderResource(
         provider=name,
         base_url=options.base_url,
@@ -175,9 +176,9 @@ def opened(resources: Any, settings: Settings, tell: Callable[[str], None]) -> I
     database: Database = getattr(resources, DATABASE).database
     pool = RequestPool(settings.max_concurrent_requests, tell=tell)
     try:
-        limiter = wiring.limiter_for(options, database)
+        limiter = app.limiter_for(options, database)
         providers = {name: given[name].make(options[name], pool, limiter) for name in given}
-        yield wiring.make_context(settings, database, providers, options)
+        yield app.make_context(settings, database, providers, options)
     except BaseException:
         pool.stop.set()  # ends every wait of a provider at once
         raise

@@ -15,9 +15,8 @@ from typing import Protocol
 from dagster import DagsterInstance, DagsterRun
 from dagster._core.storage.tags import RETRY_ON_ASSET_OR_OP_FAILURE_TAG
 
-from fks_backfill_dagster.orchestration.lasting import AWAY_SECONDS
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.errors import DatabaseUnavailable
+from fks_backfill_dagster.store.errors import AWAY_SECONDS, DatabaseUnavailable
 
 _PAUSE_SECONDS = 0.5
 

@@ -4,7 +4,7 @@ A look (a tick of a refresh) asks the database which series have a candle that h
 last sync, and requests runs for those: a look that finds nothing new costs two queries. A series
 whose refresh still waits or runs is not asked for again.
 
-Does not belong here: how often (`pace`), what a run does (`assets`, `checks`, `housekeeping`).
+Does not belong here: how often (`cadence`), what a run does (`assets`, `checks`, `run_retention`).
 """
 
 # No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
@@ -30,19 +30,19 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_START_TAG,
 )
 
+from fks_backfill_dagster.domain.partitions import key_at
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_micros
-from fks_backfill_dagster.orchestration import pace
+from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.checks import CHECK_NAMES
 from fks_backfill_dagster.orchestration.groups import Group
-from fks_backfill_dagster.orchestration.housekeeping import HOUSEKEEPING
 from fks_backfill_dagster.orchestration.jobs import CHECKS, job_name
-from fks_backfill_dagster.orchestration.names import key_at
-from fks_backfill_dagster.orchestration.refreshing import REFRESH, asked_range, is_wanted
 from fks_backfill_dagster.orchestration.resources import DATABASE
-from fks_backfill_dagster.settings import Settings
-from fks_backfill_dagster.store.checking import reaches, synced_ends
+from fks_backfill_dagster.orchestration.run_config import REFRESH, asked_range, is_wanted
+from fks_backfill_dagster.orchestration.run_retention import HOUSEKEEPING
+from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.reaches import reaches, synced_ends
 
 Tick = RunRequest | SkipReason
 
@@ -71,7 +71,7 @@ def _refresh(frame: Timeframe, groups: Sequence[Group], settings: Settings) -> S
 
     @schedule(
         name=f"refresh_{frame}",
-        cron_schedule=pace.cron(frame),
+        cron_schedule=cadence.cron(frame),
         execution_timezone="UTC",
         job_name=job_name(frame),
         default_status=_status(frame in settings.automation.refresh),
@@ -112,21 +112,21 @@ def refresh_requests(
     """
     now = to_micros(at)
     known = reaches(database, list(series.values()))
-    daily = now % MICROS_PER_DAY < pace.interval_of_looks(frame)
+    daily = now % MICROS_PER_DAY < cadence.interval_of_looks(frame)
     alike: dict[tuple[str, AssetClass], list[AssetKey]] = {}
     for key, one in series.items():
         if is_wanted(one, known.get(one), settings, now, daily=daily):
             begin = asked_range(one, known.get(one), settings, now).start
             alike.setdefault((key_at(frame, min(begin, now)), one.asset_class), []).append(key)
     for (first, asset_class), keys in sorted(alike.items()):
-        for number, start in enumerate(range(0, len(keys), pace.MOST_SERIES)):
+        for number, start in enumerate(range(0, len(keys), cadence.MOST_SERIES)):
             yield RunRequest(
                 run_key=f"refresh {frame} {asset_class} {first} {number}",
-                asset_selection=keys[start : start + pace.MOST_SERIES],
+                asset_selection=keys[start : start + cadence.MOST_SERIES],
                 asset_check_keys=[],  # without it Dagster takes all checks of the assets, whatever the job says
                 tags={
                     REFRESH: frame.value,
-                    pace.PRIORITY: pace.FIRST,
+                    cadence.PRIORITY: cadence.FIRST,
                     ASSET_PARTITION_RANGE_START_TAG: first,
                     ASSET_PARTITION_RANGE_END_TAG: key_at(frame, now),
                 },
@@ -159,13 +159,13 @@ def check_requests(groups: Sequence[Group], database: Database) -> Iterator[RunR
     for group in groups:
         synced = synced_ends(database, list(group.series.values()))
         keys = [key for key, one in group.series.items() if one in synced]
-        for number, start in enumerate(range(0, len(keys), pace.MOST_SERIES)):
-            some = keys[start : start + pace.MOST_SERIES]
+        for number, start in enumerate(range(0, len(keys), cadence.MOST_SERIES)):
+            some = keys[start : start + cadence.MOST_SERIES]
             yield RunRequest(
                 run_key=f"checks {group.name} {number}",
                 asset_selection=[],
                 asset_check_keys=[AssetCheckKey(key, name) for key in some for name in CHECK_NAMES],
-                tags={pace.PRIORITY: pace.LAST},
+                tags={cadence.PRIORITY: cadence.LAST},
             )
 
 
@@ -177,5 +177,5 @@ def _housekeeping(settings: Settings) -> ScheduleDefinition:
         job_name=HOUSEKEEPING,
         default_status=_status(settings.automation.housekeeping),
         description="Forgets runs, with their events, that later runs have made obsolete.",
-        tags={pace.PRIORITY: pace.LAST},
+        tags={cadence.PRIORITY: cadence.LAST},
     )

@@ -1,7 +1,7 @@
 """The audit: everything that is recorded of a series, recomputed from its candles alone.
 
 Belongs here: which series, one after the other, and what is repaired. Does not belong here: what can be
-wrong (`ledger.reconcile`), how candles are read (`store.auditing`) and tables written (`store.commit`).
+wrong (`ledger.reconcile`), how candles are read (`store.audit_reader`) and tables written (`store.writer`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.ledger.reconcile import Difference, Kind, SeriesAudit
 from fks_backfill_dagster.pipeline.calendars import CalendarChange, calendar_changes
-from fks_backfill_dagster.store.auditing import examine
-from fks_backfill_dagster.store.commit import repair_series
+from fks_backfill_dagster.store.audit_reader import examine
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.reading import stored_series
+from fks_backfill_dagster.store.queries import stored_series
+from fks_backfill_dagster.store.writer.repair import repair_series
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Each series records the dates by which its ledger was settled. So a closure that
 requested in vain explains its gap at once, and a declaration that is withdrawn brings the gap back.
 
 Belongs here: which series, and what is reported. Does not belong here: which candles lie on a date
-(`domain.closures`), the write (`store.commit`).
+(`domain.closures`), the write (`store.writer`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fks_backfill_dagster.ledger.settle import Rules, surroundings
 from fks_backfill_dagster.pipeline.eligible import eligible, strict
 from fks_backfill_dagster.providers.base import Provider
 from fks_backfill_dagster.store import ledger
-from fks_backfill_dagster.store.commit import settle_closures
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.ledger import Registered
+from fks_backfill_dagster.store.writer.closures import settle_closures
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.pipeline.freshness import Assessment, Rule, freshness
-from fks_backfill_dagster.store.checking import Completeness, completeness, next_attempts
+from fks_backfill_dagster.store.coverage import Completeness, completeness, next_attempts
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.reading import SyncStatus, sync_status
+from fks_backfill_dagster.store.queries import SyncStatus, sync_status
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Filling the gaps of a series: a sync of nothing but them, and what became of each.
 
-Does not belong here: which gaps are due (`store.due`), who asks when (the faces).
+Does not belong here: which gaps are due (`store.due_gaps`), who asks when (the faces).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from fks_backfill_dagster.pipeline.events import Listener, silent
 from fks_backfill_dagster.pipeline.gaps import find_gaps
 from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, reopen, sync
-from fks_backfill_dagster.store.checking import PartState, part_states
-from fks_backfill_dagster.store.reading import what_is_known
+from fks_backfill_dagster.store.coverage import PartState, part_states
+from fks_backfill_dagster.store.queries import what_is_known
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,8 @@ from fks_backfill_dagster.pipeline.eligible import eligible
 from fks_backfill_dagster.pipeline.outages import Outage, find_outages
 from fks_backfill_dagster.pipeline.plan import GRACE
 from fks_backfill_dagster.providers.base import Provider
-from fks_backfill_dagster.store.checking import Tail, tails
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.reaches import Tail, tails
 
 Closed = Callable[[Series, TimeRange], RangeSet]
 

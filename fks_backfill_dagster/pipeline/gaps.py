@@ -16,7 +16,7 @@ from fks_backfill_dagster.domain.timeframe import to_micros
 from fks_backfill_dagster.ledger.gaps import GapStatus, close_before
 from fks_backfill_dagster.ledger.records import LedgerGap
 from fks_backfill_dagster.pipeline.plan import GRACE
-from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 
 
@@ -38,7 +38,7 @@ def find_gaps(
     """
     grid = grid_of(series)
     closed_end = grid.closed_end(now - GRACE)
-    known = reading.what_is_known(database, series, TimeRange(0, closed_end))
+    known = queries.what_is_known(database, series, TimeRange(0, closed_end))
     if not known.synced:
         return ()
     start = _oldest(database, series, known.synced.hull.start) if start is None else start
@@ -53,7 +53,7 @@ def find_gaps(
 
 def earlier_gaps(database: Database, series: Series, now: int) -> int:
     """How many candles were asked for and are missing before the oldest stored one, quiet ones apart."""
-    known = reading.what_is_known(database, series, TimeRange(0, now))
+    known = queries.what_is_known(database, series, TimeRange(0, now))
     if not known.synced:
         return 0
     oldest = _oldest(database, series, known.synced.hull.end)
@@ -76,5 +76,5 @@ def clipped(gap: LedgerGap, window: TimeRange, grid: Grid) -> LedgerGap | None:
 
 def _oldest(database: Database, series: Series, otherwise: int) -> int:
     """The open of the oldest stored candle; `otherwise` where none is stored."""
-    oldest = next((s.oldest_data_time for s in reading.sync_status(database, series)), None)
+    oldest = next((s.oldest_data_time for s in queries.sync_status(database, series)), None)
     return otherwise if oldest is None else to_micros(oldest)

@@ -3,7 +3,7 @@
     deliveries ─> the batch's part of each ─> one commit: candles, lineage, ledger, coverage, quarantine
 
 Belongs here: what of a span belongs to which batch. Does not belong here: where candles come from (a sync, a
-file), whether they are good (`request` has verified them), how they are written (`store.commit`).
+file), whether they are good (`request` has verified them), how they are written (`store.writer`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.ledger.settle import Response, Rules
 from fks_backfill_dagster.pipeline.fallback import Withdrawn
-from fks_backfill_dagster.store.commit import BatchWrite, Committed, Withdrawal, commit_batch
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.writer.commit import commit_batch
+from fks_backfill_dagster.store.writer.records import BatchWrite, Committed, Withdrawal
 
 
 @dataclass(frozen=True, slots=True)

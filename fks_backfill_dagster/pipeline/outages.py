@@ -18,8 +18,8 @@ from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.ledger.gaps import GapStatus
-from fks_backfill_dagster.store.checking import Absences, Told, absences, told
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.outages import Absences, Told, absences, told
 
 
 @dataclass(frozen=True, slots=True)

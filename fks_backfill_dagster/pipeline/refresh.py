@@ -18,7 +18,7 @@ from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_SECOND, Timeframe
 from fks_backfill_dagster.pipeline.plan import GRACE
-from fks_backfill_dagster.store.checking import Reach
+from fks_backfill_dagster.store.reaches import Reach
 
 CATCH_UP = 366 * MICROS_PER_DAY
 """Who was away for longer comes back with the range's own start; the rest of the history is a backfill's."""

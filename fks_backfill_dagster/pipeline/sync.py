@@ -39,7 +39,7 @@ from fks_backfill_dagster.pipeline.plan import Batch, Plan, Scope, closed_window
 from fks_backfill_dagster.pipeline.refetch import StoredRows
 from fks_backfill_dagster.pipeline.spans import fetch_spans
 from fks_backfill_dagster.providers.base import Cancelled, Circuit, Estimate, Provider
-from fks_backfill_dagster.store import ledger, reading
+from fks_backfill_dagster.store import ledger, queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import repeated
 from fks_backfill_dagster.store.ledger import ListingKind
@@ -255,17 +255,17 @@ def _chain(
     force: bool = False,
 ) -> ProviderChain:
     def stored_rows(window: TimeRange) -> StoredRows:
-        candles = reading.read_candles(context.database, series, window)
+        candles = queries.read_candles(context.database, series, window)
         with context.database.begin() as connection:
-            found = reading.stored_origins(connection, series, window)
+            found = queries.stored_origins(connection, series, window)
         candles = candles.take(np.isin(candles.ts, found.ts))
         kept = np.isin(found.ts, candles.ts)
         return StoredRows(candles, found.provider[kept], found.instrument[kept], found.as_of[kept])
 
     options = ChainOptions(
         clock=context.clock,
-        stored=lambda opens: reading.read_opens(context.database, series, opens),
-        stored_within=lambda window: reading.read_candles(context.database, series, window),
+        stored=lambda opens: queries.read_opens(context.database, series, opens),
+        stored_within=lambda window: queries.read_candles(context.database, series, window),
         stored_rows=stored_rows,
         tolerance=context.tolerance,
         closed=context.closed,
@@ -396,7 +396,7 @@ class _Work:
     @cached_property
     def _oldest(self) -> int | None:
         """The oldest stored candle before this sync."""
-        states = reading.sync_status(self.context.database, self.series)
+        states = queries.sync_status(self.context.database, self.series)
         return next((to_micros(s.oldest_data_time) for s in states if s.oldest_data_time), None)
 
     def run(self, plan: Plan, listings: Listings) -> Listings:

@@ -56,16 +56,10 @@ from fks_backfill_dagster.providers.base import (
     WrongKey,
     check_served,
 )
-from fks_backfill_dagster.providers.http import (
-    HttpClient,
-    Limiter,
-    Reply,
-    RequestPool,
-    Tally,
-    counted,
-    host_of,
-    system_micros,
-)
+from fks_backfill_dagster.providers.http.client import HttpClient, Reply
+from fks_backfill_dagster.providers.http.errors import host_of
+from fks_backfill_dagster.providers.http.limiter import Limiter, system_micros
+from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.keys import redact, usable_key
 from fks_backfill_dagster.providers.pages import joined
 

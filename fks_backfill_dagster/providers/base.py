@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fks_backfill_dagster.domain.delivery import Delivery, Origin, Transport
-from fks_backfill_dagster.domain.pacing import Rest, bounded_wait
 from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.rate_limits import Rest, bounded_wait
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_DAY,

@@ -49,24 +49,20 @@ from fks_backfill_dagster.providers.base import (
     UnknownSymbol,
 )
 from fks_backfill_dagster.providers.binance_archive import ArchiveFile, Archives, Fetched, choose_files
-from fks_backfill_dagster.providers.http import (
-    MAX_JSON_BYTES,
-    HttpClient,
-    Limiter,
-    RequestPool,
-    Tally,
-    counted,
+from fks_backfill_dagster.providers.http.body import MAX_JSON_BYTES, read_body
+from fks_backfill_dagster.providers.http.client import HttpClient
+from fks_backfill_dagster.providers.http.errors import (
     host_of,
     network_error,
     place_of,
-    read_body,
     retry_after,
     said_in,
     seconds_to_next_minute,
     server_time,
     status_error,
-    system_micros,
 )
+from fks_backfill_dagster.providers.http.limiter import Limiter, system_micros
+from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.pages import contradicting, differing, joined
 
 NAME = "binance"

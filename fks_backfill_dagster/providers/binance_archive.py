@@ -48,17 +48,10 @@ from fks_backfill_dagster.providers.base import (
     ProviderOptions,
     Transport,
 )
-from fks_backfill_dagster.providers.http import (
-    HttpClient,
-    Limiter,
-    Reply,
-    RequestPool,
-    Tally,
-    Unreachable,
-    header_time,
-    host_of,
-    place_of,
-)
+from fks_backfill_dagster.providers.http.client import HttpClient, Reply
+from fks_backfill_dagster.providers.http.errors import Unreachable, header_time, host_of, place_of
+from fks_backfill_dagster.providers.http.limiter import Limiter
+from fks_backfill_dagster.providers.http.pool import RequestPool, Tally
 
 PROVIDER = "binance"
 LANE = "binance-archive"

@@ -51,17 +51,10 @@ from fks_backfill_dagster.providers.base import (
     UnknownSymbol,
     check_served,
 )
-from fks_backfill_dagster.providers.http import (
-    HttpClient,
-    Limiter,
-    Reply,
-    RequestPool,
-    Tally,
-    counted,
-    host_of,
-    server_time,
-    system_micros,
-)
+from fks_backfill_dagster.providers.http.client import HttpClient, Reply
+from fks_backfill_dagster.providers.http.errors import host_of, server_time
+from fks_backfill_dagster.providers.http.limiter import Limiter, system_micros
+from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.keys import usable_key
 from fks_backfill_dagster.providers.pages import agreeing, differing, joined
 

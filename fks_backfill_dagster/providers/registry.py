@@ -10,17 +10,12 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fks_backfill_dagster.domain.pacing import Pace, Window
+from fks_backfill_dagster.domain.rate_limits import Pace, Window
 from fks_backfill_dagster.providers import alphavantage, binance, coingecko, oanda, polygon, yfinance
 from fks_backfill_dagster.providers.base import Provider, ProviderError, ProviderOptions
-from fks_backfill_dagster.providers.http import (
-    ANSWER_TIMEOUTS,
-    CONNECT_SECONDS,
-    Limiter,
-    ProcessLimiter,
-    RequestPool,
-    system_micros,
-)
+from fks_backfill_dagster.providers.http.client import ANSWER_TIMEOUTS, CONNECT_SECONDS
+from fks_backfill_dagster.providers.http.limiter import Limiter, ProcessLimiter, system_micros
+from fks_backfill_dagster.providers.http.pool import RequestPool
 
 Factory = Callable[[ProviderOptions, RequestPool, Limiter, Callable[[], int]], Provider]
 

@@ -56,16 +56,10 @@ from fks_backfill_dagster.providers.base import (
     UnknownSymbol,
     check_served,
 )
-from fks_backfill_dagster.providers.http import (
-    HttpClient,
-    Limiter,
-    Reply,
-    RequestPool,
-    Tally,
-    counted,
-    host_of,
-    system_micros,
-)
+from fks_backfill_dagster.providers.http.client import HttpClient, Reply
+from fks_backfill_dagster.providers.http.errors import host_of
+from fks_backfill_dagster.providers.http.limiter import Limiter, system_micros
+from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.numbers import to_floats, to_instant, to_instants
 from fks_backfill_dagster.providers.pages import joined
 from fks_backfill_dagster.providers.sessions import session_dates, wall_clock

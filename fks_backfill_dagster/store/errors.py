@@ -72,6 +72,9 @@ def _is_lost(error: BaseException) -> bool:
     )
 
 
+AWAY_SECONDS = 120.0
+"""How long a run waits for a database that is away: one that was killed may have to read minutes of its log first."""
+
 ATTEMPTS = 3
 
 repeated = retry(retry=retry_if_exception(_is_lost), stop=stop_after_attempt(ATTEMPTS), reraise=True)

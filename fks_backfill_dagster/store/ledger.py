@@ -248,7 +248,7 @@ def oldest_by_provider(connection: sa.Connection, symbol: str) -> dict[str, dict
 
 # Eligible providers ------------------------------------------------------------------------------------
 
-# The series whose set has changed, each under its lock (class 46137, see store/commit.py), so that no
+# The series whose set has changed, each under its lock (class 46137, see store/writer/lineage.py), so that no
 # commit is settling the ledger meanwhile. One that is locked just now keeps its recorded set, and is found
 # again by the next call. In a subquery of its own: a lock must not be taken for rows that are left out.
 _CHANGED = """

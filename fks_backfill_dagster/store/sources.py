@@ -1,7 +1,7 @@
 """Whose candles a database holds: of the providers' documented hosts, or of custom ones such as a simulator.
 
 Belongs here: which hosts the lineage names, and that both kinds do not mix. Does not belong here: which hosts are
-documented (`wiring`), and what an operator allows.
+documented (`app`), and what an operator allows.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import logging
 import sqlalchemy as sa
 
 from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.store.sql import table_of
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def make_hypertables(connection: sa.Connection) -> None:
         sa.text("SELECT extnamespace::regnamespace::text FROM pg_extension WHERE extname = 'timescaledb'")
     )
     for timeframe, days in CHUNK_DAYS.items():
-        table = f'fks."candles_{timeframe}"'
+        table = table_of(timeframe)
         connection.execute(
             sa.text(
                 f"SELECT {where}.create_hypertable('{table}', {where}.by_range('ts', INTERVAL '{days} days'),"

@@ -15,7 +15,7 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.simulator.config import MarketConfig, instant
 from fks_backfill_dagster.simulator.local import LocalMarket
-from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.cli.conftest import Command, start
 
@@ -56,7 +56,7 @@ def test_one_series_gives_one_object(fks: Command, world: LocalMarket, database:
     assert report["providers"]["binance"] == {"asked": 744, "delivered": 744, "rejected": 0, "failed": 0}
     window = span("2024-01-01", "2024-02-01")
     truth = world.truth("binance", "BTC/USDT", Timeframe.H1, window)
-    assert reading.read_candles(database, BTC, window).equals(truth)
+    assert queries.read_candles(database, BTC, window).equals(truth)
 
 
 def test_again_asks_for_nothing(fks: Command, world: LocalMarket) -> None:
@@ -145,7 +145,7 @@ def test_refetch_corrects(fks: Command, world: LocalMarket, database: Database) 
     assert (told.json["total_batches"], told.json["total_candles"]) == (1, 744)
     window = span("2024-01-01", "2024-02-01")
     truth = world.truth("binance", "BTC/USDT", Timeframe.H1, window)
-    assert reading.read_candles(database, BTC, window).equals(truth)
+    assert queries.read_candles(database, BTC, window).equals(truth)
 
 
 def test_a_refetch_from_another_symbol_names_the_option_that_forces_it(
@@ -154,17 +154,17 @@ def test_a_refetch_from_another_symbol_names_the_option_that_forces_it(
     month = ("BTC/USDT", "1h", *JANUARY, "--provider", "binance")
     fks("backfill", *month)
     window = span("2024-01-01", "2024-02-01")
-    held = reading.read_candles(database, BTC, window)
+    held = queries.read_candles(database, BTC, window)
     world.plant_fault("binance", "other_symbol", count=None, path="interval=1h", other="ETH/USDT")
     refused = fks("backfill", *month, "--refetch", "--json")
     assert refused.exit_code == 1
     assert "--force" in refused.json["errors"][0]
     assert "--force" in refused.stderr
-    assert reading.read_candles(database, BTC, window).equals(held)
+    assert queries.read_candles(database, BTC, window).equals(held)
     forced = fks("backfill", *month, "--refetch", "--force", "--json")
     assert (forced.exit_code, forced.json["total_candles"]) == (0, 744)
     ether = world.truth("binance", "ETH/USDT", Timeframe.H1, window)
-    assert reading.read_candles(database, BTC, window).equals(ether)
+    assert queries.read_candles(database, BTC, window).equals(ether)
 
 
 def test_force_is_for_a_refetch_alone(fks: Command) -> None:
@@ -198,7 +198,7 @@ def test_a_dry_run_fetches_nothing(fks: Command, world: LocalMarket, database: D
         assert estimate["candles"] == 744
         assert estimate["requests"] >= 1
         assert estimate["seconds"] > 0
-    assert reading.sync_status(database) == []
+    assert queries.sync_status(database) == []
     assert "744" in fks("backfill", "--all", "1h", *JANUARY, "--dry-run").stdout
 
 

@@ -10,7 +10,7 @@ import pytest
 from fks_backfill_dagster import read_candles
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.orchestration.build import build_defs
-from fks_backfill_dagster.settings import load_settings
+from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster.store.database import Database

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fks_backfill_dagster import read_candles
-from fks_backfill_dagster.cli import exporting
+from fks_backfill_dagster.cli import export
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.delivery import Delivery, Origin, Transport
 from fks_backfill_dagster.domain.grid import grid_of
@@ -27,9 +27,10 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_micros
 from fks_backfill_dagster.reading import UnknownSeries
 from fks_backfill_dagster.simulator.config import instant
-from fks_backfill_dagster.store.commit import BatchWrite, commit_batch
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.ledger import register
+from fks_backfill_dagster.store.writer.commit import commit_batch
+from fks_backfill_dagster.store.writer.records import BatchWrite
 from fks_backfill_dagster_tests.cli.conftest import Command, start, until
 
 SERIES = Series("EUR/USD", Timeframe.D1, AssetClass.FOREX)
@@ -182,7 +183,7 @@ def test_what_is_written_while_the_name_is_replaced(
         yield stored
 
     for name in ("out.csv", "out.csv.gz", "out.parquet"):
-        exporting._write(tmp_path / name, exporting._sink(tmp_path / name), blocks())
+        export._write(tmp_path / name, export._sink(tmp_path / name), blocks())
         assert precious.read_text() == "untouched"
 
 

@@ -7,13 +7,14 @@ from itertools import pairwise
 
 import pytest
 
-from fks_backfill_dagster.cli import launching as lines
+from fks_backfill_dagster.cli import launch as lines
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
-from fks_backfill_dagster.orchestration.launching import Launched, Order, Seen, _left, count, order
-from fks_backfill_dagster.orchestration.webserver import Run
-from fks_backfill_dagster.settings import Settings, SymbolSettings
+from fks_backfill_dagster.host.graphql import Run
+from fks_backfill_dagster.host.launch import Launched, Order, Seen, _left, count, order
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.sections import SymbolSettings
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster_tests.cli.conftest import Command
 

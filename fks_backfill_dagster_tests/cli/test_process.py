@@ -18,7 +18,7 @@ from threading import Thread
 import pytest
 
 from fks_backfill_dagster.embedded import EmbeddedPostgres
-from fks_backfill_dagster.orchestration.servers import free_port
+from fks_backfill_dagster.host.servers import free_port
 from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster_tests.cli.conftest import CHECKOUT, Command, start
 from fks_backfill_dagster_tests.cli.test_backfill import JANUARY

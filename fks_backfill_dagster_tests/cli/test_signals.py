@@ -16,7 +16,7 @@ import click
 import psutil
 import pytest
 
-from fks_backfill_dagster.cli import launching
+from fks_backfill_dagster.cli import launch
 from fks_backfill_dagster.cli.signals import Signals
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.embedded import EmbeddedPostgres
@@ -109,10 +109,10 @@ def test_a_market_ends_as_usual(settings: Path, number: int) -> None:
 def test_the_watching_of_a_launch(capsys: pytest.CaptureFixture[str], number: int) -> None:
     ending = Signals()
     with (
-        click.Context(launching.launch, obj=ending),
+        click.Context(launch.launch, obj=ending),
         ending.handled(),
         pytest.raises(click.exceptions.Exit) as caught,
-        launching._watched_only("http://127.0.0.1:3000/runs/b/abc"),
+        launch._watched_only("http://127.0.0.1:3000/runs/b/abc"),
     ):
         signal.raise_signal(number)
     assert caught.value.exit_code == 128 + number
@@ -124,7 +124,7 @@ def test_the_watching_of_a_launch(capsys: pytest.CaptureFixture[str], number: in
 _DEMO = """
 import sys
 from pathlib import Path
-from fks_backfill_dagster import demo
+from fks_backfill_dagster.demo import demo
 from fks_backfill_dagster.cli import main
 
 run = demo.run_demo

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fks_backfill_dagster.embedded import EmbeddedPostgres
-from fks_backfill_dagster.orchestration.servers import free_port
+from fks_backfill_dagster.host.servers import free_port
 from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster_tests.accounts import IS_ROOT, as_stranger, give_to_stranger, needs_root
 from fks_backfill_dagster_tests.cli.conftest import Command, Outcome
@@ -73,7 +73,7 @@ def test_planted_settings_are_told_and_not_used(
     assert told.stderr.count("\n") == 1
 
 
-@pytest.mark.slow  # `orchestration/test_processes.py` has the market and the guard
+@pytest.mark.slow  # `host/test_processes.py` has the market and the guard
 def test_nothing_planted_is_imported_from_up_to_down(
     program: Run, theirs: Path, world: LocalMarket, settings: Path, tmp_path: Path
 ) -> None:

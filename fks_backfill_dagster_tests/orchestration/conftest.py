@@ -13,9 +13,11 @@ from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.groups import asset_key
 from fks_backfill_dagster.orchestration.resources import ProviderResource, TimescaleDB
-from fks_backfill_dagster.settings import ProviderPriority, Settings, SymbolSettings
-from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.sections import ProviderPriority, SymbolSettings
+from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.markets import market, running
 from fks_backfill_dagster_tests.postgres import (
     database,
     database_url,
@@ -24,23 +26,9 @@ from fks_backfill_dagster_tests.postgres import (
     template,
 )
 
-__all__ = ["database", "database_url", "empty_database_url", "server_url", "template"]
+__all__ = ["database", "database_url", "empty_database_url", "market", "running", "server_url", "template"]
 
 FRAMES = (Timeframe.M15, Timeframe.H1)
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[LocalMarket]:
-    with LocalMarket(MarketConfig(limits=False)) as market:
-        yield market
-
-
-@pytest.fixture
-def market(running: LocalMarket) -> LocalMarket:
-    running.clear_faults()
-    running.clear_outages()
-    running.reset_requests()
-    return running
 
 
 def settings_of(*symbols: str, start: str = "2024-01-01", frames: Sequence[Timeframe] = FRAMES) -> Settings:

@@ -21,7 +21,7 @@ from fks_backfill_dagster.orchestration.resources import TimescaleDB
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.reading import batches, ledger_gaps, read_candles
+from fks_backfill_dagster.store.queries import batches, ledger_gaps, read_candles
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project
 
 QUARTER = TimeRange(instant("2024-01-01"), instant("2024-04-01"))

@@ -11,17 +11,17 @@ from dagster import AssetKey, SensorDefinition, build_sensor_context
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fks_backfill_dagster.domain.partitions import (
+    key_at,
+    keys_before_start,
+    window_of,
+)
 from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.orchestration import before_start
 from fks_backfill_dagster.orchestration.before_start import SENSOR
-from fks_backfill_dagster.orchestration.names import (
-    key_at,
-    keys_before_start,
-    partitions_start,
-    window_of,
-)
-from fks_backfill_dagster.settings import Settings, SymbolSettings
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.sections import SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project
@@ -161,8 +161,8 @@ def test_without_a_later_start_there_is_no_sensor(project: MakeProject) -> None:
 
 def test_every_grain_begins_with_the_earliest_start() -> None:
     settings = Settings(symbols=(entry("A/USDT", "2016-03-04"), entry("B/USDT", "2020-01-01")))
-    assert partitions_start(settings) == instant("2016-03-04")
-    assert partitions_start(Settings(symbols=(entry("B/USDT", "2020-01-01"),))) == instant("2017-08-17")
+    assert settings.earliest_start == instant("2016-03-04")
+    assert Settings(symbols=(entry("B/USDT", "2020-01-01"),)).earliest_start == instant("2017-08-17")
 
 
 moments = st.integers(631_152_000, 1_893_456_000).map(lambda seconds: seconds * 10**6)

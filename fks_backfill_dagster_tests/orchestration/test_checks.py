@@ -13,6 +13,7 @@ from dagster import (
     ExecuteInProcessResult,
 )
 
+from fks_backfill_dagster.app import now
 from fks_backfill_dagster.domain.freshness import recent_start
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
@@ -21,12 +22,12 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOU
 from fks_backfill_dagster.orchestration.checks import COMPLETENESS, MOST_GAPS, evaluate
 from fks_backfill_dagster.orchestration.groups import asset_key, groups_of
 from fks_backfill_dagster.pipeline.calendars import keep_calendar
-from fks_backfill_dagster.settings import Settings, SymbolSettings
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.sections import SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster.store.checking import recent_missing
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.reading import ledger_gaps
-from fks_backfill_dagster.wiring import now
+from fks_backfill_dagster.store.queries import ledger_gaps
+from fks_backfill_dagster.store.reaches import recent_missing
 from fks_backfill_dagster_tests.calendars import Update, update
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project
 from fks_backfill_dagster_tests.orchestration.test_assets import plant_failure

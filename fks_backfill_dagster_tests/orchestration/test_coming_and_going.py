@@ -11,16 +11,17 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOU
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.orchestration.assets import Task, materialize_series
 from fks_backfill_dagster.orchestration.build import build_defs
-from fks_backfill_dagster.orchestration.errands import Errand
 from fks_backfill_dagster.orchestration.groups import groups_of
+from fks_backfill_dagster.orchestration.run_config import RunKind
+from fks_backfill_dagster.orchestration.run_log import Lines, Story
 from fks_backfill_dagster.orchestration.schedules import check_requests, refresh_requests
-from fks_backfill_dagster.orchestration.story import Lines, Story
-from fks_backfill_dagster.settings import Settings
+from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
-from fks_backfill_dagster.store.checking import PartState, reaches
+from fks_backfill_dagster.store.coverage import PartState
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.reading import ledger_gaps, read_candles
+from fks_backfill_dagster.store.queries import ledger_gaps, read_candles
+from fks_backfill_dagster.store.reaches import reaches
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, settings_of
 from fks_backfill_dagster_tests.orchestration.test_assets import metadata_of, statuses
 from fks_backfill_dagster_tests.orchestration.test_schedules import pretend_synced, requests_at
@@ -140,7 +141,7 @@ class Year:
             self.market.set_clock(self.now)
             outcome = materialize_series(
                 self.context,
-                Task(self.series, windows, SILENT, "run", errand=Errand.REFRESH, reach=known),
+                Task(self.series, windows, SILENT, "run", run_kind=RunKind.REFRESH, reach=known),
                 Story(Lines(), False),
             )
             assert not outcome.failed

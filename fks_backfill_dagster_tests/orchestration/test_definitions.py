@@ -26,7 +26,8 @@ from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.orchestration.assets import PARTITIONS_PER_RUN
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.resources import DATABASE, PROVIDERS
-from fks_backfill_dagster.settings import CHECKOUT, Settings, SymbolSettings
+from fks_backfill_dagster.settings.model import CHECKOUT, Settings
+from fks_backfill_dagster.settings.sections import SymbolSettings
 from fks_backfill_dagster_tests.orchestration.conftest import settings_of
 
 MIXED = Settings(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fks_backfill_dagster.settings import CHECKOUT
+from fks_backfill_dagster.settings.model import CHECKOUT
 
 pytestmark = pytest.mark.server
 

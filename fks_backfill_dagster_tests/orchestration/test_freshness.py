@@ -19,6 +19,7 @@ from dagster import (
     ExecuteInProcessResult,
 )
 
+from fks_backfill_dagster.app import freshness_rule, now
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import (
@@ -35,11 +36,11 @@ from fks_backfill_dagster.orchestration.groups import groups_of
 from fks_backfill_dagster.orchestration.resources import ProviderResource, TimescaleDB
 from fks_backfill_dagster.pipeline.coverage import coverage
 from fks_backfill_dagster.pipeline.plan import GRACE
-from fks_backfill_dagster.settings import ProviderPriority, Providers, Settings, SymbolSettings
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.sections import ProviderPriority, Providers, SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
-from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.wiring import freshness_rule, now
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project
 from fks_backfill_dagster_tests.orchestration.test_assets import plant_failure
 from fks_backfill_dagster_tests.store.builders import execute
@@ -246,7 +247,7 @@ def test_a_symbol_that_hardly_trades_is_fresh_without_a_new_candle(
     again = refresh(mine, frame="1m")
     assert again.success
     assert materialized(mine, again) == ({"THIN_USD"} if quiet else set())
-    (status,) = reading.sync_status(database, series)
+    (status,) = queries.sync_status(database, series)
     assert status.status == "completed"
     (group,) = groups_of(mine.settings)
     checks = evaluate(

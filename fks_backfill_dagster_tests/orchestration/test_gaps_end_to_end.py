@@ -16,18 +16,19 @@ from typing import Any
 
 import pytest
 
-from fks_backfill_dagster import wiring
+from fks_backfill_dagster import app
+from fks_backfill_dagster.domain.partitions import asset_path
 from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.host import servers
+from fks_backfill_dagster.host.graphql import REPOSITORY, Webserver
+from fks_backfill_dagster.host.processes import Background, Guard
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.ledger.records import LedgerGap
-from fks_backfill_dagster.orchestration import servers
-from fks_backfill_dagster.orchestration.names import asset_path
-from fks_backfill_dagster.orchestration.processes import Background, Guard
-from fks_backfill_dagster.orchestration.webserver import REPOSITORY, Webserver
-from fks_backfill_dagster.settings import CHECKOUT, KEY_VARIABLES, Settings, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import CHECKOUT, KEY_VARIABLES, Settings
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
-from fks_backfill_dagster.store.reading import ledger_gaps, origins
+from fks_backfill_dagster.store.queries import ledger_gaps, origins
 
 MONTH = TimeRange(instant("2024-01-01"), instant("2024-02-01"))
 OUTAGE = TimeRange(instant("2024-01-10T05:00"), instant("2024-01-10T09:00"))
@@ -51,12 +52,12 @@ class World:
     web: Webserver
 
     def gaps(self, symbol: str) -> tuple[LedgerGap, ...]:
-        with wiring.open_database(self.settings) as database:
+        with app.open_database(self.settings) as database:
             return ledger_gaps(database, self.settings.find_series(symbol, "15m"), MONTH)
 
     def sources(self, symbol: str) -> dict[str, int]:
         """The candles of the outage by who brought them."""
-        with wiring.open_database(self.settings) as database:
+        with app.open_database(self.settings) as database:
             found = origins(database, self.settings.find_series(symbol, "15m"), OUTAGE)
         return {origin.provider: origin.candles for origin in found}
 

@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 from dagster import AssetCheckKey
 
-from fks_backfill_dagster import wiring
+from fks_backfill_dagster import app
 from fks_backfill_dagster.cli import main
 from fks_backfill_dagster.domain.freshness import RECENT, RECENT_CANDLES, polling_interval
 from fks_backfill_dagster.domain.grid import grid_of
@@ -32,7 +32,8 @@ from fks_backfill_dagster.orchestration.groups import groups_of
 from fks_backfill_dagster.pipeline.coverage import coverage
 from fks_backfill_dagster.pipeline.plan import GRACE
 from fks_backfill_dagster.pipeline.refresh import SILENT_AFTER
-from fks_backfill_dagster.settings import KEY_VARIABLES, Settings, load_settings
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import KEY_VARIABLES, Settings
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store.database import Database
@@ -130,7 +131,7 @@ class Faces:
     red: dict[tuple[Series, str], list[int]] = field(default_factory=dict)
 
     def look(self, now: int) -> None:
-        self.monkeypatch.setattr(wiring, "now", lambda: now)
+        self.monkeypatch.setattr(app, "now", lambda: now)
         self.seen.append(now)
         for group in groups_of(self.settings):
             wanted = {AssetCheckKey(key, name) for key in group.series for name in CHECK_NAMES}
@@ -138,7 +139,7 @@ class Faces:
                 assert result.asset_key is not None
                 if not result.passed:
                     self._note(group.series[result.asset_key], str(result.check_name), now)
-        rule = wiring.freshness_rule(self.settings)
+        rule = app.freshness_rule(self.settings)
         for one in coverage(self.database, self.settings.series(), now, rule):
             if one.problem() is not None:
                 self._note(one.series, "status", now)

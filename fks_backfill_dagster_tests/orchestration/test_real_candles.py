@@ -17,7 +17,7 @@ from fks_backfill_dagster.orchestration.resources import ProviderResource, Times
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.reading import ledger_gaps, read_candles
+from fks_backfill_dagster.store.queries import ledger_gaps, read_candles
 from fks_backfill_dagster_tests.orchestration.conftest import Project, settings_of
 
 WINDOW = TimeRange(instant("2020-11-17"), instant("2021-05-16"))

@@ -15,18 +15,19 @@ from dagster import (
     build_schedule_context,
 )
 
+from fks_backfill_dagster.app import now
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime
-from fks_backfill_dagster.orchestration import pace
+from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.groups import groups_of
 from fks_backfill_dagster.orchestration.schedules import check_requests, refresh_requests, unfinished
-from fks_backfill_dagster.settings import Automation, Settings, SymbolSettings
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.sections import Automation, SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.reading import read_candles
-from fks_backfill_dagster.wiring import now
+from fks_backfill_dagster.store.queries import read_candles
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project, settings_of
 from fks_backfill_dagster_tests.orchestration.test_assets import metadata_of, statuses
 from fks_backfill_dagster_tests.store.builders import execute
@@ -64,7 +65,7 @@ def test_a_run_takes_fifty_series_at_most(database: Database) -> None:
     found = requests_at(settings, database, "1h", "2024-03-10T12:05")
     assert [len(request.asset_selection or ()) for request in found] == [50, 50, 20]
     assert len({request.run_key for request in found}) == 3
-    assert {request.tags[pace.PRIORITY] for request in found} == {"10"}
+    assert {request.tags[cadence.PRIORITY] for request in found} == {"10"}
 
 
 def test_the_asset_classes_are_refreshed_by_runs_of_their_own(database: Database) -> None:
@@ -229,6 +230,6 @@ def test_all_of_it_is_on_by_default_and_each_part_can_be_switched_off() -> None:
 
 @pytest.mark.parametrize("frame", list(Timeframe))
 def test_a_series_that_is_kept_fresh_is_not_stale(frame: Timeframe) -> None:
-    policy = pace.freshness(settings_of("BTC/USDT").symbols[0].asset_class, frame)
+    policy = cadence.freshness(settings_of("BTC/USDT").symbols[0].asset_class, frame)
     warn, fail = policy.warn_window, policy.fail_window  # type: ignore[attr-defined]
-    assert pace.interval(frame) < warn.to_timedelta() < fail.to_timedelta()
+    assert cadence.interval(frame) < warn.to_timedelta() < fail.to_timedelta()

@@ -18,7 +18,8 @@ from dagster import Definitions, TimeWindowPartitionsDefinition
 from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.orchestration.build import build_defs
-from fks_backfill_dagster.settings import CHECKOUT, Settings, SymbolSettings
+from fks_backfill_dagster.settings.model import CHECKOUT, Settings
+from fks_backfill_dagster.settings.sections import SymbolSettings
 
 pytestmark = pytest.mark.server
 

@@ -9,7 +9,8 @@ import pytest
 
 from fks_backfill_dagster.domain.timeframe import to_micros
 from fks_backfill_dagster.pipeline.sync import Context
-from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool
+from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.store.database import Database

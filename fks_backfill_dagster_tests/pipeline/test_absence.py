@@ -20,7 +20,7 @@ from fks_backfill_dagster.ledger.no_trade import Absent, no_trade
 from fks_backfill_dagster.pipeline.fill import fill_gaps
 from fks_backfill_dagster.pipeline.sync import Context, sync
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.pipeline.test_faults import Case, context_of
 from fks_backfill_dagster_tests.pipeline.test_real_candles import invented, replay, write_csv
@@ -35,7 +35,7 @@ NOWHERE = RangeSet()
 
 def opens_in(database: Database, series: Series, window: TimeRange, *states: GapStatus) -> Instants:
     grid = grid_of(series)
-    gaps = [gap for gap in reading.ledger_gaps(database, series, window) if gap.status in states]
+    gaps = [gap for gap in queries.ledger_gaps(database, series, window) if gap.status in states]
     return np.concatenate(
         [np.empty(0, dtype=np.int64), *(grid.opens(TimeRange(g.start, g.end)) for g in gaps)]
     )
@@ -300,9 +300,9 @@ def test_a_month_of_thin_minutes(
     context = replace(context_of(database, market, case), priority=lambda series: (provider,))
     report = sync(context, SPY, window, [provider])
     truth = market.truth(name, "SPY", Timeframe.M1, window)
-    assert reading.read_candles(database, SPY, window).ts.tolist() == truth.ts.tolist()
+    assert queries.read_candles(database, SPY, window).ts.tolist() == truth.ts.tolist()
     assert report.quiet > 0.015 * report.expected
-    gaps = reading.ledger_gaps(database, SPY, window)
+    gaps = queries.ledger_gaps(database, SPY, window)
     lengths = [gap.missing for gap in gaps if gap.status is not GapStatus.NO_TRADE]
     # The local market pauses for a quarter of an hour now and then, which no density explains.
     assert len(lengths) <= 2

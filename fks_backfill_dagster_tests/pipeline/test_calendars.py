@@ -25,7 +25,7 @@ from fks_backfill_dagster.pipeline.calendars import (
 from fks_backfill_dagster.pipeline.fill import fill_gaps
 from fks_backfill_dagster.pipeline.sync import Context, sync
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
 from fks_backfill_dagster_tests.calendars import Update, update
@@ -108,7 +108,7 @@ def test_a_session_that_is_new(database: Database, market: LocalMarket, update: 
         new = grid_of(series).opens(day)
         assert opens_in(database, series, WINDOW, GapStatus.OPEN).tolist() == new.tolist()
         assert all(gap.success for gap in fill_gaps(later(context), series, ["polygon"]).gaps)
-        assert np.isin(new, reading.read_candles(database, series, WINDOW).ts).all()
+        assert np.isin(new, queries.read_candles(database, series, WINDOW).ts).all()
     assert sync(later(context), DAYS, WINDOW, ["polygon"]).warnings == ()
 
 
@@ -123,7 +123,7 @@ def test_sessions_that_are_gone_or_shorter(database: Database, market: LocalMark
     market.plant_outage("polygon", late)
     for series in (HOURS, DAYS):
         sync(context, series, WINDOW, ["polygon"])
-    stored = {series: reading.read_candles(database, series, WINDOW) for series in (HOURS, DAYS)}
+    stored = {series: queries.read_candles(database, series, WINDOW) for series in (HOURS, DAYS)}
     before = {series: rows(database, series, WINDOW) for series in (HOURS, DAYS)}
     assert before[HOURS]
     assert before[DAYS]
@@ -142,7 +142,7 @@ def test_sessions_that_are_gone_or_shorter(database: Database, market: LocalMark
     assert {one.kind for found in report.series for one in found.left} == {Kind.OFF_GRID}
     for series in (HOURS, DAYS):
         assert len(opens_in(database, series, lost, *ALL)) == 0
-        assert reading.read_candles(database, series, WINDOW).equals(stored[series])
+        assert queries.read_candles(database, series, WINDOW).equals(stored[series])
     assert len(opens_in(database, HOURS, late, *ALL)) == 0
 
 

@@ -18,7 +18,7 @@ from fks_backfill_dagster.domain.timeframe import (
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.pipeline.conftest import NOW
 from fks_backfill_dagster_tests.pipeline.test_faults import Case, context_of
@@ -50,7 +50,7 @@ def test_what_is_not_closed_there_yet_is_requested_again(
     context = replace(context_of(database, market, case), priority=lambda _: (case.provider,))
     late = 1 + (seconds - 1) // 60
     report = sync(context, MINUTES, LAST_HOUR, [case.provider])
-    (gap,) = [g for g in reading.ledger_gaps(database, MINUTES, LAST_HOUR) if g.end == LAST_HOUR.end]
+    (gap,) = [g for g in queries.ledger_gaps(database, MINUTES, LAST_HOUR) if g.end == LAST_HOUR.end]
     assert (gap.missing, gap.status) == (late, GapStatus.OPEN)
     (evidence,) = gap.evidence
     assert evidence.outcome == "error"
@@ -78,7 +78,7 @@ def test_clocks_that_are_far_apart_decide_nothing(
     assert "its clock shows 20" in error
     assert "this machine's 2024-06-15T12:34:56+00:00" in error
     assert "correct the clock of this machine, or request a range that ends before both" in error
-    (gap,) = reading.ledger_gaps(database, case.series, case.window)
+    (gap,) = queries.ledger_gaps(database, case.series, case.window)
     assert (gap.status, gap.missing) == (GapStatus.OPEN, report.expected)
     market.set_clock(NOW)
     assert sync(context, case.series, case.window, [case.provider]).complete

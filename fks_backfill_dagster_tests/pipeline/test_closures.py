@@ -21,8 +21,8 @@ from fks_backfill_dagster.pipeline.closures import settle_changed
 from fks_backfill_dagster.pipeline.fill import fill_gaps
 from fks_backfill_dagster.pipeline.sync import Context, settle_closures, sync
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster.store import reading
-from fks_backfill_dagster.store.checking import completeness
+from fks_backfill_dagster.store import queries
+from fks_backfill_dagster.store.coverage import completeness
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.pipeline.conftest import NOW
 from fks_backfill_dagster_tests.pipeline.test_absence import opens_in
@@ -41,7 +41,7 @@ def closing(context: Context, *dates: date) -> Context:
 
 def rows(database: Database, series: Series, window: TimeRange) -> list[tuple[object, ...]]:
     """The ledger without the times of the next attempts."""
-    found = reading.ledger_gaps(database, series, window)
+    found = queries.ledger_gaps(database, series, window)
     return [(g.start, g.end, g.missing, g.status, g.attempts, g.evidence, g.found_at) for g in found]
 
 
@@ -154,12 +154,12 @@ def test_candles_of_a_closed_date_stay_and_are_reported(database: Database, mark
     case = Case("polygon", "polygon", APPLE, WINDOW)
     context = replace(context_of(database, market, case), priority=lambda series: ("polygon",))
     sync(context, APPLE, WINDOW, ["polygon"])
-    stored = reading.read_candles(database, APPLE, WINDOW)
+    stored = queries.read_candles(database, APPLE, WINDOW)
     report = sync(closing(context, DAY), APPLE, WINDOW, ["polygon"])
     (warning,) = report.warnings
     assert warning.startswith("7 stored candles lie on dates that the settings close now, and stay: ")
     assert sync(closing(context, DAY), APPLE, WINDOW, ["polygon"]).warnings == ()
-    assert reading.read_candles(database, APPLE, WINDOW).equals(stored)
+    assert queries.read_candles(database, APPLE, WINDOW).equals(stored)
 
 
 def test_candles_that_come_of_a_closed_date_are_stored_and_reported(

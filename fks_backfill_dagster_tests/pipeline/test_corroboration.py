@@ -12,10 +12,11 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.pipeline.sync import Context, sync
-from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool
+from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.pipeline.conftest import NOW
 from fks_backfill_dagster_tests.pipeline.test_sync import days
@@ -70,12 +71,12 @@ def test_a_candle_of_which_one_provider_has_parts_is_not_made_of_them(
     for name in providers:
         market.plant_outage(name, missing, symbol)
     sync(both, series, WINDOW, providers)
-    stored = reading.read_candles(both.database, series, WINDOW).ts
+    stored = queries.read_candles(both.database, series, WINDOW).ts
     grid = grid_of(series)
     opens = grid.opens(WINDOW)
     hit = (opens < missing.end) & (grid.closes(opens) > missing.start)
     assert hit.any()
     assert np.isin(opens[~hit], stored).all()
     assert not np.isin(opens[hit], stored).any()
-    gaps = reading.ledger_gaps(both.database, series, TimeRange(WINDOW.start, WINDOW.end))
+    gaps = queries.ledger_gaps(both.database, series, TimeRange(WINDOW.start, WINDOW.end))
     assert sum(gap.missing for gap in gaps) == int(hit.sum())

@@ -16,7 +16,7 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOU
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.pipeline.test_faults import Case, accounted_for, context_of, quarantined
 from fks_backfill_dagster_tests.pipeline.test_sync import days
@@ -96,7 +96,7 @@ def evidence(database: Database, case: Case) -> dict[int, list[str]]:
     grid = grid_of(case.series)
     return {
         ts: [item.detail for item in gap.evidence]
-        for gap in reading.ledger_gaps(database, case.series, case.window)
+        for gap in queries.ledger_gaps(database, case.series, case.window)
         for ts in grid.opens(TimeRange(gap.start, gap.end)).tolist()
     }
 
@@ -135,7 +135,7 @@ def test_no_candle_of_partial_parts(database: Database, market: LocalMarket, one
     if given and place != "over an edge":  # two neighbours are one gap
         assert said[int(absent[0])] == [f"derived from {given} of {len(parts)} parts"]
     assert all(text.startswith("derived from ") for ts in absent.tolist() for text in said[ts])
-    gaps = reading.ledger_gaps(database, case.series, case.window)
+    gaps = queries.ledger_gaps(database, case.series, case.window)
     assert not any(
         gap.status is GapStatus.NO_TRADE and gap.start <= ts < gap.end
         for gap in gaps
@@ -173,7 +173,7 @@ def test_a_second_provider_fills_what_the_first_one_has_parts_of(
         market.plant_outage(case.market, one.covering(parts[1:]))
     report = sync(context_of(database, market, case, other), case.series, window, [case.provider, second])
     (mine,) = touched(one, RangeSet([one.covering(parts[1:])])).tolist()
-    origins = reading.origins(database, case.series, TimeRange(mine, mine + 1))
+    origins = queries.origins(database, case.series, TimeRange(mine, mine + 1))
     assert [origin.provider for origin in origins] == [second]
     assert report.missing <= 0.05 * report.expected
 
@@ -230,7 +230,7 @@ def test_a_bad_part_leaves_its_candle_absent(
     assert mine not in stored.ts.tolist()
     assert set(quarantined(database)) <= {"off_grid", "not_positive", "high_low"}
     (gap,) = [
-        gap for gap in reading.ledger_gaps(database, case.series, case.window) if gap.start <= mine < gap.end
+        gap for gap in queries.ledger_gaps(database, case.series, case.window) if gap.start <= mine < gap.end
     ]
     assert [item.outcome for item in gap.evidence] == ["rejected"]
 
@@ -250,7 +250,7 @@ def test_the_size_of_batches_decides_nothing(
     market.plant_outage(case.market, one.covering(middle))
     context = replace(context_of(database, market, case), batch_size_days=size)
     sync(context, case.series, case.window, [case.provider])
-    stored = reading.read_candles(database, case.series, case.window)
+    stored = queries.read_candles(database, case.series, case.window)
     expected = grid_of(case.series).opens(case.window)
     outage = touched(one, RangeSet([one.covering(middle)]))
     assert not np.isin(outage, stored.ts).any()
@@ -304,6 +304,6 @@ def test_a_closed_date_in_a_week(
     )
     report = sync(context, case.series, case.window, [case.provider])
     (week,) = touched(one, RangeSet([one.covering(parts)])).tolist()
-    stored = reading.read_candles(database, case.series, case.window)
+    stored = queries.read_candles(database, case.series, case.window)
     assert (week in stored.ts.tolist()) == is_closed
     assert (report.missing, report.quiet) == (0 if is_closed else 1, 0)

@@ -20,12 +20,13 @@ from fks_backfill_dagster.domain.timeframe import Timeframe, iso
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
-from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool
+from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.oanda import PAGE_SIZE
 from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster.store import reading
-from fks_backfill_dagster.store.checking import part_states
+from fks_backfill_dagster.store import queries
+from fks_backfill_dagster.store.coverage import part_states
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.pipeline.conftest import NOW
 
@@ -162,12 +163,12 @@ def quarantined(database: Database) -> dict[str, int]:
 
 def accounted_for(database: Database, case: Case, truth: Candles, report: SyncReport) -> Candles:
     """What is stored: nothing but the truth, and the report and the ledger tell what is not."""
-    stored = reading.read_candles(database, case.series, case.window)
+    stored = queries.read_candles(database, case.series, case.window)
     kept = truth.take(np.isin(truth.ts, stored.ts))
     assert np.array_equal(stored.ts, kept.ts)
     for name in PRICES:
         assert np.array_equal(getattr(stored, name), getattr(kept, name)), "what is stored is the truth"
-    gaps = reading.ledger_gaps(database, case.series, case.window)
+    gaps = queries.ledger_gaps(database, case.series, case.window)
     quiet = sum(gap.missing for gap in gaps if gap.status is GapStatus.NO_TRADE)
     absent = sum(gap.missing for gap in gaps if gap.status is not GapStatus.NO_TRADE)
     assert (report.stored, report.quiet, report.missing) == (len(stored), quiet, absent)
@@ -191,7 +192,7 @@ def test_a_fault_is_never_stored_and_never_hidden(
     report = sync(context, case.series, case.window, [case.provider])
     assert hits(market), "it was met"
     stored = accounted_for(database, case, truth, report)
-    gaps = reading.ledger_gaps(database, case.series, case.window)
+    gaps = queries.ledger_gaps(database, case.series, case.window)
     if fault.unanswered:
         assert (report.failed_batches, report.stored) == (report.total_batches, 0)
         assert len(report.errors) >= 1
@@ -342,7 +343,7 @@ def test_candles_that_are_skipped_between_two_pages_are_in_the_ledger(
         assert len(lost) == 0, "what a page lacks is asked for a second time"
     else:
         assert len(lost) > 15
-        gaps = reading.ledger_gaps(database, case.series, case.window)
+        gaps = queries.ledger_gaps(database, case.series, case.window)
         assert all(any(gap.start <= ts < gap.end for gap in gaps) for ts in lost.tolist())
 
 
@@ -356,7 +357,7 @@ def test_what_lies_beyond_the_depth_of_all_is_explained_without_a_request(
     report = sync(context, APPLE, case.window, ["yfinance"])
     assert market.requests() == 0
     assert report.errors == ("yfinance: it lies beyond its depth",)
-    (gap,) = reading.ledger_gaps(database, APPLE, case.window)
+    (gap,) = queries.ledger_gaps(database, APPLE, case.window)
     assert (gap.status, gap.missing) == (GapStatus.UNAVAILABLE, report.expected)
 
 
@@ -374,11 +375,11 @@ def test_a_free_key_brings_what_it_covers_however_much_older_was_asked_first(
     market.reset_requests()
     report = sync(context, case.series, case.window, ["alphavantage"])
     truth = market.truth("alphavantage", "AAPL", Timeframe.D1, case.window)
-    stored = reading.read_candles(database, case.series, case.window)
+    stored = queries.read_candles(database, case.series, case.window)
     assert stored.equals(truth.take(slice(-100, None)))
     assert report.failed_batches == 0
     assert any("the last 100 days only" in warning for warning in report.warnings)
     assert market.requests() == 2, "the history was refused, the last days were given"
-    gaps = reading.ledger_gaps(database, case.series, case.window)
+    gaps = queries.ledger_gaps(database, case.series, case.window)
     assert sum(gap.missing for gap in gaps) == report.missing == report.expected - 100
     assert all("the last 100 days only" in gap.evidence[0].detail for gap in gaps)

@@ -24,13 +24,14 @@ from fks_backfill_dagster.pipeline.freshness import (
 )
 from fks_backfill_dagster.pipeline.refresh import refresh_range
 from fks_backfill_dagster.pipeline.sync import Context, sync
-from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool
+from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
-from fks_backfill_dagster.store import reading
-from fks_backfill_dagster.store.checking import reaches
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.reaches import reaches
 from fks_backfill_dagster_tests.pipeline.conftest import NOW
 from fks_backfill_dagster_tests.store.builders import execute
 
@@ -164,7 +165,7 @@ def refreshed(context: Context) -> Assessment:
 
 
 def state(context: Context) -> str:
-    return reading.sync_status(context.database, THIN)[0].status
+    return queries.sync_status(context.database, THIN)[0].status
 
 
 def test_a_tail_that_fits_the_density_of_trades_is_no_lag(database: Database, tmp_path: Path) -> None:

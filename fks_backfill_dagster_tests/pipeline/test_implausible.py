@@ -15,7 +15,7 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR as HOUR
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
-from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.pipeline.conftest import NOW, make_context
 from fks_backfill_dagster_tests.pipeline.test_faults import quarantined
@@ -58,7 +58,7 @@ def synced(context: Context, *priority: str, window: TimeRange = SPRING, **optio
 
 def differing(database: Database, window: TimeRange = SPRING) -> dict[int, Prices | None]:
     """What is stored and is not what the market did; None where nothing is."""
-    stored = reading.read_candles(database, BITCOIN, window)
+    stored = queries.read_candles(database, BITCOIN, window)
     truth = traded(np.arange(window.start, window.end, HOUR))
     held = truth.take(np.isin(truth.ts, stored.ts))
     assert np.array_equal(held.ts, stored.ts)
@@ -103,14 +103,14 @@ def test_a_single_candle(
     expected = {"agrees": {ts: odd}, "disagrees": {}}.get(second, {ts: None})
     assert differing(database) == expected
     assert quarantined(database) == ({} if second == "agrees" else {"implausible": 1})
-    origins = reading.origins(database, BITCOIN, TimeRange(ts, ts + 1))
+    origins = queries.origins(database, BITCOIN, TimeRange(ts, ts + 1))
     assert [one.provider for one in origins] == (
         ["binance"] if second == "agrees" else ["polygon"] if second == "disagrees" else []
     )
     assert report.missing == (None in expected.values())
     assert any("implausible" in warning for warning in report.warnings) == (second != "agrees")
     if None in expected.values():
-        (gap,) = reading.ledger_gaps(database, BITCOIN, SPRING)
+        (gap,) = queries.ledger_gaps(database, BITCOIN, SPRING)
         assert (gap.start, gap.end) == (ts, ts + HOUR)
         assert ("binance", "rejected") in [(item.provider, item.outcome) for item in gap.evidence]
 
@@ -163,7 +163,7 @@ def test_the_newest_candle_is_compared_with_the_stored_ones(
     window = TimeRange(SPRING.start, APRIL + 2 * HOUR)
     assert set(differing(database, window)) == {APRIL, APRIL + HOUR}
     assert None not in differing(database, window).values()
-    assert reading.what_is_known(database, BITCOIN, window).gaps == ()
+    assert queries.what_is_known(database, BITCOIN, window).gaps == ()
 
 
 def test_the_newest_candle_with_a_second_opinion(
@@ -202,7 +202,7 @@ def test_a_refetch_that_brings_an_implausible_candle(
     priority = ("binance",) if second == "none" else ("binance", "polygon")
     report = synced(context, *priority, scope=Scope.EVERYTHING)
     assert differing(database) == ({APRIL: odd} if second == "agrees" else {})
-    assert {one.provider for one in reading.origins(database, BITCOIN, SPRING)} == {"binance"}
+    assert {one.provider for one in queries.origins(database, BITCOIN, SPRING)} == {"binance"}
     assert quarantined(database) == ({} if second == "agrees" else {"implausible": 1})
     assert report.complete
 

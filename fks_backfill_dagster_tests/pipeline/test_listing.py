@@ -13,9 +13,10 @@ from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
-from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool
+from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import build, resolve_options
-from fks_backfill_dagster.store import ledger, reading
+from fks_backfill_dagster.store import ledger, queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.ledger import ListingKind
 from fks_backfill_dagster_tests.pipeline.conftest import NOW, make_context
@@ -119,7 +120,7 @@ def sessions(start: str, end: str = "2024-04-01") -> Instants:
 
 
 def stored(database: Database, series: Series = DAILY) -> Instants:
-    return reading.read_candles(database, series, days("2020-01-01", "2024-06-15")).ts
+    return queries.read_candles(database, series, days("2020-01-01", "2024-06-15")).ts
 
 
 def known(database: Database) -> dict[str, tuple[int, ListingKind]]:
@@ -317,7 +318,7 @@ def test_the_candle_that_contains_the_listing(
         for name in order:
             series = Series("BTC/USDT", Timeframe(name), AssetClass.CRYPTO)
             report = sync(context, series, window, ["binance"], recheck=True)
-            found = reading.read_candles(database, series, window)
+            found = queries.read_candles(database, series, window)
             first = us(listed) - us(listed) % series.timeframe.micros
             grid = grid_of(series)
             begins = grid.previous_open(us(listed) + 1)
@@ -345,7 +346,7 @@ def test_an_archive_from_before_the_listing_is_kept(database: Database, with_lis
     with serve(market) as server:
         context = make_context(database, server.url, archive_url=server.url)
         report = sync(context, quarters, window, ["binance"], recheck=True)
-        found = reading.read_candles(database, quarters, window)
+        found = queries.read_candles(database, quarters, window)
         assert found.equals(market.truth(quarters, window))
         assert (report.complete, report.expected) == (True, len(found))
         again = sync(context, quarters, window, ["binance"], recheck=True)

@@ -20,7 +20,7 @@ from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.pipeline.test_faults import Case, accounted_for, context_of, hits, quarantined
 from fks_backfill_dagster_tests.pipeline.test_sync import days
@@ -150,7 +150,7 @@ def test_forty_rows_that_no_answer_has_are_a_gap(database: Database, market: Loc
     lacking = (truth.ts >= long.hole.start) & (truth.ts < long.hole.end)
     assert 30 <= lacking.sum() <= 41
     assert accounted_for(database, case, truth, report).equals(truth.take(~lacking))
-    gaps = reading.ledger_gaps(database, case.series, long.hole)
+    gaps = queries.ledger_gaps(database, case.series, long.hole)
     traded = truth.ts[lacking]
     explained = [gap for gap in gaps if gap.status is GapStatus.NO_TRADE]
     assert not any(gap.start <= ts < gap.end for gap in explained for ts in traded.tolist())
@@ -251,7 +251,7 @@ def test_a_refetch_from_another_symbol_changes_nothing(
         *(o.provider for o in others),
         scope=Scope.EVERYTHING,
     )
-    assert reading.read_candles(database, case.series, case.window).equals(truth)
+    assert queries.read_candles(database, case.series, case.window).equals(truth)
     assert (report.total_candles, report.complete) == (0, False)
     assert any("--force" in error for error in report.errors)
 
@@ -262,7 +262,7 @@ def test_a_forced_refetch_writes_what_differs(database: Database, market: LocalM
     market.plant_fault(case.market, "other_symbol", count=None, other=ETHER)
     report = synced(context_of(database, market, case), case, scope=Scope.EVERYTHING, force=True)
     other = market.truth("binance", ETHER, Timeframe.H1, case.window)
-    assert reading.read_candles(database, case.series, case.window).equals(other)
+    assert queries.read_candles(database, case.series, case.window).equals(other)
     assert (report.total_candles, report.errors) == (len(other), ())
 
 
@@ -276,7 +276,7 @@ def test_a_second_provider_that_agrees_with_the_new_values_lets_them_in(
     market.clear_faults()
     report = synced(context_of(database, market, case, second), case, "polygon", scope=Scope.EVERYTHING)
     truth = truth_of(market, case)
-    assert reading.read_candles(database, case.series, case.window).equals(truth)
+    assert queries.read_candles(database, case.series, case.window).equals(truth)
     assert (report.total_candles, report.errors) == (len(truth), ())
 
 
@@ -290,7 +290,7 @@ def test_a_small_correction_needs_no_second_provider(database: Database, market:
     sync(context, case.series, case.window, ["binance"])
     market.clear_faults()
     synced(context, case, scope=Scope.EVERYTHING)
-    assert reading.read_candles(database, case.series, case.window).equals(truth)
+    assert queries.read_candles(database, case.series, case.window).equals(truth)
 
 
 def test_a_small_wrong_correction_contradicts_the_stored_candles_beside_it(
@@ -299,11 +299,11 @@ def test_a_small_wrong_correction_contradicts_the_stored_candles_beside_it(
     """Twelve candles of another symbol are no five per cent: the stored neighbours show what they are."""
     case, small = LONG[0].case, days("2024-03-10", "2024-03-10T12:00")
     synced(context_of(database, market, case), case)
-    held = reading.read_candles(database, case.series, case.window)
+    held = queries.read_candles(database, case.series, case.window)
     market.plant_fault("binance", "other_symbol", count=None, other="SOL/USDT")
     report = sync(context_of(database, market, case), case.series, small, ["binance"], scope=Scope.EVERYTHING)
     assert "--force" in " ".join(report.errors)
-    assert reading.read_candles(database, case.series, case.window).equals(held)
+    assert queries.read_candles(database, case.series, case.window).equals(held)
 
 
 def test_a_refetch_that_gets_nothing_keeps_what_is_stored_and_says_so(
@@ -311,10 +311,10 @@ def test_a_refetch_that_gets_nothing_keeps_what_is_stored_and_says_so(
 ) -> None:
     case = Case("binance", "binance", crypto("1h"), days("2024-03-01", "2024-04-01"))
     synced(context_of(database, market, case), case)
-    held = reading.read_candles(database, case.series, case.window)
+    held = queries.read_candles(database, case.series, case.window)
     market.plant_fault("binance", "empty", count=None)
     report = synced(context_of(database, market, case), case, scope=Scope.EVERYTHING)
-    assert reading.read_candles(database, case.series, case.window).equals(held)
+    assert queries.read_candles(database, case.series, case.window).equals(held)
     assert "were not returned by their provider, and are kept" in " ".join(report.warnings)
 
 
@@ -328,15 +328,15 @@ def test_a_candle_that_its_provider_does_not_return_any_more_becomes_a_gap(
     case = Case(provider, provider, crypto("1h"), days("2024-03-01", "2024-04-01"))
     context, truth = context_of(database, market, case), truth_of(market, case)
     synced(context, case)
-    held = reading.read_candles(database, case.series, case.window)
+    held = queries.read_candles(database, case.series, case.window)
     market.plant_fault(provider, "empty", count=None, only=GONE)
     report = synced(context, case, scope=Scope.EVERYTHING)
     assert report.withdrawn == 3
-    (gap,) = reading.ledger_gaps(database, case.series, case.window)
+    (gap,) = queries.ledger_gaps(database, case.series, case.window)
     assert (gap.start, gap.end, gap.status) == (GONE.start, GONE.end, GapStatus.UNAVAILABLE)
     gone = (held.ts >= GONE.start) & (held.ts < GONE.end)
     assert accounted_for(database, case, truth, report).equals(held.take(~gone))
-    corrections = reading.batches(database, case.series)
+    corrections = queries.batches(database, case.series)
     assert [(one.transport, one.updated) for one in corrections[:1]] == [("withdrawal", 3)]
 
 
@@ -344,12 +344,12 @@ def test_a_candle_that_another_provider_has_stays(database: Database, market: Lo
     case = Case("polygon", "polygon", crypto("1h"), days("2024-03-01", "2024-04-01"))
     second = Case("binance", "binance", case.series, case.window)
     synced(context_of(database, market, case), case)
-    held = reading.read_candles(database, case.series, case.window)
+    held = queries.read_candles(database, case.series, case.window)
     market.plant_fault("polygon", "empty", count=None, only=GONE)
     report = synced(context_of(database, market, case, second), case, "binance", scope=Scope.EVERYTHING)
     assert report.withdrawn == 0
-    assert reading.read_candles(database, case.series, case.window).equals(held)
-    assert {one.provider for one in reading.origins(database, case.series, case.window)} == {"polygon"}
+    assert queries.read_candles(database, case.series, case.window).equals(held)
+    assert {one.provider for one in queries.origins(database, case.series, case.window)} == {"polygon"}
 
 
 @pytest.mark.parametrize("second_has_it", [True, False])
@@ -363,13 +363,13 @@ def test_a_call_that_is_limited_to_one_provider_removes_nothing(
         context_of(database, market, case, second), priority=lambda series: ("polygon", "binance")
     )
     synced(context, case)
-    held = reading.read_candles(database, case.series, case.window)
+    held = queries.read_candles(database, case.series, case.window)
     market.plant_fault("polygon", "empty", count=None, only=GONE)
     if not second_has_it:
         market.plant_fault("binance", "empty", count=None, only=GONE)
     limited = sync(context, case.series, case.window, ["polygon"], scope=Scope.EVERYTHING)
     assert limited.withdrawn == 0
-    assert reading.read_candles(database, case.series, case.window).equals(held)
+    assert queries.read_candles(database, case.series, case.window).equals(held)
     whole = synced(context, case, "binance", scope=Scope.EVERYTHING)
     assert whole.withdrawn == (0 if second_has_it else 3)
 
@@ -386,7 +386,7 @@ def test_a_refetch_requests_what_is_absent_of_the_others_as_well(
     for start in holes:
         market.plant_outage("polygon", TimeRange(start, start + length * 60_000_000))
     synced(context_of(database, market, case), case)
-    gaps = reading.ledger_gaps(database, case.series, case.window)
+    gaps = queries.ledger_gaps(database, case.series, case.window)
     assert {(gap.status, gap.missing) for gap in gaps} == {(state, length)}
     market.clear_outages()
     truth = truth_of(market, Case("binance", "binance", case.series, case.window))
@@ -395,7 +395,7 @@ def test_a_refetch_requests_what_is_absent_of_the_others_as_well(
     context = replace(context_of(database, market, case, second), priority=lambda series: ("polygon",))
     report = synced(context, case, "binance", scope=Scope.EVERYTHING)
     assert report.providers["binance"].delivered == len(holes) * length
-    assert np.array_equal(reading.read_candles(database, case.series, case.window).ts, truth.ts)
+    assert np.array_equal(queries.read_candles(database, case.series, case.window).ts, truth.ts)
     assert report.complete
 
 
@@ -407,10 +407,10 @@ def test_candles_of_another_provider_stay_though_the_first_one_lacks_them(
     market.plant_outage("binance", GONE)
     context = context_of(database, market, case, second)
     synced(context, case, "polygon")
-    held = reading.read_candles(database, case.series, case.window)
+    held = queries.read_candles(database, case.series, case.window)
     report = synced(context, case, "polygon", scope=Scope.EVERYTHING)
     assert (report.withdrawn, report.total_candles) == (0, 0)
-    assert reading.read_candles(database, case.series, case.window).equals(held)
+    assert queries.read_candles(database, case.series, case.window).equals(held)
 
 
 def test_quarantine_tells_why(database: Database, market: LocalMarket) -> None:

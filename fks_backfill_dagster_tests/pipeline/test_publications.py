@@ -16,7 +16,7 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime
 from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.sync import SyncReport, sync
-from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.pipeline.conftest import NOW, make_context
 from fks_backfill_dagster_tests.pipeline.test_sync import days
@@ -99,7 +99,7 @@ class Desk:
 
     def error(self) -> float:
         """By how much the stored closes of the ten minutes are too high; all of them by the same."""
-        stored = reading.read_candles(self.database, MINUTES, WRONG)
+        stored = queries.read_candles(self.database, MINUTES, WRONG)
         difference = np.round(stored.close - candles_at(stored.ts, "BTCUSDT").close, 6)
         assert len(set(difference.tolist())) == 1
         return float(difference[0])

@@ -21,10 +21,11 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.pipeline.sync import Context, sync
-from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool, system_micros
+from fks_backfill_dagster.providers.http.limiter import ProcessLimiter, system_micros
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig, Split
-from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 
 SharedData = Callable[[str], Path]
@@ -124,7 +125,7 @@ def test_outage_hours_of_binance_filled_from_the_second_provider(
     from_polygon = [
         ts
         for ts in outages
-        if [o.provider for o in reading.origins(database, series, TimeRange(ts, ts + 1))] == ["polygon"]
+        if [o.provider for o in queries.origins(database, series, TimeRange(ts, ts + 1))] == ["polygon"]
     ]
     assert from_polygon == outages, "lineage says which candles"
 
@@ -142,9 +143,9 @@ def test_aapl_hours_are_the_files_rows_inside_the_calendar(
         rows = rows_of(file, window)
         inside = rows.take(grid_of(series).contains(rows.ts))
         assert len(inside) > 400
-        stored = reading.read_candles(database, series, window)
+        stored = queries.read_candles(database, series, window)
         assert stored.equals(inside)
-        absent += [(gap.start, gap.missing) for gap in reading.ledger_gaps(database, series, window)]
+        absent += [(gap.start, gap.missing) for gap in queries.ledger_gaps(database, series, window)]
     hours = [("2002-09-11T13:00", 1), ("2013-08-22T17:00", 2)]
     assert absent == [(days(at, at).start, missing) for at, missing in hours]
 
@@ -165,9 +166,9 @@ def test_aapl_days_are_the_files_rows_inside_the_calendar(
     rows = rows_of(file, window)
     inside = rows.take(grid_of(series).contains(rows.ts))
     assert (len(rows), len(inside)) == (5849, 5849)
-    assert reading.read_candles(database, series, window).equals(inside)
+    assert queries.read_candles(database, series, window).equals(inside)
     assert (report.complete, report.expected, report.stored) == (True, 5849, 5849)
-    assert reading.ledger_gaps(database, series, window) == ()
+    assert queries.ledger_gaps(database, series, window) == ()
 
 
 def test_hours_of_an_invented_stock_lack_what_its_file_lacks(database: Database, tmp_path: Path) -> None:
@@ -182,8 +183,8 @@ def test_hours_of_an_invented_stock_lack_what_its_file_lacks(database: Database,
     write_csv(tmp_path / "equity" / "AAPL-1h.csv", invented(told))
     with replay(database, tmp_path) as context:
         report = sync(context, series, window, ["polygon"])
-    assert reading.read_candles(database, series, window).equals(invented(np.setdiff1d(opens, lacking)))
-    gaps = reading.ledger_gaps(database, series, window)
+    assert queries.read_candles(database, series, window).equals(invented(np.setdiff1d(opens, lacking)))
+    gaps = queries.ledger_gaps(database, series, window)
     assert [(gap.start, gap.missing) for gap in gaps] == [(lacking[0], 1), (lacking[1], 2)]
     # Polygon leaves out half hours without a trade, but a stock that trades in every other one has none.
     assert {gap.status for gap in gaps} == {GapStatus.UNAVAILABLE}
@@ -203,9 +204,9 @@ def test_days_of_an_invented_stock_lack_what_its_file_lacks(
     write_csv(tmp_path / "equity" / "AAPL-1d.csv", inside)
     with replay(database, tmp_path, [Split("AAPL", date(2014, 6, 9), 7)]) as context:
         report = sync(context, series, window, [provider])
-    assert reading.read_candles(database, series, window).equals(inside)
+    assert queries.read_candles(database, series, window).equals(inside)
     assert not report.complete
-    (gap,) = reading.ledger_gaps(database, series, window)
+    (gap,) = queries.ledger_gaps(database, series, window)
     assert (gap.start, gap.missing, report.missing) == (opens[12], 1, 1)
     assert [(word.provider, word.outcome) for word in gap.evidence] == [(provider, "absent")]
 
@@ -218,13 +219,13 @@ def test_euro_hours_are_the_files_rows_and_its_holes_are_explained(
     with replay(database, file.parents[1]) as context:
         report = sync(context, series, window, ["oanda"])
     assert (report.failed_batches, report.errors) == (0, ())
-    stored = reading.read_candles(database, series, window)
+    stored = queries.read_candles(database, series, window)
     rows = rows_of(file, window)
     assert np.array_equal(stored.ts, rows.ts)
     for name in PRICES:
         assert np.array_equal(getattr(stored, name), getattr(rows, name))
     assert np.isnan(stored.volume).all()
-    gaps = reading.ledger_gaps(database, series, window)
+    gaps = queries.ledger_gaps(database, series, window)
     assert {gap.status for gap in gaps} <= {GapStatus.NO_TRADE, GapStatus.UNAVAILABLE, GapStatus.TOLERATED}
     assert sum(gap.missing for gap in gaps) == report.expected - len(stored)
     hole = days("2016-12-12", "2016-12-12").start  # the provider had nothing for a week

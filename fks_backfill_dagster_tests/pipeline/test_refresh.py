@@ -10,7 +10,7 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe
 from fks_backfill_dagster.pipeline.refresh import CATCH_UP, is_due, refresh_range, settling, silent_since
 from fks_backfill_dagster.simulator.config import instant
-from fks_backfill_dagster.store.checking import Reach
+from fks_backfill_dagster.store.reaches import Reach
 
 DAILY = Series("BTC/USDT", Timeframe.D1, AssetClass.CRYPTO)
 HOURLY = Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)

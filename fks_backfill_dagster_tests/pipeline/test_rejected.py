@@ -14,7 +14,7 @@ from fks_backfill_dagster.ledger.records import LedgerGap
 from fks_backfill_dagster.pipeline.fill import fill_gaps
 from fks_backfill_dagster.pipeline.sync import Context, sync
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.pipeline.test_faults import Case, context_of, days, quarantined
 
@@ -47,7 +47,7 @@ def gaps(database: Database, case: Case) -> list[tuple[str, str, int, str]]:
 
 
 def ledger(database: Database, case: Case) -> list[LedgerGap]:
-    found = reading.ledger_gaps(database, case.series, case.window)
+    found = queries.ledger_gaps(database, case.series, case.window)
     return [gap for gap in found if gap.status is not GapStatus.NO_TRADE]
 
 
@@ -108,7 +108,7 @@ def test_an_interval_with_rows_is_no_no_trade_interval(database: Database, marke
     both = replace(context, priority=lambda _: ("polygon", "yfinance"))
     for expected in (GapStatus.OPEN, GapStatus.UNAVAILABLE, GapStatus.UNAVAILABLE):
         sync(both, apple, DAY, ["polygon", "yfinance"], recheck=True)
-        found = reading.ledger_gaps(database, apple, DAY)
+        found = queries.ledger_gaps(database, apple, DAY)
         (gap,) = [gap for gap in found if gap.start <= minute.start < gap.end]
         assert gap.status is expected
         assert gap.rejected() == {"polygon"}

@@ -27,10 +27,10 @@ from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, dry_run, sync
 from fks_backfill_dagster.providers.registry import paces, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
-from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
-from fks_backfill_dagster.store.pacing import SharedCircuit
+from fks_backfill_dagster.store.rate_limits import SharedCircuit
 from fks_backfill_dagster_tests.pipeline.conftest import NOW, make_context
 from fks_backfill_dagster_tests.store.builders import execute
 
@@ -49,11 +49,11 @@ def holds_the_truth(database: Database, market: LocalMarket, series: Series, win
     """The stored candles of `window` are the market's, bit for bit."""
     truth = market.truth("binance", series.symbol, series.timeframe, window)
     assert len(truth) > 0
-    assert reading.read_candles(database, series, window).equals(truth)
+    assert queries.read_candles(database, series, window).equals(truth)
 
 
-def status_of(database: Database, series: Series) -> reading.SyncStatus:
-    (status,) = reading.sync_status(database, series)
+def status_of(database: Database, series: Series) -> queries.SyncStatus:
+    (status,) = queries.sync_status(database, series)
     return status
 
 
@@ -78,20 +78,20 @@ def test_the_same_again_asks_nobody_and_writes_nothing(
 ) -> None:
     window = days("2024-01-01", "2024-03-01")
     first = sync(context, MINUTES, window, BOTH)
-    before = reading.batches(database, MINUTES)
+    before = queries.batches(database, MINUTES)
     market.reset_requests()
     second = sync(context, MINUTES, window, BOTH)
     assert (first.total_candles, second.total_candles) == (60 * 1440, 0)
     assert (second.total_batches, second.requests, second.missing) == (0, 0, 0)
     assert market.requests() == 0
-    assert reading.batches(database, MINUTES) == before
+    assert queries.batches(database, MINUTES) == before
 
 
 def test_archives_are_named_with_their_checksum(
     context: Context, database: Database, market: LocalMarket
 ) -> None:
     sync(context, MINUTES, days("2024-01-01", "2024-03-01"), ["binance"])
-    january = reading.batches(database, MINUTES)[-1]
+    january = queries.batches(database, MINUTES)[-1]
     assert january.provider == "binance"
     assert january.transport == "archive"
     assert january.source.endswith("/monthly/klines/BTCUSDT/1m/BTCUSDT-1m-2024-01.zip")
@@ -182,7 +182,7 @@ def test_what_one_provider_lacks_the_next_one_fills(
     assert report.providers["binance"].delivered == 31 * 1440 - 105
     market.clear_outages()
     holds_the_truth(database, market, MINUTES, window)
-    inside = {origin.provider: origin.candles for origin in reading.origins(database, MINUTES, outage)}
+    inside = {origin.provider: origin.candles for origin in queries.origins(database, MINUTES, outage)}
     assert inside == {"polygon": 105}
 
 
@@ -198,7 +198,7 @@ def test_what_nobody_has_is_a_gap_with_its_evidence(
     report = sync(context, MINUTES, window, BOTH)
     assert (report.missing, report.failed_batches, report.errors) == (210, 0, ())
     assert not report.complete
-    (gap,) = reading.ledger_gaps(database, MINUTES, window)
+    (gap,) = queries.ledger_gaps(database, MINUTES, window)
     assert (gap.start, gap.end, gap.missing) == (across_batches.start, across_batches.end, 210)
     assert gap.status is GapStatus.UNAVAILABLE, "all were asked, nobody has it"
     assert gap.next_attempt_at == NOW + MICROS_PER_HOUR
@@ -216,7 +216,7 @@ def test_what_nobody_has_is_a_gap_with_its_evidence(
     healed = sync(context, MINUTES, window, BOTH, recheck=True)
     assert (healed.total_candles, healed.missing, healed.complete) == (210, 0, True)
     assert market.requests() <= 2, "only the gap was asked for"
-    assert reading.ledger_gaps(database, MINUTES, window) == ()
+    assert queries.ledger_gaps(database, MINUTES, window) == ()
     holds_the_truth(database, market, MINUTES, window)
 
 
@@ -243,7 +243,7 @@ def test_filling_gaps_leaves_the_history_between_them_pending(
     month = days("2024-01-01", "2024-02-01")
     report = sync(context, HOURS, month, BOTH, scope=Scope.GAPS, recheck=True)
     assert report.total_candles == 12
-    known = reading.what_is_known(database, HOURS, month)
+    known = queries.what_is_known(database, HOURS, month)
     assert (list(known.synced), known.gaps) == ([early, late], ()), "what was never synced is nobody's gap"
 
 
@@ -258,7 +258,7 @@ def test_a_short_gap_is_tolerated_once_all_were_asked(
     for provider in BOTH:
         market.plant_outage(provider, short)
     report = sync(context, MINUTES, window, BOTH)
-    (gap,) = reading.ledger_gaps(database, MINUTES, window)
+    (gap,) = queries.ledger_gaps(database, MINUTES, window)
     assert (gap.status, gap.missing, gap.next_attempt_at) == (GapStatus.TOLERATED, 5, None)
     assert report.missing == 5, "it still counts as missing"
 
@@ -272,10 +272,10 @@ def test_a_call_limited_to_one_provider_explains_nothing_for_the_others(
         market.plant_outage(provider, outage)
     everybody = replace(context, priority=lambda series: BOTH)
     sync(everybody, MINUTES, window, ["binance"])
-    (gap,) = reading.ledger_gaps(database, MINUTES, window)
+    (gap,) = queries.ledger_gaps(database, MINUTES, window)
     assert gap.status is GapStatus.OPEN
     sync(everybody, MINUTES, window, ["polygon"])
-    (gap,) = reading.ledger_gaps(database, MINUTES, window)
+    (gap,) = queries.ledger_gaps(database, MINUTES, window)
     assert gap.status is GapStatus.UNAVAILABLE, "now both were heard"
 
 
@@ -286,7 +286,7 @@ def test_what_was_quiet_is_no_gap(context: Context, database: Database, market: 
     for start in quiet:
         market.plant_halt(TimeRange(start, start + 60_000_000), "BTC/USDT")
     report = sync(context, MINUTES, window, ["polygon"])
-    gaps = reading.ledger_gaps(database, MINUTES, window)
+    gaps = queries.ledger_gaps(database, MINUTES, window)
     assert [(gap.start, gap.missing) for gap in gaps] == [(start, 1) for start in quiet]
     assert {gap.status for gap in gaps} == {GapStatus.NO_TRADE}
     assert (report.missing, report.quiet, report.complete) == (0, len(quiet), True)
@@ -302,7 +302,7 @@ def test_what_looks_quiet_while_the_other_one_does_not_answer_stays_open(
     for transport in ("binance", "archive"):
         market.plant_fault(transport, "status", status=503, count=None)
     sync(context, MINUTES, window, BOTH)
-    (gap,) = reading.ledger_gaps(database, MINUTES, window)
+    (gap,) = queries.ledger_gaps(database, MINUTES, window)
     assert (gap.status, gap.missing) == (GapStatus.OPEN, 60)
     market.clear_faults()
     assert sync(context, MINUTES, window, BOTH).complete
@@ -317,7 +317,7 @@ def test_an_outage_of_a_provider_that_gives_every_interval_is_not_quiet(
     for provider in BOTH:
         market.plant_outage(provider, outage)
     sync(context, MINUTES, window, BOTH)
-    (gap,) = reading.ledger_gaps(database, MINUTES, window)
+    (gap,) = queries.ledger_gaps(database, MINUTES, window)
     assert gap.status is GapStatus.UNAVAILABLE
 
 
@@ -344,7 +344,7 @@ def test_candles_of_another_market_are_not_spliced_in(database: Database) -> Non
         assert any("splice" in message for message in report.warnings)
         again = sync(make_context(database, market.binance_url), MINUTES, window, BOTH, recheck=True)
         assert again.missing == 60, "also when the neighbours are stored and not just fetched"
-        (gap,) = reading.ledger_gaps(database, MINUTES, window)
+        (gap,) = queries.ledger_gaps(database, MINUTES, window)
         assert gap.status is GapStatus.UNAVAILABLE
         assert gap.evidence[-1].detail == "it quotes another market"
         with database.begin() as connection:
@@ -359,7 +359,7 @@ def test_refetch_corrects_and_keeps_what_was(database: Database, market: LocalMa
     window = days("2024-01-01", "2024-01-08")
     with LocalMarket(MarketConfig(limits=False, now=NOW, seed=2)) as elsewhere:
         sync(make_context(database, elsewhere.binance_url), HOURS, window, ["binance"])
-        wrong = reading.read_candles(database, HOURS, window)
+        wrong = queries.read_candles(database, HOURS, window)
     context = make_context(database, market.binance_url)
     assert sync(context, HOURS, window, ["binance"]).total_candles == 0
     held_then = datetime.now(UTC)
@@ -368,7 +368,7 @@ def test_refetch_corrects_and_keeps_what_was(database: Database, market: LocalMa
     report = sync(context, HOURS, window, ["binance"], scope=Scope.EVERYTHING, force=True)
     assert report.total_candles == 168
     holds_the_truth(database, market, HOURS, window)
-    assert reading.read_candles(database, HOURS, window, held_then).equals(wrong)
+    assert queries.read_candles(database, HOURS, window, held_then).equals(wrong)
     again = sync(context, HOURS, window, ["binance"], scope=Scope.EVERYTHING)
     assert (again.total_candles, again.total_batches) == (0, 1)
 
@@ -390,7 +390,7 @@ def test_a_market_that_does_not_answer(database: Database) -> None:
     assert status.status == "error"
     assert status.error_message is not None
     assert "binance" in status.error_message
-    (gap,) = reading.ledger_gaps(database, HOURS, window)
+    (gap,) = queries.ledger_gaps(database, HOURS, window)
     assert gap.missing == 152 * 24
     assert gap.evidence[0].outcome == "error"
 
@@ -493,7 +493,7 @@ def test_a_symbol_that_nobody_knows_any_more_is_explained(
     gone = replace(HOURS, provider_symbols=(("binance", "NOPEUSDT"), ("polygon", "X:NOPEUSD")))
     report = sync(context, gone, days("2024-01-01", "2024-01-03"), asked)
     assert (report.missing, report.total_batches) == (24, 1)
-    (gap,) = reading.ledger_gaps(database, HOURS, days("2024-01-01", "2024-01-04"))
+    (gap,) = queries.ledger_gaps(database, HOURS, days("2024-01-01", "2024-01-04"))
     assert (gap.status, gap.missing) == (GapStatus.UNAVAILABLE, 24)
     assert {word.provider for word in gap.evidence} == set(asked)
     assert gap.evidence[0].outcome == "refused"
@@ -532,7 +532,7 @@ def test_what_a_person_mends_explains_no_gap(
     market.plant_outage("binance", window)
     report = sync(replace(context, priority=lambda series: BOTH), HOURS, window, BOTH)
     assert report.missing == 24
-    (gap,) = reading.ledger_gaps(database, HOURS, window)
+    (gap,) = queries.ledger_gaps(database, HOURS, window)
     assert gap.status is (GapStatus.UNAVAILABLE if explained else GapStatus.OPEN)
     assert gap.evidence[-1].outcome == ("refused" if explained else "error")
 
@@ -543,7 +543,7 @@ def test_an_unknown_symbol_leaves_no_trace(context: Context, database: Database)
     assert report.failed_batches == report.total_batches == 1
     (error,) = report.errors
     assert "NOPE" in error
-    assert reading.stored_series(database) == []
+    assert queries.stored_series(database) == []
 
 
 def test_that_one_of_several_does_not_know_the_symbol_is_told(context: Context, database: Database) -> None:
@@ -599,11 +599,11 @@ def test_a_lying_page_is_never_stored(
     sync(make_context(database, market.binance_url), MINUTES, days("2023-12-31", "2024-01-01"), ["binance"])
     market.plant_fault("binance", kind, count=times, start="2024-01-02T00:00:00", end="2024-01-02T12:00:00")
     report = sync(make_context(database, market.binance_url), MINUTES, window, ["binance"])
-    stored = reading.read_candles(database, MINUTES, window)
+    stored = queries.read_candles(database, MINUTES, window)
     truth = market.truth("binance", "BTC/USDT", Timeframe.M1, window)
     kept = np.isin(truth.ts, stored.ts)
     assert stored.equals(truth.take(kept)), "what is stored is the truth"
-    ledger = sum(gap.missing for gap in reading.ledger_gaps(database, MINUTES, window))
+    ledger = sum(gap.missing for gap in queries.ledger_gaps(database, MINUTES, window))
     assert report.missing == ledger == len(truth) - len(stored), "what is not stored is in the ledger"
     assert report.complete == (report.missing == 0)
     market.clear_faults()
@@ -670,12 +670,12 @@ def test_kill_9_in_the_middle_then_the_same_command(
     process = start_backfill(database_url, market, window)
     assert process.stdout is not None
     for line in process.stdout:
-        committed = reading.batches(database, MINUTES)
+        committed = queries.batches(database, MINUTES)
         if line.strip() == "BatchDone" and len(committed) >= 3:
             break
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    before = reading.batches(database, MINUTES)
+    before = queries.batches(database, MINUTES)
     assert 3 <= len(before) < 12, "it was killed in the middle"
     assert status_of(database, MINUTES).status == "syncing", "the lease lives until it expires"
     done = sum(batch.inserted for batch in before)
@@ -700,7 +700,7 @@ def test_two_processes_at_once(database: Database, database_url: str, market: Lo
     holds_the_truth(database, market, MINUTES, window)
     status = status_of(database, MINUTES)
     assert (status.status, status.total_candles, status.open_gaps) == ("completed", 214 * 1440, 0)
-    assert reading.ledger_gaps(database, MINUTES, window) == ()
+    assert queries.ledger_gaps(database, MINUTES, window) == ()
 
 
 def test_the_status_is_syncing_while_it_works(database: Database, market: LocalMarket) -> None:
@@ -844,7 +844,7 @@ def test_a_dry_run_fetches_nothing(context: Context, database: Database, market:
     assert [name for name, _ in plan.estimates] == BOTH
     assert all(estimate.requests >= 1 for _, estimate in plan.estimates)
     assert market.requests() <= 1, "only the listing time"
-    assert reading.stored_series(database) == []
+    assert queries.stored_series(database) == []
 
 
 def test_batches_follow_the_settings(database: Database, market: LocalMarket) -> None:
@@ -869,14 +869,14 @@ def test_real_outages_of_binance_are_the_gaps(database: Database, shared_data: C
     window = days("2020-11-17", "2021-05-16")
     report = replayed(database, file.parents[1], window)
     assert (report.total_candles, report.expected, report.missing) == (4308, 4320, 12)
-    stored = reading.read_candles(database, HOURS, window)
+    stored = queries.read_candles(database, HOURS, window)
     rows = csv.read_csv(file)
     opens = rows["ts"].cast(pa.timestamp("us", "UTC")).cast("int64").to_numpy()
     inside = opens < window.end
     assert np.array_equal(stored.ts, opens[inside])
     for name in ("open", "high", "low", "close", "volume"):
         assert np.array_equal(getattr(stored, name), rows[name].to_numpy().astype(float)[inside])
-    gaps = reading.ledger_gaps(database, HOURS, window)
+    gaps = queries.ledger_gaps(database, HOURS, window)
     outages = [
         ("2020-11-30T06", 1),
         ("2020-12-21T15", 3),

@@ -25,7 +25,7 @@ from fks_backfill_dagster.domain.timeframe import (
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
-from fks_backfill_dagster.store import reading
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.pipeline.weeks import Down, Outage, World
 from fks_backfill_dagster_tests.store.builders import fetch
@@ -155,7 +155,7 @@ def test_every_gap_ends_filled_or_explained(quick: Database, market: LocalMarket
             (OVER_CHRISTMAS, "alphavantage"),
             (OVER_A_WEEKEND, "polygon"),
         ):
-            found = reading.origins(quick, outage.series, outage.window)
+            found = queries.origins(quick, outage.series, outage.window)
             assert [origin.provider for origin in found] == [provider]
         assert hours(world.filled_at(HELPED) - HELPED.window.end) < 1
         assert hours(world.filled_at(OVER_CHRISTMAS) - NEW_KEY) < 1

@@ -31,13 +31,14 @@ from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.refresh import is_due, refresh_range
 from fks_backfill_dagster.pipeline.sync import Context, able, sync
 from fks_backfill_dagster.providers.base import Provider
-from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool
+from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster.store import reading
-from fks_backfill_dagster.store.checking import reaches
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.due import Place, Wanted, due_places
+from fks_backfill_dagster.store.due_gaps import Place, Wanted, due_places
+from fks_backfill_dagster.store.reaches import reaches
 
 PLACES_A_STEP = 10
 
@@ -161,7 +162,7 @@ class World:
     def _watch(self, event: SyncEvent) -> None:
         """Nothing that is stored is asked for."""
         if isinstance(event, Planned):
-            stored = reading.read_candles(self.database, event.series, event.plan.window).ts
+            stored = queries.read_candles(self.database, event.series, event.plan.window).ts
             again = stored[event.plan.missing_ranges.contains(stored)]
             assert not len(again), f"{event.series}: {len(again)} stored candles are asked for again"
 
@@ -210,7 +211,7 @@ class World:
     # What there is to see -----------------------------------------------------------------------------------
 
     def gaps(self, series: Series) -> tuple[LedgerGap, ...]:
-        return reading.ledger_gaps(self.database, series, TimeRange(self.since, self.now))
+        return queries.ledger_gaps(self.database, series, TimeRange(self.since, self.now))
 
     def compare(self, series: Series, step: int) -> None:
         """Every expected candle is stored, or in exactly one gap; what is stored is what the market gave;
@@ -218,7 +219,7 @@ class World:
         (reach,) = reaches(self.database, [series]).values()
         window = TimeRange(self.since, reach.synced_end)
         expected = grid_of(series).opens(window)
-        stored = reading.read_candles(self.database, series, window)
+        stored = queries.read_candles(self.database, series, window)
         truth = self.truth(series, window)
         given = truth.take(np.isin(truth.ts, stored.ts))
         assert _same(stored, given), f"{series}: not what the market gave"
@@ -240,7 +241,7 @@ class World:
         """What somebody has by now and is not stored."""
         window = TimeRange(self.since, self.now)
         return missing_of(
-            self.truth(series, window).ts, reading.read_candles(self.database, series, window).ts
+            self.truth(series, window).ts, queries.read_candles(self.database, series, window).ts
         )
 
     def _fillable_since(self, series: Series, opens: Instants) -> int:
@@ -273,7 +274,7 @@ class World:
         """When the last candle of it was fetched."""
         fetched = [
             to_micros(one.fetched_at)
-            for one in reading.batches(self.database, outage.series)
+            for one in queries.batches(self.database, outage.series)
             if to_micros(one.range_start) < outage.window.end
             and to_micros(one.range_end) > outage.window.start
         ]

@@ -31,9 +31,9 @@ import requests
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.derive import derive, parts_span
 from fks_backfill_dagster.domain.grid import grid_of
-from fks_backfill_dagster.domain.pacing import LONGEST_WAIT
 from fks_backfill_dagster.domain.quality import verify
 from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.rate_limits import LONGEST_WAIT
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe
 from fks_backfill_dagster.providers.base import (
@@ -48,8 +48,8 @@ from fks_backfill_dagster.providers.base import (
     UnknownSymbol,
     WrongKey,
 )
-from fks_backfill_dagster.providers.http import MAX_JSON_BYTES
-from fks_backfill_dagster.settings import KEY_VARIABLES
+from fks_backfill_dagster.providers.http.body import MAX_JSON_BYTES
+from fks_backfill_dagster.settings.model import KEY_VARIABLES
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.scripted import Asked, Said, Server, json_said, serve, us
 

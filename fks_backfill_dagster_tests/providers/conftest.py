@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from fks_backfill_dagster.providers.base import Provider
-from fks_backfill_dagster.providers.http import RequestPool
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import build, limiter_for, resolve_options
 
 Make = Callable[..., Provider]

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.pacing import LONGEST_WAIT
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
+from fks_backfill_dagster.domain.rate_limits import LONGEST_WAIT
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_MINUTE, Timeframe
 from fks_backfill_dagster.providers.base import (

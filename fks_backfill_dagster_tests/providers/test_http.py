@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.pacing import LONGEST_WAIT, Pace, Window
+from fks_backfill_dagster.domain.rate_limits import LONGEST_WAIT, Pace, Window
 from fks_backfill_dagster.providers.base import (
     BadAnswer,
+    Cancelled,
     NotEntitled,
     PermanentError,
     ProviderError,
@@ -25,19 +26,16 @@ from fks_backfill_dagster.providers.base import (
     TransientError,
     WrongKey,
 )
-from fks_backfill_dagster.providers.http import (
-    Cancelled,
-    HttpClient,
-    ProcessLimiter,
-    RequestPool,
-    Tally,
+from fks_backfill_dagster.providers.http.client import HttpClient
+from fks_backfill_dagster.providers.http.errors import (
     Unreachable,
-    counted,
     retry_after,
     said_in,
     server_time,
     status_error,
 )
+from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
+from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.keys import keep_out_of_logs, redact, usable_key
 from fks_backfill_dagster_tests.providers.scripted import Asked, Said, serve
 

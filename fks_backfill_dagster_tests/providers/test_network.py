@@ -19,7 +19,10 @@ from fks_backfill_dagster.providers.base import (
     ProviderOptions,
     TransientError,
 )
-from fks_backfill_dagster.providers.http import HttpClient, ProcessLimiter, RequestPool, Unreachable
+from fks_backfill_dagster.providers.http.client import HttpClient
+from fks_backfill_dagster.providers.http.errors import Unreachable
+from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.forwarding import forwarding
 from fks_backfill_dagster_tests.providers.scripted import Said, SmallBinance, crypto, serve, span

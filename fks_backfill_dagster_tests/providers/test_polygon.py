@@ -30,7 +30,8 @@ from fks_backfill_dagster.providers.base import (
     UnknownSymbol,
     WrongKey,
 )
-from fks_backfill_dagster.providers.http import ProcessLimiter, RequestPool
+from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.polygon import DEFAULT_BASE_URL, Polygon, ticker_of
 from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster_tests.providers.conftest import Make

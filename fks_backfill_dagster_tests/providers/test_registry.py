@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fks_backfill_dagster.domain.pacing import Window
+from fks_backfill_dagster.domain.rate_limits import Window
 from fks_backfill_dagster.providers.base import ProviderOptions
-from fks_backfill_dagster.providers.http import RequestPool
+from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import (
     BUILT,
     UnknownProvider,

@@ -19,17 +19,13 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE
 from fks_backfill_dagster.ledger.reconcile import SeriesAudit
 from fks_backfill_dagster.ledger.records import Evidence, LedgerGap
 from fks_backfill_dagster.ledger.settle import Response
-from fks_backfill_dagster.store import ledger, reading
-from fks_backfill_dagster.store.auditing import examine
-from fks_backfill_dagster.store.commit import (
-    BatchWrite,
-    Committed,
-    Withdrawal,
-    commit_batch,
-    repair_series,
-    undo_batch,
-)
+from fks_backfill_dagster.store import ledger, queries
+from fks_backfill_dagster.store.audit_reader import examine
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.writer.commit import commit_batch
+from fks_backfill_dagster.store.writer.records import BatchWrite, Committed, Withdrawal
+from fks_backfill_dagster.store.writer.repair import repair_series
+from fks_backfill_dagster.store.writer.undo import undo_batch
 from fks_backfill_dagster_tests.domain.builders import at
 
 MIDNIGHT = at("2024-01-01T00:00Z")
@@ -139,18 +135,18 @@ class Shelf:
         return found
 
     def read(self, as_of: datetime | None = None) -> Candles:
-        return reading.read_candles(self.database, self.series, EVER, as_of)
+        return queries.read_candles(self.database, self.series, EVER, as_of)
 
-    def status(self) -> reading.SyncStatus:
-        (found,) = reading.sync_status(self.database, self.series)
+    def status(self) -> queries.SyncStatus:
+        (found,) = queries.sync_status(self.database, self.series)
         return found
 
     def gaps(self) -> tuple[LedgerGap, ...]:
-        return reading.ledger_gaps(self.database, self.series, EVER)
+        return queries.ledger_gaps(self.database, self.series, EVER)
 
     def batches(self) -> list[int]:
         """Ids of the lineage rows, in the order of the commits."""
-        return [b.id for b in reversed(reading.batches(self.database, self.series))]
+        return [b.id for b in reversed(queries.batches(self.database, self.series))]
 
     def missing(self) -> Instants:
         """The opens that a sync of 2023 to 2025 would ask for."""

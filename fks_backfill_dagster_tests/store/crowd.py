@@ -23,11 +23,13 @@ from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 
-from fks_backfill_dagster.domain.pacing import Pace, Window
+from fks_backfill_dagster.domain.rate_limits import Pace, Window
 from fks_backfill_dagster.providers.base import Cancelled, ProviderOptions, RateLimited
-from fks_backfill_dagster.providers.http import HttpClient, Limiter, RequestPool, Tally
+from fks_backfill_dagster.providers.http.client import HttpClient
+from fks_backfill_dagster.providers.http.limiter import Limiter
+from fks_backfill_dagster.providers.http.pool import RequestPool, Tally
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.pacing import SharedLimiter
+from fks_backfill_dagster.store.rate_limits import SharedLimiter
 
 PROVIDER = "counted"
 _SPAWN = multiprocessing.get_context("spawn")

@@ -11,10 +11,10 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from fks_backfill_dagster.store import reading
-from fks_backfill_dagster.store.commit import Committed
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
+from fks_backfill_dagster.store.writer.records import Committed
 from fks_backfill_dagster_tests.store.builders import EVER, Shelf, candles_at, execute
 from fks_backfill_dagster_tests.store.conftest import fresh
 
@@ -149,12 +149,12 @@ def test_nothing_was_held_before_the_first_commit(hours: Shelf) -> None:
     hours.put(0, 5)
     assert len(hours.read(start)) == 0
     assert len(hours.read(hours.now())) == 5
-    blocks = list(reading.iterate_candles(hours.database, hours.series, EVER, hours.now()))
+    blocks = list(queries.iterate_candles(hours.database, hours.series, EVER, hours.now()))
     assert sum(len(b) for b in blocks) == 5
 
 
 def test_of_an_unknown_series(shared: Database) -> None:
     moment = datetime.fromisoformat("2024-01-01T00:00:00+00:00")
-    assert len(reading.read_candles(shared, fresh("1h"), EVER, moment)) == 0
-    assert len(reading.read_candles(shared, fresh("1h"), EVER)) == 0
-    assert len(reading.read_candles(shared, fresh("1h"), EVER).ts) == 0
+    assert len(queries.read_candles(shared, fresh("1h"), EVER, moment)) == 0
+    assert len(queries.read_candles(shared, fresh("1h"), EVER)) == 0
+    assert len(queries.read_candles(shared, fresh("1h"), EVER).ts) == 0

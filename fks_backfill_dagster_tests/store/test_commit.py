@@ -19,10 +19,11 @@ from fks_backfill_dagster.domain.quality import Reason
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe, to_datetime
 from fks_backfill_dagster.ledger.records import Evidence, Outcome
-from fks_backfill_dagster.store import ledger, reading
-from fks_backfill_dagster.store.commit import Committed, remove_series
+from fks_backfill_dagster.store import ledger, queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import ATTEMPTS, DatabaseFull, DatabaseUnavailable, StoreError
+from fks_backfill_dagster.store.writer.records import Committed
+from fks_backfill_dagster.store.writer.remove import remove_series
 from fks_backfill_dagster_tests.domain.builders import at, candles, window
 from fks_backfill_dagster_tests.store.builders import (
     EVER,
@@ -68,7 +69,7 @@ def test_lineage(hours: Shelf) -> None:
     hours.commit(
         hours.span(0, 20), brought(candles_at(opens[:6])), brought(candles_at(opens[6:9]), "polygon")
     )
-    polygon, binance = reading.batches(hours.database, hours.series)
+    polygon, binance = queries.batches(hours.database, hours.series)
     assert (binance.provider, binance.inserted, polygon.provider, polygon.inserted) == (
         "binance",
         6,
@@ -78,11 +79,11 @@ def test_lineage(hours: Shelf) -> None:
     assert (binance.range_start, binance.range_end) == (to_datetime(MIDNIGHT), to_datetime(int(opens[6])))
     assert binance.committed_at == polygon.committed_at <= hours.now()
     assert binance.run_id == "run"
-    assert {(o.provider, o.candles) for o in reading.origins(hours.database, hours.series, EVER)} == {
+    assert {(o.provider, o.candles) for o in queries.origins(hours.database, hours.series, EVER)} == {
         ("binance", 6),
         ("polygon", 3),
     }
-    assert reading.series_of_batch(hours.database, polygon.id) == hours.series
+    assert queries.series_of_batch(hours.database, polygon.id) == hours.series
 
 
 def test_the_last_candle_of_a_session_ends_its_batch(shared: Database) -> None:
@@ -92,7 +93,7 @@ def test_the_last_candle_of_a_session_ends_its_batch(shared: Database) -> None:
     day = window("2023-11-24T00:00Z", "2023-11-25T00:00Z")
     shelf.commit(day, brought(candles_at(shelf.grid.opens(day))))
     assert shelf.grid.count(day) > 0
-    (batch,) = reading.batches(shared, shelf.series)
+    (batch,) = queries.batches(shared, shelf.series)
     assert batch.range_end == to_datetime(at("2023-11-24T18:00Z"))
 
 
@@ -184,13 +185,13 @@ def test_every_timeframe_has_its_table(shared: Database, timeframe: Timeframe) -
     done = shelf.commit(week, brought(stored))
     assert done.inserted == len(stored) > 0
     assert shelf.read().equals(stored)
-    assert reading.read_candles(shared, shelf.series, EVER).ts.tolist() == stored.ts.tolist()
+    assert queries.read_candles(shared, shelf.series, EVER).ts.tolist() == stored.ts.tolist()
     assert shelf.rows(f"SELECT count(*) FROM {shelf.table} WHERE series_id = :id") == [(len(stored),)]
 
 
 def test_blocks_of_a_long_window(minutes: Shelf) -> None:
     minutes.put(0, 100_000)
-    blocks = list(reading.iterate_candles(minutes.database, minutes.series, minutes.span(-5000, 120_000)))
+    blocks = list(queries.iterate_candles(minutes.database, minutes.series, minutes.span(-5000, 120_000)))
     assert len(blocks) == 3
     assert max(len(b) for b in blocks) < 50_000
     assert Candles.concat(blocks).equals(candles_at(minutes.opens(0, 100_000)))
@@ -374,7 +375,7 @@ def test_two_writers_of_one_series(database: Database) -> None:
     assert shelf.gaps() == ()
     status = shelf.status()
     assert (status.total_candles, status.open_gaps) == (1020, 0)
-    batches = reading.batches(database, shelf.series)
+    batches = queries.batches(database, shelf.series)
     assert (sum(b.inserted for b in batches), sum(b.updated for b in batches)) == (1020, 0)
 
 
@@ -396,7 +397,7 @@ def test_writers_of_many_series_and_readers_of_the_past(database: Database) -> N
 
     at_once(*(write(s) for s in shelves), look)
     assert [s.status().total_candles for s in shelves] == [320] * 4
-    stamps = [b.committed_at for b in reading.batches(database)]
+    stamps = [b.committed_at for b in queries.batches(database)]
     assert len(set(stamps)) == len(stamps)
 
 

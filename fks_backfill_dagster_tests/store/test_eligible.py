@@ -16,8 +16,8 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.ledger.records import Evidence, Outcome
 from fks_backfill_dagster.store import ledger
-from fks_backfill_dagster.store.commit import _SERIES_LOCK
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.writer.lineage import _SERIES_LOCK
 from fks_backfill_dagster_tests.store.builders import MIDNIGHT, Shelf, brought, candles_at, execute, fetch
 
 A, AB, ABC = frozenset({"oanda"}), frozenset({"oanda", "polygon"}), frozenset({"oanda", "polygon", "binance"})

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.ledger.gaps import find_gaps
-from fks_backfill_dagster.store import reading
-from fks_backfill_dagster.store.commit import Committed, Withdrawal
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.writer.records import Committed, Withdrawal
 from fks_backfill_dagster_tests.examples import examples
 from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, origin_of
 from fks_backfill_dagster_tests.store.conftest import fresh
@@ -132,7 +132,7 @@ def test_any_history(shared: Database, steps: list[tuple[object, ...]]) -> None:
         remembered.append((shelf.now(), model.state()))
     for moment, state in remembered:
         assert shelf.read(moment).equals(candles_of(shelf, state))
-    for stamp in {b.committed_at for b in reading.batches(shared, shelf.series)}:
+    for stamp in {b.committed_at for b in queries.batches(shared, shelf.series)}:
         # The moment of a commit belongs to it, the microsecond before does not.
         after = next(state for moment, state in remembered if moment >= stamp)
         before = [state for moment, state in remembered if moment < stamp][-1]
@@ -181,7 +181,7 @@ def undo(shelf: Shelf, model: Model, which: int) -> None:
         return
     batch = wanted[which % len(wanted)]
     (identity,) = [
-        b.id for b in reading.batches(shelf.database, shelf.series) if b.source == f"model {batch}"
+        b.id for b in queries.batches(shelf.database, shelf.series) if b.source == f"model {batch}"
     ]
     changed = model.undo(batch)
     done = shelf.undo(identity)
@@ -211,7 +211,7 @@ def check(shelf: Shelf, model: Model) -> None:
         "SELECT count(*) FROM fks.corrections WHERE symbol = :symbol AND timeframe = :timeframe"
     )
     assert changes == model.changes
-    lineage = {b.source for b in reading.batches(shelf.database, shelf.series) if b.undoes is None}
+    lineage = {b.source for b in queries.batches(shelf.database, shelf.series) if b.undoes is None}
     assert lineage == {f"model {batch}" for batch in model.useful}
     audited = shelf.audit()
     assert audited.differences == ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fks_backfill_dagster.domain.timeframe import to_datetime
-from fks_backfill_dagster.store import ledger, reading
+from fks_backfill_dagster.store import ledger, queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.store.builders import MIDNIGHT, Shelf
 from fks_backfill_dagster_tests.store.conftest import fresh
@@ -26,7 +26,7 @@ def owners(shelf: Shelf) -> list[object]:
 
 
 def test_the_life_of_a_series(hours: Shelf) -> None:
-    assert hours.status() == reading.SyncStatus(
+    assert hours.status() == queries.SyncStatus(
         hours.series.symbol, "1h", "pending", None, None, 0, None, None, 0
     )
     hold(hours, "a", 60)
@@ -70,10 +70,10 @@ def test_statuses_are_told_in_order(database: Database) -> None:
     for timeframe in ("1w", "1m", "4h", "15m"):
         for symbol in reversed(symbols):
             Shelf.of(database, replace(fresh(timeframe), symbol=symbol))
-    found = [(s.symbol, s.timeframe) for s in reading.sync_status(database)]
+    found = [(s.symbol, s.timeframe) for s in queries.sync_status(database)]
     assert found == [(s, t) for s in symbols for t in ("1m", "15m", "4h", "1w")]
-    assert sorted((s.symbol, s.timeframe.value) for s in reading.stored_series(database)) == sorted(found)
-    assert reading.sync_status(database, fresh("1h")) == []
+    assert sorted((s.symbol, s.timeframe.value) for s in queries.stored_series(database)) == sorted(found)
+    assert queries.sync_status(database, fresh("1h")) == []
 
 
 def test_of_a_series_that_never_was(shared: Database, hours: Shelf) -> None:
@@ -82,8 +82,8 @@ def test_of_a_series_that_never_was(shared: Database, hours: Shelf) -> None:
         assert ledger.series_id(connection, hours.series) == hours.identity
         known = ledger.known(connection, None, hours.span(0, 5))
     assert list(known.missing(hours.span(0, 5))) == [hours.span(0, 5)]
-    assert reading.sync_status(shared, hours.series)[0].open_gaps == 0
-    assert reading.ledger_gaps(shared, fresh("1h"), hours.span(0, 5)) == ()
+    assert queries.sync_status(shared, hours.series)[0].open_gaps == 0
+    assert queries.ledger_gaps(shared, fresh("1h"), hours.span(0, 5)) == ()
 
 
 def test_what_is_known_within_a_window(hours: Shelf) -> None:
@@ -100,4 +100,4 @@ def test_what_is_known_within_a_window(hours: Shelf) -> None:
     assert touching.gaps == ()
     assert [g.start for g in around.gaps] == [starts[15], starts[25]]
     assert list(inside.synced) == [hours.span(12, 28)]
-    assert reading.sync_status(hours.database, hours.series)[0].open_gaps == 4
+    assert queries.sync_status(hours.database, hours.series)[0].open_gaps == 4

@@ -8,10 +8,10 @@ import pytest
 
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, to_micros
 from fks_backfill_dagster.store import ledger
-from fks_backfill_dagster.store.checking import listed_at
-from fks_backfill_dagster.store.commit import Withdrawal
+from fks_backfill_dagster.store.coverage import listed_at
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.ledger import Listing, ListingKind
+from fks_backfill_dagster.store.writer.records import Withdrawal
 from fks_backfill_dagster_tests.store.builders import (
     MIDNIGHT,
     Shelf,

@@ -16,12 +16,13 @@ import pytest
 
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.timeframe import to_datetime
-from fks_backfill_dagster.store import reading
-from fks_backfill_dagster.store.auditing import examine
-from fks_backfill_dagster.store.commit import Committed, undo_batch
+from fks_backfill_dagster.store import queries
+from fks_backfill_dagster.store.audit_reader import examine
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import SchemaTooOld
 from fks_backfill_dagster.store.ledger import series_id
+from fks_backfill_dagster.store.writer.records import Committed
+from fks_backfill_dagster.store.writer.undo import undo_batch
 from fks_backfill_dagster_tests.domain.builders import at, window
 from fks_backfill_dagster_tests.store.builders import Shelf, archive, brought, execute, fetch
 
@@ -76,16 +77,16 @@ def compare(database: Database, answers: Answers) -> None:
 
 
 def shelf_of(database: Database, symbol: str) -> Shelf:
-    (series,) = [one for one in reading.stored_series(database) if one.symbol == symbol]
+    (series,) = [one for one in queries.stored_series(database) if one.symbol == symbol]
     with database.begin() as connection:
         identity = series_id(connection, series)
     assert identity is not None
     return Shelf(database, series, identity)
 
 
-def batches_of(database: Database, symbol: str) -> list[reading.BatchInfo]:
+def batches_of(database: Database, symbol: str) -> list[queries.BatchInfo]:
     """Oldest first."""
-    return reading.batches(database, shelf_of(database, symbol).series)[::-1]
+    return queries.batches(database, shelf_of(database, symbol).series)[::-1]
 
 
 def test_the_fixture_is_what_it_should_be(answers: Answers) -> None:
@@ -119,7 +120,7 @@ def test_columns_of_the_views_are_added_at_the_end(upgraded: Database, answers: 
 
 
 def test_an_audit_finds_nothing(upgraded: Database) -> None:
-    series = reading.stored_series(upgraded)
+    series = queries.stored_series(upgraded)
     assert len(series) == 5
     for one in series:
         found = examine(upgraded, one, grid_of(one), lambda: at("2024-06-02T00:00Z"))
@@ -181,18 +182,18 @@ def test_an_archive_counts_as_published_by_its_name(upgraded: Database) -> None:
         (daily, to_datetime(at("2020-12-22T00:00Z"))),
     }
     assert {published for name, published in found if not name.endswith(".zip")} == {None}
-    assert {(one.host, one.instrument) for one in reading.batches(upgraded)} == {("", None)}
+    assert {(one.host, one.instrument) for one in queries.batches(upgraded)} == {("", None)}
 
 
 def test_an_older_publication_changes_no_old_candle(upgraded: Database) -> None:
     """50 minutes came from a daily file in place of a monthly one: the monthly one does not come back."""
     shelf = shelf_of(upgraded, "BTC/USDT")
     minutes = window("2020-12-21T13:00Z", "2020-12-21T13:50Z")
-    stored = reading.read_candles(upgraded, shelf.series, minutes)
+    stored = queries.read_candles(upgraded, shelf.series, minutes)
     assert len(stored) == 50
     other = replace(stored, high=stored.high + 1).take(slice(0, 40))
     assert shelf.commit(minutes, archive(other, at("2020-12-02T00:00Z"))) == Committed(0, 0, 0, outdated=40)
-    assert reading.read_candles(upgraded, shelf.series, minutes).equals(stored)
+    assert queries.read_candles(upgraded, shelf.series, minutes).equals(stored)
     assert shelf.commit(minutes, brought(other, requested_at=at("2024-06-02T00:00Z"))) == Committed(0, 40, 0)
 
 

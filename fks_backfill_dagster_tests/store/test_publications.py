@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.delivery import Delivery
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY
-from fks_backfill_dagster.store import reading
-from fks_backfill_dagster.store.commit import Committed
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.writer.records import Committed
 from fks_backfill_dagster_tests.examples import examples
 from fks_backfill_dagster_tests.store.builders import MIDNIGHT, Shelf, archive, brought, candles_at
 from fks_backfill_dagster_tests.store.conftest import fresh
@@ -132,7 +132,7 @@ def test_the_newest_publication_of_each_candle_is_stored(
             shelf.span(one.first, one.past), file(shelf, one.first, one.past, version, one.published)
         )
     with shared.begin() as connection:
-        stored = reading.stored_origins(connection, shelf.series, shelf.span(0, 12))
+        stored = queries.stored_origins(connection, shelf.series, shelf.span(0, 12))
     expected = {
         n: max(f.published for f in files if f.first <= n < f.past)
         for n in range(12)

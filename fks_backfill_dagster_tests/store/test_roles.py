@@ -14,13 +14,13 @@ import sqlalchemy as sa
 from psycopg import sql
 
 from fks_backfill_dagster import read_candles
-from fks_backfill_dagster.domain.pacing import Pace, Window
-from fks_backfill_dagster.orchestration.storage import DatabaseStorage, dagster_place
-from fks_backfill_dagster.settings import CHECKOUT
+from fks_backfill_dagster.domain.rate_limits import Pace, Window
+from fks_backfill_dagster.host.storage import DatabaseStorage, dagster_place
+from fks_backfill_dagster.settings.model import CHECKOUT
 from fks_backfill_dagster.store import roles
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
-from fks_backfill_dagster.store.pacing import SharedLimiter
+from fks_backfill_dagster.store.rate_limits import SharedLimiter
 from fks_backfill_dagster.store.schema import metadata
 from fks_backfill_dagster_tests.postgres import TIMESCALE_URL, needs_timescale
 from fks_backfill_dagster_tests.store.builders import Shelf, candles_at, execute, fetch

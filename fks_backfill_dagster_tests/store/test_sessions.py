@@ -11,9 +11,9 @@ import pytest
 import sqlalchemy as sa
 
 from fks_backfill_dagster.store import sessions
-from fks_backfill_dagster.store.commit import Committed
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import ATTEMPTS, ConnectionLost, DatabaseUnavailable, StoreError
+from fks_backfill_dagster.store.writer.records import Committed
 from fks_backfill_dagster_tests.odd_servers import Cluster, folder_for_servers, until
 from fks_backfill_dagster_tests.store.builders import Shelf, candles_at, execute, fetch
 from fks_backfill_dagster_tests.store.conftest import fresh

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from fks_backfill_dagster.store import sources
-from fks_backfill_dagster.store.commit import remove_series
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import MixedSources, StoreError
 from fks_backfill_dagster.store.sources import HostInUse
+from fks_backfill_dagster.store.writer.remove import remove_series
 from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, execute, fetch
 from fks_backfill_dagster_tests.store.conftest import fresh
 

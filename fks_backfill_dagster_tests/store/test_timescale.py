@@ -11,8 +11,8 @@ from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.ledger.reconcile import Kind
 from fks_backfill_dagster.store import timescale
-from fks_backfill_dagster.store.commit import Committed
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.writer.records import Committed
 from fks_backfill_dagster_tests.postgres import needs_timescale
 from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, execute, fetch
 from fks_backfill_dagster_tests.store.conftest import fresh

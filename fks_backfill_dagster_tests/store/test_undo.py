@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fks_backfill_dagster.store import reading
-from fks_backfill_dagster.store.commit import Committed
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
+from fks_backfill_dagster.store.writer.records import Committed
 from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at
 from fks_backfill_dagster_tests.store.conftest import fresh
 
@@ -39,7 +39,7 @@ def test_candles_that_were_changed_get_their_values_back(hours: Shelf) -> None:
     hours.put(5, 15, version=2, provider="polygon")
     assert hours.undo(hours.batches()[1]) == Committed(0, 10, 5)
     assert hours.read().equals(candles_at(hours.opens(0, 10)))
-    (origin,) = reading.origins(hours.database, hours.series, hours.span(0, 20))
+    (origin,) = queries.origins(hours.database, hours.series, hours.span(0, 20))
     assert (origin.provider, origin.candles) == ("binance", 10)
 
 
@@ -71,7 +71,7 @@ def test_three_deep(hours: Shelf) -> None:
     hours.undo(second)
     assert hours.undo(fourth) == Committed(0, 5, 0)
     assert hours.read().equals(candles_at(hours.opens(0, 5), 0))
-    (origin,) = {b.id for b in reading.batches(hours.database, hours.series)} & {first}
+    (origin,) = {b.id for b in queries.batches(hours.database, hours.series)} & {first}
     assert hours.rows(f"SELECT DISTINCT batch_id FROM {hours.table} WHERE series_id = :id") == [(origin,)]
 
 

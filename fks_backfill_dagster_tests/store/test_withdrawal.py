@@ -7,9 +7,10 @@ import pytest
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.ledger.records import Evidence, Outcome
-from fks_backfill_dagster.store import reading
-from fks_backfill_dagster.store.commit import WITHDRAWN, Committed, Withdrawal
+from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.writer.candles import WITHDRAWN
+from fks_backfill_dagster.store.writer.records import Committed, Withdrawal
 from fks_backfill_dagster_tests.store.builders import (
     EVER,
     MIDNIGHT,
@@ -67,7 +68,7 @@ def test_the_values_are_kept(hours: Shelf) -> None:
     assert hours.rows(
         "SELECT close_before, close_after, volume_after, source, reason FROM fks.corrections WHERE symbol = :symbol"
     ) == [(former.close[0], None, None, "binance", WITHDRAWN)]
-    lineage = reading.batches(hours.database, hours.series)[0]
+    lineage = queries.batches(hours.database, hours.series)[0]
     assert (lineage.transport, lineage.inserted, lineage.updated) == ("withdrawal", 0, 1)
     assert (lineage.provider, lineage.host, lineage.instrument) == (
         "binance",
@@ -131,7 +132,7 @@ def test_corrections_and_withdrawals_of_one_response(hours: Shelf) -> None:
         withdrawn=(Withdrawal(origin_of(), hours.opens(5, 7)),),
     )
     assert done == Committed(0, 18, 2, withdrawn=2)
-    correction, withdrawal = sorted(reading.batches(hours.database, hours.series), key=lambda b: b.id)[1:]
+    correction, withdrawal = sorted(queries.batches(hours.database, hours.series), key=lambda b: b.id)[1:]
     assert correction.committed_at == withdrawal.committed_at
     assert hours.audit().differences == ()
 
@@ -207,7 +208,7 @@ def test_many_candles_of_a_database_with_much_lineage(database: Database) -> Non
     done = shelf.commit(shelf.span(0, 40_000), withdrawn=(Withdrawal(origin_of(), opens[1000:31_000]),))
     assert done == Committed(0, 0, 30_000, withdrawn=30_000)
     assert shelf.undo(shelf.batches()[1]) == Committed(0, 30_000, 0)
-    assert reading.read_candles(database, shelf.series, EVER).equals(candles_at(opens))
+    assert queries.read_candles(database, shelf.series, EVER).equals(candles_at(opens))
 
 
 def test_stored_origins(hours: Shelf) -> None:
@@ -217,9 +218,9 @@ def test_stored_origins(hours: Shelf) -> None:
         hours.span(3, 12), brought(candles_at(hours.opens(3, 12)[::2], 2), "polygon", instrument="X:BTCUSD")
     )
     with hours.database.begin() as connection:
-        found = reading.stored_origins(connection, hours.series, hours.span(1, 20))
-        empty = reading.stored_origins(connection, hours.series, hours.span(50, 60))
-        unknown = reading.stored_origins(connection, fresh("1h"), EVER)
+        found = queries.stored_origins(connection, hours.series, hours.span(1, 20))
+        empty = queries.stored_origins(connection, hours.series, hours.span(50, 60))
+        unknown = queries.stored_origins(connection, fresh("1h"), EVER)
     assert found.ts.tolist() == [*hours.opens(1, 10), *hours.opens(11, 12)]
     polygon = np.isin(found.ts, hours.opens(3, 12)[::2])
     assert found.provider.tolist() == np.where(polygon, "polygon", "binance").tolist()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import sqlalchemy as sa
+from fks_backfill_dagster.store.commit import BatchWrite, Brought, Refused, commit_batch, undo_batch
 from fks_backfill_dagster.store.settling import Findings
 
 from fks_backfill_dagster.domain.candles import Candles
@@ -23,7 +24,6 @@ from fks_backfill_dagster.domain.timeframe import Timeframe, to_micros
 from fks_backfill_dagster.embedded import EmbeddedPostgres
 from fks_backfill_dagster.embedded.binaries import binaries_for
 from fks_backfill_dagster.store import ledger
-from fks_backfill_dagster.store.commit import BatchWrite, Brought, Refused, commit_batch, undo_batch
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.ledger import Evidence
 

@@ -170,7 +170,7 @@ $function$;
 
 # The first half of the advisory locks of this module.
 LOCK = 4613733
-# From this length on a window is a budget, for which nobody queues (domain/pacing.py).
+# From this length on a window is a budget, for which nobody queues (domain/rate_limits.py).
 BUDGET_MS = 3_600_000
 # How late somebody in the queue may be before others stop waiting for them.
 GRACE_MS = 2000

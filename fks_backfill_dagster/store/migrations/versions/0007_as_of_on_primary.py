@@ -77,7 +77,7 @@ END
 $function$;
 """
 
-# The advisory lock that serialises the last moment of every commit (store/commit.py).
+# The advisory lock that serialises the last moment of every commit (store/writer/lineage.py).
 COMMIT_GATE = 4613732
 
 

@@ -1,0 +1,233 @@
+"""`fks-backfill db`: the database itself, the embedded one or the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from fks_backfill_dagster.cli.output import (
+    Failed,
+    answer,
+    answer_json,
+    answer_table,
+    example,
+    json_option,
+    many,
+    tell,
+)
+
+if TYPE_CHECKING:
+    from fks_backfill_dagster.documents import Document
+    from fks_backfill_dagster.embedded.clusters import Cluster
+    from fks_backfill_dagster.settings.model import Settings
+    from fks_backfill_dagster.store.roles import Reader
+
+LONGEST_ROLE_NAME = 63
+"""PostgreSQL cuts a longer name off, and another role would be granted."""
+
+ROLES_DOC = "docs/operations.md, Roles"
+
+
+@click.group()
+def db() -> None:
+    """The database: that of FKS_DATABASE_URL, or the embedded one under FKS_HOME."""
+
+
+@db.command(epilog=example("db url") + '\n  psql "$(fks-backfill db url)"')
+@json_option
+def url(as_json: bool) -> None:
+    """Print the database's URL for psql and other clients, with its password if it has one.
+
+    The embedded PostgreSQL is started and runs until `db stop`.
+    """
+    from fks_backfill_dagster.settings.load import load_settings
+
+    found = _kept_url(load_settings())
+    if as_json:
+        answer_json({"url": found})
+    else:
+        answer(found)
+
+
+def _role_name(context: click.Context, option: click.Parameter, name: str | None) -> str | None:
+    try:
+        size = None if name is None else len(name.encode())
+    except UnicodeEncodeError:  # bytes of the command line that are no text
+        size = 0
+    if name is not None and (not size or size > LONGEST_ROLE_NAME or "\0" in name):
+        raise click.BadParameter(f"a role's name has 1 to {LONGEST_ROLE_NAME} bytes of UTF-8.")
+    return name
+
+
+@db.command(epilog=example("db init", "db init --reader fks_reader"))
+@click.option(
+    "--reader",
+    metavar="NAME",
+    callback=_role_name,
+    help="Let this role read the views, and nothing else; made (without login) if it does not exist.",
+)
+@json_option
+def init(reader: str | None, as_json: bool) -> None:
+    """Make the schema where there is none; the embedded PostgreSQL is started and runs until `db stop`."""
+    _prepare(as_json, upgrade=False, reader=reader)
+
+
+@db.command(epilog=example("db upgrade"))
+@json_option
+def upgrade(as_json: bool) -> None:
+    """Bring the schema to this program's version."""
+    _prepare(as_json, upgrade=True)
+
+
+@db.command(epilog=example("db stop"))
+@json_option
+def stop(as_json: bool) -> None:
+    """Stop the embedded PostgreSQL, whoever uses it. Nothing that was committed is lost."""
+    from fks_backfill_dagster.app import embedded
+    from fks_backfill_dagster.settings.load import load_settings
+
+    server = embedded(load_settings())
+    stopped = server is not None and server.stop()
+    if as_json:
+        answer_json({"embedded": server is not None, "stopped": stopped})
+    elif server is None:
+        answer("Nothing to stop: FKS_DATABASE_URL names a database of your own.")
+    else:
+        answer("Stopped." if stopped else "It was not running.")
+
+
+@db.command("list", epilog=example("db list", "db list --json"))
+@json_option
+def list_clusters(as_json: bool) -> None:
+    """List the clusters of embedded databases: that of this home, and for root those in /var/lib/fks-backfill.
+
+    A cluster is `running`, `in use` (its home exists), an `orphan` (its home is gone), or `unknown`: one of an
+    earlier version, which does not name its home until it is started again.
+    """
+    from fks_backfill_dagster.embedded import clusters
+    from fks_backfill_dagster.settings.load import load_settings
+
+    own = clusters.of_home(load_settings().home)
+    others = [one for one in clusters.elsewhere() if own is None or one.folder != own.folder]
+    found = [(one, one.size()) for one in (*([] if own is None else [own]), *others)]
+    if as_json:
+        answer_json([_cluster(*each) for each in found])
+        return
+    rows = [(one.folder, one.home or "", _megabytes(size), one.state.value) for one, size in found]
+    answer_table(("cluster", "home", "size", "state"), rows)
+    orphans = [size for one, size in found if one.state is clusters.State.ORPHAN]
+    if orphans:
+        tell(
+            f"{many(len(orphans), 'orphan')}, {_megabytes(sum(orphans))}: `fks-backfill db remove` removes them."
+        )
+
+
+@db.command(epilog=example("db remove", "db remove cluster-0c2d71476addc399 --yes"))
+@click.argument("names", nargs=-1, metavar="[CLUSTER]...")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def remove(names: tuple[str, ...], yes: bool, as_json: bool) -> None:
+    """Remove clusters whose home is gone, with all their data: all orphans, or those named.
+
+    One that names no home (`unknown`) is removed only if it is named here. One whose server runs or whose home
+    exists is never removed.
+    """
+    from fks_backfill_dagster.embedded import clusters
+
+    chosen = [(one, one.size()) for one in _chosen(names, clusters.elsewhere())]
+    if chosen and not yes:
+        for one, size in chosen:
+            tell(f"{one.folder}  {one.home or 'home unknown'}  {_megabytes(size)}")
+        try:
+            click.confirm(f"Remove {many(len(chosen), 'cluster')} with all data?", abort=True, err=True)
+        except click.Abort:
+            tell("")  # ends the line of the question
+            raise Failed("Nothing was removed; --yes removes without asking.") from None
+    for one, _ in chosen:
+        clusters.remove(one)
+    if as_json:
+        answer_json([_cluster(*each) for each in chosen])
+    elif chosen:
+        answer(f"Removed {many(len(chosen), 'cluster')}, {_megabytes(sum(size for _, size in chosen))}.")
+    else:
+        answer("There is no cluster whose home is gone.")
+
+
+def _chosen(names: Sequence[str], found: Sequence[Cluster]) -> list[Cluster]:
+    """The clusters of these names or paths; without any, the orphans."""
+    from fks_backfill_dagster.embedded.clusters import State
+
+    if not names:
+        return [one for one in found if one.state is State.ORPHAN]
+    known = {key: one for one in found for key in (one.name, str(one.folder))}
+    for name in names:
+        if name.rstrip("/") not in known:
+            raise click.BadParameter(f"there is no cluster {name}: `fks-backfill db list` shows them.")
+    return list({known[name.rstrip("/")].folder: known[name.rstrip("/")] for name in names}.values())
+
+
+def _cluster(one: Cluster, size: int) -> Document:
+    return {
+        "cluster": str(one.folder),
+        "home": None if one.home is None else str(one.home),
+        "size_bytes": size,
+        "state": one.state.value,
+    }
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def _prepare(as_json: bool, *, upgrade: bool, reader: str | None = None) -> None:
+    from fks_backfill_dagster.app import connect, database_url
+    from fks_backfill_dagster.settings.load import load_settings
+    from fks_backfill_dagster.store import roles
+
+    settings = load_settings()
+    database = connect(settings, database_url(settings), pool_size=1)
+    try:
+        if upgrade:
+            database.upgrade()
+        database.ensure()
+        revision, timescale = database.revision(), database.has_timescale()
+        reading = None if reader is None else roles.make_reader(database, reader)
+        _kept_url(settings)  # now that it has worked: a command that fails leaves no server behind
+    finally:
+        database.dispose()
+    if as_json:
+        document: dict[str, object] = {
+            "database": database.where,
+            "revision": revision,
+            "timescaledb": timescale,
+        }
+        if reading is not None:
+            document["reader"] = asdict(reading)
+        answer_json(document)
+        return
+    kind = "TimescaleDB" if timescale else "plain PostgreSQL"
+    answer(f"{database.where} ({kind}) has the schema fks, revision {revision}.")
+    if reading is not None:
+        answer(_sentence(reading))
+
+
+def _sentence(reader: Reader) -> str:
+    made = "was made" if reader.made else "was there"
+    granted = (
+        f"is granted {', '.join(reader.granted)}" if reader.granted else "has everything that a reader needs"
+    )
+    login = (
+        "" if reader.can_log_in else f" It cannot log in: grant it to a role that can, or see {ROLES_DOC}."
+    )
+    return f"The role {reader.name} {made} and {granted}.{login}"
+
+
+def _kept_url(settings: Settings) -> str:
+    """The URL; the embedded server outlives this command."""
+    from fks_backfill_dagster.app import database_url, embedded
+
+    server = embedded(settings)
+    return database_url(settings) if server is None else server.start(keep=True)

@@ -1,0 +1,195 @@
+"""`fks-backfill export`: stored candles as a CSV or Parquet file, a block at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from fks_backfill_dagster.cli.arguments import Moment, check_window, usage, window_option
+from fks_backfill_dagster.cli.output import Failed, answer, answer_json, example, json_option, many
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from fks_backfill_dagster.domain.candles import Candles
+
+_COLUMNS = ("ts", "open", "high", "low", "close", "volume")
+
+# Given an open file, something that takes blocks until the stack is closed.
+_Sink = Callable[[ExitStack, IO[bytes]], "Callable[[Candles], None]"]
+
+
+@click.command(
+    epilog=example(
+        "export BTC/USDT 1h --start 2024-01-01 --end 2024-02-01 -o btc.csv.gz",
+        "export BTC/USDT 1h -o btc.parquet --as-of 2024-03-01T12:00:00Z",
+    )
+)
+@click.argument("symbol")
+@click.argument("timeframe")
+@window_option
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="A file that ends in .csv, .csv.gz or .parquet; one that exists is replaced.",
+)
+@click.option("--as-of", type=Moment(), help="What this database held at that moment.")
+@json_option
+def export(
+    symbol: str,
+    timeframe: str,
+    start: int | None,
+    end: int | None,
+    output: Path,
+    as_of: int | None,
+    as_json: bool,
+) -> None:
+    """Write stored candles to a file: ts (the open, UTC), open, high, low, close, volume.
+
+    Without --start from the oldest stored candle, without --end to the newest. An empty volume
+    means that the source has none.
+    """
+    from fks_backfill_dagster.app import now, open_database
+    from fks_backfill_dagster.domain.timeframe import iso, to_datetime
+    from fks_backfill_dagster.settings.load import load_settings
+    from fks_backfill_dagster.store.queries import iterate_candles, stored_series, sync_status
+
+    settings, present = load_settings(), now()
+    with usage():
+        series = settings.find_series(symbol, timeframe)
+        sink = _sink(output)
+        if as_of is not None and as_of > present:
+            raise ValueError(f"--as-of {iso(as_of)} lies in the future: what it would hold can still change")
+    with open_database(settings) as database:
+        series = settings.find_series(symbol, timeframe, stored_series(database))
+        state = next(iter(sync_status(database, series)), None)
+        oldest = None if state is None else state.oldest_data_time
+        if oldest is None:
+            raise Failed(f"Nothing is stored of {series}: run `fks-backfill backfill {series}` first.")
+        first = int(oldest.timestamp()) * 1_000_000
+        window = check_window(first if start is None else start, present if end is None else end, present)
+        moment = None if as_of is None else to_datetime(as_of)
+        count = _write(output, sink, iterate_candles(database, series, window, moment))
+    if count == 0:
+        raise Failed(
+            f"Nothing of {series} was stored in {window}"
+            + ("." if as_of is None else f" at {iso(as_of)}.")
+            + " See `fks-backfill status` for what there is."
+        )
+    if as_json:
+        names = {"symbol": series.symbol, "timeframe": series.timeframe.value}
+        answer_json(names | {"file": str(output), "candles": count})
+    else:
+        answer(f"{output}: {many(count, 'candle')} of {series}.")
+
+
+def _write(output: Path, sink: _Sink, blocks: Iterable[Candles]) -> int:
+    """Writes beside the file and renames: a file that is there is whole. No candles make no file."""
+    count = 0
+    with _beside(output) as part:
+        with ExitStack() as stack:
+            take = sink(stack, part)
+            for block in blocks:
+                take(block)
+                count += len(block)
+        part.close()
+        if count:
+            Path(part.name).replace(output)
+    return count
+
+
+@contextmanager
+def _beside(output: Path) -> Iterator[IO[bytes]]:
+    """A new file in the folder of `output`, with the mode of any new file; deleted at the end if it is still there.
+
+    Where others can write to the folder, a name that can be foreseen may be a link that somebody put there, and
+    one that is opened twice may be another file the second time: so mkstemp, and only its descriptor is used.
+    """
+    try:
+        with NamedTemporaryFile(
+            dir=output.parent, prefix=".fks-export-", suffix=".part", delete=False
+        ) as part:
+            try:
+                os.fchmod(part.fileno(), 0o666 & ~_umask())
+                yield part
+            finally:
+                Path(part.name).unlink(missing_ok=True)
+    except OSError as error:
+        raise Failed(
+            f"{output} cannot be written: {error.strerror or error}. Choose another place."
+        ) from None
+
+
+def _umask() -> int:
+    """The mask of new files: there is no way to read it but to set it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+# Formats ----------------------------------------------------------------------------------------------
+
+
+def _sink(output: Path) -> _Sink:
+    """The format that the suffix names. Raises ValueError for any other."""
+    name = output.name.lower()
+    if name.endswith((".csv", ".csv.gz")):
+        return partial(_csv, "gzip" if name.endswith(".gz") else None)
+    if name.endswith(".parquet"):
+        return _parquet
+    raise ValueError(f"{output.name} has another suffix than .csv, .csv.gz or .parquet")
+
+
+def _csv(compression: str | None, stack: ExitStack, file: IO[bytes]) -> Callable[[Candles], None]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from pyarrow import csv
+
+    stream = stack.enter_context(pa.output_stream(file, compression=compression))
+    stream.write((",".join(_COLUMNS) + "\n").encode())  # pyarrow would put the names in quotes
+    options = csv.WriteOptions(include_header=False, quoting_style="none")
+
+    def take(block: Candles) -> None:
+        table = _table(block)
+        seconds = table["ts"].cast(pa.timestamp("s", "UTC"))
+        texts = pc.strftime(seconds, format="%Y-%m-%dT%H:%M:%SZ")
+        csv.write_csv(table.set_column(0, "ts", texts), stream, options)
+
+    return take
+
+
+def _parquet(stack: ExitStack, file: IO[bytes]) -> Callable[[Candles], None]:
+    import pyarrow.parquet as pq
+
+    writer: Any = None
+
+    def take(block: Candles) -> None:
+        nonlocal writer
+        table = _table(block)
+        if writer is None:
+            writer = stack.enter_context(pq.ParquetWriter(file, table.schema))
+        writer.write_table(table)
+
+    return take
+
+
+def _table(block: Candles) -> pa.Table:
+    """The block as Arrow columns; a volume of NaN is null."""
+    import numpy as np
+    import pyarrow as pa
+
+    prices = {name: pa.array(getattr(block, name)) for name in _COLUMNS[1:-1]}
+    return pa.table(
+        {"ts": pa.array(block.ts, pa.timestamp("us", "UTC"))}
+        | prices
+        | {"volume": pa.array(block.volume, mask=np.isnan(block.volume))}
+    )

@@ -1,0 +1,108 @@
+"""The command `gaps`: the gap ledger of series."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from fks_backfill_dagster.cli.arguments import (
+    choose,
+    report_code,
+    series_arguments,
+    sooner,
+    tell_never_synced,
+    usage,
+    window_option,
+)
+from fks_backfill_dagster.cli.output import (
+    answer_json,
+    answer_table,
+    example,
+    json_option,
+    many,
+    tell,
+)
+
+if TYPE_CHECKING:
+    from fks_backfill_dagster.domain.series import Series
+    from fks_backfill_dagster.pipeline.gaps import FoundGap
+
+from fks_backfill_dagster.cli.status import settle_closures
+
+# Gaps -------------------------------------------------------------------------------------------------
+
+
+@click.command(
+    epilog=example("gaps BTC/USDT 1h", "gaps BTC/USDT 1h --start 2024-01-01 --end 2024-02-01 --json")
+)
+@series_arguments
+@window_option
+@json_option
+def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int | None, as_json: bool) -> int:
+    """List the gaps of a series, in every state but filled.
+
+    Without --start from the oldest stored candle, without --end to the last closed one. History
+    that was never synced is no gap; what closed since the last sync is an open one. Of several series
+    the outages of whole venues are told as well, each once. Exit code 2 for a series that is neither
+    configured nor stored, else 0, whatever is missing.
+    """
+    from fks_backfill_dagster import documents
+    from fks_backfill_dagster.app import now, open_database
+    from fks_backfill_dagster.domain.ranges import TimeRange
+    from fks_backfill_dagster.pipeline.gaps import earlier_gaps, find_gaps
+    from fks_backfill_dagster.pipeline.outages import find_outages
+    from fks_backfill_dagster.settings.load import load_settings
+    from fks_backfill_dagster.store.queries import stored_series
+
+    settings, present = load_settings(), now()
+    if start is not None and end is not None:
+        with usage():
+            TimeRange(start, end)
+    with open_database(settings) as database:
+        stored = stored_series(database)
+        chosen = choose(settings, names, everything, stored)
+        settle_closures(settings, database, chosen)
+        found = [
+            (s, gap)
+            for s in chosen.series
+            for gap in find_gaps(database, s, present, start, sooner(end, settings.end_of(s)))
+        ]
+        early = [] if start is not None else [(s, earlier_gaps(database, s, present)) for s in chosen.series]
+        past = present if end is None else end
+        window = TimeRange(min(start or 0, past), past)
+        outages = find_outages(database, chosen.series, window, settings.end_of) if chosen.many else ()
+    code = report_code(settings, chosen, stored)
+    if not code:
+        tell_never_synced(chosen, stored)
+    for one, missing in early:
+        if missing:
+            tell(
+                f"{one}: {many(missing, 'candle')} missing before its oldest one: see them with --start 1970."
+            )
+    for outage in outages:
+        tell(str(outage))
+    if as_json:
+        answer_json([documents.gap_of(*one) if chosen.many else documents.gap(one[1]) for one in found])
+        return code
+    rows = [_gap_row(series, gap) for series, gap in found]
+    answer_table(("series", "start", "end", "missing", "status", "evidence"), rows)
+    if stored and not found and not code:
+        tell("No gaps.")
+    return code
+
+
+def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:
+    from fks_backfill_dagster.documents import NOT_ASKED
+    from fks_backfill_dagster.domain.timeframe import to_datetime
+
+    row = found.row
+    words = "; ".join(f"{e.provider}: {e.said}" for e in row.evidence)
+    return (
+        series,
+        to_datetime(row.start),
+        to_datetime(row.end),
+        row.missing,
+        row.status.value,
+        words if found.asked else NOT_ASKED,
+    )

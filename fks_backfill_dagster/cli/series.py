@@ -1,0 +1,160 @@
+"""The group `series`: what is configured and stored, removal, exchange calendars, providers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from fks_backfill_dagster.cli.arguments import (
+    choose,
+    usage,
+)
+from fks_backfill_dagster.cli.output import (
+    answer,
+    answer_json,
+    answer_table,
+    example,
+    json_option,
+    many,
+    tell,
+)
+from fks_backfill_dagster.cli.providers import list_providers
+
+if TYPE_CHECKING:
+    pass
+
+
+# Series -----------------------------------------------------------------------------------------------
+
+
+@click.group()
+def series() -> None:
+    """What is configured and stored, and who could provide it."""
+
+
+@series.command("list", epilog=example("series list"))
+@json_option
+def list_series(as_json: bool) -> None:
+    """List the configured and the stored series."""
+    from fks_backfill_dagster import documents
+    from fks_backfill_dagster.app import open_database
+    from fks_backfill_dagster.settings.load import load_settings
+    from fks_backfill_dagster.store.queries import stored_series, sync_status
+
+    settings = load_settings()
+    with open_database(settings) as database:
+        stored = stored_series(database)
+        states = {(s.symbol, s.timeframe): s for s in sync_status(database)}
+    configured = {(s.symbol, s.timeframe) for s in settings.series()}
+    chosen = choose(settings, (), True, stored).series if stored or configured else ()
+    found = [(one, states.get((one.symbol, one.timeframe.value))) for one in chosen]
+    if as_json:
+        answer_json(
+            [
+                documents.series(
+                    one, state, (one.symbol, one.timeframe) in configured, settings.priority(one)
+                )
+                for one, state in found
+            ]
+        )
+        return
+    rows = [
+        (
+            one.symbol,
+            one.timeframe,
+            one.asset_class,
+            (one.symbol, one.timeframe) in configured,
+            state.total_candles if state else 0,
+            state.oldest_data_time if state else None,
+            state.newest_data_time if state else None,
+            ", ".join(settings.priority(one)),
+        )
+        for one, state in found
+    ]
+    header = ("symbol", "timeframe", "class", "configured", "candles", "oldest", "newest", "providers")
+    answer_table(header, rows)
+
+
+@series.command("remove", epilog=example("series remove DOGE/USDT 1h --yes"))
+@click.argument("symbol")
+@click.argument("timeframe")
+@click.option("--yes", is_flag=True, help="Really delete it.")
+@json_option
+def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
+    """Delete a series from the database: candles, lineage, gaps, quarantine. The settings stay as they are."""
+    from fks_backfill_dagster.app import open_database
+    from fks_backfill_dagster.settings.load import load_settings
+    from fks_backfill_dagster.store.queries import stored_series, sync_status
+    from fks_backfill_dagster.store.writer.remove import remove_series as remove_stored
+
+    settings = load_settings()
+    with usage():
+        found = settings.find_series(symbol, timeframe)
+    with open_database(settings) as database:
+        found = settings.find_series(symbol, timeframe, stored_series(database))
+        state = next(iter(sync_status(database, found)), None)
+        if state is None:
+            tell(f"Error: nothing is stored of {found}; see `fks-backfill series list`.")
+            return 1
+        if not yes:
+            raise click.UsageError(
+                f"this would delete {many(state.total_candles, 'candle')} of {found}: add --yes to do it"
+            )
+        candles = remove_stored(database, found)
+    if as_json:
+        answer_json({"symbol": found.symbol, "timeframe": found.timeframe.value, "candles_removed": candles})
+    else:
+        answer(f"{found}: removed with {many(candles, 'candle')}.")
+    return 0
+
+
+@series.command("accept-calendar", epilog=example("series accept-calendar XHKG"))
+@click.argument("calendar")
+@json_option
+def accept_calendar(calendar: str, as_json: bool) -> int:
+    """Settle the gaps of all series of an exchange calendar by the present sessions of its library.
+
+    For a calendar whose past has changed, which `status` reports. Sessions that are new become gaps, to be filled
+    as any other; gaps on days that are no sessions any more go. Candles are never changed. Exit code 1 if something
+    is left, such as candles on such days: each with its remedy, as `audit` reports it.
+    """
+    from fks_backfill_dagster import documents
+    from fks_backfill_dagster.app import now, open_database
+    from fks_backfill_dagster.cli.audit import differences
+    from fks_backfill_dagster.pipeline.audit import audit, auditable
+    from fks_backfill_dagster.pipeline.calendars import accept_calendar as accept
+    from fks_backfill_dagster.pipeline.calendars import calendar_change
+    from fks_backfill_dagster.settings.load import load_settings
+
+    settings = load_settings()
+    with open_database(settings) as database:
+        with usage():
+            change = calendar_change(database, calendar)
+        if change is None:
+            tell(f"{calendar}: nothing to accept: no series was synced by another calendar of this name.")
+            if as_json:
+                answer_json({"calendar": calendar, "new": [], "gone": [], "hours": [], "audit": None})
+            return 0
+        accept(database, change, now())
+        concerned = [one for one in auditable(database, settings.series()) if change.concerns(one)]
+        report = audit(database, concerned, now)
+    if as_json:
+        answer_json(
+            {
+                "calendar": calendar,
+                **{
+                    name: [str(day) for day in getattr(change.difference, name)]
+                    for name in ("new", "gone", "hours")
+                },
+                "audit": documents.audit_report(report),
+            }
+        )
+    else:
+        answer(f"{calendar}: {change.difference}: accepted.")
+        for line in differences(report):
+            answer(line)
+    return 1 if report.left else 0
+
+
+series.add_command(list_providers)

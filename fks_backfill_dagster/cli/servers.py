@@ -1,0 +1,263 @@
+"""Commands that run servers: `demo`, `up`, `down`, `simulate`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+from fks_backfill_dagster.cli.arguments import Moment, usage
+from fks_backfill_dagster.cli.output import Failed, answer, answer_json, example, json_option, tell
+
+MARKET_PORT = 8899
+SANDBOX_HOME = "sandbox"
+"""The folder below the usual home that keeps what comes from a local market."""
+DAGSTER_PORT = 3000
+"""As `servers.PORT`, which is not imported for `--help`."""
+
+
+@click.command(epilog=example("demo", "demo --keep"))
+@click.option("--keep", is_flag=True, help="Leave the servers running afterwards.")
+def demo(keep: bool) -> int:
+    """Run everything once on a local market: backfill through Dagster, fill an outage, check, report.
+
+    Exit code 0 only if no gap is open at its end.
+    """
+    from fks_backfill_dagster.demo.demo import run_demo
+    from fks_backfill_dagster.host.servers import ServersError
+
+    try:
+        return run_demo(keep=keep)
+    except ServersError as error:
+        raise Failed(str(error)) from None
+
+
+@click.command(epilog=example("up", "up --port 3001"))
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65_535),
+    default=None,
+    show_default=str(DAGSTER_PORT),
+    help="Where Dagster's webserver listens. An error if it is up elsewhere.",
+)
+@json_option
+def up(port: int | None, as_json: bool) -> None:
+    """Start the database (if it is the embedded one), Dagster's webserver and daemon.
+
+    They run on in the background until `down`. What runs already stays as it is. The address that is printed
+    holds the token that the pages ask for, where they do (webserver.login).
+    """
+    from fks_backfill_dagster.host import servers
+    from fks_backfill_dagster.settings.load import load_settings
+
+    settings = load_settings()
+    try:
+        running = servers.up(settings, port=port, say=tell if as_json else answer)
+    except servers.ServersError as error:
+        raise Failed(str(error)) from None
+    addresses = settings.custom_addresses()
+    if as_json:
+        answer_json(
+            {
+                "url": running.url,
+                "token": running.token,
+                "logs": str(running.logs),
+                "started": running.started,
+                "addresses": addresses,
+            }
+        )
+    for name, address in addresses.items():
+        (tell if as_json else answer)(f"{name} is requested at {address}, not at its default address.")
+
+
+@click.command(epilog=example("down"))
+@json_option
+def down(as_json: bool) -> None:
+    """Stop what `up` has started, and the embedded database."""
+    from fks_backfill_dagster.host import servers
+    from fks_backfill_dagster.settings.load import load_settings
+
+    settings = load_settings()
+    try:
+        stopped = servers.down(settings, say=tell if as_json else answer)
+    except servers.ServersError as error:
+        raise Failed(str(error)) from None
+    if as_json:
+        answer_json({"stopped": stopped})
+
+
+@click.command(
+    epilog=example(
+        "simulate",
+        "simulate --replay candles --port 8899",
+        "simulate --outage binance@BTC/USDT=2024-01-05T03:00/2024-01-05T07:30 --latency 0.05",
+        "simulate --halt all@AAPL=2024-01-05T15:00/2024-01-05T16:00",
+    )
+    + '\n\n\b\nIn the shell that uses it:\n  eval "$(fks-backfill simulate --env)"'
+)
+@click.option(
+    "--replay",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Serve the candles of <venue>/<SYMBOL>-<TIMEFRAME>.csv[.gz] below DIR instead of a made-up market.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65_535),
+    default=MARKET_PORT,
+    show_default=True,
+    help="0 takes a free one.",
+)
+@click.option("--now", type=Moment(), help="The market's clock stands at this moment.")
+@click.option(
+    "--latency", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS", help="Added to every answer."
+)
+@click.option("--limits/--no-limits", default=True, show_default=True, help="Keep Binance's request limits.")
+@click.option(
+    "--outage",
+    "outages",
+    multiple=True,
+    metavar="PROVIDER[@SYMBOL]=START/END",
+    help="The provider lacks every candle that this touches; PROVIDER may be all. May be repeated.",
+)
+@click.option(
+    "--halt",
+    "halts",
+    multiple=True,
+    metavar="PROVIDER[@SYMBOL]=START/END",
+    help="Nobody trades: coarser candles hold what was traded beside it. PROVIDER may be all.",
+)
+@click.option(
+    "--home",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help=f"The FKS_HOME that is printed: by default the folder {SANDBOX_HOME} below the usual one.",
+)
+@click.option(
+    "--env",
+    "only_environment",
+    is_flag=True,
+    help="Print the environment for the market at --host and --port, and start nothing.",
+)
+@json_option
+def simulate(
+    replay: Path | None,
+    host: str,
+    port: int,
+    now: int | None,
+    latency: float,
+    limits: bool,
+    outages: tuple[str, ...],
+    halts: tuple[str, ...],
+    home: Path | None,
+    only_environment: bool,
+    as_json: bool,
+) -> None:
+    """Run the local market until Ctrl-C: all six providers, and Binance's archives, on one port.
+
+    Prints the environment that points fks-backfill to it, with a home of its own: invented candles never
+    come into the database of real ones. Its answers have the providers' own form, and faults and outages
+    can be planted while it runs.
+    """
+    from fks_backfill_dagster.loopback import is_loopback
+    from fks_backfill_dagster.simulator.config import Absence, MarketConfig, Outage
+    from fks_backfill_dagster.simulator.replay import ReplayError
+    from fks_backfill_dagster.simulator.server import run, url_of
+
+    if only_environment:
+        if port == 0:
+            raise click.UsageError("--env needs the port of the market: give the --port that it has")
+        _find_market(url_of(host, port), port)
+        _print_environment(url_of(host, port), home, as_json)
+        return
+    with usage():
+        planted = tuple(
+            Outage.parse(text, kind)
+            for kind, texts in ((Absence.OUTAGE, outages), (Absence.HALT, halts))
+            for text in texts
+        )
+    config = MarketConfig(
+        replay=replay, host=host, port=port, now=now, latency=latency, limits=limits, outages=planted
+    )
+
+    def announce(url: str) -> None:
+        if not is_loopback(host):
+            tell(
+                f"Warning: --host {host} lets other machines use this market and, by its control routes, change what"
+                " it serves. Without --host it listens on this machine only."
+            )
+        tell(f"The local market listens at {url}. Ctrl-C ends it. To use it, in another terminal:")
+        _print_environment(url, home, as_json)
+
+    try:
+        run(config, announce)
+    except KeyboardInterrupt:
+        return  # the usual way to end it
+    except ReplayError as error:
+        raise Failed(f"{error}.") from None
+    except OSError as error:
+        raise Failed(f"The local market cannot start: {error}.") from None
+
+
+def _print_environment(url: str, home: Path | None, as_json: bool) -> None:
+    """The environment in which fks-backfill uses the market at `url`, and nothing of real data.
+
+    A database that is named elsewhere would win over the home: it has to go. So have the keys where the market is
+    another machine's: the settings refuse to send one there unencrypted.
+    """
+    from fks_backfill_dagster.settings.load import home_of
+    from fks_backfill_dagster.settings.model import KEY_VARIABLES
+    from fks_backfill_dagster.settings.types import leaves_unencrypted
+
+    usual = home_of()
+    own = usual if usual.name == SANDBOX_HOME else usual / SANDBOX_HOME  # the shell may have this one already
+    environment = {
+        "FKS_PROVIDERS__BINANCE__BASE_URL": f"{url}/binance",
+        "FKS_PROVIDERS__BINANCE__ARCHIVE_URL": f"{url}/archive",
+        "FKS_PROVIDERS__POLYGON__BASE_URL": f"{url}/polygon",
+        "POLYGON_API_KEY": "any",
+        "FKS_PROVIDERS__YFINANCE__BASE_URL": f"{url}/yahoo",
+        "FKS_PROVIDERS__ALPHAVANTAGE__BASE_URL": f"{url}/alphavantage",
+        "ALPHAVANTAGE_API_KEY": "premium",
+        "FKS_PROVIDERS__OANDA__BASE_URL": f"{url}/oanda",
+        "OANDA_API_TOKEN": "any",
+        "FKS_PROVIDERS__COINGECKO__BASE_URL": f"{url}/coingecko",
+        "COINGECKO_API_KEY": "any",
+        "FKS_HOME": str((own if home is None else home).resolve()),
+    }
+    unset = ["FKS_DATABASE_URL"]
+    if leaves_unencrypted(url):
+        unset += KEY_VARIABLES.values()
+        environment = {name: value for name, value in environment.items() if name not in unset}
+    if as_json:
+        answer_json({"url": url, "environment": environment, "unset": unset})
+        return
+    for name, value in environment.items():
+        answer(f"export {name}={shlex.quote(value)}")
+    for name in unset:
+        answer(f"unset {name}")
+
+
+def _find_market(url: str, port: int) -> None:
+    """Says that there is no market at `url` yet. Raises Failed where something else listens."""
+    from urllib.error import URLError
+    from urllib.request import ProxyHandler, build_opener
+
+    from fks_backfill_dagster.simulator.server import TITLE
+
+    try:
+        with build_opener(ProxyHandler({})).open(url, timeout=2) as response:
+            is_market = response.read(len(TITLE)) == TITLE.encode()
+    except (URLError, OSError) as error:
+        if not isinstance(getattr(error, "reason", error), ConnectionRefusedError):
+            raise Failed(
+                f"What listens at {url} is no local market ({error}): give another --port."
+            ) from None
+        tell(
+            f"Nothing listens at {url} yet: start `fks-backfill simulate --port {port}` in another terminal."
+        )
+        return
+    if not is_market:
+        raise Failed(f"What listens at {url} is no local market: give another --port.")

@@ -1,0 +1,157 @@
+"""The command `status`: coverage and lag of series."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from fks_backfill_dagster.cli.arguments import (
+    any_series,
+    choose,
+    report_code,
+)
+from fks_backfill_dagster.cli.output import (
+    answer,
+    answer_json,
+    answer_table,
+    example,
+    json_option,
+    short,
+    tell,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fks_backfill_dagster.cli.arguments import Chosen
+    from fks_backfill_dagster.pipeline.coverage import Coverage
+    from fks_backfill_dagster.settings.model import Settings
+    from fks_backfill_dagster.store.database import Database
+    from fks_backfill_dagster.tables import CoverageRow
+
+from fks_backfill_dagster.cli.providers import standing
+
+# Status -----------------------------------------------------------------------------------------------
+
+
+@click.command(epilog=example("status", "status BTC/USDT 1h --json", "status --check"))
+@any_series
+@click.option(
+    "--check", is_flag=True, help="Exit with 1 if anything is stale, has open gaps or ended in an error."
+)
+@json_option
+def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool) -> int:
+    """Show the coverage of a series and how far it lags; without arguments of all of them.
+
+    `expected`, `stored` and `coverage` are about what was synced; `lag` counts the closed candles since the
+    newest stored one. Exit code 2 for a series that is neither configured nor stored, else 0, whatever
+    it shows; with --check 1 if a series or a server of `up` needs attention. Errors, and providers in a cool-down,
+    are named on stderr.
+    """
+    from fks_backfill_dagster import documents
+    from fks_backfill_dagster.app import closures, freshness_rule, now, open_database, provider_states
+    from fks_backfill_dagster.host import keeper
+    from fks_backfill_dagster.pipeline.calendars import calendar_changes
+    from fks_backfill_dagster.pipeline.coverage import coverage
+    from fks_backfill_dagster.pipeline.freshness import Rule
+    from fks_backfill_dagster.settings.load import load_settings
+    from fks_backfill_dagster.store.queries import stored_series
+
+    settings, present = load_settings(), now()
+    for line in (unkept := keeper.problems(settings.home)):
+        tell(line)
+    with open_database(settings) as database:
+        stored = stored_series(database)
+        chosen = choose(settings, names, everything or not names, stored)
+        settle_closures(settings, database, chosen)
+        changes = calendar_changes(database, chosen.series)
+        # Without a verdict nothing need be known of providers, whose import takes a while.
+        rule = freshness_rule(settings) if check else Rule(end_of=settings.end_of, closed=closures(settings))
+        found = coverage(database, chosen.series, present, rule)
+        silent = [] if check else _silent(settings, database, chosen)
+        providers = provider_states(settings, database)
+    code = report_code(settings, chosen, stored)
+    for name, stands in providers.items():
+        tell(f"{name}: {standing(stands)}")
+    for change in dict.fromkeys(changes.values()):
+        tell(str(change))
+    if check:
+        # A series that was taken out of the settings is not kept fresh, so it cannot be stale.
+        kept = set(settings.series())
+        problems = [
+            (one.series, reason) for one in found if (reason := one.problem(kept_fresh=one.series in kept))
+        ]
+        for series, reason in problems:
+            tell(f"{series}: {reason}")
+        code = code or int(bool(problems or changes or unkept))
+    if as_json:
+        shown = [documents.status(one) for one in found]
+        answer_json(shown if chosen.many else shown[0])
+        return code
+    if code != 2:
+        _answer_coverage(found, present, total=chosen.many)
+        answer(f"Settings: {settings.config_file or 'no file, the defaults'}")
+    for one in found:
+        if not check and one.status is not None and one.status.error_message:
+            tell(f"{one.series}: error: {one.status.error_message}")
+    for line in silent:
+        tell(line)
+    return code
+
+
+def settle_closures(settings: Settings, database: Database, chosen: Chosen) -> None:
+    """What the settings close counts at once, not from the next sync on; a role that may not write gets a warning."""
+    from fks_backfill_dagster.app import settle_closures
+    from fks_backfill_dagster.store.errors import StoreError
+
+    try:
+        settled = settle_closures(settings, database, chosen.series)
+    except StoreError as error:
+        tell(f"closed dates of the settings are not applied yet: {error}")
+        return
+    for one in settled:
+        tell(f"{one.series}: {one}")
+
+
+def _answer_coverage(found: Sequence[Coverage], now: int, *, total: bool) -> None:
+    from fks_backfill_dagster import tables
+
+    rows = [_coverage_row(one) for one in found]
+    cells = [
+        (*row.cells(now), one.status.status if one.status else "not_started")
+        for row, one in zip(rows, found, strict=True)
+    ]
+    if total and rows:
+        cells.append((*tables.coverage_total(rows, now), ""))
+    answer_table((*tables.COVERAGE, "status"), cells)
+
+
+def _coverage_row(found: Coverage) -> CoverageRow:
+    from fks_backfill_dagster.tables import CoverageRow
+
+    return CoverageRow(
+        found.series,
+        None if found.status is None else found.counts,
+        found.counts.open_gaps,
+        found.assessment.freshness.newest,
+        found.assessment.freshness.lag,
+        found.next_attempt,
+    )
+
+
+def _silent(settings: Settings, database: Database, chosen: Chosen) -> list[str]:
+    """A line for every configured series of which no provider has had a candle for long."""
+    from fks_backfill_dagster.domain.timeframe import to_datetime
+    from fks_backfill_dagster.pipeline.refresh import quiet_until, silent_since
+    from fks_backfill_dagster.store.reaches import reaches
+
+    lines, known, configured = [], reaches(database, chosen.series), set(settings.series())
+    for series in chosen.series:
+        since, wait = silent_since(known.get(series)), quiet_until(known.get(series))
+        if since is not None and wait is not None and series in configured and not settings.end_of(series):
+            lines.append(
+                f"{series}: silent since {short(to_datetime(since))}: nobody has a newer candle. A refresh asks"
+                f" again after {short(to_datetime(wait))}; if it was delisted, set its `end` in the settings."
+            )
+    return lines

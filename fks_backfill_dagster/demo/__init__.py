@@ -1,0 +1,1 @@
+"""The demo: the whole program on a local market, and the scenario that it plays."""

@@ -1,0 +1,441 @@
+"""`make demo`: the whole of it on one machine, from an empty folder to a report.
+
+A local market with planted outages, the embedded PostgreSQL, Dagster's webserver and daemon, all in a
+home of their own; a real partition backfill over GraphQL, the checks, and a report from the database.
+It is told step by step. Nothing is left behind unless it was asked to stay, not even by a kill -9.
+
+Does not belong here: anything that works for the demo only. It uses what users use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.request import ProxyHandler, build_opener
+
+import click
+
+from fks_backfill_dagster import app, ownership
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import Series, identifier
+from fks_backfill_dagster.domain.timeframe import Timeframe, iso, to_datetime, to_micros
+from fks_backfill_dagster.host import servers
+from fks_backfill_dagster.host.graphql import CheckOutcome, DagsterRefused, Run, Webserver
+from fks_backfill_dagster.host.processes import Background, Guard, stop
+from fks_backfill_dagster.pipeline.coverage import Coverage, coverage
+from fks_backfill_dagster.pipeline.freshness import Rule
+from fks_backfill_dagster.pipeline.plan import closed_window
+from fks_backfill_dagster.settings.load import home_of, load_settings
+from fks_backfill_dagster.settings.model import KEY_VARIABLES
+from fks_backfill_dagster.store.coverage import PartState, part_states
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.queries import batches, sync_status
+from fks_backfill_dagster.tables import COVERAGE, CoverageRow, coverage_total
+from fks_backfill_dagster.tables import lines as table
+from fks_backfill_dagster.tables import percent as _percent
+
+SYMBOLS = ("BTC/USDT", "ETH/USDT", "SOL/USDT")
+MINUTE_MONTHS = 3
+HISTORY_YEARS = 2
+CHECKS = ("ohlc_sanity", "completeness", "data_freshness")
+MARKET = "market"
+HOME = "demo"
+"""The folder below the usual home."""
+WAIT_SECONDS = 600.0
+
+_SETTINGS = """\
+# Written by `fks-backfill demo` when it ran for the first time, and kept: a second run goes on from there.
+history_start: {start}
+provider_priority:
+  crypto: [binance, polygon]
+providers:
+  polygon:
+    requests_per_minute: 600   # the local market has no free plan
+symbols:
+"""
+_SYMBOL = """\
+  - symbol: {symbol}
+    asset_class: crypto
+    timeframes: [1m, 1h, 1d]
+"""
+
+Say = Callable[[str], object]
+Key = tuple[str, ...]
+
+
+class DemoFailed(Exception):
+    """A step of the demo did not do what it should; the text says which and where to look."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """Minutes that the market's Binance does not have of a symbol. Polygon has them."""
+
+    symbol: str
+    window: TimeRange
+
+    def __str__(self) -> str:
+        return f"binance has no {self.symbol} from {_moment(self.window.start)} to {_moment(self.window.end)}"
+
+    @property
+    def option(self) -> str:
+        """As `simulate --outage` takes it."""
+        return f"binance@{self.symbol}={iso(self.window.start)}/{iso(self.window.end)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What the report says of one series: all that had closed when the backfill was launched."""
+
+    series: Series
+    state: PartState
+    coverage: Coverage
+    checks: tuple[CheckOutcome, ...]
+
+    @property
+    def whole(self) -> bool:
+        return (
+            self.state.unexplained == 0
+            and self.coverage.counts.open_gaps == 0
+            and len(self.checks) == len(CHECKS)
+            and all(check.passed for check in self.checks)
+        )
+
+    @property
+    def row(self) -> CoverageRow:
+        """As `status` shows it, with what was expected when the backfill was launched."""
+        found = self.coverage
+        lag = found.assessment.freshness
+        return CoverageRow(
+            self.series, self.state, found.counts.open_gaps, lag.newest, lag.lag, found.next_attempt
+        )
+
+
+def run_demo(keep: bool = False, *, home: Path | None = None, say: Say = click.echo) -> int:
+    """The exit code: 0 when every series is complete, 1 otherwise.
+
+    `keep` leaves the servers up. Raises StoreError, EmbeddedError or OwnershipError.
+    """
+    try:
+        return _run(keep, home, say)
+    except (DemoFailed, servers.ServersError, DagsterRefused) as error:
+        say(f"Error: {error}")
+        return 1
+
+
+def _run(keep: bool, home: Path | None, say: Say) -> int:
+    home = (_usual_home() if home is None else home).resolve()
+    began = time.monotonic()
+    config = _write_settings(home)
+    root = load_settings({"FKS_HOME": str(home), "FKS_CONFIG": str(config)}).root
+    with Guard(home, root) as guard:
+        demo: Demo | None = None
+        try:
+            demo = Demo(home, config, say)
+            complete = demo.run()
+            if keep:
+                guard.keep()
+        finally:
+            if demo is not None and not (keep and sys.exc_info()[0] is None):
+                demo.stop()
+    say(f"\nDone in {time.monotonic() - began:.0f} s.")
+    if keep:
+        say(f"Everything is still up: {demo.url}\nStop it with `FKS_HOME={home} fks-backfill down`.")
+    else:
+        say("Everything is stopped. `fks-backfill demo --keep` leaves the servers up to look around.")
+    return 0 if complete else 1
+
+
+class Demo:
+    """One run of the demo in its home."""
+
+    def __init__(self, home: Path, config: Path, say: Say) -> None:
+        self._home, self._say = home, say
+        self._market = Background(home, MARKET)
+        self._plain = _clean_environment(home, config)
+        self._settings = load_settings(self._plain)
+        self.url = self._visit = ""
+
+    def run(self) -> bool:
+        """Everything from the market to the report; whether all is complete."""
+        self._say(f"1. A local market, a database and Dagster, all below {self._home}")
+        market = self._start_market()
+        environment = {**self._plain, **market}
+        self._settings = load_settings(environment)
+        with ExitStack() as stack:
+            database = stack.enter_context(app.open_database(self._settings))
+            before = sum(status.total_candles for status in sync_status(database))
+            self._up(environment, (servers.WEBSERVER,))
+            web = self._web
+            self._say(f"   market    {market['FKS_PROVIDERS__BINANCE__BASE_URL'].removesuffix('/binance')}")
+            self._say(f"   Dagster   {self.url}")
+            for outage in self._outages():
+                self._say(f"   planted   {outage}")
+            launched_at = app.now()
+            backfill = self._launch(web, launched_at)
+            # The daemon looks for new backfills when it starts, and then every 30 s: it comes second.
+            self._up(environment, (servers.WEBSERVER, servers.DAEMON))
+            runs = self._wait_for_backfill(web, database, backfill)
+            checks = self._check(web)
+            lines = self._lines(database, launched_at, checks)
+            self._report(database, lines, runs, before)
+        return all(line.whole for line in lines) and all(run.status == "SUCCESS" for run in runs)
+
+    def stop(self) -> None:
+        """The servers, the market, the database."""
+        servers.down(self._settings, say=lambda text: None)
+
+    # --- the servers ---
+
+    def _start_market(self) -> dict[str, str]:
+        """Starts the market as a user would; the settings that lead to it."""
+        stop([self._market])
+        port = _free_port(0)
+        planted = [part for outage in self._outages() for part in ("--outage", outage.option)]
+        command = [sys.executable, "-m", "fks_backfill_dagster", "simulate", "--port", str(port), *planted]
+        self._market.start(command, cwd=self._settings.root, environment=self._plain, port=port)
+        deadline = time.monotonic() + 60
+        while self._asked_of_market() is None:
+            if not self._market.is_running() or time.monotonic() > deadline:
+                raise DemoFailed(f"the local market did not start:\n{self._market.last_words()}")
+            time.sleep(0.05)
+        url = f"http://{servers.HOST}:{port}"
+        return {
+            "FKS_PROVIDERS__BINANCE__BASE_URL": f"{url}/binance",
+            "FKS_PROVIDERS__BINANCE__ARCHIVE_URL": f"{url}/archive",
+            "FKS_PROVIDERS__POLYGON__BASE_URL": f"{url}/polygon",
+            "POLYGON_API_KEY": "demo",
+        }
+
+    def _asked_of_market(self) -> dict[str, Any] | None:
+        """What was asked of the market so far; None while it does not answer."""
+        url = f"http://{servers.HOST}:{self._market.port}/sim/requests?last=0"
+        try:
+            with build_opener(ProxyHandler({})).open(url, timeout=10) as response:
+                found: dict[str, Any] = json.loads(response.read())
+                return found
+        except OSError:
+            return None
+
+    def _up(self, environment: Mapping[str, str], parts: Sequence[str]) -> None:
+        listens = Background(self._home, servers.WEBSERVER).is_running()
+        up = servers.up(
+            self._settings,
+            port=None if listens else _free_port(servers.PORT),
+            parts=parts,
+            keep_database=False,
+            environment=environment,
+            say=lambda text: None,
+        )
+        self.url, self._visit, self._web = up.url, up.web.visit, up.web
+
+    # --- the backfill ---
+
+    def _outages(self) -> tuple[Outage, ...]:
+        """Always the same ones of a home: in the month before that of its first run."""
+        month = _months_later(self._settings.history_start, 12 * HISTORY_YEARS - 1)
+        return (
+            Outage("BTC/USDT", _hours(month, day=12, first=2, last=6)),
+            Outage("ETH/USDT", _hours(month, day=20, first=13, last=15)),
+        )
+
+    def _first(self, series: Series, now: int) -> int:
+        """Where the backfill of a series begins: a partition's start, or where its history does."""
+        if series.timeframe is Timeframe.M1:
+            return _months_later(now, 1 - MINUTE_MONTHS)
+        return self._settings.history_start
+
+    def _launch(self, web: Webserver, now: int) -> str:
+        partitions: dict[Key, tuple[str, str]] = {}
+        for series in self._settings.series():
+            edges = (to_datetime(self._first(series, now)), to_datetime(now))
+            minute = series.timeframe is Timeframe.M1
+            first, last = (f"{edge:%Y-%m-01}" if minute else f"{edge:%Y-01-01}" for edge in edges)
+            partitions[_key(series)] = (first, last)
+        spans = {key[-1]: span for key, span in partitions.items()}
+        self._say(f"\n2. A Dagster backfill of {len(partitions)} assets over their partitions")
+        for timeframe, (first, last) in spans.items():
+            self._say(f"   {timeframe:3} {', '.join(SYMBOLS)}: {first} .. {last}")
+        return web.launch_backfill(partitions)
+
+    def _wait_for_backfill(self, web: Webserver, database: Database, backfill: str) -> list[Run]:
+        """Until every asset has its run and every run has ended; Dagster itself looks 30 s later."""
+        wanted = {_key(series) for series in self._settings.series()}
+        began, spoke_at = time.monotonic(), 0.0
+        while True:
+            _, runs = web.backfill(backfill)
+            finished = sum(run.finished for run in runs)
+            over = wanted <= {key for run in runs for key in run.assets} and finished == len(runs)
+            if over or time.monotonic() - spoke_at >= 3:
+                stored = sum(status.total_candles for status in sync_status(database))
+                self._say(
+                    f"   {time.monotonic() - began:4.0f} s  {finished} of {len(runs)} runs ended,"
+                    f" {stored:,} candles stored"
+                )
+                spoke_at = time.monotonic()
+            if over:
+                break
+            if time.monotonic() - began > WAIT_SECONDS:
+                raise DemoFailed(
+                    f"the backfill did not end: look at {self.url}/runs and {self._home / 'logs'}"
+                )
+            time.sleep(0.3)
+        for run in runs:
+            for failure in web.failures(run.id) if run.status != "SUCCESS" else ():
+                self._say(f"   run {run.id} failed: {failure.strip()}")
+        return runs
+
+    def _check(self, web: Webserver) -> dict[Key, list[CheckOutcome]]:
+        """The checks of all series, run alone: they read the database and fetch nothing."""
+        keys = [_key(series) for series in self._settings.series()]
+        self._say(f"\n3. {len(keys) * len(CHECKS)} checks")
+        run = web.launch_checks([(key, name) for key in keys for name in CHECKS])
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not web.run(run).finished:
+            if time.monotonic() > deadline:
+                raise DemoFailed(f"the checks did not end: look at {self.url}/runs/{run}")
+            time.sleep(0.2)
+        found = {key: web.check_outcomes(key) for key in keys}
+        passed = sum(bool(check.passed) for outcomes in found.values() for check in outcomes)
+        self._say(f"   {passed} passed, {len(keys) * len(CHECKS) - passed} did not")
+        return found
+
+    # --- the report ---
+
+    def _lines(
+        self, database: Database, now: int, checks: Mapping[Key, Sequence[CheckOutcome]]
+    ) -> list[Line]:
+        found = coverage(database, self._settings.series(), app.now(), Rule())
+        return [
+            Line(
+                one.series,
+                part_states(database, one.series, {"": self._expected_window(one.series, now)})[""],
+                one,
+                tuple(checks[_key(one.series)]),
+            )
+            for one in found
+        ]
+
+    def _expected_window(self, series: Series, now: int) -> TimeRange:
+        """What had closed when the backfill was launched: later candles are the next run's."""
+        asked = TimeRange(self._first(series, now), now)
+        return closed_window(asked, grid_of(series), now, None)
+
+    def _report(self, database: Database, lines: Sequence[Line], runs: Sequence[Run], before: int) -> None:
+        self._say("\n4. What is in the database now\n")
+        present = app.now()
+        rows: list[tuple[object, ...]] = [
+            (
+                *line.row.cells(present),
+                f"{sum(bool(check.passed) for check in line.checks)} of {len(CHECKS)}",
+                _shares(line.state.providers),
+            )
+            for line in lines
+        ]
+        rows.append((*coverage_total([line.row for line in lines], present), "", ""))
+        for text in table((*COVERAGE, "checks", "providers"), rows):
+            self._say(text)
+        self._say("")
+        for outage in self._outages():
+            for line in lines:
+                if line.series.symbol == outage.symbol:
+                    filled = part_states(database, line.series, {"": outage.window})[""]
+                    if filled.expected:
+                        self._say(
+                            f"Planted: {outage}. {line.series}: {filled.stored:,} of {filled.expected:,}"
+                            f" candles are there, from {_shares(filled.providers) or 'nobody'}."
+                        )
+        self._tell_requests(database, runs, before)
+
+    def _tell_requests(self, database: Database, runs: Sequence[Run], before: int) -> None:
+        ids = {run.id for run in runs}
+        brought = [batch for batch in batches(database) if batch.run_id in ids]
+        new, changed = sum(b.inserted for b in brought), sum(b.updated for b in brought)
+        asked = self._asked_of_market() or {"total": 0, "providers": {}}
+        each = ", ".join(f"{name} {found['requests']:,}" for name, found in asked["providers"].items())
+        self._say(f"Requests to the market: {asked['total']:,}{f' ({each})' if each else ''}.")
+        if before:
+            self._say(
+                f"{before:,} candles were there from an earlier run and were not fetched again ({changed:,}"
+                f" changed); {new:,} were new."
+            )
+        self._say(f"UI: {self._visit}")
+
+
+def _usual_home() -> Path:
+    usual = home_of()
+    return usual if usual.name == HOME else usual / HOME  # the shell may have this one, from `demo --keep`
+
+
+def _write_settings(home: Path) -> Path:
+    """The settings file of the home; that of its first run is kept."""
+    ownership.make_home(home)
+    path = home / "backfill.yaml"
+    if not path.exists():
+        start = to_datetime(_months_later(to_micros(datetime.now(UTC)), -12 * HISTORY_YEARS))
+        symbols = "".join(_SYMBOL.format(symbol=symbol) for symbol in SYMBOLS)
+        ownership.write_text(path, _SETTINGS.format(start=f"{start:%Y-%m-%d}") + symbols)
+    return path
+
+
+def _clean_environment(home: Path, config: Path) -> dict[str, str]:
+    """This process's environment without its own settings and keys: a real key is nothing for a demo."""
+    theirs = ("FKS_", "DAGSTER_")
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(theirs) and name not in KEY_VARIABLES.values()
+    }
+    # It shows what it does itself; a refresh in between would be one thing too many.
+    quiet = {f"FKS_AUTOMATION__{name}": "false" for name in ("FILL_GAPS", "CHECKS", "AUDIT")}
+    quiet["FKS_AUTOMATION__REFRESH"] = "[]"
+    return {**kept, **quiet, "FKS_HOME": str(home), "FKS_CONFIG": str(config)}
+
+
+def _key(series: Series) -> Key:
+    # Written out, as orchestration.groups.asset_key would import Dagster: a second that nobody needs here.
+    return ("ohlcv", identifier(series.symbol), series.timeframe.value)
+
+
+def _free_port(wanted: int) -> int:
+    """`wanted` if nobody listens there, else any free one."""
+    for port in (wanted, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((servers.HOST, port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise DemoFailed("there is no free port")
+
+
+def _months_later(moment: int, months: int) -> int:
+    """The start of the month `months` after that of `moment`."""
+    day = to_datetime(moment)
+    year, month = divmod(day.year * 12 + day.month - 1 + months, 12)
+    return to_micros(datetime(year, month + 1, 1, tzinfo=UTC))
+
+
+def _hours(month: int, day: int, first: int, last: int) -> TimeRange:
+    start = to_datetime(month).replace(day=day)
+    return TimeRange.of(start.replace(hour=first), start.replace(hour=last))
+
+
+def _moment(instant: int) -> str:
+    return f"{to_datetime(instant):%Y-%m-%d %H:%M}"
+
+
+def _shares(providers: Mapping[str, int]) -> str:
+    total = sum(providers.values())
+    return ", ".join(f"{name} {_percent(count / total)}" for name, count in providers.items())

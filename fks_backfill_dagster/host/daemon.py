@@ -1,0 +1,288 @@
+"""The daemon that `up` starts: Dagster's own, whose backfills survive a change of the settings.
+
+Dagster fails a whole backfill, and cancels its runs, when one of its assets or partitions is not defined any
+more ("existed at storage-time, but no longer does"): a symbol or a timeframe was taken out, or history begins
+later. Here they leave the backfill instead, before the daemon looks at it: queued runs that hold them are
+requested again without them, and a run that has begun goes on, as it has its definitions.
+
+    python -m fks_backfill_dagster.host.daemon WORKSPACE
+
+Does not belong here: who starts it (`servers`). A daemon started otherwise (`dagster dev`, `dagster-daemon`)
+fails such a backfill; `launch` then starts another one of what is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from threading import Event
+from typing import Any
+
+from dagster import (
+    AssetKey,
+    DagsterInstance,
+    DagsterRun,
+    DagsterRunStatus,
+    RunRequest,
+    RunsFilter,
+    TimeWindowPartitionsDefinition,
+)
+from dagster._core.definitions.assets.graph.asset_graph_subset import AssetGraphSubset
+from dagster._core.execution.asset_backfill import AssetBackfillData
+from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus, PartitionBackfill
+from dagster._core.storage.tags import (
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
+    BACKFILL_ID_TAG,
+    PARTITION_NAME_TAG,
+)
+from dagster._core.utils import make_new_run_id
+from dagster._core.workspace.context import WorkspaceProcessContext
+from dagster._core.workspace.load_target import WorkspaceFileTarget
+from dagster._daemon.controller import create_daemons_from_instance, daemon_controller_from_instance
+from dagster._daemon.daemon import BackfillDaemon, DagsterDaemon, SpanMarker
+from dagster._utils.caching_instance_queryer import CachingInstanceQueryer
+from dagster._utils.interrupts import capture_interrupts, setup_interrupt_handlers
+
+from fks_backfill_dagster.host.plain_logs import write_plain
+
+_FIRST, _LAST = ASSET_PARTITION_RANGE_START_TAG, ASSET_PARTITION_RANGE_END_TAG
+
+_DEFINITIONS_CHANGED = frozenset(
+    {"DagsterAssetBackfillDataLoadError", "DagsterDefinitionChangedDeserializationError"}
+)
+"""Names of the errors with which Dagster fails a backfill whose definitions have changed."""
+
+_GONE = ("existed at storage-time, but no longer does", "have been removed since this backfill was stored")
+"""What the messages of those hold that are about assets and partitions that are gone."""
+
+
+class LastingBackfillDaemon(BackfillDaemon):
+    """Dagster's backfill daemon; before each of its looks, what is gone leaves the backfills."""
+
+    def core_loop(self, workspace_process_context: Any, shutdown_event: Event) -> Iterator[Any]:  # type: ignore[override]
+        for each in super().core_loop(workspace_process_context, shutdown_event):
+            if each is SpanMarker.START_SPAN:
+                try:
+                    release_removed(workspace_process_context, self._logger)
+                except Exception:  # Dagster's own look is to follow in any case
+                    self._logger.exception("Backfills were not compared with the definitions")
+            yield each
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What of a backfill is not defined any more: whole assets, and partitions before a later beginning.
+
+    `begun` are the partitions, as they are now, of the assets that are left and have lost some. `all_gone`:
+    nothing is left, and Dagster's own sentence about it is right.
+    """
+
+    removed: frozenset[AssetKey]
+    begun: Mapping[AssetKey, TimeWindowPartitionsDefinition]
+    all_gone: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.removed or self.begun)
+
+    def first(self, key: AssetKey) -> str:
+        """The first partition of an asset that has lost some; empty of any other."""
+        return (self.begun[key].get_first_partition_key() or "") if key in self.begun else ""
+
+
+def release_removed(context: WorkspaceProcessContext, logger: logging.Logger) -> None:
+    """Takes what is not defined any more out of every backfill that is under way.
+
+    A location that does not load at the moment has no assets at all; its backfills wait.
+    """
+    found = context.instance.get_backfills(
+        BulkActionsFilter(statuses=[BulkActionStatus.REQUESTED, BulkActionStatus.FAILING])
+    )
+    under_way = [one for one in found if one.asset_backfill_data is not None and _goes_on(one)]
+    if not under_way:
+        return
+    if any(change_of(context, one) for one in under_way):
+        # What looks gone may be new, and this copy of the definitions the old one.
+        for name in list(context.create_request_context().get_code_location_entries()):
+            context.refresh_code_location(name)
+    entries = context.create_request_context().get_code_location_entries().values()
+    if any(entry.load_error for entry in entries):
+        return
+    for backfill in under_way:
+        change = change_of(context, backfill)
+        if not change.all_gone and (change or backfill.status is BulkActionStatus.FAILING):
+            _release(context.instance, backfill, change, logger)
+
+
+def _goes_on(backfill: PartitionBackfill) -> bool:
+    """Whether it is requested, or about to be failed for what is not defined any more."""
+    if backfill.status is BulkActionStatus.REQUESTED:
+        return True
+    error = backfill.error
+    return (
+        error is not None
+        and error.cls_name in _DEFINITIONS_CHANGED
+        and any(text in error.message for text in _GONE)
+    )
+
+
+def change_of(context: WorkspaceProcessContext, backfill: PartitionBackfill) -> Change:
+    """What the loaded definitions lack of the backfill."""
+    assert backfill.asset_backfill_data is not None
+    graph = context.create_request_context().asset_graph
+    targeted = backfill.asset_backfill_data.target_subset
+    removed = frozenset(key for key in targeted.asset_keys if not graph.has(key))
+    begun = {}
+    for key, subset in targeted.partitions_subsets_by_asset_key.items():
+        definition = graph.get(key).partitions_def if key not in removed else None
+        if isinstance(definition, TimeWindowPartitionsDefinition) and not subset.is_empty:
+            # Dagster's own comparison lists all partitions of every asset; only the beginning can have moved.
+            window = definition.time_window_for_partition_key(next(iter(subset.get_partition_keys())))
+            if window.start < definition.start:
+                begun[key] = definition
+    change = Change(removed, begun)
+    left = [key for key in targeted.asset_keys - removed if not _is_lost(targeted, key, change)]
+    return replace(change, all_gone=not left)
+
+
+def _is_lost(subset: AssetGraphSubset, key: AssetKey, change: Change) -> bool:
+    return key in change.begun and not _from(subset, key, change.first(key))
+
+
+def _from(subset: AssetGraphSubset, key: AssetKey, first: str) -> list[str]:
+    """The partitions of the asset from that one on."""
+    return [one for one in subset.partitions_subsets_by_asset_key[key].get_partition_keys() if one >= first]
+
+
+def _release(
+    instance: DagsterInstance, backfill: PartitionBackfill, change: Change, logger: logging.Logger
+) -> None:
+    assert backfill.asset_backfill_data is not None
+    names = sorted("/".join(key.path) for key in (*change.removed, *change.begun))
+    logger.warning(f"Backfill {backfill.backfill_id} goes on without what is not defined any more: {names}")
+    pending = zip(backfill.submitting_run_requests, backfill.reserved_run_ids, strict=True)
+    requests = [(without(request, change), run_id) for request, run_id in pending]
+    for run in instance.get_runs(RunsFilter(tags={BACKFILL_ID_TAG: backfill.backfill_id})):
+        request = request_of(run)
+        left = without(request, change)
+        if left == request:
+            continue
+        if run.status is DagsterRunStatus.QUEUED:
+            instance.delete_run(run.run_id)  # it could not load; as it never began, nothing is lost
+            requests.append((left, make_new_run_id()))
+        elif left is not None and left.tags != request.tags:
+            # It has its definitions, and goes on. Dagster reads from the tags what it was to do.
+            instance.add_run_tags(run.run_id, dict(left.tags))
+    kept = [(request, run_id) for request, run_id in requests if request is not None]
+    instance.update_backfill(
+        backfill._replace(
+            asset_backfill_data=trimmed(backfill.asset_backfill_data, change),
+            status=BulkActionStatus.REQUESTED,
+            error=None,
+            failure_count=0,
+            submitting_run_requests=[request for request, _ in kept],
+            reserved_run_ids=[run_id for _, run_id in kept],
+        )
+    )
+
+
+def trimmed(data: AssetBackfillData, change: Change) -> AssetBackfillData:
+    """The data without what is gone."""
+    return data._replace(
+        target_subset=_trimmed(data.target_subset, change),
+        materialized_subset=_trimmed(data.materialized_subset, change),
+        requested_subset=_trimmed(data.requested_subset, change),
+        failed_and_downstream_subset=_trimmed(data.failed_and_downstream_subset, change),
+    )
+
+
+def _trimmed(subset: AssetGraphSubset, change: Change) -> AssetGraphSubset:
+    kept = subset.filter_asset_keys(subset.asset_keys - change.removed)
+    parts = {
+        key: partitions
+        if key not in change.begun
+        else change.begun[key].subset_with_partition_keys(_from(kept, key, change.first(key)))
+        for key, partitions in kept.partitions_subsets_by_asset_key.items()
+    }
+    return kept._replace(
+        partitions_subsets_by_asset_key={key: one for key, one in parts.items() if not one.is_empty}
+    )
+
+
+def request_of(run: DagsterRun) -> RunRequest:
+    """The request from which Dagster made a run of a backfill."""
+    span = (_FIRST, _LAST)
+    return RunRequest(
+        asset_selection=sorted(run.asset_selection or ()),
+        asset_check_keys=None if run.asset_check_selection is None else sorted(run.asset_check_selection),
+        tags={name: run.tags[name] for name in span if name in run.tags},
+        partition_key=run.tags.get(PARTITION_NAME_TAG),
+    )
+
+
+def without(request: RunRequest, change: Change) -> RunRequest | None:
+    """The request without what is gone; None if that is all of it. The assets of a run share their partitions."""
+    assets = [key for key in request.asset_selection or () if key not in change.removed]
+    begin = max((change.first(key) for key in assets), default="")
+    last = request.tags.get(_LAST, request.partition_key or begin)
+    if not assets or last < begin:
+        return None
+    tags = dict(request.tags)
+    if _FIRST in tags:
+        tags[_FIRST] = max(tags[_FIRST], begin)
+    checks = request.asset_check_keys
+    return request._replace(
+        asset_selection=assets,
+        asset_check_keys=None
+        if checks is None
+        else [one for one in checks if one.asset_key not in change.removed],
+        tags=tags,
+    )
+
+
+def _forget_removed() -> None:
+    """A failed run that holds an asset that is gone fails the look at its backfill, as Dagster then asks the
+    graph for the asset. There is no hook for it, so the method that lists the assets of a run is wrapped."""
+    planned = CachingInstanceQueryer.get_planned_materializations_for_run
+
+    def known(self: CachingInstanceQueryer, run_id: str) -> set[AssetKey]:
+        return {key for key in planned(self, run_id) if self.asset_graph.has(key)}
+
+    CachingInstanceQueryer.get_planned_materializations_for_run = known  # type: ignore[method-assign]
+
+
+def daemons(instance: DagsterInstance) -> list[DagsterDaemon[Any]]:
+    """All that Dagster has for this instance, one of them replaced."""
+    return [
+        LastingBackfillDaemon(settings=instance.get_backfill_settings())
+        if isinstance(one, BackfillDaemon)
+        else one
+        for one in create_daemons_from_instance(instance)
+    ]
+
+
+def run(workspace: str) -> None:
+    """Returns when it was told to end."""
+    setup_interrupt_handlers()
+    write_plain()
+    _forget_removed()
+    try:
+        with (
+            capture_interrupts(),
+            DagsterInstance.get() as instance,
+            daemon_controller_from_instance(
+                instance,
+                workspace_load_target=WorkspaceFileTarget([workspace]),
+                gen_daemons=daemons,
+                code_server_log_level="warning",
+            ) as controller,
+        ):
+            controller.check_daemon_loop()
+    except KeyboardInterrupt:
+        return
+
+
+if __name__ == "__main__":
+    run(sys.argv[1])

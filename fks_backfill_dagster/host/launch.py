@@ -1,0 +1,294 @@
+"""A partition backfill of some series through the running Dagster, watched to its end.
+
+Belongs here: which partitions a range means, and when all of them have been run. Does not belong here:
+how it is shown (command line), the client of Dagster (`graphql`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from fks_backfill_dagster.domain.partitions import AssetPath, asset_path, is_monthly, keys_of
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import iso
+from fks_backfill_dagster.host.graphql import Backfill, DagsterRefused, Run, Webserver
+from fks_backfill_dagster.host.processes import KEEPER, Background
+from fks_backfill_dagster.host.servers import DAEMON, HOST, WEBSERVER, ServersError
+from fks_backfill_dagster.login import token_of
+from fks_backfill_dagster.settings.model import Settings
+
+LOOK_SECONDS = 1.0
+START_SECONDS = 30.0
+AWAY_SECONDS = 120.0
+ENDED = frozenset({"CANCELED", "FAILED", "COMPLETED", "COMPLETED_FAILED", "COMPLETED_SUCCESS"})
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One series and the keys of its partitions, ascending, without a hole."""
+
+    series: Series
+    keys: tuple[str, ...]
+
+    @property
+    def asset(self) -> AssetPath:
+        return asset_path(self.series)
+
+    def within(self, run: Run) -> tuple[str, ...]:
+        """The partitions of this order that the run covers."""
+        if run.partitions is None or self.asset not in run.assets:
+            return ()
+        first, last = run.partitions
+        return tuple(key for key in self.keys if first <= key <= last)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """How far a backfill is, counted as Dagster's backfill page counts.
+
+    `materialized` and `failed` of `wanted` partitions; `settled` are those that no run is left to change.
+    """
+
+    wanted: int
+    runs: Sequence[Run]
+    materialized: int = 0
+    failed: int = 0
+    settled: int = 0
+
+    @property
+    def ended(self) -> int:
+        return sum(run.finished for run in self.runs)
+
+    @property
+    def over(self) -> bool:
+        return self.settled == self.wanted and self.ended == len(self.runs)
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """What came of a backfill. `failed` are the partitions of each order that are not materialized by it.
+
+    `removed`: the orders whose symbol was taken out of the settings meanwhile; nothing of theirs counts as
+    failed. `followed` are the ids of the backfills that went on with the rest. `excused` are the runs that
+    did not succeed because they held a symbol that was taken out.
+    """
+
+    id: str
+    runs: Sequence[Run]
+    failed: Mapping[Order, Sequence[str]]
+    reasons: Sequence[str]
+    removed: Sequence[Order] = ()
+    followed: Sequence[str] = ()
+    excused: frozenset[str] = field(default=frozenset())
+
+    @property
+    def succeeded(self) -> bool:
+        last = [run for run in self.runs if not run.retried and run.id not in self.excused]
+        return not any(self.failed.values()) and all(run.status == "SUCCESS" for run in last)
+
+
+def order(settings: Settings, series: Series, window: TimeRange) -> Order:
+    """The partitions that `window` reaches into, from the series' own start on: before it nothing is expected.
+
+    Raises ValueError when the window ends before that.
+    """
+    start = max(window.start, settings.start_of(series))
+    if start >= window.end:
+        raise ValueError(f"{series} starts at {iso(start)}, and the range ends before")
+    return Order(series, tuple(keys_of(series.timeframe, TimeRange(start, window.end))))
+
+
+def running_webserver(settings: Settings) -> Webserver:
+    """The webserver that `up` has started. One that the keeper is starting again is waited for, and so is the daemon.
+
+    Raises ServersError unless both run.
+    """
+    server, daemon, keeper = (Background(settings.home, name) for name in (WEBSERVER, DAEMON, KEEPER))
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        runs = server.is_running() and daemon.is_running() and server.port
+        web = Webserver(f"http://{HOST}:{server.port}", token_of(settings)) if runs else None
+        if (web and web.answers()) or not keeper.is_running() or time.monotonic() > deadline:
+            break
+        time.sleep(LOOK_SECONDS)
+    if web is None:
+        raise ServersError("Dagster is not up: start it with `fks-backfill up`, then launch again.")
+    return web
+
+
+def start(web: Webserver, orders: Sequence[Order], say: Say | None = None) -> str:
+    """Has Dagster backfill them; the id of the backfill.
+
+    Definitions that do not know a symbol or a start of the settings yet are reloaded first. Raises
+    DagsterRefused.
+    """
+    if _unknown(web, orders):
+        if say is not None:
+            say("The settings have changed since Dagster loaded them: reloading its code location")
+        errors = web.reloaded()
+        if errors:
+            raise DagsterRefused(f"the definitions do not load: {errors[0].strip()}")
+        unknown = _unknown(web, orders)
+        if unknown:
+            raise DagsterRefused(
+                f"the running Dagster does not have {', '.join(unknown)}: it has other settings than this"
+                " command. Compare FKS_CONFIG, or restart it: `fks-backfill down`, then `up`."
+            )
+    return web.launch_backfill({one.asset: (one.keys[0], one.keys[-1]) for one in orders})
+
+
+def _unknown(web: Webserver, orders: Sequence[Order]) -> list[str]:
+    """What the running definitions lack: series, and of each grain a partition before their first one."""
+    defined = web.defined([one.asset for one in orders])
+    lacking = [str(one.series) for one in orders if one.asset not in defined]
+    if lacking:
+        return lacking
+    for monthly in (True, False):
+        grain = [one for one in orders if is_monthly(one.series.timeframe) is monthly]
+        if grain:
+            first = min(grain, key=lambda one: one.keys[0])
+            begin = web.first_partition(first.asset)
+            if begin is None or begin > first.keys[0]:
+                lacking.append(f"the partition {first.keys[0]} of {first.series}")
+    return lacking
+
+
+# Watching ----------------------------------------------------------------------------------------------
+
+
+def watch(
+    web: Webserver,
+    identity: str,
+    orders: Sequence[Order],
+    see: Callable[[Seen], object],
+    say: Say | None = None,
+) -> Launched:
+    """Reports how far it is, about once a second, until every partition was run.
+
+    When symbols are taken out of the settings meanwhile and that cost the others anything, another backfill
+    goes on with those. A webserver that is started again meanwhile is waited for. Raises DagsterRefused when
+    Dagster fails the backfill for any other reason.
+    """
+    impatient, web = web, replace(web, patience=AWAY_SECONDS)
+    runs: list[Run] = []
+    ids, wanted, removed = [identity], list(orders), set[Order]()
+    while True:
+        state = _watched(web, ids[-1], wanted, see)
+        runs += state.runs
+        defined = web.defined([one.asset for one in orders])
+        gone = {one for one in orders if one.asset not in defined}
+        if not defined and (errors := web.load_errors()):
+            raise DagsterRefused(
+                f"the definitions do not load: {errors[0].strip()}. What runs goes on: {web.url}/runs/b/{ids[-1]}"
+            )
+        if len(gone) == len(orders):
+            raise DagsterRefused(
+                "every symbol of the backfill was taken out of the settings: add them again, then launch again"
+            )
+        if state.error and gone == removed:
+            raise DagsterRefused(
+                f"the backfill failed: {state.error.strip()}\nLaunch again to have what is left: only what is"
+                " missing is fetched."
+            )
+        wanted = _left(orders, gone, runs)
+        if gone == removed or not wanted:
+            break
+        removed = gone
+        ids.append(start(impatient, wanted))  # an order that nothing answers may have arrived
+        if say is not None:
+            names = ", ".join(sorted({one.series.symbol for one in gone}))
+            say(f"{names}: taken out of the settings. The others go on: {web.url}/runs/b/{ids[-1]}")
+    return _launched(web, ids, orders, gone, runs)
+
+
+def _watched(
+    web: Webserver, identity: str, orders: Sequence[Order], see: Callable[[Seen], object]
+) -> Backfill:
+    """The state of a backfill when there is nothing more to wait for.
+
+    Dagster's daemon looks for new backfills every 30 seconds, and as long after their end.
+    """
+    counted: dict[str, int] = {}
+    last = frozenset[str]()
+    while True:
+        state = web.backfill_state(identity)
+        counted |= web.materializations([run.id for run in state.runs if run.id not in last])
+        last = frozenset(run.id for run in state.runs if run.finished)
+        seen = count(orders, state.runs, counted)
+        see(seen)
+        if seen.over or state.status in ENDED:  # of a backfill that has ended no lost run is tried again
+            return state
+        time.sleep(LOOK_SECONDS)
+
+
+def count(orders: Sequence[Order], runs: Sequence[Run], materialized: Mapping[str, int]) -> Seen:
+    """How far it is. `materialized` are the partitions that each run has materialized so far.
+
+    A lost run that was started once more counts for nothing: its retry does all of it.
+    """
+    settled = 0
+    for one in orders:
+        mine = [(run, frozenset(one.within(run))) for run in runs]
+        for key in one.keys:
+            covering = [run for run, keys in mine if key in keys]
+            settled += bool(covering) and all(run.finished for run in covering)
+    valid = [run for run in runs if not run.retried]
+    done = {run.id: materialized.get(run.id, 0) for run in valid}
+    failed = sum(
+        max(0, sum(len(one.within(run)) for one in orders) - done[run.id]) for run in valid if run.finished
+    )
+    total = sum(len(one.keys) for one in orders)
+    return Seen(total, runs, min(total, sum(done.values())), failed, settled)
+
+
+def _left(orders: Sequence[Order], gone: set[Order], runs: Sequence[Run]) -> list[Order]:
+    """What the orders that are still defined have lost by those that are not, each without a hole.
+
+    Such a partition has no run that succeeded or goes on, and none that failed by itself.
+    """
+    lost = {one.asset for one in gone}
+    left = []
+    for one in orders:
+        if one in gone:
+            continue
+        met = {
+            key
+            for run in runs
+            if run.status == "SUCCESS" or not lost & set(run.assets)
+            for key in one.within(run)
+        }
+        keys = [key for key in one.keys if key not in met]
+        if keys:
+            left.append(Order(one.series, tuple(key for key in one.keys if keys[0] <= key <= keys[-1])))
+    return left
+
+
+def _launched(
+    web: Webserver, ids: Sequence[str], orders: Sequence[Order], gone: set[Order], runs: Sequence[Run]
+) -> Launched:
+    lost = {one.asset for one in gone}
+    excused = frozenset(run.id for run in runs if run.status != "SUCCESS" and lost & set(run.assets))
+    failed = {one: () if one in gone else _failed(web, one, runs) for one in orders}
+    reasons = [
+        text.strip()
+        for run in runs
+        if run.status == "FAILURE" and not run.retried and run.id not in excused
+        for text in web.failures(run.id)
+    ]
+    return Launched(ids[0], runs, failed, reasons, [one for one in orders if one in gone], ids[1:], excused)
+
+
+def _failed(web: Webserver, one: Order, runs: Sequence[Run]) -> list[str]:
+    """The partitions that Dagster shows as failed, and those that no run has finished.
+
+    Those before the beginning that the settings have now are no partitions any more.
+    """
+    begin = web.first_partition(one.asset) or ""
+    shown = set(web.failed_partitions(one.asset, one.keys))
+    met = {key for run in runs if run.status in ("SUCCESS", "FAILURE") for key in one.within(run)}
+    return [key for key in one.keys if key >= begin and (key in shown or key not in met)]

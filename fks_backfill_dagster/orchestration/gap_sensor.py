@@ -1,0 +1,157 @@
+"""The sensor that has gaps filled: it reads the ledger, never the candles, and asks for a few runs.
+
+A gap is asked for when the ledger says that its time has come, so one that nobody can fill costs less and
+less. It is not asked for while a run that may fill it waits or runs, nor within minutes of one: a run that
+broke before it could ask anybody must not be started again and again. History that was never synced is in
+no ledger, and never asked for here.
+
+Does not belong here: when a gap is due (`ledger.settle`, `store.due_gaps`), what a run does (`assets`).
+"""
+
+# No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from dagster import (
+    AssetCheckKey,
+    AssetKey,
+    DagsterInstance,
+    DefaultSensorStatus,
+    RunRequest,
+    RunsFilter,
+    SensorDefinition,
+    SensorEvaluationContext,
+    SkipReason,
+    sensor,
+)
+from dagster._core.definitions.target import ExecutableDefinition
+from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
+from dagster._core.storage.tags import PARTITION_NAME_TAG, SENSOR_NAME_TAG
+
+from fks_backfill_dagster.domain.partitions import is_monthly
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.orchestration import cadence
+from fks_backfill_dagster.orchestration.checks import COMPLETENESS
+from fks_backfill_dagster.orchestration.groups import Group, asset_key
+from fks_backfill_dagster.orchestration.jobs import job_name
+from fks_backfill_dagster.orchestration.resources import ALL, opened
+from fks_backfill_dagster.orchestration.run_config import FILL
+from fks_backfill_dagster.pipeline.sync import Context, able, settle_closures
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.store.due_gaps import Place, Wanted, due_places
+from fks_backfill_dagster.store.ledger import reopen
+
+SENSOR = "fill_gaps"
+
+# An asset and the key of one of its partitions.
+Spot = tuple[AssetKey, str]
+Tick = RunRequest | SkipReason
+
+
+def build_sensors(
+    groups: Sequence[Group], jobs: Sequence[ExecutableDefinition], settings: Settings
+) -> list[SensorDefinition]:
+    """The sensor, where there is any series; `jobs` are those that materialize them."""
+    if not groups:
+        return []
+    on = settings.automation.fill_gaps
+
+    @sensor(
+        name=SENSOR,
+        jobs=jobs,
+        minimum_interval_seconds=cadence.FILL_SECONDS,
+        default_status=DefaultSensorStatus.RUNNING if on else DefaultSensorStatus.STOPPED,
+        description="Asks for the gaps whose time has come. Reads the ledger of gaps, not the candles.",
+        required_resource_keys=set(ALL),
+    )
+    def fill_gaps(context: SensorEvaluationContext) -> Iterator[Tick]:
+        recent = recent_runs(context.instance)
+        places = cadence.FILL_RUNS - recent.unfinished
+        if places <= 0:
+            yield SkipReason(f"{recent.unfinished} runs that fill gaps wait or run already")
+            return
+        with opened(context.resources, settings, context.log.info) as work:
+            found: list[Tick] = [*fill_requests(groups, settings, work, recent.spots, places)]
+        yield from found or [SkipReason("no gap is due")]
+
+    return [fill_gaps]
+
+
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """What the sensor has asked for that is not over, or was not minutes ago."""
+
+    unfinished: int
+    spots: frozenset[Spot]
+
+
+def recent_runs(instance: DagsterInstance) -> Recent:
+    """The sensor's runs that wait or run, and those of the last minutes."""
+    tags = {SENSOR_NAME_TAG: SENSOR}
+    under_way = instance.get_runs(RunsFilter(tags=tags, statuses=NOT_FINISHED_STATUSES))
+    since = datetime.now(UTC) - timedelta(seconds=cadence.FILL_AGAIN_SECONDS)
+    lately = instance.get_runs(RunsFilter(tags=tags, created_after=since))
+    return Recent(
+        len(under_way),
+        frozenset(
+            (key, run.tags[PARTITION_NAME_TAG])
+            for run in (*under_way, *lately)
+            for key in run.asset_selection or ()
+        ),
+    )
+
+
+def fill_requests(
+    groups: Sequence[Group], settings: Settings, work: Context, besides: Collection[Spot], most_runs: int
+) -> Iterator[RunRequest]:
+    """Runs for what is due, `most_runs` at most: one partition each, of up to 50 series of one grain and
+    asset class.
+
+    Gaps at the spots `besides` are left out. What rests on one provider's response is opened first where
+    another one has become eligible, and what the settings close is explained.
+    """
+    wanted, now, most = _wanted(groups, settings, work), work.clock(), cadence.MOST_SERIES * most_runs
+    with work.database.begin() as connection:
+        reopen(connection, {series: one.able for series, one in wanted.items()}, now)
+    settle_closures(work, wanted)
+    due = due_places(work.database, wanted, now, most + len(besides))
+    open_places = [one for one in due if (asset_key(one.series), one.key) not in besides]
+    for (job, key, _), series in bundled(open_places, most_runs).items():
+        keys = [asset_key(one) for one in series]
+        yield RunRequest(
+            # Without a run key: what was asked for once may have to be asked for again.
+            job_name=job,
+            partition_key=key,
+            asset_selection=keys,
+            asset_check_keys=[AssetCheckKey(one, COMPLETENESS) for one in keys],
+            tags={FILL: key, cadence.PRIORITY: cadence.LAST},
+        )
+
+
+def _wanted(groups: Sequence[Group], settings: Settings, work: Context) -> dict[Series, Wanted]:
+    return {
+        one: Wanted(
+            since=settings.start_of(one),
+            part="month" if is_monthly(one.timeframe) else "year",
+            able=able(work, one),
+            until=settings.end_of(one),
+        )
+        for group in groups
+        for one in group.series.values()
+    }
+
+
+def bundled(places: Sequence[Place], most: int) -> Mapping[tuple[str, str, AssetClass], Sequence[Series]]:
+    """What runs can take together, by job, partition and asset class: the first `most` such runs, in the
+    order of their first places; 50 series each."""
+    bundles: dict[tuple[str, str, AssetClass], list[Series]] = {}
+    for place in places:
+        where = (job_name(place.series.timeframe), place.key, place.series.asset_class)
+        if where not in bundles and len(bundles) == most:
+            continue
+        members = bundles.setdefault(where, [])
+        if len(members) < cadence.MOST_SERIES:
+            members.append(place.series)
+    return bundles

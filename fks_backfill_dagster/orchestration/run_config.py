@@ -1,0 +1,55 @@
+"""The kind of a run, read from its tags, and the range that a refresh requests of one series.
+
+The schedule that requests a refresh and the op that does it use the same rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.partitions import start_before
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.pipeline.refresh import is_due, quiet_until, refresh_range
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.store.reaches import Reach
+
+REFRESH = "fks/refresh"
+"""The tag of a refresh, its value the timeframe."""
+
+FILL = "fks/fill"
+"""The tag of a run that fills gaps, its value the partition."""
+
+
+class RunKind(Enum):
+    BACKFILL = "backfill"
+    REFRESH = "refresh"
+    FILL = "fill"
+
+    @classmethod
+    def of(cls, tags: Mapping[str, str]) -> RunKind:
+        if REFRESH in tags:
+            return cls.REFRESH
+        return cls.FILL if FILL in tags else cls.BACKFILL
+
+
+def is_wanted(series: Series, reach: Reach | None, settings: Settings, now: int, *, daily: bool) -> bool:
+    """Whether a look takes the series; a `daily` one takes all but those that have ended."""
+    end, grid = settings.end_of(series), grid_of(series)
+    if end is None or now < end:
+        return daily or is_due(reach, grid, now, end)
+    return is_due(reach, grid, now, end) and grid.count(asked_range(series, reach, settings, now)) > 0
+
+
+def asked_range(series: Series, reach: Reach | None, settings: Settings, now: int) -> TimeRange:
+    """From the last sync on; of a series without one, the running partition and the one before.
+
+    Nothing of a series that is silent, until it is due: a daily look shows it as looked after, with
+    the candles that its partition lacks, at the price of no request.
+    """
+    if now < (quiet_until(reach) or now):
+        return TimeRange(now, now)
+    start = max(start_before(series.timeframe, now), settings.start_of(series))
+    return settings.kept(series, refresh_range(reach, grid_of(series), series.timeframe, start, now))

@@ -1,0 +1,293 @@
+"""The sections of the settings file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import date
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    SecretStr,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import Timeframe, iso
+from fks_backfill_dagster.settings.sources import (
+    CLASS_CALENDARS,
+    hint,
+)
+from fks_backfill_dagster.settings.symbols import check_symbol
+from fks_backfill_dagster.settings.types import (
+    DEFAULT_CALENDAR,
+    OTHERS,
+    AnyInstant,
+    Date,
+    EachTimeframe,
+    Instant,
+    Many,
+    TimeoutSeconds,
+    Url,
+    as_date,
+    asset_class_of,
+    between,
+    calendar_name,
+    host_name,
+    login_mode,
+    not_empty,
+    nothing_is_empty,
+    webhook_address,
+)
+
+
+def provider_name(name: str) -> str:
+    if name not in PROVIDER_NAMES:
+        raise ValueError(f"{name!r} is not a provider; {hint(name, PROVIDER_NAMES)}")
+    return name
+
+
+ProviderName = Annotated[str, AfterValidator(provider_name)]
+
+
+class Section(BaseModel):
+    """A part of the settings: frozen, strict, no unknown keys. A section left empty is its defaults."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_default(cls, raw: Any) -> Any:
+        return {} if raw is None else raw
+
+
+class ProviderSettings(Section):
+    """How one provider is reached. The client appends the documented path to `base_url`.
+
+    `requests_per_minute` None is the provider's own default; `timeout_seconds` is per request.
+    """
+
+    base_url: Url
+    requests_per_minute: Annotated[int, between(1, 1_000_000)] | None = None
+    timeout_seconds: TimeoutSeconds = 30.0
+    enabled: bool = True
+
+
+class Binance(ProviderSettings):
+    """`archive_url` null: REST only."""
+
+    base_url: Url = "https://api.binance.com"
+    archive_url: Url | None = "https://data.binance.vision"
+
+
+class CoinGecko(ProviderSettings):
+    base_url: Url = "https://api.coingecko.com"
+
+
+class Polygon(ProviderSettings):
+    base_url: Url = "https://api.massive.com"
+
+
+class YFinance(ProviderSettings):
+    base_url: Url = "https://query2.finance.yahoo.com"
+
+
+class AlphaVantage(ProviderSettings):
+    base_url: Url = "https://www.alphavantage.co"
+
+
+class Oanda(ProviderSettings):
+    base_url: Url = "https://api-fxpractice.oanda.com"
+
+
+class Providers(Section):
+    binance: Binance = Binance()
+    coingecko: CoinGecko = CoinGecko()
+    polygon: Polygon = Polygon()
+    yfinance: YFinance = YFinance()
+    alphavantage: AlphaVantage = AlphaVantage()
+    oanda: Oanda = Oanda()
+
+
+PROVIDER_NAMES: Final = tuple(Providers.model_fields)
+
+Priority = Annotated[Many[ProviderName], AfterValidator(not_empty)]
+
+
+class ProviderPriority(Section):
+    """Who is asked, first to last; what the first leaves missing, the next one is asked for."""
+
+    crypto: Priority = ("binance", "coingecko", "polygon")
+    stocks: Priority = ("polygon", "yfinance", "alphavantage")
+    forex: Priority = ("oanda", "polygon")
+
+
+_LIST, _BY_TIMEFRAME = "[list]", "[by timeframe]"
+PRIORITY_TAGS: Final = ("[key]", _LIST, _BY_TIMEFRAME)
+"""Parts of an error's location that are pydantic's, and no keys of the file."""
+
+PriorityByTimeframe = Annotated[dict[EachTimeframe, Priority], AfterValidator(not_empty)]
+SymbolPriority = Annotated[
+    Annotated[Priority, Tag(_LIST)] | Annotated[PriorityByTimeframe, Tag(_BY_TIMEFRAME)],
+    Discriminator(lambda raw: _BY_TIMEFRAME if isinstance(raw, Mapping) else _LIST),
+]
+
+
+class ClosedDates(Section):
+    """Dates on which a market was closed, from `start` to `end` inclusive; a single date is both."""
+
+    start: Date
+    end: Date
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping | ClosedDates):
+            return raw
+        try:
+            return {"start": as_date(raw), "end": as_date(raw)}
+        except ValueError as error:
+            raise ValueError(f"{error}, nor dates from {{start: ...}} to {{end: ...}}") from None
+
+    @field_validator("end")
+    @classmethod
+    def _after_start(cls, end: date, info: ValidationInfo) -> date:
+        start = info.data.get("start")
+        if start is not None and end < start:
+            raise ValueError(f"{end} lies before start, {start}: exchange them")
+        return end
+
+
+Closed = Annotated[tuple[ClosedDates, ...], Field(strict=False), BeforeValidator(nothing_is_empty)]
+
+
+class CalendarSettings(Section):
+    """What is known of a calendar beyond its library: `closed` are dates without any trading."""
+
+    closed: Closed = ()
+
+
+class GapDetection(Section):
+    """`max_gap_minutes`: what stays missing and is not longer is tolerated once all were asked."""
+
+    max_gap_minutes: Annotated[int, between(0, 525_600)] = 5
+    check_interval_hours: Annotated[int, between(1, 8_760)] = 24
+
+
+class Freshness(Section):
+    """So many closed candles beyond the allowed lag are a warning, and so many an error."""
+
+    warn_candles: Annotated[int, between(0, 1_000_000)] = 3
+    error_candles: Annotated[int, between(0, 1_000_000)] = 10
+
+    @model_validator(mode="after")
+    def _warning_before_error(self) -> Self:
+        if self.error_candles < self.warn_candles:
+            raise ValueError(
+                f"error_candles is {self.error_candles}, less than warn_candles, {self.warn_candles}"
+            )
+        return self
+
+
+class Validation(Section):
+    """`tolerance_pct` is a fraction of the other provider's price: 0.01 is one per cent."""
+
+    enabled: bool = True
+    tolerance_pct: Annotated[float, between(0, 1)] = 0.01
+    validation_providers: Many[ProviderName] = ("coingecko", "polygon")
+
+
+class Automation(Section):
+    """What Dagster does by itself once it is up. What is off here can still be started in its UI.
+
+    `refresh`: the timeframes whose series are kept fresh. `fill_gaps`: whether gaps that are due are asked
+    for. `keep_runs_days`: after which runs whose
+    partitions a later run has materialized again are forgotten, with their events.
+    """
+
+    refresh: Many[EachTimeframe] = tuple(Timeframe)
+    fill_gaps: bool = True
+    checks: bool = True
+    audit: bool = True
+    housekeeping: bool = True
+    keep_runs_days: Annotated[int, between(1, 3_650)] = 3
+
+
+class Webserver(Section):
+    """Who reaches Dagster's pages that `up` starts.
+
+    `hosts`: names of this server in a browser's address besides the loopback ones, such as those of a proxy.
+    `login`: who needs the token: everybody (true), nobody (false), or all but the processes of the account that has
+    called `up` (`others`); FKS_API_TOKEN makes `others` everybody.
+    `report_assets`: whether other programs may report materializations and checks over HTTP.
+    """
+
+    hosts: Many[Annotated[str, AfterValidator(host_name)]] = ()
+    login: Annotated[Literal[True, False, "others"], PlainValidator(login_mode)] = OTHERS
+    report_assets: bool = False
+
+
+class Alerts(Section):
+    urls: Many[Annotated[SecretStr, AfterValidator(webhook_address)]] = ()
+
+
+class SymbolSettings(Section):
+    """One symbol and the timeframes that are kept of it.
+
+    `start` None is `history_start`; from `end` on nothing is expected (delisted); `calendar` (stocks)
+    None is XNYS; `provider_priority` None is that of the asset class, and so is a timeframe that it does not
+    name; on the dates of `closed` nothing was traded. The order of the fields matters: later ones are
+    checked against earlier.
+    """
+
+    asset_class: Annotated[AssetClass, BeforeValidator(asset_class_of)]
+    symbol: str
+    timeframes: Annotated[Many[EachTimeframe], AfterValidator(not_empty)]
+    start: Instant | None = None
+    end: AnyInstant | None = None
+    calendar: str | None = None
+    provider_symbols: dict[ProviderName, Annotated[str, Field(min_length=1)]] = {}
+    provider_priority: SymbolPriority | None = None
+    closed: Closed = ()
+
+    @field_validator("symbol")
+    @classmethod
+    def _well_formed(cls, symbol: str, info: ValidationInfo) -> str:
+        if "asset_class" in info.data:
+            check_symbol(symbol, info.data["asset_class"])
+        return symbol
+
+    @field_validator("end")
+    @classmethod
+    def _after_start(cls, end: int | None, info: ValidationInfo) -> int | None:
+        start = info.data.get("start")
+        if end is not None and start is not None and end <= start:
+            raise ValueError(f"{iso(end)} does not lie after start, {iso(start)}")
+        return end
+
+    @field_validator("calendar")
+    @classmethod
+    def _known_calendar(cls, name: str | None, info: ValidationInfo) -> str | None:
+        if name is not None and info.data.get("asset_class", AssetClass.STOCKS) is not AssetClass.STOCKS:
+            raise ValueError("only stocks have a calendar")
+        if name in CLASS_CALENDARS:
+            raise ValueError(f"{name!r} is the calendar of an asset class; stocks have an exchange's")
+        return None if name is None else calendar_name(name)
+
+    def series(self, timeframe: Timeframe) -> Series:
+        return Series(
+            symbol=self.symbol,
+            timeframe=timeframe,
+            asset_class=self.asset_class,
+            calendar=self.calendar or DEFAULT_CALENDAR,
+            provider_symbols=tuple(self.provider_symbols.items()),
+        )

@@ -1,0 +1,260 @@
+"""The types of single settings: how a value is read, and the sentence about one that is wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from datetime import UTC, date, datetime
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SecretStr,
+)
+
+from fks_backfill_dagster.domain.series import AssetClass
+from fks_backfill_dagster.domain.timeframe import Timeframe, iso, to_micros
+from fks_backfill_dagster.loopback import is_loopback
+from fks_backfill_dagster.settings.sources import (
+    CLASS_CALENDARS,
+    hint,
+)
+
+T = TypeVar("T")
+Entries = TypeVar("Entries", bound=Collection[Any])
+
+
+def between(low: float, high: float) -> AfterValidator:
+    def check(value: float) -> float:
+        if not low <= value <= high:
+            raise ValueError(f"{value} is not between {low:g} and {high:g}")
+        return value
+
+    return AfterValidator(check)
+
+
+def host_name(value: str) -> str:
+    """As in a browser's address, without scheme, port and path."""
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]", value):
+        raise ValueError(
+            f"{value!r} is not the name of a host such as fks.example.com, without scheme and port"
+        )
+    return value.lower()
+
+
+DEFAULT_CALENDAR: Final = "XNYS"
+
+OTHERS: Final = "others"
+
+
+def quoted(value: object) -> str:
+    if isinstance(value, bool | None):
+        return {True: "true", False: "false", None: "nothing"}[value]
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "a section"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def login_mode(value: object) -> object:
+    if value is True or value is False or value == OTHERS:
+        return value
+    raise ValueError(f"{quoted(value)} is not one of: true, false, {OTHERS}")
+
+
+LEAST_TOKEN = 32  # characters
+
+
+def login_token(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    if len(text) < LEAST_TOKEN or not (text.isascii() and text.isprintable()) or " " in text:
+        raise ValueError(
+            f"it is to be {LEAST_TOKEN} or more printable ASCII characters without spaces, such as"
+            " `openssl rand -hex 32` prints"
+        )
+    return value
+
+
+def _seconds(value: float) -> float:
+    if not 0 < value <= 600:
+        raise ValueError(f"{value:g} is not a time above 0 and up to 600 seconds")
+    return value
+
+
+def _url(text: str) -> str:
+    """Scheme, host and an optional path prefix, without the trailing slash.
+
+    The error does not repeat the text: it may hold a password.
+    """
+    if not _has_host(text):
+        raise ValueError("is not an address such as https://api.example.com")
+    parts = urlsplit(text)
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("holds a user or password; keys come from their own variables only")
+    if "?" in text or "#" in text:
+        raise ValueError("is scheme, host and path prefix only: leave out what follows '?' or '#'")
+    return text.rstrip("/")
+
+
+def leaves_unencrypted(url: str) -> bool:
+    """Whether requests to this checked address leave the machine unencrypted."""
+    parts = urlsplit(url)
+    return parts.scheme == "http" and not is_loopback(parts.hostname or "")
+
+
+def webhook_address(secret: SecretStr) -> SecretStr:
+    """An alert's address. It is a secret itself: whoever has it can write there."""
+    if not _has_host(secret.get_secret_value()):
+        raise ValueError("is not an address such as https://hooks.example.com/services/...")
+    return secret
+
+
+def _has_host(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        return False
+    return (
+        parts.scheme in ("http", "https")
+        and bool(parts.hostname)
+        and port != 0
+        and not re.search(r"\s", text)
+    )
+
+
+def database_address(secret: SecretStr) -> SecretStr:
+    address = secret.get_secret_value()
+    try:
+        parts = urlsplit(address)
+        # A password with a bare @ would make the rest of it pass for the host.
+        sound = parts.port != 0 and parts.netloc.count("@") <= 1
+    except ValueError:  # its text would quote a piece of the address
+        sound = False
+    if not sound or not address.startswith(("postgresql://", "postgres://", "postgresql+psycopg://")):
+        raise ValueError(
+            "is not a PostgreSQL address such as postgresql://user:password@host:5432/database "
+            "(special characters of a password are percent-encoded)"
+        )
+    return secret
+
+
+def absolute_folder(path: Path) -> Path:
+    if os.path.exists(path) and not os.path.isdir(
+        path
+    ):  # unlike Path's own they say no where we may not look
+        raise ValueError(f"{path} is a file; it has to be a folder")
+    return path
+
+
+def _instant(raw: object) -> int:
+    """A date or time as microseconds, not in the future; UTC where no zone is written."""
+    micros = _any_instant(raw)
+    if micros > to_micros(datetime.now(UTC)):
+        raise ValueError(f"{raw} is not between 1970 and now")
+    return micros
+
+
+def _any_instant(raw: object) -> int:
+    try:
+        moment = datetime.fromisoformat(raw.strip()) if isinstance(raw, str) else raw
+    except ValueError:
+        moment = None
+    if isinstance(moment, date) and not isinstance(moment, datetime):
+        moment = datetime(moment.year, moment.month, moment.day, tzinfo=UTC)
+    if not isinstance(moment, datetime):
+        raise ValueError(f"{raw!r} is not a time such as 2017-08-17 or 2017-08-17T04:00:00Z")
+    micros = to_micros(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+    if micros < 0:
+        raise ValueError(f"{raw} lies before 1970")
+    return micros
+
+
+def parse_timeframe(raw: object) -> Timeframe:
+    """The timeframe of a written one. Raises ValueError that names all eight."""
+    try:
+        return Timeframe(str(raw))
+    except ValueError:
+        raise ValueError(f"{str(raw)!r} is not a timeframe ({' '.join(Timeframe)})") from None
+
+
+def asset_class_of(raw: object) -> AssetClass:
+    try:
+        return AssetClass(str(raw))
+    except ValueError:
+        raise ValueError(f"{str(raw)!r} is not an asset class ({' '.join(AssetClass)})") from None
+
+
+def _once_each(values: tuple[T, ...]) -> tuple[T, ...]:
+    twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
+    if twice is not None:
+        raise ValueError(f"names {twice} twice")
+    return values
+
+
+def not_empty(values: Entries) -> Entries:
+    if not values:
+        raise ValueError("is empty; it needs at least one entry")
+    return values
+
+
+def as_date(raw: object) -> date:
+    """A calendar date, without a time or a zone: it is the market's."""
+    if isinstance(raw, date) and not isinstance(raw, datetime):
+        return raw
+    try:
+        if not (isinstance(raw, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", raw.strip())):
+            raise ValueError
+        return date.fromisoformat(raw.strip())
+    except ValueError:
+        raise ValueError(f"{quoted(raw)} is not a date such as 2023-09-08") from None
+
+
+def calendar_name(name: str) -> str:
+    if name not in (*CLASS_CALENDARS, DEFAULT_CALENDAR):
+        # Half a second with pandas behind it: paid by those who name another calendar only.
+        from exchange_calendars import get_calendar_names
+
+        known = get_calendar_names(include_aliases=True)
+        if name not in known:
+            raise ValueError(f"{name!r} is no exchange calendar; {hint(name, (*CLASS_CALENDARS, *known))}")
+    return name
+
+
+@cache
+def resolved_calendar(calendar: str) -> str:
+    """The exchange calendar that a name or an alias means: NYSE is XNYS."""
+    if calendar == DEFAULT_CALENDAR:
+        return calendar
+    from exchange_calendars import resolve_alias
+
+    return str(resolve_alias(calendar))
+
+
+def no_section(raw: object) -> object:
+    """A section that is left empty in the file."""
+    return {} if raw is None else raw
+
+
+def nothing_is_empty(raw: object) -> object:
+    """A list that is left empty in the file."""
+    return () if raw is None else raw
+
+
+# Strict models take no list for a tuple, and YAML and JSON have lists only.
+Many = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_once_each)]
+Url = Annotated[str, AfterValidator(_url)]
+_AS_ISO = PlainSerializer(iso, return_type=str, when_used="json")
+Instant = Annotated[int, BeforeValidator(_instant), _AS_ISO]
+AnyInstant = Annotated[int, BeforeValidator(_any_instant), _AS_ISO]
+EachTimeframe = Annotated[Timeframe, BeforeValidator(parse_timeframe)]
+TimeoutSeconds = Annotated[float, AfterValidator(_seconds)]
+Date = Annotated[date, BeforeValidator(as_date)]
+CalendarName = Annotated[str, AfterValidator(calendar_name)]

@@ -1,0 +1,347 @@
+"""Counts of many windows or many series in a query or two: the numbers behind Dagster's partitions and checks.
+
+Belongs here: expected, stored, missing and no-trade counts. Does not belong here: which counts pass a check (the
+callers), whether the stored candles are sound (`sanity`), how far a series reaches (`reaches`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sqlalchemy as sa
+
+from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime, to_micros
+from fks_backfill_dagster.ledger.gaps import MISSING, GapStatus
+from fks_backfill_dagster.ledger.records import LedgerGap
+from fks_backfill_dagster.store import ledger
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.sql import micros, series_of, table_of
+
+# The states of gaps in which candles are missing: they did trade, as far as is known.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Candles: expected = stored + missing + quiet.
+
+    `missing` did trade, as far as anybody knows, and is not stored, explained or not. `quiet` are
+    intervals in which nothing traded.
+    """
+
+    expected: int = 0
+    missing: int = 0
+    quiet: int = 0
+
+    @property
+    def stored(self) -> int:
+        return self.expected - self.missing - self.quiet
+
+    @property
+    def coverage(self) -> float:
+        """The share of what is expected that is not missing; 1 where nothing is expected."""
+        return (self.expected - self.missing) / self.expected if self.expected else 1.0
+
+    @property
+    def rounded_coverage(self) -> float:
+        """To six digits, and never up to 1 where something is missing."""
+        rounded = round(self.coverage, 6)
+        return min(rounded, 0.999999) if self.missing else rounded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartState(Counts):
+    """What the ledger says of one window; `unexplained` is the part of `missing` that nobody answered for.
+
+    `providers` are the stored candles by who brought them, the largest share first. `first` and `last` are
+    open times (microseconds) of stored candles, `close_last` is the close of the last one; `volume_sum` is in
+    base units, None where no candle has a volume. `next_attempt` is when the first of the window's gaps is
+    requested again, as the ledger has it; None: none of them is.
+    """
+
+    unexplained: int = 0
+    providers: Mapping[str, int] = field(default_factory=dict)
+    first: int | None = None
+    last: int | None = None
+    close_last: float | None = None
+    volume_sum: float | None = None
+    next_attempt: int | None = None
+
+    def from_fallback(self, provider: str | None) -> int:
+        """The stored candles that come from others than `provider`, the first of the priority."""
+        return sum(count for name, count in self.providers.items() if name != provider)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completeness(Counts):
+    """Of all that was ever synced of a series; history that never was is pending, and no gap.
+
+    `open_missing` is the part of `missing` that lies in open gaps.
+    """
+
+    open_gaps: int = 0
+    open_missing: int = 0
+
+
+def part_states(database: Database, series: Series, windows: Mapping[str, TimeRange]) -> dict[str, PartState]:
+    """The state of every window by its key. Windows reach no further than candles can exist.
+
+    Few statements, whatever the number of windows. Candles are read only where the lineage does not tell: their
+    volumes where something was corrected or batches reach beyond the window, and whose they are where it names more
+    than one provider.
+    """
+    hull = TimeRange(min(w.start for w in windows.values()), max(w.end for w in windows.values()))
+    grid = grid_of(series)
+    with database.begin() as connection:
+        identity = ledger.series_id(connection, series)
+        known = ledger.known(connection, identity, hull)
+        found = {
+            key: PartState(
+                expected=grid.count(window),
+                missing=sum(grid.count(part) for part in known.lacking(window)),
+                unexplained=sum(grid.count(part) for part in known.missing(window)),
+                quiet=sum(grid.count(part) for part in known.quiet(window)),
+                next_attempt=_next_attempt(known.gaps, window),
+            )
+            for key, window in windows.items()
+        }
+        full = {key: windows[key] for key, state in found.items() if state.stored}
+        edges = _edges(connection, series.timeframe, identity, full) if full else {}
+        lineage = _lineage(connection, identity, full) if full else {}
+        only = {key: one.provider for key, one in lineage.items() if one.provider is not None}
+        summed = {key: one.volume for key, one in lineage.items() if one.inserted == found[key].stored}
+        volumes = {key: volume for key, volume in summed.items() if volume is not None}
+        unsummed = {key: window for key, window in full.items() if key not in volumes}
+        volumes |= _volumes(connection, series.timeframe, identity, unsummed) if unsummed else {}
+        mixed = {key: window for key, window in full.items() if key not in only}
+        shares = _shares(connection, series.timeframe, identity, mixed) if mixed else {}
+    shares |= {key: {provider: found[key].stored} for key, provider in only.items()}
+    return {
+        key: replace(state, providers=shares.get(key, {}), volume_sum=volumes.get(key), **edges.get(key, {}))
+        for key, state in found.items()
+    }
+
+
+_WINDOWS = (
+    "unnest(CAST(:keys AS text[]), CAST(:starts AS timestamptz[]), CAST(:ends AS timestamptz[]))"
+    " AS w(key, low, high)"
+)
+
+
+def _named(identity: int | None, windows: Mapping[str, TimeRange]) -> dict[str, Any]:
+    return {
+        "id": identity,
+        "keys": list(windows),
+        "starts": [to_datetime(w.start) for w in windows.values()],
+        "ends": [to_datetime(w.end) for w in windows.values()],
+    }
+
+
+def _edges(
+    connection: sa.Connection, timeframe: Timeframe, identity: int | None, windows: Mapping[str, TimeRange]
+) -> dict[str, dict[str, Any]]:
+    """The first and the last stored candle of every window, as fields of PartState; found by index."""
+    candles = f"FROM {table_of(timeframe)} WHERE series_id = :id AND ts >= w.low AND ts < w.high"
+    rows = connection.execute(
+        sa.text(
+            f"SELECT w.key, {micros('f.ts')} AS first, {micros('l.ts')} AS last, l.close"
+            f" FROM {_WINDOWS}"
+            f" CROSS JOIN LATERAL (SELECT ts {candles} ORDER BY ts LIMIT 1) f"
+            f" CROSS JOIN LATERAL (SELECT ts, close {candles} ORDER BY ts DESC LIMIT 1) l"
+        ),
+        _named(identity, windows),
+    )
+    return {row.key: {"first": row.first, "last": row.last, "close_last": row.close} for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class _Lineage:
+    """What the batches of a window tell of its candles: how many they have inserted, the provider where there is
+    one, their volume where they hold nothing else and nothing of them was changed since."""
+
+    inserted: int
+    provider: str | None
+    volume: float | None
+
+
+def _lineage(
+    connection: sa.Connection, identity: int | None, windows: Mapping[str, TimeRange]
+) -> dict[str, _Lineage]:
+    rows = connection.execute(
+        sa.text(
+            "SELECT w.key, sum(b.inserted)::bigint AS inserted,"
+            " CASE WHEN count(DISTINCT b.provider) = 1 THEN min(b.provider) END AS provider,"
+            " CASE WHEN bool_and(b.range_start >= w.low AND b.range_end <= w.high AND b.updated = 0"
+            "   AND b.undoes IS NULL AND b.volume_sum IS NOT NULL) THEN sum(b.volume_sum) END AS volume"
+            f" FROM {_WINDOWS}"
+            " JOIN fks.batch b ON b.series_id = :id AND b.range_start < w.high AND b.range_end > w.low"
+            "   AND b.inserted + b.updated > 0"
+            " GROUP BY 1"
+        ),
+        _named(identity, windows),
+    )
+    return {row.key: _Lineage(row.inserted, row.provider, row.volume) for row in rows}
+
+
+def _volumes(
+    connection: sa.Connection, timeframe: Timeframe, identity: int | None, windows: Mapping[str, TimeRange]
+) -> dict[str, float]:
+    """The volume of the stored candles of every window; of them nothing else is read."""
+    rows = connection.execute(
+        sa.text(
+            f"SELECT w.key, c.volume FROM {_WINDOWS} CROSS JOIN LATERAL ("
+            f"   SELECT sum(volume) AS volume FROM {table_of(timeframe)}"
+            "   WHERE series_id = :id AND ts >= w.low AND ts < w.high) c"
+        ),
+        _named(identity, windows),
+    )
+    return {row.key: row.volume for row in rows}
+
+
+def _shares(
+    connection: sa.Connection, timeframe: Timeframe, identity: int | None, windows: Mapping[str, TimeRange]
+) -> dict[str, dict[str, int]]:
+    """The stored candles of every window by provider.
+
+    They are grouped by batch first: there are few, and only they are joined with their provider.
+    """
+    rows = connection.execute(
+        sa.text(
+            f"SELECT w.key, b.provider, sum(n.candles)::bigint AS candles FROM {_WINDOWS}"
+            " CROSS JOIN LATERAL ("
+            f"   SELECT batch_id, count(*) AS candles FROM {table_of(timeframe)}"
+            "   WHERE series_id = :id AND ts >= w.low AND ts < w.high GROUP BY batch_id) n"
+            " JOIN fks.batch b ON b.id = n.batch_id GROUP BY 1, 2 ORDER BY 3 DESC, 2"
+        ),
+        _named(identity, windows),
+    )
+    found: dict[str, dict[str, int]] = {}
+    for row in rows:
+        found.setdefault(row.key, {})[row.provider] = row.candles
+    return found
+
+
+def _next_attempt(gaps: Sequence[LedgerGap], window: TimeRange) -> int | None:
+    """When the first of the gaps that reach into the window is requested again, in microseconds."""
+    moments = (
+        gap.next_attempt_at
+        for gap in gaps
+        if gap.status is not GapStatus.FILLED and gap.start < window.end and gap.end > window.start
+    )
+    return min((moment for moment in moments if moment is not None), default=None)
+
+
+def completeness(database: Database, series: Sequence[Series]) -> dict[Series, Completeness]:
+    """What is expected and missing within what was synced, from the ledger: no candle is read."""
+    found = {one: Completeness() for one in series}
+    with database.begin() as connection:
+        owners = series_of(connection, series)
+        rows = connection.execute(
+            sa.text(
+                "SELECT s.series_id, s.synced,"
+                "   coalesce(sum(g.missing_candles) FILTER (WHERE g.status <> :quiet), 0)::bigint AS missing,"
+                "   coalesce(sum(g.missing_candles) FILTER (WHERE g.status = :quiet), 0)::bigint AS quiet,"
+                "   count(g.id) FILTER (WHERE g.status = :open) AS open_gaps,"
+                "   coalesce(sum(g.missing_candles) FILTER (WHERE g.status = :open), 0)::bigint AS open_missing"
+                " FROM fks.sync_state s LEFT JOIN fks.gap g"
+                "   ON g.series_id = s.series_id AND g.status <> :filled"
+                " WHERE s.series_id = ANY(:ids) GROUP BY s.series_id, s.synced"
+            ),
+            {
+                "ids": list(owners),
+                "open": GapStatus.OPEN.value,
+                "quiet": GapStatus.NO_TRADE.value,
+                "filled": GapStatus.FILLED.value,
+            },
+        ).all()
+    for row in rows:
+        one = owners[row.series_id]
+        expected = sum(grid_of(one).count(part) for part in ledger.from_multirange(row.synced))
+        found[one] = Completeness(
+            expected=expected,
+            missing=row.missing,
+            quiet=row.quiet,
+            open_gaps=row.open_gaps,
+            open_missing=row.open_missing,
+        )
+    return found
+
+
+def open_parts(database: Database, series: Sequence[Series], part: str) -> dict[Series, list[str]]:
+    """The parts ("month" or "year") that an open gap reaches into, by the day on which they begin."""
+    found: dict[Series, list[str]] = {one: [] for one in series}
+    with database.begin() as connection:
+        owners = series_of(connection, series)
+        rows = connection.execute(
+            sa.text(
+                "SELECT DISTINCT g.series_id, to_char(p, 'YYYY-MM-DD') AS key FROM fks.gap g"
+                " CROSS JOIN LATERAL generate_series("
+                "   date_trunc(:part, g.gap_start AT TIME ZONE 'UTC'),"
+                "   (g.gap_end - interval '1 microsecond') AT TIME ZONE 'UTC', CAST('1 ' || :part AS interval)) p"
+                " WHERE g.series_id = ANY(:ids) AND g.status = :open ORDER BY 1, 2"
+            ),
+            {"part": part, "ids": list(owners), "open": GapStatus.OPEN.value},
+        )
+        for row in rows:
+            found[owners[row.series_id]].append(row.key)
+    return found
+
+
+def next_attempts(database: Database, series: Sequence[Series]) -> dict[Series, int]:
+    """When the next gap of each series is requested again; series without such a gap are left out.
+
+    An open gap that was never put off is due since it was found.
+    """
+    with database.begin() as connection:
+        owners = series_of(connection, series)
+        rows = connection.execute(
+            sa.text(
+                "SELECT series_id, min(coalesce(next_attempt_at, found_at)) AS due FROM fks.gap"
+                " WHERE series_id = ANY(:ids)"
+                "   AND (status = :open OR (status = :unavailable AND next_attempt_at IS NOT NULL))"
+                " GROUP BY series_id"
+            ),
+            {
+                "ids": list(owners),
+                "open": GapStatus.OPEN.value,
+                "unavailable": GapStatus.UNAVAILABLE.value,
+            },
+        )
+        return {owners[row.series_id]: to_micros(row.due) for row in rows}
+
+
+def missing_gaps(
+    database: Database, series: Sequence[Series], most: int
+) -> dict[Series, tuple[LedgerGap, ...]]:
+    """The gaps in which something is missing, at most `most` of each series: open ones first, then the newest."""
+    found: dict[Series, list[LedgerGap]] = {one: [] for one in series}
+    with database.begin() as connection:
+        owners = series_of(connection, series)
+        rows = connection.execute(
+            sa.text(
+                "SELECT g.* FROM unnest(CAST(:ids AS int[])) AS w(id) CROSS JOIN LATERAL ("
+                "   SELECT * FROM fks.gap WHERE series_id = w.id AND status = ANY(:missing)"
+                "   ORDER BY status = :open DESC, gap_start DESC LIMIT :most) g"
+                " ORDER BY g.series_id, g.status = :open DESC, g.gap_start DESC"
+            ),
+            {
+                "ids": list(owners),
+                "missing": [status.value for status in MISSING],
+                "open": GapStatus.OPEN.value,
+                "most": most,
+            },
+        )
+        for row in rows:
+            found[owners[row.series_id]].append(ledger.gap_of(row))
+    return {one: tuple(gaps) for one, gaps in found.items()}
+
+
+def listed_at(database: Database, series: Series, providers: Sequence[str]) -> int | None:
+    """Since when one of `providers` has the symbol, as far as that was found out."""
+    with database.begin() as connection:
+        found = ledger.listings(connection, series.symbol)
+    return min((found[name].listed_at for name in providers if name in found), default=None)

@@ -1,0 +1,79 @@
+"""One transaction per batch: candles and everything that must change together with them.
+
+Under the advisory lock of its series: candles, lineage, revisions, the ledger of gaps, coverage, totals and
+quarantine. A process that is killed anywhere leaves the last commit; two processes on one series wait for each
+other, and the second one finds nothing to change.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fks_backfill_dagster.domain.grid import Grid
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.ledger.settle import (
+    settle,
+    surroundings,
+)
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.errors import repeated
+from fks_backfill_dagster.store.ledger import known_around
+from fks_backfill_dagster.store.writer.candles import (
+    Dated,
+    merge_deliveries,
+    refuse_misplaced,
+    withdraw,
+    write_candles,
+)
+from fks_backfill_dagster.store.writer.ledger import (
+    cover,
+    recount,
+    still_missing,
+    with_known_rejections,
+    write_gaps,
+    write_rejected,
+)
+from fks_backfill_dagster.store.writer.lineage import drop_idle, lock, open_batch, stamp, volumes
+from fks_backfill_dagster.store.writer.records import BatchWrite, Committed
+
+
+@repeated
+def commit_batch(
+    database: Database, series: Series, identity: int, write: BatchWrite, grid: Grid
+) -> Committed:
+    """Writes one batch; all of it or nothing. Committing the same batch twice changes nothing.
+
+    So a batch whose connection is lost is committed again. Where it was lost after the commit and before its
+    confirmation, the result is that of the second commit, which found nothing to change.
+
+    Raises ValueError for candles that the batch may not hold: the ledger would be wrong for ever.
+    """
+    deliveries = tuple(d for d in write.deliveries if len(d.candles))
+    withdrawals = tuple(w for w in write.withdrawn if len(w.opens))
+    with database.begin() as connection:
+        lock(connection, identity)
+        before = known_around(connection, identity, surroundings(write.window, grid))
+        batch_ids = [open_batch(connection, identity, d, write.run_id, grid) for d in deliveries]
+        rows, row_batches = merge_deliveries(deliveries, batch_ids)
+        refuse_misplaced(rows.ts, write.window, grid)
+        dated = Dated.of(deliveries, batch_ids)
+        inserted, updated, outdated = write_candles(connection, series, identity, rows, row_batches, dated)
+        gone, gone_by = withdraw(connection, series, identity, withdrawals, rows.ts, write, grid)
+        missing = np.union1d(still_missing(before, write.window, rows.ts, grid), gone)
+        responses = with_known_rejections(connection, identity, write, grid)
+        settlement = settle(
+            before.gaps, write.window, missing, rows.ts, responses, grid, before.synced, write.rules
+        )
+        write_gaps(connection, identity, settlement)
+        write_rejected(connection, identity, write.rejected)
+        cover(connection, identity, write.window, inserted, rows.ts)
+        if len(gone):
+            recount(connection, identity, series, -len(gone))
+        changed = updated | gone_by
+        opened = [*batch_ids, *gone_by]
+        useful = [batch for batch in opened if inserted.get(batch) or changed.get(batch)]
+        drop_idle(connection, [batch for batch in opened if batch not in useful])
+        stamp(connection, useful, inserted, changed, volumes(rows, row_batches, inserted))
+        return Committed(
+            sum(inserted.values()), sum(updated.values()), len(missing), sum(outdated.values()), len(gone)
+        )

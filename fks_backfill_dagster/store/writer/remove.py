@@ -1,0 +1,37 @@
+"""Deleting a series with all that belongs to it."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.errors import StoreError
+from fks_backfill_dagster.store.sql import table_of
+from fks_backfill_dagster.store.writer.lineage import lock
+
+
+def remove_series(database: Database, series: Series) -> int:
+    """Deletes a series with its candles, lineage, ledger and quarantine; returns how many candles went.
+
+    Also what `ohlcv_as_of` could tell of it is gone. Raises StoreError when it is being synced.
+    """
+    named = {"symbol": series.symbol, "timeframe": series.timeframe.value}
+    with database.begin() as connection:
+        query = "SELECT id FROM fks.series WHERE symbol = :symbol AND timeframe = :timeframe"
+        identity = connection.scalar(sa.text(query), named)
+        if identity is None:
+            return 0
+        lock(connection, identity)
+        busy = (
+            "SELECT EXISTS (SELECT FROM fks.lease WHERE series_id = :id AND expires_at > clock_timestamp())"
+        )
+        if connection.scalar(sa.text(busy), {"id": identity}):
+            raise StoreError(
+                f"{series} is being synced just now: stop that or wait for its end, then try again."
+            )
+        delete = sa.text(f"DELETE FROM {table_of(series.timeframe)} WHERE series_id = :id")
+        candles = connection.execute(delete, {"id": identity}).rowcount
+        # Everything else belongs to the series by ON DELETE CASCADE.
+        connection.execute(sa.text("DELETE FROM fks.series WHERE id = :id"), {"id": identity})
+        return candles

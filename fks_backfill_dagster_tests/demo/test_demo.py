@@ -1,0 +1,70 @@
+"""What the demo decides; that all of it works is what `make demo` shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fks_backfill_dagster.demo import demo
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import CHECKOUT
+from fks_backfill_dagster.simulator.config import Outage, instant
+
+
+@pytest.mark.parametrize(
+    ("moment", "months", "expected"),
+    [
+        ("2024-11-22T12:00", 0, "2024-11-01"),
+        ("2024-11-22T12:00", 2, "2025-01-01"),
+        ("2024-12-01", 1, "2025-01-01"),
+        ("2024-01-31T23:59", -1, "2023-12-01"),
+        ("2024-01-31T23:59", -24, "2022-01-01"),
+    ],
+)
+def test_months_are_counted_over_the_year(moment: str, months: int, expected: str) -> None:
+    assert demo._months_later(instant(moment), months) == instant(expected)
+
+
+def test_the_settings_of_the_first_run_are_kept(tmp_path: Path) -> None:
+    path = demo._write_settings(tmp_path)
+    changed = path.read_text().replace("history_start: 2", "history_start: 1")
+    path.write_text(changed)
+    assert demo._write_settings(tmp_path) == path
+    assert path.read_text() == changed
+
+
+def test_its_home_is_below_the_usual_one_and_not_nested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FKS_HOME", raising=False)
+    assert demo._usual_home() == CHECKOUT / ".fks" / "demo"
+    monkeypatch.setenv("FKS_HOME", str(tmp_path))
+    assert demo._usual_home() == tmp_path / "demo"
+    monkeypatch.setenv("FKS_HOME", str(tmp_path / "demo"))
+    assert demo._usual_home() == tmp_path / "demo"
+
+
+def test_its_environment_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FKS_DATABASE_URL", "postgresql://real")
+    monkeypatch.setenv("DAGSTER_HOME", "/real")
+    monkeypatch.setenv("POLYGON_API_KEY", "a-real-key")
+    config = demo._write_settings(tmp_path)
+    environment = demo._clean_environment(tmp_path, config)
+    assert not {"FKS_DATABASE_URL", "DAGSTER_HOME", "POLYGON_API_KEY"} & environment.keys()
+    settings = load_settings(environment, CHECKOUT)
+    assert (settings.home, settings.database_url, settings.keys) == (tmp_path, None, {})
+    assert len(settings.series()) == 9
+
+
+def test_the_outages_are_what_the_market_understands(tmp_path: Path) -> None:
+    made = demo.Demo(tmp_path, demo._write_settings(tmp_path), lambda text: None)
+    for outage in made._outages():
+        assert Outage.parse(outage.option).window == outage.window
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"), [(1.0, "100 %"), (0.999999, "99.99 %"), (0.5, "50.00 %"), (0.0, "0.00 %")]
+)
+def test_nothing_is_rounded_up_to_whole(share: float, shown: str) -> None:
+    assert demo._percent(share) == shown

@@ -1,0 +1,1 @@
+"""Dagster's processes on this machine: whole servers, killed, restarted and attacked."""

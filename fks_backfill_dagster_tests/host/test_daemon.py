@@ -1,0 +1,275 @@
+"""What Dagster does by itself, done by a real daemon: nothing here calls a function of the definitions.
+
+One start of everything serves all tests of this file: the refresh is what they begin with, each then looks
+at its own part over GraphQL.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import pytest
+import sqlalchemy as sa
+from dagster import DagsterInstance
+from dagster._core.scheduler.instigation import ScheduleInstigatorData
+
+from fks_backfill_dagster.app import now
+from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, MICROS_PER_MINUTE, Timeframe, to_datetime
+from fks_backfill_dagster.host.graphql import REPOSITORY
+from fks_backfill_dagster.host.servers import WEBSERVER, dagster_folder
+from fks_backfill_dagster.orchestration.jobs import CHECKS
+from fks_backfill_dagster.orchestration.run_retention import HOUSEKEEPING
+from fks_backfill_dagster.settings.model import CHECKOUT
+from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
+from fks_backfill_dagster.store.dagster_schema import DAGSTER_SCHEMA
+from fks_backfill_dagster.store.queries import batches, read_candles
+from fks_backfill_dagster_tests.host.site import Site, compute_log, site
+
+pytestmark = pytest.mark.server
+
+FRAME = 15 * MICROS_PER_MINUTE
+BTC, ETH = ("ohlcv", "BTC_USDT", "15m"), ("ohlcv", "ETH_USDT", "15m")
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """A site whose daemon has met a tick that was due: BTC was synced until `cut`, ETH never.
+
+    `runs` are the tags of the runs that came of it by their ids, `targets` what the market was asked for.
+    """
+
+    site: Site
+    cut: int
+    runs: Mapping[str, Mapping[str, str]]
+    targets: Sequence[str]
+
+    def run_of(self, path: tuple[str, ...]) -> str:
+        """The id of the run that materialized this asset last."""
+        (last,) = self.site.asset(path, "assetMaterializations(limit: 1) { runId }")["assetMaterializations"]
+        return str(last["runId"])
+
+
+@pytest.fixture(scope="module")
+def refreshed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Refreshed]:
+    present = now()
+    cut = present // FRAME * FRAME - 3 * MICROS_PER_HOUR
+    start = (to_datetime(cut).replace(day=1) - timedelta(days=1)).replace(day=1)
+    home = tmp_path_factory.mktemp("daemon") / "home"
+    with (
+        LocalMarket(MarketConfig(limits=False)) as market,
+        site(home, market, ("BTC/USDT", "ETH/USDT"), "15m", f"{start:%Y-%m-%d}") as made,
+    ):
+        made.up(WEBSERVER)
+        backfill(made, "BTC/USDT", f"{start:%Y-%m-%d}", to_datetime(cut).isoformat())
+        market.reset_requests()
+        start_schedule(made, "refresh_15m")
+        pretend_started_before(made, timedelta(minutes=15))
+        made.up()
+        made.until(lambda: bool(made.runs()) and all(r["status"] == "SUCCESS" for r in made.runs()))
+        runs = {run["id"]: run["tags"] for run in made.runs()}
+        yield Refreshed(made, cut, runs, [line["target"] for line in market.journal()["last"]])
+
+
+def backfill(made: Site, symbol: str, start: str, end: str) -> None:
+    """By the command line, without Dagster."""
+    line = ("backfill", symbol, "15m", "--start", start, "--end", end, "--json")
+    subprocess.run(
+        [sys.executable, "-m", "fks_backfill_dagster", *line],
+        env=dict(made.environment),
+        cwd=CHECKOUT,
+        check=True,
+        capture_output=True,
+    )
+
+
+def start_schedule(made: Site, name: str) -> None:
+    """As the switch in the UI does."""
+    found = made.web.ask(
+        "mutation($selector: ScheduleSelector!) { startSchedule(scheduleSelector: $selector) {"
+        " __typename ... on PythonError { message } } }",
+        selector={**REPOSITORY, "scheduleName": name},
+    )["startSchedule"]
+    assert found["__typename"] == "ScheduleStateResult", found
+
+
+def pretend_started_before(made: Site, ago: timedelta) -> None:
+    """Puts the start of every schedule back, so that a tick is due: one that no daemon has looked at yet.
+
+    A tick comes every quarter of an hour, and no test can wait for that. It is the state in which a daemon
+    finds its schedules after it was away, which is when it makes up for the last tick.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in made.environment.items():
+            if name.startswith("FKS_"):
+                patch.setenv(name, value)
+        with DagsterInstance.from_config(str(dagster_folder(made.settings.home))) as instance:
+            for state in instance.all_instigator_state():
+                data = state.instigator_data
+                assert isinstance(data, ScheduleInstigatorData)
+                began = (data.start_timestamp or 0) - ago.total_seconds()
+                instance.update_instigator_state(
+                    state.with_data(ScheduleInstigatorData(data.cron_schedule, began))
+                )
+
+
+def test_a_tick_requests_the_runs(refreshed: Refreshed) -> None:
+    (tick,) = refreshed.site.web.ask(
+        "query($selector: ScheduleSelector!) { scheduleOrError(scheduleSelector: $selector) { ... on Schedule {"
+        " scheduleState { ticks { status runIds error { message } } } } } }",
+        selector={**REPOSITORY, "scheduleName": "refresh_15m"},
+    )["scheduleOrError"]["scheduleState"]["ticks"]
+    assert (tick["status"], tick["error"]) == ("SUCCESS", None)
+    assert set(tick["runIds"]) == set(refreshed.runs)
+    assert {refreshed.run_of(BTC), refreshed.run_of(ETH)} == set(refreshed.runs)
+    for tags in refreshed.runs.values():
+        assert tags["dagster/schedule_name"] == "refresh_15m"
+        assert (tags["fks/refresh"], tags["dagster/priority"]) == ("15m", "10")
+
+
+def test_new_candles_are_in_the_database_and_only_they_were_asked_for(refreshed: Refreshed) -> None:
+    # 12 candles have closed since, and another may have until now. They are a request and a batch, unless a
+    # month has ended among them.
+    asked = [target for target in refreshed.targets if "BTCUSDT" in target]
+    assert len(asked) in (1, 2)
+    assert all("/api/v3/klines" in target for target in asked)
+    window = TimeRange(refreshed.cut, refreshed.cut + 12 * FRAME)
+    with refreshed.site.database() as database:
+        stored = read_candles(database, refreshed.site.settings.find_series("BTC/USDT", "15m"), window)
+        brought = [one for one in batches(database) if one.symbol == "BTC/USDT" and one.run_id]
+    truth = refreshed.site.market.truth("binance", "BTCUSDT", Timeframe.M15, window)
+    assert len(stored) == 12
+    assert all((ours == theirs).all() for ours, theirs in zip(stored.columns(), truth.columns(), strict=True))
+    assert {batch.run_id for batch in brought} == {refreshed.run_of(BTC)}
+    assert sum(batch.inserted for batch in brought) in (12, 13)
+
+
+def test_what_was_refreshed_is_materialized(refreshed: Refreshed) -> None:
+    for path in (BTC, ETH):
+        tags = refreshed.runs[refreshed.run_of(path)]
+        running = tags["dagster/asset_partition_range_end"]
+        shown = refreshed.site.asset(
+            path,
+            "assetPartitionStatuses { ... on TimePartitionStatuses { ranges { status startKey endKey } } }"
+            " assetMaterializations(limit: 1) { partition metadataEntries { label"
+            " ... on IntMetadataEntry { intValue } ... on FloatMetadataEntry { floatValue } } }",
+        )
+        (last,) = shown["assetMaterializations"]
+        assert last["partition"] == running
+        numbers = {e["label"]: e.get("intValue", e.get("floatValue")) for e in last["metadataEntries"]}
+        assert numbers["stored"] == numbers["expected"] > 0
+        assert numbers["coverage"] == 1.0
+        (painted,) = shown["assetPartitionStatuses"]["ranges"]
+        assert painted == {
+            "status": "MATERIALIZED",
+            "startKey": tags["dagster/asset_partition_range_start"],
+            "endKey": running,
+        }
+
+
+def test_the_page_of_a_series_says_what_it_is(refreshed: Refreshed) -> None:
+    shown = refreshed.site.asset(
+        BTC,
+        "description groupName kinds pools tags { key value } jobNames"
+        " owners { ... on TeamAssetOwner { team } }"
+        " metadataEntries { label ... on TextMetadataEntry { text } ... on TableSchemaMetadataEntry {"
+        " schema { columns { name type } } } }"
+        " internalFreshnessPolicy { __typename }"
+        " assetChecksOrError { ... on AssetChecks { checks { name description } } }",
+    )
+    assert shown["description"] == "BTC/USDT: 15m candles, rows of fks.ohlcv."
+    assert (shown["groupName"], shown["kinds"], shown["pools"]) == ("crypto", ["timescaledb"], ["crypto"])
+    assert {tag["key"]: tag["value"] for tag in shown["tags"]}.items() >= {
+        ("symbol", "BTC_USDT"),
+        ("timeframe", "15m"),
+    }
+    assert shown["owners"] == [{"team": "market-data"}]
+    entries = {entry["label"]: entry for entry in shown["metadataEntries"]}
+    assert entries["dagster/table_name"]["text"] == "fks.ohlcv"
+    columns = entries["dagster/column_schema"]["schema"]["columns"]
+    with refreshed.site.database() as database, database.begin() as connection:
+        real = connection.execute(
+            sa.text(
+                "SELECT attname, format_type(atttypid, NULL) FROM pg_attribute"
+                " WHERE attrelid = 'fks.ohlcv'::regclass AND attnum > 0 ORDER BY attnum"
+            )
+        )
+        names = {"double precision": "float8", "timestamp with time zone": "timestamptz"}
+        assert [(c["name"], c["type"]) for c in columns] == [(n, names.get(t, t)) for n, t in real]
+    assert shown["internalFreshnessPolicy"] is not None
+    checks = {check["name"]: check["description"] for check in shown["assetChecksOrError"]["checks"]}
+    assert set(checks) == {"completeness", "data_freshness", "ohlc_sanity"}
+    assert all(checks.values())
+
+
+def test_a_refresh_says_what_it_did_and_checks_freshness_alone(refreshed: Refreshed) -> None:
+    """The page of its compute log shows the story, and only that: Dagster's events are elsewhere."""
+    run = refreshed.run_of(BTC)
+    lines = compute_log(refreshed.site.web, run)
+    assert len(lines) < 20
+    planned, done = [line for line in lines if "BTC/USDT" in line]
+    assert re.search("1[23] of .* candles are missing", planned)
+    assert re.search("1[23] candles stored", done)
+    messages = refreshed.site.messages(run)
+    assert [text for kind, text in messages if kind == "LogMessageEvent"] == [
+        line.partition("ohlcv_crypto_15m - ")[2] for line in lines
+    ]
+    assert "MaterializationEvent" in {kind for kind, _ in messages}
+    evaluations = [text for kind, text in messages if kind == "AssetCheckEvaluationEvent"]
+    assert len(evaluations) == 1, "that of its series"
+    assert "'data_freshness' on 'ohlcv/BTC_USDT/15m' passed" in evaluations[0]
+
+
+@pytest.fixture(scope="module")
+def checked(refreshed: Refreshed) -> str:
+    """A run of all checks, as the page of its job launches it."""
+    refreshed.site.market.reset_requests()
+    run = refreshed.site.launch_job(CHECKS)
+    assert refreshed.site.until_ended(run) == "SUCCESS"
+    return run
+
+
+def test_checks_run_alone_and_ask_nobody(refreshed: Refreshed, checked: str) -> None:
+    made = refreshed.site
+    assert made.market.requests() == 0
+    for path in (BTC, ETH):
+        outcomes = {o.name: o.passed for o in made.web.check_outcomes(path)}
+        assert outcomes == {"ohlc_sanity": True, "completeness": True, "data_freshness": True}
+    kinds = [kind for kind, _ in made.messages(checked)]
+    assert kinds.count("AssetCheckEvaluationEvent") == 6
+    assert "MaterializationEvent" not in kinds
+
+
+def test_housekeeping_forgets_what_is_obsolete(refreshed: Refreshed, checked: str) -> None:
+    made = refreshed.site
+    newer = made.launch_job(CHECKS)
+    assert made.until_ended(newer) == "SUCCESS"
+    with made.database() as database, database.begin() as connection:
+        connection.execute(sa.text(_AGE.format(schema=DAGSTER_SCHEMA)))
+    run = made.launch_job(HOUSEKEEPING)
+    assert made.until_ended(run) == "SUCCESS"
+    assert {one["id"] for one in made.runs()} == {newer, run, *refreshed.runs}
+    (said,) = [text for kind, text in made.messages(run) if kind == "LogMessageEvent"]
+    assert re.match(r"1 runs are forgotten, \d+ events are left", said)
+
+
+_AGE = "UPDATE {schema}.runs SET update_timestamp = update_timestamp - interval '4 days'"
+"""All runs ended before `keep_runs_days`: no test waits three days for that."""
+
+# What Dagster says by itself: of its first start on a new database, and of ticks missed while it was away.
+_USUAL = re.compile("No cursor for event type|not trying to catch up")
+
+
+def test_nothing_warns_while_it_loads_and_works(refreshed: Refreshed, checked: str) -> None:
+    logs = {log.name: log.read_text() for log in (refreshed.site.settings.home / "logs").glob("*.log")}
+    assert logs["webserver.log"]
+    assert logs["daemon.log"]
+    del logs["postgresql.log"]  # Dagster meets what exists already now and then, and means to
+    lines = [line for text in logs.values() for line in text.splitlines()]
+    bad = [line for line in lines if re.search("warn|deprecat|error|traceback", line, re.I)]
+    assert [line for line in bad if not _USUAL.search(line)] == []

@@ -1,0 +1,465 @@
+"""What a page of another site, another account and a hostile run can do to the servers of `up`: nothing.
+
+The truth of the matrix is written here once more, in the words of the rule: a request gets in only under a name
+of this server, from a page of it or from no page, as GET of a page or as POST of JSON to GraphQL.
+"""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from types import ModuleType
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+import sqlalchemy as sa
+
+from fks_backfill_dagster.host import code_server, guarded_webserver, servers
+from fks_backfill_dagster.host.graphql import REPOSITORY, Webserver, WrongToken
+from fks_backfill_dagster.host.processes import backgrounds
+from fks_backfill_dagster.host.servers import WEBSERVER, Servers, ServersError
+from fks_backfill_dagster.login import make_token, token_of
+from fks_backfill_dagster.settings.load import load_settings
+from fks_backfill_dagster.settings.model import CHECKOUT, KEY_VARIABLES, SettingsError
+from fks_backfill_dagster.simulator import LocalMarket
+from fks_backfill_dagster_tests.host.site import Site, compute_log, site
+from fks_backfill_dagster_tests.host.test_servers import until
+
+
+def _pictures() -> ModuleType:
+    """docs/pictures.py, which drives a browser."""
+    spec = importlib.util.spec_from_file_location("pictures", CHECKOUT / "docs" / "pictures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+pictures = _pictures()
+
+JSON = "application/json"
+QUERY = json.dumps({"query": "{ version }"})
+LAUNCH = (
+    "mutation($p: ExecutionParams!) { launchRun(executionParams: $p) { __typename"
+    " ... on RunConfigValidationInvalid { errors { message } } ... on LaunchRunSuccess { run { runId } } } }"
+)
+
+# One address of every route of the webserver, as `build_routes` has them.
+ROUTES = (
+    "/server_info",
+    "/dagit_info",
+    "/graphql",
+    "/logs/a/b/c.out",
+    "/notebook?path=a.ipynb&repoLocName=fks_backfill",
+    "/dagit/notebook?path=a.ipynb&repoLocName=fks_backfill",
+    "/download_debug/0",
+    "/report_asset_materialization/ohlcv/BTC_USDT/15m",
+    "/report_asset_check/ohlcv/BTC_USDT/15m?check_name=completeness&passed=true",
+    "/report_asset_observation/ohlcv/BTC_USDT/15m",
+    "/assets/ohlcv/BTC_USDT/15m",
+    "/",
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+    body: str
+
+
+@dataclass(frozen=True)
+class Doors:
+    """A webserver of `up`, as something outside of the project reaches it."""
+
+    running: Servers
+    site: Site
+
+    @property
+    def place(self) -> str:
+        return urlsplit(self.running.url).netloc
+
+    def ask(self, method: str, path: str, body: str = "", **headers: str | None) -> Answer:
+        """A request with these headers; Host is the server's own unless it is given."""
+        given = {name.replace("_", "-"): value for name, value in headers.items() if value is not None}
+        connection = http.client.HTTPConnection(self.place, timeout=60)
+        connection.request(method, path, body=body or None, headers={"Host": self.place} | given)
+        answer = connection.getresponse()
+        text = answer.read().decode(errors="replace")
+        connection.close()
+        return Answer(answer.status, dict(answer.getheaders()), text)
+
+    @property
+    def cookie(self) -> str:
+        """What a browser sends after a first visit."""
+        first = self.ask(
+            "GET", urlsplit(self.running.web.visit).path + "?" + urlsplit(self.running.web.visit).query
+        )
+        assert (first.status, first.headers["location"]) == (303, "/")
+        name, _, rest = first.headers["set-cookie"].partition(";")
+        assert rest == " Path=/; HttpOnly; SameSite=Strict"
+        return name
+
+    def runs(self) -> int:
+        found = self.running.web.ask("{ runsOrError { ... on Runs { count } } }")
+        return int(found["runsOrError"]["count"])
+
+
+KEY = "very-secret-key"
+
+
+@pytest.fixture(scope="module")
+def doors(running: LocalMarket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
+    with site(tmp_path_factory.mktemp("doors") / "home", running, ["BTC/USDT"], "15m", "2024-01-01") as plain:
+        made = changed(plain, FKS_WEBSERVER__LOGIN="true", POLYGON_API_KEY=KEY)
+        up = servers.up(
+            made.settings,
+            port=made.port,
+            parts=(WEBSERVER,),
+            keep_database=False,
+            environment=made.environment,
+            say=said.append,
+        )
+        running.reset_requests()
+        yield Doors(up, made)
+
+
+def changed(plain: Site, **variables: str) -> Site:
+    """The site with further variables of the environment."""
+    environment = {**plain.environment, **variables}
+    return replace(plain, settings=load_settings(environment, CHECKOUT), environment=environment)
+
+
+said: list[str] = []
+"""What `up` has printed."""
+
+
+def test_a_first_visit_and_what_follows(doors: Doors) -> None:
+    token = doors.running.token
+    assert token is not None
+    assert any(f"{doors.running.url}/?token={token}" in line for line in said)
+    file = doors.site.settings.home / "run" / "token"
+    assert (file.read_text(), stat.S_IMODE(file.stat().st_mode)) == (token, 0o600)
+
+    own = f"http://{doors.place}"
+    page = doors.ask("GET", "/assets", Cookie=doors.cookie)
+    assert page.status == 200
+    assert "<html" in page.body
+    assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
+    query = doors.ask("POST", "/graphql", QUERY, Cookie=doors.cookie, Content_Type=JSON, Origin=own)
+    assert (query.status, list(json.loads(query.body)["data"])) == (200, ["version"])
+    assert (
+        doors.ask("POST", "/graphql", QUERY, Authorization=f"Bearer {token}", Content_Type=JSON).status == 200
+    )
+    for path in ROUTES:
+        for method in ("GET", "POST"):
+            without = doors.ask(method, path, QUERY if method == "POST" else "", Content_Type=JSON)
+            assert without.status in (401, 403, 405), (method, path)
+            assert token not in without.body
+    with pytest.raises(WrongToken):
+        Webserver(doors.running.url, "x" * 32).ask("{ version }")
+
+
+def is_let_in(host: str, origin: str | None, method: str, content: str | None, path: str, place: str) -> bool:
+    if host != place or origin not in (None, f"http://{place}") or path.startswith("/report_asset"):
+        return False
+    if path.startswith("/graphql"):
+        return method == "POST" and content == JSON
+    return method == "GET"
+
+
+def test_the_matrix(doors: Doors) -> None:
+    """With the cookie of a visit, as a browser sends it from any page."""
+    place, cookie, runs = doors.place, doors.cookie, doors.runs()
+    hosts = (place, "evil.example", f"evil.example:{place.rpartition(':')[2]}")
+    origins = (None, f"http://{place}", "http://evil.example", "http://127.0.0.1:1", "null")
+    contents = (JSON, "text/plain", "application/x-www-form-urlencoded", None)
+    tried = 0
+    for path, host, origin, method in itertools.product(ROUTES, hosts, origins, ("GET", "POST")):
+        for content in contents if method == "POST" else (None,):
+            body = QUERY if method == "POST" else ""
+            found = doors.ask(
+                method, path, body, Host=host, Origin=origin, Content_Type=content, Cookie=cookie
+            )
+            refused = found.status in (403, 405, 415, 421)
+            case = (method, path, host, origin, content, found.status, found.body[:80])
+            assert refused != is_let_in(host, origin, method, content, path, place), case
+            tried += 1
+    assert tried == len(ROUTES) * 3 * 5 * 5
+    assert doors.runs() == runs
+    assert doors.site.market.requests() == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "method", "content"),
+    [
+        (None, "http://evil.example", "POST", "text/plain"),
+        (None, "http://evil.example", "POST", JSON),
+        (None, None, "POST", "text/plain"),
+        ("evil.example", "http://evil.example", "POST", JSON),
+    ],
+)
+def test_another_page_launches_no_run(
+    doors: Doors, host: str | None, origin: str | None, method: str, content: str
+) -> None:
+    body = json.dumps({"query": LAUNCH, "variables": {"p": launch()}})
+    found = doors.ask(
+        method, "/graphql", body, Host=host, Origin=origin, Content_Type=content, Cookie=doors.cookie
+    )
+    assert found.status in (403, 415, 421)
+    by_address = doors.ask(
+        "GET", "/graphql?query=mutation%7B__typename%7D", Cookie=doors.cookie, Origin=origin
+    )
+    assert by_address.status in (403, 405)
+    assert doors.runs() == 0
+
+
+def launch(**config: object) -> dict[str, object]:
+    """What the launchpad sends for one partition, with the configuration of its run."""
+    selector = {
+        **REPOSITORY,
+        "pipelineName": "ohlcv_months",
+        "assetSelection": [{"path": ["ohlcv", "BTC_USDT", "15m"]}],
+        "assetCheckSelection": [],
+    }
+    tags = [{"key": "dagster/partition", "value": "2024-01-01"}]
+    return {
+        "selector": selector,
+        "mode": "default",
+        "runConfigData": config,
+        "executionMetadata": {"tags": tags},
+    }
+
+
+@pytest.mark.parametrize(
+    ("resource", "field", "value"),
+    [
+        ("binance", "base_url", "http://127.0.0.1:9"),
+        ("polygon", "base_url", {"env": "POLYGON_API_KEY"}),
+        ("polygon", "requests_per_minute", {"env": "POLYGON_API_KEY"}),
+        ("timescaledb", "url", {"env": "POLYGON_API_KEY"}),
+        ("io_manager", "base_dir", {"env": "POLYGON_API_KEY"}),
+    ],
+)
+def test_a_run_with_another_resource_is_refused(
+    doors: Doors, resource: str, field: str, value: object
+) -> None:
+    config = {"resources": {resource: {"config": {field: value}}}}
+    web = doors.running.web
+    found = web.ask(LAUNCH, p=launch(**config))["launchRun"]
+    assert found["__typename"] == "RunConfigValidationInvalid"
+    assert f'"{field}" at path root:resources:{resource}' in found["errors"][0]["message"]
+    assert KEY not in str(found)
+    assert doors.runs() == 0
+
+
+def test_without_a_login_the_guard_stays(doors: Doors) -> None:
+    open_rules = guarded_webserver.rules_of(changed(doors.site, FKS_WEBSERVER__LOGIN="false").settings, 3000)
+    assert open_rules.token is None
+    assert (open_rules.posts, open_rules.closed) == (("/graphql",), ("/report_asset",))
+
+
+@pytest.mark.parametrize(
+    ("variables", "owner"),
+    [
+        ({}, os.geteuid()),
+        ({"FKS_WEBSERVER__LOGIN": "others"}, os.geteuid()),
+        ({"FKS_WEBSERVER__LOGIN": "true"}, None),
+        ({"FKS_API_TOKEN": "x" * 32}, None),
+        ({"FKS_API_TOKEN": "x" * 32, "FKS_WEBSERVER__LOGIN": "others"}, None),
+    ],
+)
+def test_who_needs_no_token(tmp_path: Path, variables: dict[str, str], owner: int | None) -> None:
+    (tmp_path / "run").mkdir()
+    settings = load_settings({"FKS_HOME": str(tmp_path), **variables}, tmp_path)
+    assert make_token(settings) is not None
+    rules = guarded_webserver.rules_of(settings, 3000)
+    assert (rules.token, rules.owner) == (token_of(settings), owner)
+
+
+def test_the_command_line_of_dagster_is_refused_such_a_run(doors: Doors, tmp_path: Path) -> None:
+    """`dagster job launch` looks at no configuration; the run fails before it asks anybody."""
+    config = tmp_path / "run.yaml"
+    config.write_text("resources: {binance: {config: {base_url: 'http://127.0.0.1:9'}}}\n")
+    folder = servers.dagster_folder(doors.site.settings.home)
+    tags = json.dumps({"dagster/partition": "2024-01-01"})
+    command = [sys.executable, "-m", "dagster", "job", "launch", "-w", str(folder / "workspace.yaml")]
+    command += ["-j", "ohlcv_months", "-c", str(config), "--tags", tags]
+    done = subprocess.run(
+        command,
+        env={**doors.site.environment, "DAGSTER_HOME": str(folder)},
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert 'unexpected config entry "base_url" at path root:resources:binance' in done.stderr + done.stdout
+    assert doors.site.market.requests() == 0
+
+
+def test_only_the_webserver_listens_on_the_network(doors: Doors) -> None:
+    home = doors.site.settings.home
+    members = [process for one in backgrounds(home) for process in one.members()]
+    listening = {
+        (place.laddr.ip, place.laddr.port)
+        for process in members
+        for place in process.net_connections("inet")
+        if place.status == psutil.CONN_LISTEN
+    }
+    assert len(members) > 2
+    assert listening == {("127.0.0.1", doors.site.port)}
+    folder = code_server.socket_of(home).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+# What a page of another site can do without asking: forms, simple requests, sockets, frames, pictures.
+EVIL_PAGE = """<!doctype html><iframe id=frame src="{url}/"></iframe><img src="{url}/graphql?query=%7Bversion%7D">
+<script>
+const results = {{}};
+const body = JSON.stringify({body});
+const simple = (name, path, options) => fetch("{url}" + path, {{method: "POST", credentials: "include", ...options}})
+  .then(answer => results[name] = answer.type + " " + answer.status, error => results[name] = "refused");
+const socket = new Promise(done => {{
+  const opened = new WebSocket("{url}/graphql".replace("http", "ws"), "graphql-ws");
+  opened.onopen = () => {{ results.socket = "opened"; done(); }};
+  opened.onerror = () => {{ results.socket = "refused"; done(); }};
+}});
+Promise.all([
+  simple("text", "/graphql", {{mode: "no-cors", headers: {{"Content-Type": "text/plain"}}, body}}),
+  simple("json", "/graphql", {{headers: {{"Content-Type": "application/json"}}, body}}),
+  simple("report", "/report_asset_check/ohlcv/BTC_USDT/15m?check_name=completeness&passed=true", {{mode: "no-cors"}}),
+  socket,
+]).then(() => {{ window.results = results; }});
+</script>"""
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, pictures.BROWSERS)), reason=f"no browser ({', '.join(pictures.BROWSERS)})"
+)
+def test_a_page_of_another_site_in_a_real_browser(doors: Doors) -> None:
+    web, runs = doors.running.web, doors.runs()
+    body = {"query": LAUNCH, "variables": {"p": launch()}}
+    page_of_others = EVIL_PAGE.format(url=web.url, body=json.dumps(body)).encode()
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(page_of_others)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as other, pictures.browser() as page:
+        Thread(target=other.serve_forever, daemon=True).start()
+        page.call("Page.navigate", url=web.visit)
+        until(
+            lambda: (
+                "BTC_USDT" in str(page.value("document.body.innerText"))
+                or page.value("location.search") == ""
+            )
+        )
+        own = f"fetch('/graphql', {{method: 'POST', headers: {{'Content-Type': '{JSON}'}}, body: '{QUERY}'}})"
+        page.value(f"{own}.then(answer => window.own = answer.status)")
+        until(lambda: page.value("window.own") == 200)  # the visit has left its cookie
+
+        for host in ("127.0.0.1", "localhost"):  # of the same site, and of another one
+            page.call("Page.navigate", url=f"http://{host}:{other.server_port}/")
+            until(lambda: page.value("Boolean(window.results)"))
+            found = page.value("window.results")
+            assert found["socket"] == "refused"
+            assert found["json"] == "refused"  # the browser asks first, and gets no leave
+            assert page.value("document.getElementById('frame').contentDocument") is None
+        other.shutdown()
+    assert doors.runs() == runs
+    assert doors.site.market.requests() == 0
+    asset = "{ assetChecksOrError { ... on AssetChecks { checks { executionForLatestMaterialization { status } } } } }"
+    key = {"path": ["ohlcv", "BTC_USDT", "15m"]}
+    shown = web.ask(
+        f"query($key: AssetKeyInput!) {{ assetNodeOrError(assetKey: $key) {{ ... on AssetNode {asset} }} }}",
+        key=key,
+    )
+    assert "SUCCEEDED" not in str(shown)  # no check was reported as passed
+
+
+@pytest.mark.slow
+def test_no_secret_is_found_anywhere(running: LocalMarket, tmp_path: Path) -> None:
+    """A secret in every variable that takes one; then everything that anybody can look at."""
+    named = [*KEY_VARIABLES.values(), "FKS_API_TOKEN"]
+    secrets = {name: f"hush-{name.lower().replace('_', '-')}-{'x' * 32}" for name in named}
+    with site(tmp_path / "home", running, ["BTC/USDT"], "15m", "2024-01-01") as plain:
+        hook = '["https://hooks.example/hush-hook"]'
+        made = changed(plain, **secrets, FKS_WEBSERVER__LOGIN="true", FKS_ALERTS__URLS=hook)
+        made.up()
+        web = made.web
+        run = str(web.ask(LAUNCH, p=launch())["launchRun"]["run"]["runId"])
+        until(lambda: web.run(run).finished)
+        assert web.run(run).status == "SUCCESS"
+
+        doors = Doors(Servers(web.url, made.settings.home / "logs", True, web.token), made)
+        seen = [doors.ask("GET", path, Authorization=f"Bearer {web.token}").body for path in ROUTES]
+        answers = (web.ask(query, **({"run": run} if "$run" in query else {})) for query in EVERYTHING)
+        seen += map(json.dumps, answers)
+        seen += [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+        seen += [" ".join(filter(None, compute_log(web, run)))]
+        with made.database() as database, database.begin() as connection:
+            tables = connection.execute(
+                sa.text(
+                    "SELECT format('%I.%I', schemaname, tablename) FROM pg_tables"
+                    " WHERE schemaname IN ('fks', 'dagster')"
+                )
+            ).scalars()
+            for table in list(tables):
+                seen += connection.execute(sa.text(f"SELECT CAST(t AS text) FROM {table} t")).scalars()
+        assert len(seen) > 200
+        files = [path for path in made.settings.home.rglob("*") if path.is_file()]
+        seen += [path.read_bytes().decode("latin-1") for path in files]
+        assert any(path.name == "webserver.log" for path in files)
+    assert [text[:200] for text in seen if "hush-" in text] == []
+
+
+EVERYTHING = (
+    "{ instance { info runQueuingSupported hasInfo } }",
+    "{ workspaceOrError { ... on Workspace { locationEntries { name displayMetadata { key value }"
+    " locationOrLoadError { ... on RepositoryLocation { environmentPath dagsterLibraryVersions { name version } } }"
+    " } } } }",
+    "{ repositoriesOrError { ... on RepositoryConnection { nodes { allTopLevelResourceDetails { name description"
+    " configFields { name description defaultValueAsJson } configuredValues { key value type } } } } } }",
+    "query($run: ID!) { runOrError(runId: $run) { ... on Run { runConfigYaml tags { key value } } } }",
+    "query($run: ID!) { logsForRun(runId: $run) { ... on EventConnection { events { __typename"
+    " ... on MessageEvent { message } } } } }",
+)
+"""What the pages of Dagster ask for that could hold settings."""
+
+
+def test_the_token_outlives_a_restart_and_another_one_is_told(doors: Doors) -> None:
+    site, quiet = doors.site, {"keep_database": False, "say": said.append, "parts": (WEBSERVER,)}
+    servers.stop_part(site.settings, WEBSERVER)
+    again = servers.up(site.settings, port=site.port, environment=site.environment, **quiet)
+    assert again.token == doors.running.token
+    other = site.settings.model_copy(
+        update={"api_token": load_settings({"FKS_API_TOKEN": "y" * 40}, CHECKOUT).api_token}
+    )
+    with pytest.raises(
+        ServersError, match="was started with another token: stop it with `fks-backfill down`"
+    ):
+        servers.up(other, port=site.port, environment=site.environment, **quiet)
+    with pytest.raises(SettingsError, match="FKS_API_TOKEN: it is to be 32 or more"):
+        load_settings({"FKS_API_TOKEN": "y" * 31}, CHECKOUT)
