@@ -181,7 +181,8 @@ began = time.process_time()
 from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.orchestration.build import build_defs
-from fks_backfill_dagster.settings import Settings, SymbolSettings
+from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.sections import SymbolSettings
 frames = (Timeframe.M1, Timeframe.M15, Timeframe.H1, Timeframe.D1)
 symbols = tuple(
     SymbolSettings(asset_class=AssetClass.CRYPTO, symbol=f"C{n}/USDT", timeframes=frames) for n in range(500)
