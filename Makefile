@@ -1,7 +1,6 @@
-# Everything runs in .venv, which is made from Python >= 3.11.1 alone: out of requirements.lock what the program
-# needs, for `up` and `demo`; on top of it, out of requirements-dev.lock, what tests and linters need. Each is
-# installed once, and again only when its lock, pyproject.toml or the folder changes: the stamp's name holds their
-# hash.
+# Everything runs in .venv, which needs only Python >= 3.11.1: requirements.lock has the packages of the program, for
+# `up` and `demo`; requirements-dev.lock adds those of tests and linters. Each is installed once, and again only when
+# its lock, pyproject.toml or the folder changes: the stamp's name holds their hash.
 
 PYTHON ?=
 ARGS ?=
@@ -11,34 +10,35 @@ BIN := $(VENV)/bin
 hash = $(shell (pwd; cat pyproject.toml $(1)) | (sha256sum 2>/dev/null || shasum -a 256) | cut -c1-16)
 STAMP := $(VENV)/.made-$(call hash,requirements.lock)
 DEV_STAMP := $(VENV)/.dev-$(call hash,requirements.lock requirements-dev.lock)
-# Quiet about everything but errors.
+# Prints errors only.
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 # The locks are complete: without --no-deps the pip of Python 3.11 refuses extras (gql[requests]) as unpinned. Wheels
 # only, so that no code of a distribution runs while it is installed.
 INSTALL_LOCK := $(PIP) install --no-deps --require-hashes --only-binary :all: -r
 
-# Two more than processors, for many tests wait for servers more than they compute; six at most, for each
-# worker keeps databases and servers of its own.
+# Two more than the processors, because many tests mostly wait for servers; six at most, because each worker runs
+# its own databases and servers.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); \
 	n=$$((n + 2)); [ $$n -gt 6 ] && n=6; echo $$n)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-slow up down bench pictures lint format lock wheel clean
+.PHONY: help env demo test test-fast test-slow up down bench docs pictures lint format lock wheel clean
 
 help:
-	@echo "make demo    runs the whole on a local market and reports; KEEP=1 leaves the servers up"
-	@echo "make test    runs the test suite; ARGS='...' go to pytest"
-	@echo "make test-fast runs those tests that need no server, below a minute"
-	@echo "make test-slow runs the long scenarios that make test leaves out, an hour of real time among them"
-	@echo "make up      starts database, Dagster and daemon on real providers; make down stops them"
-	@echo "make bench   measures against the references"
-	@echo "make pictures takes docs/pictures anew from a demo, with a headless Chromium"
-	@echo "make lint    ruff and mypy; make format rewrites"
+	@echo "make demo    runs everything on a local market and reports; KEEP=1 leaves the servers up"
+	@echo "make test    runs the test suite; ARGS='...' are passed to pytest"
+	@echo "make test-fast runs the tests that need no server, in less than a minute"
+	@echo "make test-slow runs the long scenarios that make test skips, including an hour of real time"
+	@echo "make up      starts database, Dagster and daemon with real providers; make down stops them"
+	@echo "make bench   measures performance against the references"
+	@echo "make docs    rewrites what documents quote: the command-line reference, the session of the tutorial"
+	@echo "make pictures takes the screenshots in docs/pictures from a demo, with a headless Chromium"
+	@echo "make lint    runs ruff and mypy; make format formats the code"
 	@echo "make wheel   builds the wheel into dist/"
-	@echo "make env     makes the environment of tests and linters; make up and make demo need less of it"
-	@echo "make lock    resolves both lock files from pyproject.toml; ARGS=--upgrade takes newer versions"
+	@echo "make env     creates the environment of tests and linters; make up and make demo create a smaller one"
+	@echo "make lock    resolves both lock files from pyproject.toml; ARGS=--upgrade selects newer versions"
 	@echo "make clean   removes the environment and caches, never the data in .fks"
-	@echo "PYTHON=...   the interpreter to make the environment from (>= 3.11.1)"
+	@echo "PYTHON=...   the interpreter of the environment (>= 3.11.1)"
 
 env: $(DEV_STAMP)
 	@:
@@ -46,15 +46,15 @@ env: $(DEV_STAMP)
 demo: $(STAMP)
 	@$(BIN)/fks-backfill demo $(if $(filter-out 0,$(KEEP)),--keep)
 
-# In the order of conftest.py, not by the number of tests in a module.
+# In the order of conftest.py, not by the number of tests of a module.
 test: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m 'not slow' $(ARGS)
 
-# What starts no process and opens no connection: rules, and whatever else is a function of its arguments.
+# Tests that start no process and open no connection: rules and pure functions.
 test-fast: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not server' $(ARGS)
 
-# By test, not by module: the longest are cases of one function. Then the property tests with all their examples.
+# Distributed by test, not by module: the longest are cases of one function. Then the property tests with all examples.
 test-slow: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(ARGS)
 	@FKS_TEST_THOROUGH=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'hypothesis and not server' $(ARGS)
@@ -67,6 +67,9 @@ down: $(STAMP)
 
 bench: $(DEV_STAMP)
 	@$(BIN)/python -m bench $(ARGS)
+
+docs: $(DEV_STAMP)
+	@$(BIN)/python docs/generate.py
 
 pictures: $(DEV_STAMP)
 	@$(BIN)/python docs/pictures.py $(ARGS)
@@ -83,9 +86,9 @@ format: $(DEV_STAMP)
 wheel: $(STAMP)
 	@$(BIN)/python -m hatchling build -t wheel -d dist
 
-# requirements.lock: what the program imports, and the build backend that installs the checkout. requirements-dev.lock:
-# what the extra dev needs besides, at the versions of the first. uv is not locked itself: a tool of the maintainer,
-# kept out of everybody's environment.
+# requirements.lock: the packages of the program, and the build backend that installs the checkout.
+# requirements-dev.lock: the additional packages of the extra dev, at the versions of the first. uv is not locked: it is
+# a tool of the maintainer, and not part of the environment.
 COMPILE = $(VENV)-lock/bin/uv pip compile -q $(ARGS) --universal --python-version 3.11.1 --generate-hashes \
 	--only-binary :all: --no-emit-index-url --no-annotate --no-header pyproject.toml
 
@@ -104,8 +107,8 @@ clean:
 	rm -rf $(VENV) $(VENV)-lock .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Sets $$python, or says what is missing. A candidate is one that runs, is new enough and can make
-# environments: Debian takes ensurepip out of Python and puts it into python3-venv.
+# Sets $$python, or reports what is missing. A candidate runs, is new enough and can create environments: Debian moves
+# ensurepip from Python to python3-venv.
 define find_python
 python=; old=; bare=; \
 for name in $(or $(PYTHON),python3.14 python3.13 python3.12 python3.11 python3 python); do \
@@ -115,7 +118,7 @@ for name in $(or $(PYTHON),python3.14 python3.13 python3.12 python3.11 python3 p
 	python=$$name; break; \
 done; \
 if [ -z "$$python" ] && [ -n "$$bare" ]; then \
-	echo "make: Python is here ($${bare# }) but cannot make environments." \
+	echo "make: Python is installed ($${bare# }) but cannot create environments." \
 		"On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; \
 fi; \
 if [ -z "$$python" ]; then \
@@ -124,14 +127,14 @@ if [ -z "$$python" ]; then \
 fi
 endef
 
-# An environment of another folder (a copied checkout) or of a Python that is gone is made anew.
+# An environment of another folder (a copied checkout) or of a missing Python is created again.
 $(STAMP): | requirements.lock pyproject.toml
 	@if ! { grep -qF "$(CURDIR)/$(VENV)" $(VENV)/pyvenv.cfg && $(BIN)/python -c 'import pip'; } 2>/dev/null; then \
 		$(find_python); \
-		echo "Making the environment in $(VENV) with $$("$$python" --version) (once; a minute or two) ..." >&2; \
+		echo "Creating the environment in $(VENV) with $$("$$python" --version) (once; a minute or two) ..." >&2; \
 		"$$python" -m venv --clear $(VENV) || exit 1; \
 	else \
-		echo "Bringing the environment in $(VENV) up to date ..." >&2; \
+		echo "Updating the environment in $(VENV) ..." >&2; \
 	fi
 	@rm -f $(VENV)/.made-*
 	@$(INSTALL_LOCK) requirements.lock
@@ -139,7 +142,7 @@ $(STAMP): | requirements.lock pyproject.toml
 	@touch $@
 
 $(DEV_STAMP): $(STAMP) | requirements-dev.lock
-	@echo "Adding what tests and linters need ..." >&2
+	@echo "Adding the packages of tests and linters ..." >&2
 	@rm -f $(VENV)/.dev-*
 	@$(INSTALL_LOCK) requirements-dev.lock
 	@touch $@

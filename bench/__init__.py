@@ -1,1 +1,1 @@
-"""`make bench`: how fast the spine is, each figure against a reference measured in the same run."""
+"""`make bench`: performance of the main paths, against references measured in the same run."""

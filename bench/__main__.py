@@ -1,7 +1,7 @@
 """Runs the cases, prints a table, exits 1 if a limit is not met.
 
-Pairs are measured in turn (A B A B ...) and the ratio is taken pair by pair: it holds when the
-machine's speed drifts. The median of the ratios is what counts. The shared limit (crowd, weight) is
+Pairs are measured alternately (A B A B ...) and the ratio is taken per pair, so that it is valid even if the
+machine's speed drifts. The result is the median of the ratios. The shared limit (crowd, weight) is
 measured once and at full length, which takes seven minutes.
 """
 
@@ -36,7 +36,7 @@ TEN_YEARS = window(2015, 10)
 
 
 def archives(place: World, runs: int) -> list[Result]:
-    """(a) one year of 1m from archives, end to end, against the bare COPY of the same rows; (c) again."""
+    """(a) one year of 1m from archives, end to end, against the bare COPY of the same rows; (c) the same again."""
     place.prepare("archive", YEAR)
     place.clear()
     place.sync(YEAR, archives=True)
@@ -55,7 +55,7 @@ def archives(place: World, runs: int) -> list[Result]:
             repeated = sync(context, SERIES, YEAR, ["binance"])
         context.database.dispose()
         if report.missing or repeated.requests or repeated.total_candles:
-            raise SystemExit(f"not the work that was to be measured: {report}, {repeated}")
+            raise SystemExit(f"the measured work differs from the expected one: {report}, {repeated}")
         ratios.append(bare / first[0])
         again.append(second[0] / first[0])
         rates.append(len(candles) / first[0])
@@ -67,7 +67,7 @@ def archives(place: World, runs: int) -> list[Result]:
             True,
             f"{median(rates) / 1e3:,.0f}k candles/s, {len(candles):,} candles",
         ),
-        Result("(c) the same again / (a)", again, 0.05, False, "no request, no candle written"),
+        Result("(c) the same again / (a)", again, 0.05, False, "no requests, no candles written"),
     ]
 
 
@@ -75,9 +75,9 @@ def bare_copy(place: World, blocks: Sequence[bytes]) -> float:
     """Seconds to COPY prebuilt binary blocks into the same empty table and commit."""
     place.clear()
     columns = ", ".join(copy_format.CANDLE_COLUMNS)
-    copying_in = f'COPY fks."candles_1m" ({columns}) FROM STDIN (FORMAT BINARY)'
+    statement = f'COPY fks."candles_1m" ({columns}) FROM STDIN (FORMAT BINARY)'
     with place.connect() as connection, connection.cursor() as cursor:
-        with stopwatch() as seconds, connection.transaction(), cursor.copy(copying_in) as copy:
+        with stopwatch() as seconds, connection.transaction(), cursor.copy(statement) as copy:
             for block in blocks:
                 copy.write(block)
         return seconds[0]
@@ -86,26 +86,26 @@ def bare_copy(place: World, blocks: Sequence[bytes]) -> float:
 def rest(place: World, runs: int) -> list[Result]:
     """(b) one year of 1m by REST, end to end, against a ccxt loop that only collects rows."""
     place.prepare("binance", YEAR)  # ccxt's pages
-    place.prepare("binance", YEAR, stride=999)  # ours overlap by one candle
+    place.prepare("binance", YEAR, stride=999)  # pages of this project overlap by one candle
     place.clear()
     place.sync(YEAR, archives=False)
     ratios, rates = [], []
     for _ in range(runs):
-        with stopwatch() as theirs:
+        with stopwatch() as reference:
             rows = ccxt_loop(place, YEAR)
         place.clear()
         with stopwatch() as ours:
             report = place.sync(YEAR, archives=False)
         if report.total_candles != rows:
             raise SystemExit(f"ccxt collected {rows} candles, the sync {report.total_candles}")
-        ratios.append(theirs[0] / ours[0])
+        ratios.append(reference[0] / ours[0])
         rates.append(rows / ours[0])
     detail = f"{median(rates) / 1e3:,.0f}k candles/s into the table"
     return [Result("(b) REST end to end / ccxt fetch_ohlcv loop", ratios, 1.0, True, detail)]
 
 
-def ccxt_loop(place: World, asked: TimeRange) -> int:
-    """What everybody writes first; returns the number of rows collected."""
+def ccxt_loop(place: World, requested: TimeRange) -> int:
+    """The usual simple loop; returns the number of rows collected."""
     exchange = ccxt.binance({"enableRateLimit": False})
     exchange.urls["api"]["public"] = f"{place.market_url}/binance/api/v3"
     exchange.markets_loaded = True
@@ -125,17 +125,17 @@ def ccxt_loop(place: World, asked: TimeRange) -> int:
         }
     )
     rows: list[list[float]] = []
-    since = asked.start // 1000
-    while since < asked.end // 1000:
+    since = requested.start // 1000
+    while since < requested.end // 1000:
         page = exchange.fetch_ohlcv("BTC/USDT", "1m", since=since, limit=1000)
         if not page:
             break
         rows += page
         since = int(page[-1][0]) + 60_000
-    return sum(row[0] < asked.end // 1000 for row in rows)
+    return sum(row[0] < requested.end // 1000 for row in rows)
 
 
-# VmHWM begins anew with a program; ru_maxrss would remember the bench that started it.
+# VmHWM is reset by exec; ru_maxrss would include the bench, which started the process.
 _ONE_SYNC = """
 import re, resource, sys
 from pathlib import Path
@@ -151,15 +151,18 @@ else:
 
 
 def memory(place: World, runs: int) -> list[Result]:
-    """(d) peak memory of ten years against one year's, each in a process of its own."""
+    """(d) peak memory of ten years against one year, each in a separate process."""
     place.prepare("archive", TEN_YEARS)
     one, ten = [], []
     for _ in range(runs):
-        for asked, peaks in ((YEAR, one), (TEN_YEARS, ten)):
+        for requested, peaks in ((YEAR, one), (TEN_YEARS, ten)):
             place.clear()
             command = [sys.executable, "-c", _ONE_SYNC, place.database_url, place.market_url]
             done = subprocess.run(
-                [*command, str(asked.start), str(asked.end)], check=True, capture_output=True, text=True
+                [*command, str(requested.start), str(requested.end)],
+                check=True,
+                capture_output=True,
+                text=True,
             )
             peaks.append(float(done.stdout))
     ratios = [b / a for a, b in zip(one, ten, strict=True)]
@@ -199,39 +202,39 @@ def definitions(place: World, runs: int) -> list[Result]:
 
 
 def crowd(place: World, runs: int) -> list[Result]:
-    """(f) 8 processes, 5 threads each, at one limit for 60 s: what a counting server sees of them."""
+    """(f) 8 processes, 5 threads each, at one limit for 60 s, measured at a counting server."""
     cases = (("100 in 1 s", Window(100, 1.0), 1), ("6000 in 60 s, weight 2", Window(6000, 60.0), 2))
     results = []
     for name, limit, weight in cases:
-        place.forget_pacing()
+        place.reset_rate_limits()
         with counting_server(delay=0.01) as server:
-            asking = Crowd(place.database_url, server, (limit,), threads=[5] * 8, weight=weight)
-            seen = asking.ask_for(60.0)
+            clients = Crowd(place.database_url, server, (limit,), threads=[5] * 8, weight=weight)
+            seen = clients.ask_for(60.0)
         most = weight * seen.most_within(limit.seconds) / limit.limit
         used = weight * len(seen.at) / (limit.limit * 60.0 / limit.seconds)
         detail = f"{name}: {len(seen.at):,} requests"
         results += [
-            Result("(f) the most in any window / limit", [most], 1.0, False, detail),
+            Result("(f) most requests in a window / limit", [most], 1.0, False, detail),
             Result("(f) used / limit", [used], 0.9, True, detail),
-            Result("(f) least served process / mean", [seen.least_share()], 0.5, True, detail),
+            Result("(f) fewest requests of a process / mean", [seen.least_share()], 0.5, True, detail),
         ]
     return results
 
 
 def full_weight(place: World, runs: int) -> list[Result]:
-    """(g) Binance's real limit, one process, 5 minutes of klines requests by the provider itself."""
+    """(g) Binance's real limit, one process, 5 minutes of klines requests by the provider client."""
     seconds = 300
-    place.forget_pacing()
+    place.reset_rate_limits()
     with limited_market() as market:
         prepare(market.url, "binance", YEAR, stride=999)
-        place.ask_binance(market.binance_url, YEAR, seconds)
+        place.request_binance(market.binance_url, YEAR, seconds)
         counted = market.journal(last=0)["providers"]["binance"]
-    refused = sum(count for status, count in counted["statuses"].items() if status != "200")
+    rejected = sum(count for status, count in counted["statuses"].items() if status != "200")
     used = counted["weight"] / (6000 * seconds / 60)
     detail = f"{counted['requests']:,} requests, weight {counted['weight']:,}"
     return [
         Result("(g) Binance's weight used / permitted", [used], 0.9, True, detail),
-        Result("(g) answers other than 200", [refused], 0, False, detail),
+        Result("(g) responses other than 200", [rejected], 0, False, detail),
     ]
 
 
@@ -251,16 +254,16 @@ CASES: dict[str, Callable[[World, int], list[Result]]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("cases", nargs="*", choices=[[], *CASES], help="all of them if none is named")
+    parser.add_argument("cases", nargs="*", choices=[[], *CASES], help="default: all")
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
-    kept = True
+    passed = True
     with world() as place:
         for name in options.cases or CASES:
             for result in CASES[name](place, options.runs):
                 print(result.row(), flush=True)
-                kept = kept and result.kept
-    return 0 if kept else 1
+                passed = passed and result.passed
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""The audit against the fastest exact way to find gaps: the opens as one array a series, differences in numpy.
+"""The audit against the fastest exact gap search: the opens as one array per series, differences in numpy.
 
-`BENCH_AUDIT_CANDLES` sets how many candles there are (5 million); 50 million take 8 GB on the disk and ten
-minutes.
+`BENCH_AUDIT_CANDLES` sets the number of candles (5 million); 50 million take 8 GB of disk and ten minutes.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ UPDATE fks.sync_state SET synced = tstzmultirange(tstzrange(%(first)s, %(past)s)
 
 
 def auditing(place: World, runs: int) -> list[Result]:
-    """(l) the audit of all series against the reference, one connection each, in turn."""
+    """(l) the audit of all series against the reference, one connection each, alternately."""
     database = Database(place.database_url)
     place.clear()
     series = [Series(f"C{n}/USDT", Timeframe.M1, AssetClass.CRYPTO) for n in range(SERIES)]
@@ -65,7 +64,7 @@ def auditing(place: World, runs: int) -> list[Result]:
             with stopwatch() as ours:
                 report = audit(database, series, now)
             if counted != report.candles or report.differences:
-                raise SystemExit(f"not the work that was to be measured: {counted}, {report}")
+                raise SystemExit(f"the measured work differs from the expected one: {counted}, {report}")
             ratios.append(ours[0] / reference[0])
             seconds.append(ours[0])
     database.dispose()
@@ -77,20 +76,20 @@ def _fill(place: World, database: Database, series: Series, candles: int) -> int
     with database.begin() as connection:
         identity = ledger.register(connection, series)
     past = _FIRST + timedelta(minutes=candles)
-    named = {"id": identity, "first": _FIRST, "past": past, "candles": candles}
+    parameters = {"id": identity, "first": _FIRST, "past": past, "candles": candles}
     with place.connect() as connection:
         for statement in (_BATCH, _CANDLES, _STATE):
-            connection.execute(statement, named)
+            connection.execute(statement, parameters)
     return identity
 
 
 def _reference(connection: psycopg.Connection, identity: int) -> int:
-    """Looks for gaps of a minute's grid between the first and the last candle; tells the candles."""
+    """Searches for gaps in the minute grid from the first to the last candle; returns the number of candles."""
     query = 'SELECT array_send(array_agg(ts)) FROM fks."candles_1m" WHERE series_id = %s'
     with connection.cursor(binary=True) as cursor:
         row = cursor.execute(query, (identity,)).fetchone()
     assert row is not None
     opens = np.sort(decode_array(row[0]))
     if bool((np.diff(opens) != MICROS_PER_MINUTE).any()):
-        raise SystemExit("the bench's own candles have a gap")
+        raise SystemExit("the candles of the bench have a gap")
     return len(opens)

@@ -1,4 +1,4 @@
-"""CPU seconds of a scratch Dagster and its database, by what they were spent on: wall time on a busy machine lies."""
+"""CPU seconds of a scratch Dagster and its database, by component: wall time is misleading on a busy machine."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _EVERY_SECONDS = 0.25
 
 
 class Meter:
-    """Looks a few times a second, for a process that ends takes its own figure with it.
+    """Samples a few times a second, because the figure of a process is unavailable after its end.
 
-    What a run worker uses after its last look is missing; the server of the database counts its backends
-    itself when they end.
+    The use of a run worker after its last sample is missing; the database server accumulates the use of
+    ended backends.
     """
 
     def __init__(self, home: Path, backend: int) -> None:
         self._home = home
         self._postmaster = psutil.Process(backend).parent()
         self._seen: dict[psutil.Process, tuple[str, float]] = {}
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
         self._before: Mapping[str, float] = {}
 
     def start(self) -> None:
@@ -37,14 +37,14 @@ class Meter:
         self._thread.start()
 
     def stop(self) -> dict[str, float]:
-        """Seconds by part since the start."""
-        self._over.set()
+        """Seconds by component since the start."""
+        self._stopped.set()
         self._thread.join()
         self._sample()
         return {part: seconds - self._before.get(part, 0.0) for part, seconds in self._sums().items()}
 
-    def _look(self) -> None:
-        while not self._over.wait(_EVERY_SECONDS):
+    def _poll(self) -> None:
+        while not self._stopped.wait(_EVERY_SECONDS):
             self._sample()
 
     def _sample(self) -> None:
@@ -79,7 +79,7 @@ def _seconds(process: psutil.Process) -> float:
 
 @contextmanager
 def metered(home: Path, backend: int) -> Iterator[dict[str, float]]:
-    """A mapping that holds the seconds by part when the block is over. `backend`: any of the database's."""
+    """A mapping with the seconds by component after the block. `backend`: the process id of any database backend."""
     found: dict[str, float] = {}
     meter = Meter(home, backend)
     meter.start()

@@ -1,4 +1,4 @@
-"""A Dagster as `up` starts it, over a scratch database and the local market, for the cases that measure it."""
+"""Dagster as started by `up`, with a scratch database and the local market, for the cases with Dagster."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _AUTOMATION_OFF = {
 
 
 @dataclass(frozen=True, slots=True)
-class Orchestra:
-    """The running servers and what they were started with."""
+class RunningDagster:
+    """The running servers, their settings and environment."""
 
     settings: Settings
     environment: Mapping[str, str]
@@ -37,10 +37,10 @@ class Orchestra:
 def environment_of(
     home: Path, database_url: str, market_url: str, symbols: Sequence[Mapping[str, object]], start: str
 ) -> dict[str, str]:
-    """Settings for `symbols`, Binance only, at the market; nothing happens by itself."""
+    """Settings for `symbols`, only Binance at the local market, without automation."""
     home.mkdir(parents=True, exist_ok=True)
     config = home / "backfill.yaml"
-    # Thousands of symbols are too long for a variable; JSON is YAML.
+    # Thousands of symbols exceed the size of an environment variable; JSON is valid YAML.
     config.write_text(json.dumps({"history_start": start, "symbols": list(symbols)}))
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("FKS_", "DAGSTER_"))}
     return kept | {
@@ -56,7 +56,7 @@ def environment_of(
 
 
 @contextmanager
-def orchestra(environment: Mapping[str, str]) -> Iterator[Orchestra]:
+def running_dagster(environment: Mapping[str, str]) -> Iterator[RunningDagster]:
     settings = load_settings(environment, CHECKOUT)
     try:
         up = servers.up(
@@ -66,13 +66,13 @@ def orchestra(environment: Mapping[str, str]) -> Iterator[Orchestra]:
             keep_database=False,
             say=lambda text: None,
         )
-        yield Orchestra(settings, environment, up.web)
+        yield RunningDagster(settings, environment, up.web)
     finally:
         servers.down(settings, say=lambda text: None)
 
 
 def requests_of(web: Webserver, schedule: str, at: float) -> list[dict[str, Any]]:
-    """What a look of this schedule at that moment asks for: evaluated by the code server, as the daemon does it."""
+    """The run requests of a tick of this schedule, evaluated by the code server as for the daemon."""
     found = web.ask(
         "mutation($s: ScheduleSelector!, $t: Float!) { scheduleDryRun(selectorData: $s, timestamp: $t) {"
         " __typename ... on PythonError { message } ... on DryRunInstigationTick { evaluationResult { skipReason"
@@ -87,8 +87,8 @@ def requests_of(web: Webserver, schedule: str, at: float) -> list[dict[str, Any]
 
 
 def launch_all(web: Webserver, job: str, requests: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Launches a run per request; their ids."""
-    wanted = [
+    """Launches a run per request; returns their ids."""
+    executions = [
         {
             "selector": {
                 **REPOSITORY,
@@ -104,21 +104,21 @@ def launch_all(web: Webserver, job: str, requests: Sequence[Mapping[str, Any]]) 
         for one in requests
     ]
     ids = []
-    for params in wanted:
+    for params in executions:
         found = web.ask(
             "mutation($p: ExecutionParams!) { launchRun(executionParams: $p) { __typename"
             " ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }",
             p=params,
         )["launchRun"]
         if found["__typename"] != "LaunchRunSuccess":
-            raise SystemExit(f"a run was refused: {found}")
+            raise SystemExit(f"a run was rejected: {found}")
         ids.append(str(found["run"]["runId"]))
     return ids
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Of one run, seconds since the epoch."""
+    """Times of one run, in seconds since the epoch."""
 
     status: str
     launched: float
@@ -126,7 +126,7 @@ class Times:
     ended: float
 
 
-def until_ended(web: Webserver, ids: Sequence[str], seconds: float = 1800) -> list[Times]:
+def wait_for_runs(web: Webserver, ids: Sequence[str], seconds: float = 1800) -> list[Times]:
     deadline = time.monotonic() + seconds
     while True:
         found = web.ask(
@@ -144,7 +144,7 @@ def until_ended(web: Webserver, ids: Sequence[str], seconds: float = 1800) -> li
         time.sleep(0.5)
 
 
-def took(ask: Callable[[], object]) -> float:
+def duration_of(call: Callable[[], object]) -> float:
     began = time.perf_counter()
-    ask()
+    call()
     return time.perf_counter() - began

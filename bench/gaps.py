@@ -1,4 +1,4 @@
-"""The case of the gap sensor: one tick over a large ledger, asked of the code server as the daemon asks it."""
+"""The case of the gap sensor: one tick over a large ledger, evaluated by the code server as for the daemon."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import psycopg
 
-from bench.dagster_world import Orchestra, environment_of, orchestra, took
+from bench.dagster_world import RunningDagster, duration_of, environment_of, running_dagster
 from bench.result import Result
 from bench.world import World
 from fks_backfill_dagster.host.graphql import REPOSITORY
 from fks_backfill_dagster.store.database import Database
 
 SYMBOLS, FRAMES = 1000, ("1m", "5m", "15m", "30m")
-"""4,000 series whose partitions are months."""
+"""4,000 series with monthly partitions."""
 
 MONTHS = 96
 
@@ -27,7 +27,7 @@ WITH made AS (
 SELECT id, '{[2016-01-01Z, 2024-01-01Z)}' FROM made
 """
 
-# In every month one gap that was filled and one that was not: a quarter of these is due.
+# In every month one filled gap and one that is not filled; a quarter of the latter is due.
 _GAPS = """
 INSERT INTO fks.gap (series_id, gap_start, gap_end, missing_candles, status, attempts, next_attempt_at,
     evidence, found_at)
@@ -57,7 +57,7 @@ _TICK = (
 
 
 def sensor(place: World, runs: int) -> list[Result]:
-    """(m) a tick over 4,000 series of 96 months, a gap in each; (n) the same beside five million candles."""
+    """(m) a tick over 4,000 series of 96 months, a gap in each; (n) the same with five million candles."""
     candles = 5_000_000
     place.clear()
     Database(place.database_url).ensure()
@@ -67,31 +67,31 @@ def sensor(place: World, runs: int) -> list[Result]:
     ]
     with tempfile.TemporaryDirectory(prefix="fks-bench-") as home:
         environment = environment_of(Path(home), place.database_url, place.market_url, symbols, "2016-01-01")
-        with orchestra(environment) as dagster:
+        with running_dagster(environment) as dagster:
             with psycopg.connect(place.database_url, autocommit=True) as connection:
                 connection.execute(_SERIES, {"symbols": SYMBOLS, "frames": list(FRAMES)})
                 connection.execute(_GAPS, {})
                 connection.execute("ANALYZE fks.gap, fks.series, fks.sync_state")
-                empty = [took(lambda: _tick(dagster)) for _ in range(runs + 1)][1:]
+                empty = [duration_of(lambda: _tick(dagster)) for _ in range(runs + 1)][1:]
                 connection.execute(_CANDLES, {"candles": candles})
                 connection.execute("ANALYZE fks.candles_1m")
-                full = [took(lambda: _tick(dagster)) for _ in range(runs + 1)][1:]
-            asked = _tick(dagster)
+                full = [duration_of(lambda: _tick(dagster)) for _ in range(runs + 1)][1:]
+            requested = _tick(dagster)
     ratios = [a / b for a, b in zip(full, empty, strict=True)]
-    detail = f"{SYMBOLS * len(FRAMES):,} series x {MONTHS} months; asks for {asked} runs"
+    detail = f"{SYMBOLS * len(FRAMES):,} series x {MONTHS} months; requests {requested} runs"
     return [
         Result("(m) a tick of the gap sensor, seconds", empty, 2.0, False, detail),
-        Result("(n) the same beside 5 M candles / without", ratios, 1.3, False, f"{max(full):.2f} s at most"),
+        Result("(n) the same with 5 M candles / without", ratios, 1.3, False, f"{max(full):.2f} s at most"),
     ]
 
 
-def _tick(dagster: Orchestra) -> int:
-    """How many runs a tick asks for."""
+def _tick(dagster: RunningDagster) -> int:
+    """The number of runs that a tick requests."""
     found = dagster.web.ask(_TICK, s={**REPOSITORY, "sensorName": "fill_gaps"})["sensorDryRun"]
     result = found.get("evaluationResult") or {}
     if found["__typename"] != "DryRunInstigationTick" or result.get("error"):
         raise SystemExit(f"the sensor was not evaluated: {found}")
     requests = result["runRequests"] or []
     if not requests:
-        raise SystemExit(f"the sensor asked for nothing: {result['skipReason']}")
+        raise SystemExit(f"the sensor requested no runs: {result['skipReason']}")
     return len(requests)

@@ -1,4 +1,4 @@
-"""Cases with Dagster in them: what a run costs, how long pages take, a refresh of thousands of series."""
+"""Cases with Dagster: overhead of a run, response times of pages, a refresh of thousands of series."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from statistics import median
 
 from bench.cpu import metered
 from bench.dagster_world import (
-    Orchestra,
+    RunningDagster,
+    duration_of,
     environment_of,
     launch_all,
-    orchestra,
     requests_of,
-    took,
-    until_ended,
+    running_dagster,
+    wait_for_runs,
 )
 from bench.result import Result
 from bench.world import World, window
@@ -40,12 +40,12 @@ _MINUTES = [{"symbol": "BTC/USDT", "asset_class": "crypto", "timeframes": ["1m"]
 
 
 def overhead(place: World, runs: int) -> list[Result]:
-    """(h) a Dagster run of 60 months of 1m against the command line's sync of the same; (i) an empty run."""
+    """(h) a Dagster run of 60 months of 1m against the same sync by the command line; (i) an empty run."""
     place.prepare("archive", SIXTY_MONTHS)
     ratios, empty, walls = [], [], []
     with tempfile.TemporaryDirectory(prefix="fks-bench-") as home:
         environment = environment_of(Path(home), place.database_url, place.market_url, _MINUTES, "2019-01-01")
-        with orchestra(environment) as dagster:
+        with running_dagster(environment) as dagster:
             for _ in range(runs):
                 place.clear()
                 began = time.perf_counter()
@@ -57,15 +57,15 @@ def overhead(place: World, runs: int) -> list[Result]:
     detail = f"the whole command takes {median(walls):.1f} s"
     return [
         Result("(h) run of 60 months of 1m / fks-backfill backfill", ratios, 1.3, False, detail),
-        Result("(i) the same again: a run's own cost, seconds", empty, 2.0, False, "nothing to fetch"),
+        Result("(i) the same again: overhead of a run, seconds", empty, 2.0, False, "nothing to fetch"),
     ]
 
 
 def _command_line(environment: dict[str, str]) -> float:
     """Seconds of the sync itself, without imports."""
-    asked = ["BTC/USDT", "1m", "--start", "2019-01-01", "--end", "2024-01-01", "--json"]
+    arguments = ["BTC/USDT", "1m", "--start", "2019-01-01", "--end", "2024-01-01", "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "fks_backfill_dagster", "backfill", *asked],
+        [sys.executable, "-m", "fks_backfill_dagster", "backfill", *arguments],
         env=environment,
         cwd=CHECKOUT,
         capture_output=True,
@@ -75,20 +75,20 @@ def _command_line(environment: dict[str, str]) -> float:
     return float(json.loads(done.stdout)["seconds"])
 
 
-def _run_seconds(dagster: Orchestra) -> float:
+def _run_seconds(dagster: RunningDagster) -> float:
     """From RUN_START to RUN_SUCCESS of one run over the 60 months."""
     series = dagster.settings.series()[0]
     one = launch.order(dagster.settings, series, SIXTY_MONTHS)
     identity = launch.start(dagster.web, [one])
     done = launch.watch(dagster.web, identity, [one], lambda seen: None)
-    (times,) = until_ended(dagster.web, [run.id for run in done.runs])
+    (times,) = wait_for_runs(dagster.web, [run.id for run in done.runs])
     if not done.succeeded:
-        raise SystemExit(f"the run did not do what was to be measured: {done}")
+        raise SystemExit(f"the measured run failed: {done}")
     return times.ended - times.started
 
 
 def refresh(place: World, runs: int) -> list[Result]:
-    """(j) one look that finds a new candle of 2,000 series; (k) the UI's pages with them. Once, it is long."""
+    """(j) one refresh with a new candle of 2,000 series; (k) the UI's pages with them. Measured once: it is slow."""
     symbols = [
         {"symbol": f"C{n:04d}/USDT", "asset_class": "crypto", "timeframes": ["1h"]} for n in range(MANY)
     ]
@@ -96,20 +96,20 @@ def refresh(place: World, runs: int) -> list[Result]:
     with tempfile.TemporaryDirectory(prefix="fks-bench-") as home:
         environment = environment_of(Path(home), place.database_url, place.market_url, symbols, "2024-01-01")
         _seed(environment)
-        with orchestra(environment) as dagster:
+        with running_dagster(environment) as dagster:
             web = dagster.web
             with place.connect() as connection, metered(Path(home), connection.info.backend_pid) as cpu:
                 began = time.perf_counter()
-                asked = requests_of(web, "refresh_1h", time.time() // 3600 * 3600 + 1200)
-                looked = time.perf_counter() - began
-                ids = launch_all(web, "ohlcv_years", asked)
+                requests = requests_of(web, "refresh_1h", time.time() // 3600 * 3600 + 1200)
+                ticked = time.perf_counter() - began
+                ids = launch_all(web, "ohlcv_years", requests)
                 launched = time.perf_counter() - began
-                times = until_ended(web, ids)
+                times = wait_for_runs(web, ids)
                 seconds = time.perf_counter() - began
             if {t.status for t in times} != {"SUCCESS"}:
-                raise SystemExit(f"not all of the refresh succeeded: {[t.status for t in times]}")
+                raise SystemExit(f"runs of the refresh failed: {[t.status for t in times]}")
             detail = (
-                f"{len(ids)} runs: look {looked:.1f} s, launching {launched - looked:.1f} s; of a run:"
+                f"{len(ids)} runs: tick {ticked:.1f} s, launching {launched - ticked:.1f} s; of a run:"
                 f" worker {median(t.started - t.launched for t in times):.1f} s,"
                 f" work {median(t.ended - t.started for t in times):.1f} s; CPU "
                 + ", ".join(f"{part} {used:.0f} s" for part, used in sorted(cpu.items(), key=lambda i: -i[1]))
@@ -120,7 +120,7 @@ def refresh(place: World, runs: int) -> list[Result]:
 
 
 def _events(place: World, runs: list[str]) -> Result:
-    """How many events of Dagster each of these runs has left."""
+    """The number of Dagster events per run."""
     with place.connect() as connection:
         found = connection.execute(
             "SELECT coalesce(dagster_event_type, 'log line') AS kind, count(*) FROM dagster.event_logs"
@@ -135,12 +135,12 @@ def _events(place: World, runs: list[str]) -> Result:
 
 
 def _page(web: Webserver, name: str, query: str, variables: dict[str, object]) -> Result:
-    values = [took(lambda: web.ask(query, **variables)) for _ in range(3)]
+    values = [duration_of(lambda: web.ask(query, **variables)) for _ in range(3)]
     return Result(f"(k) {name}, seconds", values, 3.0, False, f"{MANY:,} series")
 
 
 _KEY = {"path": ["ohlcv", "C0007_USDT", "1h"]}
-# What the UI's asset page, its asset list and the dialog of a backfill ask for.
+# The queries of the UI's asset page, asset list and backfill dialog.
 _PAGES: dict[str, tuple[str, dict[str, object]]] = {
     "asset page": (
         "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode { id description"
@@ -164,7 +164,7 @@ _PAGES: dict[str, tuple[str, dict[str, object]]] = {
 
 
 def _seed(environment: dict[str, str]) -> None:
-    """Syncs every series up to its last candle but one."""
+    """Syncs every series up to its second-last candle."""
     settings = load_settings(environment, CHECKOUT)
     with app.open_app(settings) as opened, ThreadPoolExecutor(4) as pool:
         now = app.now()
@@ -174,6 +174,6 @@ def _seed(environment: dict[str, str]) -> None:
             end = grid_of(series).closed_end(now - GRACE) - step
             report = sync(opened.context, series, TimeRange(end - 3 * step, end), ["binance"])
             if report.missing:
-                raise SystemExit(f"the seed went wrong: {report}")
+                raise SystemExit(f"seeding failed: {report}")
 
         list(pool.map(seed, settings.series()))

@@ -1,4 +1,4 @@
-"""One figure of the bench, as it is printed and judged."""
+"""One figure of the bench: limit, verdict, output line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import median
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One figure: its values run by run, the limit its median must keep, and what it was made of."""
+    """One figure: its values per run, the limit for its median, and details."""
 
     name: str
     values: Sequence[float]
@@ -18,7 +18,7 @@ class Result:
     detail: str
 
     @property
-    def kept(self) -> bool:
+    def passed(self) -> bool:
         return self.median >= self.limit if self.at_least else self.median <= self.limit
 
     @property
@@ -28,5 +28,5 @@ class Result:
     def row(self) -> str:
         sign = ">=" if self.at_least else "<="
         spread = f"{min(self.values):.3f} .. {max(self.values):.3f}"
-        verdict = "ok" if self.kept else "NOT KEPT"
+        verdict = "ok" if self.passed else "NOT MET"
         return f"{self.name:<46}{self.median:>8.3f}  {sign} {self.limit:<6g} {verdict:<9} {spread:<18} {self.detail}"

@@ -1,6 +1,6 @@
-"""What the cases run in: a scratch PostgreSQL, the local market in a process of its own, clean tables.
+"""The environment of the cases: a scratch PostgreSQL, the local market in a separate process, clean tables.
 
-`FKS_DATABASE_URL` (a server on which databases can be made) replaces the embedded PostgreSQL.
+`FKS_DATABASE_URL` (a server with the right to create databases) replaces the embedded PostgreSQL.
 """
 
 from __future__ import annotations
@@ -45,36 +45,36 @@ def window(first_year: int, years: int) -> TimeRange:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Where the database and the market are."""
+    """The addresses of database and market."""
 
     database_url: str
     market_url: str
 
     def context(self, *, archives: bool) -> Context:
-        """A fresh one, as a new process would make it."""
+        """A new context, as in a new process."""
         pool = RequestPool(5)
         options = resolve_options(
             "binance",
             base_url=f"{self.market_url}/binance",
             archive_url=f"{self.market_url}/archive" if archives else None,
-            requests_per_minute=1_000_000,  # the market's limits are off, so ours are too
+            requests_per_minute=1_000_000,  # no limit, like the market
         )
         limiter = limiter_for({"binance": options})
         providers = {"binance": build("binance", options, pool, limiter)}
         return Context(Database(self.database_url), providers, system_micros)
 
-    def sync(self, asked: TimeRange, *, archives: bool) -> SyncReport:
+    def sync(self, requested: TimeRange, *, archives: bool) -> SyncReport:
         context = self.context(archives=archives)
         try:
-            report = sync(context, SERIES, asked, ["binance"])
+            report = sync(context, SERIES, requested, ["binance"])
         finally:
             context.database.dispose()
         if report.missing or report.errors:
-            raise SystemExit(f"the bench's own sync went wrong: {report}")
+            raise SystemExit(f"a sync of the bench failed: {report}")
         return report
 
-    def ask_binance(self, base_url: str, asked: TimeRange, seconds: float) -> None:
-        """Fetches the range over and over through the shared limiter, for so long, and stores nothing."""
+    def request_binance(self, base_url: str, requested: TimeRange, seconds: float) -> None:
+        """Fetches the range repeatedly through the shared limiter for `seconds`, without storing it."""
         pool, database = RequestPool(5), Database(self.database_url)
         options = resolve_options("binance", base_url=base_url)
         limiter = SharedLimiter(database, paces({"binance": options}))
@@ -83,7 +83,7 @@ class World:
         timer.start()
         try:
             while not pool.stop.is_set():
-                provider.fetch(SERIES, asked)
+                provider.fetch(SERIES, requested)
         except Cancelled:
             pass
         finally:
@@ -91,8 +91,8 @@ class World:
             pool.close()
             database.dispose()
 
-    def forget_pacing(self) -> None:
-        """As if nobody had ever asked anybody."""
+    def reset_rate_limits(self) -> None:
+        """Deletes the state of the shared rate limits."""
         with self.connect() as connection:
             connection.execute("TRUNCATE fks.pacing, fks.pacing_request, fks.pacing_spent, fks.pacing_queue")
 
@@ -100,37 +100,37 @@ class World:
         return psycopg.connect(self.database_url, autocommit=True)
 
     def clear(self) -> None:
-        """Empty tables, and nothing of an earlier run left to be written out."""
+        """Empties the tables and writes out pending pages of earlier runs."""
         with self.connect() as connection:
             connection.execute("TRUNCATE fks.series CASCADE")
             connection.execute('TRUNCATE fks."candles_1m"')
             connection.execute("CHECKPOINT")
 
-    def prepare(self, provider: str, asked: TimeRange, stride: int = 1000) -> None:
-        prepare(self.market_url, provider, asked, stride)
+    def prepare(self, provider: str, requested: TimeRange, stride: int = 1000) -> None:
+        prepare(self.market_url, provider, requested, stride)
 
 
-def prepare(market_url: str, provider: str, asked: TimeRange, stride: int = 1000) -> None:
-    """Lets the market make its answers beforehand: it shall not be what is measured."""
+def prepare(market_url: str, provider: str, requested: TimeRange, stride: int = 1000) -> None:
+    """Builds the market's responses in advance, so that they are not part of the measurement."""
     document = {
         "provider": provider,
         "symbol": "BTC/USDT",
         "timeframe": "1m",
         "stride": stride,
-        "start": datetime.fromtimestamp(asked.start / 1e6, UTC).isoformat(),
-        "end": datetime.fromtimestamp(asked.end / 1e6, UTC).isoformat(),
+        "start": datetime.fromtimestamp(requested.start / 1e6, UTC).isoformat(),
+        "end": datetime.fromtimestamp(requested.end / 1e6, UTC).isoformat(),
     }
     request = urllib.request.Request(
         f"{market_url}/sim/prepare",
         json.dumps(document).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=600) as answer:
-        answer.read()
+    with urllib.request.urlopen(request, timeout=600) as response:
+        response.read()
 
 
 def limited_market() -> LocalMarket:
-    """A market that keeps Binance's limit, in a process of its own."""
+    """A market with Binance's limit, in a separate process."""
     return LocalMarket(MarketConfig(limits=True, listed=(("BTCUSDT", to_micros(LISTED)),)), process=True)
 
 
@@ -168,7 +168,7 @@ def _server(home: Path) -> Iterator[str]:
 
 @contextmanager
 def stopwatch() -> Iterator[list[float]]:
-    """A list that holds the seconds of the block when it is over."""
+    """A list that contains the seconds of the block after its end."""
     seconds: list[float] = []
     began = time.perf_counter()
     yield seconds

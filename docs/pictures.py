@@ -1,11 +1,10 @@
-"""`make pictures`: the pictures of the README, taken from the real pages of a real demo.
+"""`make pictures`: the README's screenshots of Dagster's pages.
 
 Runs the demo and the scenario of the failed month in scratch homes, opens Dagster's pages in a headless
-Chromium over the DevTools protocol, waits until each shows what its caption says, and writes
-docs/pictures/*.png. A picture whose page never shows it is an error, not a picture of a spinner. Nothing is
-left running.
+Chromium over the DevTools protocol, waits until each shows its expected texts, and writes
+docs/pictures/*.png. A page without its expected texts is an error. All processes are stopped at the end.
 
-To add one: a line in PICTURES. Names of pictures on the command line take only these.
+To add one: an entry in PICTURES. Arguments are names of pictures; without arguments all are taken.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
 
 import click
-from websockets.sync.client import ClientConnection, connect  # Dagster's webserver brings it along
+from websockets.sync.client import ClientConnection, connect  # a dependency of Dagster's webserver
 
 from fks_backfill_dagster.demo import scenario
 from fks_backfill_dagster.demo.demo import run_demo
@@ -41,15 +40,15 @@ from fks_backfill_dagster.settings.model import CHECKOUT
 FOLDER = Path(__file__).parent / "pictures"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 LARGEST = 200_000
-"""Bytes of a PNG: a clone should stay small."""
+"""Maximum bytes of a PNG, to keep a clone small."""
 
 READY_SECONDS = 60.0
 SETTLED_SECONDS = 1.5
-"""How long a page must have shown everything, without a spinner, before it is taken: animations end."""
+"""How long a page must show everything, without a spinner, before the screenshot: animations end."""
 
 
 class Stage(Enum):
-    """What is set up for pictures, once for all of them."""
+    """A Dagster setup that several pictures share."""
 
     DEMO = "demo"
     FAILED_MONTH = "failed month"
@@ -57,7 +56,7 @@ class Stage(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One page of what `stage` sets up. `shows` are texts that must be visible; `presses` is clicked first."""
+    """One page of a stage. `shows` are texts that must be visible; the texts of `presses` are clicked first."""
 
     stage: Stage
     name: str
@@ -71,10 +70,10 @@ class Picture:
 _GROUP = "/locations/fks_backfill/asset-groups/crypto"
 _BTC, _ETH = "/assets/ohlcv/BTC_USDT/1m", "/assets/ohlcv/ETH_USDT/15m"
 
-# The demo plants its outages in the month before this one: the partition that has two providers.
-_HIT = f"{datetime.now(UTC).replace(day=1) - timedelta(days=1):%Y-%m}-01"
+# The demo plants its outages in the previous month: that partition has two providers.
+_OUTAGE_MONTH = f"{datetime.now(UTC).replace(day=1) - timedelta(days=1):%Y-%m}-01"
 
-_LOST = scenario.failed_partition()
+_FAILED_MONTH = scenario.failed_partition()
 
 PICTURES = (
     Picture(
@@ -85,7 +84,7 @@ PICTURES = (
         width=1440,
         height=780,
     ),
-    # Of three series, one of them selected: a node shows the last part of its key only.
+    # Of three series, one of them selected: a node shows only the last part of its key.
     Picture(
         Stage.FAILED_MONTH,
         "graph",
@@ -97,14 +96,14 @@ PICTURES = (
     Picture(
         Stage.FAILED_MONTH,
         "failed",
-        f"{_ETH}?view=partitions&partition={_LOST}",
-        ("Failed (1)", "Materialized (23)", _LOST, "did not materialize this asset"),
+        f"{_ETH}?view=partitions&partition={_FAILED_MONTH}",
+        ("Failed (1)", "Materialized (23)", _FAILED_MONTH, "did not materialize this asset"),
         height=760,
     ),
     Picture(
         Stage.DEMO,
         "partition",
-        f"{_BTC}?view=partitions&partition={_HIT}",
+        f"{_BTC}?view=partitions&partition={_OUTAGE_MONTH}",
         ("coverage", '"polygon": 240', "volume_sum"),
         height=880,
     ),
@@ -113,7 +112,7 @@ PICTURES = (
 
 
 class NoPicture(Exception):
-    """One sentence: what is missing, and what to do."""
+    """A picture cannot be taken; the text states the reason and the remedy."""
 
 
 class Page:
@@ -123,7 +122,7 @@ class Page:
         self._connection, self._last = connection, 0
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command of the DevTools protocol; events that come in between are passed over."""
+        """Sends one command of the DevTools protocol and returns its result; skips events."""
         self._last += 1
         self._connection.send(json.dumps({"id": self._last, "method": method, "params": parameters}))
         while True:
@@ -131,7 +130,7 @@ class Page:
             if answer.get("id") != self._last:
                 continue
             if "error" in answer:
-                raise NoPicture(f"the browser refused {method}: {answer['error']['message']}.")
+                raise NoPicture(f"the browser rejected {method}: {answer['error']['message']}.")
             found: dict[str, Any] = answer["result"]
             return found
 
@@ -140,7 +139,7 @@ class Page:
         return found["result"].get("value")
 
     def take(self, url: str, picture: Picture) -> bytes:
-        """The page as PNG, once it shows what it should."""
+        """The page as PNG, once it shows its expected texts."""
         size = {"width": picture.width, "height": picture.height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Page.navigate", url=f"{url}{picture.path}")
@@ -161,15 +160,15 @@ class Page:
             elif time.monotonic() - since > SETTLED_SECONDS:
                 return
             time.sleep(0.2)
-        said = self.value("document.body.innerText.slice(0, 600)")
-        raise NoPicture(f"{picture.name}: {picture.path} {otherwise}; it says:\n{said}")
+        text = self.value("document.body.innerText.slice(0, 600)")
+        raise NoPicture(f"{picture.name}: {picture.path} {otherwise}; its text:\n{text}")
 
 
 _QUIET = "!document.querySelector('[class*=pinner], [class*=oast] [class*=ntent-danger]')"
 
 
 def _element(text: str) -> str:
-    """The innermost element with exactly this text."""
+    """JavaScript for the innermost element with exactly this text."""
     return (
         "[...document.querySelectorAll('button, a, div, span')]"
         f".findLast(e => e.innerText?.trim() === {json.dumps(text)})"
@@ -178,16 +177,16 @@ def _element(text: str) -> str:
 
 @contextmanager
 def browser() -> Iterator[Page]:
-    """A headless Chromium of its own, gone afterwards."""
+    """A headless Chromium with its own profile, stopped afterwards."""
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         raise NoPicture(
             f"no browser found ({', '.join(BROWSERS)}): install Chromium (Debian: apt-get install chromium)."
         )
-    quiet = ("gpu", "quic", "background-networking", "component-update", "sync", "extensions")
+    disabled = ("gpu", "quic", "background-networking", "component-update", "sync", "extensions")
     with tempfile.TemporaryDirectory(prefix="fks-browser-", ignore_cleanup_errors=True) as profile:
         command = [program, "--headless", "--no-first-run", "--hide-scrollbars", "--remote-debugging-port=0"]
-        command += [f"--disable-{name}" for name in quiet]
+        command += [f"--disable-{name}" for name in disabled]
         command += ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses root
         command += [f"--user-data-dir={profile}", "about:blank"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -201,19 +200,19 @@ def browser() -> Iterator[Page]:
 
 def _tab(profile: Path, process: subprocess.Popen[bytes]) -> str:
     """The address of a new tab's debugger."""
-    told, deadline = profile / "DevToolsActivePort", time.monotonic() + READY_SECONDS
-    while not (told.exists() and told.read_text().strip()):
+    port_file, deadline = profile / "DevToolsActivePort", time.monotonic() + READY_SECONDS
+    while not (port_file.exists() and port_file.read_text().strip()):
         if process.poll() is not None or time.monotonic() > deadline:
             raise NoPicture(f"the browser did not start (exit code {process.poll()}).")
         time.sleep(0.1)
-    url = f"http://127.0.0.1:{told.read_text().split()[0]}/json/new?about:blank"
+    url = f"http://127.0.0.1:{port_file.read_text().split()[0]}/json/new?about:blank"
     with build_opener(ProxyHandler({})).open(Request(url, method="PUT"), timeout=READY_SECONDS) as answer:
         return str(json.loads(answer.read())["webSocketDebuggerUrl"])
 
 
 @contextmanager
 def staged(stage: Stage) -> Iterator[Webserver]:
-    """Dagster's webserver after what the stage does in a scratch home; stopped and removed afterwards."""
+    """Dagster's webserver of a stage in a scratch home; stopped and removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="fks-pictures-", ignore_cleanup_errors=True) as folder:
         if stage is Stage.FAILED_MONTH:
             with scenario.failed_month(Path(folder)) as scene:
@@ -228,7 +227,7 @@ def _demo(home: Path) -> Iterator[Webserver]:
     environment = {"FKS_HOME": str(home), "FKS_CONFIG": str(home / "backfill.yaml")}
     try:
         if run_demo(keep=True, home=home):
-            raise NoPicture("the demo did not succeed, so there is nothing to take a picture of.")
+            raise NoPicture("the demo failed: no pictures are taken.")
         yield running_webserver(load_settings(environment, CHECKOUT))
     finally:
         servers.down(load_settings(environment, CHECKOUT), say=lambda text: None)
@@ -242,7 +241,9 @@ def _take(page: Page, stage: Stage, pictures: Sequence[Picture]) -> None:
         for picture in pictures:
             content = page.take(web.url, picture)
             if len(content) > LARGEST:
-                raise NoPicture(f"{picture.name} has {len(content):,} bytes: make its page smaller.")
+                raise NoPicture(
+                    f"{picture.name} has {len(content):,} bytes, more than {LARGEST:,}: make its page smaller."
+                )
             (FOLDER / f"{picture.name}.png").write_bytes(content)
             click.echo(f"docs/pictures/{picture.name}.png  {len(content):,} bytes")
 

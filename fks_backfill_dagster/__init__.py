@@ -1,7 +1,7 @@
-"""Backfills OHLCV candles: every candle that should exist is there, or its absence is explained.
+"""Backfills OHLCV candles: every candle that should exist is stored, or its absence is explained.
 
-For programs: `from fks_backfill_dagster import read_candles`. Importing the package alone imports
-nothing heavy; what is offered here is fetched on first use.
+For programs: `from fks_backfill_dagster import read_candles`. Importing the package is cheap: the names of this
+module are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The composition root: settings become a database, providers and the context that every verb works with.
+"""The composition root: builds the database, the providers and the context of the pipeline from the settings.
 
-Belongs here: which parts are made from which settings, and how long they live. The faces (command
-line, Dagster, API) take from here and build nothing themselves.
-Does not belong here: what is done with the parts.
+Belongs here: which component is built from which settings, and its lifetime. The interfaces (command
+line, Dagster, API) use this module and build nothing themselves.
+Does not belong here: the use of the components.
 
-Importing this module is cheap; what is heavy is imported by the function that needs it.
+Importing this module is cheap; heavy modules are imported by the functions that need them.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.store.rate_limits import ProviderState
     from fks_backfill_dagster.store.sources import HostInUse
 
-# Hosts of Binance itself: the same candles as in its public archives.
+# Binance's own hosts: they serve the same candles as its public archives.
 _BINANCE_HOSTS = (".binance.com", ".binance.vision")
 
-# Documented hosts beside the defaults of `providers.registry`: they give the same candles. Not api.binance.us, which
-# is another exchange, nor testnet.binance.vision.
+# Documented hosts besides the defaults of `providers.registry`, which serve the same candles. Without api.binance.us,
+# which is another exchange, and testnet.binance.vision.
 _DOCUMENTED_HOSTS: Mapping[str, frozenset[str]] = {
     "binance": frozenset(
         (
@@ -61,7 +61,7 @@ _DOCUMENTED_HOSTS: Mapping[str, frozenset[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class App:
-    """What a face that fetches holds while it works. `pool.stop` ends every wait of a provider at once."""
+    """The components that a fetching interface holds while it works. `pool.stop` ends all waits at once."""
 
     settings: Settings
     database: Database
@@ -75,9 +75,9 @@ def make_context(
     providers: Mapping[str, Provider],
     options: Mapping[str, ProviderOptions],
 ) -> Context:
-    """What every verb works with, by the settings; the providers were made with these options.
+    """The context of the pipeline by the settings; `options`: those that the providers were built with.
 
-    Raises MixedSources where their hosts are of another kind than those that the database's candles came from.
+    Raises MixedSources where their hosts are of another kind than those of the database's candles.
     """
     from fks_backfill_dagster.pipeline.sync import Context
 
@@ -98,22 +98,22 @@ def make_context(
 
 
 def now() -> int:
-    """The present in microseconds UTC: the clock of all faces."""
+    """The current time in microseconds UTC: the clock of all interfaces."""
     return time.time_ns() // 1000
 
 
 @contextmanager
-def open_app(settings: Settings, tell: Callable[[str], None] = lambda _: None) -> Iterator[App]:
-    """The database, the providers that are enabled, and the context of the pipeline's verbs.
+def open_app(settings: Settings, on_wait: Callable[[str], None] = lambda _: None) -> Iterator[App]:
+    """The database, the enabled providers, and the context of the pipeline.
 
-    `tell` gets a sentence when a provider keeps everybody waiting, from any thread.
-    Raises StoreError or EmbeddedError when the database cannot be had, or must not be used with these hosts.
+    `on_wait` is called from any thread with a message when requests wait for a provider.
+    Raises StoreError or EmbeddedError when the database is unavailable, or must not be used with these hosts.
     """
     from fks_backfill_dagster.providers.http.pool import RequestPool
 
     with ExitStack() as stack:
         database = stack.enter_context(open_database(settings))
-        pool = RequestPool(settings.max_concurrent_requests, tell=tell)
+        pool = RequestPool(settings.max_concurrent_requests, on_wait=on_wait)
         stack.callback(pool.close)
         providers = build_providers(settings, pool, database)
         context = make_context(settings, database, providers, enabled_options(settings))
@@ -125,10 +125,10 @@ def open_app(settings: Settings, tell: Callable[[str], None] = lambda _: None) -
 
 @contextmanager
 def open_database(settings: Settings) -> Iterator[Database]:
-    """The database with its schema, for the length of the block.
+    """The database with its schema, for the duration of the block.
 
-    The embedded one runs at least that long, and is upgraded without being asked: it has no other
-    owner. A database of the user's own gets its schema when it has none, and is never upgraded.
+    The embedded one runs at least that long, and is upgraded automatically: this program is its only owner. The
+    schema of a user's own database is created if missing, and never upgraded.
     """
     server = embedded(settings)
     try:
@@ -144,7 +144,7 @@ def open_database(settings: Settings) -> Iterator[Database]:
 
 
 def connect(settings: Settings, url: str, *, pool_size: int = 8) -> Database:
-    """The database of the settings at its URL. Nothing is connected yet."""
+    """The database of the settings at its URL, not connected yet."""
     from fks_backfill_dagster.store.database import Database
 
     return Database(url, pool_size=pool_size, log=embedded_log(settings))
@@ -157,7 +157,7 @@ def embedded_log(settings: Settings) -> Path | None:
 
 
 def prepare(database: Database, settings: Settings) -> None:
-    """Makes the schema where there is none, and upgrades that of the embedded database."""
+    """Creates a missing schema, and upgrades that of the embedded database."""
     from fks_backfill_dagster.store.errors import SchemaTooOld
 
     try:
@@ -172,7 +172,7 @@ def prepare(database: Database, settings: Settings) -> None:
 def database_url(settings: Settings) -> str:
     """The libpq URL of the database; the embedded one is started and runs as long as this process.
 
-    It holds the password in clear: hand it to a client, never to a log. Raises EmbeddedError.
+    It contains the password in clear: pass it to a client, never to a log. Raises EmbeddedError.
     """
     if settings.database_url is not None:
         return settings.database_url.get_secret_value().replace("postgresql+psycopg://", "postgresql://", 1)
@@ -198,7 +198,7 @@ def build_providers(
 ) -> dict[str, Provider]:
     """The enabled providers of this version by name, with one pool and one limiter.
 
-    Without a database the limits hold for this process alone: for those who only look at the providers.
+    Without a database the limits hold for this process only: enough for reading what providers declare.
     """
     from fks_backfill_dagster.providers import registry
 
@@ -208,7 +208,7 @@ def build_providers(
 
 
 def freshness_rule(settings: Settings) -> Rule:
-    """What is lag by the settings. Providers are imported when a publication delay is first looked up."""
+    """The freshness rule of the settings. Providers are imported when a publication delay is first looked up."""
     from fks_backfill_dagster.domain.freshness import Thresholds
     from fks_backfill_dagster.pipeline.freshness import Rule, publication_delay
 
@@ -224,7 +224,7 @@ def freshness_rule(settings: Settings) -> Rule:
 
 
 def closures(settings: Settings) -> Callable[[Series, TimeRange], RangeSet]:
-    """Where the market of a series was closed within a window though candles are expected, by the settings."""
+    """The ranges of a window in which candles are expected, but the market of a series was closed by the settings."""
     from fks_backfill_dagster.domain.closures import market_closures
 
     return lambda series, window: market_closures(series, settings.closed(series), window)
@@ -233,8 +233,8 @@ def closures(settings: Settings) -> Callable[[Series, TimeRange], RangeSet]:
 def settle_closures(
     settings: Settings, database: Database, series: Iterable[Series]
 ) -> list[SettledClosures]:
-    """Brings the ledger in line with the closed dates of the settings, where those have changed since: one
-    statement where they have not, and providers are imported only then."""
+    """Settles the ledger by the closed dates of the settings where those have changed. One statement if none has;
+    providers are imported only if one has."""
     from fks_backfill_dagster.pipeline.closures import settle_changed
 
     return settle_changed(
@@ -247,7 +247,7 @@ def settle_closures(
 
 
 def _usable_providers(settings: Settings) -> dict[str, Provider]:
-    """The enabled providers, for what they declare; without those whose key cannot be one."""
+    """The enabled providers, for what they declare; without those whose key is malformed."""
     from fks_backfill_dagster.providers import registry
     from fks_backfill_dagster.providers.base import ProviderError
     from fks_backfill_dagster.providers.http.pool import RequestPool
@@ -270,7 +270,7 @@ def limiter_for(options: Mapping[str, ProviderOptions], database: Database) -> L
 
 
 def circuit_for(options: Mapping[str, ProviderOptions], database: Database) -> Circuit:
-    """Which of these providers are left alone, shared by all processes on this database."""
+    """The circuits of these providers, shared by all processes on this database."""
     from fks_backfill_dagster.providers import registry
     from fks_backfill_dagster.store.rate_limits import SharedCircuit
 
@@ -278,9 +278,9 @@ def circuit_for(options: Mapping[str, ProviderOptions], database: Database) -> C
 
 
 def provider_states(settings: Settings, database: Database) -> dict[str, ProviderState]:
-    """The enabled providers that are not asked now, with the accounts of the settings; usually none.
+    """The enabled providers that get no requests now, with the accounts of the settings; usually none.
 
-    Providers are imported only where there is something to tell.
+    Providers are imported only if there is one.
     """
     from fks_backfill_dagster.store import rate_limits
 
@@ -298,8 +298,8 @@ def provider_states(settings: Settings, database: Database) -> dict[str, Provide
 
 
 def reset_provider(settings: Settings, database: Database, name: str) -> list[ProviderState]:
-    """Ends every wait of a provider and of its archives, with the account of the settings; how those stood that had
-    one, or had failed. Processes that run notice by themselves."""
+    """Ends every wait of a provider and of its archives, with the account of the settings. Returns the former states
+    of those with a wait or a failure. Running processes pick the reset up."""
     from fks_backfill_dagster.providers import registry
     from fks_backfill_dagster.store import rate_limits
 
@@ -314,7 +314,7 @@ def refuse_mixed_sources(
     providers: Mapping[str, Provider],
     options: Mapping[str, ProviderOptions],
 ) -> None:
-    """Raises MixedSources, see `store.sources`; of the providers that are enabled and have their key."""
+    """Raises MixedSources, see `store.sources`; checks the enabled providers that have their key."""
     from fks_backfill_dagster.store import sources
 
     wanted = [
@@ -324,7 +324,7 @@ def refuse_mixed_sources(
 
 
 def host_in_use(name: str, options: ProviderOptions) -> HostInUse:
-    """Where a provider is requested; of a custom and a documented host of one provider, the custom one."""
+    """The host of a provider; the custom one if it has both a custom and a documented host."""
     from fks_backfill_dagster.providers.http.errors import host_of
     from fks_backfill_dagster.store.sources import HostInUse
 
@@ -334,7 +334,7 @@ def host_in_use(name: str, options: ProviderOptions) -> HostInUse:
 
 
 def is_documented_host(name: str, host: str) -> bool:
-    """Whether a provider documents this host (a URL) as its own; all else is custom, a local market too."""
+    """Whether a provider documents this host (a URL) as its own; any other is custom, including a local market."""
     from fks_backfill_dagster.providers import registry
 
     registered = registry.BUILT.get(name)
@@ -353,7 +353,7 @@ def enabled_options(settings: Settings) -> dict[str, ProviderOptions]:
 
 
 def provider_options(settings: Settings, name: str) -> ProviderOptions:
-    """What the settings say of one provider."""
+    """The options of one provider by the settings."""
     from fks_backfill_dagster.providers import registry
 
     own = settings.provider(name)
@@ -368,10 +368,10 @@ def provider_options(settings: Settings, name: str) -> ProviderOptions:
 
 
 def _archive_url(binance: Binance) -> str | None:
-    """The public archives belong to Binance's own hosts only.
+    """The archive_url in use: the public archives go with Binance's own hosts only.
 
-    With a base_url elsewhere (a local market) and an archive_url that nobody changed they are off:
-    candles of two markets must not be mixed.
+    With a base_url elsewhere (a local market) and the default archive_url, archives are off: candles of two
+    markets must not be mixed.
     """
     host = urlsplit(binance.base_url).hostname or ""
     default = Binance.model_fields["archive_url"].default

@@ -1,7 +1,7 @@
-"""The JSON face: how results look to other programs, the same on the command line and over HTTP.
+"""The JSON documents of results, the same on the command line and over HTTP.
 
-Belongs here: keys and formats, one function a document. Dictionaries with agreed keys are made here
-and nowhere else. Does not belong here: computing what they tell.
+Belongs here: keys and formats, one function per document. Dictionaries with public keys are built only here.
+Does not belong here: computing the values.
 
 Times are ISO 8601 with an explicit zone, UTC, as `2024-01-01T00:00:00+00:00`.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Document = dict[str, object]
 
-NOT_ASKED = "after the end of what was synced, not asked yet"
+NOT_ASKED = "after the end of the synced range, not requested yet"
 
 
 def sync_report(report: SyncReport) -> Document:
@@ -65,7 +65,7 @@ def broken_sync(
     failed_batches: int,
     candles: int,
 ) -> Document:
-    """The report of a sync that could not finish: what is expected and missing is unknown, hence null."""
+    """The report of an aborted sync: `expected` and `missing` are unknown, hence null."""
     return _names(series) | {
         "total_batches": total_batches,
         "successful_batches": successful_batches,
@@ -118,12 +118,12 @@ def gap(found: FoundGap) -> Document:
 
 
 def gap_of(series: Series, found: FoundGap) -> Document:
-    """The same where several series stand in one list."""
+    """As `gap`, for a list of several series."""
     return _names(series) | gap(found)
 
 
 def filled_gap(series: Series, found: FilledGap) -> Document:
-    """What became of a gap that was asked for. `coverage` is the share of its candles that came."""
+    """The outcome of a requested gap. `coverage` is the share of its candles that were filled."""
     return _names(series) | {
         "start": iso(found.gap.start),
         "end": iso(found.gap.end),
@@ -157,7 +157,7 @@ def _series_audit(found: SeriesAudit) -> Document:
 
 
 def difference(found: Difference) -> Document:
-    """`recorded` and `actual` are numbers, and times where the kind is `oldest` or `newest`."""
+    """`recorded` and `actual` are numbers; times for the kinds `oldest` and `newest`."""
 
     def shown(value: int | None) -> int | str | None:
         return iso(value) if found.kind.tells_time and value is not None else value
@@ -174,8 +174,8 @@ def difference(found: Difference) -> Document:
 
 
 def status(found: Coverage) -> Document:
-    """The seven keys of the HTTP route first. `lag` is in closed candles; a `next_attempt` that lies in the
-    past is due."""
+    """The seven keys of the HTTP route come first. `lag` is in closed candles; a `next_attempt` in the past is
+    due."""
     state = found.status
     if state is None:
         return not_started(found.series)
@@ -198,7 +198,7 @@ def status(found: Coverage) -> Document:
 
 
 def not_started(series: Series) -> Document:
-    """The status of a series of which nothing is known."""
+    """The status of an unknown series."""
     return _names(series) | {"status": "not_started"}
 
 
@@ -226,7 +226,7 @@ def batch(found: BatchInfo) -> Document:
         "range_end": moment(found.range_end),
         "run_id": found.run_id,
         "fetched_at": moment(found.fetched_at),
-        # Not cut to seconds: it is what `--as-of` compares with.
+        # Not truncated to seconds: `--as-of` compares with it.
         "committed_at": found.committed_at.astimezone(UTC).isoformat(),
         "inserted": found.inserted,
         "updated": found.updated,
@@ -238,7 +238,7 @@ def batch(found: BatchInfo) -> Document:
 
 
 def moment(when: datetime | None) -> str | None:
-    """To the second: candles have no finer times, and nobody needs more of a sync."""
+    """To the second: candles have no finer times, and a sync time needs none."""
     return None if when is None else when.astimezone(UTC).isoformat(timespec="seconds")
 
 

@@ -1,14 +1,14 @@
-"""The door of a web server of ours: which requests get to its routes. An ASGI middleware.
+"""ASGI middleware that decides which requests reach the routes of our web servers.
 
     Host -> Origin and Sec-Fetch-Site -> route, method and content type -> token -> the routes
 
 A browser sends requests from any page that its user visits, also to servers on the loopback address, with
-the user's cookies. So a request must be meant for this server, come from a page of its own or from no page,
-and be of a kind that a page of another site cannot send without a preflight (`application/json`). Then its sender
-has to know the token, or to be a process of the account that is let in without.
+the user's cookies. A request must therefore be addressed to this server, come from one of its own pages or from no
+page, and be of a kind that a page of another site cannot send without a preflight (`application/json`). Then its
+sender must present the token, or be a process of the account that needs none.
 
-Belongs here: what is refused, with which status and sentence, and the headers of every answer. Does not belong
-here: where the token is kept (`login`), whose a connection is (`peers`), the routes (the servers).
+Belongs here: which requests are refused, with which status and message, and the headers of every response. Does not
+belong here: where the token is stored (`login`), the account of a connection (`peers`), the routes (the servers).
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
-"""The names under which a server on the loopback address is reached."""
+"""The host names of a server on the loopback address."""
 
 TOKEN = "token"  # noqa: S105 - the name of a parameter
-"""The name of the token in the query of a first visit."""
+"""The query parameter of the token on a first visit."""
 
 JSON = "application/json"
 
 _FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
-"""Headers that a proxy adds: the process that has connected is not the one that has sent the request."""
+"""Headers that a proxy adds: the connected process is then not the sender of the request."""
 
 _PORTS = {"http": "80", "https": "443"}
 
@@ -53,13 +53,12 @@ _NO_FRAMES = (b"content-security-policy", b"frame-ancestors 'none'")
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a server lets in.
+    """The requests that a server accepts.
 
-    token: what a request has to carry; None: the other checks alone count. cookie: the name of the cookie
-    that stands for the token. hosts: names of the server besides the loopback ones. posts: beginnings of paths
-    that take POST with JSON and nothing else; every other path takes GET and HEAD. closed: beginnings of paths
-    that are refused. owner: the account whose own processes on this machine need no token; None: all need it.
-    advice: the sentence of a 401.
+    token: required of a request; None: only the other checks apply. cookie: the name of the cookie that replaces the
+    token. hosts: names of the server besides the loopback ones. posts: path prefixes that accept only POST with
+    JSON; every other path accepts GET and HEAD. closed: path prefixes that are refused. owner: the account whose own
+    processes on this machine need no token; None: all need it. advice: the message of a 401.
     """
 
     token: str | None
@@ -68,19 +67,19 @@ class Rules:
     posts: tuple[str, ...] = ()
     closed: tuple[str, ...] = ()
     owner: int | None = None
-    advice: str = "Open the address that `fks-backfill up` prints: it holds the token."
+    advice: str = "Open the address that `fks-backfill up` prints: it contains the token."
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a request is not let in: an HTTP status and one sentence."""
+    """Why a request is refused: an HTTP status and one sentence."""
 
     status: int
     sentence: str
 
 
 class Guard:
-    """The middleware: refuses what `rules` do not let in, and adds the headers of every answer."""
+    """The middleware: refuses requests by `rules`, and adds headers to every response."""
 
     def __init__(self, app: App, rules: Rules) -> None:
         self._app, self._rules = app, rules
@@ -98,20 +97,20 @@ class Guard:
                 await send({"type": "websocket.close", "code": 1008})
             return
         if refused is not None:
-            await _answer(send, refused.status, refused.sentence)
+            await _respond(send, refused.status, refused.sentence)
         elif is_known(request, self._rules):
             await self._app(scope, receive, _with_headers(send))
         elif self._rules.token is not None and is_same(request.query_token, self._rules.token):
-            await _answer(send, 303, "", _visit(request, self._rules.token, self._rules.cookie))
+            await _respond(send, 303, "", _redirect(request, self._rules.token, self._rules.cookie))
         else:
-            await _answer(send, 401, self._rules.advice, [(b"www-authenticate", b"Bearer")])
+            await _respond(send, 401, self._rules.advice, [(b"www-authenticate", b"Bearer")])
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the questions are about. `headers` by lower-case name, all values of each.
+    """A request as the checks see it. `headers` by lower-case name, with all values of each.
 
-    client, server: the two ends of the connection; None where there is none, or not over IPv4.
+    client, server: the two ends of the connection; None if unknown or not a TCP address.
     """
 
     method: str
@@ -142,41 +141,41 @@ class Request:
         )
 
     def one(self, name: str) -> str | None:
-        """The value of a header; None where it is absent, or there more than once."""
+        """The value of a header; None if it is missing or repeated."""
         found = self.headers.get(name, ())
         return found[0] if len(found) == 1 else None
 
     @property
     def query_token(self) -> str | None:
-        """The token of a first visit, which is a page and so a GET."""
+        """The token of a first visit, which opens a page and so is a GET."""
         if self.method != "GET" or self.websocket:
             return None
         return dict(parse_qsl(self.query)).get(TOKEN)
 
 
 def refusal(request: Request, rules: Rules) -> Refusal | None:
-    """Why the request is refused whoever sends it; None where it is not."""
+    """The refusal that applies to every sender; None if there is none."""
     host = request.one("host")
     if host is None or _name(host) not in LOOPBACK | rules.hosts:
-        return Refusal(421, "This server is not reached under this Host; webserver.hosts names further ones.")
+        return Refusal(421, "This server does not serve this Host; webserver.hosts adds names.")
     if not _is_own_page(request, host):
-        return Refusal(403, "A page of another site has sent this request.")
+        return Refusal(403, "A page of another site sent this request.")
     if request.websocket:
         return None
     if request.path.startswith(rules.closed):
         return Refusal(403, "This route is closed by the settings.")
     if request.path.startswith(rules.posts):
         if request.method != "POST":
-            return Refusal(405, "This route takes POST alone.")
+            return Refusal(405, "This route accepts only POST.")
         if _media_type(request) != JSON:
-            return Refusal(415, f"This route takes {JSON} alone.")
+            return Refusal(415, f"This route accepts only {JSON}.")
     elif request.method not in ("GET", "HEAD"):
-        return Refusal(405, f"This route does not take {request.method}.")
+        return Refusal(405, f"This route does not accept {request.method}.")
     return None
 
 
 def is_known(request: Request, rules: Rules) -> bool:
-    """Whether the sender knows the token, by a header or by the cookie of an earlier visit, or needs none."""
+    """Whether the request carries the token, in a header or as the cookie of an earlier visit, or needs none."""
     if rules.token is None or (rules.owner is not None and _is_of(rules.owner, request)):
         return True
     scheme, _, credentials = (request.one("authorization") or "").partition(" ")
@@ -187,10 +186,10 @@ def is_known(request: Request, rules: Rules) -> bool:
 
 
 def _is_of(owner: int, request: Request) -> bool:
-    """Whether a process of this account, on this machine, has sent the request itself.
+    """Whether a process of this account on this machine sent the request itself.
 
-    A proxy of the same account passes on requests of anyone: it is known by its headers, or by a Host that is not a
-    loopback name.
+    A proxy of the same account forwards requests of any sender: it is recognized by its headers, or by a Host that is
+    not a loopback name.
     """
     if (
         request.client is None
@@ -209,27 +208,27 @@ def is_same(given: str | None, wanted: str) -> bool:
 
 
 def cookie_value(token: str) -> str:
-    """What a browser keeps in the token's place: it opens the pages, and does not show the token."""
+    """The value that a browser stores instead of the token: it opens the pages without revealing the token."""
     return hmac.new(token.encode(), b"cookie of a visit", hashlib.sha256).hexdigest()
 
 
 def _address(found: Sequence[Any] | None) -> Address | None:
-    """One end of a connection as ASGI has it: a host and a port, or the path of a Unix socket and no port."""
+    """One end of a connection from its ASGI form: host and port, or the path of a Unix socket and no port."""
     return None if not found or found[1] is None else (str(found[0]), int(found[1]))
 
 
 def _name(host: str) -> str:
     """The name in a Host header, without its port; an IPv6 address in its brackets."""
     name, _, port = host.strip().lower().rpartition(":")
-    if not name or "]" in port:  # there is no port
+    if not name or "]" in port:  # no port
         name = host.strip().lower()
     return name.rstrip(".")
 
 
 def _is_own_page(request: Request, host: str) -> bool:
-    """Whether a page of this server has sent the request, a person by a link or an address, or a program.
+    """Whether the request comes from a page of this server, from a navigation of the user, or from a program.
 
-    Sec-Fetch-Site calls another port of the same machine `same-site`: that is another server.
+    For Sec-Fetch-Site another port of the same machine is `same-site`: that is another server.
     """
     if "origin" in request.headers and not _is_origin_of(request.one("origin") or "", host):
         return False
@@ -240,7 +239,7 @@ def _is_own_page(request: Request, host: str) -> bool:
 
 
 def _is_origin_of(origin: str, host: str) -> bool:
-    """Whether an Origin is that of the server under this Host: a proxy may have taken TLS off."""
+    """Whether an Origin is that of the server under this Host; a proxy may have terminated TLS."""
     scheme, separator, place = origin.strip().lower().partition("://")
     if not separator or scheme not in _PORTS:
         return False
@@ -253,23 +252,23 @@ def _media_type(request: Request) -> str:
 
 
 def _cookies(request: Request, name: str) -> list[str]:
-    """The values of a cookie. Those of other servers on this machine come along, well-formed or not."""
+    """The values of a cookie. The header also has cookies of other servers on this machine, well-formed or not."""
     pairs = (part.partition("=") for line in request.headers.get("cookie", ()) for part in line.split(";"))
     return [value.strip() for key, _, value in pairs if key.strip() == name]
 
 
-def _visit(request: Request, token: str, cookie: str) -> list[tuple[bytes, bytes]]:
-    """The headers that lead a first visit to the same page, without the token in its address."""
+def _redirect(request: Request, token: str, cookie: str) -> list[tuple[bytes, bytes]]:
+    """The headers that redirect a first visit to the same page, without the token in its address."""
     kept = [
         (name, value) for name, value in parse_qsl(request.query, keep_blank_values=True) if name != TOKEN
     ]
-    # Never "//host" or "/\\host", which a browser takes for another server.
+    # Never "//host" or "/\\host", which a browser resolves to another server.
     place = "/" + request.raw_path.lstrip("/\\") + (f"?{urlencode(kept)}" if kept else "")
     kept_by_browser = f"{cookie}={cookie_value(token)}; Path=/; HttpOnly; SameSite=Strict"
     return [(b"location", place.encode("latin-1")), (b"set-cookie", kept_by_browser.encode())]
 
 
-async def _answer(send: Send, status: int, text: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+async def _respond(send: Send, status: int, text: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
     body = f"{text}\n".encode() if text else b""
     own = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
     start = {"type": "http.response.start", "status": status}
@@ -283,7 +282,7 @@ def _with_headers(send: Send) -> Send:
     async def guarded(message: Message) -> None:
         if message["type"] == "http.response.start":
             kept = [pair for pair in message["headers"] if pair[0].lower() not in _HEADERS]
-            # A second policy beside the server's own: a browser keeps to both.
+            # A second policy besides the server's own: a browser enforces both.
             message = {**message, "headers": [*kept, *_HEADERS.items(), _NO_FRAMES]}
         await send(message)
 

@@ -1,9 +1,9 @@
-"""The token of Dagster's pages: where it is kept, and how commands read it.
+"""The token of Dagster's pages: its storage, and how commands read it.
 
-It is FKS_API_TOKEN, or else one that is made once for a home and kept there, in a file that its owner alone
-can read. So a visit goes on after a restart, and commands of this home find it without an option.
+It is FKS_API_TOKEN, or else one that is generated once per home and stored there, in a file that only its owner
+can read. A browser session therefore survives a restart, and commands of this home find the token without an option.
 
-Does not belong here: what the token opens (`guard`).
+Does not belong here: what the token gives access to (`guard`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fks_backfill_dagster.settings.types import OTHERS
 
 
 def token_of(settings: Settings) -> str | None:
-    """The token of these settings; None where none is required, or none was made yet."""
+    """The token of these settings; None if none is required, or none was generated yet."""
     if not settings.webserver.login:
         return None
     if settings.api_token is not None:
@@ -30,15 +30,15 @@ def token_of(settings: Settings) -> str | None:
 
 
 def owner_of(settings: Settings) -> int | None:
-    """The account whose own processes need no token; None where all need it, or nobody does.
+    """The account whose own processes need no token; None if all processes need it, or none does.
 
-    A token that was configured is one that its user wants to be asked for.
+    A configured token is required of the own account, too.
     """
     return os.geteuid() if settings.webserver.login == OTHERS and settings.api_token is None else None
 
 
 def make_token(settings: Settings) -> str | None:
-    """As `token_of`, made where it is needed. `up` calls it under its lock."""
+    """As `token_of`, generating a missing token. `up` calls it under its lock."""
     if settings.webserver.login and token_of(settings) is None:
         ownership.write_text(_file(settings.home), secrets.token_urlsafe(32))
     return token_of(settings)

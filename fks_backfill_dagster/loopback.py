@@ -1,7 +1,4 @@
-"""Whether a host is this machine: one rule for addresses that are sent a key, and for those that a request may name.
-
-Does not belong here: what follows from it.
-"""
+"""The loopback check: one rule for addresses that are sent a key, and for those that a request may name."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from ipaddress import IPv6Address, ip_address
 def is_loopback(host: str) -> bool:
     """`host` is an address (IPv6 without brackets) or a name, without a port.
 
-    A name other than localhost is no loopback: what it resolves to is not in our hands.
+    Of names only localhost counts: this program does not control what others resolve to.
     """
     if host.lower() == "localhost":
         return True

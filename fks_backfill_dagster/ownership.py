@@ -1,8 +1,8 @@
-"""Which account owns a file and who else can change it; files and folders for our own account alone.
+"""File ownership: checks that no other account can change a file, and private files and folders.
 
-Belongs here: what every part checks before it takes a file that it has searched for (`exposure`,
-`read_trusted`), and how everything below FKS_HOME is made (`make_home`, `make_folder`, `open_file`,
-`write_text`, `socket_folder`). Accounts are compared as the kernel does: by modes and by ids of the process.
+Belongs here: the checks before a discovered file is used (`exposure`, `read_trusted`), and the creation of everything
+below FKS_HOME (`make_home`, `make_folder`, `open_file`, `write_text`, `socket_folder`). Accounts are compared as the
+kernel does: by modes and by the ids of the process.
 
 Does not belong here: which files those are. Only the standard library is imported.
 """
@@ -22,24 +22,24 @@ SOCKET_PATH_BYTES = 103
 """The longest path of a socket: macOS has room for 104 bytes with the final zero, Linux for 108."""
 
 _MOST_LINKS = 40
-"""As the kernel: more links on one way are a circle."""
+"""As in the kernel: more links in one path count as a loop."""
 
 _READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
-"""Without waiting for the other end of a pipe that somebody put in the place of a file."""
+"""Non-blocking: a pipe in place of a file must not block the open."""
 
 
 class OwnershipError(Exception):
     """A file or folder belongs to another account, or others can change it: one sentence."""
 
 
-# What was found ---------------------------------------------------------------------------------------
+# Checks -----------------------------------------------------------------------------------------------
 
 
 def exposure(folder: Path, *parts: str) -> str | None:
-    """Why what lies at `parts` below `folder` may be another account's work; None if it cannot be.
+    """The reason why another account may have written the file at `parts` below `folder`; None if it cannot have.
 
-    The folder, every folder on the way and the file itself must belong to us or to root, and nobody else may write
-    them. Links count as what they lead to: a link in such a folder is ours. Raises OSError, as for what is not there.
+    The folder, every folder on the path and the file itself must belong to us or to root, and no other account may
+    write them. Links are followed: a link in such a folder is ours. Raises OSError, for example for a missing file.
     """
     if os.name != "posix":
         return None
@@ -53,31 +53,32 @@ def exposure(folder: Path, *parts: str) -> str | None:
 
 
 def read_trusted(folder: Path, *parts: str) -> str:
-    """The text (UTF-8) of a file that passes `exposure`; judged is what was opened, so nothing can change between.
+    """The text (UTF-8) of a file that passes `exposure`. The checks use the opened descriptors, so that nothing can
+    be replaced in between.
 
-    Raises OwnershipError with the reason, FileNotFoundError for what is no file, OSError and UnicodeDecodeError.
+    Raises OwnershipError with the reason, FileNotFoundError if it is not a file, OSError and UnicodeDecodeError.
     """
     if os.name != "posix":
         return folder.joinpath(*parts).read_text(encoding="utf-8")
     with ExitStack() as stack:
-        path, descriptor, judged = folder, -1, True
+        path, descriptor, is_checked = folder, -1, True
         for name in ("", *parts):
             path = path / name
             descriptor = os.open(name, _READ, dir_fd=descriptor) if name else os.open(folder, _READ)
             stack.callback(os.close, descriptor)
             status = os.fstat(descriptor)
-            if judged and (reason := _exposed(path, descriptor, status)):
+            if is_checked and (reason := _exposed(path, descriptor, status)):
                 if not _guards_code(path, status):
                     raise OwnershipError(reason)
-                judged = False
+                is_checked = False
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise FileNotFoundError(errno.ENOENT, "is no file", str(path))
+            raise FileNotFoundError(errno.ENOENT, "is not a file", str(path))
         with open(descriptor, encoding="utf-8", closefd=False) as file:
             return file.read()
 
 
 def _exposed(path: Path, target: Path | int, status: os.stat_result) -> str | None:
-    """`target`: what has the `status`, by path or descriptor."""
+    """`target`: the path or descriptor that `status` describes."""
     if status.st_uid not in (os.geteuid(), 0):
         return f"{path} belongs to {_account(status.st_uid)}"
     if _others_write(target, status):
@@ -86,10 +87,10 @@ def _exposed(path: Path, target: Path | int, status: os.stat_result) -> str | No
 
 
 def _guards_code(folder: Path, status: os.stat_result) -> bool:
-    """Whether this code lies below: who can change such a folder can change the code, so it protects nothing.
+    """Whether this code lies below: an account that can change such a folder can change the code anyway.
 
-    Thus a container may run as root on a checkout that belongs to a user of its host. In a sticky folder (/tmp)
-    only its owner can change what is not his.
+    A container may therefore run as root on a checkout that belongs to a user of its host. In a sticky folder (/tmp)
+    only the folder's owner can change files of others.
     """
     if folder not in Path(__file__).resolve().parents:
         return False
@@ -97,24 +98,24 @@ def _guards_code(folder: Path, status: os.stat_result) -> bool:
 
 
 def _others_write(target: Path | int, status: os.stat_result) -> bool:
-    """Whether an account besides the owner and root may write. A group counts unless it is the owner's alone."""
+    """Whether an account besides the owner and root may write. A group counts unless it is the owner's private one."""
     if status.st_mode & stat.S_IWOTH:
         return True
     if not status.st_mode & stat.S_IWGRP:
         return False
-    # With an access list these bits are the most that the list may give, to whomever it names.
+    # With an access list these bits are the mask: the most that the list may grant to any account.
     return _has_access_list(target) or not _is_private_group(status.st_gid, status.st_uid)
 
 
 def _has_access_list(target: Path | int) -> bool:
     try:
         return bool(os.getxattr(target, "system.posix_acl_access"))
-    except (AttributeError, OSError):  # no Linux; no list, or a file system without
+    except (AttributeError, OSError):  # not Linux; no list, or a file system without lists
         return False
 
 
 def _is_private_group(gid: int, uid: int) -> bool:
-    """Whether it is the group that most Linux systems make for each account (umask 002), with nobody else in it."""
+    """Whether it is the group that most Linux systems create per account (umask 002), without other members."""
     import grp  # absent on Windows, as pwd
     import pwd
 
@@ -135,31 +136,31 @@ def _account(uid: int) -> str:
         return f"uid {uid}"
 
 
-# What we make -----------------------------------------------------------------------------------------
+# Files and folders of our own -------------------------------------------------------------------------
 
 
 def check_home(home: Path) -> None:
-    """Raises OwnershipError for a home of another account, or one into which others can put files.
+    """Raises OwnershipError for a home of another account, or one that others can write.
 
-    For root the whole way to it counts: whoever owns a folder on it can put a link in the place of the home, and
-    root writes through it. Changes nothing; a home that is not there yet passes.
+    For root the whole path counts: the owner of a folder on it can replace the home by a link, and root would write
+    through it. Changes nothing; a home that does not exist yet passes.
     """
     if home.is_symlink() and home.lstat().st_uid not in (os.geteuid(), 0):
         raise _foreign(home, home.lstat().st_uid)
     if home.exists():
         _check_ours(home, home.stat())
     if os.geteuid() == 0:
-        _check_way(home.absolute())
+        _check_path(home.absolute())
 
 
 def make_home(home: Path) -> None:
-    """Makes FKS_HOME, or closes an existing one to other accounts: mode 0700. Raises as `check_home`."""
+    """Creates FKS_HOME, or closes an existing one to other accounts: mode 0700. Raises as `check_home`."""
     check_home(home)
     make_folder(home)
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder of mode 0700, or takes one of ours, which it closes to other accounts.
+    """Creates a folder of mode 0700, or closes an existing one of ours to other accounts.
 
     Raises OwnershipError for one of another account or one that others can write, and OSError.
     """
@@ -176,9 +177,9 @@ def make_folder(folder: Path) -> None:
 
 
 def let_pass(folder: Path, gid: int) -> None:
-    """Lets a group through a folder of root's without letting it list: mode 0710.
+    """Lets a group enter a folder of root without listing it: mode 0710.
 
-    `gid` has no name (`account.py`): no account but that of the embedded server is in it.
+    `gid` has no name (`account.py`): only the account of the embedded server has it.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -189,8 +190,8 @@ def let_pass(folder: Path, gid: int) -> None:
 
 
 def socket_folder(near: Path, file: str, prefix: str, key: Path) -> Path:
-    """The folder for a Unix socket named `file`: `near`, or, where that path is too long for a socket, one of the
-    temporary folder that is named after `key`. It is not made. Raises OwnershipError where both are too long."""
+    """The folder for a Unix socket named `file`: `near`, or, if that path is too long for a socket, one in the
+    temporary folder with a digest of `key` as its name. Not created. Raises OwnershipError if both are too long."""
     digest = hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
     short = Path(tempfile.gettempdir()) / f"{prefix}-{os.geteuid()}-{digest}"
     for folder in (near, short):
@@ -202,7 +203,7 @@ def socket_folder(near: Path, file: str, prefix: str, key: Path) -> Path:
 
 
 def open_file(path: Path, flags: int = os.O_RDWR) -> int:
-    """A descriptor of a file that only we may read and write (0600); it is made if absent.
+    """A descriptor of a file that only we may read and write (0600), created if missing.
 
     Raises OwnershipError for a link, which is not followed, and for another account's file, and OSError.
     """
@@ -227,7 +228,7 @@ def open_file(path: Path, flags: int = os.O_RDWR) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that only we may read (0600), beside it and by a rename: nobody meets half of it."""
+    """Writes a file that only we may read (0600) atomically, by a temporary file and a rename."""
     descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
@@ -243,8 +244,8 @@ def _check_ours(path: Path, status: os.stat_result) -> None:
         raise _foreign(path, status.st_uid)
     if _others_write(path, status):
         raise OwnershipError(
-            f"{path} can be changed by other accounts (mode {stat.S_IMODE(status.st_mode):04o}), and what is in it"
-            f" may be theirs: look through it and `chmod go-rwx {path}`, or set FKS_HOME to another folder"
+            f"{path} can be changed by other accounts (mode {stat.S_IMODE(status.st_mode):04o}), and its contents may"
+            f" be theirs: check them and `chmod go-rwx {path}`, or set FKS_HOME to another folder"
         )
 
 
@@ -254,26 +255,26 @@ def _foreign(path: Path, uid: int) -> OwnershipError:
     )
 
 
-def _check_way(home: Path) -> None:
-    """Every folder and link on the way must be root's. In one of root's that others can write, a link or a folder that
-    they put in the place of the home is theirs, and refused as such."""
-    for path, status in _way(home):
+def _check_path(home: Path) -> None:
+    """Every folder and link on the path must be root's. In a folder of root that others can write, a link or folder
+    that they put in place of the home belongs to them, and is refused for that."""
+    for path, status in _components(home):
         if status.st_uid != 0 and not _guards_code(path, status):
             raise OwnershipError(
-                f"root cannot use {home}, because {path} belongs to {_account(status.st_uid)}, who could put a link in"
-                f" its place: run this as that user, or set FKS_HOME to a folder that only root can move"
+                f"root cannot use {home}, because {path} belongs to {_account(status.st_uid)}, who could replace it by"
+                f" a link: run this as that user, or set FKS_HOME to a folder that only root can move"
             )
 
 
-def _way(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Every folder and link that the system passes when it opens `path`, and at last what it opens.
+def _components(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Every folder and link that the system passes when it opens `path`, then the target; up to a missing one.
 
-    As far as it is there. Raises OSError for a circle of links.
+    Raises OSError for a loop of links.
     """
-    here, rest, links = Path("/"), list(path.parts[:0:-1]), 0
+    here, remaining, links = Path("/"), list(path.parts[:0:-1]), 0
     yield here, here.lstat()
-    while rest:
-        name = rest.pop()
+    while remaining:
+        name = remaining.pop()
         step = here.parent if name == ".." else here / name
         try:
             status = step.lstat()
@@ -288,11 +289,11 @@ def _way(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
         target = Path(os.readlink(step))
         here = Path("/") if target.is_absolute() else here
-        rest += [part for part in reversed(target.parts) if part != "/"]
+        remaining += [part for part in reversed(target.parts) if part != "/"]
 
 
 def _lets_server_pass(status: os.stat_result) -> bool:
-    """Whether it is a folder as `let_pass` leaves it."""
+    """Whether it is a folder in the state that `let_pass` sets."""
     import grp
 
     if status.st_uid != 0 or stat.S_IMODE(status.st_mode) & 0o077 != stat.S_IXGRP:

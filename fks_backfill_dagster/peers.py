@@ -1,7 +1,7 @@
-"""Which account of this machine is at the other end of a loopback connection.
+"""The account at the other end of a loopback connection.
 
-Linux publishes the owner of every socket in /proc/net/tcp, to every account; elsewhere the answer is unknown. It is the
-method `peer` of PostgreSQL, for TCP instead of Unix sockets.
+Linux publishes the owner of every socket in /proc/net/tcp, to every account; on other systems it is unknown. This
+corresponds to PostgreSQL's method `peer`, for TCP instead of Unix sockets.
 
 Does not belong here: what an account may do (`guard`).
 """
@@ -23,16 +23,16 @@ _LOCAL, _REMOTE, _STATE, _UID, _INODE = 1, 2, 3, 7, 9
 
 
 def account_of(client: Address, server: Address) -> int | None:
-    """The uid of the process that has connected from `client` to `server`; None where that is not known.
+    """The uid of the process that connected from `client` to `server`; None if unknown.
 
-    A connection that its client has closed is not known: its entry no longer names the owner.
+    It is unknown for a connection that its client has closed: the entry no longer names the owner.
     """
     try:
         wanted = [_written(client), _written(server), _ESTABLISHED]
         table = _TABLE.read_text("ascii")
     except (OSError, ValueError):
         return None
-    # A machine may have very many connections: only lines with both addresses are taken apart.
+    # A machine may have very many connections: only lines with both addresses are parsed.
     start = table.find(f" {wanted[0]} {wanted[1]} ")
     if start < 0:
         return None
@@ -43,6 +43,6 @@ def account_of(client: Address, server: Address) -> int | None:
 
 
 def _written(address: Address) -> str:
-    """As the table has it: the four bytes as one number of this machine's order, and the port."""
+    """In the table's format: the four bytes as one number in this machine's byte order, and the port."""
     number = int.from_bytes(socket.inet_aton(address[0]), sys.byteorder)
     return f"{number:08X}:{address[1]:04X}"

@@ -1,7 +1,7 @@
 """Stored candles for programs: `from fks_backfill_dagster import read_candles`.
 
-Belongs here: the one function that notebooks and models call. Does not belong here: fetching; what
-is not stored is absent from the answer.
+Belongs here: the one function that notebooks and models call. Does not belong here: fetching; candles that
+are not stored are absent from the result.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 Moment = str | datetime
 
-# What a timestamp with time zone of PostgreSQL can be and a Python datetime as well.
+# The range that both PostgreSQL's timestamptz and Python's datetime can represent.
 _EVER = TimeRange(0, to_micros(datetime(9999, 1, 1, tzinfo=UTC)))
 
 
 class UnknownSeries(LookupError):
-    """Nothing was ever synced of the series that was asked for."""
+    """The requested series was never synced."""
 
 
 def read_candles(
@@ -46,20 +46,20 @@ def read_candles(
 
     A frame with the float columns open, high, low, close, volume (NaN: the source has none) and a
     DatetimeIndex `ts` in UTC, the candles' opens. Without `start` or `end` there is no bound.
-    Moments are datetimes or ISO 8601 text, UTC where no zone is given. With `as_of`: what this
-    database held at that moment, and the same `as_of` always gives the same frame. A standby refuses
-    `as_of`: it gets commits later than the primary server, so the frame could change.
+    Moments are datetimes or ISO 8601 text, UTC where no zone is given. With `as_of`: the contents of this
+    database at that moment; the same `as_of` always returns the same frame. A standby refuses `as_of`: it
+    receives commits later than the primary server, so the frame could change.
 
     `url` is a PostgreSQL URL; without it the settings decide (FKS_DATABASE_URL, else the embedded
     database, which then runs as long as this process).
 
     >>> read_candles("BTC/USDT", "1h", "2024-01-01", "2024-02-01")["close"].resample("1D").last()
 
-    Raises UnknownSeries (a LookupError) when nothing was ever synced of it, ValueError for a moment
-    or a timeframe that is none, SettingsError, StoreError and EmbeddedError with their remedy.
+    Raises UnknownSeries (a LookupError) if the series was never synced, ValueError for an invalid moment
+    or timeframe, SettingsError, StoreError and EmbeddedError with their remedy.
     """
     settings = load_settings()
-    settings.find_series(symbol, timeframe)  # what is wrong with them is told before anything is opened
+    settings.find_series(symbol, timeframe)  # reports invalid arguments before anything is opened
     window = TimeRange(
         _EVER.start if start is None else _micros(start), _EVER.end if end is None else _micros(end)
     )
@@ -72,7 +72,7 @@ def read_candles(
         if len(candles) == 0 and not store.sync_status(database, series):
             raise UnknownSeries(
                 f"Nothing is stored of {series} in {database.where}: run"
-                f" `fks-backfill backfill {series}`, or see `fks-backfill status` for what there is."
+                f" `fks-backfill backfill {series}`, or see `fks-backfill status` for the stored series."
             )
     finally:
         database.dispose()
@@ -80,7 +80,7 @@ def read_candles(
 
 
 def _stored(database: Database) -> Iterator[Series]:
-    """The stored series; the database is asked when somebody wants the first of them."""
+    """The stored series; a generator, so that the query runs only if needed."""
     yield from store.stored_series(database)
 
 

@@ -1,7 +1,7 @@
-"""The text face: how results look as aligned tables, the same on the command line and in the demo's report.
+"""Results as aligned text tables, the same on the command line and in the demo's report.
 
-Belongs here: the form of a cell, the layout of columns, the table of coverage. Does not belong here: computing
-what it shows, writing it anywhere.
+Belongs here: the format of cells, the layout of columns, the coverage table. Does not belong here: computing
+the values, output.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Cell = str | int | float | bool | datetime | None
 
 
 def lines(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Aligned columns; numbers to the right. Never cut to the width of a terminal. No rows: no lines.
+    """Aligned columns, numbers right-aligned; not truncated to the width of a terminal. Empty if there are no rows.
 
-    A float is a share, shown in per cent.
+    A float is a share, shown in percent.
     """
     if not rows:
         return []
@@ -51,12 +51,12 @@ def cell(value: object) -> str:
 
 
 def percent(share: float) -> str:
-    """Never rounded up to 100 %."""
+    """A share in percent, never rounded up to 100 %."""
     return "100 %" if share == 1 else f"{min(share * 100, 99.99):.2f} %"
 
 
 def short(when: datetime) -> str:
-    """A moment in UTC, as short as it is whole: 2024-01-01, 2024-01-01 04:30 or with seconds."""
+    """A moment in UTC, without trailing zero parts: 2024-01-01, 2024-01-01 04:30 or with seconds."""
     if (when.hour, when.minute, when.second) == (0, 0, 0):
         return f"{when:%Y-%m-%d}"
     return f"{when:%Y-%m-%d %H:%M}" if when.second == 0 else f"{when:%Y-%m-%d %H:%M:%S}"
@@ -69,9 +69,9 @@ COVERAGE = ("series", "expected", "stored", "coverage", "open gaps", "newest", "
 
 @dataclass(frozen=True, slots=True)
 class CoverageRow:
-    """What the table shows of one series; `counts` None where nothing of it was ever synced.
+    """One series in the table; `counts` is None if it was never synced.
 
-    `newest` is an open, `next_attempt` when its next gap is requested again, `lag` in closed candles.
+    `newest` is an open time, `next_attempt` the earliest next attempt of its gaps, `lag` in closed candles.
     """
 
     series: Series

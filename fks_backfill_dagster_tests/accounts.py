@@ -1,4 +1,4 @@
-"""Another account of this machine, for tests of what it can do to us. Only root can act as one."""
+"""Another account of this machine, for tests of its access to our files. Only root can act as another account."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ needs_root = pytest.mark.skipif(
 
 
 def stranger() -> pwd.struct_passwd:
-    """The account `nobody`: it has a name, a group that is not its own alone, and no files of ours."""
+    """The account `nobody`: it has a name, a shared group, and no files of ours."""
     return pwd.getpwnam("nobody")
 
 
@@ -31,7 +31,7 @@ def give_to_stranger(*paths: Path) -> None:
 
 @functools.cache
 def as_stranger() -> tuple[str, ...]:
-    """The start of a command line that runs as `nobody`. Skips where that cannot run our Python."""
+    """The beginning of a command line that runs as `nobody`. Skips if that account cannot run our Python."""
     user = stranger()
     command = ("setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups")
     probe = [*command, sys.executable, "-P", "-c", "import fks_backfill_dagster"]

@@ -1,4 +1,4 @@
-"""Another version of the calendar library: the installed one with a calendar changed, everywhere in this process."""
+"""A simulated version of the calendar library: the installed one with a changed calendar, in this whole process."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Update = Callable[..., None]
 
 @pytest.fixture
 def update() -> Iterator[Update]:
-    """`update("XHKG", closed=[...], early=[...])`: a version of the library that knows these closures, and closes at
-    noon, besides; without any the installed one. Processes of their own have the installed one."""
+    """`update("XHKG", closed=[...], early=[...])`: a version of the library with these additional closures and closes
+    at noon; without any the installed one. Other processes have the installed one."""
 
     def change(name: str, closed: Sequence[str] = (), early: Sequence[str] = ()) -> None:
         installed = CLASSES[name]
@@ -47,7 +47,7 @@ def update() -> Iterator[Update]:
 
 
 def _install(name: str, calendar: type) -> None:
-    """Also forgets what this process keeps of the library, which it reads once."""
+    """Also clears this process's caches of the library, which is read only once."""
     exchange_calendars.register_calendar_type(name, calendar, force=True)
     calendar_utils.global_calendar_dispatcher._factory_output_cache.pop(name, None)
     for kept in (grid._grid, grid.sessions_of, calendars.past_sessions, calendars.digest_of):

@@ -1,4 +1,4 @@
-"""Fixtures that every layer's tests may need; a layer's own stand in its folder."""
+"""Fixtures for the tests of every layer; those of one layer are in its folder."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from fks_backfill_dagster_tests.examples import examples
 _SHARED = (Path(__file__).resolve().parents[1] / "../shared/data").resolve()
 
 
-# A busy machine is no defect: no test fails for its time.
+# A busy machine must not fail a test: no deadlines.
 settings.register_profile("any machine", settings(), deadline=None, max_examples=examples(100))
 settings.load_profile("any machine")
 
 # Inherited by the workers of a run, which share the server below it (postgres.py).
 _HOME = "FKS_TEST_HOME"
 
-# The server's folder if there is room: on a disk, copying the template for each test is what takes longest.
+# The server's folder, in memory if there is room: on a disk, copying the template for each test takes longest.
 _MEMORY = Path("/dev/shm")
 _ROOM = 2 * 2**30
 
-# Folders of tests in the order in which they begin; the others follow. Those with whole servers are first: they
-# wait more than they compute, and at the end nothing would go on beside them.
+# Folders of tests in the order in which they start; the others follow. Those with whole servers are first: they
+# wait more than they compute, and at the end no other tests would run beside them.
 _FIRST = ("host", "demo", "orchestration", "cli", "pipeline")
 
-# Whoever requests one of these needs a server; other tests carry the mark `server` themselves.
+# A test that uses one of these fixtures needs a server; other tests have the mark `server` explicitly.
 _SERVING = frozenset(("server_url", "running", "one_market"))
 
-# What a test without that mark must not do, as Python's audit events.
+# Python's audit events that a test without that mark must not raise.
 _SERVER_EVENTS = frozenset(
     (
         "os.exec",
@@ -51,7 +51,7 @@ _SERVER_EVENTS = frozenset(
     )
 )
 _quick = False
-"""Whether the running test is one without the mark, and not slow: `make test-fast` runs it."""
+"""Whether the running test has neither that mark nor `slow`: `make test-fast` runs it."""
 
 
 def _refuse_servers(event: str, _: object) -> None:
@@ -74,8 +74,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _ignore_nothing() -> None:
-    """A shell without job control starts a job in the background with SIGINT ignored. All that is started here would
-    inherit that, and Dagster makes of it that SIGTERM is ignored as well."""
+    """A shell without job control starts background jobs with SIGINT ignored. Every child process would inherit that,
+    and Dagster would then ignore SIGTERM as well."""
     if threading.current_thread() is threading.main_thread():
         for number, handler in (
             (signal.SIGINT, signal.default_int_handler),
@@ -86,7 +86,7 @@ def _ignore_nothing() -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """As root: no cluster of a test is left outside of its home, where nothing would ever remove it."""
+    """Fails if a test run by root leaves a cluster outside of its home, where nothing would ever remove it."""
     if hasattr(session.config, "workerinput"):
         return
     temporary = session.config._tmp_path_factory.getbasetemp().resolve()  # type: ignore[attr-defined]
@@ -125,7 +125,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
-    """`shared_data("binance/BTCUSDT-1h.csv.gz")`: a file of real candles beside the checkout; skips without."""
+    """`shared_data("binance/BTCUSDT-1h.csv.gz")`: a file of real candles beside the checkout; skips if missing."""
 
     def find(name: str) -> Path:
         path = _SHARED / name

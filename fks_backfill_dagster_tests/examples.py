@@ -1,6 +1,6 @@
-"""How many examples a property test draws: all of them in `make test-slow`, a part in every other run.
+"""The number of examples of a property test: all of them in `make test-slow`, a part in every other run.
 
-Each run draws others, so the parts add up over the runs; with CI=true hypothesis draws the same ones each time.
+Each run draws different ones, so the parts add up over the runs; with CI=true hypothesis draws the same ones.
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ _FEWEST = 10
 
 
 def examples(thorough: int) -> int:
-    """The number for `max_examples` of a test that draws `thorough` ones where FKS_TEST_THOROUGH is set."""
+    """The value of `max_examples` for a test that draws `thorough` examples if FKS_TEST_THOROUGH is set."""
     return thorough if os.environ.get("FKS_TEST_THOROUGH") else max(thorough // _PART, min(thorough, _FEWEST))

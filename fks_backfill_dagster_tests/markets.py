@@ -1,4 +1,4 @@
-"""A local market that the tests of a module share, and that each finds without faults and outages."""
+"""A local market that the tests of a module share; each test gets it without faults and outages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers that are not as ours: a PostgreSQL that a test may kill, stop and copy, and what stands before one."""
+"""Servers with unusual properties: a PostgreSQL that a test may kill, stop and copy, and poolers in front of one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _as(account: Account | None) -> dict[str, object]:
 
 
 class Cluster:
-    """A PostgreSQL of the test's own, on a socket. Root's runs as the account of the embedded ones."""
+    """A separate PostgreSQL for a test, on a socket. Run by root, it has the account of the embedded ones."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -61,7 +61,7 @@ class Cluster:
 
     @classmethod
     def make(cls, folder: Path, *settings: str) -> Cluster:
-        """A new one, not started."""
+        """A new cluster, not started."""
         cluster = cls(folder)
         folder.mkdir()
         maker = maker_for(cluster._account)
@@ -77,7 +77,7 @@ class Cluster:
         return cluster
 
     def copied(self, folder: Path) -> Cluster:
-        """The same at another place. It must not run."""
+        """A copy at another place. The original must not be running."""
         copy = Cluster(folder)
         shutil.copytree(self.folder, folder)
         give(folder, self._account)
@@ -132,7 +132,7 @@ class Cluster:
             self._postmaster.wait(60)
 
     def kill_backend(self, pid: int) -> None:
-        """The server takes it for a crash: it ends all sessions, and recovers."""
+        """The server treats it as a crash: it ends all sessions, and recovers."""
         os.kill(pid, signal.SIGKILL)
 
 
@@ -209,7 +209,7 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
 
 @dataclass(frozen=True)
 class Pgbouncer:
-    """One that runs. `url`: a database of the server through it."""
+    """A running pgbouncer. `url`: the URL of a database of the server through it."""
 
     port: int
 
@@ -220,7 +220,8 @@ class Pgbouncer:
 
 @contextmanager
 def pgbouncer(server: Cluster, pool_mode: str, *settings: str) -> Iterator[Pgbouncer]:
-    """Debian's, before this server; skips where there is none. Root's runs as the account of the server."""
+    """Debian's pgbouncer in front of this server; skips if it is not installed. Run by root, it has the account of the
+    server."""
     program = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
     if program is None:
         pytest.skip("pgbouncer is not installed")

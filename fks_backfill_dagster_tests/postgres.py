@@ -23,7 +23,7 @@ needs_timescale = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def server_url() -> Iterator[str]:
-    """A server on which databases can be made: TimescaleDB if given, else one embedded server for all workers."""
+    """A server on which databases can be created: TimescaleDB if given, else one embedded server for all workers."""
     if TIMESCALE_URL is not None:
         yield TIMESCALE_URL
         return
@@ -34,7 +34,7 @@ def server_url() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def template(server_url: str) -> Iterator[str | None]:
-    """A database with the schema, to copy from; TimescaleDB's cannot be copied while its workers look at it."""
+    """A database with the schema, as a template; TimescaleDB's cannot be copied while its workers are connected."""
     if TIMESCALE_URL is not None:
         yield None
         return
@@ -71,10 +71,10 @@ def empty_database_url(server_url: str) -> Iterator[str]:
 
 
 class scratch_database:
-    """Makes a database on the server, and drops it at the end whoever is still connected.
+    """Creates a database on the server, and drops it at the end even with open connections.
 
-    A template is copied file by file: PostgreSQL's default copies through the log, and thousands of copies would
-    fill the memory in which the test server may be.
+    A template is copied file by file: PostgreSQL's default copies through the WAL, and thousands of copies would
+    fill the memory that may hold the test server.
     """
 
     def __init__(self, server_url: str, template: str | None) -> None:

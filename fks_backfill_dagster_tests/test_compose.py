@@ -1,4 +1,4 @@
-"""compose.yaml: no password that everybody knows, and no port but on this machine."""
+"""compose.yaml: no default password, and ports on loopback only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fks_backfill_dagster.settings.model import CHECKOUT
 FILE = CHECKOUT / "compose.yaml"
 
 
-def test_ports_are_of_this_machine_alone() -> None:
+def test_ports_are_published_on_loopback_only() -> None:
     services = yaml.safe_load(FILE.read_text(encoding="utf-8"))["services"]
     ports = [port for service in services.values() for port in service.get("ports", ())]
     assert ports
@@ -23,7 +23,7 @@ def test_ports_are_of_this_machine_alone() -> None:
 
 
 def test_a_password_has_no_default() -> None:
-    """`${NAME:?sentence}`: without the variable, or with an empty one, nothing is started."""
+    """`${NAME:?message}`: compose starts nothing if the variable is missing or empty."""
     services = yaml.safe_load(FILE.read_text(encoding="utf-8"))["services"]
     found = {
         name: value
@@ -38,9 +38,9 @@ def test_a_password_has_no_default() -> None:
 
 
 @pytest.mark.server
-def test_what_is_printed_without_the_password(tmp_path: object) -> None:
+def test_the_error_without_the_password(tmp_path: object) -> None:
     if shutil.which("docker") is None:
-        pytest.skip("there is no docker")
+        pytest.skip("docker is not installed")
     command = ["docker", "compose", "--file", str(FILE), "config", "--quiet"]
     environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
     if subprocess.run(["docker", "compose", "version"], capture_output=True, env=environment).returncode != 0:

@@ -1,4 +1,4 @@
-"""The door of the web servers: what a page of another site, or somebody without the token, can do (nothing)."""
+"""The guard of the web servers refuses pages of other sites, and requests without the token."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_its_own_hosts(host: str) -> None:
     ],
 )
 def test_other_hosts(host: str) -> None:
-    """A name of somebody else may lead to the loopback address (DNS rebinding)."""
+    """Another site's name may resolve to the loopback address (DNS rebinding)."""
     assert status(request(host=host)) == 421
     assert status(post(host=host)) == 421
 
@@ -95,7 +95,7 @@ def test_no_host_and_two() -> None:
     [
         (HOST, f"http://{HOST}"),
         ("localhost:3000", "HTTP://LOCALHOST:3000"),
-        ("fks.example.com", "https://fks.example.com"),  # a proxy has taken TLS off
+        ("fks.example.com", "https://fks.example.com"),  # a proxy terminated TLS
         ("fks.example.com", "https://fks.example.com:443"),
         ("fks.example.com:443", "https://fks.example.com"),
     ],
@@ -119,7 +119,7 @@ def test_its_own_pages(host: str, origin: str) -> None:
         "",
     ],
 )
-def test_pages_of_others(origin: str) -> None:
+def test_pages_of_other_sites(origin: str) -> None:
     assert status(post(origin=origin)) == 403
     assert status(request(origin=origin)) == 403
 
@@ -134,8 +134,8 @@ def test_two_origins() -> None:
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site"])
-def test_what_another_page_embeds(site: str) -> None:
-    """A browser tells so without an Origin, too. A link that a person follows is a visit."""
+def test_requests_embedded_in_another_page(site: str) -> None:
+    """A browser marks them with Sec-Fetch-Site, also without an Origin. Following a link is a navigation."""
     for mode, dest in itertools.product(
         ("no-cors", "cors", "navigate"), ("image", "script", "iframe", "empty", "document")
     ):
@@ -150,13 +150,13 @@ def test_what_another_page_embeds(site: str) -> None:
         "text/plain",
         "application/x-www-form-urlencoded",
         "multipart/form-data; boundary=x",
-        "text/plain; application/json",  # of a kind that a page sends without asking
+        "text/plain; application/json",  # a page sends this type without a preflight
         "application/jsonp",
         "application/graphql",
         "",
     ],
 )
-def test_what_a_page_can_send_without_asking_is_no_query(content: str) -> None:
+def test_simple_requests_of_a_page_are_no_queries(content: str) -> None:
     assert status(post(content_type=content)) == 415
     assert status(post(content_type=f"{content}; charset=utf-8")) == 415
 
@@ -175,7 +175,7 @@ def test_pages_are_read() -> None:
             assert status(request(method, path, **{"content_type": "application/json"})) == 405
 
 
-def test_reports_are_closed_until_a_setting_opens_them() -> None:
+def test_reports_are_closed_by_default() -> None:
     for path in ("/report_asset_materialization/a", "/report_asset_check/a", "/report_asset_observation/a"):
         assert status(post(path)) == 403
         opened = Rules(TOKEN, "c", posts=("/graphql", "/report_asset"))
@@ -187,15 +187,15 @@ _names = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=40
 
 
 @given(origin=_names, host=_names)
-def test_no_foreign_origin_gets_in(origin: str, host: str) -> None:
-    """Whatever the two are, a request gets in only under a name of ours and from a page of that name."""
+def test_no_foreign_origin_is_accepted(origin: str, host: str) -> None:
+    """For any pair, a request is accepted only under one of our names and from a page of that name."""
     found = status(post(origin=origin, host=host))
     if found is None:
         assert origin.lower().split("://")[1].split(":")[0] in host.lower()
         assert host.lower().split(":")[0].rstrip(".") in {"127.0.0.1", "localhost", "fks.example.com", "["}
 
 
-def test_who_knows_the_token() -> None:
+def test_requests_with_the_token() -> None:
     good = cookie_value(TOKEN)
     assert is_known(request(authorization=f"Bearer {TOKEN}"), RULES)
     assert is_known(request(authorization=f"bearer  {TOKEN} "), RULES)
@@ -219,7 +219,7 @@ def test_who_knows_the_token() -> None:
         {"cookie": f"x=fks_3000={cookie_value(TOKEN)}"},
     ],
 )
-def test_who_does_not(headers: Mapping[str, str]) -> None:
+def test_requests_without_the_token(headers: Mapping[str, str]) -> None:
     assert not is_known(request(**headers), RULES)
 
 
@@ -236,8 +236,8 @@ async def _page(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"page"})
 
 
-def answer(kind: str = "http", rules: Rules = RULES, **of: object) -> list[Message]:
-    """What the guarded page sends for a request."""
+def respond(kind: str = "http", rules: Rules = RULES, **of: object) -> list[Message]:
+    """The messages that the guarded page sends in response to a request."""
     headers = of.pop("headers", {})
     assert isinstance(headers, dict)
     scope = {
@@ -260,8 +260,8 @@ def answer(kind: str = "http", rules: Rules = RULES, **of: object) -> list[Messa
     return sent
 
 
-def test_a_first_visit_leads_to_the_page_without_the_token() -> None:
-    start, body = answer(path="/runs", raw_path=b"/runs", query_string=f"token={TOKEN}&view=a%20b".encode())
+def test_a_first_visit_redirects_to_the_page_without_the_token() -> None:
+    start, body = respond(path="/runs", raw_path=b"/runs", query_string=f"token={TOKEN}&view=a%20b".encode())
     headers = dict(start["headers"])
     assert (start["status"], body["body"]) == (303, b"")
     assert headers[b"location"] == b"/runs?view=a+b"
@@ -270,31 +270,31 @@ def test_a_first_visit_leads_to_the_page_without_the_token() -> None:
         == f"fks_3000={cookie_value(TOKEN)}; Path=/; HttpOnly; SameSite=Strict".encode()
     )
     assert TOKEN not in str(start)
-    start, body = answer(headers={"cookie": f"fks_3000={cookie_value(TOKEN)}"})
+    start, body = respond(headers={"cookie": f"fks_3000={cookie_value(TOKEN)}"})
     assert (start["status"], body["body"]) == (200, b"page")
 
 
 @pytest.mark.parametrize("path", [b"//evil.example", b"/\\evil.example", b"\\\\evil.example/x", b"/%2f"])
-def test_a_first_visit_leads_to_no_other_server(path: bytes) -> None:
-    start, _ = answer(path=path.decode(), raw_path=path, query_string=f"token={TOKEN}".encode())
+def test_a_first_visit_redirects_to_no_other_server(path: bytes) -> None:
+    start, _ = respond(path=path.decode(), raw_path=path, query_string=f"token={TOKEN}".encode())
     place = dict(start["headers"])[b"location"]
     assert place.startswith(b"/")
     assert not place.startswith((b"//", b"/\\"))
 
 
-def test_without_the_token_there_is_a_sentence() -> None:
+def test_without_the_token_the_response_is_the_advice() -> None:
     for query in (b"", b"token=", b"token=wrong", f"token={TOKEN}x".encode()):
-        start, body = answer(query_string=query)
+        start, body = respond(query_string=query)
         assert start["status"] == 401
         assert b"fks-backfill up" in body["body"]
         assert b"set-cookie" not in dict(start["headers"])
 
 
-def test_no_answer_can_be_framed_or_tells_its_address() -> None:
+def test_no_response_can_be_framed_or_leaks_its_address() -> None:
     for sent in (
-        answer(),
-        answer(headers={"authorization": f"Bearer {TOKEN}"}),
-        answer(headers={"host": "evil"}),
+        respond(),
+        respond(headers={"authorization": f"Bearer {TOKEN}"}),
+        respond(headers={"host": "evil"}),
     ):
         headers = [(name.lower(), value) for name, value in sent[0]["headers"]]
         assert (b"x-frame-options", b"DENY") in headers
@@ -314,5 +314,5 @@ def test_no_answer_can_be_framed_or_tells_its_address() -> None:
     ],
 )
 def test_web_sockets(headers: dict[str, str], opened: bool) -> None:
-    (message,) = answer("websocket", path="/graphql", headers=headers)
+    (message,) = respond("websocket", path="/graphql", headers=headers)
     assert message["type"] == ("websocket.accept" if opened else "websocket.close")

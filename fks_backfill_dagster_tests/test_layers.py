@@ -1,6 +1,6 @@
-"""The layers of the design, held: what may import what.
+"""Checks the layers of the design: which part may import which.
 
-The rules are functions over a folder, so that each of them is also shown to find a violation.
+The rules are functions over a folder, so that each is also tested with a violation.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ FACE = BELOW | {
     "login",
 }
 
-# For every part of the package the parts it may import, besides itself. A new part gets a line here.
+# For every part of the package, the parts it may import besides itself. A new part needs a line here.
 MAY_IMPORT = {
     "domain": set(),
     "ownership": set(),
-    # Which hosts are this machine: for those who send keys and those who listen.
+    # The loopback check: for parts that send keys, and for servers.
     "loopback": set(),
-    # Which requests a web server of ours lets in; whose a connection is; the token that it asks for.
+    # The requests that our web servers accept; the account of a connection; the required token.
     "peers": set(),
     "guard": {"peers"},
     "login": {"ownership", "settings"},
@@ -48,12 +48,12 @@ MAY_IMPORT = {
     "ledger": {"domain"},
     "store": {"domain", "ledger"},
     "pipeline": {"domain", "ledger", "providers", "store"},
-    # Where settings, providers, store and pipeline are put together; only faces use it.
+    # The composition of settings, providers, store and pipeline; only interfaces use it.
     "app": BELOW | {"settings", "embedded"},
     "reading": BELOW | {"settings", "app", "embedded"},
-    # How results look as JSON, the same for command line and HTTP.
+    # Results as JSON, the same for command line and HTTP.
     "documents": BELOW,
-    # How results look as text, the same for command line and demo.
+    # Results as text, the same for command line and demo.
     "tables": BELOW,
     "api": FACE,
     # Dagster's definitions, and its processes on this machine: neither imports the other.
@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 
-# Libraries that belong to some parts only.
+# Libraries that only some parts may use.
 KEPT_TO = {
     "dagster": {"orchestration", "host"},
     "dagster_postgres": {"host"},
@@ -104,7 +104,7 @@ class Import:
 
 @cache
 def sources(root: Path) -> tuple[tuple[str, str, ast.Module], ...]:
-    """Every file as (part, path for messages, tree); read once, for parsing all of them takes a second."""
+    """Every file as (part, path for messages, tree); cached, because parsing all of them takes a second."""
     inside = [path.relative_to(root) for path in sorted(root.rglob("*.py"))]
     return tuple(
         (path.parts[0].removesuffix(".py"), str(path), ast.parse((root / path).read_text(encoding="utf-8")))
@@ -121,7 +121,7 @@ def imports(root: Path) -> Iterator[Import]:
             elif isinstance(node, ast.ImportFrom):
                 base = package[: len(package) - node.level + 1] if node.level else []
                 module = ".".join([*base, *([node.module] if node.module else [])])
-                # `from package import part` names a part, `from package.part import x` a thing in it.
+                # `from package import part` names a part, `from package.part import x` a name in it.
                 modules = (
                     [f"{module}.{alias.name}" for alias in node.names] if module == PACKAGE else [module]
                 )
@@ -131,11 +131,11 @@ def imports(root: Path) -> Iterator[Import]:
                 yield Import(part, module, f"{path}:{node.lineno}")
 
 
-# What a dagster.yaml of a user may name: the former places of classes.
+# The former modules of classes, which a user's dagster.yaml may name.
 ALIASES = tuple(f"orchestration/{name}.py" for name in ("storage", "launcher", "coordinator"))
 
 
-def upward(root: Path) -> list[str]:
+def forbidden_imports(root: Path) -> list[str]:
     """Imports of the package's own parts that the design does not allow."""
     return [
         f"{found.place}: {found.part} imports {found.own_part}"
@@ -146,15 +146,15 @@ def upward(root: Path) -> list[str]:
     ]
 
 
-def without_layer(root: Path) -> list[str]:
-    """Parts that no line of MAY_IMPORT speaks of."""
+def parts_without_layer(root: Path) -> list[str]:
+    """Parts without a line in MAY_IMPORT."""
     return sorted(
         {f"{path}:1: {part} has no layer" for part, path, _ in sources(root) if part not in MAY_IMPORT}
     )
 
 
-def out_of_place(root: Path) -> list[str]:
-    """Libraries used outside the parts they are kept to."""
+def misplaced_libraries(root: Path) -> list[str]:
+    """Libraries used outside of the parts that may use them."""
     return [
         f"{found.place}: {found.part} imports {found.module}"
         for found in imports(root)
@@ -179,7 +179,7 @@ def impure(root: Path) -> list[str]:
     return wrong
 
 
-# A statement that changes candles, as it stands in the code: the table by its name or by `table_of`.
+# A statement that changes candles in the source: the table by its name or by `table_of`.
 CHANGES_CANDLES = re.compile(
     r"\b(INSERT INTO|UPDATE|DELETE FROM|TRUNCATE|COPY)\s+[^ ]*(candles_|table_of\(|\{table\})"
 )
@@ -187,7 +187,7 @@ WRITES = ("store/writer/", "store/migrations/")
 
 
 def writing(root: Path) -> list[str]:
-    """Statements that change candles outside the one package that does."""
+    """Statements that change candles outside of the only package that may."""
     return [
         f"{path}:{node.lineno}: {part} changes candles"
         for part, path, tree in sources(root)
@@ -198,46 +198,76 @@ def writing(root: Path) -> list[str]:
     ]
 
 
-RULES = [upward, without_layer, out_of_place, impure, writing]
+RULES = [forbidden_imports, parts_without_layer, misplaced_libraries, impure, writing]
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_package_keeps_the_rule(rule) -> None:
+def test_the_package_follows_the_rule(rule) -> None:
     assert rule(ROOT) == []
 
 
-def test_there_is_a_package_to_look_at() -> None:
+def test_there_is_a_package_to_check() -> None:
     assert {"domain", "providers", "store", "settings"} <= {part for part, _, _ in sources(ROOT)}
 
 
 @pytest.mark.parametrize(
     ("rule", "path", "line", "expected"),
     [
-        (upward, "domain/a.py", f"from {PACKAGE}.store.tables import x", "domain imports store"),
-        (upward, "providers/a.py", f"import {PACKAGE}.store", "providers imports store"),
-        (upward, "store/a.py", "from ..pipeline import sync", "store imports pipeline"),
-        (upward, "store/deep/a.py", "from ...pipeline.sync import x", "store imports pipeline"),
-        (upward, "pipeline/a.py", f"from {PACKAGE} import app", "pipeline imports app"),
-        (upward, "pipeline/a.py", f"def f():\n    from {PACKAGE}.cli import main", "pipeline imports cli"),
-        (upward, "simulator/a.py", f"from {PACKAGE}.providers.base import x", "simulator imports providers"),
-        (upward, "embedded/a.py", f"from {PACKAGE}.domain import x", "embedded imports domain"),
-        (upward, "settings.py", f"from {PACKAGE}.providers import x", "settings imports providers"),
-        (upward, "orchestration/a.py", f"from {PACKAGE}.cli import x", "orchestration imports cli"),
-        (upward, "orchestration/a.py", f"from {PACKAGE}.host import x", "orchestration imports host"),
-        (upward, "host/a.py", f"from {PACKAGE}.orchestration.build import x", "host imports orchestration"),
-        (out_of_place, "orchestration/a.py", "import uvicorn", "orchestration imports uvicorn"),
-        (without_layer, "helpers.py", "", "helpers has no layer"),
-        (out_of_place, "pipeline/a.py", "import dagster as dg", "pipeline imports dagster"),
-        (out_of_place, "cli.py", "from sqlalchemy.sql import text", "cli imports sqlalchemy.sql"),
-        (out_of_place, "pipeline/a.py", "import psycopg", "pipeline imports psycopg"),
-        (out_of_place, "store/a.py", "import requests", "store imports requests"),
-        (out_of_place, "orchestration/a.py", "import ccxt.pro", "orchestration imports ccxt.pro"),
+        (forbidden_imports, "domain/a.py", f"from {PACKAGE}.store.tables import x", "domain imports store"),
+        (forbidden_imports, "providers/a.py", f"import {PACKAGE}.store", "providers imports store"),
+        (forbidden_imports, "store/a.py", "from ..pipeline import sync", "store imports pipeline"),
+        (forbidden_imports, "store/deep/a.py", "from ...pipeline.sync import x", "store imports pipeline"),
+        (forbidden_imports, "pipeline/a.py", f"from {PACKAGE} import app", "pipeline imports app"),
+        (
+            forbidden_imports,
+            "pipeline/a.py",
+            f"def f():\n    from {PACKAGE}.cli import main",
+            "pipeline imports cli",
+        ),
+        (
+            forbidden_imports,
+            "simulator/a.py",
+            f"from {PACKAGE}.providers.base import x",
+            "simulator imports providers",
+        ),
+        (forbidden_imports, "embedded/a.py", f"from {PACKAGE}.domain import x", "embedded imports domain"),
+        (
+            forbidden_imports,
+            "settings.py",
+            f"from {PACKAGE}.providers import x",
+            "settings imports providers",
+        ),
+        (
+            forbidden_imports,
+            "orchestration/a.py",
+            f"from {PACKAGE}.cli import x",
+            "orchestration imports cli",
+        ),
+        (
+            forbidden_imports,
+            "orchestration/a.py",
+            f"from {PACKAGE}.host import x",
+            "orchestration imports host",
+        ),
+        (
+            forbidden_imports,
+            "host/a.py",
+            f"from {PACKAGE}.orchestration.build import x",
+            "host imports orchestration",
+        ),
+        (misplaced_libraries, "orchestration/a.py", "import uvicorn", "orchestration imports uvicorn"),
+        (parts_without_layer, "helpers.py", "", "helpers has no layer"),
+        (misplaced_libraries, "pipeline/a.py", "import dagster as dg", "pipeline imports dagster"),
+        (misplaced_libraries, "cli.py", "from sqlalchemy.sql import text", "cli imports sqlalchemy.sql"),
+        (misplaced_libraries, "pipeline/a.py", "import psycopg", "pipeline imports psycopg"),
+        (misplaced_libraries, "store/a.py", "import requests", "store imports requests"),
+        (misplaced_libraries, "orchestration/a.py", "import ccxt.pro", "orchestration imports ccxt.pro"),
         (impure, "domain/a.py", "import os.path", "domain imports os.path"),
         (impure, "domain/a.py", "from time import monotonic", "domain imports time"),
         (impure, "domain/a.py", "x = datetime.now(UTC)", "domain reads the clock (now)"),
         (impure, "domain/a.py", "x = open('f')", "domain does I/O (open)"),
         (impure, "ledger/a.py", "x = datetime.now(UTC)", "ledger reads the clock (now)"),
-        (upward, "ledger/a.py", f"from {PACKAGE}.store import x", "ledger imports store"),
+        (forbidden_imports, "ledger/a.py", f"from {PACKAGE}.store import x", "ledger imports store"),
         (writing, "store/a.py", "x = 'DELETE FROM fks.\"candles_1h\"'", "store changes candles"),
         (writing, "cli/a.py", "x = f'UPDATE {table_of(one)} SET close = 1'", "cli changes candles"),
         (writing, "pipeline/a.py", "x = 'INSERT INTO {table} VALUES (1)'", "pipeline changes candles"),
@@ -262,7 +292,7 @@ def test_a_violation_is_found_with_its_place(rule, path, line, expected, tmp_pat
         ("domain/a.py", "from datetime import datetime\nimport numpy"),
     ],
 )
-def test_what_is_allowed_passes(path: str, line: str, tmp_path: Path) -> None:
+def test_allowed_imports_pass(path: str, line: str, tmp_path: Path) -> None:
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / path).write_text(line, encoding="utf-8")
     assert [rule(tmp_path) for rule in RULES] == [[], [], [], [], []]

@@ -1,4 +1,4 @@
-"""The two lock files: what a user installs, and what a developer installs on top of it (docs/adr/0024)."""
+"""The two lock files: the packages that a user installs, and the additional ones of a developer (docs/adr/0024)."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def locked(name: str) -> set[str]:
 
 
 def required(*extras: str) -> set[str]:
-    """The names that pyproject.toml has in its dependencies, or in these extras."""
+    """The names in the dependencies of pyproject.toml, or in these extras."""
     project = tomllib.loads(text("pyproject.toml"))["project"]
     optional = project["optional-dependencies"]
     lines = [line for extra in extras for line in optional[extra]] if extras else project["dependencies"]
     return {re.split(r"[^a-z0-9-]", line.lower())[0] for line in lines}
 
 
-def test_each_lock_holds_what_it_is_for() -> None:
+def test_each_lock_has_its_dependencies() -> None:
     assert required() <= locked(USERS)
     assert required("build") <= locked(USERS)
     assert required("dev") <= locked(DEVELOPERS)
 
 
-def test_an_environment_of_users_holds_no_tool_of_developers() -> None:
+def test_the_user_lock_has_no_developer_tools() -> None:
     tools = required("dev") | {"dagster-cloud-cli", "dagster-dg-core", "execnet", "mypy-extensions"}
     assert not tools & locked(USERS)
 

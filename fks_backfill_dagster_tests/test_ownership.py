@@ -1,4 +1,4 @@
-"""Files of other accounts: what is taken, what is refused, and what nobody but us can read."""
+"""Files of other accounts: which are trusted, which are refused, and which of ours are private."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.lstat().st_mode)
 
 
-# A file that was found
+# Discovered files
 
 
-def test_a_file_that_only_we_can_change_is_taken(project: Path) -> None:
+def test_a_file_that_only_we_can_change_is_trusted(project: Path) -> None:
     assert exposure(project, *PARTS) is None
     assert read_trusted(project, *PARTS) == TEXT
 
 
 @pytest.mark.parametrize("inside", ["", "config", "config/backfill.yaml"])
-def test_what_others_can_write_is_not(project: Path, inside: str) -> None:
+def test_a_file_that_others_can_write_is_refused(project: Path, inside: str) -> None:
     path = project / inside
     path.chmod(mode(path) | 0o002)
     assert exposure(project, *PARTS) == f"{path} can be changed by other accounts (mode {mode(path):04o})"
@@ -74,7 +74,7 @@ def test_what_others_can_write_is_not(project: Path, inside: str) -> None:
 
 @needs_root
 @pytest.mark.parametrize("inside", ["", "config", "config/backfill.yaml"])
-def test_what_belongs_to_another_account_is_not(project: Path, inside: str) -> None:
+def test_a_file_of_another_account_is_not_trusted(project: Path, inside: str) -> None:
     give_to_stranger(project / inside)
     expected = f"{project / inside} belongs to nobody (uid {stranger().pw_uid})"
     assert exposure(project, *PARTS) == expected
@@ -85,7 +85,7 @@ def test_what_belongs_to_another_account_is_not(project: Path, inside: str) -> N
 
 @pytest.mark.server
 @needs_root
-def test_roots_file_is_taken_by_everybody_and_a_users_own_by_the_user(project: Path) -> None:
+def test_files_of_root_and_of_the_own_account_are_trusted(project: Path) -> None:
     for owner in (0, stranger().pw_uid):
         for path in (project, project / "config", project.joinpath(*PARTS)):
             os.chown(path, owner, -1)
@@ -121,7 +121,7 @@ def test_an_access_list_behind_the_owners_own_group_counts(project: Path) -> Non
     assert "can be changed by other accounts" in str(exposure(project, *PARTS))
 
 
-def test_a_link_counts_as_what_it_leads_to(project: Path, yard: Path) -> None:
+def test_a_link_counts_as_its_target(project: Path, yard: Path) -> None:
     file = project.joinpath(*PARTS)
     real = yard / "real.yaml"
     file.replace(real)
@@ -143,12 +143,12 @@ def test_a_linked_folder_counts_as_well(project: Path, yard: Path) -> None:
         read_trusted(project, *PARTS)
 
 
-def test_a_sticky_folder_is_nobodys_project(project: Path) -> None:
+def test_a_sticky_folder_is_not_a_project(project: Path) -> None:
     project.chmod(0o1777)  # as /tmp: others can put a dagster.yaml beside the file
     assert exposure(project, *PARTS) == f"{project} can be changed by other accounts (mode 1777)"
 
 
-def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(project: Path) -> None:
+def test_a_pipe_in_place_of_a_file_does_not_block(project: Path) -> None:
     file = project.joinpath(*PARTS)
     file.unlink()
     os.mkfifo(file, 0o600)
@@ -159,7 +159,7 @@ def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(project: Path) -> No
 # The home
 
 
-def test_a_home_is_made_for_us_alone(yard: Path) -> None:
+def test_a_home_is_private(yard: Path) -> None:
     old = os.umask(0)
     try:
         make_home(yard / "home")
@@ -182,7 +182,7 @@ def test_an_open_home_of_ours_is_closed(yard: Path) -> None:
     assert mode(home) == 0o700
 
 
-def test_a_home_into_which_others_could_write_is_told(yard: Path) -> None:
+def test_a_home_that_others_can_write_is_refused(yard: Path) -> None:
     home = yard / "home"
     home.mkdir()
     home.chmod(0o777)
@@ -210,7 +210,7 @@ def test_a_home_of_another_account_is_refused(yard: Path, use) -> None:
 
 
 @needs_root
-def test_a_link_of_another_account_is_no_home(yard: Path) -> None:
+def test_a_link_of_another_account_is_refused_as_home(yard: Path) -> None:
     target, home = yard / "target", yard / "home"
     target.mkdir()
     target.chmod(0o755)
@@ -233,7 +233,9 @@ def test_root_uses_no_folder_that_another_account_could_swap(yard: Path) -> None
     with pytest.raises(OwnershipError, match=rf"^root cannot use {home}, because {theirs} belongs to nobody"):
         make_home(home)
     os.chown(theirs, 0, 0)
-    theirs.chmod(0o777)  # root's own: what another account puts there is that account's, and refused as such
+    theirs.chmod(
+        0o777
+    )  # root's own folder: a file that another account creates there belongs to that account, and is refused for that
     make_home(home)
 
     (yard / "way").symlink_to(theirs)
@@ -257,7 +259,7 @@ def test_a_user_has_a_home_in_a_shared_folder(yard: Path) -> None:
 
 @pytest.mark.server
 @needs_root
-def test_another_account_sees_nothing_of_a_home(yard: Path) -> None:
+def test_another_account_cannot_read_a_home(yard: Path) -> None:
     home = yard / "home"
     make_home(home)
     write_text(home / "secret", "x")

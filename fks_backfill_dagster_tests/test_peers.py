@@ -1,4 +1,4 @@
-"""Whose process is at the other end of a loopback connection, and what that opens in the guard."""
+"""The account at the other end of a loopback connection, and its access through the guard."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ needs_table = pytest.mark.skipif(
 )
 
 
-# The table of the system
+# The system's connection table
 
 
 @pytest.mark.server
@@ -84,7 +84,7 @@ def written(address: tuple[str, int]) -> str:
         ([(HERE, THERE, "01", 1000, 77)], 1000),
         ([(THERE, HERE, "01", 1000, 77)], None),  # the server's own end
         ([(THERE, HERE, "01", 0, 78), (HERE, THERE, "01", 1000, 77)], 1000),
-        ([(HERE, THERE, "06", 0, 0)], None),  # TIME_WAIT: owned by nobody, listed as root's
+        ([(HERE, THERE, "06", 0, 0)], None),  # TIME_WAIT: without an owner, listed as root's
         ([(HERE, THERE, "05", 1000, 77)], None),
         ([(HERE, THERE, "01", 0, 0)], None),  # an orphan
         ([(("127.0.0.2", 50_000), THERE, "01", 1000, 77)], None),
@@ -105,7 +105,7 @@ def test_the_lines_that_count(
 
 
 @pytest.mark.parametrize("client", [("::1", 50_000), ("testclient", 1), ("", 0), ("127.0.0.1", -1)])
-def test_what_is_no_address_is_unknown(client: tuple[str, int]) -> None:
+def test_an_invalid_address_is_unknown(client: tuple[str, int]) -> None:
     assert account_of(client, THERE) is None
 
 
@@ -174,7 +174,7 @@ def test_the_account_itself_needs_no_token() -> None:
     ],
     ids=lambda headers: "".join(headers),
 )
-def test_what_a_proxy_of_the_account_passes_on_needs_the_token(headers: dict[str, str]) -> None:
+def test_a_request_forwarded_by_a_proxy_needs_the_token(headers: dict[str, str]) -> None:
     with serving(OWN) as port:
         assert status(port, **headers) == 401
         assert status(port, **headers, Authorization=f"Bearer {TOKEN}") == 200

@@ -1,4 +1,4 @@
-"""Settings: defaults, the file, the environment, and every error at once with its place."""
+"""Settings: defaults, the file, the environment, and all errors at once with their places."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Load = Callable[..., Settings]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    """Loads a file's text with an environment, in a folder of its own."""
+    """Loads a file's text with an environment, in a separate folder."""
 
     def from_text(text: str = "", environ: Mapping[str, str] | None = None) -> Settings:
         file = tmp_path / "config" / "backfill.yaml"
@@ -65,7 +65,7 @@ STOCKS_AND_FOREX = """
 """
 
 
-# --- defaults and where things are ---
+# --- defaults and paths ---
 
 
 def test_the_file_of_the_checkout_shows_every_default() -> None:
@@ -107,7 +107,7 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert made.alerts.urls == ()
 
 
-def test_the_nearest_file_above_is_taken(load: Load, tmp_path: Path) -> None:
+def test_the_nearest_file_above_is_used(load: Load, tmp_path: Path) -> None:
     load("batch_size_days: 7")
     below = tmp_path / "some" / "where"
     below.mkdir(parents=True)
@@ -118,7 +118,7 @@ def test_the_nearest_file_above_is_taken(load: Load, tmp_path: Path) -> None:
     assert loaded.config_file == tmp_path.resolve() / "config" / "backfill.yaml"
 
 
-def test_elsewhere_the_checkout_is_taken(tmp_path: Path) -> None:
+def test_elsewhere_the_file_of_the_checkout_is_used(tmp_path: Path) -> None:
     assert load_settings({}, tmp_path).config_file == CHECKOUT / "config" / "backfill.yaml"
 
 
@@ -141,12 +141,14 @@ def test_another_file_moves_neither_home_nor_root(load: Load, tmp_path: Path) ->
 
 def test_a_named_file_has_to_exist(problems: Callable[..., list[str]], tmp_path: Path) -> None:
     assert problems("", {"FKS_CONFIG": "gone.yaml"}) == [
-        f"environment FKS_CONFIG: {tmp_path.resolve() / 'gone.yaml'} does not exist or is no file"
+        f"environment FKS_CONFIG: {tmp_path.resolve() / 'gone.yaml'} does not exist or is not a file"
     ]
 
 
 @pytest.mark.parametrize("inside", ["", "config", "config/backfill.yaml"])
-def test_a_file_that_others_can_change_is_told_and_not_read(load: Load, tmp_path: Path, inside: str) -> None:
+def test_a_file_that_others_can_change_is_reported_and_not_read(
+    load: Load, tmp_path: Path, inside: str
+) -> None:
     load()
     file, below = tmp_path.resolve() / "config" / "backfill.yaml", tmp_path / "below"
     file.write_text("batch_size_days: [", encoding="utf-8")
@@ -161,9 +163,7 @@ def test_a_file_that_others_can_change_is_told_and_not_read(load: Load, tmp_path
     )
 
 
-def test_the_project_of_another_account_is_passed_over_with_a_file_of_ones_own(
-    load: Load, tmp_path: Path
-) -> None:
+def test_the_project_of_another_account_is_ignored_even_with_an_own_file(load: Load, tmp_path: Path) -> None:
     load("batch_size_days: 7")
     shared = tmp_path / "shared"
     (shared / "config").mkdir(parents=True)
@@ -172,14 +172,14 @@ def test_the_project_of_another_account_is_passed_over_with_a_file_of_ones_own(
     assert load_settings({"FKS_CONFIG": "../config/backfill.yaml"}, shared).batch_size_days == 7
     named = load_settings({"FKS_CONFIG": "config/backfill.yaml"}, shared)
     assert named.batch_size_days == 8
-    # Nor is anything else taken from there: its dagster.yaml names code.
+    # No other file of it is used either: its dagster.yaml names code.
     assert (named.root, named.home) == (tmp_path.resolve(), tmp_path.resolve() / ".fks")
     assert home_of({}, shared) == tmp_path.resolve() / ".fks"
 
 
 @pytest.mark.server
 @needs_root
-def test_a_folder_that_may_not_be_looked_into_holds_no_project(tmp_path: Path, load: Load) -> None:
+def test_an_unreadable_folder_is_not_a_project(tmp_path: Path, load: Load) -> None:
     yard = Path(tempfile.mkdtemp(prefix="fks-")).resolve()
     yard.chmod(0o755)
     (yard / "config").mkdir(mode=0o700)
@@ -193,16 +193,16 @@ def test_a_folder_that_may_not_be_looked_into_holds_no_project(tmp_path: Path, l
     assert (made.stderr, made.stdout) == ("", f"{CHECKOUT}\n")
 
 
-def test_home_is_told_by_the_environment(load: Load, tmp_path: Path) -> None:
+def test_the_environment_sets_the_home(load: Load, tmp_path: Path) -> None:
     assert load("", {"FKS_HOME": str(tmp_path / "data")}).home == tmp_path / "data"
     assert load("", {"FKS_HOME": "data"}).home == tmp_path.resolve() / "data"
     assert load("", {"FKS_HOME": " "}).home == tmp_path.resolve() / ".fks"
 
 
-def test_a_file_is_no_home(problems: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_a_file_is_refused_as_home(problems: Callable[..., list[str]], tmp_path: Path) -> None:
     (tmp_path / "data").write_text("", encoding="utf-8")
     assert problems("", {"FKS_HOME": "data"}) == [
-        f"environment FKS_HOME: {tmp_path.resolve() / 'data'} is a file; it has to be a folder"
+        f"environment FKS_HOME: {tmp_path.resolve() / 'data'} is a file; it must be a folder"
     ]
 
 
@@ -210,9 +210,9 @@ def test_a_file_is_no_home(problems: Callable[..., list[str]], tmp_path: Path) -
 def test_an_error_of_freshness_comes_after_its_warning(
     problems: Callable[..., list[str]], given: str
 ) -> None:
-    (told,) = problems(f"freshness: {given}")
-    assert "freshness: error_candles is" in told
-    assert "less than warn_candles" in told
+    (reported,) = problems(f"freshness: {given}")
+    assert "freshness: error_candles is" in reported
+    assert "less than warn_candles" in reported
 
 
 def test_settings_are_frozen(load: Load) -> None:
@@ -226,7 +226,7 @@ def test_settings_are_frozen(load: Load) -> None:
 # --- the file ---
 
 
-def test_what_a_file_leaves_out_keeps_its_default(load: Load) -> None:
+def test_keys_missing_from_the_file_keep_their_defaults(load: Load) -> None:
     loaded = load("""
         providers:
           polygon: {timeout_seconds: 5}
@@ -241,7 +241,7 @@ def test_what_a_file_leaves_out_keeps_its_default(load: Load) -> None:
     assert loaded.series() == ()
 
 
-def test_words_that_yaml_takes_for_switches_are_symbols(load: Load) -> None:
+def test_symbols_that_yaml_parses_as_booleans(load: Load) -> None:
     loaded = load("symbols: [{symbol: ON, asset_class: stocks, timeframes: [1d]}]")
     assert loaded.symbols[0].symbol == "ON"
 
@@ -259,13 +259,13 @@ def test_anchors_and_merges_work(load: Load) -> None:
     ]
 
 
-def test_a_slash_at_the_end_of_an_address_goes(load: Load) -> None:
+def test_a_trailing_slash_of_an_address_is_removed(load: Load) -> None:
     loaded = load("providers: {binance: {base_url: 'http://127.0.0.1:8090/binance/', archive_url: null}}")
     assert loaded.providers.binance.base_url == "http://127.0.0.1:8090/binance"
     assert loaded.providers.binance.archive_url is None
 
 
-def test_every_error_is_told_at_once_with_its_line(problems: Callable[..., list[str]]) -> None:
+def test_every_error_is_reported_at_once_with_its_line(problems: Callable[..., list[str]]) -> None:
     text = """\
         batch_size_dayz: 3
         batch_size_days: "30"
@@ -309,7 +309,7 @@ def test_every_error_is_told_at_once_with_its_line(problems: Callable[..., list[
         f"{place}:15: symbols[3].symbol: 'BRK_B' and 'BRK.B' (symbols[2]) become the same asset key BRK_B",
         f"{place}:15: symbols[3].asset_class: 'stock' is not an asset class (crypto stocks forex)",
         f"{place}:15: symbols[3].timeframes: is missing",
-        f"{place}:15: symbols[3].calendar: 'XNYSS' is no exchange calendar; did you mean XNYS?",
+        f"{place}:15: symbols[3].calendar: 'XNYSS' is not an exchange calendar; did you mean XNYS?",
         f"{place}:16: home: comes from the environment only (FKS_HOME)",
         f"{place}:17: gap_detection: is not a section of `key: value` settings",
         f"{place}:18: webserver.login: 'yes' is not one of: true, false, others",
@@ -319,9 +319,9 @@ def test_every_error_is_told_at_once_with_its_line(problems: Callable[..., list[
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a: 1\na: 2\n", "config/backfill.yaml:2: a: is there twice, first in line 1"),
+        ("a: 1\na: 2\n", "config/backfill.yaml:2: a: is a duplicate, first in line 1"),
         ("symbols: [a\nb: c", "config/backfill.yaml:2: not YAML: did not find expected ',' or ']'"),
-        ("- a\n- b\n", "config/backfill.yaml:1: the file has to consist of `key: value` settings"),
+        ("- a\n- b\n", "config/backfill.yaml:1: the file must consist of `key: value` settings"),
         ("a:\n\tx: 1", "config/backfill.yaml:2: not YAML: found character"),
         ("alerts: &x {urls: [*x]}", "config/backfill.yaml:1: alerts.urls[0]: refers to itself"),
         ("alerts: !!python/name:os.system x", "config/backfill.yaml:1: not YAML: could not determine"),
@@ -361,20 +361,20 @@ def test_every_error_is_told_at_once_with_its_line(problems: Callable[..., list[
         ("zzzzzzzz: 1", "zzzzzzzz: is not a setting here; known: batch_size_days max_concurrent_requests"),
     ],
 )
-def test_a_wrong_file_is_told_with_its_line(
+def test_an_invalid_file_is_reported_with_its_line(
     text: str, expected: str, problems: Callable[..., list[str]]
 ) -> None:
     assert expected in "\n".join(problems(text))
 
 
-def test_the_same_symbol_twice_is_told(problems: Callable[..., list[str]]) -> None:
+def test_a_duplicate_symbol_is_reported(problems: Callable[..., list[str]]) -> None:
     entry = "{symbol: BTC/USDT, asset_class: crypto, timeframes: [1h]}"
     assert problems(f"symbols:\n  - {entry}\n  - {entry}\n") == [
         "config/backfill.yaml:3: symbols[1].symbol: 'BTC/USDT' is configured twice (also symbols[0])"
     ]
 
 
-def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_reported(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(b"a: \xff\n")
     with pytest.raises(SettingsError, match=r"^x\.yaml: cannot be read: "):
         load_settings({"FKS_CONFIG": "x.yaml"}, tmp_path)
@@ -420,18 +420,18 @@ def with_key(provider: str, address: str) -> dict[str, str]:
 def test_a_key_does_not_leave_the_machine_unencrypted(
     provider: str, address: str, problems: Callable[..., list[str]]
 ) -> None:
-    (told,) = problems("", with_key(provider, address))
-    assert told == (
+    (reported,) = problems("", with_key(provider, address))
+    assert reported == (
         f"environment FKS_PROVIDERS__{provider.upper()}__BASE_URL: would send {KEY_VARIABLES[provider]} unencrypted to"
-        " another host: begin it with https://, unset that key, or let a proxy on this machine do it"
-        " (http://127.0.0.1, http://[::1] and http://localhost are taken)"
+        " another host: use https://, unset that key, or use a proxy on this machine"
+        " (http://127.0.0.1, http://[::1] and http://localhost are accepted)"
     )
 
 
-def test_an_unencrypted_address_is_told_with_its_line_and_all_else(
+def test_an_unencrypted_address_is_reported_with_its_line_and_all_other_errors(
     problems: Callable[..., list[str]],
 ) -> None:
-    told = problems(
+    reported = problems(
         """
         batch_size_days: 0
         providers:
@@ -441,12 +441,12 @@ def test_an_unencrypted_address_is_told_with_its_line_and_all_else(
         """,
         {"OANDA_API_TOKEN": "hidden-token", "POLYGON_API_KEY": "hidden-key"},
     )
-    assert [text.partition(" would")[0] for text in told[1:]] == [
+    assert [text.partition(" would")[0] for text in reported[1:]] == [
         "config/backfill.yaml:4: providers.oanda.base_url:",
         "config/backfill.yaml:6: providers.polygon.base_url:",
     ]
-    assert told[0].startswith("config/backfill.yaml:2: batch_size_days: ")
-    assert "hidden" not in "\n".join(told)
+    assert reported[0].startswith("config/backfill.yaml:2: batch_size_days: ")
+    assert "hidden" not in "\n".join(reported)
 
 
 @pytest.mark.parametrize("provider", KEY_VARIABLES)
@@ -464,7 +464,7 @@ def test_an_unencrypted_address_is_told_with_its_line_and_all_else(
         "http://[::ffff:127.0.0.1]",
     ],
 )
-def test_a_key_goes_encrypted_or_stays_on_the_machine(provider: str, address: str, load: Load) -> None:
+def test_a_key_is_sent_encrypted_or_stays_on_the_machine(provider: str, address: str, load: Load) -> None:
     assert load("", with_key(provider, address)).provider(provider).base_url == address
 
 
@@ -537,15 +537,15 @@ def test_the_environment_wins_over_the_file(load: Load) -> None:
         ),
         ("FKS_Batch_Size_Days", "1", "is not a setting; "),
         ("FKS_KEYS", "{}", "is not a setting; "),
-        ("FKS_ZZZZZZZZZZZZZZZZ", "x", "is not a setting; docs/settings.md names them all"),
+        ("FKS_ZZZZZZZZZZZZZZZZ", "x", "is not a setting; docs/settings.md lists them all"),
         ("FKS_VALIDATION", "5", "is not a section of `key: value` settings"),
     ],
 )
-def test_a_wrong_variable_is_told_by_name(
+def test_an_invalid_variable_is_reported_by_name(
     name: str, value: str, expected: str, problems: Callable[..., list[str]]
 ) -> None:
-    told = problems("", {name: value})
-    assert told[0].startswith(f"environment {name}: {expected}")
+    reported = problems("", {name: value})
+    assert reported[0].startswith(f"environment {name}: {expected}")
 
 
 def test_a_variable_below_a_wrong_section_hides_nothing(problems: Callable[..., list[str]]) -> None:
@@ -554,10 +554,10 @@ def test_a_variable_below_a_wrong_section_hides_nothing(problems: Callable[..., 
     ]
 
 
-def test_file_and_environment_are_told_together(problems: Callable[..., list[str]]) -> None:
+def test_errors_of_file_and_environment_are_reported_together(problems: Callable[..., list[str]]) -> None:
     assert problems("batch_size_days: 0", {"FKS_MAX_CONCURRENT_REQUESTS": "0", "FKS_X": "1"}) == [
         "config/backfill.yaml:1: batch_size_days: 0 is not between 1 and 3660",
-        "environment FKS_X: is not a setting; docs/settings.md names them all",
+        "environment FKS_X: is not a setting; docs/settings.md lists them all",
         "environment FKS_MAX_CONCURRENT_REQUESTS: 0 is not between 1 and 100",
     ]
 
@@ -597,7 +597,7 @@ def test_no_secret_is_shown(load: Load) -> None:
 
 
 def test_no_secret_is_in_an_error(problems: Callable[..., list[str]]) -> None:
-    told = problems(
+    reported = problems(
         "providers: {polygon: {api_key: hidden, base_url: 'https://user:hidden@h/'}}\nalerts: {urls: [hidden, 5]}",
         {
             **SECRETS,
@@ -606,11 +606,11 @@ def test_no_secret_is_in_an_error(problems: Callable[..., list[str]]) -> None:
             "FKS_TOKEN": "hidden",
         },
     )
-    assert len(told) == 6
-    assert "hidden" not in "\n".join(told)
+    assert len(reported) == 6
+    assert "hidden" not in "\n".join(reported)
 
 
-def test_no_secret_hangs_on_the_exception(load: Load) -> None:
+def test_the_exception_holds_no_secret(load: Load) -> None:
     with pytest.raises(SettingsError) as caught:
         load("batch_size_days: 0", SECRETS)
     assert caught.value.__cause__ is None
@@ -621,7 +621,7 @@ def test_no_secret_hangs_on_the_exception(load: Load) -> None:
     "url",
     ["postgresql://h/d", "postgres://u@h:5/d", "postgresql+psycopg://u:p@h/d", "postgresql:///d?host=/run"],
 )
-def test_a_postgresql_address_is_taken(url: str, load: Load) -> None:
+def test_a_postgresql_address_is_accepted(url: str, load: Load) -> None:
     database = load("", {"FKS_DATABASE_URL": url}).database_url
     assert database is not None
     assert database.get_secret_value() == url
@@ -639,12 +639,12 @@ def test_a_postgresql_address_is_taken(url: str, load: Load) -> None:
     ],
 )
 def test_another_address_is_refused(url: str, problems: Callable[..., list[str]]) -> None:
-    (told,) = problems("", {"FKS_DATABASE_URL": url})
-    assert told.startswith("environment FKS_DATABASE_URL: is not a PostgreSQL address")
-    assert url not in told
+    (reported,) = problems("", {"FKS_DATABASE_URL": url})
+    assert reported.startswith("environment FKS_DATABASE_URL: is not a PostgreSQL address")
+    assert url not in reported
 
 
-# --- questions ---
+# --- look-ups ---
 
 
 def test_series_are_symbols_times_timeframes(load: Load) -> None:
@@ -695,7 +695,7 @@ def test_another_symbol_is_inferred(written: str, symbol: str, asset_class: Asse
         ("*/USDT", "1h", r"'\*/USDT' is not BASE/QUOTE"),
     ],
 )
-def test_what_cannot_be_a_series_is_told(written: str, timeframe: str, message: str, load: Load) -> None:
+def test_an_impossible_series_is_reported(written: str, timeframe: str, message: str, load: Load) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         load(STOCKS_AND_FOREX).find_series(written, timeframe)
 
@@ -756,10 +756,10 @@ def test_a_symbols_priority_may_differ_by_timeframe(load: Load) -> None:
             "[poligon]",
             ":5: symbols[0].provider_priority[0]: 'poligon' is not a provider; did you mean polygon?",
         ),
-        ("{1d: [polygon], 1d: [oanda]}", "symbols[0].provider_priority.1d: is there twice"),
+        ("{1d: [polygon], 1d: [oanda]}", "symbols[0].provider_priority.1d: is a duplicate"),
     ],
 )
-def test_a_wrong_priority_is_told_with_its_place(
+def test_an_invalid_priority_is_reported_with_its_place(
     problems: Callable[..., list[str]], written: str, expected: str
 ) -> None:
     text = f"""\
@@ -802,7 +802,7 @@ def test_dates_of_a_symbol_and_of_its_calendar(load: Load) -> None:
     assert found == {
         "0700": dates("2023-09-01", "2023-09-08/2023-09-09", "2024-11-14/2024-11-15"),
         "0005": dates("2023-09-08", "2024-11-14/2024-11-15"),  # by an alias
-        "AAPL": dates("2012-10-25/2012-10-30"),  # XNYS is NYSE; neighbours are one stretch
+        "AAPL": dates("2012-10-25/2012-10-30"),  # XNYS is NYSE; adjacent dates are one range
         "EUR/USD": dates("2024-12-25"),
         "BTC/USDT": dates("2024-01-01"),
     }
@@ -855,12 +855,12 @@ def test_closed_dates_by_the_environment(load: Load) -> None:
         ),
         ("{XHKG: {closed: 2023-09-08}}", 'calendars.XHKG.closed: is not a list such as ["a", "b"]'),
         ("{XHKG: {colsed: []}}", "calendars.XHKG.colsed: is not a setting here; did you mean closed?"),
-        ("{XHKK: {closed: []}}", "calendars.XHKK: 'XHKK' is no exchange calendar; did you mean XHKG?"),
-        ("{forx: {closed: []}}", "calendars.forx: 'forx' is no exchange calendar; did you mean forex?"),
+        ("{XHKK: {closed: []}}", "calendars.XHKK: 'XHKK' is not an exchange calendar; did you mean XHKG?"),
+        ("{forx: {closed: []}}", "calendars.forx: 'forx' is not an exchange calendar; did you mean forex?"),
         ("{XHKG: [2023-09-08]}", "calendars.XHKG: is not a section of"),
     ],
 )
-def test_wrong_dates_are_told_with_their_place(
+def test_invalid_dates_are_reported_with_their_place(
     problems: Callable[..., list[str]], text: str, expected: str
 ) -> None:
     (problem,) = problems(f"calendars: {text}")
@@ -874,10 +874,10 @@ def test_wrong_dates_are_told_with_their_place(
         ("FKS_CALENDARS__XHKG__CLOSED", '["soon"]', "calendars.XHKG.closed[0]: 'soon' is not a date"),
         ("FKS_CALENDARS__XHKG__COLSED", "[]", "dates go to FKS_CALENDARS__NAME__CLOSED"),
         ("FKS_CALENDARS__XHKG", "[]", "dates go to FKS_CALENDARS__NAME__CLOSED"),
-        ("FKS_CALENDARS__XHKK__CLOSED", "[]", "'XHKK' is no exchange calendar"),
+        ("FKS_CALENDARS__XHKK__CLOSED", "[]", "'XHKK' is not an exchange calendar"),
     ],
 )
-def test_wrong_dates_of_a_variable_are_told_by_its_name(
+def test_invalid_dates_of_a_variable_are_reported_by_its_name(
     problems: Callable[..., list[str]], variable: str, value: str, expected: str
 ) -> None:
     (problem,) = problems("calendars: {XNYS: {closed: []}}", {variable: value})
@@ -890,7 +890,7 @@ def test_a_stock_has_the_calendar_of_an_exchange(problems: Callable[..., list[st
     assert "'forex' is the calendar of an asset class; stocks have an exchange's" in problem
 
 
-def test_addresses_that_are_no_default_ones(load: Load) -> None:
+def test_custom_addresses(load: Load) -> None:
     assert load().custom_addresses() == {}
     text = """
         providers:
@@ -911,7 +911,7 @@ def test_mixed_sources_have_to_be_allowed(load: Load) -> None:
     assert load("", {"FKS_ALLOW_MIXED_SOURCES": "true"}).allow_mixed_sources
 
 
-def test_the_home_without_the_rest(tmp_path: Path, load: Load) -> None:
+def test_the_home_without_other_settings(tmp_path: Path, load: Load) -> None:
     homes: list[dict[str, str]] = [{}, {"FKS_HOME": ""}, {"FKS_HOME": "elsewhere"}, {"FKS_HOME": "~/there"}]
     for environ in homes:
         found = load("", environ).home
@@ -951,7 +951,7 @@ def test_a_symbol_may_end(load: Load) -> None:
     assert not loaded.kept(luna, TimeRange(instant("2019-01-01"), instant("2020-01-01")))
 
 
-def test_a_copy_with_other_symbols_forgets_the_old_ones(load: Load) -> None:
+def test_a_copy_with_other_symbols_drops_the_old_ones(load: Load) -> None:
     loaded = load(ENDED)
     assert loaded.end_of(loaded.find_series("LUNA/USDT", "1h")) is not None
     copied = loaded.model_copy(update={"symbols": loaded.symbols[1:]})
@@ -965,7 +965,7 @@ def test_an_end_lies_after_the_start(problems: Callable[..., list[str]]) -> None
     ]
 
 
-def test_a_provider_is_asked_for_by_name() -> None:
+def test_a_provider_is_looked_up_by_name() -> None:
     made = Settings()
     assert made.provider("binance") is made.providers.binance
     with pytest.raises(ValueError, match="'binnace' is not a provider; did you mean binance"):
@@ -1004,7 +1004,7 @@ def test_the_version_is_that_of_the_project() -> None:
     assert fks_backfill_dagster.__version__ == project["version"]
 
 
-def test_the_package_offers_nothing_else() -> None:
+def test_the_package_exports_nothing_else() -> None:
     import fks_backfill_dagster
 
     with pytest.raises(AttributeError, match="has no attribute 'read_candle'"):

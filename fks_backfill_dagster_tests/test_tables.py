@@ -18,7 +18,7 @@ NOW = at("2024-03-05T12:00Z")
 BTC, ETH = (Series(f"{name}/USDT", Timeframe.H1, AssetClass.CRYPTO) for name in ("BTC", "ETH"))
 
 
-def test_numbers_and_shares_stand_to_the_right() -> None:
+def test_numbers_and_shares_are_right_aligned() -> None:
     when = datetime(2024, 3, 5, 4, 30, tzinfo=UTC)
     assert lines(("name", "count", "share", "when"), [("a", 12345, 0.5, when), ("bcd", None, 1.0, None)]) == [
         "name   count    share  when",
@@ -31,7 +31,7 @@ def test_numbers_and_shares_stand_to_the_right() -> None:
 @pytest.mark.parametrize(
     ("share", "shown"), [(1.0, "100 %"), (0.9999999, "99.99 %"), (0.12345, "12.35 %"), (0.0, "0.00 %")]
 )
-def test_a_share_is_never_rounded_up_to_whole(share: float, shown: str) -> None:
+def test_a_share_is_never_rounded_up_to_100_percent(share: float, shown: str) -> None:
     assert percent(share) == shown
 
 
@@ -57,7 +57,7 @@ def test_nothing_expected_has_no_coverage() -> None:
 @pytest.mark.parametrize(
     ("missing", "rounded"), [(0, 1.0), (1, 0.999999), (3_333_333, 0.666667), (4_300_000, 0.57)]
 )
-def test_a_rounded_coverage_is_whole_only_where_nothing_is_missing(missing: int, rounded: float) -> None:
+def test_a_rounded_coverage_is_1_only_if_nothing_is_missing(missing: int, rounded: float) -> None:
     assert Counts(expected=10_000_000, missing=missing).rounded_coverage == rounded
 
 

@@ -1,4 +1,4 @@
-"""The wheel: it is complete, and every command works from an empty folder with nothing of the checkout."""
+"""The wheel: it is complete, and every command works from an empty folder without the checkout."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """This process's without settings, keys and whatever leads to the checkout."""
+    """This process's environment without settings, keys and paths of the checkout."""
     dropped = ("FKS_", "DAGSTER_", "PYTHON", "VIRTUAL_ENV")
     return {
         name: value
@@ -110,12 +110,12 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
         (licence,) = (name for name in information if name.endswith("/licenses/LICENSE"))
         assert b"Apache License" in archive.read(licence)
         (metadata,) = (name for name in information if name.endswith("/METADATA"))
-        told = email.message_from_bytes(archive.read(metadata))
-    assert (told["Requires-Python"], told["License-Expression"]) == (">=3.11.1", "Apache-2.0")
+        fields = email.message_from_bytes(archive.read(metadata))
+    assert (fields["Requires-Python"], fields["License-Expression"]) == (">=3.11.1", "Apache-2.0")
 
 
 def test_commands_work_from_an_empty_folder(wheel: Path, database_url: str, tmp_path: Path) -> None:
-    """The short case of `test_from_up_to_down_in_an_environment_of_its_own`: unpacked, on the server of the tests."""
+    """The short case of `test_from_up_to_down_in_a_separate_environment`: unpacked, on the server of the tests."""
     site, folder = tmp_path / "site", tmp_path / "empty"
     folder.mkdir()
     with zipfile.ZipFile(wheel) as archive:
@@ -148,7 +148,7 @@ def test_commands_work_from_an_empty_folder(wheel: Path, database_url: str, tmp_
 
 @pytest.fixture
 def installed(wheel: Path) -> Iterator[Program]:
-    """Installed into an environment of its own, which finds the dependencies in ours and the checkout nowhere."""
+    """Installed into a separate environment that uses the dependencies of ours, but not the checkout."""
     yard = Path(tempfile.mkdtemp(prefix="fks-wheel-")).resolve()
     yard.chmod(0o755)  # root's embedded server has to enter
     own, folder = yard / "venv", yard / "empty"
@@ -184,7 +184,7 @@ def installed(wheel: Path) -> Iterator[Program]:
     changed = files(own) ^ before
     deadline = time.monotonic() + 60
     while left := [one.info for one in psutil.process_iter(["cmdline"]) if _names(one, yard)]:
-        if time.monotonic() > deadline:  # a watchdog looks once a second whether it is still needed
+        if time.monotonic() > deadline:  # a watchdog checks once a second whether it is still needed
             break
         time.sleep(0.1)
     shutil.rmtree(yard)
@@ -211,7 +211,7 @@ def against_simulate(installed: Program) -> Iterator[Program]:
 
 
 @pytest.mark.slow  # `test_commands_work_from_an_empty_folder` is the short case
-def test_from_up_to_down_in_an_environment_of_its_own(against_simulate: Program) -> None:
+def test_from_up_to_down_in_a_separate_environment(against_simulate: Program) -> None:
     fks = against_simulate
     assert fks.json("db", "init")["timescaledb"] is False
     assert fks.json("backfill", "BTC/USDT", "1h", *YEAR)["total_candles"] == 8784
@@ -220,7 +220,7 @@ def test_from_up_to_down_in_an_environment_of_its_own(against_simulate: Program)
     assert (up["url"], up["started"]) == (f"http://127.0.0.1:{port}", True)
     other = fks("up", "--port", str(free_port()))
     assert (other.returncode, other.stdout) == (1, "")
-    assert other.stderr.startswith(f"Error: Dagster is up at {up['url']}, and goes on there")
+    assert other.stderr.startswith(f"Error: Dagster is already up at {up['url']}, not at port")
     launched = fks.json("launch", "BTC/USDT", "--timeframe", "1d", *YEAR)
     assert launched["succeeded"] is True
     assert launched["series"][0]["partitions"] == ["2024-01-01"]
@@ -233,7 +233,7 @@ def test_from_up_to_down_in_an_environment_of_its_own(against_simulate: Program)
 
 
 @pytest.mark.slow  # the same, of the demo
-def test_the_demo_in_an_environment_of_its_own(installed: Program) -> None:
+def test_the_demo_in_a_separate_environment(installed: Program) -> None:
     done = installed("demo")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"all below {installed.home / 'demo'}\n" in done.stdout

@@ -1,6 +1,6 @@
-"""What a command is about: series, providers and times as they are written, checked.
+"""Arguments of the commands: series, providers and times, parsed and checked.
 
-All that is wrong with them is a usage error that names what would be right.
+An invalid argument is a usage error that names the valid ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from fks_backfill_dagster.cli.output import tell
+from fks_backfill_dagster.cli.output import log
 
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.ranges import TimeRange
@@ -27,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @contextmanager
 def usage() -> Iterator[None]:
-    """A ValueError of the block is the user's: a sentence and exit code 2."""
+    """Turns a ValueError of the block into a usage error: one sentence and exit code 2."""
     try:
         yield
     except ValueError as error:
@@ -39,7 +39,7 @@ def usage() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The series a command is about; `many` tells that a list was asked for, even if it has one element."""
+    """The selected series; `many` means that a list was requested, even if it has one element."""
 
     series: tuple[Series, ...]
     many: bool
@@ -48,29 +48,29 @@ class Chosen:
 def series_arguments(command: F, *, metavar: str = "SYMBOL TIMEFRAME") -> F:
     """`SYMBOL TIMEFRAME`, or `--all [TIMEFRAME]`; given to the command as `names` and `everything`."""
     everything = click.option(
-        "--all", "everything", is_flag=True, help="All configured symbols; TIMEFRAME may then be left out."
+        "--all", "everything", is_flag=True, help="All configured symbols; TIMEFRAME is then optional."
     )
     names = click.argument("names", nargs=-1, metavar=metavar)
     return names(everything(command))
 
 
 def any_series(command: F) -> F:
-    """As `series_arguments`, of a command that takes all series where none is named."""
+    """As `series_arguments`, for a command whose default is all series."""
     return series_arguments(command, metavar="[SYMBOL TIMEFRAME]")
 
 
 def choose(
     settings: Settings, names: Sequence[str], everything: bool, stored: Iterable[Series] = ()
 ) -> Chosen:
-    """The series meant by the arguments of `series_arguments`.
+    """The series selected by the arguments of `series_arguments`.
 
-    `--all` and globs choose among the configured ones, and `stored` ones where a command reads them;
-    a name that is not configured means a stored one first.
+    `--all` and globs select among the configured series, and the `stored` ones for a command that reads them;
+    a name that is not configured is looked up in `stored` first.
     """
     with usage():
         if everything:
             if len(names) > 1:
-                raise ValueError("--all takes a TIMEFRAME or nothing, no SYMBOL")
+                raise ValueError("--all takes a TIMEFRAME at most, no SYMBOL")
             return Chosen(_matching(settings, "*", names[0] if names else None, stored), many=True)
         if len(names) != 2:
             raise ValueError("give a SYMBOL and a TIMEFRAME, such as BTC/USDT 1h, or --all")
@@ -94,45 +94,45 @@ def _matching(
     }
     if not symbols:
         names = ", ".join(dict.fromkeys(symbol for symbol, _ in known)) or "none"
-        raise ValueError(f"{pattern!r} matches no symbol; there are: {names}")
+        raise ValueError(f"{pattern!r} matches no symbol; known: {names}")
     wanted = None if timeframe is None else parse_timeframe(timeframe)
     found = [s for s in known.values() if s.symbol in symbols and wanted in (None, s.timeframe)]
     if not found:
         frames = " ".join(sorted({s.timeframe for s in known.values() if s.symbol in symbols}))
         raise ValueError(
-            f"none of the symbols has the timeframe {timeframe} in the settings; they have {frames}"
+            f"none of these symbols is configured with the timeframe {timeframe}; they have {frames}"
         )
     order = {key: position for position, key in enumerate((s.symbol, s.timeframe) for s in settings.series())}
     return tuple(sorted(found, key=lambda s: order.get((s.symbol, s.timeframe), len(order))))
 
 
-def tell_never_synced(chosen: Chosen, stored: Iterable[Series]) -> None:
-    """For commands about gaps: there are none where nothing was ever synced, which is no good news."""
+def log_never_synced(chosen: Chosen, stored: Iterable[Series]) -> None:
+    """For commands about gaps: logs each series that has no gap only because it was never synced."""
     synced = {(s.symbol, s.timeframe) for s in stored}
     for one in chosen.series:
         if (one.symbol, one.timeframe) not in synced:
-            tell(f"{one}: never synced, so no gap of it is known; run `fks-backfill backfill {one}` first.")
+            log(f"{one}: never synced, so it has no known gaps; run `fks-backfill backfill {one}` first.")
 
 
 def report_code(settings: Settings, chosen: Chosen, stored: Iterable[Series]) -> int:
-    """The exit code of a report: 2 for one series that is neither configured nor stored, which is told, else 0."""
+    """The exit code of a report: 2, with a message, if a series is neither configured nor stored, else 0."""
     known = {(s.symbol, s.timeframe) for s in (*stored, *settings.series())}
     for one in chosen.series:
         if (one.symbol, one.timeframe) not in known:
-            tell(f"Error: {one} is neither configured nor stored{_meant(settings, one)}")
+            log(f"Error: {one} is neither configured nor stored{_meant(settings, one)}")
             return 2
     return 0
 
 
 def warn_of_typos(settings: Settings, series: Iterable[Series], stored: Iterable[Series]) -> None:
-    """For commands that would create a series: tells which one was probably meant, and lets them go on.
+    """For commands that would create a series: logs a warning with the nearest configured symbol.
 
-    A symbol of which something is stored was meant before, whatever its timeframe.
+    A symbol with stored candles, at any timeframe, is no typo.
     """
     known = {one.symbol for one in stored}
     for symbol in dict.fromkeys(one.symbol for one in series):
         if symbol not in known and (meant := settings.nearest_symbol(symbol)):
-            tell(f"warning: {symbol} is not configured, did you mean {meant}?")
+            log(f"warning: {symbol} is not configured, did you mean {meant}?")
 
 
 def _meant(settings: Settings, series: Series) -> str:
@@ -147,7 +147,7 @@ def _meant(settings: Settings, series: Series) -> str:
 
 
 def check_providers(settings: Settings, names: Sequence[str]) -> tuple[str, ...]:
-    """The `--provider` options, each of them known and enabled."""
+    """The names of the `--provider` options, each known and enabled."""
     with usage():
         for name in names:
             if not settings.provider(name).enabled:
@@ -159,7 +159,7 @@ def check_providers(settings: Settings, names: Sequence[str]) -> tuple[str, ...]
 
 
 class Moment(click.ParamType[int]):
-    """A moment as microseconds since the epoch: ISO 8601, UTC where no zone is given."""
+    """A time as microseconds since the epoch: ISO 8601, UTC where no zone is given."""
 
     name = "time"
 
@@ -183,8 +183,8 @@ class Moment(click.ParamType[int]):
 
 def window_option(command: F) -> F:
     """Adds `--start` and `--end`."""
-    start = click.option("--start", type=Moment(), help="The first candle opens here or later.")
-    end = click.option("--end", type=Moment(), help="Every candle opens before this (exclusive).")
+    start = click.option("--start", type=Moment(), help="Start of the range (inclusive).")
+    end = click.option("--end", type=Moment(), help="End of the range (exclusive).")
     return start(end(command))
 
 
@@ -193,7 +193,7 @@ def sooner(one: int | None, other: int | None) -> int | None:
 
 
 def check_window(start: int, end: int, now: int) -> TimeRange:
-    """`[start, end)` with something of the past in it."""
+    """`[start, end)`, not empty and not entirely in the future."""
     from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.domain.timeframe import iso
 
@@ -202,7 +202,7 @@ def check_window(start: int, end: int, now: int) -> TimeRange:
             raise ValueError(f"--start {iso(start)} lies in the future: there are no candles yet")
         if start == end:
             raise ValueError(
-                f"--start and --end are both {iso(start)}: --end is exclusive, so nothing is left"
+                f"--start and --end are both {iso(start)}: --end is exclusive, so the range is empty"
             )
         if start > end:
             raise ValueError(f"--start {iso(start)} lies after --end {iso(end)}: exchange them")

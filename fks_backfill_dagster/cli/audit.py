@@ -1,4 +1,4 @@
-"""`fks-backfill audit`: what is recorded against the candles themselves."""
+"""`fks-backfill audit`: compares ledger, coverage and status with the stored candles."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import click
 
 from fks_backfill_dagster.cli.arguments import any_series, choose
 from fks_backfill_dagster.cli.output import (
-    answer,
-    answer_json,
     example,
     json_option,
+    log,
     many,
+    print_json,
+    print_line,
     short,
-    tell,
 )
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ QUIET_SECONDS = 5.0
 
 @click.command(epilog=example("audit", "audit BTC/USDT 1h --json", "audit --all --no-repair"))
 @any_series
-@click.option("--no-repair", is_flag=True, help="Only tell what is wrong, change nothing.")
+@click.option("--no-repair", is_flag=True, help="Report differences only, change nothing.")
 @json_option
 def audit(names: tuple[str, ...], everything: bool, no_repair: bool, as_json: bool) -> int:
-    """Recompute gaps, coverage and status from the candles, and put right what differs.
+    """Recompute gaps, coverage and status from the candles, and repair differences.
 
-    Without arguments every stored series, also those that are no longer in the settings. Candles are
-    never changed: what is wrong with one of them is told with its remedy. Exit code 1 if something is
-    left that was not repaired. Needs no provider, and may run while others sync.
+    Without arguments every stored series, including those no longer in the settings. Candles are
+    never changed: an invalid one is reported with its remedy. Exit code 1 if a difference was not
+    repaired. Sends no request to a provider, and may run during syncs.
     """
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import now, open_database
@@ -50,26 +50,26 @@ def audit(names: tuple[str, ...], everything: bool, no_repair: bool, as_json: bo
     settings = load_settings()
     with open_database(settings) as database:
         wanted = _wanted(settings, database, names, everything)
-        with _shown(len(wanted)) as show:
+        with _progress_output(len(wanted)) as show:
 
             def done(found: SeriesAudit) -> None:
                 show(found)
                 if not as_json:
                     for difference in found.differences:
-                        answer(f"{found.series}: {_words(difference)}")
+                        print_line(f"{found.series}: {_text(difference)}")
 
             report = run(database, wanted, now, repair=not no_repair, done=done)
     if as_json:
-        answer_json(documents.audit_report(report))
+        print_json(documents.audit_report(report))
     else:
-        answer(_sums(report))
+        print_line(_totals(report))
     return 1 if report.left else 0
 
 
 def _wanted(
     settings: Settings, database: Database, names: Sequence[str], everything: bool
 ) -> tuple[Series, ...]:
-    """The stored series that are meant, each as the settings have it where they have it."""
+    """The selected stored series, each as configured if it is configured."""
     from fks_backfill_dagster.pipeline.audit import auditable
 
     stored = {(one.symbol, one.timeframe): one for one in auditable(database, settings.series())}
@@ -78,17 +78,17 @@ def _wanted(
     chosen = choose(settings, names, everything, stored.values())
     for one in () if chosen.many else chosen.series:
         if (one.symbol, one.timeframe) not in stored:
-            tell(f"{one}: never synced, so there is nothing to audit.")
+            log(f"{one}: never synced, so there is nothing to audit.")
     return tuple(stored[key] for one in chosen.series if (key := (one.symbol, one.timeframe)) in stored)
 
 
 def differences(report: AuditReport) -> list[str]:
-    """A line for each difference, then the sums."""
-    found = [f"{one.series}: {_words(each)}" for one in report.series for each in one.differences]
-    return [*found, _sums(report)]
+    """A line for each difference, then the totals."""
+    found = [f"{one.series}: {_text(each)}" for one in report.series for each in one.differences]
+    return [*found, _totals(report)]
 
 
-def _words(found: Difference) -> str:
+def _text(found: Difference) -> str:
     from fks_backfill_dagster.domain.timeframe import to_datetime
 
     where = ""
@@ -97,7 +97,7 @@ def _words(found: Difference) -> str:
     return f"{where}{found.message}{' (repaired)' if found.repaired else ''}"
 
 
-def _sums(report: AuditReport) -> str:
+def _totals(report: AuditReport) -> str:
     return (
         f"{many(len(report.series), 'series')}, {many(report.candles, 'candle')}:"
         f" {many(report.differences, 'difference')}, {report.repaired:,} repaired,"
@@ -106,7 +106,7 @@ def _sums(report: AuditReport) -> str:
 
 
 @contextmanager
-def _shown(total: int) -> Iterator[Callable[[SeriesAudit], None]]:
+def _progress_output(total: int) -> Iterator[Callable[[SeriesAudit], None]]:
     """A bar on a terminal, a line every few seconds elsewhere; always on stderr."""
     if not sys.stderr.isatty():
         yield _Lines(total)
@@ -126,15 +126,15 @@ def _shown(total: int) -> Iterator[Callable[[SeriesAudit], None]]:
 
 
 class _Lines:
-    """How far it is, now and then."""
+    """Logs the progress every few seconds."""
 
     def __init__(self, total: int) -> None:
         self._total, self._series, self._candles = total, 0, 0
-        self._said = time.monotonic()
+        self._logged_at = time.monotonic()
 
     def __call__(self, found: SeriesAudit) -> None:
         self._series += 1
         self._candles += found.candles
-        if time.monotonic() - self._said > QUIET_SECONDS and self._series < self._total:
-            self._said = time.monotonic()
-            tell(f"{self._series:,} of {many(self._total, 'series')}, {many(self._candles, 'candle')}")
+        if time.monotonic() - self._logged_at > QUIET_SECONDS and self._series < self._total:
+            self._logged_at = time.monotonic()
+            log(f"{self._series:,} of {many(self._total, 'series')}, {many(self._candles, 'candle')}")

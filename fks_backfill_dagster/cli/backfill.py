@@ -18,14 +18,14 @@ from fks_backfill_dagster.cli.arguments import (
     window_option,
 )
 from fks_backfill_dagster.cli.output import (
-    answer,
-    answer_json,
-    answer_table,
     example,
     json_option,
-    last_words,
+    log,
+    log_if_possible,
     many,
-    tell,
+    print_json,
+    print_line,
+    print_table,
 )
 from fks_backfill_dagster.cli.signals import signals
 
@@ -39,11 +39,9 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.pipeline.sync import DryRun, SyncReport
     from fks_backfill_dagster.settings.model import Settings
 
-_INTERRUPTED = (
-    "Interrupted: what was committed stays, and the same command fetches only what is still missing."
-)
+_INTERRUPTED = "Interrupted: committed batches stay, and the same command fetches only what is still missing."
 
-# One task of the command: a series, its window, who is asked.
+# A series, its window, and its providers in order of priority.
 Task = tuple["Series", "TimeRange", tuple[str, ...]]
 
 
@@ -61,14 +59,18 @@ Task = tuple["Series", "TimeRange", tuple[str, ...]]
     "providers",
     multiple=True,
     metavar="P",
-    help="Ask this one only; repeat it for more, in order.",
+    help="Request this provider only; repeat it for several, in order of priority.",
 )
-@click.option("--refetch", is_flag=True, help="Ask for stored candles as well, and correct what differs.")
+@click.option("--refetch", is_flag=True, help="Request stored candles as well, and correct differences.")
 @click.option(
-    "--force", is_flag=True, help="With --refetch: write also what differs as another symbol's candles would."
+    "--force",
+    is_flag=True,
+    help="With --refetch: write candles even if they differ as much as another symbol's would.",
 )
 @click.option(
-    "--dry-run", is_flag=True, help="Tell requests, candles and duration per provider; fetch nothing."
+    "--dry-run",
+    is_flag=True,
+    help="Show estimated requests, candles and duration per provider; fetch nothing.",
 )
 @json_option
 def backfill(
@@ -82,16 +84,17 @@ def backfill(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    """Bring the candles of a range that are not stored yet.
+    """Fetch the missing candles of a range.
 
-    Without --start from the configured start of the symbol on, without --end up to now. Running it
-    again fetches only what is missing. Exit code 0 only if every expected candle that traded is there.
+    Without --start from the configured start of the symbol, without --end up to now. Running it
+    again fetches only what is missing. Exit code 0 only if every expected candle is stored or
+    explained as no-trade.
     """
     from fks_backfill_dagster.pipeline.plan import Scope
     from fks_backfill_dagster.settings.load import load_settings
 
     if force and not refetch:
-        raise click.UsageError("--force is for --refetch: nothing else overwrites stored candles.")
+        raise click.UsageError("--force needs --refetch: only a refetch overwrites stored candles.")
     settings = load_settings()
     scope = Scope.EVERYTHING if refetch else Scope.MISSING
     tasks, several = _tasks(settings, names, everything, start, end, providers)
@@ -100,7 +103,7 @@ def backfill(
     done = _sync_all(settings, tasks, scope, force, as_json)
     if as_json:
         documents = [document for document, _ in done]
-        answer_json(documents if several else documents[0])
+        print_json(documents if several else documents[0])
     return 0 if all(complete for _, complete in done) else 1
 
 
@@ -114,17 +117,23 @@ def _tasks(
 ) -> tuple[list[Task], bool]:
     from fks_backfill_dagster.app import now
 
-    chosen, asked, present = choose(settings, names, everything), check_providers(settings, providers), now()
+    chosen, selected, present = (
+        choose(settings, names, everything),
+        check_providers(settings, providers),
+        now(),
+    )
     tasks: list[Task] = []
     for series in chosen.series:
         first = settings.start_of(series) if start is None else start
         window = check_window(first, present if end is None else end, present)
-        tasks.append((series, _until_its_end(settings, series, window), asked or settings.priority(series)))
+        tasks.append(
+            (series, _clipped_to_end(settings, series, window), selected or settings.priority(series))
+        )
     return tasks, chosen.many
 
 
-def _until_its_end(settings: Settings, series: Series, window: TimeRange) -> TimeRange:
-    """The window up to the `end` of a symbol that has one; that nothing is left of it is told."""
+def _clipped_to_end(settings: Settings, series: Series, window: TimeRange) -> TimeRange:
+    """The window up to the configured `end` of the symbol; logs it if nothing is left."""
     from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.domain.timeframe import iso
 
@@ -132,18 +141,18 @@ def _until_its_end(settings: Settings, series: Series, window: TimeRange) -> Tim
     if end is None:
         return window
     if end <= window.start:
-        tell(
-            f"{series}: nothing is expected of it from {iso(end)} on, the end of {series.symbol} in the settings."
+        log(
+            f"{series}: no candle is expected from {iso(end)} on, the end of {series.symbol} in the settings."
         )
     return TimeRange(window.start, max(window.start, min(window.end, end)))
 
 
-# Doing it ---------------------------------------------------------------------------------------------
+# Sync -------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class _Seen:
-    """What a sync has told so far: all that is known of one that breaks."""
+class _Counts:
+    """Counts from the events of a sync: the report of one that fails."""
 
     batches: int = 0
     succeeded: int = 0
@@ -178,8 +187,8 @@ def _sync_all(
 ) -> list[tuple[Document, bool]]:
     """Every task's report as a document, and whether it is complete.
 
-    A series that fails does not stop the others. A database that fails does, as it is the same one
-    for all: then those that were not reached are told as failed for that reason.
+    A series that fails does not stop the others. A database failure does, because all series share
+    it: the remaining ones are reported as failed for that reason.
     """
     from fks_backfill_dagster.app import open_app
     from fks_backfill_dagster.embedded import EmbeddedError
@@ -187,25 +196,25 @@ def _sync_all(
     from fks_backfill_dagster.store.queries import stored_series
 
     done: list[tuple[Document, bool]] = []
-    seen, told = _Seen(), set[str]()
+    counts, logged = _Counts(), set[str]()
     try:
-        with open_app(settings, waiting) as app, interruptible(app):
+        with open_app(settings, log_waiting) as app, interruptible(app):
             warn_of_typos(settings, [series for series, _, _ in tasks], stored_series(app.database))
             for task in tasks:
-                seen = _Seen()
-                done.append(_sync_one(app, task, scope, force, as_json, seen, told))
+                counts = _Counts()
+                done.append(_sync_one(app, task, scope, force, as_json, counts, logged))
     except (StoreError, EmbeddedError) as error:
-        tell(f"Error: {error}")
+        log(f"Error: {error}")
         for series, _, _ in tasks[len(done) :]:
-            done.append((seen.report(series, error), False))
-            seen = _Seen()
+            done.append((counts.report(series, error), False))
+            counts = _Counts()
     return done
 
 
 def _sync_one(
-    app: App, task: Task, scope: Scope, force: bool, as_json: bool, seen: _Seen, told: set[str]
+    app: App, task: Task, scope: Scope, force: bool, as_json: bool, counts: _Counts, logged: set[str]
 ) -> tuple[Document, bool]:
-    """One task's report as a document, and whether it is complete; `told` are the warnings so far."""
+    """One task's report as a document, and whether it is complete; `logged` are the warnings so far."""
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.cli.progress import watched
     from fks_backfill_dagster.pipeline.sync import SyncReport, sync
@@ -215,34 +224,34 @@ def _sync_one(
     if not window:
         return documents.sync_report(SyncReport(series, window)), True
     try:
-        with watched(seen, told) as listen:
+        with watched(counts, logged) as listen:
             report = sync(
                 app.context, series, window, priority, scope=scope, recheck=True, force=force, listen=listen
             )
     except SeriesChanged as error:
-        tell(f"Error: {error}")
-        return seen.report(series, error), False
-    except ValueError as error:  # of its calendar: the other series may have another one
-        tell(f"Error: {series}: {error}.")
-        return seen.report(series, error), False
+        log(f"Error: {error}")
+        return counts.report(series, error), False
+    except ValueError as error:  # from its calendar: other series may have another one
+        log(f"Error: {series}: {error}.")
+        return counts.report(series, error), False
     if not as_json:
-        _answer(report)
+        _print_report(report)
     for message in report.errors:
-        tell(f"Error: {series}: {message}")
-    if report.missing and report.providers:  # without, nobody could be asked, and the error says why
+        log(f"Error: {series}: {message}")
+    if report.missing and report.providers:  # without providers the error names the reason
         left = many(report.missing, "candle")
-        again = " Run the same command again to fetch them, and nothing else." if report.errors else ""
-        tell(f"{series}: {left} still missing; see `fks-backfill gaps {series}`.{again}")
+        again = " Run the same command again to fetch only these." if report.errors else ""
+        log(f"{series}: {left} still missing; see `fks-backfill gaps {series}`.{again}")
     return documents.sync_report(report), report.complete
 
 
-def waiting(sentence: str) -> None:
-    tell(f"waiting: {sentence}")
+def log_waiting(sentence: str) -> None:
+    log(f"waiting: {sentence}")
 
 
-def _answer(report: SyncReport) -> None:
-    quiet = f" nothing traded in {report.quiet:,}," if report.quiet else ""
-    answer(
+def _print_report(report: SyncReport) -> None:
+    quiet = f" {report.quiet:,} no-trade," if report.quiet else ""
+    print_line(
         f"{report.series}: {report.stored:,} of {many(report.expected, 'candle')} stored,{quiet}"
         f" {report.total_candles:,} of them by this call"
         f" ({many(report.total_batches, 'batch')}, {many(report.requests, 'request')}, {report.seconds:.1f} s)"
@@ -251,25 +260,25 @@ def _answer(report: SyncReport) -> None:
         (f"  {name}", tally.asked, tally.delivered, tally.rejected, tally.failed)
         for name, tally in report.providers.items()
     ]
-    answer_table(("  provider", "asked", "delivered", "rejected", "failed"), rows)
+    print_table(("  provider", "asked", "delivered", "rejected", "failed"), rows)
 
 
 @contextmanager
 def interruptible(app: App) -> Iterator[None]:
-    """A signal ends every wait of a provider at once; a batch that is being committed is rolled back whole."""
-    ending = signals()
-    with ending.first(app.pool.stop.set):
+    """A signal ends all waiting for providers at once; a batch that is being committed is rolled back."""
+    received_signals = signals()
+    with received_signals.first(app.pool.stop.set):
         try:
             yield
         except (KeyboardInterrupt, Exception):
-            if ending.received is None:
+            if received_signals.received is None:
                 raise
-            # Whatever came of it: a statement that is torn off in the middle fails in ways of its own.
-            last_words(_INTERRUPTED)
-            raise click.exceptions.Exit(ending.exit_code) from None
+            # Any exception: an interrupted statement can fail in several ways.
+            log_if_possible(_INTERRUPTED)
+            raise click.exceptions.Exit(received_signals.exit_code) from None
 
 
-# Only telling -----------------------------------------------------------------------------------------
+# Dry run ----------------------------------------------------------------------------------------------
 
 
 def _dry_run(settings: Settings, tasks: Sequence[Task], several: bool, scope: Scope, as_json: bool) -> int:
@@ -278,26 +287,26 @@ def _dry_run(settings: Settings, tasks: Sequence[Task], several: bool, scope: Sc
     from fks_backfill_dagster.pipeline.sync import dry_run
     from fks_backfill_dagster.store.queries import stored_series
 
-    with open_app(settings, waiting) as app, interruptible(app):
+    with open_app(settings, log_waiting) as app, interruptible(app):
         warn_of_typos(settings, [series for series, _, _ in tasks], stored_series(app.database))
         found = [
             dry_run(app.context, series, window, priority, scope=scope, recheck=True)
             for series, window, priority in tasks
         ]
-    told: dict[str, Series] = {}
+    logged: dict[str, Series] = {}
     for one in found:
         for message in one.warnings:
-            if told.setdefault(message, one.plan.series) is one.plan.series:
-                tell(f"{one.plan.series}: warning: {message}")
+            if logged.setdefault(message, one.plan.series) is one.plan.series:
+                log(f"{one.plan.series}: warning: {message}")
     if as_json:
         shown = [documents.dry_run(one) for one in found]
-        answer_json(shown if several else shown[0])
+        print_json(shown if several else shown[0])
     else:
-        _answer_estimates(found)
+        _print_estimates(found)
     return 0
 
 
-def _answer_estimates(found: Sequence[DryRun]) -> None:
+def _print_estimates(found: Sequence[DryRun]) -> None:
     rows = [
         (
             one.plan.series,
@@ -310,16 +319,16 @@ def _answer_estimates(found: Sequence[DryRun]) -> None:
         for one in found
         for name, estimate in one.estimates
     ]
-    answer_table(("series", "provider", "requests", "candles", "batches", "duration"), rows)
+    print_table(("series", "provider", "requests", "candles", "batches", "duration"), rows)
     for one in found:
         if not one.plan.batches:
-            answer(f"{one.plan.series}: nothing to fetch")
+            print_line(f"{one.plan.series}: nothing to fetch")
         elif not one.estimates:
-            answer(f"{one.plan.series}: no provider can serve it; see `fks-backfill series providers`")
+            print_line(f"{one.plan.series}: no eligible provider; see `fks-backfill series providers`")
 
 
 def _duration(seconds: float) -> str:
-    """At the providers' rate limits, so it is a guess: two units will do."""
+    """An estimate from the rate limits, so two units are enough."""
     if seconds < 1:
         return "< 1 s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,8 +1,6 @@
-"""The group `batches`: the committed units of work, and taking one back."""
+"""The group `batches`: lineage of the committed batches, and undo."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import click
 
@@ -10,36 +8,34 @@ from fks_backfill_dagster.cli.arguments import (
     usage,
 )
 from fks_backfill_dagster.cli.output import (
-    answer,
-    answer_json,
-    answer_table,
     example,
     json_option,
+    log,
     many,
+    print_json,
+    print_line,
+    print_table,
     short,
-    tell,
 )
-
-if TYPE_CHECKING:
-    pass
-
-
-# Batches ----------------------------------------------------------------------------------------------
 
 
 @click.group()
 def batches() -> None:
-    """Lineage: which batch brought what, and taking one back."""
+    """Lineage: list the committed batches, undo one."""
 
 
 @batches.command("list", epilog=example("batches list", "batches list BTC/USDT 1h --limit 5 --json"))
 @click.argument("names", nargs=-1, metavar="[SYMBOL TIMEFRAME]")
 @click.option(
-    "--limit", type=click.IntRange(min=1), default=50, show_default=True, help="The newest so many."
+    "--limit",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    help="How many of the newest batches.",
 )
 @json_option
 def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
-    """List what was committed, newest first: provider, transport, range, source, host."""
+    """List the committed batches, newest first: provider, transport, range, source, host."""
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import open_database
     from fks_backfill_dagster.settings.load import load_settings
@@ -55,7 +51,7 @@ def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
             wanted = settings.find_series(names[0], names[1], queries.stored_series(database))
         found = queries.batches(database, wanted, limit)
     if as_json:
-        answer_json([documents.batch(one) for one in found])
+        print_json([documents.batch(one) for one in found])
         return
     rows = [
         (
@@ -72,18 +68,18 @@ def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
         for one in found
     ]
     columns = ("id", "series", "from", "range", "inserted", "updated", "committed", "source", "host")
-    answer_table(columns, rows)
+    print_table(columns, rows)
     if not found:
-        tell("No batches.")
+        log("No batches.")
 
 
 @batches.command("undo", epilog=example("batches undo 42"))
 @click.argument("batch_id", metavar="ID", type=click.IntRange(1, 2**31 - 1))
 @json_option
 def undo(batch_id: int, as_json: bool) -> int:
-    """Take back a batch: insertions go, corrections give way to the values before, withdrawn candles return.
+    """Undo a batch: remove inserted candles, restore corrected values and withdrawn candles.
 
-    The undo is a batch of its own. What goes becomes an open gap, so the next backfill asks for it.
+    The undo is a batch of its own. Removed candles become an open gap, which the next backfill requests.
     """
     from fks_backfill_dagster.app import open_database
     from fks_backfill_dagster.domain.grid import grid_of
@@ -101,7 +97,7 @@ def undo(batch_id: int, as_json: bool) -> int:
         assert identity is not None
         done = undo_batch(database, found, identity, batch_id, grid_of(found))
     if as_json:
-        answer_json(
+        print_json(
             {
                 "batch": batch_id,
                 "symbol": found.symbol,
@@ -111,5 +107,5 @@ def undo(batch_id: int, as_json: bool) -> int:
             }
         )
     else:
-        answer(f"{found}: {many(done.updated, 'candle')} of batch {batch_id} taken back.")
+        print_line(f"{found}: {many(done.updated, 'candle')} of batch {batch_id} taken back.")
     return 0

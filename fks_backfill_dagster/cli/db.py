@@ -10,13 +10,13 @@ import click
 
 from fks_backfill_dagster.cli.output import (
     Failed,
-    answer,
-    answer_json,
-    answer_table,
     example,
     json_option,
+    log,
     many,
-    tell,
+    print_json,
+    print_line,
+    print_table,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.store.roles import Reader
 
 LONGEST_ROLE_NAME = 63
-"""PostgreSQL cuts a longer name off, and another role would be granted."""
+"""PostgreSQL truncates longer names, so another role would get the grants."""
 
 ROLES_DOC = "docs/operations.md, Roles"
 
@@ -47,15 +47,15 @@ def url(as_json: bool) -> None:
 
     found = _kept_url(load_settings())
     if as_json:
-        answer_json({"url": found})
+        print_json({"url": found})
     else:
-        answer(found)
+        print_line(found)
 
 
 def _role_name(context: click.Context, option: click.Parameter, name: str | None) -> str | None:
     try:
         size = None if name is None else len(name.encode())
-    except UnicodeEncodeError:  # bytes of the command line that are no text
+    except UnicodeEncodeError:  # the argument is not UTF-8
         size = 0
     if name is not None and (not size or size > LONGEST_ROLE_NAME or "\0" in name):
         raise click.BadParameter(f"a role's name has 1 to {LONGEST_ROLE_NAME} bytes of UTF-8.")
@@ -67,36 +67,36 @@ def _role_name(context: click.Context, option: click.Parameter, name: str | None
     "--reader",
     metavar="NAME",
     callback=_role_name,
-    help="Let this role read the views, and nothing else; made (without login) if it does not exist.",
+    help="Grant this role read access to the views only; created (without login) if it does not exist.",
 )
 @json_option
 def init(reader: str | None, as_json: bool) -> None:
-    """Make the schema where there is none; the embedded PostgreSQL is started and runs until `db stop`."""
+    """Create the schema if it is missing; the embedded PostgreSQL is started and runs until `db stop`."""
     _prepare(as_json, upgrade=False, reader=reader)
 
 
 @db.command(epilog=example("db upgrade"))
 @json_option
 def upgrade(as_json: bool) -> None:
-    """Bring the schema to this program's version."""
+    """Upgrade the schema to the version of this program."""
     _prepare(as_json, upgrade=True)
 
 
 @db.command(epilog=example("db stop"))
 @json_option
 def stop(as_json: bool) -> None:
-    """Stop the embedded PostgreSQL, whoever uses it. Nothing that was committed is lost."""
+    """Stop the embedded PostgreSQL, even while it is in use. Committed data is kept."""
     from fks_backfill_dagster.app import embedded
     from fks_backfill_dagster.settings.load import load_settings
 
     server = embedded(load_settings())
     stopped = server is not None and server.stop()
     if as_json:
-        answer_json({"embedded": server is not None, "stopped": stopped})
+        print_json({"embedded": server is not None, "stopped": stopped})
     elif server is None:
-        answer("Nothing to stop: FKS_DATABASE_URL names a database of your own.")
+        print_line("Nothing to stop: FKS_DATABASE_URL names a database of your own.")
     else:
-        answer("Stopped." if stopped else "It was not running.")
+        print_line("Stopped." if stopped else "It was not running.")
 
 
 @db.command("list", epilog=example("db list", "db list --json"))
@@ -104,8 +104,8 @@ def stop(as_json: bool) -> None:
 def list_clusters(as_json: bool) -> None:
     """List the clusters of embedded databases: that of this home, and for root those in /var/lib/fks-backfill.
 
-    A cluster is `running`, `in use` (its home exists), an `orphan` (its home is gone), or `unknown`: one of an
-    earlier version, which does not name its home until it is started again.
+    A cluster is `running`, `in use` (its home exists), an `orphan` (its home is gone), or `unknown` (created by an
+    earlier version: its home is recorded at the next start).
     """
     from fks_backfill_dagster.embedded import clusters
     from fks_backfill_dagster.settings.load import load_settings
@@ -114,46 +114,46 @@ def list_clusters(as_json: bool) -> None:
     others = [one for one in clusters.elsewhere() if own is None or one.folder != own.folder]
     found = [(one, one.size()) for one in (*([] if own is None else [own]), *others)]
     if as_json:
-        answer_json([_cluster(*each) for each in found])
+        print_json([_cluster(*each) for each in found])
         return
     rows = [(one.folder, one.home or "", _megabytes(size), one.state.value) for one, size in found]
-    answer_table(("cluster", "home", "size", "state"), rows)
+    print_table(("cluster", "home", "size", "state"), rows)
     orphans = [size for one, size in found if one.state is clusters.State.ORPHAN]
     if orphans:
-        tell(
+        log(
             f"{many(len(orphans), 'orphan')}, {_megabytes(sum(orphans))}: `fks-backfill db remove` removes them."
         )
 
 
 @db.command(epilog=example("db remove", "db remove cluster-0c2d71476addc399 --yes"))
 @click.argument("names", nargs=-1, metavar="[CLUSTER]...")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Remove without confirmation.")
 @json_option
 def remove(names: tuple[str, ...], yes: bool, as_json: bool) -> None:
     """Remove clusters whose home is gone, with all their data: all orphans, or those named.
 
-    One that names no home (`unknown`) is removed only if it is named here. One whose server runs or whose home
-    exists is never removed.
+    An `unknown` cluster is removed only if it is named here. A cluster whose server runs or whose home exists
+    is never removed.
     """
     from fks_backfill_dagster.embedded import clusters
 
     chosen = [(one, one.size()) for one in _chosen(names, clusters.elsewhere())]
     if chosen and not yes:
         for one, size in chosen:
-            tell(f"{one.folder}  {one.home or 'home unknown'}  {_megabytes(size)}")
+            log(f"{one.folder}  {one.home or 'home unknown'}  {_megabytes(size)}")
         try:
             click.confirm(f"Remove {many(len(chosen), 'cluster')} with all data?", abort=True, err=True)
         except click.Abort:
-            tell("")  # ends the line of the question
-            raise Failed("Nothing was removed; --yes removes without asking.") from None
+            log("")  # ends the line of the prompt
+            raise Failed("Nothing was removed; --yes removes without confirmation.") from None
     for one, _ in chosen:
         clusters.remove(one)
     if as_json:
-        answer_json([_cluster(*each) for each in chosen])
+        print_json([_cluster(*each) for each in chosen])
     elif chosen:
-        answer(f"Removed {many(len(chosen), 'cluster')}, {_megabytes(sum(size for _, size in chosen))}.")
+        print_line(f"Removed {many(len(chosen), 'cluster')}, {_megabytes(sum(size for _, size in chosen))}.")
     else:
-        answer("There is no cluster whose home is gone.")
+        print_line("There is no cluster whose home is gone.")
 
 
 def _chosen(names: Sequence[str], found: Sequence[Cluster]) -> list[Cluster]:
@@ -195,7 +195,7 @@ def _prepare(as_json: bool, *, upgrade: bool, reader: str | None = None) -> None
         database.ensure()
         revision, timescale = database.revision(), database.has_timescale()
         reading = None if reader is None else roles.make_reader(database, reader)
-        _kept_url(settings)  # now that it has worked: a command that fails leaves no server behind
+        _kept_url(settings)  # only after success: a failed command leaves no server running
     finally:
         database.dispose()
     if as_json:
@@ -206,18 +206,18 @@ def _prepare(as_json: bool, *, upgrade: bool, reader: str | None = None) -> None
         }
         if reading is not None:
             document["reader"] = asdict(reading)
-        answer_json(document)
+        print_json(document)
         return
     kind = "TimescaleDB" if timescale else "plain PostgreSQL"
-    answer(f"{database.where} ({kind}) has the schema fks, revision {revision}.")
+    print_line(f"{database.where} ({kind}) has the schema fks, revision {revision}.")
     if reading is not None:
-        answer(_sentence(reading))
+        print_line(_sentence(reading))
 
 
 def _sentence(reader: Reader) -> str:
-    made = "was made" if reader.made else "was there"
+    made = "was created" if reader.made else "exists"
     granted = (
-        f"is granted {', '.join(reader.granted)}" if reader.granted else "has everything that a reader needs"
+        f"is granted {', '.join(reader.granted)}" if reader.granted else "has all privileges of a reader"
     )
     login = (
         "" if reader.can_log_in else f" It cannot log in: grant it to a role that can, or see {ROLES_DOC}."
@@ -226,7 +226,7 @@ def _sentence(reader: Reader) -> str:
 
 
 def _kept_url(settings: Settings) -> str:
-    """The URL; the embedded server outlives this command."""
+    """The URL; the embedded server runs on after this command."""
     from fks_backfill_dagster.app import database_url, embedded
 
     server = embedded(settings)

@@ -1,4 +1,4 @@
-"""`fks-backfill export`: stored candles as a CSV or Parquet file, a block at a time."""
+"""`fks-backfill export`: stored candles as a CSV or Parquet file, written in blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from fks_backfill_dagster.cli.arguments import Moment, check_window, usage, window_option
-from fks_backfill_dagster.cli.output import Failed, answer, answer_json, example, json_option, many
+from fks_backfill_dagster.cli.output import Failed, example, json_option, many, print_json, print_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("ts", "open", "high", "low", "close", "volume")
 
-# Given an open file, something that takes blocks until the stack is closed.
+# Opens a writer on a file; it takes blocks until the stack is closed.
 _Sink = Callable[[ExitStack, IO[bytes]], "Callable[[Candles], None]"]
 
 
@@ -40,9 +40,9 @@ _Sink = Callable[[ExitStack, IO[bytes]], "Callable[[Candles], None]"]
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
-    help="A file that ends in .csv, .csv.gz or .parquet; one that exists is replaced.",
+    help="A file that ends in .csv, .csv.gz or .parquet; an existing file is replaced.",
 )
-@click.option("--as-of", type=Moment(), help="What this database held at that moment.")
+@click.option("--as-of", type=Moment(), help="Export the state of the database at this time.")
 @json_option
 def export(
     symbol: str,
@@ -68,7 +68,7 @@ def export(
         series = settings.find_series(symbol, timeframe)
         sink = _sink(output)
         if as_of is not None and as_of > present:
-            raise ValueError(f"--as-of {iso(as_of)} lies in the future: what it would hold can still change")
+            raise ValueError(f"--as-of {iso(as_of)} lies in the future: that state can still change")
     with open_database(settings) as database:
         series = settings.find_series(symbol, timeframe, stored_series(database))
         state = next(iter(sync_status(database, series)), None)
@@ -83,19 +83,19 @@ def export(
         raise Failed(
             f"Nothing of {series} was stored in {window}"
             + ("." if as_of is None else f" at {iso(as_of)}.")
-            + " See `fks-backfill status` for what there is."
+            + " See `fks-backfill status` for the stored range."
         )
     if as_json:
         names = {"symbol": series.symbol, "timeframe": series.timeframe.value}
-        answer_json(names | {"file": str(output), "candles": count})
+        print_json(names | {"file": str(output), "candles": count})
     else:
-        answer(f"{output}: {many(count, 'candle')} of {series}.")
+        print_line(f"{output}: {many(count, 'candle')} of {series}.")
 
 
 def _write(output: Path, sink: _Sink, blocks: Iterable[Candles]) -> int:
-    """Writes beside the file and renames: a file that is there is whole. No candles make no file."""
+    """Writes a temporary file and renames it, so that `output` is always complete; without candles no file."""
     count = 0
-    with _beside(output) as part:
+    with _temporary_file(output) as part:
         with ExitStack() as stack:
             take = sink(stack, part)
             for block in blocks:
@@ -108,11 +108,11 @@ def _write(output: Path, sink: _Sink, blocks: Iterable[Candles]) -> int:
 
 
 @contextmanager
-def _beside(output: Path) -> Iterator[IO[bytes]]:
-    """A new file in the folder of `output`, with the mode of any new file; deleted at the end if it is still there.
+def _temporary_file(output: Path) -> Iterator[IO[bytes]]:
+    """A temporary file in the folder of `output`, with the default mode; deleted at the end unless it was renamed.
 
-    Where others can write to the folder, a name that can be foreseen may be a link that somebody put there, and
-    one that is opened twice may be another file the second time: so mkstemp, and only its descriptor is used.
+    In a folder that other accounts can write, a predictable name may be a planted link, and a file opened twice
+    may differ the second time: hence mkstemp, and only its descriptor is used.
     """
     try:
         with NamedTemporaryFile(
@@ -124,13 +124,11 @@ def _beside(output: Path) -> Iterator[IO[bytes]]:
             finally:
                 Path(part.name).unlink(missing_ok=True)
     except OSError as error:
-        raise Failed(
-            f"{output} cannot be written: {error.strerror or error}. Choose another place."
-        ) from None
+        raise Failed(f"{output} cannot be written: {error.strerror or error}. Choose another path.") from None
 
 
 def _umask() -> int:
-    """The mask of new files: there is no way to read it but to set it."""
+    """The mask of new files; reading it requires setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -140,13 +138,13 @@ def _umask() -> int:
 
 
 def _sink(output: Path) -> _Sink:
-    """The format that the suffix names. Raises ValueError for any other."""
+    """The format of the suffix. Raises ValueError for an unknown one."""
     name = output.name.lower()
     if name.endswith((".csv", ".csv.gz")):
         return partial(_csv, "gzip" if name.endswith(".gz") else None)
     if name.endswith(".parquet"):
         return _parquet
-    raise ValueError(f"{output.name} has another suffix than .csv, .csv.gz or .parquet")
+    raise ValueError(f"{output.name} must end in .csv, .csv.gz or .parquet")
 
 
 def _csv(compression: str | None, stack: ExitStack, file: IO[bytes]) -> Callable[[Candles], None]:
@@ -155,7 +153,7 @@ def _csv(compression: str | None, stack: ExitStack, file: IO[bytes]) -> Callable
     from pyarrow import csv
 
     stream = stack.enter_context(pa.output_stream(file, compression=compression))
-    stream.write((",".join(_COLUMNS) + "\n").encode())  # pyarrow would put the names in quotes
+    stream.write((",".join(_COLUMNS) + "\n").encode())  # pyarrow would quote the names
     options = csv.WriteOptions(include_header=False, quoting_style="none")
 
     def take(block: Candles) -> None:

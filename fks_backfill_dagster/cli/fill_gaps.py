@@ -1,4 +1,4 @@
-"""`fks-backfill fill-gaps`: asks for the gaps of the ledger at once, however lately nobody could fill them."""
+"""`fks-backfill fill-gaps`: requests the gaps of the ledger at once, regardless of their back-off."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import click
 from fks_backfill_dagster.cli.arguments import (
     any_series,
     choose,
+    log_never_synced,
     sooner,
-    tell_never_synced,
     usage,
     window_option,
 )
 from fks_backfill_dagster.cli.output import (
-    answer,
-    answer_json,
-    answer_table,
     example,
     json_option,
+    log,
     many,
-    tell,
+    print_json,
+    print_line,
+    print_table,
 )
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 def fill_gaps(
     names: tuple[str, ...], everything: bool, start: int | None, end: int | None, as_json: bool
 ) -> int:
-    """Ask every provider for the gaps that are known; without arguments for those of all configured series.
+    """Request the gaps of the ledger from every eligible provider; without arguments of all configured series.
 
-    What closed since the last sync is brought by `backfill`, and so is history that was never synced.
-    Exit code 0 only if nothing that traded is missing of any of these gaps any more.
+    Candles closed since the last sync, and history that was never synced, are fetched by `backfill`.
+    Exit code 0 only if every candle of these gaps is stored or explained as no-trade.
     """
     from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.settings.load import load_settings
@@ -58,18 +58,18 @@ def fill_gaps(
     if as_json:
         from fks_backfill_dagster import documents
 
-        answer_json([documents.filled_gap(*one) for one in gaps])
+        print_json([documents.filled_gap(*one) for one in gaps])
     else:
-        _answer(gaps)
+        _print_report(gaps)
     return 0 if not broken and all(report.complete for report in found) else 1
 
 
 def _fill_all(
     settings: Settings, names: tuple[str, ...], everything: bool, start: int | None, end: int | None
 ) -> tuple[list[FillReport], bool]:
-    """The reports of the series, and whether one is lacking."""
+    """The reports of the series, and whether one is missing."""
     from fks_backfill_dagster.app import open_app
-    from fks_backfill_dagster.cli.backfill import interruptible, waiting
+    from fks_backfill_dagster.cli.backfill import interruptible, log_waiting
     from fks_backfill_dagster.cli.progress import watched
     from fks_backfill_dagster.pipeline.fill import fill_gaps
     from fks_backfill_dagster.store.errors import SeriesChanged, StoreError
@@ -77,43 +77,43 @@ def _fill_all(
 
     found: list[FillReport] = []
     broken = False
-    told: set[str] = set()
-    with open_app(settings, waiting) as app, interruptible(app):
+    logged: set[str] = set()
+    with open_app(settings, log_waiting) as app, interruptible(app):
         stored = stored_series(app.database)
         if not (names or settings.symbols):
             return [], False
-        # Who was removed from the settings is asked for by name only.
+        # Series removed from the settings are requested by name only.
         chosen = choose(settings, names, everything or not names, stored if names else ())
         if names:
-            tell_never_synced(chosen, stored)
+            log_never_synced(chosen, stored)
         for series in chosen.series:
             try:
-                with watched(told=told) as listen:
+                with watched(logged=logged) as listen:
                     until = sooner(end, settings.end_of(series))
                     report = fill_gaps(
                         app.context, series, settings.priority(series), start, until, listen=listen
                     )
-            except (SeriesChanged, ValueError) as error:  # of this series: the others go on
-                tell(f"Error: {error}")
+            except (SeriesChanged, ValueError) as error:  # concerns this series only
+                log(f"Error: {error}")
                 broken = True
                 continue
-            except StoreError as error:  # of the database, which is the same for all
-                tell(f"Error: {error}")
+            except StoreError as error:  # concerns the database, which all series share
+                log(f"Error: {error}")
                 return found, True
             found.append(report)
             for message in report.sync.errors:
-                tell(f"Error: {series}: {message}")
+                log(f"Error: {series}: {message}")
     return found, broken
 
 
-def _answer(gaps: Sequence[tuple[Series, FilledGap]]) -> None:
+def _print_report(gaps: Sequence[tuple[Series, FilledGap]]) -> None:
     if not gaps:
-        answer("No gaps to fill.")
+        print_line("No gaps to fill.")
         return
     rows = [_row(*one) for one in gaps]
-    answer_table(("series", "start", "end", "filled", "of", "from", "left"), rows)
+    print_table(("series", "start", "end", "filled", "of", "from", "left"), rows)
     candles = sum(one.filled for _, one in gaps)
-    answer(
+    print_line(
         f"{sum(one.success for _, one in gaps):,} of {many(len(gaps), 'gap')} filled"
         f" with {many(candles, 'candle')}."
     )

@@ -8,20 +8,20 @@ import click
 
 from fks_backfill_dagster.cli.arguments import (
     choose,
+    log_never_synced,
     report_code,
     series_arguments,
     sooner,
-    tell_never_synced,
     usage,
     window_option,
 )
 from fks_backfill_dagster.cli.output import (
-    answer_json,
-    answer_table,
     example,
     json_option,
+    log,
     many,
-    tell,
+    print_json,
+    print_table,
 )
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.pipeline.gaps import FoundGap
 
 from fks_backfill_dagster.cli.status import settle_closures
-
-# Gaps -------------------------------------------------------------------------------------------------
 
 
 @click.command(
@@ -42,10 +40,10 @@ from fks_backfill_dagster.cli.status import settle_closures
 def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int | None, as_json: bool) -> int:
     """List the gaps of a series, in every state but filled.
 
-    Without --start from the oldest stored candle, without --end to the last closed one. History
-    that was never synced is no gap; what closed since the last sync is an open one. Of several series
-    the outages of whole venues are told as well, each once. Exit code 2 for a series that is neither
-    configured nor stored, else 0, whatever is missing.
+    Without --start from the oldest stored candle, without --end to the last closed one. Candles closed
+    since the last sync are an open gap; history that was never synced is pending, not a gap. For several
+    series, outages of whole venues are reported as well, once each. Exit code 2 for a series that is
+    neither configured nor stored, else 0.
     """
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import now, open_database
@@ -74,21 +72,21 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
         outages = find_outages(database, chosen.series, window, settings.end_of) if chosen.many else ()
     code = report_code(settings, chosen, stored)
     if not code:
-        tell_never_synced(chosen, stored)
+        log_never_synced(chosen, stored)
     for one, missing in early:
         if missing:
-            tell(
-                f"{one}: {many(missing, 'candle')} missing before its oldest one: see them with --start 1970."
+            log(
+                f"{one}: {many(missing, 'candle')} missing before the oldest stored one; list them with --start 1970."
             )
     for outage in outages:
-        tell(str(outage))
+        log(str(outage))
     if as_json:
-        answer_json([documents.gap_of(*one) if chosen.many else documents.gap(one[1]) for one in found])
+        print_json([documents.gap_of(*one) if chosen.many else documents.gap(one[1]) for one in found])
         return code
     rows = [_gap_row(series, gap) for series, gap in found]
-    answer_table(("series", "start", "end", "missing", "status", "evidence"), rows)
+    print_table(("series", "start", "end", "missing", "status", "evidence"), rows)
     if stored and not found and not code:
-        tell("No gaps.")
+        log("No gaps.")
     return code
 
 
@@ -97,12 +95,12 @@ def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:
     from fks_backfill_dagster.domain.timeframe import to_datetime
 
     row = found.row
-    words = "; ".join(f"{e.provider}: {e.said}" for e in row.evidence)
+    responses = "; ".join(f"{e.provider}: {e.said}" for e in row.evidence)
     return (
         series,
         to_datetime(row.start),
         to_datetime(row.end),
         row.missing,
         row.status.value,
-        words if found.asked else NOT_ASKED,
+        responses if found.asked else NOT_ASKED,
     )

@@ -13,13 +13,13 @@ import click
 from fks_backfill_dagster.cli.arguments import check_window, usage, window_option
 from fks_backfill_dagster.cli.output import (
     Failed,
-    answer,
-    answer_json,
     example,
     json_option,
-    last_words,
+    log,
+    log_if_possible,
     many,
-    tell,
+    print_json,
+    print_line,
 )
 from fks_backfill_dagster.cli.signals import signals
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 QUIET_SECONDS = 5.0
 LONGEST_SILENCE = 30.0
-"""Seconds after which a line is printed where nothing has changed."""
+"""Seconds after which a line is printed even if nothing has changed."""
 
-LOOK_SLACK = 5.0
-"""Of which a look and its queries may take so many."""
+POLL_SLACK = 5.0
+"""Seconds of it that one poll and its queries may take."""
 
 MOST_NAMES = 12
 
@@ -52,11 +52,11 @@ MOST_NAMES = 12
     "timeframes",
     multiple=True,
     metavar="TIMEFRAME",
-    help="This one only, may be repeated; without it all that the settings have of a symbol.",
+    help="This timeframe only, may be repeated; without it all configured timeframes of a symbol.",
 )
 @window_option
 @click.option(
-    "--no-wait", is_flag=True, help="Print the id of the backfill and its page, and do not watch it."
+    "--no-wait", is_flag=True, help="Print the id of the backfill and its page, and do not wait for its end."
 )
 @json_option
 def launch(
@@ -68,11 +68,11 @@ def launch(
     no_wait: bool,
     as_json: bool,
 ) -> int:
-    """Have the running Dagster backfill whole partitions (months below 1h, years from 1h up).
+    """Launch a Dagster backfill of whole partitions (months below 1h, years from 1h up).
 
-    Every partition that the range reaches into, of configured symbols, watched to its end. Without
-    --start from the start of each symbol on, without --end up to now. Needs `up`. Exit code 0 only if
-    every partition was materialized; with --no-wait as soon as Dagster has the backfill.
+    Takes every partition of configured symbols that overlaps the range, and waits for its end. Without
+    --start from the start of each symbol, without --end up to now. Needs `up`. Exit code 0 only if
+    every partition was materialized; with --no-wait as soon as Dagster has accepted the backfill.
     """
     from fks_backfill_dagster.host import launch
     from fks_backfill_dagster.host.graphql import DagsterRefused
@@ -84,29 +84,29 @@ def launch(
     began = time.monotonic()
     try:
         web = launch.running_webserver(settings)
-        identity = launch.start(web, orders, tell)
+        identity = launch.start(web, orders, log)
         page = f"{web.url}/runs/b/{identity}"
         partitions = many(sum(len(one.keys) for one in orders), "partition")
-        tell(f"{partitions} of {many(len(orders), 'series')} launched: {page}")
+        log(f"{partitions} of {many(len(orders), 'series')} launched: {page}")
         if no_wait:
-            _hand_over(identity, page, orders, as_json)
+            _print_launched(identity, page, orders, as_json)
             return 0
-        with _shown(began) as see, _watched_only(page):
-            done = launch.watch(web, identity, orders, see, tell)
+        with _progress_output(began) as show, _stop_waiting_on_interrupt(page):
+            done = launch.watch(web, identity, orders, show, log)
     except (ServersError, DagsterRefused) as error:
         raise Failed(str(error)) from None
     if as_json:
-        answer_json(_document(done, orders, page, time.monotonic() - began))
+        print_json(_document(done, orders, page, time.monotonic() - began))
     else:
-        _answer(done, orders, time.monotonic() - began)
-    _tell_removed(done)
+        _print_report(done, orders, time.monotonic() - began)
+    _log_removed(done)
     return 0 if done.succeeded else 1
 
 
 def _chosen(
     settings: Settings, symbols: Sequence[str], everything: bool, timeframes: Sequence[str]
 ) -> list[Series]:
-    """Configured series only: others are no assets."""
+    """Configured series only: only these are assets."""
     from fks_backfill_dagster.settings.types import parse_timeframe
 
     with usage():
@@ -117,7 +117,7 @@ def _chosen(
         found = [s for s in settings.series() if s.symbol in names and (not frames or s.timeframe in frames)]
         if not found:
             have = " ".join(dict.fromkeys(s.timeframe for s in settings.series() if s.symbol in names))
-            raise ValueError(f"none of the symbols has that timeframe in the settings; they have {have}")
+            raise ValueError(f"none of these symbols is configured with that timeframe; they have {have}")
     return found
 
 
@@ -125,7 +125,7 @@ def _configured(settings: Settings, written: str) -> tuple[str, ...]:
     found = settings.match_symbols(written) or settings.match_symbols(written.upper())
     if not found:
         names = ", ".join(settings.match_symbols()) or "none"
-        raise ValueError(f"{written!r} is not configured, so Dagster does not have it; there are: {names}")
+        raise ValueError(f"{written!r} is not configured, so it is no asset in Dagster; configured: {names}")
     return found
 
 
@@ -134,7 +134,7 @@ def _orders(settings: Settings, chosen: Sequence[Series], start: int | None, end
     from fks_backfill_dagster.host.launch import order
 
     present = now()
-    # The running partition is the last one that there is.
+    # The current partition is the last one.
     window = check_window(
         settings.earliest_start if start is None else start,
         present if end is None else min(end, present),
@@ -153,17 +153,18 @@ def _orders(settings: Settings, chosen: Sequence[Series], start: int | None, end
         names = ", ".join(str(one) for one, _ in later[:MOST_NAMES]) + (
             ", ..." if len(later) > MOST_NAMES else ""
         )
-        tell(
-            f"Nothing is expected of {many(len(later), 'series')} in the range, which ends before their start: {names}"
+        log(
+            f"The range ends before the start of {many(len(later), 'series')}, so none of their candles is expected:"
+            f" {names}"
         )
     return orders
 
 
-# Showing it -------------------------------------------------------------------------------------------
+# Output -----------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _shown(began: float) -> Iterator[Callable[[Seen], None]]:
+def _progress_output(began: float) -> Iterator[Callable[[Seen], None]]:
     """A bar on a terminal, a line every few seconds elsewhere; always on stderr."""
     if not sys.stderr.isatty():
         yield _Lines(began)
@@ -180,54 +181,54 @@ def _shown(began: float) -> Iterator[Callable[[Seen], None]]:
     with Progress(*columns, console=Console(stderr=True, markup=False, highlight=False)) as progress:
         task = progress.add_task("waiting for the daemon", total=None)
 
-        def see(seen: Seen) -> None:
+        def show(seen: Seen) -> None:
             done = seen.materialized + seen.failed
-            progress.update(task, completed=done, total=seen.wanted, description=_words(seen))
+            progress.update(task, completed=done, total=seen.wanted, description=_text(seen))
 
-        yield see
+        yield show
 
 
 class _Lines:
-    """A line when something has changed, every few seconds at most, and every half minute at least."""
+    """Logs changes every few seconds at most, and a line every half minute at least."""
 
     def __init__(self, began: float) -> None:
-        self._began, self._spoke_at, self._said = began, float("-inf"), ""
+        self._began, self._logged_at, self._logged_text = began, float("-inf"), ""
 
     def __call__(self, seen: Seen) -> None:
-        words = f"{seen.materialized:,} of {many(seen.wanted, 'partition')} materialized, {_words(seen)}"
+        text = f"{seen.materialized:,} of {many(seen.wanted, 'partition')} materialized, {_text(seen)}"
         now = time.monotonic()
-        quiet = now - self._spoke_at
-        if quiet < QUIET_SECONDS and not seen.over:
+        pause = now - self._logged_at
+        if pause < QUIET_SECONDS and not seen.over:
             return
-        if words == self._said and quiet < LONGEST_SILENCE - LOOK_SLACK:
+        if text == self._logged_text and pause < LONGEST_SILENCE - POLL_SLACK:
             return
-        self._said, self._spoke_at = words, now
-        tell(f"{now - self._began:4.0f} s  {words}")
+        self._logged_text, self._logged_at = text, now
+        log(f"{now - self._began:4.0f} s  {text}")
 
 
-def _words(seen: Seen) -> str:
+def _text(seen: Seen) -> str:
     if not seen.runs:
-        return "waiting for the daemon, which looks every 30 s"
+        return "waiting for the daemon, which polls every 30 s"
     return f"{seen.failed:,} failed, {seen.ended} of {many(len(seen.runs), 'run')} ended"
 
 
 @contextmanager
-def _watched_only(page: str) -> Iterator[None]:
+def _stop_waiting_on_interrupt(page: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        last_words(f"Not watched any more. The backfill goes on; see or cancel it at {page}")
+        log_if_possible(f"Stopped waiting. The backfill goes on; view or cancel it at {page}")
         raise click.exceptions.Exit(signals().exit_code) from None
 
 
-def _hand_over(identity: str, page: str, orders: Sequence[Order], as_json: bool) -> None:
+def _print_launched(identity: str, page: str, orders: Sequence[Order], as_json: bool) -> None:
     if not as_json:
-        answer(f"{identity}  {page}")
+        print_line(f"{identity}  {page}")
         return
-    answer_json({"backfill": identity, "url": page, "series": [_asked(one) for one in orders]})
+    print_json({"backfill": identity, "url": page, "series": [_requested(one) for one in orders]})
 
 
-def _asked(one: Order) -> dict[str, object]:
+def _requested(one: Order) -> dict[str, object]:
     return {
         "symbol": one.series.symbol,
         "timeframe": one.series.timeframe.value,
@@ -235,28 +236,28 @@ def _asked(one: Order) -> dict[str, object]:
     }
 
 
-def _answer(done: Launched, orders: Sequence[Order], seconds: float) -> None:
+def _print_report(done: Launched, orders: Sequence[Order], seconds: float) -> None:
     failed = sum(len(keys) for keys in done.failed.values())
     total = sum(len(one.keys) for one in orders if one not in done.removed)
-    answer(
+    print_line(
         f"{total - failed:,} of {many(total, 'partition')} materialized, {failed:,} failed"
         f" ({many(len(done.runs), 'run')}, {seconds:.0f} s)"
     )
     for one, keys in done.failed.items():
         if keys:
-            answer(f"  {one.series}: {', '.join(keys)}")
+            print_line(f"  {one.series}: {', '.join(keys)}")
     for reason in done.reasons:
-        tell(reason)
+        log(reason)
 
 
-def _tell_removed(done: Launched) -> None:
+def _log_removed(done: Launched) -> None:
     if done.removed:
         names = ", ".join(str(one.series) for one in done.removed[:MOST_NAMES])
         more = ", ..." if len(done.removed) > MOST_NAMES else ""
         symbols = " ".join(sorted({one.series.symbol for one in done.removed}))
-        tell(
-            f"{names}{more}: taken out of the settings meanwhile, and no part of the result. To have what is left"
-            f" of it, add it again and run `fks-backfill launch {symbols}`."
+        log(
+            f"{names}{more}: removed from the settings during the backfill, and not part of the result. To"
+            f" materialize the remaining partitions, add it again and run `fks-backfill launch {symbols}`."
         )
 
 
@@ -269,7 +270,7 @@ def _document(done: Launched, orders: Sequence[Order], page: str, seconds: float
         "seconds": round(seconds, 3),
         "runs": [{"id": run.id, "status": run.status} for run in done.runs],
         "series": [
-            {**_asked(one), "failed": list(done.failed[one]), "removed": one in done.removed}
+            {**_requested(one), "failed": list(done.failed[one]), "removed": one in done.removed}
             for one in orders
         ],
         "errors": list(done.reasons),

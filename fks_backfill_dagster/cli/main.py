@@ -1,4 +1,4 @@
-"""The group of all commands, and the one place where errors become a sentence and an exit code."""
+"""The root command group; turns errors into one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fks_backfill_dagster.cli.export import export
 from fks_backfill_dagster.cli.fill_gaps import fill_gaps
 from fks_backfill_dagster.cli.gaps import gaps
 from fks_backfill_dagster.cli.launch import launch
-from fks_backfill_dagster.cli.output import last_words, tell
+from fks_backfill_dagster.cli.output import log, log_if_possible
 from fks_backfill_dagster.cli.series import series
 from fks_backfill_dagster.cli.servers import demo, down, simulate, up
 from fks_backfill_dagster.cli.signals import SIGNALLED, Signals
@@ -28,7 +28,7 @@ DONE, INCOMPLETE, USAGE = 0, 1, 2
 
 
 class Program(click.Group):
-    """Click's own errors are several lines long and know nothing of ours."""
+    """A group that reports errors in one line each, the project's own included; Click takes several."""
 
     def main(
         self,
@@ -51,30 +51,30 @@ class Program(click.Group):
                 error.show()
                 code = USAGE
             except click.ClickException as error:
-                tell(f"Error: {_sentence(error)}")
+                log(f"Error: {_sentence(error)}")
                 code = error.exit_code
             except Exception as error:
-                # Whatever came of it: a terminal that is gone takes no sentence and no bar any more.
-                code = _explained(error) if signals.received is None else _interrupted(signals)
+                # Any exception: output to a closed terminal fails as well.
+                code = _logged_exit_code(error) if signals.received is None else _interrupted(signals)
                 if code is None:
                     raise
-            _leave(code or DONE)
+            _exit(code or DONE)
 
     def list_commands(self, context: click.Context) -> list[str]:
-        """As they were added: in the order in which one meets them."""
+        """In the order of registration, which is the order of use."""
         return list(self.commands)
 
 
 def _interrupted(signals: Signals) -> int:
-    last_words("Interrupted.")
+    log_if_possible("Interrupted.")
     return signals.exit_code
 
 
-def _leave(code: int) -> NoReturn:
-    """Exits, after an interruption without what would hold that up or change the exit code.
+def _exit(code: int) -> NoReturn:
+    """Exits; after an interruption without anything that would delay that or change the exit code.
 
-    Python would join the threads that still wait for a market's answer, as long as its timeout, and would flush into
-    a terminal that is gone.
+    Python would join the threads that still wait for a provider's response, up to its timeout, and would flush to a
+    closed terminal.
     """
     if code <= SIGNALLED:
         sys.exit(code)
@@ -97,8 +97,8 @@ def _sentence(error: click.ClickException) -> str:
     return message
 
 
-def _explained(error: Exception) -> int | None:
-    """Tells an error that has a remedy and gives its exit code; None for any other, which is a bug."""
+def _logged_exit_code(error: Exception) -> int | None:
+    """Logs an error that has a remedy and returns its exit code; None for any other, which is a bug."""
     from fks_backfill_dagster.embedded import EmbeddedError
     from fks_backfill_dagster.ownership import OwnershipError
     from fks_backfill_dagster.settings.model import SettingsError
@@ -106,10 +106,10 @@ def _explained(error: Exception) -> int | None:
 
     if isinstance(error, SettingsError):
         for problem in error.problems:
-            tell(f"Error: {problem}")
+            log(f"Error: {problem}")
         return USAGE
     if isinstance(error, StoreError | EmbeddedError | OwnershipError):
-        tell(f"Error: {error}")
+        log(f"Error: {error}")
         return INCOMPLETE
     return None
 
@@ -124,7 +124,7 @@ def _explained(error: Exception) -> int | None:
 )
 @click.version_option(package_name="fks-backfill", prog_name="fks-backfill")
 def main() -> None:
-    """Brings every candle that should exist into one table, and knows why any other is absent."""
+    """Store every candle that should exist in one table, and record why any other is absent."""
 
 
 for command in (

@@ -1,7 +1,7 @@
-"""What every command shares in speaking: results to stdout, everything else to stderr.
+"""Output of all commands: results to stdout, everything else to stderr.
 
-Belongs here: the `--json` option, tables, numbers and moments for people, the exception of a command
-that failed. Does not belong here: what is said.
+Belongs here: the `--json` option, tables, formatted numbers and times, the exception of a failed
+command. Does not belong here: the content of messages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Failed(click.ClickException):
-    """The command could not do it: one sentence with the remedy, exit code 1."""
+    """The command failed: one sentence with the remedy, exit code 1."""
 
     exit_code = 1
 
@@ -30,37 +30,37 @@ def json_option(command: F) -> F:
 
 
 def example(*lines: str) -> str:
-    """An epilog of examples: its line breaks are kept, one line of example each."""
+    """An epilog of examples, one line each, with its line breaks kept."""
     shown = "\n".join(f"  fks-backfill {line}" for line in lines)
     return f"\b\n{'Examples' if len(lines) > 1 else 'Example'}:\n{shown}"
 
 
-def tell(text: str) -> None:
-    """A line for the person at the terminal."""
+def log(text: str) -> None:
+    """A line on stderr."""
     click.echo(text, err=True)
 
 
-def last_words(text: str) -> None:
-    """As `tell`, of a command that a signal ends: its terminal may be gone."""
+def log_if_possible(text: str) -> None:
+    """As `log`, for a command that a signal ends: its terminal may be closed."""
     with suppress(OSError):
-        tell(text)
+        log(text)
 
 
-def answer(text: str) -> None:
+def print_line(text: str) -> None:
     """A line of the result."""
     click.echo(text)
 
 
-def answer_json(document: object) -> None:
+def print_json(document: object) -> None:
     click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def answer_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Aligned columns; see `tables.lines`."""
-    from fks_backfill_dagster import tables  # it brings numpy: not for --help
+    from fks_backfill_dagster import tables  # imports numpy: not for --help
 
     for line in tables.lines(header, rows):
-        answer(line)
+        print_line(line)
 
 
 def short(when: datetime) -> str:

@@ -1,4 +1,4 @@
-"""Long work as it goes on: a bar on a terminal, plain lines elsewhere, always on stderr."""
+"""Progress of long commands: a bar on a terminal, plain lines elsewhere, always on stderr."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from fks_backfill_dagster.cli.output import many, short, tell
+from fks_backfill_dagster.cli.output import log, many, short
 from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.pipeline.events import BatchDone, Listener, Planned, SyncEvent, Warned, silent
 
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def watched(also: Listener = silent, told: set[str] | None = None) -> Iterator[Listener]:
-    """A listener for syncs that run within the block; what it hears, `also` hears first.
+def watched(also: Listener = silent, logged: set[str] | None = None) -> Iterator[Listener]:
+    """A listener for syncs that run within the block; `also` receives each event first.
 
-    `told` are the warnings that were shown before, and grows: a key that is missing is missing for
-    all series, and told once.
+    `logged` holds the warnings so far and is extended: a missing key concerns all series and is
+    logged once.
     """
-    told = set() if told is None else told
-    with _shown() as show:
+    logged = set() if logged is None else logged
+    with _progress_output() as show:
 
         def listen(event: SyncEvent) -> None:
             also(event)
             if isinstance(event, Warned):
-                if event.message in told:
+                if event.message in logged:
                     return
-                told.add(event.message)
+                logged.add(event.message)
             show(event)
 
         yield listen
 
 
 @contextmanager
-def _shown() -> Iterator[Listener]:
+def _progress_output() -> Iterator[Listener]:
     if not sys.stderr.isatty():
         yield line
         return
@@ -59,11 +59,11 @@ def _shown() -> Iterator[Listener]:
 
 def line(event: SyncEvent) -> None:
     """An event as a plain line."""
-    tell(f"{event.series}: {_words(event)}")
+    log(f"{event.series}: {_text(event)}")
 
 
 class _Bar:
-    """One bar a series; warnings and failed batches stand as lines above."""
+    """One bar per series; warnings and failed batches are lines above it."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -81,23 +81,23 @@ class _Bar:
                 if self._task is not None:
                     self._progress.update(self._task, advance=1, candles=self._candles)
         if isinstance(event, Warned) or (isinstance(event, BatchDone) and event.error):
-            self._progress.console.print(f"{event.series}: {_words(event)}")
+            self._progress.console.print(f"{event.series}: {_text(event)}")
 
 
-def _words(event: SyncEvent) -> str:
+def _text(event: SyncEvent) -> str:
     match event:
         case Planned(plan=plan, providers=names):
             if not plan.batches:
                 return "nothing to fetch"
             wanted = sum(batch.candles for batch in plan.batches)
-            asked = ", ".join(names) or "nobody"
-            return f"{many(wanted, 'candle')} to fetch in {many(len(plan.batches), 'batch')} from {asked}"
+            source = ", ".join(names) or "no provider"
+            return f"{many(wanted, 'candle')} to fetch in {many(len(plan.batches), 'batch')} from {source}"
         case BatchDone(error=str(error)):
             return f"{_span(event.window)}: failed: {error}"
         case BatchDone(candles=candles, missing=missing, providers=names):
             source = f" from {', '.join(names)}" if names else ""
-            rest = f", {missing:,} missing" if missing else ""
-            return f"{_span(event.window)}: {many(candles, 'candle')} written{source}{rest}"
+            absent = f", {missing:,} missing" if missing else ""
+            return f"{_span(event.window)}: {many(candles, 'candle')} written{source}{absent}"
         case Warned(message=message):
             return f"warning: {message}"
     raise AssertionError(event)

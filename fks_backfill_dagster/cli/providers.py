@@ -1,4 +1,4 @@
-"""The command `series providers`: which provider serves what, its key, its cool-down."""
+"""The command `series providers`: timeframes, key and cool-down of every provider."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fks_backfill_dagster.cli.arguments import (
     usage,
 )
 from fks_backfill_dagster.cli.output import (
-    answer,
-    answer_json,
-    answer_table,
     example,
     json_option,
     many,
+    print_json,
+    print_line,
+    print_table,
 )
 
 if TYPE_CHECKING:
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @click.command("providers", epilog=example("series providers", "series providers --reset binance"))
 @click.option(
-    "--reset", metavar="NAME", help="End the wait or the cool-down of this provider, and forget its failures."
+    "--reset", metavar="NAME", help="End the wait or the cool-down of this provider, and reset its failures."
 )
 @json_option
 def list_providers(reset: str | None, as_json: bool) -> None:
-    """Tell which provider has which timeframes, how far back, and whether it can be asked.
+    """List the providers with their timeframes, history depth and state.
 
-    With --reset NAME instead: request this provider again at once, though it has asked to wait or failed
-    again and again. Other processes may run; what was spent of its limits still counts.
+    With --reset NAME instead: request this provider again at once, despite its `Retry-After` or repeated
+    failures. Other processes may run; what was spent of its limits still counts.
     """
     from fks_backfill_dagster.app import build_providers, open_database, provider_states
     from fks_backfill_dagster.providers.http.pool import RequestPool
@@ -56,10 +56,10 @@ def list_providers(reset: str | None, as_json: bool) -> None:
         for row in _provider_rows(settings, name, built.get(name), states.get(name))
     ]
     if as_json:
-        answer_json(rows)
+        print_json(rows)
         return
     header = ("provider", "state", "class", "timeframes", "depth", "candles a request", "volume", "address")
-    answer_table(
+    print_table(
         header,
         [
             (
@@ -95,29 +95,29 @@ def _reset_provider(settings: Settings, name: str, as_json: bool) -> None:
             }
             for one in found
         ]
-        answer_json({"provider": name, "ended": ended})
+        print_json({"provider": name, "ended": ended})
         return
     for one in found:
-        answer(f"{one.provider}: ended {' and '.join(_ended(one))}.")
+        print_line(f"{one.provider}: ended {' and '.join(_ended(one))}.")
     if not found:
-        answer(f"{name}: there is nothing to end: it is requested as usual.")
+        print_line(f"{name}: nothing to reset: it is requested as usual.")
 
 
 def _ended(state: ProviderState) -> list[str]:
     parts = []
     if state.told_to_wait is not None:
-        parts.append(f"the wait of another {state.told_to_wait:,.0f} s that it asked for")
+        parts.append(f"the wait of another {state.told_to_wait:,.0f} s that it requested")
     if state.rest is not None:
         parts.append(f"the cool-down of another {state.rest.seconds:,.0f} s")
     if state.failures:
-        parts.append(f"the count of its failures ({state.failures}, the last one: {state.reason})")
+        parts.append(f"the failure count ({state.failures}, the last failure: {state.reason})")
     return parts
 
 
 def _provider_rows(
-    settings: Settings, name: str, provider: Provider | None, stands: ProviderState | None
+    settings: Settings, name: str, provider: Provider | None, known: ProviderState | None
 ) -> list[Document]:
-    """One row an asset class and depth. `depth_days` null: as far back as the provider has the symbol.
+    """One row per asset class and depth. `depth_days` null: as far back as the provider has the symbol.
     `custom_address` null: the provider's default one."""
     from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe
 
@@ -137,7 +137,7 @@ def _provider_rows(
     return [
         {
             "provider": name,
-            "state": f"{missing} is not set" if missing else standing(stands),
+            "state": f"{missing} is not set" if missing else state_text(known),
             "enabled": enabled,
             "key": can.needs_key,
             "key_set": None if can.needs_key is None else missing is None,
@@ -159,9 +159,9 @@ def _depth(row: Document) -> str | None:
     return "since listing" if row["depth_days"] is None else many(int(str(row["depth_days"])), "day")
 
 
-def standing(state: ProviderState | None) -> str:
+def state_text(state: ProviderState | None) -> str:
     if state is not None and state.rest is not None:
-        return f"left alone for {state.rest.seconds:.0f} s: {state.rest.reason}"
+        return f"cool-down for another {state.rest.seconds:.0f} s: {state.rest.reason}"
     if state is not None and state.told_to_wait is not None:
-        return f"told us to wait another {state.told_to_wait:.0f} s"
+        return f"requested a wait of another {state.told_to_wait:.0f} s"
     return "ready"

@@ -1,8 +1,6 @@
-"""The group `series`: what is configured and stored, removal, exchange calendars, providers."""
+"""The group `series`: list and removal of series, exchange calendars, providers."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import click
 
@@ -11,26 +9,20 @@ from fks_backfill_dagster.cli.arguments import (
     usage,
 )
 from fks_backfill_dagster.cli.output import (
-    answer,
-    answer_json,
-    answer_table,
     example,
     json_option,
+    log,
     many,
-    tell,
+    print_json,
+    print_line,
+    print_table,
 )
 from fks_backfill_dagster.cli.providers import list_providers
-
-if TYPE_CHECKING:
-    pass
-
-
-# Series -----------------------------------------------------------------------------------------------
 
 
 @click.group()
 def series() -> None:
-    """What is configured and stored, and who could provide it."""
+    """Configured and stored series, exchange calendars, providers."""
 
 
 @series.command("list", epilog=example("series list"))
@@ -50,7 +42,7 @@ def list_series(as_json: bool) -> None:
     chosen = choose(settings, (), True, stored).series if stored or configured else ()
     found = [(one, states.get((one.symbol, one.timeframe.value))) for one in chosen]
     if as_json:
-        answer_json(
+        print_json(
             [
                 documents.series(
                     one, state, (one.symbol, one.timeframe) in configured, settings.priority(one)
@@ -73,16 +65,16 @@ def list_series(as_json: bool) -> None:
         for one, state in found
     ]
     header = ("symbol", "timeframe", "class", "configured", "candles", "oldest", "newest", "providers")
-    answer_table(header, rows)
+    print_table(header, rows)
 
 
 @series.command("remove", epilog=example("series remove DOGE/USDT 1h --yes"))
 @click.argument("symbol")
 @click.argument("timeframe")
-@click.option("--yes", is_flag=True, help="Really delete it.")
+@click.option("--yes", is_flag=True, help="Confirm the deletion.")
 @json_option
 def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
-    """Delete a series from the database: candles, lineage, gaps, quarantine. The settings stay as they are."""
+    """Delete a series from the database: candles, lineage, gaps, quarantine. The settings are not changed."""
     from fks_backfill_dagster.app import open_database
     from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import stored_series, sync_status
@@ -95,17 +87,17 @@ def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
         found = settings.find_series(symbol, timeframe, stored_series(database))
         state = next(iter(sync_status(database, found)), None)
         if state is None:
-            tell(f"Error: nothing is stored of {found}; see `fks-backfill series list`.")
+            log(f"Error: nothing is stored of {found}; see `fks-backfill series list`.")
             return 1
         if not yes:
             raise click.UsageError(
-                f"this would delete {many(state.total_candles, 'candle')} of {found}: add --yes to do it"
+                f"this would delete {many(state.total_candles, 'candle')} of {found}: add --yes to confirm"
             )
         candles = remove_stored(database, found)
     if as_json:
-        answer_json({"symbol": found.symbol, "timeframe": found.timeframe.value, "candles_removed": candles})
+        print_json({"symbol": found.symbol, "timeframe": found.timeframe.value, "candles_removed": candles})
     else:
-        answer(f"{found}: removed with {many(candles, 'candle')}.")
+        print_line(f"{found}: removed with {many(candles, 'candle')}.")
     return 0
 
 
@@ -113,11 +105,11 @@ def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
 @click.argument("calendar")
 @json_option
 def accept_calendar(calendar: str, as_json: bool) -> int:
-    """Settle the gaps of all series of an exchange calendar by the present sessions of its library.
+    """Settle the gaps of all series of an exchange calendar by the current sessions of its library.
 
-    For a calendar whose past has changed, which `status` reports. Sessions that are new become gaps, to be filled
-    as any other; gaps on days that are no sessions any more go. Candles are never changed. Exit code 1 if something
-    is left, such as candles on such days: each with its remedy, as `audit` reports it.
+    For a calendar whose past sessions have changed, which `status` reports. New sessions become open gaps; gaps on
+    days that are no longer sessions are removed. Candles are never changed. Exit code 1 if a difference is left,
+    such as candles on such days: each with its remedy, as `audit` reports it.
     """
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import now, open_database
@@ -132,15 +124,15 @@ def accept_calendar(calendar: str, as_json: bool) -> int:
         with usage():
             change = calendar_change(database, calendar)
         if change is None:
-            tell(f"{calendar}: nothing to accept: no series was synced by another calendar of this name.")
+            log(f"{calendar}: nothing to accept: no series was synced by another version of this calendar.")
             if as_json:
-                answer_json({"calendar": calendar, "new": [], "gone": [], "hours": [], "audit": None})
+                print_json({"calendar": calendar, "new": [], "gone": [], "hours": [], "audit": None})
             return 0
         accept(database, change, now())
         concerned = [one for one in auditable(database, settings.series()) if change.concerns(one)]
         report = audit(database, concerned, now)
     if as_json:
-        answer_json(
+        print_json(
             {
                 "calendar": calendar,
                 **{
@@ -151,9 +143,9 @@ def accept_calendar(calendar: str, as_json: bool) -> int:
             }
         )
     else:
-        answer(f"{calendar}: {change.difference}: accepted.")
+        print_line(f"{calendar}: {change.difference}: accepted.")
         for line in differences(report):
-            answer(line)
+            print_line(line)
     return 1 if report.left else 0
 
 

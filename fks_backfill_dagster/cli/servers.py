@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 
 from fks_backfill_dagster.cli.arguments import Moment, usage
-from fks_backfill_dagster.cli.output import Failed, answer, answer_json, example, json_option, tell
+from fks_backfill_dagster.cli.output import Failed, example, json_option, log, print_json, print_line
 
 MARKET_PORT = 8899
 SANDBOX_HOME = "sandbox"
-"""The folder below the usual home that keeps what comes from a local market."""
+"""The folder below the usual home for the data of a local market."""
 DAGSTER_PORT = 3000
 """As `servers.PORT`, which is not imported for `--help`."""
 
@@ -22,7 +22,7 @@ DAGSTER_PORT = 3000
 def demo(keep: bool) -> int:
     """Run everything once on a local market: backfill through Dagster, fill an outage, check, report.
 
-    Exit code 0 only if no gap is open at its end.
+    Exit code 0 only if no gap is open at the end.
     """
     from fks_backfill_dagster.demo.demo import run_demo
     from fks_backfill_dagster.host.servers import ServersError
@@ -39,26 +39,26 @@ def demo(keep: bool) -> int:
     type=click.IntRange(1, 65_535),
     default=None,
     show_default=str(DAGSTER_PORT),
-    help="Where Dagster's webserver listens. An error if it is up elsewhere.",
+    help="Port of Dagster's webserver. An error if it already listens on another one.",
 )
 @json_option
 def up(port: int | None, as_json: bool) -> None:
     """Start the database (if it is the embedded one), Dagster's webserver and daemon.
 
-    They run on in the background until `down`. What runs already stays as it is. The address that is printed
-    holds the token that the pages ask for, where they do (webserver.login).
+    They run in the background until `down`. Servers that already run are not restarted. The printed address
+    holds the token that the pages require (webserver.login).
     """
     from fks_backfill_dagster.host import servers
     from fks_backfill_dagster.settings.load import load_settings
 
     settings = load_settings()
     try:
-        running = servers.up(settings, port=port, say=tell if as_json else answer)
+        running = servers.up(settings, port=port, say=log if as_json else print_line)
     except servers.ServersError as error:
         raise Failed(str(error)) from None
     addresses = settings.custom_addresses()
     if as_json:
-        answer_json(
+        print_json(
             {
                 "url": running.url,
                 "token": running.token,
@@ -68,23 +68,23 @@ def up(port: int | None, as_json: bool) -> None:
             }
         )
     for name, address in addresses.items():
-        (tell if as_json else answer)(f"{name} is requested at {address}, not at its default address.")
+        (log if as_json else print_line)(f"{name} is requested at {address}, not at its default address.")
 
 
 @click.command(epilog=example("down"))
 @json_option
 def down(as_json: bool) -> None:
-    """Stop what `up` has started, and the embedded database."""
+    """Stop the servers that `up` has started, and the embedded database."""
     from fks_backfill_dagster.host import servers
     from fks_backfill_dagster.settings.load import load_settings
 
     settings = load_settings()
     try:
-        stopped = servers.down(settings, say=tell if as_json else answer)
+        stopped = servers.down(settings, say=log if as_json else print_line)
     except servers.ServersError as error:
         raise Failed(str(error)) from None
     if as_json:
-        answer_json({"stopped": stopped})
+        print_json({"stopped": stopped})
 
 
 @click.command(
@@ -100,40 +100,42 @@ def down(as_json: bool) -> None:
     "--replay",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Serve the candles of <venue>/<SYMBOL>-<TIMEFRAME>.csv[.gz] below DIR instead of a made-up market.",
+    help="Serve the candles of <venue>/<SYMBOL>-<TIMEFRAME>.csv[.gz] below DIR instead of generated ones.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(
     "--port",
     type=click.IntRange(0, 65_535),
     default=MARKET_PORT,
     show_default=True,
-    help="0 takes a free one.",
+    help="The port to listen on; 0 takes a free one.",
 )
-@click.option("--now", type=Moment(), help="The market's clock stands at this moment.")
+@click.option("--now", type=Moment(), help="Stops the market's clock at this time.")
 @click.option(
-    "--latency", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS", help="Added to every answer."
+    "--latency", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS", help="Delay of every response."
 )
-@click.option("--limits/--no-limits", default=True, show_default=True, help="Keep Binance's request limits.")
+@click.option(
+    "--limits/--no-limits", default=True, show_default=True, help="Enforce Binance's request limits."
+)
 @click.option(
     "--outage",
     "outages",
     multiple=True,
     metavar="PROVIDER[@SYMBOL]=START/END",
-    help="The provider lacks every candle that this touches; PROVIDER may be all. May be repeated.",
+    help="The provider omits every candle that overlaps the range; PROVIDER may be all. May be repeated.",
 )
 @click.option(
     "--halt",
     "halts",
     multiple=True,
     metavar="PROVIDER[@SYMBOL]=START/END",
-    help="Nobody trades: coarser candles hold what was traded beside it. PROVIDER may be all.",
+    help="No trades in the range: coarser candles hold the trades around it. PROVIDER may be all. May be repeated.",
 )
 @click.option(
     "--home",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help=f"The FKS_HOME that is printed: by default the folder {SANDBOX_HOME} below the usual one.",
+    help=f"The FKS_HOME to print; by default the folder {SANDBOX_HOME} below the usual one.",
 )
 @click.option(
     "--env",
@@ -157,8 +159,8 @@ def simulate(
 ) -> None:
     """Run the local market until Ctrl-C: all six providers, and Binance's archives, on one port.
 
-    Prints the environment that points fks-backfill to it, with a home of its own: invented candles never
-    come into the database of real ones. Its answers have the providers' own form, and faults and outages
+    Prints the environment that points fks-backfill to it, with a separate home: simulated candles never
+    enter the database of real ones. Its responses have the providers' formats, and faults and outages
     can be planted while it runs.
     """
     from fks_backfill_dagster.loopback import is_loopback
@@ -168,7 +170,7 @@ def simulate(
 
     if only_environment:
         if port == 0:
-            raise click.UsageError("--env needs the port of the market: give the --port that it has")
+            raise click.UsageError("--env needs the port of the market: add --port")
         _find_market(url_of(host, port), port)
         _print_environment(url_of(host, port), home, as_json)
         return
@@ -184,17 +186,17 @@ def simulate(
 
     def announce(url: str) -> None:
         if not is_loopback(host):
-            tell(
+            log(
                 f"Warning: --host {host} lets other machines use this market and, by its control routes, change what"
                 " it serves. Without --host it listens on this machine only."
             )
-        tell(f"The local market listens at {url}. Ctrl-C ends it. To use it, in another terminal:")
+        log(f"The local market listens at {url}. Ctrl-C ends it. To use it, in another terminal:")
         _print_environment(url, home, as_json)
 
     try:
         run(config, announce)
     except KeyboardInterrupt:
-        return  # the usual way to end it
+        return  # the normal end
     except ReplayError as error:
         raise Failed(f"{error}.") from None
     except OSError as error:
@@ -202,17 +204,17 @@ def simulate(
 
 
 def _print_environment(url: str, home: Path | None, as_json: bool) -> None:
-    """The environment in which fks-backfill uses the market at `url`, and nothing of real data.
+    """The environment in which fks-backfill uses the market at `url`, and no real data.
 
-    A database that is named elsewhere would win over the home: it has to go. So have the keys where the market is
-    another machine's: the settings refuse to send one there unencrypted.
+    FKS_DATABASE_URL takes precedence over the home, so it is unset. So are the keys if the market runs on another
+    machine: the settings refuse to send them there unencrypted.
     """
     from fks_backfill_dagster.settings.load import home_of
     from fks_backfill_dagster.settings.model import KEY_VARIABLES
     from fks_backfill_dagster.settings.types import leaves_unencrypted
 
     usual = home_of()
-    own = usual if usual.name == SANDBOX_HOME else usual / SANDBOX_HOME  # the shell may have this one already
+    own = usual if usual.name == SANDBOX_HOME else usual / SANDBOX_HOME  # the shell may have it already
     environment = {
         "FKS_PROVIDERS__BINANCE__BASE_URL": f"{url}/binance",
         "FKS_PROVIDERS__BINANCE__ARCHIVE_URL": f"{url}/archive",
@@ -232,16 +234,16 @@ def _print_environment(url: str, home: Path | None, as_json: bool) -> None:
         unset += KEY_VARIABLES.values()
         environment = {name: value for name, value in environment.items() if name not in unset}
     if as_json:
-        answer_json({"url": url, "environment": environment, "unset": unset})
+        print_json({"url": url, "environment": environment, "unset": unset})
         return
     for name, value in environment.items():
-        answer(f"export {name}={shlex.quote(value)}")
+        print_line(f"export {name}={shlex.quote(value)}")
     for name in unset:
-        answer(f"unset {name}")
+        print_line(f"unset {name}")
 
 
 def _find_market(url: str, port: int) -> None:
-    """Says that there is no market at `url` yet. Raises Failed where something else listens."""
+    """Logs that there is no market at `url` yet. Raises Failed if another server listens there."""
     from urllib.error import URLError
     from urllib.request import ProxyHandler, build_opener
 
@@ -253,11 +255,9 @@ def _find_market(url: str, port: int) -> None:
     except (URLError, OSError) as error:
         if not isinstance(getattr(error, "reason", error), ConnectionRefusedError):
             raise Failed(
-                f"What listens at {url} is no local market ({error}): give another --port."
+                f"The server at {url} is not a local market ({error}): choose another --port."
             ) from None
-        tell(
-            f"Nothing listens at {url} yet: start `fks-backfill simulate --port {port}` in another terminal."
-        )
+        log(f"Nothing listens at {url} yet: start `fks-backfill simulate --port {port}` in another terminal.")
         return
     if not is_market:
-        raise Failed(f"What listens at {url} is no local market: give another --port.")
+        raise Failed(f"The server at {url} is not a local market: choose another --port.")

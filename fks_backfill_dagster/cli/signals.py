@@ -1,7 +1,7 @@
-"""Signals that end a command: SIGINT, SIGTERM and SIGHUP, all in the same way.
+"""Signals that end a command: SIGINT, SIGTERM and SIGHUP, all handled alike.
 
-Belongs here: which signals, what they raise, the exit code. Does not belong here: what a command says when it is
-ended, and what it keeps.
+Belongs here: which signals, what they raise, the exit code. Does not belong here: the message of a command
+that is ended, and the work that it keeps.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import click
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 SIGNALLED = 128
-"""Plus the signal's number: the exit code, as shells have it."""
+"""Added to the signal's number: the exit code, as in shells."""
 
 
 class Signals:
-    """The signals of one command. `received` is the first one that came.
+    """The signals of one command. `received` is the first one.
 
     Each raises KeyboardInterrupt in the main thread. A terminal that is closed sends SIGHUP twice (the shell and
-    the kernel), a service manager may send SIGTERM and SIGHUP: only the first interrupts, so that what it began
-    can end in order. Ctrl-C interrupts every time: a person does not want to wait any longer.
+    the kernel), a service manager may send SIGTERM and SIGHUP: only the first interrupts, so that the cleanup it
+    started can finish. Ctrl-C interrupts every time: the user does not want to wait for that.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Signals:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handles them within the block. What was ignored before (`nohup`, a job in the background) stays so."""
+        """Handles them within the block. Signals ignored before (`nohup`, a background job) stay ignored."""
         before: dict[int, Callable[[int, FrameType | None], object] | int] = {}
         if threading.current_thread() is threading.main_thread():
             for number in _ENDING:
@@ -55,7 +55,7 @@ class Signals:
 
     @contextmanager
     def first(self, call: Callable[[], object]) -> Iterator[None]:
-        """Within the block a signal calls this before it interrupts."""
+        """Within the block a signal calls `call` before it interrupts."""
         self._first.append(call)
         try:
             yield
@@ -73,7 +73,7 @@ class Signals:
 
 
 def signals() -> Signals:
-    """Those of the running command."""
+    """The signals of the running command."""
     found = click.get_current_context().find_object(Signals)
     assert found is not None
     return found

@@ -12,13 +12,13 @@ from fks_backfill_dagster.cli.arguments import (
     report_code,
 )
 from fks_backfill_dagster.cli.output import (
-    answer,
-    answer_json,
-    answer_table,
     example,
     json_option,
+    log,
+    print_json,
+    print_line,
+    print_table,
     short,
-    tell,
 )
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.store.database import Database
     from fks_backfill_dagster.tables import CoverageRow
 
-from fks_backfill_dagster.cli.providers import standing
-
-# Status -----------------------------------------------------------------------------------------------
+from fks_backfill_dagster.cli.providers import state_text
 
 
 @click.command(epilog=example("status", "status BTC/USDT 1h --json", "status --check"))
@@ -42,12 +40,12 @@ from fks_backfill_dagster.cli.providers import standing
 )
 @json_option
 def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool) -> int:
-    """Show the coverage of a series and how far it lags; without arguments of all of them.
+    """Show coverage and lag of a series; without arguments of all series.
 
-    `expected`, `stored` and `coverage` are about what was synced; `lag` counts the closed candles since the
-    newest stored one. Exit code 2 for a series that is neither configured nor stored, else 0, whatever
-    it shows; with --check 1 if a series or a server of `up` needs attention. Errors, and providers in a cool-down,
-    are named on stderr.
+    `expected`, `stored` and `coverage` refer to the synced range; `lag` counts the closed candles since the
+    newest stored one. Exit code 2 for a series that is neither configured nor stored, else 0; with --check 1
+    if a series or a server of `up` needs attention. Errors, and providers in a cool-down, are reported on
+    stderr.
     """
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import closures, freshness_rule, now, open_database, provider_states
@@ -59,62 +57,62 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
     from fks_backfill_dagster.store.queries import stored_series
 
     settings, present = load_settings(), now()
-    for line in (unkept := keeper.problems(settings.home)):
-        tell(line)
+    for line in (server_problems := keeper.problems(settings.home)):
+        log(line)
     with open_database(settings) as database:
         stored = stored_series(database)
         chosen = choose(settings, names, everything or not names, stored)
         settle_closures(settings, database, chosen)
         changes = calendar_changes(database, chosen.series)
-        # Without a verdict nothing need be known of providers, whose import takes a while.
+        # Only --check needs the publication delays of providers, whose import is slow.
         rule = freshness_rule(settings) if check else Rule(end_of=settings.end_of, closed=closures(settings))
         found = coverage(database, chosen.series, present, rule)
-        silent = [] if check else _silent(settings, database, chosen)
+        silent_lines = [] if check else _silent_series(settings, database, chosen)
         providers = provider_states(settings, database)
     code = report_code(settings, chosen, stored)
-    for name, stands in providers.items():
-        tell(f"{name}: {standing(stands)}")
+    for name, state in providers.items():
+        log(f"{name}: {state_text(state)}")
     for change in dict.fromkeys(changes.values()):
-        tell(str(change))
+        log(str(change))
     if check:
-        # A series that was taken out of the settings is not kept fresh, so it cannot be stale.
+        # A series removed from the settings is not kept fresh, so it cannot be stale.
         kept = set(settings.series())
         problems = [
             (one.series, reason) for one in found if (reason := one.problem(kept_fresh=one.series in kept))
         ]
         for series, reason in problems:
-            tell(f"{series}: {reason}")
-        code = code or int(bool(problems or changes or unkept))
+            log(f"{series}: {reason}")
+        code = code or int(bool(problems or changes or server_problems))
     if as_json:
         shown = [documents.status(one) for one in found]
-        answer_json(shown if chosen.many else shown[0])
+        print_json(shown if chosen.many else shown[0])
         return code
     if code != 2:
-        _answer_coverage(found, present, total=chosen.many)
-        answer(f"Settings: {settings.config_file or 'no file, the defaults'}")
+        _print_coverage(found, present, total=chosen.many)
+        print_line(f"Settings: {settings.config_file or 'no file, the defaults'}")
     for one in found:
         if not check and one.status is not None and one.status.error_message:
-            tell(f"{one.series}: error: {one.status.error_message}")
-    for line in silent:
-        tell(line)
+            log(f"{one.series}: error: {one.status.error_message}")
+    for line in silent_lines:
+        log(line)
     return code
 
 
 def settle_closures(settings: Settings, database: Database, chosen: Chosen) -> None:
-    """What the settings close counts at once, not from the next sync on; a role that may not write gets a warning."""
+    """Applies the closed dates of the settings at once, before the next sync; a read-only role gets a warning."""
     from fks_backfill_dagster.app import settle_closures
     from fks_backfill_dagster.store.errors import StoreError
 
     try:
         settled = settle_closures(settings, database, chosen.series)
     except StoreError as error:
-        tell(f"closed dates of the settings are not applied yet: {error}")
+        log(f"closed dates of the settings are not applied yet: {error}")
         return
     for one in settled:
-        tell(f"{one.series}: {one}")
+        log(f"{one.series}: {one}")
 
 
-def _answer_coverage(found: Sequence[Coverage], now: int, *, total: bool) -> None:
+def _print_coverage(found: Sequence[Coverage], now: int, *, total: bool) -> None:
     from fks_backfill_dagster import tables
 
     rows = [_coverage_row(one) for one in found]
@@ -124,7 +122,7 @@ def _answer_coverage(found: Sequence[Coverage], now: int, *, total: bool) -> Non
     ]
     if total and rows:
         cells.append((*tables.coverage_total(rows, now), ""))
-    answer_table((*tables.COVERAGE, "status"), cells)
+    print_table((*tables.COVERAGE, "status"), cells)
 
 
 def _coverage_row(found: Coverage) -> CoverageRow:
@@ -140,8 +138,8 @@ def _coverage_row(found: Coverage) -> CoverageRow:
     )
 
 
-def _silent(settings: Settings, database: Database, chosen: Chosen) -> list[str]:
-    """A line for every configured series of which no provider has had a candle for long."""
+def _silent_series(settings: Settings, database: Database, chosen: Chosen) -> list[str]:
+    """A line for every configured series without a new candle from any provider for long."""
     from fks_backfill_dagster.domain.timeframe import to_datetime
     from fks_backfill_dagster.pipeline.refresh import quiet_until, silent_since
     from fks_backfill_dagster.store.reaches import reaches
@@ -151,7 +149,7 @@ def _silent(settings: Settings, database: Database, chosen: Chosen) -> list[str]
         since, wait = silent_since(known.get(series)), quiet_until(known.get(series))
         if since is not None and wait is not None and series in configured and not settings.end_of(series):
             lines.append(
-                f"{series}: silent since {short(to_datetime(since))}: nobody has a newer candle. A refresh asks"
-                f" again after {short(to_datetime(wait))}; if it was delisted, set its `end` in the settings."
+                f"{series}: silent since {short(to_datetime(since))}: no provider has a newer candle. The next"
+                f" refresh is after {short(to_datetime(wait))}; if it was delisted, set its `end` in the settings."
             )
     return lines

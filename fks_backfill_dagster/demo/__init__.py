@@ -1,1 +1,1 @@
-"""The demo: the whole program on a local market, and the scenario that it plays."""
+"""The demo: the complete program on a local market, and a scenario with a failed month."""

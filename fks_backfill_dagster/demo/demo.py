@@ -1,10 +1,10 @@
-"""`make demo`: the whole of it on one machine, from an empty folder to a report.
+"""`make demo`: the complete program on one machine, from an empty folder to a report.
 
-A local market with planted outages, the embedded PostgreSQL, Dagster's webserver and daemon, all in a
-home of their own; a real partition backfill over GraphQL, the checks, and a report from the database.
-It is told step by step. Nothing is left behind unless it was asked to stay, not even by a kill -9.
+A local market with planted outages, the embedded PostgreSQL, Dagster's webserver and daemon, all in a separate home; a
+real partition backfill over GraphQL, the checks, and a report from the database. Each step is printed. All processes
+are stopped at the end unless `keep` is set, even after a kill -9.
 
-Does not belong here: anything that works for the demo only. It uses what users use.
+Does not belong here: features for the demo only. It uses the same interfaces as users.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ HISTORY_YEARS = 2
 CHECKS = ("ohlc_sanity", "completeness", "data_freshness")
 MARKET = "market"
 HOME = "demo"
-"""The folder below the usual home."""
+"""The folder below the default home."""
 WAIT_SECONDS = 600.0
 
 _SETTINGS = """\
-# Written by `fks-backfill demo` when it ran for the first time, and kept: a second run goes on from there.
+# Written by `fks-backfill demo` in its first run and kept: further runs continue from there.
 history_start: {start}
 provider_priority:
   crypto: [binance, polygon]
@@ -74,12 +74,12 @@ Key = tuple[str, ...]
 
 
 class DemoFailed(Exception):
-    """A step of the demo did not do what it should; the text says which and where to look."""
+    """A step of the demo failed; the text names the step and the logs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """Minutes that the market's Binance does not have of a symbol. Polygon has them."""
+    """A range that is missing from a symbol of the market's Binance. Polygon has it."""
 
     symbol: str
     window: TimeRange
@@ -89,13 +89,13 @@ class Outage:
 
     @property
     def option(self) -> str:
-        """As `simulate --outage` takes it."""
+        """The value of `simulate --outage`."""
         return f"binance@{self.symbol}={iso(self.window.start)}/{iso(self.window.end)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What the report says of one series: all that had closed when the backfill was launched."""
+    """The report of one series: candles that had closed when the backfill was launched."""
 
     series: Series
     state: PartState
@@ -103,7 +103,7 @@ class Line:
     checks: tuple[CheckOutcome, ...]
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         return (
             self.state.unexplained == 0
             and self.coverage.counts.open_gaps == 0
@@ -113,7 +113,7 @@ class Line:
 
     @property
     def row(self) -> CoverageRow:
-        """As `status` shows it, with what was expected when the backfill was launched."""
+        """The row of `status`, with the candles that were expected at the launch of the backfill."""
         found = self.coverage
         lag = found.assessment.freshness
         return CoverageRow(
@@ -122,7 +122,7 @@ class Line:
 
 
 def run_demo(keep: bool = False, *, home: Path | None = None, say: Say = click.echo) -> int:
-    """The exit code: 0 when every series is complete, 1 otherwise.
+    """Runs the demo. Returns the exit code: 0 if every series is complete, 1 otherwise.
 
     `keep` leaves the servers up. Raises StoreError, EmbeddedError or OwnershipError.
     """
@@ -134,7 +134,7 @@ def run_demo(keep: bool = False, *, home: Path | None = None, say: Say = click.e
 
 
 def _run(keep: bool, home: Path | None, say: Say) -> int:
-    home = (_usual_home() if home is None else home).resolve()
+    home = (_default_home() if home is None else home).resolve()
     began = time.monotonic()
     config = _write_settings(home)
     root = load_settings({"FKS_HOME": str(home), "FKS_CONFIG": str(config)}).root
@@ -150,9 +150,9 @@ def _run(keep: bool, home: Path | None, say: Say) -> int:
                 demo.stop()
     say(f"\nDone in {time.monotonic() - began:.0f} s.")
     if keep:
-        say(f"Everything is still up: {demo.url}\nStop it with `FKS_HOME={home} fks-backfill down`.")
+        say(f"The servers are still up: {demo.url}\nStop them with `FKS_HOME={home} fks-backfill down`.")
     else:
-        say("Everything is stopped. `fks-backfill demo --keep` leaves the servers up to look around.")
+        say("All servers are stopped. `fks-backfill demo --keep` leaves them up.")
     return 0 if complete else 1
 
 
@@ -167,7 +167,7 @@ class Demo:
         self.url = self._visit = ""
 
     def run(self) -> bool:
-        """Everything from the market to the report; whether all is complete."""
+        """Runs all steps, from the market to the report. Returns whether every series is complete."""
         self._say(f"1. A local market, a database and Dagster, all below {self._home}")
         market = self._start_market()
         environment = {**self._plain, **market}
@@ -183,29 +183,29 @@ class Demo:
                 self._say(f"   planted   {outage}")
             launched_at = app.now()
             backfill = self._launch(web, launched_at)
-            # The daemon looks for new backfills when it starts, and then every 30 s: it comes second.
+            # The daemon polls for new backfills at its start and then every 30 s, so it starts after the launch.
             self._up(environment, (servers.WEBSERVER, servers.DAEMON))
             runs = self._wait_for_backfill(web, database, backfill)
             checks = self._check(web)
             lines = self._lines(database, launched_at, checks)
             self._report(database, lines, runs, before)
-        return all(line.whole for line in lines) and all(run.status == "SUCCESS" for run in runs)
+        return all(line.complete for line in lines) and all(run.status == "SUCCESS" for run in runs)
 
     def stop(self) -> None:
-        """The servers, the market, the database."""
+        """Stops the servers, the market and the database."""
         servers.down(self._settings, say=lambda text: None)
 
     # --- the servers ---
 
     def _start_market(self) -> dict[str, str]:
-        """Starts the market as a user would; the settings that lead to it."""
+        """Starts the market by the command line. Returns the settings that point to it."""
         stop([self._market])
         port = _free_port(0)
         planted = [part for outage in self._outages() for part in ("--outage", outage.option)]
         command = [sys.executable, "-m", "fks_backfill_dagster", "simulate", "--port", str(port), *planted]
         self._market.start(command, cwd=self._settings.root, environment=self._plain, port=port)
         deadline = time.monotonic() + 60
-        while self._asked_of_market() is None:
+        while self._market_requests() is None:
             if not self._market.is_running() or time.monotonic() > deadline:
                 raise DemoFailed(f"the local market did not start:\n{self._market.last_words()}")
             time.sleep(0.05)
@@ -217,8 +217,8 @@ class Demo:
             "POLYGON_API_KEY": "demo",
         }
 
-    def _asked_of_market(self) -> dict[str, Any] | None:
-        """What was asked of the market so far; None while it does not answer."""
+    def _market_requests(self) -> dict[str, Any] | None:
+        """The requests to the market so far; None while it does not respond."""
         url = f"http://{servers.HOST}:{self._market.port}/sim/requests?last=0"
         try:
             with build_opener(ProxyHandler({})).open(url, timeout=10) as response:
@@ -242,7 +242,7 @@ class Demo:
     # --- the backfill ---
 
     def _outages(self) -> tuple[Outage, ...]:
-        """Always the same ones of a home: in the month before that of its first run."""
+        """The planted outages, fixed per home: in the month before its first run."""
         month = _months_later(self._settings.history_start, 12 * HISTORY_YEARS - 1)
         return (
             Outage("BTC/USDT", _hours(month, day=12, first=2, last=6)),
@@ -250,7 +250,7 @@ class Demo:
         )
 
     def _first(self, series: Series, now: int) -> int:
-        """Where the backfill of a series begins: a partition's start, or where its history does."""
+        """The start of a series' backfill: the start of a partition or of its history."""
         if series.timeframe is Timeframe.M1:
             return _months_later(now, 1 - MINUTE_MONTHS)
         return self._settings.history_start
@@ -269,26 +269,24 @@ class Demo:
         return web.launch_backfill(partitions)
 
     def _wait_for_backfill(self, web: Webserver, database: Database, backfill: str) -> list[Run]:
-        """Until every asset has its run and every run has ended; Dagster itself looks 30 s later."""
+        """Waits until every asset has a run and all runs have ended; Dagster itself notices up to 30 s later."""
         wanted = {_key(series) for series in self._settings.series()}
-        began, spoke_at = time.monotonic(), 0.0
+        began, reported_at = time.monotonic(), 0.0
         while True:
             _, runs = web.backfill(backfill)
             finished = sum(run.finished for run in runs)
             over = wanted <= {key for run in runs for key in run.assets} and finished == len(runs)
-            if over or time.monotonic() - spoke_at >= 3:
+            if over or time.monotonic() - reported_at >= 3:
                 stored = sum(status.total_candles for status in sync_status(database))
                 self._say(
                     f"   {time.monotonic() - began:4.0f} s  {finished} of {len(runs)} runs ended,"
                     f" {stored:,} candles stored"
                 )
-                spoke_at = time.monotonic()
+                reported_at = time.monotonic()
             if over:
                 break
             if time.monotonic() - began > WAIT_SECONDS:
-                raise DemoFailed(
-                    f"the backfill did not end: look at {self.url}/runs and {self._home / 'logs'}"
-                )
+                raise DemoFailed(f"the backfill did not end: see {self.url}/runs and {self._home / 'logs'}")
             time.sleep(0.3)
         for run in runs:
             for failure in web.failures(run.id) if run.status != "SUCCESS" else ():
@@ -296,18 +294,18 @@ class Demo:
         return runs
 
     def _check(self, web: Webserver) -> dict[Key, list[CheckOutcome]]:
-        """The checks of all series, run alone: they read the database and fetch nothing."""
+        """Runs the checks of all series, without fetching."""
         keys = [_key(series) for series in self._settings.series()]
         self._say(f"\n3. {len(keys) * len(CHECKS)} checks")
         run = web.launch_checks([(key, name) for key in keys for name in CHECKS])
         deadline = time.monotonic() + WAIT_SECONDS
         while not web.run(run).finished:
             if time.monotonic() > deadline:
-                raise DemoFailed(f"the checks did not end: look at {self.url}/runs/{run}")
+                raise DemoFailed(f"the checks did not end: see {self.url}/runs/{run}")
             time.sleep(0.2)
         found = {key: web.check_outcomes(key) for key in keys}
         passed = sum(bool(check.passed) for outcomes in found.values() for check in outcomes)
-        self._say(f"   {passed} passed, {len(keys) * len(CHECKS) - passed} did not")
+        self._say(f"   {passed} passed, {len(keys) * len(CHECKS) - passed} failed")
         return found
 
     # --- the report ---
@@ -327,12 +325,12 @@ class Demo:
         ]
 
     def _expected_window(self, series: Series, now: int) -> TimeRange:
-        """What had closed when the backfill was launched: later candles are the next run's."""
-        asked = TimeRange(self._first(series, now), now)
-        return closed_window(asked, grid_of(series), now, None)
+        """The range that had closed when the backfill was launched."""
+        window = TimeRange(self._first(series, now), now)
+        return closed_window(window, grid_of(series), now, None)
 
     def _report(self, database: Database, lines: Sequence[Line], runs: Sequence[Run], before: int) -> None:
-        self._say("\n4. What is in the database now\n")
+        self._say("\n4. Database contents\n")
         present = app.now()
         rows: list[tuple[object, ...]] = [
             (
@@ -353,32 +351,32 @@ class Demo:
                     if filled.expected:
                         self._say(
                             f"Planted: {outage}. {line.series}: {filled.stored:,} of {filled.expected:,}"
-                            f" candles are there, from {_shares(filled.providers) or 'nobody'}."
+                            f" candles stored, from {_shares(filled.providers) or 'no provider'}."
                         )
-        self._tell_requests(database, runs, before)
+        self._report_requests(database, runs, before)
 
-    def _tell_requests(self, database: Database, runs: Sequence[Run], before: int) -> None:
+    def _report_requests(self, database: Database, runs: Sequence[Run], before: int) -> None:
         ids = {run.id for run in runs}
-        brought = [batch for batch in batches(database) if batch.run_id in ids]
-        new, changed = sum(b.inserted for b in brought), sum(b.updated for b in brought)
-        asked = self._asked_of_market() or {"total": 0, "providers": {}}
-        each = ", ".join(f"{name} {found['requests']:,}" for name, found in asked["providers"].items())
-        self._say(f"Requests to the market: {asked['total']:,}{f' ({each})' if each else ''}.")
+        fetched = [batch for batch in batches(database) if batch.run_id in ids]
+        new, changed = sum(b.inserted for b in fetched), sum(b.updated for b in fetched)
+        requests = self._market_requests() or {"total": 0, "providers": {}}
+        each = ", ".join(f"{name} {found['requests']:,}" for name, found in requests["providers"].items())
+        self._say(f"Requests to the market: {requests['total']:,}{f' ({each})' if each else ''}.")
         if before:
             self._say(
-                f"{before:,} candles were there from an earlier run and were not fetched again ({changed:,}"
+                f"{before:,} candles were stored by an earlier run and not fetched again ({changed:,}"
                 f" changed); {new:,} were new."
             )
         self._say(f"UI: {self._visit}")
 
 
-def _usual_home() -> Path:
-    usual = home_of()
-    return usual if usual.name == HOME else usual / HOME  # the shell may have this one, from `demo --keep`
+def _default_home() -> Path:
+    home = home_of()
+    return home if home.name == HOME else home / HOME  # FKS_HOME may be this one already, after `demo --keep`
 
 
 def _write_settings(home: Path) -> Path:
-    """The settings file of the home; that of its first run is kept."""
+    """The settings file of the home; an existing one is kept."""
     ownership.make_home(home)
     path = home / "backfill.yaml"
     if not path.exists():
@@ -389,26 +387,26 @@ def _write_settings(home: Path) -> Path:
 
 
 def _clean_environment(home: Path, config: Path) -> dict[str, str]:
-    """This process's environment without its own settings and keys: a real key is nothing for a demo."""
-    theirs = ("FKS_", "DAGSTER_")
+    """This process's environment without settings and provider keys: the demo must not use real keys."""
+    prefixes = ("FKS_", "DAGSTER_")
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(theirs) and name not in KEY_VARIABLES.values()
+        if not name.startswith(prefixes) and name not in KEY_VARIABLES.values()
     }
-    # It shows what it does itself; a refresh in between would be one thing too many.
-    quiet = {f"FKS_AUTOMATION__{name}": "false" for name in ("FILL_GAPS", "CHECKS", "AUDIT")}
-    quiet["FKS_AUTOMATION__REFRESH"] = "[]"
-    return {**kept, **quiet, "FKS_HOME": str(home), "FKS_CONFIG": str(config)}
+    # Automated runs would interfere with the steps of the demo.
+    disabled = {f"FKS_AUTOMATION__{name}": "false" for name in ("FILL_GAPS", "CHECKS", "AUDIT")}
+    disabled["FKS_AUTOMATION__REFRESH"] = "[]"
+    return {**kept, **disabled, "FKS_HOME": str(home), "FKS_CONFIG": str(config)}
 
 
 def _key(series: Series) -> Key:
-    # Written out, as orchestration.groups.asset_key would import Dagster: a second that nobody needs here.
+    # Not orchestration.groups.asset_key: importing Dagster takes a second.
     return ("ohlcv", identifier(series.symbol), series.timeframe.value)
 
 
 def _free_port(wanted: int) -> int:
-    """`wanted` if nobody listens there, else any free one."""
+    """`wanted` if it is free, else any free port."""
     for port in (wanted, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

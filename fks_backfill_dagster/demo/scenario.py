@@ -1,11 +1,11 @@
-"""A market that fails for one month of one symbol, and Dagster beside it: for tests and pictures.
+"""A local market that fails for one month of one symbol, with a running Dagster: for tests and pictures.
 
     with failed_month(home) as scene:       # 3 symbols x 24 months; one partition is failed
-        scene.web.url, scene.failed         # ... look at it ...
+        scene.web.url, scene.failed         # ... inspect it ...
         scene.ask_again()                   # the market has recovered: only that month is fetched
 
-Everything is real: the market's HTTP, the database, webserver and daemon. When the block ends, however
-it ends, all of it is stopped.
+The market's HTTP, the database, webserver and daemon are real. All of them are stopped when the block ends, even by a
+kill.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _SYMBOL = "  - {{symbol: {symbol}, asset_class: crypto, timeframes: [{timeframe}
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What there is to see after the first backfill. `failed` is the key of the failed partition."""
+    """The state after the first backfill. `failed` is the key of the failed partition."""
 
     settings: Settings
     environment: Mapping[str, str]
@@ -58,7 +58,7 @@ class Scene:
     first: Launched
 
     def ask_again(self) -> tuple[Launched, list[BatchInfo]]:
-        """Lets the market recover and backfills everything anew; what came of it, and what was fetched."""
+        """Removes the fault and backfills all partitions again. Returns the result and the new batches."""
         self.market.clear_faults()
         self.market.reset_requests()
         before = {batch.id for batch in _batches(self.settings)}
@@ -67,13 +67,13 @@ class Scene:
 
 
 def failed_partition() -> str:
-    """The key of the partition that fails in a scene made now."""
+    """The key of the partition that fails in a scene created now."""
     return _key(_months()[FAILED_MONTH])
 
 
 @contextmanager
 def failed_month(home: Path, *, port: int = 0, environ: Mapping[str, str] | None = None) -> Iterator[Scene]:
-    """The scene in `home`, which is made; `port` 0 takes a free one for Dagster's webserver.
+    """The scene in `home`, which is created; `port` 0: a free port for Dagster's webserver.
 
     `environ` replaces this process's environment. Without FKS_DATABASE_URL in it the database is the
     embedded one of `home`. Raises ServersError, DagsterRefused, StoreError or EmbeddedError.
@@ -89,7 +89,7 @@ def failed_month(home: Path, *, port: int = 0, environ: Mapping[str, str] | None
                 transport,
                 "status",
                 count=None,
-                status=400,  # an answer that no client asks for again
+                status=400,  # a status that no client retries
                 symbol=FAILED_SYMBOL.replace("/", ""),
                 start=_key(failed.start),
                 end=_key(failed.end),
@@ -108,7 +108,7 @@ def failed_month(home: Path, *, port: int = 0, environ: Mapping[str, str] | None
 def _backfill(
     settings: Settings, environment: Mapping[str, str], orders: tuple[Order, ...], port: int | None = None
 ) -> Launched:
-    """Through the webserver first: the daemon looks for new backfills when it starts, then every 30 s."""
+    """Launches before the daemon starts, because it polls for backfills at its start and then every 30 s."""
     servers.stop_part(settings, servers.DAEMON)
     up = servers.up(
         settings,
@@ -130,7 +130,7 @@ def _batches(settings: Settings) -> list[BatchInfo]:
 
 
 def _months() -> list[int]:
-    """The starts of the 24 whole months before the running one, and its own: 25 edges."""
+    """The starts of the 24 complete months before the current one, and of the current one: 25 edges."""
     edges = [to_datetime(app.now()).replace(day=1, hour=0, minute=0, second=0, microsecond=0)]
     while len(edges) <= MONTHS:
         year, month = divmod(edges[-1].year * 12 + edges[-1].month - 2, 12)
@@ -151,7 +151,7 @@ def _write(home: Path, start: int) -> Path:
 
 
 def _environment(home: Path, config: Path, market: LocalMarket, environ: Mapping[str, str]) -> dict[str, str]:
-    """Settings of the scene's own; of the caller's only the database."""
+    """The settings of the scene, and of the caller's only the database."""
     kept = {
         name: value
         for name, value in environ.items()
@@ -167,4 +167,4 @@ def _environment(home: Path, config: Path, market: LocalMarket, environ: Mapping
 
 
 def _silent(_: object) -> None:
-    """Nobody needs to be told."""
+    """Discards messages."""

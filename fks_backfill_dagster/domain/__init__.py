@@ -1,10 +1,10 @@
-"""What a candle, a range, a series and a gap *are*: pure functions and frozen values.
+"""Candles, ranges, series and grids: pure functions and frozen values.
 
 Belongs here: timeframes, half-open ranges, the expected grid of every asset class, the candle
-block, the rules a candle must obey, the arithmetic of gaps.
+block, the validation rules of a candle.
 
 Does not belong here: anything that reads a clock, a file, a socket or a database. Time is passed in.
 
-Instants are `int`: microseconds since the Unix epoch, UTC. Arrays of them are `int64`. One unit
-everywhere, no zone to forget, and `array.view("datetime64[us]")` costs nothing.
+Instants are `int`: microseconds since the Unix epoch, UTC. Arrays of them are `int64`. There is one unit
+everywhere and no time zone, and `array.view("datetime64[us]")` costs nothing.
 """

@@ -1,11 +1,11 @@
-"""The past of an exchange calendar as a value that can be kept, and compared with a later version of its library.
+"""The past sessions of an exchange calendar as a value that is stored and compared with later library versions.
 
 A calendar library corrects the past: a closure that was announced on short notice, an early close, a rule of a
-year long ago. The grid of every series of that calendar changes with it, and nothing stored does. So the sessions
-by which a database was filled are kept beside it (`store.calendars`).
+year long ago. The grid of every series of that calendar changes with it; stored data do not. So the sessions
+by which a database was filled are stored in it (`store.calendars`).
 
-Belongs here: what is kept of a calendar, its digest, and how two of them differ. Does not belong here: the
-sessions themselves (`grid`), what becomes of a difference (`pipeline.calendars`).
+Belongs here: the stored form of a calendar, its digest, and the difference between two of them. Does not belong
+here: the sessions themselves (`grid`), the handling of a difference (`pipeline.calendars`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PastSessions:
         return hashlib.sha256(np.ascontiguousarray(self.rows, dtype="<i8").tobytes()).hexdigest()
 
     def packed(self) -> bytes:
-        """As `unpacked` takes it. Differences of neighbours repeat themselves, so they pack well."""
+        """The input of `unpacked`. Differences of neighbours repeat, so they compress well."""
         differences = np.diff(self.rows, axis=0, prepend=np.zeros((1, 3), dtype=np.int64))
         return zlib.compress(np.ascontiguousarray(differences.T, dtype="<i8").tobytes(), 9)
 
@@ -56,10 +56,10 @@ class PastSessions:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How the sessions of two calendars differ, by date: `new` and `gone` ones, and those with other `hours`.
+    """How the sessions of two calendars differ, by date: `new` and `gone` sessions, and sessions with other `hours`.
 
-    `spans`: where that is, from the date or the first trade to the last trade or the end of the minute in which
-    the candle of a day opens.
+    `spans`: the affected ranges, each from the date or the first trade to the last trade or the end of the minute
+    in which the candle of a day opens.
     """
 
     new: tuple[date, ...]
@@ -88,7 +88,7 @@ class Difference:
 def past_sessions(calendar: str, until: int) -> PastSessions:
     """The library's sessions dated before `until` (00:00 UTC of a date, microseconds).
 
-    Raises ValueError for a calendar that is unknown or cannot be made.
+    Raises ValueError for a calendar that is unknown or cannot be built.
     """
     known = sessions_of(calendar)
     count = int(np.searchsorted(known.days, until, side="left"))
@@ -103,7 +103,7 @@ def digest_of(calendar: str, until: int) -> str:
 
 
 def compare(recorded: PastSessions, present: PastSessions) -> Difference:
-    """What of `recorded` is otherwise in `present`."""
+    """The differences of `present` from `recorded`."""
     before, now = recorded.by_date(), present.by_date()
     new, gone = sorted(now.keys() - before.keys()), sorted(before.keys() - now.keys())
     hours = sorted(day for day in before.keys() & now.keys() if before[day] != now[day])

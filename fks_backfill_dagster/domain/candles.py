@@ -19,7 +19,7 @@ class Candles:
     """Candles of one series as six arrays of equal length.
 
     `ts` is the open in microseconds UTC (int64), the rest is float64. A volume of NaN means that
-    the source has none. Nothing is promised about order or sanity: that is what `quality` is for.
+    the source has none. Neither order nor validity is guaranteed: `quality` checks both.
     """
 
     ts: Instants

@@ -1,10 +1,10 @@
-"""Dates without trading, as instants: what the settings name as closed, and the holidays of forex.
+"""Dates without trading, as instants: the closed dates of the settings, and the holidays of forex.
 
-Belongs here: the way from dates to the expected candles that lie on them, and the text that dates are kept as.
-Does not belong here: which dates are closed (`settings`), what becomes of candles that are absent then (`ledger`).
+Belongs here: the mapping from dates to the expected candles that lie on them, and the text form of dates.
+Does not belong here: which dates are closed (`settings`), the state of candles that are absent then (`ledger`).
 
-A candle lies on closed dates if every part of it does: a week with one closed day is traded on the others,
-and a 4h candle that holds the end of a closed forex day holds the begin of the next one.
+A candle lies on closed dates if every part of it does: a week with one closed day has trades on the others,
+and a 4h candle that contains the end of a closed forex day contains the start of the next one.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ _NEW_YORK = ZoneInfo("America/New_York")
 _HOLIDAYS = (((12, 24), (12, 26)), ((12, 31), (1, 2)))
 _BEGINS, _ENDS = 17, 18  # o'clock in New York
 _CALENDARS = TimeRange(*(int(np.datetime64(day, "us").astype(np.int64)) for day in (FIRST_DATE, LAST_DATE)))
-"""What calendars know."""
+"""The range that calendars cover."""
 
 
 def market_closures(series: Series, dates: Iterable[tuple[date, date]], window: TimeRange) -> RangeSet:
-    """Where the market of a series was closed within `window` though candles are expected: on `dates`, and on
+    """Where the market of a series was closed within `window` although candles are expected: on `dates`, and on
     the holidays of forex."""
     found = closed_ranges(series, dates)
     return found | forex_holidays(window) if series.asset_class is AssetClass.FOREX else found
 
 
 def closed_ranges(series: Series, dates: Iterable[tuple[date, date]]) -> RangeSet:
-    """Where the expected candles lie that have no trade if nothing was traded on `dates` (first and last,
-    inclusive): stretches from the open of a candle to the close of one. Days that follow each other, with
-    nothing expected in between, may be one stretch.
+    """The ranges of the expected candles that have no trade if nothing was traded on `dates` (first and last,
+    inclusive), each from the open of a candle to the close of one. Consecutive days with nothing expected in
+    between may be one range.
 
     A date is that of a session for stocks, of the trading day that ends at 17:00 New York for forex, of
-    the UTC day for crypto. One that has none (a Saturday) closes nothing. Dates before 1970 and after 2049
-    are passed over. Raises ValueError for a calendar that is unknown or cannot be made.
+    the UTC day for crypto. A date without one (a Saturday) closes nothing. Dates before 1970 and after 2049
+    are ignored. Raises ValueError for a calendar that is unknown or cannot be built.
     """
     days = _midnights(dates)
     match series.asset_class:
@@ -78,7 +78,7 @@ def closed_ranges(series: Series, dates: Iterable[tuple[date, date]]) -> RangeSe
 
 
 def forex_holidays(window: TimeRange) -> RangeSet:
-    """Christmas and the turn of the year, as far as they touch `window`, whole: 24 December 17:00 to
+    """Christmas and the turn of the year, whole, where they intersect `window`: 24 December 17:00 to
     26 December 18:00, and 31 December 17:00 to 2 January 18:00, New York. From 1970 to 2049."""
     known = window.intersect(_CALENDARS)
     if not known:
@@ -96,10 +96,11 @@ def forex_holidays(window: TimeRange) -> RangeSet:
 
 @dataclass(frozen=True, slots=True)
 class ClosureChange:
-    """How the closed dates of a series differ from those of before.
+    """How the closed dates of a series differ from the earlier ones.
 
-    `touched`: where its candles became closed, or expected again, wholly. `added`: the trading days that became
-    closed, whole, whatever of its candles lies in them. `dates`, `withdrawn`: so many dates.
+    `touched`: the ranges in which candles became closed, or expected again, as a whole. `added`: the trading days
+    that became closed, whole, independent of the series' candles. `dates`, `withdrawn`: the number of added and
+    withdrawn dates.
     """
 
     touched: RangeSet
@@ -117,13 +118,13 @@ class ClosureChange:
         return cls((old - new) | (new - old), added, len(fresh), len(gone))
 
 
-def written(dates: Dates) -> str:
-    """Dates as text, such as `2023-09-01 2024-11-14/2024-11-15`; the same for the same dates."""
+def format_dates(dates: Dates) -> str:
+    """Dates as text, such as `2023-09-01 2024-11-14/2024-11-15`; equal dates give equal text."""
     return " ".join(str(first) if first == last else f"{first}/{last}" for first, last in dates)
 
 
-def read(text: str) -> Dates:
-    """The dates of `written`."""
+def parse_dates(text: str) -> Dates:
+    """The inverse of `format_dates`."""
     ends = (part.partition("/") for part in text.split())
     return [(date.fromisoformat(first), date.fromisoformat(last or first)) for first, _, last in ends]
 
@@ -143,7 +144,7 @@ def _midnights(dates: Iterable[tuple[date, date]]) -> Instants:
 
 
 def _weeks(series: Series, days: Instants) -> RangeSet:
-    """The weeks of which every expected day opens at one of `days`."""
+    """The weeks whose expected days all open at one of `days`."""
     weekly, daily = grid_of(series), grid_of(replace(series, timeframe=Timeframe.D1))
     if series.asset_class is AssetClass.FOREX:
         opens = weekly.at(weekly.rank(days + 1) - 1)
@@ -156,18 +157,18 @@ def _weeks(series: Series, days: Instants) -> RangeSet:
 
 
 def _closes_before(daily: Grid, sessions: Instants) -> Instants:
-    """When the session before each of `sessions` closed: its first bar may open before it does, and before
-    its date begins in UTC."""
+    """The close of the session before each of `sessions`: the first bar of a session may open before the session,
+    and before its date begins in UTC."""
     ranks = daily.rank(sessions)
     closes = daily.closes(daily.at(np.maximum(ranks - 1, 0)))
     return np.where(ranks > 0, closes, sessions - MICROS_PER_DAY)
 
 
 def _candles_within(series: Series, closed: RangeSet) -> RangeSet:
-    """The intraday candles of which all trading hours lie in `closed`, which is made of whole days.
+    """The intraday candles whose trading hours all lie in `closed`, which consists of whole days.
 
-    One that an end cuts through is left out: the next day is traded in it. One that a start cuts through
-    opens before it, and the day before is traded in it; but in the first one of a forex week there is none.
+    A candle that an end of `closed` cuts is excluded: it contains trades of the next day. A candle that a start
+    cuts opens before it and contains trades of the day before, except in the first candle of a forex week.
     """
     grid = grid_of(series)
     first, past = grid.rank(closed.starts), grid.rank(closed.ends)

@@ -1,7 +1,7 @@
-"""Whether responses of one request continue one another, or one of them belongs to another instrument.
+"""Continuity of the responses of one request: detects a response that belongs to another instrument.
 
 Belongs here: the comparison of neighbouring responses by their candles alone. Does not belong here: the
-comparison with stored candles (`pipeline.splice`), requesting again (`pipeline`).
+comparison with stored candles (`pipeline.splice`), repeated requests (`pipeline`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ JUMP = 0.20
 """A step at the edge of a response below this share of the price is no jump."""
 
 _SAME = 0.5
-"""The jumps in and out of a response are one factor if the smaller is at least this share of the larger
+"""The jumps in and out of a response are the same factor if the smaller is at least this share of the larger
 (in logarithms): the other instrument moves meanwhile."""
 
 
 _USUAL = 3.0
-"""A step at the edge of a response below this multiple of the median step inside is none either: in some
-instruments every candle begins away from where the former one closed."""
+"""A step at the edge of a response below this multiple of the median step inside is no jump either: in some
+instruments every candle opens away from the previous close."""
 
 
 def _edges(candles: Candles, seams: Instants) -> tuple[Instants, Floats, float]:
-    """Where responses begin inside the block, the steps there (logarithms), and from which size they are jumps."""
+    """Where responses begin inside the block, the steps there (logarithms), and the least step that is a jump."""
     index = np.searchsorted(candles.ts, seams)
     index = np.unique(index[(index > 0) & (index < len(candles))])
     if not len(index):
@@ -40,8 +40,8 @@ def _edges(candles: Candles, seams: Instants) -> tuple[Instants, Floats, float]:
 def foreign(candles: Candles, seams: Instants) -> NDArray[np.bool_]:
     """Which candles lie in responses that begin with a jump and end with the same jump back.
 
-    `candles` ascend; `seams` are the opens at which a response begins. A real move has no reason to begin
-    and to end exactly where responses do; a split or a crash jumps once. The first and the last response
+    `candles` ascend; `seams` are the opens at which a response begins. A real move does not begin and end
+    exactly at the edges of responses; a split or a crash jumps once. The first and the last response
     have one edge only and are never foreign here.
     """
     mask = np.zeros(len(candles), dtype=bool)
@@ -71,8 +71,8 @@ def doubtful(candles: Candles, seams: Instants) -> NDArray[np.bool_]:
 
 
 def contradict(one: Candles, other: Candles, tolerance: float) -> bool | None:
-    """Whether two responses differ by more than `tolerance` in every price of a candle that both hold; None:
-    they share none.
+    """Whether two responses differ by more than `tolerance` in every price of a common candle; None: they have no
+    common candle.
 
     Both ascend. A correction between two requests changes a price or two; another instrument all four.
     """

@@ -1,7 +1,7 @@
-"""Candles with their origin: the one type that travels from a provider to the lineage of the database.
+"""Candles with their origin: the type that is passed from a provider to the lineage of the database.
 
-Belongs here: where candles come from, and rows that broke a rule with the same origin.
-Does not belong here: whether candles are good (`quality`), how they are requested or stored.
+Belongs here: the origin of candles, and rejected rows with the same origin.
+Does not belong here: whether candles are valid (`quality`), how they are requested or stored.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Transport(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What one lineage row describes. All instants in microseconds.
+    """The content of one lineage row. All instants in microseconds.
 
     provider: its name. instrument: the symbol as the provider writes it.
     host: scheme, host and port of the server, such as `https://api.binance.com`.
     source: the path of the request or of the archive, without any key.
-    requested_at: when it was requested. published_at: when the source declares that it was made, for an
-        archive; None: it is as new as its request.
+    requested_at: when it was requested. published_at: the publication time that an archive declares; None: it
+        is as new as its request.
     sha256: the verified checksum of an archive; None for REST.
     """
 
@@ -48,7 +48,7 @@ class Origin:
 
     @property
     def as_of(self) -> int:
-        """How new its values are: of two publications of one provider the newer one is right."""
+        """How new its values are: of two publications of one provider the newer one is correct."""
         return self.requested_at if self.published_at is None else self.published_at
 
 
@@ -57,10 +57,10 @@ _NONE = np.empty(0, dtype=np.int64)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Delivery:
-    """Candles of one origin. A provider gives them as they came; `opens ascending` is promised once verified.
+    """Candles of one origin, in the order of the response; ascending once verified.
 
     `seams`: the opens at which another response of the same request begins (its first row), ascending,
-    without the very first: a response that belongs to another instrument begins and ends at seams.
+    without the first one: a response that belongs to another instrument begins and ends at seams.
     """
 
     candles: Candles
@@ -79,8 +79,8 @@ class Delivery:
 class RejectedRows:
     """Rows of one origin that broke a rule; for the quarantine.
 
-    `owners`: for each row an instant inside the batch that it belongs to. It is the row's own open, and for
-    a part of a derived candle the open of that candle.
+    `owners`: for each row an instant inside the batch that it belongs to: the row's own open, or for a part of a
+    derived candle the open of that candle.
     """
 
     origin: Origin
@@ -93,7 +93,7 @@ class RejectedRows:
         return cls(origin, reason, candles, candles.ts)
 
     def take(self, mask: NDArray[np.bool_]) -> RejectedRows:
-        """Some of the rows."""
+        """The rows selected by `mask`."""
         return replace(self, candles=self.candles.take(mask), owners=self.owners[mask])
 
     def within(self, window: TimeRange) -> RejectedRows:

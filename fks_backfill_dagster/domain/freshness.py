@@ -1,10 +1,10 @@
-"""How far a series lags behind its market, and when that is too far.
+"""Freshness: how far a series lags behind its market, and how much lag is allowed.
 
-Belongs here: the polling interval of each timeframe, the allowed lag, the verdict. Everything is counted in
-closed candles of the grid, so that a night, a weekend or a holiday is no lag.
+Belongs here: the polling interval of each timeframe, the allowed lag, the verdict. Lag is counted in closed
+candles of the grid, so that a night, a weekend or a holiday is no lag.
 
-Does not belong here: which absent candles are quiet (the ledger decides that), where the newest candle is
-looked up (`store`), who is alerted.
+Does not belong here: which absent candles are quiet (`ledger`), the lookup of the newest candle (`store`),
+alerting.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ POLLING_MINUTES = {
     Timeframe.D1: 60,
     Timeframe.W1: 60,
 }
-"""Minutes between two ticks of a timeframe's refresh. A tick queries the database for candles that have
-closed, and providers only then: from 4h up an hour costs next to nothing, and finds the close of every
-exchange."""
+"""Minutes between two ticks of a timeframe's refresh. A tick requests providers only if the database shows that
+candles have closed, so an hourly tick is cheap from 4h up and finds the close of every exchange."""
 
 
 def polling_interval(timeframe: Timeframe) -> int:
@@ -39,7 +38,7 @@ def polling_interval(timeframe: Timeframe) -> int:
 
 
 class Verdict(StrEnum):
-    """`late` is a warning, `stale` an error; `pending` is a series without a candle or a sync."""
+    """`late` is a warning, `stale` an error; `pending` is a series without a candle and without a sync."""
 
     FRESH = "fresh"
     PENDING = "pending"
@@ -49,7 +48,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """So many closed candles beyond the allowed lag make a series late, and so many stale."""
+    """The numbers of closed candles beyond the allowed lag from which a series is late (`warn`) and stale (`error`)."""
 
     warn: int = 3
     error: int = 10
@@ -59,9 +58,9 @@ class Thresholds:
 class Freshness:
     """The lag of one series, in closed candles.
 
-    `newest` is the open of its newest candle, None where it has none. `lag` are the closed candles that it
-    lacks since then, the quiet ones taken out; None where nothing was ever synced. `allowed` of them need not be
-    there yet. `ended`: nothing newer will come, and it was synced up to its end.
+    `newest` is the open of its newest candle, None if it has none. `lag` is the number of closed candles after
+    it, without the quiet ones; None if the series was never synced. `allowed` of them may still be missing.
+    `ended`: no newer candle is expected, and the series was synced up to its end.
     """
 
     verdict: Verdict
@@ -76,7 +75,7 @@ class Freshness:
 
     @property
     def overdue(self) -> int:
-        """Candles that should be there and are not, nor are known to be quiet."""
+        """The number of missing candles beyond the allowed lag."""
         return max(0, (self.lag or 0) - self.allowed)
 
 
@@ -93,11 +92,11 @@ def assess(
 ) -> Freshness:
     """The freshness of a series at `now`, which is already reduced by the grace.
 
-    `newest` is the open of its newest candle. `synced` reaches from the first to the last instant that was ever
-    synced; None: nothing was. `delay` is the polling interval and the provider's publication delay, in
-    microseconds: what closed within it may still be missing. `quiet_tail` of the candles after the newest one
-    are no lag, since nothing traded in them as far as the ledger knows. From `end` on nothing is expected: once
-    the series was synced up to there it cannot become stale, and what is missing before is a gap.
+    `newest` is the open of its newest candle. `synced` extends from the first to the last instant that was ever
+    synced; None: the series was never synced. `delay` is the polling interval plus the provider's publication
+    delay, in microseconds: a candle that closed within it may still be missing. `quiet_tail` of the candles after
+    the newest one are no lag, since nothing traded in them by the ledger. From `end` on nothing is expected: once
+    the series was synced up to there it cannot become stale, and a candle that is missing before is a gap.
     """
     closed, due = grid.closed_end(now), grid.closed_end(now - delay)
     has_ended = end is not None and end <= closed
@@ -110,7 +109,7 @@ def assess(
     behind = _count(grid, first, closed)
     lag = behind - min(max(quiet_tail, 0), behind)
     ended = has_ended and synced is not None and not _count(grid, synced.end, closed)
-    # A series without any candle has no margin: nothing shows that a provider has it at all.
+    # A series without any candle has no margin: no provider is known to have it.
     margin = 0 if newest is None else thresholds.warn
     if ended or lag <= allowed + margin:
         return Freshness(Verdict.FRESH, newest, lag, allowed, ended)
@@ -123,9 +122,9 @@ RECENT_CANDLES = 3
 
 
 def recent_start(grid: Grid, now: int) -> int:
-    """From when on a candle is recent at `now`, which is already reduced by the grace.
+    """The instant from which candles are recent at `now`, which is already reduced by the grace.
 
-    The day before the close of the last closed candle, or its three last candles where that is longer: on a
+    The day before the close of the last closed candle, or the last three candles if that is longer: on a
     Sunday the session of Friday is still recent.
     """
     first = max(int(grid.rank(np.array([grid.closed_end(now)]))[0]) - RECENT_CANDLES, 0)

@@ -1,15 +1,15 @@
 """The expected grid: which candles should exist, when each opens and closes.
 
 Belongs here: the three kinds of market (crypto, stocks, forex), each as arithmetic over arrays.
-Does not belong here: what is stored, what is absent and why (`gaps`), when something was listed.
+Does not belong here: stored candles, gaps and their causes (`ledger.gaps`), listing times.
 
-A grid is an ascending list of opens, too long to hold for minutes of many years. So it is kept as
+A grid is an ascending list of opens, too long to hold in memory for minutes of many years. So it is stored as
 blocks of equidistant opens (one block is a trading session, or one candle where candles are days or
 weeks), and the n-th open, or the number of opens before an instant, is found by bisection.
 
-Calendars are loaded when a grid is first asked for, and kept. They cover 1970 to 2049 or what the
-calendar itself knows of it: nothing is expected before, and `closed_end` raises after, so that a
-calendar that ran out is noticed instead of reading as "nothing more to fetch".
+Calendars are loaded when a grid is first requested, and cached. They cover 1970 to 2049, or the part of it
+that the calendar defines: nothing is expected before, and `closed_end` raises after, so that an exhausted
+calendar is an error instead of "nothing more to fetch".
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fks_backfill_dagster.domain.timeframe import (
     iso,
 )
 
-# A fixed span rather than "until a year from now": the grid then depends on no clock.
+# A fixed span rather than "until a year from now", so that the grid does not depend on a clock.
 FIRST_DATE, LAST_DATE = "1970-01-01", "2049-12-31"
 
 _NEW_YORK = ZoneInfo("America/New_York")
@@ -51,7 +51,7 @@ class Grid(Protocol):
         ...
 
     def count(self, window: TimeRange) -> int:
-        """`len(opens(window))`, without making them."""
+        """`len(opens(window))`, without building the array."""
         ...
 
     def rank(self, instants: Instants) -> Instants:
@@ -66,7 +66,7 @@ class Grid(Protocol):
         ...
 
     def closes(self, opens: Instants) -> Instants:
-        """The close of each expected open. For any other instant the answer has no meaning."""
+        """The close of each expected open; undefined for any other instant."""
         ...
 
     def next_open(self, instant: int) -> int | None:
@@ -78,16 +78,16 @@ class Grid(Protocol):
         ...
 
     def holds_session(self, first: Instants, last: Instants) -> NDArray[np.bool_]:
-        """For runs of expected opens from rank `first` to rank `last`: whether they hold a whole trading
-        session of an exchange (of one with a lunch break: a whole stretch of trading)."""
+        """For runs of expected opens from rank `first` to rank `last`: whether they contain a whole trading
+        session of an exchange (with a lunch break: a whole half of one)."""
         ...
 
     def closed_end(self, now: int) -> int:
-        """The open of the first expected candle that is not closed at `now`; all before it are.
+        """The open of the first expected candle that is not closed at `now`; all before it are closed.
 
         So it is an exclusive bound, it moves only when a candle closes, and over a weekend it lies
-        in the future. `now` is already reduced by the grace. Raises ValueError when the calendar
-        does not reach that far.
+        in the future. `now` is already reduced by the grace. Raises ValueError if the calendar ends
+        before it.
         """
         ...
 
@@ -104,9 +104,9 @@ class Grid(Protocol):
 
 
 def grid_of(series: Series) -> Grid:
-    """The grid of a series; made once per (asset class, timeframe, calendar).
+    """The grid of a series; built once per (asset class, timeframe, calendar).
 
-    Raises ValueError for a calendar that is unknown or cannot be made.
+    Raises ValueError for a calendar that is unknown or cannot be built.
     """
     calendar = series.calendar if series.asset_class is AssetClass.STOCKS else ""
     return _grid(series.asset_class, series.timeframe, calendar)
@@ -171,11 +171,11 @@ class _EvenGrid:
 
 @dataclass(frozen=True, eq=False)
 class _BlockGrid:
-    """Blocks of equidistant opens: block k holds `first[k] + n * step` for n in 0 .. slots[k] - 1.
+    """Blocks of equidistant opens: block k contains `first[k] + n * step` for n in 0 .. slots[k] - 1.
 
     Blocks ascend and do not overlap; none is empty. `last_close[k]` is the close of the block's
-    last candle, every other one closes where the next opens. `source` names the calendar. `sessions`:
-    blocks are trading sessions of an exchange (days and weeks of one: every candle is a session or more).
+    last candle; every other candle closes where the next one opens. `source` names the calendar. `sessions`:
+    blocks are trading sessions of an exchange (for days and weeks: every candle is one session or more).
     """
 
     source: str
@@ -236,7 +236,7 @@ class _BlockGrid:
     def holds_session(self, first: Instants, last: Instants) -> NDArray[np.bool_]:
         if not self.sessions:
             return np.zeros(len(first), dtype=bool)
-        # The first block that begins at or after the run's first open, if it ends by its last one.
+        # The first block that begins at or after the run's first open, if it ends by the run's last open.
         block = np.searchsorted(self.before, first, side="left")
         end = self.before[np.minimum(block + 1, len(self.before) - 1)]
         whole: NDArray[np.bool_] = (block < len(self.slots)) & (end <= last + 1)
@@ -259,7 +259,7 @@ class _BlockGrid:
         return found
 
     def on_clock(self, instants: Instants) -> NDArray[np.bool_]:
-        # Between two sessions the clock may have been changed: either phase is right there.
+        # Between two sessions the clock may have changed: both phases are valid there.
         block = self._block(instants)
         after = np.minimum(block + 1, len(self.first) - 1)
         fits: NDArray[np.bool_] = ((instants - self.first[block]) % self.step == 0) | (
@@ -275,10 +275,10 @@ class _BlockGrid:
 def _single(
     source: str, step: int, opens: Instants, closes: Instants, *, sessions: bool = False
 ) -> _BlockGrid:
-    """A grid of days or weeks: every candle is a block of its own.
+    """A grid of days or weeks: every candle is its own block.
 
     A day is named by its date at 00:00 UTC, and a half-day in Auckland ends before that. Its candle
-    is given a minute, so that no candle closes before it opens.
+    gets a length of one minute, so that no candle closes before it opens.
     """
     closes = np.maximum(closes, opens + MICROS_PER_MINUTE)
     return _BlockGrid(source, step, opens, np.ones_like(opens), closes, sessions)
@@ -296,8 +296,8 @@ def _intraday(
     """Bars on multiples of `step` of the local clock (UTC + offset) that overlap a session.
 
     Sessions ascend and do not overlap. Two of them can share a bar (a lunch break inside a 4h bar,
-    the hour between two futures sessions): the earlier one keeps it. A bar closes with the clock,
-    or with the last session that is in it if that ends sooner.
+    the hour between two futures sessions): it belongs to the earlier one. A bar closes on the clock,
+    or with the last session in it if that ends earlier.
     """
     first = (starts + offsets) // step * step - offsets
     past = -(-(ends + offsets) // step) * step - offsets
@@ -313,8 +313,8 @@ def _intraday(
 class Sessions:
     """The sessions of an exchange calendar.
 
-    `dates` (00:00 UTC of the session's date) and `closes` hold one element a session. `starts`,
-    `ends`, `offsets` (local clock minus UTC) and `days` (the session's date again) hold one per stretch
+    `dates` (00:00 UTC of the session's date) and `closes` have one element per session. `starts`,
+    `ends`, `offsets` (local clock minus UTC) and `days` (the session's date again) have one per period
     of trading: a session with a lunch break has two.
     """
 
@@ -336,27 +336,27 @@ def _stocks(sessions: Sessions, timeframe: Timeframe) -> Grid:
     if timeframe is Timeframe.D1:
         return _single(source, timeframe.micros, sessions.dates, sessions.closes, sessions=True)
     mondays = sessions.dates - (sessions.dates - FIRST_MONDAY) % MICROS_PER_WEEK
-    # The last known week is left out: its later sessions may not be known.
+    # The last known week is excluded: its later sessions may be unknown.
     ends_week = np.flatnonzero(mondays[1:] != mondays[:-1])
     return _single(source, timeframe.micros, mondays[ends_week], sessions.closes[ends_week], sessions=True)
 
 
 @cache
 def sessions_of(calendar: str) -> Sessions:
-    """The sessions of an exchange calendar by its library, made once.
+    """The sessions of an exchange calendar as its library defines them; built once.
 
-    Raises ValueError for one that is unknown or cannot be made.
+    Raises ValueError for a calendar that is unknown or cannot be built.
     """
-    # Imported here: it costs half a second that a crypto backfill need not pay.
+    # Imported here: the import takes half a second, which a crypto backfill does not need.
     import exchange_calendars
     import pandas as pd
     from exchange_calendars.errors import CalendarError, InvalidCalendarName
 
     try:
-        # A month that every calendar knows, to ask for its bounds: its own default span costs up to two seconds.
+        # A month that every calendar covers, to read its bounds: its own default span takes up to two seconds.
         known = exchange_calendars.get_calendar(calendar, start="2024-01-01", end="2024-01-31")
-        if _passed_over(known.day, renamed=hasattr(pd.tseries.offsets.BaseOffset, "_add_datetime")):
-            raise NotImplementedError("pandas passes over the calendar's own weeks")
+        if _is_ignored(known.day, renamed=hasattr(pd.tseries.offsets.BaseOffset, "_add_datetime")):
+            raise NotImplementedError("pandas ignores the calendar's own weeks")
         start = max(pd.Timestamp(FIRST_DATE), known.bound_min() or pd.Timestamp.min)
         end = min(pd.Timestamp(LAST_DATE), known.bound_max() or pd.Timestamp.max)
         whole = exchange_calendars.get_calendar(calendar, start=start, end=end)
@@ -367,9 +367,9 @@ def sessions_of(calendar: str) -> Sessions:
         ) from error
     except (CalendarError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise ValueError(
-            f"the exchange calendar {calendar!r} cannot be made by exchange-calendars"
+            f"the exchange calendar {calendar!r} cannot be built by exchange-calendars"
             f" {exchange_calendars.__version__} with pandas {pd.__version__} ({_brief(error)}); install the versions"
-            " that fks-backfill asks for (pandas below 3.1), or give another calendar"
+            " that fks-backfill requires (pandas below 3.1), or configure another calendar"
         ) from error
 
     table = whole.schedule
@@ -387,12 +387,12 @@ def sessions_of(calendar: str) -> Sessions:
     return Sessions(calendar, dates, closes, starts, ends, _micros(local) - starts, days)
 
 
-def _passed_over(day: object, *, renamed: bool) -> bool:
-    """Whether pandas would compute sessions without the calendar's own rule for them, `day`.
+def _is_ignored(day: object, *, renamed: bool) -> bool:
+    """Whether pandas would compute sessions without `day`, the calendar's own rule for them.
 
-    `renamed`: from 3.1 on pandas calls `_add_datetime` of an offset, or nothing at all, where it has called `_apply`.
-    A calendar whose weeks were others once (Saturdays in Seoul, Sundays in Tel Aviv) overrides `_apply`, and would be
-    made with the weeks of today, without an error.
+    `renamed`: from 3.1 on pandas calls `_add_datetime` of an offset, or no method, instead of `_apply`.
+    A calendar with other weeks in the past (Saturdays in Seoul, Sundays in Tel Aviv) overrides `_apply`, and would be
+    built with the present weeks, without an error.
     """
     from pandas.tseries.offsets import CustomBusinessDay
 
@@ -408,8 +408,8 @@ def _brief(error: Exception) -> str:
 def _forex(timeframe: Timeframe) -> Grid:
     """Sunday 17:00 to Friday 17:00 New York, holidays included.
 
-    Summer time begins and ends on Sundays at 02:00, between two sessions: it moves the sessions in
-    UTC, and leaves no trace inside them.
+    Summer time begins and ends on Sundays at 02:00, between two sessions: it shifts whole sessions in
+    UTC and does not change them inside.
     """
     import pandas as pd
 
@@ -430,7 +430,7 @@ def _forex(timeframe: Timeframe) -> Grid:
 
 
 def _micros(moments: object) -> Instants:
-    """The wall clock of a DatetimeIndex, aware or naive and of any unit, in microseconds; NaT has none."""
+    """The wall clock of a DatetimeIndex, aware or naive and of any unit, in microseconds; undefined for NaT."""
     import pandas as pd
 
     index = pd.DatetimeIndex(moments).tz_localize(None)  # type: ignore[arg-type]

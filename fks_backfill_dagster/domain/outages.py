@@ -1,14 +1,14 @@
-"""Outages of a whole venue: where several of its symbols miss candles at the same time.
+"""Outages of a whole venue: several of its symbols miss candles at the same time.
 
-An exchange that stands still leaves the same hole in all of its series. Told as one gap per series
-it is noise; told once it is news.
+A halted exchange leaves the same hole in all of its series, so it is reported once instead of as one gap
+per series.
 
 The rule: an instant belongs to an outage when, for some timeframe, at least LEAST_SYMBOLS of the
-symbols synced there at that timeframe or a finer one lack candles, and at least LEAST_SHARE of them.
-A symbol counts once, whatever its timeframes. A coarser timeframe may add to what is seen, and takes
-nothing away: a day's candle exists although minutes were lost, so it has no say in that.
+symbols synced there at that timeframe or a finer one miss candles, and at least LEAST_SHARE of them.
+A symbol counts once, whatever its timeframes. A coarser timeframe can extend an outage and never
+reduces one: a day's candle exists although minutes of it are missing.
 
-Does not belong here: which gaps count, what was said about them (`pipeline.outages`).
+Does not belong here: which gaps count, the providers' responses to them (`pipeline.outages`).
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class Spans:
     ends: Instants
 
     def of(self, wanted: NDArray[np.bool_]) -> Spans:
-        """Those for which `wanted` is true; one bool per range."""
+        """The ranges for which `wanted` is true; one bool per range."""
         return Spans(self.owner[wanted], self.starts[wanted], self.ends[wanted])
 
 
 @dataclass(frozen=True, slots=True)
 class VenueOutage:
-    """`symbols` (ascending) of `synced` symbols of a venue lack candles within `window`.
+    """`symbols` (ascending) of `synced` symbols of a venue miss candles within `window`.
 
-    Both are counted among the series of `timeframe` and finer ones: the coarsest at which the outage
-    can be seen.
+    Both are counted among the series of `timeframe` and finer ones; it is the coarsest at which the outage
+    is visible.
     """
 
     venue: str
@@ -62,15 +62,15 @@ class VenueOutage:
 
 
 def venue_of(series: Series) -> str:
-    """What stands still as a whole: an exchange by its calendar, else the market of the asset class."""
+    """The venue of a series: for stocks the exchange, by its calendar; else the market of the asset class."""
     return series.calendar if series.asset_class is AssetClass.STOCKS else series.asset_class.value
 
 
 def recognise(series: Sequence[Series], synced: Spans, missing: Spans) -> tuple[VenueOutage, ...]:
     """The outages of all venues among `series`, ascending by venue and time.
 
-    `synced` and `missing` point into `series`; where candles are missing a series counts as synced.
-    What no expected candle lies between is one outage. Costs O(n log n) in the number of ranges.
+    The owners in `synced` and `missing` are indices of `series`; where candles are missing a series counts as
+    synced. Ranges without an expected candle between them are one outage. Costs O(n log n) in the number of ranges.
     """
     venues = [venue_of(one) for one in series]
     found: list[VenueOutage] = []
@@ -95,25 +95,29 @@ def _of_venue(
     edges = np.unique(np.concatenate([missing.starts, missing.ends, synced.starts, synced.ends]))
     seen = np.full(len(edges), -1)
     lacking: dict[int, _Presence] = {}
-    there: dict[int, _Presence] = {}
+    synced_at: dict[int, _Presence] = {}
     for each in sorted({_LEVEL[one.timeframe] for one in members}):
         absent = missing.of(level[missing.owner] <= each)
         known = synced.of(level[synced.owner] <= each)
         lacking[each] = _Presence.of(symbol[absent.owner], absent, edges)
         both = Spans(*(np.concatenate(pair) for pair in zip(_columns(absent), _columns(known), strict=True)))
-        there[each] = _Presence.of(symbol[both.owner], both, edges)
-        many, all_of_them = lacking[each].counts(len(edges)), there[each].counts(len(edges))
-        seen[(many >= LEAST_SYMBOLS) & (many >= LEAST_SHARE * all_of_them)] = each
+        synced_at[each] = _Presence.of(symbol[both.owner], both, edges)
+        count, total = lacking[each].counts(len(edges)), synced_at[each].counts(len(edges))
+        seen[(count >= LEAST_SYMBOLS) & (count >= LEAST_SHARE * total)] = each
     found: list[VenueOutage] = []
     first, past, coarsest = _runs(seen, edges, min(members, key=lambda one: _LEVEL[one.timeframe]))
     for each in np.unique(coarsest).tolist():
         these = coarsest == each
-        who = lacking[each].within(first[these], past[these])
-        of_whom = there[each].within(first[these], past[these])
+        affected = lacking[each].within(first[these], past[these])
+        members_there = synced_at[each].within(first[these], past[these])
         found += [
             VenueOutage(venue, TimeRange(start, end), _FRAMES[each], tuple(names[i] for i in some), len(all_))
             for start, end, some, all_ in zip(
-                edges[first[these]].tolist(), edges[past[these]].tolist(), who, of_whom, strict=True
+                edges[first[these]].tolist(),
+                edges[past[these]].tolist(),
+                affected,
+                members_there,
+                strict=True,
             )
         ]
     return sorted(found, key=lambda outage: outage.window)
@@ -126,8 +130,8 @@ def _columns(spans: Spans) -> tuple[Indices, Instants, Instants]:
 def _runs(seen: Indices, edges: Instants, finest: Series) -> tuple[Indices, Indices, Indices]:
     """Where `seen` has a level, as columns: first edge, edge past it, the coarsest level in between.
 
-    `seen[i]` speaks of the time from edge i to the next one. Runs that only closed hours part are one:
-    no candle of the `finest` series is expected there.
+    `seen[i]` covers the time from edge i to the next one. Runs separated by closed hours only, in which no
+    candle of the `finest` series is expected, are joined.
     """
     bad = np.concatenate([[False], seen >= 0, [False]])
     first, past = np.flatnonzero(bad[1:] & ~bad[:-1]), np.flatnonzero(bad[:-1] & ~bad[1:])
@@ -141,7 +145,7 @@ def _runs(seen: Indices, edges: Instants, finest: Series) -> tuple[Indices, Indi
 
 @dataclass(frozen=True, slots=True)
 class _Presence:
-    """In which stretches each symbol has something: disjoint per symbol, as indices of edges."""
+    """The merged ranges of each symbol: disjoint per symbol, as indices of edges."""
 
     symbol: Indices
     first: Indices
@@ -149,19 +153,19 @@ class _Presence:
 
     @classmethod
     def of(cls, symbol: Indices, spans: Spans, edges: Instants) -> _Presence:
-        """Merges the ranges of each symbol; all symbols at once, laid end to end on one axis."""
-        width = len(edges) + 1  # so that the last stretch of one does not touch the first of the next
+        """Merges the ranges of each symbol; all symbols at once, end to end on one axis."""
+        width = len(edges) + 1  # so that the last range of one symbol does not touch the first of the next
         first, past = np.searchsorted(edges, spans.starts), np.searchsorted(edges, spans.ends)
         merged = RangeSet.from_arrays(symbol * width + first, symbol * width + past)
         return cls(merged.starts // width, merged.starts % width, merged.ends % width)
 
     def counts(self, edges: int) -> Indices:
-        """How many symbols have something from each edge to the next."""
+        """How many symbols have a range from each edge to the next."""
         steps = np.bincount(self.first, minlength=edges) - np.bincount(self.past, minlength=edges)
         return np.cumsum(steps)
 
     def within(self, first: Indices, past: Indices) -> list[list[int]]:
-        """For each of some disjoint, ascending stretches the symbols that have something in it, ascending."""
+        """For each of these disjoint, ascending ranges the symbols with a range in it, ascending."""
         low = np.searchsorted(past, self.first, side="right")
         times = np.maximum(np.searchsorted(first, self.past, side="left") - low, 0)
         which = np.repeat(low - np.cumsum(times) + times, times) + np.arange(times.sum())

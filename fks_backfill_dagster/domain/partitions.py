@@ -1,6 +1,6 @@
 """Names of series and ranges in Dagster: asset keys and partition keys.
 
-A series is the asset `ohlcv / SYMBOL / TIMEFRAME`; the key of a partition is the day on which it begins.
+A series is the asset `ohlcv / SYMBOL / TIMEFRAME`; the key of a partition is its first day.
 Does not belong here: Dagster's partition definitions (`orchestration.partitions`).
 """
 
@@ -19,22 +19,22 @@ AssetPath = tuple[str, ...]
 
 
 def asset_path(series: Series) -> AssetPath:
-    """The parts of its asset key."""
+    """The parts of the series' asset key."""
     return (KEY_PREFIX, identifier(series.symbol), series.timeframe.value)
 
 
 def is_monthly(timeframe: Timeframe) -> bool:
-    """Whether partitions of this timeframe are months; else they are years."""
+    """Whether the partitions of this timeframe are months; otherwise they are years."""
     return timeframe.micros < Timeframe.H1.micros
 
 
 def key_at(timeframe: Timeframe, moment: int) -> str:
-    """The key of the partition that holds `moment`."""
+    """The key of the partition that contains `moment`."""
     return f"{to_datetime(moment):{'%Y-%m-01' if is_monthly(timeframe) else '%Y-01-01'}}"
 
 
 def keys_of(timeframe: Timeframe, window: TimeRange) -> list[str]:
-    """The keys of all partitions that `window`, which is not empty, reaches into."""
+    """The keys of all partitions that intersect `window`, which is not empty."""
     day, last = to_datetime(window.start).replace(day=1), key_at(timeframe, window.end - 1)
     keys = [key_at(timeframe, window.start)]
     while keys[-1] < last:
@@ -46,7 +46,7 @@ def keys_of(timeframe: Timeframe, window: TimeRange) -> list[str]:
 
 
 def keys_before_start(timeframe: Timeframe, begin: int, start: int) -> tuple[str, ...]:
-    """The keys of the partitions, from the one that holds `begin` on, that lie wholly before `start`."""
+    """The keys of the partitions, from the one that contains `begin` on, that lie wholly before `start`."""
     if start <= begin:
         return ()
     own = key_at(timeframe, start)
@@ -54,7 +54,7 @@ def keys_before_start(timeframe: Timeframe, begin: int, start: int) -> tuple[str
 
 
 def window_of(timeframe: Timeframe, key: str) -> TimeRange:
-    """What the partition of that key holds."""
+    """The time range of the partition of that key."""
     day = datetime.strptime(key, KEY_FORMAT).replace(tzinfo=UTC)
     if is_monthly(timeframe):
         return TimeRange(to_micros(day), to_micros((day + timedelta(days=31)).replace(day=1)))
@@ -62,7 +62,7 @@ def window_of(timeframe: Timeframe, key: str) -> TimeRange:
 
 
 def start_before(timeframe: Timeframe, moment: int) -> int:
-    """Where the partition before that of `moment` begins."""
+    """The start of the partition before that of `moment`."""
     day = to_datetime(moment).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     if not is_monthly(timeframe):
         return to_micros(day.replace(year=day.year - 1, month=1))

@@ -1,6 +1,6 @@
-"""A floor of plausibility: single candles that stand a factor of 50 from those around them.
+"""Plausibility check: single candles that differ by a factor of 50 from those around them.
 
-Belongs here: which candles need a second opinion. Does not belong here: who gives it (`pipeline`).
+Belongs here: which candles need a second opinion. Does not belong here: which provider gives it (`pipeline`).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from fks_backfill_dagster.domain.candles import Candles, Floats
 
 FACTOR = 50.0
 AROUND = 5
-"""So many candles on either side are looked at, as far as there are."""
+"""The number of candles on either side that a candle is compared with, as far as there are."""
 
 
 def implausible(candles: Candles) -> NDArray[np.bool_]:
-    """Which candles have a price at least FACTOR from the median of all prices around, theirs included,
-    while neither candle beside them opens and closes at that level.
+    """Which candles have a price at least FACTOR from the median of all prices around, their own included,
+    while neither neighbour opens and closes at that level.
 
-    `candles` are verified and ascend. A level that stays for two candles or more is plausible.
+    `candles` are verified and ascend. A level that lasts for two candles or more is plausible.
     """
     found = np.zeros(len(candles), dtype=bool)
     if len(candles) < 2 or candles.high.max() < FACTOR * candles.low.min():
@@ -36,7 +36,7 @@ def implausible(candles: Candles) -> NDArray[np.bool_]:
 
 
 def _spread(candles: Candles) -> Floats:
-    """The highest price around each candle over the lowest one."""
+    """The highest price around each candle divided by the lowest one."""
     width = 2 * AROUND + 1
     high = sliding_window_view(np.pad(candles.high, AROUND, mode="edge"), width).max(axis=1)
     low = sliding_window_view(np.pad(candles.low, AROUND, mode="edge"), width).min(axis=1)

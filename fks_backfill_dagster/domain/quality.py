@@ -1,8 +1,8 @@
-"""Which rows of an answer may become candles: the rules that need nothing but the rows and the grid.
+"""Verification of the rows of a response: the rules that need only the rows and the grid.
 
 Belongs here: shape, range, grid, OHLC sanity, duplicates.
-Does not belong here: rules that need stored data (splices, validation), and the mending of rows:
-a row is taken as it is, or not at all.
+Does not belong here: rules that need stored data (splices, validation). Rows are never repaired: a row is
+accepted unchanged, or rejected.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Mask = NDArray[np.bool_]
 
 
 class Reason(StrEnum):
-    """Why a row is quarantined. The order is the order of the checks: the first that fails is told."""
+    """Why a row is quarantined, in the order of the checks: the first that fails is the reason."""
 
-    OFF_GRID = "off_grid"  # no candle of this timeframe opens there, in session or out of it
+    OFF_GRID = "off_grid"  # no candle of this timeframe opens there, inside or outside a session
     NOT_FINITE = "not_finite"  # a price is NaN or infinite
     NOT_POSITIVE = "not_positive"  # a price is zero or less
     HIGH_LOW = "high_low"  # high is not the highest, or low not the lowest
-    BAD_VOLUME = "bad_volume"  # negative or infinite; NaN is none and fine
-    CONFLICT = "conflict"  # several sane rows of one open that differ: which is true is unknown
-    # Not judged here, for they need other candles than the row's own:
+    BAD_VOLUME = "bad_volume"  # negative or infinite; NaN means no volume and is valid
+    CONFLICT = "conflict"  # several sane rows of one open that differ: which one is correct is unknown
+    # Checked elsewhere, since they need other candles than the row's own:
     SPLICE = "splice"  # a fallback that disagrees beside the gap: it quotes another market
     WRONG_SYMBOL = "wrong_symbol"  # a response that begins with a jump and ends with the same jump back
     IMPLAUSIBLE = "implausible"  # a factor of 50 from the candles around it, and no second provider agrees
@@ -37,7 +37,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rejected:
-    """Rows to quarantine, in the order they came; never empty."""
+    """Rows to quarantine, in the order of the response; never empty."""
 
     reason: Reason
     candles: Candles
@@ -45,11 +45,10 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Verdict:
-    """What became of every row: `len(good)` + all rejected + `dropped` is the number of rows.
+    """The result for every row: `len(good)` + all rejected + `dropped` is the number of rows.
 
-    `good` is ascending and unique by `ts`, and may share memory with what was judged. `dropped`
-    counts what is no fault of the data: rows out of range, not closed yet, outside the session, or
-    an exact repetition.
+    `good` is ascending and unique by `ts`, and may share memory with the input. `dropped` counts rows
+    that are no data errors: out of range, not closed yet, outside the session, or an exact repetition.
     """
 
     good: Candles
@@ -58,9 +57,9 @@ class Verdict:
 
 
 def verify(candles: Candles, window: TimeRange, grid: Grid, closed_end: int) -> Verdict:
-    """Judges the rows of an answer for `[window.start, min(window.end, closed_end))`.
+    """Verifies the rows of a response for `[window.start, min(window.end, closed_end))`.
 
-    Raises ValueError when the columns are not of one length.
+    Raises ValueError if the columns differ in length.
     """
     _check_shape(candles)
     end = min(window.end, closed_end)
@@ -104,7 +103,7 @@ def _reject(rejected: list[Rejected], reason: Reason, candles: Candles, mask: Ma
 
 
 def _sane(c: Candles) -> Mask:
-    """All OHLC rules in one: a NaN fails every comparison, the others bound each price by low and high."""
+    """All OHLC rules at once: NaN fails every comparison, and low and high bound each price."""
     prices = (c.low > 0) & (c.high < np.inf)
     for price in (c.open, c.close):
         prices &= (c.low <= price) & (price <= c.high)
@@ -113,7 +112,7 @@ def _sane(c: Candles) -> Mask:
 
 
 def _reject_insane(rejected: list[Rejected], bad: Candles) -> None:
-    """Tells the rows that are not sane apart."""
+    """Rejects the rows that are not sane, each with its reason."""
     prices = np.stack([bad.open, bad.high, bad.low, bad.close])
     tests = (
         (Reason.NOT_FINITE, ~np.isfinite(prices).all(axis=0)),
@@ -128,7 +127,7 @@ def _reject_insane(rejected: list[Rejected], bad: Candles) -> None:
 
 
 def _repeated(rows: Candles) -> tuple[Mask, Mask]:
-    """For rows ascending by `ts`: which are the first of their open, which belong to a conflict."""
+    """For rows ascending by `ts`: the first row of each open, and the rows of a conflict."""
     first = np.concatenate([[True], rows.ts[1:] != rows.ts[:-1]])
     group = np.cumsum(first) - 1
     leader = np.flatnonzero(first)[group]

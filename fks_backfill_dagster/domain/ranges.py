@@ -118,7 +118,7 @@ class RangeSet:
         return self & other.complement(hull)
 
     def complement(self, within: TimeRange) -> RangeSet:
-        """What of `within` is not in this set."""
+        """The part of `within` that is not in this set."""
         clipped = self & RangeSet([within])
         starts = np.concatenate([[within.start], clipped.ends])
         ends = np.concatenate([clipped.starts, [within.end]])
@@ -140,7 +140,7 @@ class RangeSet:
         return TimeRange(int(self.starts[0]), int(self.ends[-1]))
 
     def merge_closer_than(self, distance: int) -> RangeSet:
-        """Neighbours less than or exactly `distance` microseconds apart become one range."""
+        """Joins neighbours at most `distance` microseconds apart."""
         if len(self) < 2:
             return self
         apart = (self.starts[1:] - self.ends[:-1]) > distance
@@ -150,9 +150,9 @@ class RangeSet:
 
 
 def among(some: Instants, others: Instants) -> NDArray[np.bool_]:
-    """Which of `some` are in `others`, too. Neither need ascend.
+    """Which of `some` are in `others`, too. Neither has to ascend.
 
-    Quick where they overlap by little, as neighbouring responses do: what only one of them reaches is not compared.
+    Fast for a small overlap, as that of neighbouring responses: only the common range is compared.
     """
     if not (len(some) and len(others)):
         return np.zeros(len(some), dtype=bool)
@@ -163,7 +163,7 @@ def among(some: Instants, others: Instants) -> NDArray[np.bool_]:
 
 
 def _normalised(starts: Instants, ends: Instants) -> tuple[Instants, Instants]:
-    """Sorts, and merges what overlaps or touches."""
+    """Sorts the ranges and merges those that overlap or touch."""
     if len(starts) == 0:
         return starts.astype(np.int64), ends.astype(np.int64)
     order = np.argsort(starts, kind="stable")

@@ -1,4 +1,4 @@
-"""What is backfilled: a symbol of an asset class at a timeframe."""
+"""A candle series: a symbol of an asset class at a timeframe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Series:
     """One candle series.
 
     `calendar` is the name of an exchange calendar (`XNYS`) and only meaningful for stocks.
-    `provider_symbols` overrides how a provider calls the symbol: pairs (provider, its symbol).
+    `provider_symbols` overrides the symbol at a provider: pairs (provider, its symbol).
     """
 
     symbol: str
@@ -33,10 +33,10 @@ class Series:
         return f"{self.symbol} {self.timeframe}"
 
     def provider_symbol(self, provider: str) -> str | None:
-        """The configured name of this symbol at `provider`; None where its default applies."""
+        """The configured symbol at `provider`; None if its default applies."""
         return dict(self.provider_symbols).get(provider)
 
 
 def identifier(symbol: str) -> str:
-    """The symbol as part of an asset key: all but A-Z a-z 0-9 becomes `_` (`BTC/USDT` -> `BTC_USDT`)."""
+    """The symbol as part of an asset key: any other character than A-Z a-z 0-9 becomes `_` (`BTC_USDT`)."""
     return re.sub(r"[^A-Za-z0-9]", "_", symbol)

@@ -19,7 +19,7 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 class Timeframe(StrEnum):
-    """A candle's nominal length. The value is the name users write."""
+    """A candle's nominal length. The value is its name in settings and commands."""
 
     M1 = "1m"
     M5 = "5m"
@@ -59,7 +59,7 @@ _MINUTES = {
 def to_micros(moment: datetime) -> int:
     """The instant of a zone-aware datetime.
 
-    Raises ValueError for a naive one: which instant it means is nobody's guess to make.
+    Raises ValueError for a naive one: its instant is undefined.
     """
     if moment.tzinfo is None:
         raise ValueError(f"{moment.isoformat()} has no time zone")

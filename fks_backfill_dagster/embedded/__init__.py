@@ -1,8 +1,8 @@
-"""The embedded PostgreSQL: a private server below FKS_HOME, started when it is needed and never left behind.
+"""The embedded PostgreSQL: a private server below FKS_HOME, started on demand and stopped when unused.
 
-Here belongs everything about the server as a process: where its files are, who runs it, when it starts and
-ends. Nothing here knows SQL or tables (that is `store/`), and nothing of the project is imported but `ownership`.
-The reasons for the design are in docs/adr/0003-embedded-postgresql.md.
+Belongs here: the server as a process, its files, its account, its start and stop. Does not belong here: SQL and
+tables (`store`). Of the project only `ownership` is imported. The reasons for the design are in
+docs/adr/0003-embedded-postgresql.md.
 """
 
 from __future__ import annotations

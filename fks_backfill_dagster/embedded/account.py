@@ -1,8 +1,8 @@
-"""The account of the server. PostgreSQL refuses root, so for root another account must, and must reach its files.
+"""The account of the server. PostgreSQL refuses to run as root, so root needs another uid, which must reach its files.
 
-A server of a normal user runs as that user. A server of root runs as a uid that no account has, so nobody else on
-the machine can be that user, and in the group of the same number. Below a folder of another account root starts no
-server: that account could put links where root writes.
+A normal user's server runs as that user. Root's server runs as a uid without an account, which no other user of the
+machine can become, and in the group of the same number. Below a folder of another account root starts no server:
+that account could put links where root writes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from fks_backfill_dagster.embedded.errors import OTHER_DATABASE, EmbeddedError
 
 FREE_UIDS = range(60706, 61184)
-"""Those that no distribution gives out (https://systemd.io/UIDS-GIDS)."""
+"""Uids that no distribution assigns (https://systemd.io/UIDS-GIDS)."""
 
 
 class Account(NamedTuple):
@@ -30,14 +30,14 @@ class Account(NamedTuple):
 
     @property
     def is_free(self) -> bool:
-        """Whether it is one of those that nobody is given: only root can be it."""
+        """Whether it is an unassigned uid: only root can become it."""
         return self.uid in FREE_UIDS and not self.has_name
 
 
 def account_for(cluster: Path) -> Account | None:
-    """The account of the server of this cluster, which need not be there yet; None: the user of this process.
+    """The account of the server of this cluster, which need not exist yet; None: the user of this process.
 
-    The home is this process's own (`ownership.check_home`). Raises EmbeddedError for a cluster of another account.
+    Precondition: `ownership.check_home` accepts the home. Raises EmbeddedError for a cluster of another account.
     """
     if os.geteuid() != 0:
         return None
@@ -53,9 +53,9 @@ def account_for(cluster: Path) -> Account | None:
 
 
 def maker_for(account: Account | None) -> Account | None:
-    """Who runs initdb and single-user mode. They ask for the name of their uid, the server does not: nobody lends its.
+    """The account that runs initdb and single-user mode, which, unlike the server, need a named uid: `nobody`.
 
-    The group is the server's: other processes of nobody do not get through the folder that holds the cluster.
+    The group is the server's, so that other processes of `nobody` cannot enter the folder of the cluster.
     """
     if account is None:
         return None
@@ -65,12 +65,12 @@ def maker_for(account: Account | None) -> Account | None:
 
 
 def can_traverse(directory: Path, account: Account) -> bool:
-    """Whether every directory from the root down may be entered. Modes only: an ACL may allow more."""
+    """Whether the account may enter every directory from / down. By modes only: an ACL may allow more."""
     return all(_may_search(path.stat(), account) for path in (directory, *directory.parents))
 
 
 def give(path: Path, account: Account | None) -> None:
-    """Hands the whole tree over. No link is followed, nor one that is put there meanwhile."""
+    """Changes the owner of the whole tree. Follows no link, including one created during the walk."""
     if account is None:
         return
     for _, directories, files, parent in os.fwalk(path, follow_symlinks=False):
@@ -80,7 +80,8 @@ def give(path: Path, account: Account | None) -> None:
 
 
 def run(command: Sequence[str], account: Account | None, *, log: int, lock: int, stdin: str = "") -> int:
-    """Runs it to its end as `account`; output goes to `log`; it and its children hold `lock`. The exit code."""
+    """Runs the command as `account` and returns its exit code; its output goes to `log`; it and its children hold
+    `lock`."""
     return subprocess.run(
         command,
         user=None if account is None else account.uid,
@@ -92,13 +93,13 @@ def run(command: Sequence[str], account: Account | None, *, log: int, lock: int,
         pass_fds=(lock,),
         cwd="/",
         env=clean_environment(),
-        start_new_session=True,  # a Ctrl-C in the starter's terminal is not for the server
+        start_new_session=True,  # a Ctrl-C in the starter's terminal must not reach the server
         check=False,
     ).returncode
 
 
 def clean_environment() -> dict[str, str]:
-    """The keys of the providers have no business in the server, and PG* variables would change its settings."""
+    """An environment without the providers' keys, and without PG* variables, which would change server settings."""
     environment = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
     if "LD_LIBRARY_PATH" in os.environ:
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
@@ -114,7 +115,7 @@ def _may_search(status: os.stat_result, account: Account) -> bool:
 
 
 def name_of(uid: int) -> str | None:
-    """The name of a user; None for a uid that no account has."""
+    """The name of a user; None for a uid without an account."""
     import pwd
 
     try:

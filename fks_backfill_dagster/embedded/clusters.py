@@ -1,9 +1,9 @@
-"""The clusters of root that lie outside of their homes: which home each is of, and which can be removed.
+"""Root's clusters outside of their homes: the home of each, and which can be removed.
 
-Where a folder above a home keeps root's server out, its cluster is in `binaries.ROOT_STATE`, in a folder that root
-alone may write and that holds the path of the home (`home`). Who deletes such a home leaves the cluster behind.
+Where root's server cannot enter a folder above its home, its cluster is in `binaries.ROOT_STATE`, in a folder that
+only root may write and that holds the path of the home (`home`). Deleting such a home does not delete the cluster.
 
-Does not belong here: making, starting and stopping a cluster (`supervisor`).
+Does not belong here: creating, starting and stopping a cluster (`supervisor`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from fks_backfill_dagster.embedded.watchdog import Home, is_alive, read_postmast
 from fks_backfill_dagster.ownership import write_text
 
 PREFIX = "cluster-"
-"""Of the names of their folders."""
+"""The prefix of their folder names."""
 
 HOME_FILE = "home"
 
 
 class State(StrEnum):
-    """RUNNING: its server runs. IN_USE: its home exists. ORPHAN: its home is gone. UNKNOWN: it names no home, as one
-    of an earlier version that was not started since."""
+    """RUNNING: its server runs. IN_USE: its home exists. ORPHAN: its home is deleted. UNKNOWN: it names no home, such
+    as one of an earlier version that was not started since."""
 
     RUNNING = "running"
     IN_USE = "in use"
@@ -51,7 +51,7 @@ class Cluster:
         return self.folder.name
 
     def size(self) -> int:
-        """Bytes of its data on the disk, as it is now. What goes meanwhile counts as nothing; no link is followed."""
+        """The bytes of its data on the disk now. Files deleted during the count are skipped; links are not followed."""
         total = 0
         for parent, _, files in os.walk(self.folder / "pg"):
             for name in files:
@@ -61,12 +61,12 @@ class Cluster:
 
 
 def write_home(folder: Path, home: Path) -> None:
-    """Records whose cluster the folder holds."""
+    """Records the home of the cluster in the folder."""
     write_text(folder / HOME_FILE, f"{home}\n")
 
 
 def of_home(home: Path) -> Cluster | None:
-    """The cluster of a home, wherever it is; None where it has none yet. Raises EmbeddedError."""
+    """The cluster of a home, inside or outside of it; None if it does not exist yet. Raises EmbeddedError."""
     try:
         files = Home(home.expanduser().absolute().resolve())
         if not files.cluster.exists():
@@ -77,7 +77,7 @@ def of_home(home: Path) -> Cluster | None:
 
 
 def elsewhere() -> list[Cluster]:
-    """All that lie outside of their homes, by name; empty for everybody but root, who alone may list them.
+    """The clusters outside of their homes, by name; empty unless run by root, who alone may list them.
 
     Raises EmbeddedError.
     """
@@ -101,16 +101,16 @@ def _found() -> Iterator[Cluster]:
 
 
 def remove(cluster: Cluster) -> None:
-    """Deletes it with all its data. Raises EmbeddedError where its server runs or its home exists, as it is now."""
+    """Deletes the cluster with all its data. Raises EmbeddedError if its server runs or its home exists."""
     state = _state(cluster.folder, cluster.home)
     if state is State.RUNNING:
         raise EmbeddedError(
-            f"the server of {cluster.folder} runs: stop it, or delete its home {cluster.home}"
+            f"the server of {cluster.folder} is running: stop it, or delete its home {cluster.home}"
         )
     if state is State.IN_USE:
         raise EmbeddedError(
             f"{cluster.folder} is the database of {cluster.home}, which exists: delete that folder first if its"
-            " candles are to go"
+            " candles are to be deleted"
         )
     try:
         # The files below belong to a uid without an account, the folder itself to root.
@@ -137,7 +137,7 @@ def _state(folder: Path, home: Path | None) -> State:
 
 
 def _exists(home: Path) -> bool:
-    """Also one that cannot be looked at: only what is known to be gone is gone."""
+    """Whether the home exists; also true if that cannot be determined."""
     try:
         home.lstat()
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""The one error of this package, and what a failed system call means in the user's words."""
+"""The error of this package, and messages for failed system calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OTHER_DATABASE = "or name a PostgreSQL of your own in FKS_DATABASE_URL"
 
 
 class EmbeddedError(Exception):
-    """The embedded PostgreSQL cannot do what was asked: one sentence with the place and the remedy."""
+    """The embedded PostgreSQL failed: one sentence with the place and the remedy."""
 
 
 def explain(error: OSError, home: object) -> EmbeddedError:

@@ -1,4 +1,4 @@
-"""The server's log file: everything that initdb, the postmaster and the watchdog say goes there."""
+"""The server's log file: the output of initdb, the postmaster and the watchdog."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fks_backfill_dagster.embedded.errors import OTHER_DATABASE, EmbeddedError
 from fks_backfill_dagster.ownership import open_file
 
 ROTATE_BYTES = 10_000_000
-"""At a start a longer log becomes `.1`; the one before that goes."""
+"""A longer log is rotated to `.1` at a start, which replaces the previous one."""
 
 _REASON = re.compile(r"(?:FATAL|PANIC|ERROR|error):\s+(.*)")
 
 
 class ServerLog:
-    """An open log, and what was written to it since `mark`."""
+    """An open log, with the position set by `mark`."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
@@ -29,7 +29,7 @@ class ServerLog:
         self._start = os.fstat(self.descriptor).st_size
 
     def failure(self, what: str) -> EmbeddedError:
-        """The embedded PostgreSQL `what`, with the reason that the server gave."""
+        """The error "the embedded PostgreSQL `what`", with the reason that the server logged since `mark`."""
         text = os.pread(self.descriptor, 1_000_000, self._start).decode(errors="replace")
         reasons = _REASON.findall(text)
         last = text.strip().splitlines()[-1:] or ["no reason given"]
@@ -39,12 +39,12 @@ class ServerLog:
         elif "could not look up effective user ID" in text:
             remedy = "run it as a user that has an entry in /etc/passwd, " + OTHER_DATABASE
         else:
-            remedy = f"the whole story is in {self.path}; mend it, " + OTHER_DATABASE
+            remedy = f"see {self.path} and fix the cause, " + OTHER_DATABASE
         return EmbeddedError(f"the embedded PostgreSQL {what} ({reason}): {remedy}")
 
 
 def rotate(path: Path) -> None:
-    """Only while no server runs: it would go on writing into the old one."""
+    """Call it only while no server runs: a running one would keep writing to the old file."""
     if path.exists() and path.stat().st_size > ROTATE_BYTES:
         path.replace(path.with_name(path.name + ".1"))
 

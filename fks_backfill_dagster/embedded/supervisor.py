@@ -1,8 +1,8 @@
-"""Start, share and stop the embedded PostgreSQL of one home.
+"""Starts, shares and stops the embedded PostgreSQL of one home.
 
-Every process that uses the server says so by a shared lock which the kernel takes back when it ends, however
-it ends. The watchdog (watchdog.py) stops the server when the lock is free. Nothing is counted, and no pid is
-believed without a lock beside it.
+Every process that uses the server holds a shared lock, which the kernel releases when the process ends, also after a
+kill -9. The watchdog (watchdog.py) stops the server when the lock is free. There is no use count, and a pid is
+trusted only together with a lock.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ from fks_backfill_dagster.ownership import (
 )
 
 PORT = 5432
-"""No port of the network: it only names the socket file. In the URL so that a PGPORT does not change it."""
+"""Part of the name of the socket file, not a network port. The URL contains it so that PGPORT does not change it."""
 
 START_SECONDS = 300.0
 """A start may have to recover gigabytes of WAL first."""
 
 LINGER_SECONDS = 30.0
-"""How long backends may outlive a postmaster that was killed."""
+"""How long backends may outlive a killed postmaster."""
 
 _POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """`in_use`: a process holds it. `kept`: it runs until `stop`. `stopped`: it was stopped for everybody, so that it
-    does not run is no accident. `version`: None until the first start."""
+    """`in_use`: a process uses the server. `kept`: it runs until `stop`. `stopped`: it was stopped on purpose, by
+    `stop`. `version`: None until the first start."""
 
     running: bool
     pid: int | None
@@ -81,10 +81,10 @@ class Status:
 
 
 class EmbeddedPostgres:
-    """The PostgreSQL below `home`. Cheap to make; any number of objects, threads and processes may share it.
+    """The PostgreSQL below `home`. Cheap to create; any number of objects, threads and processes may share it.
 
-    A forked child counts as a user of its own for as long as it lives. Every method raises EmbeddedError, also for
-    a home of another account.
+    A forked child counts as a separate user of the server as long as it lives. Every method raises EmbeddedError, also
+    for a home of another account.
     """
 
     def __init__(self, home: Path) -> None:
@@ -99,13 +99,13 @@ class EmbeddedPostgres:
 
     @property
     def log(self) -> Path:
-        """What the server wrote, and why it did not start."""
+        """The path of the server's log, which also has the reason of a failed start."""
         return self._home.log
 
     def start(self, *, keep: bool = False) -> str:
-        """Its libpq URL; it runs when this returns, and as long as this process lives or `release` is called.
+        """Starts the server if needed and returns its libpq URL. It runs until this process ends or calls `release`.
 
-        With `keep` it runs on until `stop`, also without users.
+        With `keep` it runs until `stop`, also without users.
         """
         with self._mutex, self._explained():
             make_home(self._named)
@@ -128,14 +128,14 @@ class EmbeddedPostgres:
             return _url(postmaster)
 
     def release(self) -> None:
-        """This process no longer uses it. Does nothing if it did not."""
+        """Ends the use of the server by this process. Does nothing if it does not use it."""
         with self._mutex:
             if self._use is not None:
-                os.close(self._use)  # not LOCK_UN: that would speak for forked children too
+                os.close(self._use)  # not LOCK_UN, which would also release the lock of forked children
                 self._use = None
 
     def stop(self) -> bool:
-        """Stops it for everybody, kept or not. Whether it ran."""
+        """Stops the server for all processes, kept or not. Returns whether it ran."""
         with self._mutex, self._explained():
             check_home(self._named)
             self.release()
@@ -147,7 +147,7 @@ class EmbeddedPostgres:
                 return self._stop()
 
     def remove(self) -> None:
-        """Stops it and deletes the cluster with all its data: for tests and throw-away homes."""
+        """Stops the server and deletes the cluster with all its data: for tests and throw-away homes."""
         with self._mutex, self._explained():
             check_home(self._named)
             self.release()
@@ -165,7 +165,7 @@ class EmbeddedPostgres:
                     self._home.location.unlink()
 
     def status(self) -> Status:
-        """How it is now. Starts and changes nothing."""
+        """The current state. Starts and changes nothing."""
         with self._explained():
             check_home(self._named)
             postmaster = self._running()
@@ -196,9 +196,10 @@ class EmbeddedPostgres:
             raise explain(error, self._home.path) from error
 
     def _register(self) -> None:
-        """From here on the watchdog leaves the server alone. Waits while it is just stopping it."""
+        """Registers this process as a user: the watchdog does not stop the server any more. Waits while it is stopping
+        it."""
         if self._use is not None and not _is_same_file(self._use, self._home.users):
-            self.release()  # somebody has deleted the home
+            self.release()  # the home was deleted
         if self._use is None:
             descriptor = open_file(self._home.users)
             try:
@@ -226,15 +227,15 @@ class EmbeddedPostgres:
                 holder = self._home.start.read_text().strip() or "unknown"
                 raise EmbeddedError(
                     f"another process (the last was {holder}) has been starting or stopping the embedded "
-                    f"PostgreSQL of {self._home.path} for {START_SECONDS:.0f} seconds: look into "
+                    f"PostgreSQL of {self._home.path} for {START_SECONDS:.0f} seconds: see "
                     f"{self._home.log}, end that process and try again"
                 )
             time.sleep(_POLL_SECONDS)
 
-    # the server; all below needs the start lock, except _running
+    # the server; all methods below need the start lock, except _running
 
     def _running(self) -> Postmaster | None:
-        """The postmaster if it takes connections."""
+        """The postmaster if it accepts connections."""
         if not is_locked(self._home.server):
             return None
         cluster = self._home.cluster
@@ -257,11 +258,11 @@ class EmbeddedPostgres:
                 make_cluster(cluster, binaries, account, log, server)
             self._launch(binaries, account, log, server)
         finally:
-            os.close(server)  # the server holds it now, if it lives
+            os.close(server)  # a running server has inherited it
         return self._wait_until_ready(log)
 
     def _wait_for_last_server(self, server: int) -> Postmaster | None:
-        """Takes the server lock; or gives the server that another process was about to start when it died."""
+        """Acquires the server lock, or returns the server that another process was starting when it died."""
         begin = time.monotonic()
         while not try_lock(server):
             if running := self._running():
@@ -270,30 +271,30 @@ class EmbeddedPostgres:
             starting = postmaster is not None and watchdog.is_alive(postmaster.pid, self._home.cluster)
             if time.monotonic() - begin > (START_SECONDS if starting else LINGER_SECONDS):
                 raise EmbeddedError(
-                    f"{self._home.cluster} is in use by a PostgreSQL that this process cannot see (another "
-                    f"container, perhaps): stop it there, or set FKS_HOME to a directory of this one's own"
+                    f"{self._home.cluster} is in use by a PostgreSQL that this process cannot see (in another "
+                    f"container, perhaps): stop it there, or set FKS_HOME to a directory that is not shared"
                 )
             time.sleep(_POLL_SECONDS)
         return None
 
     def _choose_base(self, account: Account | None) -> None:
-        """Lets root's server through the home. Where a folder above keeps it out, cluster and socket are elsewhere."""
+        """Lets root's server enter the home. If it cannot enter a folder above, cluster and socket are elsewhere."""
         base = self._home.base
         if base != self._home.path and not base.is_dir():
             raise EmbeddedError(
-                f"the database of {self._home.path} was in {base}, which is gone: bring it back, "
-                f"or delete {self._home.location} to begin anew"
+                f"the database of {self._home.path} was in {base}, which does not exist any more: restore it, "
+                f"or delete {self._home.location} to start empty"
             )
         if account is None:
             return
         if base != self._home.path:
-            write_home(base, self._home.path)  # those of earlier versions do not name it
+            write_home(base, self._home.path)  # folders of earlier versions do not name their home
         if can_traverse(base.parent, account):
             let_pass(base, account.gid)
             return
         if self._home.cluster.exists():
             raise EmbeddedError(
-                f"the embedded PostgreSQL would run as uid {account.uid}, who cannot enter {base}: allow it "
+                f"the embedded PostgreSQL would run as uid {account.uid}, which cannot enter {base}: allow it "
                 f"(chmod o+x on its directories), set FKS_HOME to another directory, {OTHER_DATABASE}"
             )
         elsewhere = root_state() / f"{PREFIX}{secrets.token_hex(8)}"
@@ -303,7 +304,7 @@ class EmbeddedPostgres:
         write_text(self._home.location, f"{elsewhere}\n")
 
     def _launch(self, binaries: Path, account: Account | None, log: ServerLog, server: int) -> None:
-        """The lock is ours, so no process of the last server lives: what it left behind is stale."""
+        """Starts the server. This process holds the lock, so the last server has ended and its files are stale."""
         cluster = self._home.cluster
         (cluster / "postmaster.pid").unlink(missing_ok=True)
         sockets = self._make_socket_dir(account)
@@ -311,7 +312,7 @@ class EmbeddedPostgres:
             stale.unlink()
         log.mark()
         write_access(cluster, account, log, server)
-        # The shell ends at once and leaves the server to init: a killed server must not remain as our zombie.
+        # The shell exits at once, so that init adopts the server: a killed server must not remain as our zombie.
         command = ["/bin/sh", "-c", '"$@" &', "sh", str(binaries / "postgres")]
         command += ["-D", str(cluster), "-k", str(sockets), "-p", str(PORT), "-c", "listen_addresses="]
         run(command, account, log=log.descriptor, lock=server)
@@ -338,12 +339,12 @@ class EmbeddedPostgres:
     def _ensure_watchdog(self, log: ServerLog) -> None:
         if is_locked(self._home.watchdog):
             return
-        os.close(open_file(self._home.watchdog))  # it makes no file itself
+        os.close(open_file(self._home.watchdog))  # the watchdog creates no files
         command = [sys.executable, "-I", "-S", watchdog.__file__, str(self._home.path)]
         done = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=log.descriptor,  # no pipe of the caller: who captures our output must not wait for it
+            stdout=log.descriptor,  # not the caller's pipe: a process that captures our output must not wait for it
             stderr=log.descriptor,
             cwd="/",
             env=clean_environment(),
@@ -352,17 +353,17 @@ class EmbeddedPostgres:
         )
         if done.returncode not in (0, watchdog.ANOTHER_WATCHES):
             raise EmbeddedError(
-                f"the watchdog of the embedded PostgreSQL did not start: the reason is in {self._home.log}"
+                f"the watchdog of the embedded PostgreSQL did not start: see {self._home.log}"
             )
 
     # the socket
 
     def _socket_dir(self) -> Path:
-        """Below the home; where that is too long for a socket, a short name in the temporary directory."""
+        """Below the home; a short name in the temporary directory if that path is too long for a socket."""
         return socket_folder(self._home.base / "pg-socket", f".s.PGSQL.{PORT}", "fks", self._home.cluster)
 
     def _make_socket_dir(self, account: Account | None) -> Path:
-        """A directory that only the server's user enters. Who gets there first must not be a stranger."""
+        """Creates a directory that only the server's user may enter. Refuses one that another account created."""
         directory = self._socket_dir()
         try:
             directory.mkdir(mode=0o700)
@@ -372,8 +373,8 @@ class EmbeddedPostgres:
             owners = {os.geteuid()} if account is None else {account.uid, 0}
             if not stat.S_ISDIR(found.st_mode) or found.st_uid not in owners or found.st_mode & 0o077:
                 raise EmbeddedError(
-                    f"{directory} should be a private directory for the socket and is somebody else's "
-                    f"(uid {found.st_uid}): delete it, or set TMPDIR to a directory of your own"
+                    f"{directory} should be a private directory for the socket, but belongs to another account or "
+                    f"is open to one (uid {found.st_uid}): delete it, or set TMPDIR to a directory of your own"
                 ) from None
             give(directory, account)
         return directory

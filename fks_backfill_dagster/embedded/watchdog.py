@@ -1,14 +1,14 @@
 """The watchdog process, and what it shares with the supervisor: the home's files, locks, the postmaster.
 
-It stops the server when nobody uses it any more. It is run as a *file*, `python -I -S watchdog.py HOME`, so
-that it costs some milliseconds and imports neither the project nor site-packages: only the standard library
+It stops the server when no process uses it any more. It is run as a *file*, `python -I -S watchdog.py HOME`, so
+that it starts in milliseconds and imports neither the project nor site-packages: only the standard library
 may be imported here, and no other module of the package.
 
-Who holds which lock (flock: the kernel releases it with the last process, also after a kill -9):
+Holders of the locks (flock: the kernel releases one with its last process, also after a kill -9):
 
-    pg.users     every process that uses the server: shared; the watchdog when it decides: exclusive
-    pg.start     who starts or stops the server: exclusive
-    pg.server    initdb, the postmaster and its backends, which inherit it: exclusive; who looks: shared
+    pg.users     every process that uses the server: shared; the watchdog while it decides: exclusive
+    pg.start     the process that starts or stops the server: exclusive
+    pg.server    initdb, the postmaster and its backends, which inherit it: exclusive; a status check: shared
     pg.watchdog  the watchdog: exclusive
 """
 
@@ -24,10 +24,10 @@ from typing import NamedTuple
 POLL_SECONDS = 0.5
 IDLE_GRACE_SECONDS = 2.0
 FAST_STOP_SECONDS = 60.0
-"""A fast shutdown writes a checkpoint; after this time it is cut short, and the next start recovers."""
+"""A fast shutdown writes a checkpoint; after this time it is aborted, and the next start recovers."""
 
 ANOTHER_WATCHES = 3
-"""Exit code: a watchdog of this home is there already."""
+"""Exit code: a watchdog of this home is running already."""
 
 
 class Home(NamedTuple):
@@ -58,7 +58,7 @@ class Home(NamedTuple):
 
     @property
     def stopped(self) -> Path:
-        """Exists: the server was stopped for everybody, and has not been started since."""
+        """Exists: the server was stopped for all processes, and has not been started since."""
         return self.path / "pg.stopped"
 
     @property
@@ -74,7 +74,7 @@ class Home(NamedTuple):
     def base(self) -> Path:
         """The directory that contains cluster and socket: the home itself, or what `location` names.
 
-        Only a pointer made by root counts: another user must not send root to a place of his choice.
+        Only a `location` of root counts: another user must not direct root to a path of their choice.
         """
         try:
             if self.location.lstat().st_uid == 0:
@@ -89,7 +89,7 @@ class Home(NamedTuple):
 
 
 class Postmaster(NamedTuple):
-    """What postmaster.pid says: https://www.postgresql.org/docs/18/storage-file-layout.html."""
+    """The contents of postmaster.pid: https://www.postgresql.org/docs/18/storage-file-layout.html."""
 
     pid: int
     socket_dir: Path
@@ -97,7 +97,7 @@ class Postmaster(NamedTuple):
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:
-    import fcntl  # absent on Windows, where the supervisor says so before it comes here
+    import fcntl  # absent on Windows, which the supervisor refuses earlier
 
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -107,14 +107,14 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
 
 
 def unlock(descriptor: int) -> None:
-    """Releases it for every process that shares the descriptor; closing releases only one's own part."""
+    """Releases the lock for every process that shares the descriptor; closing releases only this process's share."""
     import fcntl
 
     fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def is_locked(path: Path, *, by_any: bool = False) -> bool:
-    """Whether another process holds the lock exclusively (`by_any`: or shared). Takes it for an instant."""
+    """Whether another process holds the lock exclusively (`by_any`: or shared). Acquires it for an instant."""
     try:
         descriptor = _open_lock(path)
     except FileNotFoundError:
@@ -126,12 +126,12 @@ def is_locked(path: Path, *, by_any: bool = False) -> bool:
 
 
 def _open_lock(path: Path) -> int:
-    """A descriptor to lock, of a file that the supervisor has made."""
+    """A descriptor for locking a file that the supervisor created."""
     return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
 
 
 def read_postmaster(cluster: Path) -> Postmaster | None:
-    """None if there is no file or it is being written. It may be stale: see `is_alive`."""
+    """None if the file is missing or being written. It may be stale: see `is_alive`."""
     try:
         lines = (cluster / "postmaster.pid").read_text().splitlines()
         return Postmaster(int(lines[0]), Path(lines[4]), len(lines) > 7 and lines[7].strip() == "ready")
@@ -140,7 +140,7 @@ def read_postmaster(cluster: Path) -> Postmaster | None:
 
 
 def is_alive(pid: int, cluster: Path) -> bool:
-    """Whether `pid` is the postmaster of this cluster. A zombie and a stranger with a reused pid are not."""
+    """Whether `pid` is the postmaster of this cluster; false for a zombie and for another process with a reused pid."""
     if os.path.isdir("/proc/self"):
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
@@ -157,7 +157,7 @@ def is_alive(pid: int, cluster: Path) -> bool:
 
 
 def stop_postmaster(pid: int, cluster: Path) -> None:
-    """Fast shutdown, and waits until the process is gone. Does nothing if it is gone already."""
+    """Fast shutdown; waits until the process has ended. Does nothing if it has ended already."""
     for number in (signal.SIGINT, signal.SIGQUIT):
         if not is_alive(pid, cluster):
             return
@@ -171,25 +171,25 @@ def stop_postmaster(pid: int, cluster: Path) -> None:
 
 
 def watch(home: Home) -> int:
-    """Returns 0 in the starter's child at once, when the watch is taken over; the watch itself ends later."""
+    """Forks: the starter's child returns 0 at once, the forked watchdog returns when the watch ends."""
     own = _open_lock(home.watchdog)
     if not try_lock(own):
         return ANOTHER_WATCHES
     users = _open_lock(home.users)
-    if os.fork():  # the starter waits for this process only: the lock is known to be held, no zombie remains
+    if os.fork():  # the starter waits for this process only: the lock is held already, and no zombie remains
         return 0
     _watch_users(home, home.cluster, users)
-    os.close(own)  # before `users` goes: who then takes `users` must see that nobody watches any more
+    os.close(own)  # before `users` is released: the next holder of `users` must see that there is no watchdog
     return 0
 
 
 def _watch_users(home: Home, cluster: Path, users: int) -> None:
-    """Returns with `users` held and the server stopped, or with the home gone and the server stopped."""
+    """Returns with the server stopped, and `users` held or the home deleted."""
     idle_since: float | None = None
     postmaster: Postmaster | None = None
     while True:
         postmaster = read_postmaster(cluster) or postmaster
-        if not _is_still(users, home.users):
+        if not _is_same_file(users, home.users):
             break
         if try_lock(users):
             idle_since = idle_since or time.monotonic()
@@ -204,8 +204,8 @@ def _watch_users(home: Home, cluster: Path, users: int) -> None:
         stop_postmaster(postmaster.pid, cluster)
 
 
-def _is_still(descriptor: int, path: Path) -> bool:
-    """Whether the path leads to the opened file: not so once somebody has deleted the home."""
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    """Whether the path still leads to the opened file; false once the home was deleted."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError:

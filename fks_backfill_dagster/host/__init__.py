@@ -1,5 +1,5 @@
-"""Hosting Dagster on one machine: its servers and their keeper, its storage, its queue, and the client of its GraphQL.
+"""Dagster on one machine: servers and their keeper, storage, run queue, and a GraphQL client.
 
-Belongs here: whatever starts, stops, guards or talks to a Dagster process. Does not belong here: definitions
-(`orchestration`), which this package names and never imports.
+Belongs here: code that starts, stops, guards or calls a Dagster process. Does not belong here: definitions
+(`orchestration`), which this package refers to by name and never imports.
 """

@@ -1,12 +1,12 @@
-"""Where the code server of `up` listens, which the webserver and the daemon share.
+"""The address of the code server of `up`, which webserver and daemon share.
 
-Left to themselves they start a code server each, the daemon another one every minute. Here both are led to
-one by a workspace file of their own. One that was killed is started again (`keeper`), and both find it again.
+By default each of them starts code servers of its own, the daemon another one every minute. A separate workspace file
+points both to one server. A killed one is restarted (`keeper`) at the same address.
 
-A request can name code to call, and is authenticated by nothing. So it listens on a Unix socket in a folder that
-its user alone can enter, and nowhere else.
+A request to a code server can name code to run, and there is no authentication. It therefore listens only on a Unix
+socket in a folder that no other account can enter.
 
-Does not belong here: the server itself (`forking_server`), anything of Dagster.
+Does not belong here: the server itself (`forking_server`), imports of Dagster.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from pathlib import Path
 from fks_backfill_dagster import ownership
 
 LOCATION = "fks_backfill"
-"""As workspace.yaml names it."""
+"""The location name in workspace.yaml."""
 
 DEFINITIONS = "fks_backfill_dagster.orchestration.definitions"
 
 _SOCKET = "code.sock"
 _WORKSPACE = """\
-# Written by `fks-backfill up`: its webserver and daemon share the code server that it has started.
+# Written by `fks-backfill up`: the code server that its webserver and daemon share.
 load_from:
   - grpc_server: {{socket: {socket}, location_name: {location}}}
 """
 
 
 class SocketFolder(Exception):
-    """There is no folder for the socket that strangers cannot enter: one sentence with the remedy."""
+    """No folder for the socket that is closed to other accounts: one sentence with the remedy."""
 
 
 def socket_of(home: Path) -> Path:
-    """Where the code server of a home listens; where the home's path is too long for a socket, in the
-    temporary folder. Raises SocketFolder."""
+    """The socket of a home's code server; in the temporary folder if the home's path is too long for a socket.
+    Raises SocketFolder."""
     try:
         return ownership.socket_folder(home / "run", _SOCKET, "fks-code", home) / _SOCKET
     except ownership.OwnershipError as error:
@@ -44,7 +44,7 @@ def socket_of(home: Path) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder of a socket for this user alone. Raises SocketFolder where it is somebody else's."""
+    """Creates the folder of a socket for this account only. Raises SocketFolder if it belongs to another account."""
     if folder.is_symlink() and folder.lstat().st_uid != os.geteuid():
         raise SocketFolder(
             f"{folder} is a link of another account: delete it, or set TMPDIR to a folder of your own"
@@ -56,5 +56,5 @@ def make_folder(folder: Path) -> None:
 
 
 def write_workspace(path: Path, socket: Path) -> None:
-    """The file that leads to the code server at `socket`."""
+    """Writes the workspace file that points to the code server at `socket`."""
     ownership.write_text(path, _WORKSPACE.format(socket=json.dumps(str(socket)), location=LOCATION))

@@ -1,8 +1,8 @@
-"""The queue of runs: Dagster's own, with a tag that says which asset class a backfill's run is of.
+"""The run queue: Dagster's own, plus a tag with the asset class on the runs of backfills.
 
-Dagster limits the runs that go side by side by their tags, and the runs of a backfill have nothing but the
-backfill's id. With the tag two runs of each asset class find a place (dagster.yaml), whoever launched the
-backfill: the runs of a class whose providers fail do not take all.
+Dagster limits concurrent runs by tag, and the runs of a backfill only have the backfill's id. With the tag,
+dagster.yaml allows two backfill runs per asset class, however the backfill was launched: a class whose providers fail
+cannot occupy all slots.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dagster._core.run_coordinator import SubmitRunContext
 from dagster._core.storage.tags import BACKFILL_ID_TAG
 
 BACKFILL = "fks/backfill"
-"""The tag of a run of a backfill; its value the asset class."""
+"""The tag of a run of a backfill, its value the asset class."""
 
 
 class AssetClassRunCoordinator(QueuedRunCoordinator):
-    """The queue."""
+    """A QueuedRunCoordinator that adds the tag."""
 
     def submit_run(self, context: SubmitRunContext) -> DagsterRun:
         run = context.dagster_run
@@ -26,7 +26,7 @@ class AssetClassRunCoordinator(QueuedRunCoordinator):
 
 
 def _asset_classes(context: SubmitRunContext) -> str:
-    """The groups of the run's assets; `unknown` of none that the code location has."""
+    """The groups of the run's assets; `unknown` if the code location defines none of them."""
     graph = context.workspace.asset_graph
     selected = context.dagster_run.asset_selection or ()
     names = {graph.get(key).group_name for key in selected if graph.has(key)}

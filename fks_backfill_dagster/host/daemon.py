@@ -1,14 +1,14 @@
 """The daemon that `up` starts: Dagster's own, whose backfills survive a change of the settings.
 
-Dagster fails a whole backfill, and cancels its runs, when one of its assets or partitions is not defined any
-more ("existed at storage-time, but no longer does"): a symbol or a timeframe was taken out, or history begins
-later. Here they leave the backfill instead, before the daemon looks at it: queued runs that hold them are
-requested again without them, and a run that has begun goes on, as it has its definitions.
+Dagster fails a whole backfill, and cancels its runs, when one of its assets or partitions is no longer defined
+("existed at storage-time, but no longer does"): a symbol or a timeframe was removed, or history starts later. This
+daemon removes them from the backfill before Dagster evaluates it: queued runs that contain them are requested again
+without them; a run that has started continues, because it has loaded its definitions.
 
     python -m fks_backfill_dagster.host.daemon WORKSPACE
 
-Does not belong here: who starts it (`servers`). A daemon started otherwise (`dagster dev`, `dagster-daemon`)
-fails such a backfill; `launch` then starts another one of what is left.
+Does not belong here: starting it (`servers`). A daemon that was started differently (`dagster dev`, `dagster-daemon`)
+fails such a backfill; `launch` then starts another one for the remaining series.
 """
 
 from __future__ import annotations
@@ -53,71 +53,71 @@ _FIRST, _LAST = ASSET_PARTITION_RANGE_START_TAG, ASSET_PARTITION_RANGE_END_TAG
 _DEFINITIONS_CHANGED = frozenset(
     {"DagsterAssetBackfillDataLoadError", "DagsterDefinitionChangedDeserializationError"}
 )
-"""Names of the errors with which Dagster fails a backfill whose definitions have changed."""
+"""The errors with which Dagster fails a backfill whose definitions have changed."""
 
 _GONE = ("existed at storage-time, but no longer does", "have been removed since this backfill was stored")
-"""What the messages of those hold that are about assets and partitions that are gone."""
+"""Parts of their messages if assets or partitions were removed."""
 
 
 class LastingBackfillDaemon(BackfillDaemon):
-    """Dagster's backfill daemon; before each of its looks, what is gone leaves the backfills."""
+    """Dagster's backfill daemon; first removes undefined assets from backfills."""
 
     def core_loop(self, workspace_process_context: Any, shutdown_event: Event) -> Iterator[Any]:  # type: ignore[override]
         for each in super().core_loop(workspace_process_context, shutdown_event):
             if each is SpanMarker.START_SPAN:
                 try:
                     release_removed(workspace_process_context, self._logger)
-                except Exception:  # Dagster's own look is to follow in any case
-                    self._logger.exception("Backfills were not compared with the definitions")
+                except Exception:  # Dagster's own iteration must follow in any case
+                    self._logger.exception("Comparing the backfills with the definitions failed")
             yield each
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What of a backfill is not defined any more: whole assets, and partitions before a later beginning.
+    """The undefined part of a backfill: whole assets, and partitions before a later start.
 
-    `begun` are the partitions, as they are now, of the assets that are left and have lost some. `all_gone`:
-    nothing is left, and Dagster's own sentence about it is right.
+    `shortened`: the current partitions of remaining assets that have lost some. `all_gone`: nothing remains, and
+    Dagster's own error message is right.
     """
 
     removed: frozenset[AssetKey]
-    begun: Mapping[AssetKey, TimeWindowPartitionsDefinition]
+    shortened: Mapping[AssetKey, TimeWindowPartitionsDefinition]
     all_gone: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.removed or self.begun)
+        return bool(self.removed or self.shortened)
 
     def first(self, key: AssetKey) -> str:
-        """The first partition of an asset that has lost some; empty of any other."""
-        return (self.begun[key].get_first_partition_key() or "") if key in self.begun else ""
+        """The first partition of a shortened asset; empty for any other."""
+        return (self.shortened[key].get_first_partition_key() or "") if key in self.shortened else ""
 
 
 def release_removed(context: WorkspaceProcessContext, logger: logging.Logger) -> None:
-    """Takes what is not defined any more out of every backfill that is under way.
+    """Removes undefined assets and partitions from every active backfill.
 
-    A location that does not load at the moment has no assets at all; its backfills wait.
+    A location that fails to load has no assets at all; its backfills wait.
     """
     found = context.instance.get_backfills(
         BulkActionsFilter(statuses=[BulkActionStatus.REQUESTED, BulkActionStatus.FAILING])
     )
-    under_way = [one for one in found if one.asset_backfill_data is not None and _goes_on(one)]
-    if not under_way:
+    active = [one for one in found if one.asset_backfill_data is not None and _is_active(one)]
+    if not active:
         return
-    if any(change_of(context, one) for one in under_way):
-        # What looks gone may be new, and this copy of the definitions the old one.
+    if any(change_of(context, one) for one in active):
+        # Assets that look removed may be new ones that this process has not loaded yet.
         for name in list(context.create_request_context().get_code_location_entries()):
             context.refresh_code_location(name)
     entries = context.create_request_context().get_code_location_entries().values()
     if any(entry.load_error for entry in entries):
         return
-    for backfill in under_way:
+    for backfill in active:
         change = change_of(context, backfill)
         if not change.all_gone and (change or backfill.status is BulkActionStatus.FAILING):
             _release(context.instance, backfill, change, logger)
 
 
-def _goes_on(backfill: PartitionBackfill) -> bool:
-    """Whether it is requested, or about to be failed for what is not defined any more."""
+def _is_active(backfill: PartitionBackfill) -> bool:
+    """Whether it is requested, or about to fail because of undefined assets or partitions."""
     if backfill.status is BulkActionStatus.REQUESTED:
         return True
     error = backfill.error
@@ -129,30 +129,30 @@ def _goes_on(backfill: PartitionBackfill) -> bool:
 
 
 def change_of(context: WorkspaceProcessContext, backfill: PartitionBackfill) -> Change:
-    """What the loaded definitions lack of the backfill."""
+    """The part of the backfill that the loaded definitions do not contain."""
     assert backfill.asset_backfill_data is not None
     graph = context.create_request_context().asset_graph
     targeted = backfill.asset_backfill_data.target_subset
     removed = frozenset(key for key in targeted.asset_keys if not graph.has(key))
-    begun = {}
+    shortened = {}
     for key, subset in targeted.partitions_subsets_by_asset_key.items():
         definition = graph.get(key).partitions_def if key not in removed else None
         if isinstance(definition, TimeWindowPartitionsDefinition) and not subset.is_empty:
-            # Dagster's own comparison lists all partitions of every asset; only the beginning can have moved.
+            # Cheaper than Dagster's own comparison, which lists all partitions: only the start can have changed.
             window = definition.time_window_for_partition_key(next(iter(subset.get_partition_keys())))
             if window.start < definition.start:
-                begun[key] = definition
-    change = Change(removed, begun)
+                shortened[key] = definition
+    change = Change(removed, shortened)
     left = [key for key in targeted.asset_keys - removed if not _is_lost(targeted, key, change)]
     return replace(change, all_gone=not left)
 
 
 def _is_lost(subset: AssetGraphSubset, key: AssetKey, change: Change) -> bool:
-    return key in change.begun and not _from(subset, key, change.first(key))
+    return key in change.shortened and not _from(subset, key, change.first(key))
 
 
 def _from(subset: AssetGraphSubset, key: AssetKey, first: str) -> list[str]:
-    """The partitions of the asset from that one on."""
+    """The partitions of the asset from `first` on."""
     return [one for one in subset.partitions_subsets_by_asset_key[key].get_partition_keys() if one >= first]
 
 
@@ -160,8 +160,10 @@ def _release(
     instance: DagsterInstance, backfill: PartitionBackfill, change: Change, logger: logging.Logger
 ) -> None:
     assert backfill.asset_backfill_data is not None
-    names = sorted("/".join(key.path) for key in (*change.removed, *change.begun))
-    logger.warning(f"Backfill {backfill.backfill_id} goes on without what is not defined any more: {names}")
+    names = sorted("/".join(key.path) for key in (*change.removed, *change.shortened))
+    logger.warning(
+        f"Backfill {backfill.backfill_id} continues without assets or partitions that were removed: {names}"
+    )
     pending = zip(backfill.submitting_run_requests, backfill.reserved_run_ids, strict=True)
     requests = [(without(request, change), run_id) for request, run_id in pending]
     for run in instance.get_runs(RunsFilter(tags={BACKFILL_ID_TAG: backfill.backfill_id})):
@@ -170,10 +172,10 @@ def _release(
         if left == request:
             continue
         if run.status is DagsterRunStatus.QUEUED:
-            instance.delete_run(run.run_id)  # it could not load; as it never began, nothing is lost
+            instance.delete_run(run.run_id)  # it could not load; it has not started, so nothing is lost
             requests.append((left, make_new_run_id()))
         elif left is not None and left.tags != request.tags:
-            # It has its definitions, and goes on. Dagster reads from the tags what it was to do.
+            # It has loaded its definitions and continues. Dagster reads the partitions to run from its tags.
             instance.add_run_tags(run.run_id, dict(left.tags))
     kept = [(request, run_id) for request, run_id in requests if request is not None]
     instance.update_backfill(
@@ -189,7 +191,7 @@ def _release(
 
 
 def trimmed(data: AssetBackfillData, change: Change) -> AssetBackfillData:
-    """The data without what is gone."""
+    """The data without undefined assets and partitions."""
     return data._replace(
         target_subset=_trimmed(data.target_subset, change),
         materialized_subset=_trimmed(data.materialized_subset, change),
@@ -202,8 +204,8 @@ def _trimmed(subset: AssetGraphSubset, change: Change) -> AssetGraphSubset:
     kept = subset.filter_asset_keys(subset.asset_keys - change.removed)
     parts = {
         key: partitions
-        if key not in change.begun
-        else change.begun[key].subset_with_partition_keys(_from(kept, key, change.first(key)))
+        if key not in change.shortened
+        else change.shortened[key].subset_with_partition_keys(_from(kept, key, change.first(key)))
         for key, partitions in kept.partitions_subsets_by_asset_key.items()
     }
     return kept._replace(
@@ -223,7 +225,7 @@ def request_of(run: DagsterRun) -> RunRequest:
 
 
 def without(request: RunRequest, change: Change) -> RunRequest | None:
-    """The request without what is gone; None if that is all of it. The assets of a run share their partitions."""
+    """The request without undefined parts; None if nothing remains. The assets of a run share their partitions."""
     assets = [key for key in request.asset_selection or () if key not in change.removed]
     begin = max((change.first(key) for key in assets), default="")
     last = request.tags.get(_LAST, request.partition_key or begin)
@@ -242,9 +244,9 @@ def without(request: RunRequest, change: Change) -> RunRequest | None:
     )
 
 
-def _forget_removed() -> None:
-    """A failed run that holds an asset that is gone fails the look at its backfill, as Dagster then asks the
-    graph for the asset. There is no hook for it, so the method that lists the assets of a run is wrapped."""
+def _ignore_removed() -> None:
+    """Makes Dagster ignore removed assets of failed runs: looking them up in the graph would fail the iteration of
+    the backfill. There is no hook, so the method that lists the assets of a run is wrapped."""
     planned = CachingInstanceQueryer.get_planned_materializations_for_run
 
     def known(self: CachingInstanceQueryer, run_id: str) -> set[AssetKey]:
@@ -254,7 +256,7 @@ def _forget_removed() -> None:
 
 
 def daemons(instance: DagsterInstance) -> list[DagsterDaemon[Any]]:
-    """All that Dagster has for this instance, one of them replaced."""
+    """Dagster's daemons for this instance, with the backfill daemon replaced."""
     return [
         LastingBackfillDaemon(settings=instance.get_backfill_settings())
         if isinstance(one, BackfillDaemon)
@@ -264,10 +266,10 @@ def daemons(instance: DagsterInstance) -> list[DagsterDaemon[Any]]:
 
 
 def run(workspace: str) -> None:
-    """Returns when it was told to end."""
+    """Runs the daemon; returns after an interrupt."""
     setup_interrupt_handlers()
     write_plain()
-    _forget_removed()
+    _ignore_removed()
     try:
         with (
             capture_interrupts(),

@@ -1,10 +1,10 @@
-"""The code server itself: Dagster's own, but for two things.
+"""The code server: Dagster's own with two changes.
 
-A run's worker is a fork of a process that has imported everything and does nothing else (multiprocessing's
-fork server); Dagster's starts a Python that imports everything anew, which takes seconds of CPU. And
-"Reload definitions" in the UI reads the settings anew, for which Dagster would start another server.
+- A run worker is a fork of a process that has imported all modules (multiprocessing's fork server). Dagster's own
+  starts a Python that imports them again, which takes seconds of CPU.
+- "Reload definitions" in the UI reloads the settings. Dagster would start another server for that.
 
-Does not belong here: starting it (`servers`), and starting it again (`keeper`).
+Does not belong here: starting it (`servers`), restarting it (`keeper`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from dagster._utils.log import configure_loggers
 from fks_backfill_dagster.host.code_server import DEFINITIONS, LOCATION
 from fks_backfill_dagster.host.plain_logs import write_plain
 
-# What a run worker imports in the end, so that its fork finds it there. None of these opens a connection when
-# it is imported, and what starts threads (OpenBLAS, jemalloc) knows of forks. The definitions themselves are
-# not among them: each worker reads the settings as they are.
+# Modules that a run worker imports. None of them opens a connection on import, and the libraries that start threads
+# (OpenBLAS, jemalloc) support forks. The definitions are not among them: each worker reads the current settings.
 _IMPORTED = (
     "ccxt",
     "dagster._grpc.server",
@@ -39,32 +38,32 @@ _IMPORTED = (
     "fks_backfill_dagster.store.rate_limits",
 )
 
-# Four launches wait here for their workers, beside ticks, pages and those who watch the server: Python's own
-# choice, by the number of cores, is for one client.
-_ANSWERS_AT_ONCE = 16
+# Four launches that wait for their workers, plus ticks, pages and watchers of the server. Python's default depends on
+# the number of cores and is too small for several clients.
+_THREADS = 16
 
 _logger = logging.getLogger("dagster.code_server")
 
 
 class ForkingServer(DagsterApiServer):
-    """Answers what Dagster asks of a code server. It is made when the definitions were loaded, or failed to."""
+    """Dagster's code server API. The constructor loads the definitions; a load error does not raise."""
 
     def __init__(self, ended: threading.Event, threads: FuturesAwareThreadPoolExecutor) -> None:
-        # Without a working folder: Dagster would import from there.
+        # Without a working folder: Dagster would import from it.
         self._origin = LoadableTargetOrigin(executable_path=sys.executable, module_name=DEFINITIONS)
         super().__init__(
             server_termination_event=ended,
             logger=_logger,
             server_threadpool_executor=threads,
             loadable_target_origin=self._origin,
-            lazy_load_user_code=True,  # what is wrong with the definitions is told in the UI, and by `up`
+            lazy_load_user_code=True,  # load errors are shown in the UI and by `up`
             location_name=LOCATION,
         )
         context = multiprocessing.get_context("forkserver")
-        self._mp_ctx = context  # type: ignore[assignment]  # Dagster itself only ever takes "spawn"
+        self._mp_ctx = context  # type: ignore[assignment]  # Dagster itself only uses "spawn"
 
     def ReloadCode(self, _request: object, _context: object) -> ReloadCodeReply:
-        """Reads the settings anew; the code stays. Who watches this server sees another one."""
+        """Reloads the settings, not the code. The new server id notifies the watchers of this server."""
         with self._reload_lock:
             sys.modules.pop(DEFINITIONS, None)
             try:
@@ -80,13 +79,13 @@ class ForkingServer(DagsterApiServer):
 
 
 def serve(socket: str) -> None:
-    """Returns when the server was told to end. It listens when the definitions are loaded."""
+    """Serves until an interrupt. It listens once the definitions are loaded."""
     setup_interrupt_handlers()
     write_plain()
     configure_loggers()
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(_IMPORTED))
-    forkserver.ensure_running()  # imports while we do
-    ended, threads = threading.Event(), FuturesAwareThreadPoolExecutor(_ANSWERS_AT_ONCE)
+    forkserver.ensure_running()  # imports in parallel with this process
+    ended, threads = threading.Event(), FuturesAwareThreadPoolExecutor(_THREADS)
     server = DagsterGrpcServer(
         server_termination_event=ended,
         dagster_api_servicer=ForkingServer(ended, threads),
@@ -97,7 +96,7 @@ def serve(socket: str) -> None:
     try:
         server.serve()  # type: ignore[no-untyped-call]
     except KeyboardInterrupt:
-        _logger.info("The code server was told to end.")
+        _logger.info("The code server was interrupted and ends.")
 
 
 if __name__ == "__main__":

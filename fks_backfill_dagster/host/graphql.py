@@ -1,7 +1,7 @@
-"""Talking to a running Dagster over GraphQL, as its UI does.
+"""A GraphQL client of a running Dagster.
 
-Belongs here: the few questions and orders that the command line and the demo have. Does not belong
-here: starting the webserver (`servers`).
+Belongs here: the queries and mutations that the command line and the demo need. Does not belong here: starting the
+webserver (`servers`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 from fks_backfill_dagster.guard import TOKEN
 
-# What is on this machine is not asked through a proxy.
+# Requests to this machine bypass proxies.
 _open = build_opener(ProxyHandler({})).open
 
 REPOSITORY = {"repositoryName": "__repository__", "repositoryLocationName": "fks_backfill"}
-"""As workspace.yaml names it."""
+"""The location name in workspace.yaml."""
 
 _PAUSE_SECONDS = 0.5
 
@@ -30,22 +30,22 @@ FINISHED = frozenset({"SUCCESS", "FAILURE", "CANCELED"})
 
 
 class DagsterRefused(Exception):
-    """The webserver does not answer, or says no; the text is its own."""
+    """Raised when Dagster is unreachable or returns an error; the text is Dagster's message."""
 
 
 class Unreachable(DagsterRefused):
-    """Nothing answers."""
+    """Dagster is unreachable."""
 
 
 class WrongToken(DagsterRefused):
-    """It asks for another token than the one that it was given."""
+    """The webserver requires another token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run as Dagster sees it: `assets` are the keys it was asked for, `partitions` the first and the last.
+    """A run: `assets` are its selected keys, `partitions` its first and last one.
 
-    `will_retry`: its worker was lost, and Dagster is about to start it once more; `retried`: it has.
+    `will_retry`: its worker was lost and Dagster is about to retry it; `retried`: the retry exists.
     """
 
     id: str
@@ -62,7 +62,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Backfill:
-    """A backfill as Dagster has it: its status, its runs so far, and the error that fails it, if any."""
+    """A backfill: its status, its runs so far, and the error that fails it, if any."""
 
     status: str
     runs: Sequence[Run]
@@ -71,7 +71,7 @@ class Backfill:
 
 @dataclass(frozen=True, slots=True)
 class CheckOutcome:
-    """The last evaluation of one check; `passed` None when it never ran."""
+    """The last evaluation of one check; `passed` is None if it has not run."""
 
     asset: tuple[str, ...]
     name: str
@@ -80,8 +80,8 @@ class CheckOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Webserver:
-    """The webserver at `url`, which asks for `token`; None: for none. For `patience` seconds a query that nothing
-    answers is sent again: the keeper starts a webserver that was killed."""
+    """The webserver at `url`, which requires `token` (None: no token). While it is unreachable, a query is retried for
+    `patience` seconds: the keeper restarts a killed webserver."""
 
     url: str
     token: str | None = field(default=None, repr=False)
@@ -89,11 +89,11 @@ class Webserver:
 
     @property
     def visit(self) -> str:
-        """The address for a browser: its first visit brings the token."""
+        """The URL for a browser; it includes the token for the login."""
         return self.url if self.token is None else f"{self.url}/?{urlencode({TOKEN: self.token})}"
 
     def ask(self, query: str, **variables: object) -> dict[str, Any]:
-        """The `data` of the answer. Raises DagsterRefused."""
+        """The `data` of the response. Raises DagsterRefused."""
         deadline = time.monotonic() + self.patience
         while True:
             try:
@@ -111,21 +111,21 @@ class Webserver:
         request = Request(f"{self.url}/graphql", body, headers)
         try:
             with _open(request, timeout=60) as response:
-                answer = json.loads(response.read())
+                document = json.loads(response.read())
         except HTTPError as error:
             if error.code == 401:
                 raise WrongToken(
-                    f"{self.url} asks for another token: FKS_API_TOKEN has to be as it was for `fks-backfill up`"
+                    f"{self.url} requires another token: set FKS_API_TOKEN to the value that `fks-backfill up` had"
                 ) from None
-            raise DagsterRefused(f"{self.url} answered {error.code}: {error.read()[:500]!r}") from None
+            raise DagsterRefused(f"{self.url} returned {error.code}: {error.read()[:500]!r}") from None
         except (URLError, HTTPException, OSError, ValueError) as error:
-            raise Unreachable(f"{self.url} does not answer: {error}") from None
-        if answer.get("errors"):
-            raise DagsterRefused("; ".join(error["message"] for error in answer["errors"]))
-        data: dict[str, Any] = answer["data"]
+            raise Unreachable(f"{self.url} is not reachable: {error}") from None
+        if document.get("errors"):
+            raise DagsterRefused("; ".join(error["message"] for error in document["errors"]))
+        data: dict[str, Any] = document["data"]
         return data
 
-    # --- how it is ---
+    # --- health ---
 
     def answers(self) -> bool:
         try:
@@ -136,7 +136,7 @@ class Webserver:
             return False
 
     def late_daemons(self, since: float) -> list[str]:
-        """The required daemons without a heartbeat since then (seconds since the epoch)."""
+        """Required daemons without a heartbeat since `since` (seconds since the epoch)."""
         found = self.ask(
             "{ instance { daemonHealth { allDaemonStatuses { daemonType required lastHeartbeatTime } } } }"
         )
@@ -147,7 +147,7 @@ class Webserver:
         ]
 
     def load_errors(self) -> list[str]:
-        """Why code locations did not load; empty when all did."""
+        """Load errors of code locations; empty if all are loaded."""
         found = self.ask(
             "{ workspaceOrError { __typename ... on PythonError { message } ... on Workspace {"
             " locationEntries { name locationOrLoadError { __typename ... on PythonError { message } } } } } }"
@@ -158,19 +158,19 @@ class Webserver:
         return [o["message"] for o in outcomes if o and o["__typename"] == "PythonError"]
 
     def reloaded(self) -> list[str]:
-        """Has the code location looked at anew; why it does not load, empty when it does."""
+        """Reloads the code location; returns its load errors, empty if it loads."""
         self.ask(
             "mutation($name: String!) { reloadRepositoryLocation(repositoryLocationName: $name) { __typename } }",
             name=REPOSITORY["repositoryLocationName"],
         )
         return self.load_errors()
 
-    # --- orders ---
+    # --- mutations ---
 
     def launch_backfill(self, partitions: Mapping[tuple[str, ...], tuple[str, str]]) -> str:
-        """Backfills assets over partition ranges (first, last key), assets of both grains together.
+        """Launches a backfill of assets over partition ranges (first, last key); grains may be mixed.
 
-        The id of the backfill. Raises DagsterRefused.
+        Returns the id of the backfill. Raises DagsterRefused.
         """
         wanted = [
             {"assetKey": {"path": list(key)}, "partitions": {"ranges": [{"start": first, "end": last}]}}
@@ -182,11 +182,13 @@ class Webserver:
             params={"partitionsByAssets": wanted, "title": "fks-backfill"},
         )["launchPartitionBackfill"]
         if found["__typename"] != "LaunchBackfillSuccess":
-            raise DagsterRefused(f"the backfill was refused: {found.get('message') or found['__typename']}")
+            raise DagsterRefused(
+                f"Dagster rejected the backfill: {found.get('message') or found['__typename']}"
+            )
         return str(found["backfillId"])
 
     def launch_checks(self, checks: Sequence[tuple[tuple[str, ...], str]]) -> str:
-        """A run of these checks (asset, name) alone; its id. Raises DagsterRefused."""
+        """Launches a run of these checks (asset, name) only; returns its id. Raises DagsterRefused."""
         wanted = [{"assetKey": {"path": list(asset)}, "name": name} for asset, name in checks]
         selector = {**REPOSITORY, "pipelineName": "__ASSET_JOB", "assetSelection": []}
         found = self.ask(
@@ -195,13 +197,13 @@ class Webserver:
             params={"selector": {**selector, "assetCheckSelection": wanted}, "mode": "default"},
         )["launchRun"]
         if found["__typename"] != "LaunchRunSuccess":
-            raise DagsterRefused(f"the run was refused: {found.get('message') or found['__typename']}")
+            raise DagsterRefused(f"Dagster rejected the run: {found.get('message') or found['__typename']}")
         return str(found["run"]["runId"])
 
-    # --- what is defined ---
+    # --- definitions ---
 
     def defined(self, assets: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
-        """Those of the assets that the loaded definitions have."""
+        """The assets among these that the loaded definitions contain."""
         found = self.ask(
             "query($keys: [AssetKeyInput!]) { assetNodes(assetKeys: $keys) { assetKey { path } isMaterializable } }",
             keys=[{"path": list(asset)} for asset in assets],
@@ -209,7 +211,7 @@ class Webserver:
         return {tuple(node["assetKey"]["path"]) for node in found if node["isMaterializable"]}
 
     def first_partition(self, asset: tuple[str, ...]) -> str | None:
-        """The key of the asset's first partition; None where there is no such asset."""
+        """The key of the asset's first partition; None if the asset is not defined."""
         found = self.ask(
             "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {"
             " partitionKeyConnection(limit: 1, ascending: true) { results } } } }",
@@ -228,7 +230,7 @@ class Webserver:
         return found.status, list(found.runs)
 
     def backfill_state(self, identity: str) -> Backfill:
-        """How a backfill is. Raises DagsterRefused where there is none."""
+        """The state of a backfill. Raises DagsterRefused if it does not exist."""
         found = self.ask(
             "query($id: String!) { partitionBackfillOrError(backfillId: $id) { __typename"
             " ... on PartitionBackfill { status error { message }"
@@ -242,7 +244,7 @@ class Webserver:
         return Backfill(found["status"], [_run(run) for run in found["runs"]], error)
 
     def materializations(self, runs: Sequence[str]) -> dict[str, int]:
-        """How many partitions each run has materialized so far, all of its assets together."""
+        """Partitions materialized so far by each run, over all of its assets."""
         if not runs:
             return {}
         found = self.ask(
@@ -253,7 +255,7 @@ class Webserver:
         return {run["id"]: run["stats"].get("materializations", 0) for run in found}
 
     def failed_partitions(self, asset: tuple[str, ...], keys: Sequence[str]) -> list[str]:
-        """Those of `keys` that the asset's page shows as failed."""
+        """The partitions among `keys` that Dagster shows as failed."""
         found = self.ask(
             "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { __typename ... on AssetNode {"
             " assetPartitionStatuses { ... on TimePartitionStatuses { ranges { status startKey endKey } } } } } }",
@@ -273,7 +275,7 @@ class Webserver:
         return Run(identity, found["status"])
 
     def failures(self, run: str) -> list[str]:
-        """What a failed run says of its steps."""
+        """The step errors of a failed run."""
         found = self.ask(
             "query($id: ID!) { logsForRun(runId: $id) { __typename ... on EventConnection { events {"
             " __typename ... on ExecutionStepFailureEvent { error { message } } } } } }",
@@ -283,7 +285,7 @@ class Webserver:
         return [e["error"]["message"] for e in events if e["__typename"] == "ExecutionStepFailureEvent"]
 
     def check_outcomes(self, asset: tuple[str, ...]) -> list[CheckOutcome]:
-        """The last word of every check of an asset."""
+        """The last evaluation of each check of an asset."""
         found = self.ask(
             "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { __typename ... on AssetNode {"
             " assetChecksOrError { ... on AssetChecks { checks { name executionForLatestMaterialization"

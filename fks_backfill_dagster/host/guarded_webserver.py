@@ -1,10 +1,10 @@
-"""The webserver that `up` starts: Dagster's own behind our guard, on the loopback address.
+"""The webserver that `up` starts: Dagster's own behind the project's guard, on the loopback address.
 
-Dagster's takes mutations from any page that a browser has open, and has no login.
+Dagster's webserver accepts mutations from any page open in a browser, and has no login.
 
     python -P -m fks_backfill_dagster.host.guarded_webserver PORT WORKSPACE
 
-Does not belong here: what is refused (`guard`), how it is started (`servers`).
+Does not belong here: access rules (`guard`), starting it (`servers`).
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from fks_backfill_dagster.settings.model import Settings
 HOST = "127.0.0.1"
 
 _POLL_MILLISECONDS = 2000
-"""How often a page looks for newer data: Dagster's own choice."""
+"""The polling interval of pages: Dagster's default."""
 
-# Dagster's own choices: the longest statement, the age and the number of connections.
+# Dagster's defaults: statement timeout, age and number of connections.
 _STATEMENT_MILLISECONDS, _CONNECTION_SECONDS, _MOST_CONNECTIONS = 15_000, 3_600, 20
 
 _REPORTS = "/report_asset"
 
-_logger = logging.getLogger("dagster-webserver")  # formatted by Dagster as its own
+_logger = logging.getLogger("dagster-webserver")  # Dagster's name, for its log format
 
 
 def rules_of(settings: Settings, port: int) -> Rules:
-    """What Dagster's webserver lets in by the settings. Cookies are shared between ports, so theirs has a name
-    with the port."""
+    """The access rules of Dagster's webserver for these settings. Browsers share cookies between ports, so the
+    cookie's name contains the port."""
     opened = settings.webserver.report_assets
     return Rules(
         token=token_of(settings),
@@ -57,7 +57,7 @@ def rules_of(settings: Settings, port: int) -> Rules:
 
 
 class GuardedWebserver(DagsterWebserver[WorkspaceProcessContext, object]):  # type: ignore[type-var]
-    """Dagster's webserver; nothing gets to its routes but by the guard."""
+    """Dagster's webserver with the guard in front of all routes."""
 
     def __init__(self, context: WorkspaceProcessContext, rules: Rules) -> None:
         self._rules = rules
@@ -68,11 +68,11 @@ class GuardedWebserver(DagsterWebserver[WorkspaceProcessContext, object]):  # ty
 
 
 def serve(port: int, workspace: str) -> None:
-    """Returns when it was told to end."""
+    """Serves until an interrupt."""
     settings = load_settings()
     rules = rules_of(settings, port)
     if rules.token is None and settings.webserver.login:
-        raise SystemExit("there is no token yet: `fks-backfill up` makes it")
+        raise SystemExit("there is no token yet: run `fks-backfill up`, which creates it")
     setup_interrupt_handlers()
     write_plain()
     configure_loggers()
@@ -86,7 +86,7 @@ def serve(port: int, workspace: str) -> None:
                 GuardedWebserver(context, rules).create_asgi_app(),
                 host=HOST,
                 port=port,
-                log_level="warning",  # no line per request: a first visit has the token in its address
+                log_level="warning",  # no line per request: the URL of a login contains the token
                 proxy_headers=False,
                 server_header=False,
             )

@@ -1,15 +1,15 @@
-"""The keeper of a home: starts again what `up` has started, when it ends without being asked to.
+"""The keeper of a home: restarts the servers of `up` that end unexpectedly.
 
     python -P -m fks_backfill_dagster.host.keeper HOME
 
-There is one per home, for the embedded database, code server, webserver and daemon. `up` writes down what there is
-to keep (`Plan`) and starts the keeper last. Both start a server in the same way and find it by its record
-(`processes`): a keeper that was killed leaves the servers running, and the next `up` starts another one, which takes
-them over. `stop` ends the keeper before anything else, and a keeper whose record is gone or names another one ends
-without starting anything, so nothing comes back after `down`.
+There is one per home, for the embedded database, code server, webserver and daemon. `up` writes the `Plan` and starts
+the keeper last. Both start a server in the same way and find it by its record (`processes`): the servers survive a
+killed keeper, and the next `up` starts another one, which takes them over. `stop` ends the keeper before anything else,
+and a keeper whose record is missing or names another process ends without starting anything, so nothing is restarted
+after `down`.
 
-Reasons: docs/adr/0025. Does not belong here: what the servers are (`servers`). Only the standard library is imported,
-and of the project what does the same: the keeper lives as long as the servers do.
+Reasons: docs/adr/0025. Does not belong here: the commands of the servers (`servers`). Imports the standard library and
+only such modules of the project as do the same, to stay small: the keeper runs as long as the servers.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from fks_backfill_dagster.host.processes import KEEPER, Background, stop
 
 DATABASE = "database"
 
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 
 STEADY_SECONDS = 60.0
-"""What has run so long has started well: when it ends, that is its first end again."""
+"""After so long a run the count of consecutive ends restarts."""
 
 LONGEST_SECONDS = 60.0
 
 MOST_ENDS = 12
-"""So many ends in a row, over some minutes, and it is given up: what is wrong needs a person."""
+"""Consecutive ends, over some minutes, after which a server is given up: an operator has to fix the cause."""
 
 _RECORD_SECONDS = 10.0
-"""`up` writes the record right after it has started the keeper."""
+"""How long to wait for the record, which `up` writes right after starting the keeper."""
 
 
-# What there is to keep --------------------------------------------------------------------------------
+# Plan and state --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One server. `port` is where it listens (0: nowhere), `withheld` are variables that it does not get."""
+    """One server. `port`: where it listens (0: none). `withheld`: environment variables to remove."""
 
     name: str
     command: tuple[str, ...]
@@ -65,8 +65,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All servers of a home; their environment is the keeper's own. `database`: whether the embedded one runs on
-    without users; None where the database is another one."""
+    """All servers of a home; they inherit the keeper's environment. `database`: whether the embedded database keeps
+    running without users; None: it is not used."""
 
     cwd: Path
     parts: tuple[Part, ...]
@@ -95,7 +95,7 @@ def _state_file(home: Path) -> Path:
 
 
 def problems(home: Path) -> list[str]:
-    """What is wrong with what `up` has started in this home, a sentence each; usually nothing."""
+    """Problems of the servers and the keeper of this home, a sentence each; usually none."""
     keeper = Background(home, KEEPER)
     try:
         names = [part.name for part in Plan.read(home).parts]
@@ -104,22 +104,20 @@ def problems(home: Path) -> list[str]:
         return []
     if keeper.is_running():
         return [
-            f"The {name} ended {MOST_ENDS} times in a row and is not started any more: see {log}, then run"
+            f"The {name} ended {MOST_ENDS} times in a row and is no longer restarted: see {log}, then run"
             " `fks-backfill up`."
             for name, log in given_up.items()
         ]
     if any(Background(home, name).is_running() for name in names):
-        return [
-            "The keeper of the servers has ended, so none of them would be started again: run `fks-backfill up`."
-        ]
+        return ["The keeper has ended, so a server that ends is not restarted: run `fks-backfill up`."]
     return []
 
 
-# The rule ---------------------------------------------------------------------------------------------
+# Back-off ---------------------------------------------------------------------------------------------
 
 
 def delay(ends: int) -> float | None:
-    """Seconds until the next start of what has ended so many times in a row; None: it is given up."""
+    """Seconds until the next start after `ends` consecutive ends; None: given up."""
     if ends >= MOST_ENDS:
         return None
     return 0.0 if ends <= 1 else min(2.0 ** (ends - 2), LONGEST_SECONDS)
@@ -130,7 +128,7 @@ FAILURES = (OSError, ownership.OwnershipError, EmbeddedError)
 
 @dataclass(slots=True)
 class Kept:
-    """One thing that is to run. `is_running` and `begin`, which starts it, may raise any of FAILURES."""
+    """One supervised server. `is_running` and `begin`, which starts it, may raise any of FAILURES."""
 
     name: str
     is_running: Callable[[], bool]
@@ -142,11 +140,11 @@ class Kept:
     _due: float | None = None
     _failure: str = ""
 
-    def look(self, now: float) -> None:
-        """Starts it if it is time for that; `now` in seconds of any clock that only goes forward."""
+    def check(self, now: float) -> None:
+        """Starts it if a start is due; `now` in seconds of any monotonic clock."""
         try:
             if self.is_running():
-                self.given_up = False  # a person has started it meanwhile
+                self.given_up = False  # restarted by an operator
             elif not self.given_up:
                 self._begin_if_due(now)
         except FAILURES as error:
@@ -166,22 +164,22 @@ class Kept:
         wait = delay(self.ends)
         if wait is None:
             self.given_up = True
-            self.log(f"the {self.name} has ended {self.ends} times in a row and is not started any more")
+            self.log(f"the {self.name} has ended {self.ends} times in a row and is no longer restarted")
             return
         self._due = now + wait
-        when = f"in {wait:.0f} s" if wait else "at once"
-        self.log(f"the {self.name} has ended; it is started again {when}")
+        when = f"in {wait:.0f} s" if wait else "now"
+        self.log(f"the {self.name} has ended; restarting {when}")
 
 
 # The process ------------------------------------------------------------------------------------------
 
 
 class _Ended(BaseException):
-    """SIGTERM or SIGINT, where they may interrupt."""
+    """Raised for SIGTERM or SIGINT where an interruption is safe."""
 
 
 class Keeper:
-    """Keeps what the plan of the home names until a signal ends it, or its record is gone."""
+    """Supervises the servers of the home's plan until a signal ends it or its record is missing."""
 
     def __init__(self, home: Path) -> None:
         self._home, self._plan = home, Plan.read(home)
@@ -189,7 +187,7 @@ class Keeper:
         self._kept = [*self._database(), *map(self._server, self._plan.parts)]
 
     def run(self) -> None:
-        """Returns when it is to end; what it keeps runs on."""
+        """Supervises until the end; the servers keep running."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
         with contextlib.suppress(_Ended):
@@ -199,11 +197,11 @@ class Keeper:
                 before = self._given_up()
                 for one in self._kept:
                     if not self._ended:
-                        one.look(time.monotonic())
+                        one.check(time.monotonic())
                 if self._given_up() != before:
                     self._write_state()
                 with self._may_end():
-                    time.sleep(LOOK_SECONDS)
+                    time.sleep(POLL_SECONDS)
 
     def _database(self) -> Iterator[Kept]:
         keep = self._plan.database
@@ -212,15 +210,15 @@ class Keeper:
         postgres, is_held = EmbeddedPostgres(self._home), False
 
         def is_running() -> bool:
-            """`db stop` ends it for as long as nothing else starts it."""
+            """A database that was stopped by `db stop` counts as running: it is not restarted."""
             found = postgres.status()
             if found.running and not is_held:
-                begin()  # a user of it, so that it stays while a server is being started again
+                begin()  # registers as a user, so that it stays up during the restart of a server
             return found.running or found.stopped
 
         def begin() -> None:
             nonlocal is_held
-            with self._may_end():  # it may have minutes of WAL to read
+            with self._may_end():  # recovery from WAL may take minutes
                 postgres.start(keep=keep)
             is_held = True
 
@@ -230,7 +228,7 @@ class Keeper:
         background = Background(self._home, part.name)
 
         def begin() -> None:
-            stop([background], at_once=True)  # its workers: the new one does not know them
+            stop([background], at_once=True)  # its run workers: the new server does not know them
             part.start(self._home, self._plan.cwd, os.environ)
 
         return Kept(part.name, background.is_running, begin, _log)
@@ -253,7 +251,7 @@ class Keeper:
         ownership.write_text(_state_file(self._home), json.dumps(state))
 
     def _end(self, _number: int, _frame: object) -> None:
-        """A server that is just being started gets its record first: else `stop` would not find it."""
+        """Ends after the current start, so that the server has its record; otherwise `stop` would miss it."""
         self._ended = True
         if self._interruptible:
             raise _Ended

@@ -1,11 +1,11 @@
-"""Dagster's own storage, whose calls outlast a database that is away for seconds.
+"""Retries for Dagster's storage while the database is unavailable.
 
-Dagster waits some ten seconds for a connection, and a statement that loses its connection fails: a run whose event is
-lost by that fails, although its work could go on. Here a call that has lost the database is made again until it is
-back. Each call is a transaction of its own, so the worst is an event that is stored twice: its first commit was
-answered by nothing.
+Dagster waits about ten seconds for a connection, and a statement that loses its connection fails: a run whose event
+is lost fails, although its work could continue. Here a call that loses the database is retried until the database is
+available. Each call is a transaction of its own, so at worst an event is stored twice: when its commit succeeded
+without a response.
 
-Does not belong here: what restarts the database (`keeper`), our own tables (`store`).
+Does not belong here: restarting the database (`keeper`), the project's own tables (`store`).
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from fks_backfill_dagster.store.errors import AWAY_SECONDS, DatabaseUnavailable,
 _PAUSE_SECONDS = 0.5
 
 _AWAY = ("08", "57P")
-"""Of the SQLSTATE: a connection that failed, a server that is ending or starting."""
+"""SQLSTATE prefixes: connection failure, server shutdown or startup."""
 
 _logger = logging.getLogger("dagster.storage")
 
 
-def make_lasting(storage: object) -> None:
-    """Has every public method of this storage wait for a database that is away."""
+def add_retries(storage: object) -> None:
+    """Wraps each public method of this storage in `with_retries`."""
     for name in dir(type(storage)):
         method = inspect.getattr_static(type(storage), name)
         if not name.startswith("_") and inspect.isfunction(method):
-            setattr(storage, name, lasting(getattr(storage, name)))
+            setattr(storage, name, with_retries(getattr(storage, name)))
 
 
-def lasting(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call, made again while the database is away, for AWAY_SECONDS at most."""
+def with_retries(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, retried while the database is unavailable, for AWAY_SECONDS at most."""
 
     @wraps(call)
-    def again(*arguments: Any, **options: Any) -> Any:
+    def retrying(*arguments: Any, **options: Any) -> Any:
         deadline = time.monotonic() + AWAY_SECONDS
         while True:
             try:
@@ -49,14 +49,14 @@ def lasting(call: Callable[..., Any]) -> Callable[..., Any]:
             except Exception as error:
                 if not is_away(error) or time.monotonic() > deadline:
                     raise
-                _logger.warning(f"The database is away, {call.__name__} waits for it: {error}")
+                _logger.warning(f"The database is unavailable, {call.__name__} is retried: {error}")
             time.sleep(_PAUSE_SECONDS)
 
-    return again
+    return retrying
 
 
 def is_away(error: Exception) -> bool:
-    """Whether Dagster's storage has lost the database, or does not get to it."""
+    """Whether the error of Dagster's storage is a lost or failed connection to the database."""
     if isinstance(
         error, DagsterPostgresException | DatabaseUnavailable
     ):  # "too many retries for DB connection"

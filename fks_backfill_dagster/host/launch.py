@@ -1,7 +1,7 @@
-"""A partition backfill of some series through the running Dagster, watched to its end.
+"""Launching a partition backfill of series in the running Dagster, and watching it.
 
-Belongs here: which partitions a range means, and when all of them have been run. Does not belong here:
-how it is shown (command line), the client of Dagster (`graphql`).
+Belongs here: the partitions of a range, and when all of them have been run. Does not belong here: the display
+(command line), the client of Dagster (`graphql`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fks_backfill_dagster.host.servers import DAEMON, HOST, WEBSERVER, ServersEr
 from fks_backfill_dagster.login import token_of
 from fks_backfill_dagster.settings.model import Settings
 
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 START_SECONDS = 30.0
 AWAY_SECONDS = 120.0
 ENDED = frozenset({"CANCELED", "FAILED", "COMPLETED", "COMPLETED_FAILED", "COMPLETED_SUCCESS"})
@@ -30,7 +30,7 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One series and the keys of its partitions, ascending, without a hole."""
+    """One series and its partition keys, ascending and contiguous."""
 
     series: Series
     keys: tuple[str, ...]
@@ -49,9 +49,9 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """How far a backfill is, counted as Dagster's backfill page counts.
+    """The progress of a backfill, counted as on Dagster's backfill page.
 
-    `materialized` and `failed` of `wanted` partitions; `settled` are those that no run is left to change.
+    `materialized` and `failed` of `wanted` partitions; `settled`: partitions that no unfinished run can change.
     """
 
     wanted: int
@@ -71,11 +71,11 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """What came of a backfill. `failed` are the partitions of each order that are not materialized by it.
+    """The result of a backfill. `failed`: the partitions of each order that it did not materialize.
 
-    `removed`: the orders whose symbol was taken out of the settings meanwhile; nothing of theirs counts as
-    failed. `followed` are the ids of the backfills that went on with the rest. `excused` are the runs that
-    did not succeed because they held a symbol that was taken out.
+    `removed`: the orders whose symbol was removed from the settings meanwhile; their partitions do not count as
+    failed. `followed`: the ids of further backfills for the remaining orders. `excused`: the runs that did not
+    succeed because they contained a removed symbol.
     """
 
     id: str
@@ -93,9 +93,9 @@ class Launched:
 
 
 def order(settings: Settings, series: Series, window: TimeRange) -> Order:
-    """The partitions that `window` reaches into, from the series' own start on: before it nothing is expected.
+    """The partitions that overlap `window`, from the series' own start on.
 
-    Raises ValueError when the window ends before that.
+    Raises ValueError if the window ends before that start.
     """
     start = max(window.start, settings.start_of(series))
     if start >= window.end:
@@ -104,7 +104,7 @@ def order(settings: Settings, series: Series, window: TimeRange) -> Order:
 
 
 def running_webserver(settings: Settings) -> Webserver:
-    """The webserver that `up` has started. One that the keeper is starting again is waited for, and so is the daemon.
+    """The webserver that `up` has started. Waits while the keeper restarts it or the daemon.
 
     Raises ServersError unless both run.
     """
@@ -115,47 +115,46 @@ def running_webserver(settings: Settings) -> Webserver:
         web = Webserver(f"http://{HOST}:{server.port}", token_of(settings)) if runs else None
         if (web and web.answers()) or not keeper.is_running() or time.monotonic() > deadline:
             break
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     if web is None:
         raise ServersError("Dagster is not up: start it with `fks-backfill up`, then launch again.")
     return web
 
 
 def start(web: Webserver, orders: Sequence[Order], say: Say | None = None) -> str:
-    """Has Dagster backfill them; the id of the backfill.
+    """Launches a backfill of the orders; returns its id.
 
-    Definitions that do not know a symbol or a start of the settings yet are reloaded first. Raises
-    DagsterRefused.
+    Reloads the definitions first if they lack a symbol or a start of the settings. Raises DagsterRefused.
     """
     if _unknown(web, orders):
         if say is not None:
-            say("The settings have changed since Dagster loaded them: reloading its code location")
+            say("The settings have changed since Dagster loaded them: reloading the code location")
         errors = web.reloaded()
         if errors:
-            raise DagsterRefused(f"the definitions do not load: {errors[0].strip()}")
+            raise DagsterRefused(f"the definitions fail to load: {errors[0].strip()}")
         unknown = _unknown(web, orders)
         if unknown:
             raise DagsterRefused(
-                f"the running Dagster does not have {', '.join(unknown)}: it has other settings than this"
+                f"{', '.join(unknown)}: not defined in the running Dagster, which has other settings than this"
                 " command. Compare FKS_CONFIG, or restart it: `fks-backfill down`, then `up`."
             )
     return web.launch_backfill({one.asset: (one.keys[0], one.keys[-1]) for one in orders})
 
 
 def _unknown(web: Webserver, orders: Sequence[Order]) -> list[str]:
-    """What the running definitions lack: series, and of each grain a partition before their first one."""
+    """Orders that the running definitions lack: series, and per grain a partition before their first one."""
     defined = web.defined([one.asset for one in orders])
-    lacking = [str(one.series) for one in orders if one.asset not in defined]
-    if lacking:
-        return lacking
+    missing = [str(one.series) for one in orders if one.asset not in defined]
+    if missing:
+        return missing
     for monthly in (True, False):
         grain = [one for one in orders if is_monthly(one.series.timeframe) is monthly]
         if grain:
             first = min(grain, key=lambda one: one.keys[0])
             begin = web.first_partition(first.asset)
             if begin is None or begin > first.keys[0]:
-                lacking.append(f"the partition {first.keys[0]} of {first.series}")
-    return lacking
+                missing.append(f"the partition {first.keys[0]} of {first.series}")
+    return missing
 
 
 # Watching ----------------------------------------------------------------------------------------------
@@ -168,13 +167,13 @@ def watch(
     see: Callable[[Seen], object],
     say: Say | None = None,
 ) -> Launched:
-    """Reports how far it is, about once a second, until every partition was run.
+    """Reports the progress about once a second until every partition was run.
 
-    When symbols are taken out of the settings meanwhile and that cost the others anything, another backfill
-    goes on with those. A webserver that is started again meanwhile is waited for. Raises DagsterRefused when
-    Dagster fails the backfill for any other reason.
+    If symbols are removed from the settings meanwhile and partitions of other symbols are lost with them, another
+    backfill runs those. Waits for a webserver that is being restarted. Raises DagsterRefused if Dagster fails the
+    backfill for any other reason.
     """
-    impatient, web = web, replace(web, patience=AWAY_SECONDS)
+    web_without_retries, web = web, replace(web, patience=AWAY_SECONDS)
     runs: list[Run] = []
     ids, wanted, removed = [identity], list(orders), set[Order]()
     while True:
@@ -184,34 +183,34 @@ def watch(
         gone = {one for one in orders if one.asset not in defined}
         if not defined and (errors := web.load_errors()):
             raise DagsterRefused(
-                f"the definitions do not load: {errors[0].strip()}. What runs goes on: {web.url}/runs/b/{ids[-1]}"
+                f"the definitions fail to load: {errors[0].strip()}. Started runs continue: {web.url}/runs/b/{ids[-1]}"
             )
         if len(gone) == len(orders):
             raise DagsterRefused(
-                "every symbol of the backfill was taken out of the settings: add them again, then launch again"
+                "every symbol of the backfill was removed from the settings: add them again, then launch again"
             )
         if state.error and gone == removed:
             raise DagsterRefused(
-                f"the backfill failed: {state.error.strip()}\nLaunch again to have what is left: only what is"
-                " missing is fetched."
+                f"the backfill failed: {state.error.strip()}\nLaunch again to complete it: only missing candles"
+                " are fetched."
             )
         wanted = _left(orders, gone, runs)
         if gone == removed or not wanted:
             break
         removed = gone
-        ids.append(start(impatient, wanted))  # an order that nothing answers may have arrived
+        ids.append(start(web_without_retries, wanted))  # a mutation without a response may have succeeded
         if say is not None:
             names = ", ".join(sorted({one.series.symbol for one in gone}))
-            say(f"{names}: taken out of the settings. The others go on: {web.url}/runs/b/{ids[-1]}")
+            say(f"{names}: removed from the settings. The other symbols continue: {web.url}/runs/b/{ids[-1]}")
     return _launched(web, ids, orders, gone, runs)
 
 
 def _watched(
     web: Webserver, identity: str, orders: Sequence[Order], see: Callable[[Seen], object]
 ) -> Backfill:
-    """The state of a backfill when there is nothing more to wait for.
+    """The final state of a backfill.
 
-    Dagster's daemon looks for new backfills every 30 seconds, and as long after their end.
+    Returns when all runs have ended: Dagster's daemon polls backfills every 30 seconds and notices their end late.
     """
     counted: dict[str, int] = {}
     last = frozenset[str]()
@@ -221,15 +220,15 @@ def _watched(
         last = frozenset(run.id for run in state.runs if run.finished)
         seen = count(orders, state.runs, counted)
         see(seen)
-        if seen.over or state.status in ENDED:  # of a backfill that has ended no lost run is tried again
+        if seen.over or state.status in ENDED:  # lost runs of an ended backfill are not retried
             return state
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 def count(orders: Sequence[Order], runs: Sequence[Run], materialized: Mapping[str, int]) -> Seen:
-    """How far it is. `materialized` are the partitions that each run has materialized so far.
+    """The progress. `materialized`: the partitions that each run has materialized so far.
 
-    A lost run that was started once more counts for nothing: its retry does all of it.
+    A lost run with a retry does not count: the retry covers all of its partitions.
     """
     settled = 0
     for one in orders:
@@ -247,22 +246,22 @@ def count(orders: Sequence[Order], runs: Sequence[Run], materialized: Mapping[st
 
 
 def _left(orders: Sequence[Order], gone: set[Order], runs: Sequence[Run]) -> list[Order]:
-    """What the orders that are still defined have lost by those that are not, each without a hole.
+    """The partitions that remaining orders have lost because of removed ones, extended to contiguous orders.
 
-    Such a partition has no run that succeeded or goes on, and none that failed by itself.
+    Lost are partitions without a run that succeeded, continues, or failed for another reason.
     """
     lost = {one.asset for one in gone}
     left = []
     for one in orders:
         if one in gone:
             continue
-        met = {
+        covered = {
             key
             for run in runs
             if run.status == "SUCCESS" or not lost & set(run.assets)
             for key in one.within(run)
         }
-        keys = [key for key in one.keys if key not in met]
+        keys = [key for key in one.keys if key not in covered]
         if keys:
             left.append(Order(one.series, tuple(key for key in one.keys if keys[0] <= key <= keys[-1])))
     return left
@@ -286,9 +285,9 @@ def _launched(
 def _failed(web: Webserver, one: Order, runs: Sequence[Run]) -> list[str]:
     """The partitions that Dagster shows as failed, and those that no run has finished.
 
-    Those before the beginning that the settings have now are no partitions any more.
+    Keys before the current start of the settings are no longer partitions.
     """
     begin = web.first_partition(one.asset) or ""
     shown = set(web.failed_partitions(one.asset, one.keys))
-    met = {key for run in runs if run.status in ("SUCCESS", "FAILURE") for key in one.within(run)}
-    return [key for key in one.keys if key >= begin and (key in shown or key not in met)]
+    covered = {key for run in runs if run.status in ("SUCCESS", "FAILURE") for key in one.within(run)}
+    return [key for key in one.keys if key >= begin and (key in shown or key not in covered)]

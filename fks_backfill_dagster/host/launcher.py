@@ -1,15 +1,13 @@
-"""Launches runs as Dagster does by default, and can tell whether a run's worker still lives.
+"""Dagster's default run launcher with a health check of run workers.
 
-Dagster's own launcher cannot, so a run whose code server was killed would stay "started" for ever. The
-code server that launched a run is asked; where nobody answers at its address any more, or it does not
-know the run, the worker is gone. Run monitoring (dagster.yaml) fails such a run, and it is tried again.
-While the keeper restarts the code server the run counts as running: Dagster would give up its retry, for it
-launches that at once and cannot without a code server.
+Dagster's own launcher has none, so a run whose code server was killed would stay "started" permanently. The check
+queries the code server that launched the run: if it is unreachable or does not know the run, the worker is gone. Run
+monitoring (dagster.yaml) fails such a run, and Dagster retries it. While the keeper restarts the code server, the run
+counts as running: Dagster launches a retry immediately, which fails without a code server, and does not repeat it.
 
-Dagster writes down that a failed run will be tried again a moment after it has failed. The daemon's
-threads all begin at the same time: its backfills, which look in just that moment, would take a run that
-was lost together with the daemon for their last, end, and with that forbid the retry. So it is written
-down before.
+Dagster tags a failed run for its retry a moment after the failure. If the daemon was lost together with the run, its
+backfill thread, which starts at the same time, could read the run in that moment, end the backfill, and so prevent the
+retry. The launcher therefore sets the tag before.
 """
 
 from __future__ import annotations
@@ -32,11 +30,11 @@ from dagster._serdes import deserialize_value
 from fks_backfill_dagster.host import code_server
 from fks_backfill_dagster.host.processes import KEEPER, MARK, Background
 
-ANSWER_SECONDS = 10
+RESPONSE_SECONDS = 10
 
 
 class WatchedRunLauncher(DefaultRunLauncher):
-    """The default launcher with the health check that run monitoring asks for."""
+    """The default launcher with the health check that run monitoring requires."""
 
     @property
     def supports_check_run_worker_health(self) -> bool:
@@ -45,40 +43,40 @@ class WatchedRunLauncher(DefaultRunLauncher):
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
         found = _worker_health(run)
         if found.status is WorkerStatus.NOT_FOUND and self.has_instance:
-            _announce_retry(self._instance, run)
+            _tag_retry(self._instance, run)
         return found
 
 
 def _worker_health(run: DagsterRun) -> CheckRunHealthResult:
-    told = run.tags.get(GRPC_INFO_TAG)
-    if told is None:  # not launched by a code server, such as `dagster job execute`
+    info = run.tags.get(GRPC_INFO_TAG)
+    if info is None:  # not launched by a code server, such as `dagster job execute`
         return CheckRunHealthResult(WorkerStatus.RUNNING)
     try:
-        found = _client(json.loads(told)).can_cancel_execution(
-            CanCancelExecutionRequest(run_id=run.run_id), timeout=ANSWER_SECONDS
+        found = _client(json.loads(info)).can_cancel_execution(
+            CanCancelExecutionRequest(run_id=run.run_id), timeout=RESPONSE_SECONDS
         )
     except DagsterUserCodeUnreachableError as error:
-        if _code(error.__cause__) == "UNAVAILABLE" and not _comes_back(json.loads(told)):
+        if _code(error.__cause__) == "UNAVAILABLE" and not _is_being_restarted(json.loads(info)):
             return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "its code server is gone")
-        return CheckRunHealthResult(WorkerStatus.RUNNING)  # it is there, and too busy to say so
+        return CheckRunHealthResult(WorkerStatus.RUNNING)  # reachable but too busy to respond
     if deserialize_value(found, CanCancelExecutionResult).can_cancel:
         return CheckRunHealthResult(WorkerStatus.RUNNING)
-    return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "its code server does not know it any more")
+    return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "its code server no longer knows it")
 
 
-def _comes_back(told: dict[str, Any]) -> bool:
-    """Whether it is the code server of `up`, which its keeper starts again at the same place."""
+def _is_being_restarted(address: dict[str, Any]) -> bool:
+    """Whether it is the code server of `up` and its keeper runs, which restarts it at the same address."""
     home = os.environ.get(MARK)
-    if home is None or told.get("socket") is None:
+    if home is None or address.get("socket") is None:
         return False
-    is_ours = Path(told["socket"]) == code_server.socket_of(Path(home))
+    is_ours = Path(address["socket"]) == code_server.socket_of(Path(home))
     return is_ours and Background(Path(home), KEEPER).is_running()
 
 
-def _announce_retry(instance: DagsterInstance, run: DagsterRun) -> None:
-    """Tags a run that is about to be failed as Dagster will, if it is to be tried again.
+def _tag_retry(instance: DagsterInstance, run: DagsterRun) -> None:
+    """Tags a run that is about to be failed, as Dagster does later, if it will be retried.
 
-    A run that has ended meanwhile is left alone: its worker is gone because it had nothing more to do.
+    Skips a run that has ended meanwhile: its worker has exited normally.
     """
     current = instance.get_run_by_id(run.run_id)
     if current is None or current.is_finished or not instance.run_retries_enabled:
@@ -93,10 +91,10 @@ def _code(error: BaseException | None) -> str:
     return str(code().name) if callable(code) else ""
 
 
-def _client(told: dict[str, Any]) -> DagsterGrpcClient:
+def _client(address: dict[str, Any]) -> DagsterGrpcClient:
     return DagsterGrpcClient(
-        host=told["host"],
-        port=told.get("port"),
-        socket=told.get("socket"),
-        use_ssl=bool(told.get("use_ssl", False)),
+        host=address["host"],
+        port=address.get("port"),
+        socket=address.get("socket"),
+        use_ssl=bool(address.get("use_ssl", False)),
     )

@@ -1,6 +1,6 @@
-"""Logs without colours where they are not written to a terminal.
+"""Logs without colours unless written to a terminal.
 
-Dagster's servers colour their log whatever it is written to, and `up` writes it to files.
+Dagster's servers always colour their log, and `up` writes it to files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dagster._utils.log import define_default_formatter
 
 
 def write_plain() -> None:
-    """Has this process write plain lines, unless to a terminal. To be called before Dagster makes its loggers."""
+    """Disables colours in this process unless stdout is a terminal. Call it before Dagster creates its loggers."""
     if not sys.stdout.isatty():
         coloredlogs.ColoredFormatter = _plain_formatter
 

@@ -1,14 +1,13 @@
-"""Background processes of one home: started detached, found again by another process, stopped whole.
+"""Background processes of one home: started detached, found by other processes, stopped with their children.
 
-Each is the leader of a process group of its own, and `run/<name>.json` holds its pid. Neither is
-believed by itself: a member of the group counts as ours only if its environment names our home, so a
-pid that was given to another process meanwhile is left alone. That also finds what a killed leader left
-behind: the run workers of a code server.
+Each is the leader of its own process group, and `run/<name>.json` holds its pid. A member of the group counts as ours
+only if its environment also names our home, so that a reused pid is never signalled. The group also contains orphans of
+a killed leader, such as the run workers of a code server.
 
-The keeper (`keeper`) starts again what ends without `stop`, so `stop` ends it first.
+The keeper (`keeper`) restarts processes that end without `stop`, so `stop` ends it first.
 
-`python -m ...processes HOME` is the guard of a demo: it waits for the end of its standard input and
-then stops everything of that home, so a demo that is killed leaves nothing behind.
+`python -m ...processes HOME` is the guard of a demo: at the end of its standard input it stops all processes of that
+home, also if the demo is killed.
 """
 
 from __future__ import annotations
@@ -30,30 +29,30 @@ from typing import TYPE_CHECKING
 from fks_backfill_dagster.ownership import make_folder, make_home, open_file, write_text
 
 if TYPE_CHECKING:
-    import psutil  # imported where it is used: the keeper, which lives as long as the servers, does without
+    import psutil  # imported where it is used: the keeper, which runs as long as the servers, does not need it
 
 KEEPER = "keeper"
-"""The name of the process that starts the others again."""
+"""The name of the process that restarts the others."""
 
 MARK = "FKS_HOME"
-"""The variable that every process of a home carries, and all that it starts inherit."""
+"""The environment variable of every process of a home; child processes inherit it."""
 
 _PLAIN = {"NO_COLOR": "1", "PYTHON_COLORS": "0"}
-"""Its output is a file, also where FORCE_COLOR is set for the terminal of this process."""
+"""Output goes to a file, so FORCE_COLOR of this process's terminal must not apply."""
 
 STOP_SECONDS = 15.0
-"""For a run worker to report that it was interrupted, and a code server to end. Then they are killed."""
+"""Grace period before SIGKILL: run workers report their interruption, code servers end."""
 
 KEEP = b"keep"
-"""What a guard is told when the servers are to stay."""
+"""The message to a guard that keeps the servers running."""
 
-# Those that this process has started: polled, so that none stays a zombie while we live.
+# Children of this process, polled to reap zombies.
 _children: list[subprocess.Popen[bytes]] = []
 
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """One named background process of a home, whether it runs or not."""
+    """One named background process of a home, running or not."""
 
     home: Path
     name: str
@@ -67,15 +66,15 @@ class Background:
         return self.home / "run" / f"{self.name}.json"
 
     def start(self, command: Sequence[str], *, cwd: Path, environment: Mapping[str, str], port: int) -> None:
-        """Starts it with its output in `log`; `port` is where it will listen (0: nowhere).
+        """Starts it with its output in `log`; `port` is where it will listen (0: none).
 
-        It and all that it starts write for this account alone, and import nothing from their working folder.
-        SIGINT and SIGTERM end it, also when this process ignores them.
+        It and its children create files for this account only and import nothing from their working folder.
+        SIGINT and SIGTERM end it, even if this process ignores them.
         """
         make_home(self.home)
         for folder in (self.log.parent, self.record.parent):
             make_folder(folder)
-        with open(open_file(self.log, os.O_WRONLY | os.O_APPEND), "ab") as log, _nothing_ignored():
+        with open(open_file(self.log, os.O_WRONLY | os.O_APPEND), "ab") as log, _default_signal_handlers():
             child = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -88,27 +87,27 @@ class Background:
             )
         _children.append(child)
         write_text(self.record, json.dumps({"pid": child.pid, "port": port}))
-        # For a moment after its start the system shows a process without an environment, so without our mark.
+        # Right after its start the system shows a process without an environment, so without our mark.
         while child.poll() is None and not self.is_running():
             time.sleep(0.01)
 
     @property
     def pid(self) -> int | None:
-        """Of the leader when it was started."""
-        return self._told("pid")
+        """The pid of the leader, as recorded at its start."""
+        return self._recorded("pid")
 
     @property
     def port(self) -> int | None:
-        return self._told("port")
+        return self._recorded("port")
 
-    def _told(self, key: str) -> int | None:
+    def _recorded(self, key: str) -> int | None:
         try:
             return int(json.loads(self.record.read_text())[key])
         except (FileNotFoundError, ValueError, KeyError):
             return None
 
     def is_running(self) -> bool:
-        """Whether the leader itself lives."""
+        """Whether the leader is alive."""
         _reap()
         leader = self.pid
         return leader is not None and self._is_ours(leader, leader)
@@ -138,14 +137,14 @@ class Background:
 
 
 def backgrounds(home: Path) -> list[Background]:
-    """All that were started in this home and not stopped, running or not."""
+    """All that were started in this home and not stopped; some may have ended."""
     return [Background(home, path.stem) for path in sorted((home / "run").glob("*.json"))]
 
 
 def stop(processes: Iterable[Background], *, at_once: bool = False) -> list[str]:
-    """Ends them and all that they started: asked first, killed after STOP_SECONDS. Names of those that ran.
+    """Ends them and their children: SIGTERM, then SIGKILL after STOP_SECONDS. Returns the names of those that ran.
 
-    `at_once` kills without asking. The keeper ends before the others, and is not among the names.
+    `at_once` sends SIGKILL immediately. The keeper ends before the others and is not among the names.
     """
     wanted = list(processes)
     keepers = [process for process in wanted if process.name == KEEPER]
@@ -158,8 +157,8 @@ def stop(processes: Iterable[Background], *, at_once: bool = False) -> list[str]
 
 
 def stop_all(home: Path) -> list[str]:
-    """Stops everything of a home. Names of what ran."""
-    stop([Background(home, KEEPER)])  # first: what it is just starting has no record yet
+    """Stops all processes of a home. Returns the names of those that ran."""
+    stop([Background(home, KEEPER)])  # first: a process that it is starting has no record yet
     return stop(backgrounds(home))
 
 
@@ -168,21 +167,21 @@ def _end(wanted: Sequence[Background], at_once: bool) -> None:
 
     deadline = time.monotonic() + (0 if at_once else STOP_SECONDS)
     left: set[psutil.Process] = set()
-    asked: set[psutil.Process] = set()
-    # A member that is ending has no environment any more: who was seen once is waited for.
-    while left := {*filter(_lives, left), *(member for process in wanted for member in process.members())}:
+    signalled: set[psutil.Process] = set()
+    # A process that is ending has no environment any more, so members seen before stay in the set.
+    while left := {*filter(_is_alive, left), *(member for process in wanted for member in process.members())}:
         late = time.monotonic() >= deadline
-        for member in left if late else left - asked:
+        for member in left if late else left - signalled:
             with contextlib.suppress(psutil.Error):
                 member.send_signal(signal.SIGKILL if late else signal.SIGTERM)
-        asked |= left
+        signalled |= left
         time.sleep(0.05)
     for process in wanted:
         process.record.unlink(missing_ok=True)
 
 
 def _home_of(pid: int) -> str | None:
-    """The home that a living process carries the mark of; None of any other. Raises OSError where that is unknown."""
+    """The home in the environment of a living process; None without one. Raises OSError if it is unreadable."""
     if not os.path.isdir("/proc/self"):
         return _home_without_proc(pid)
     # Empty in a zombie, and for a moment in a process that has just been started.
@@ -196,12 +195,12 @@ def _home_without_proc(pid: int) -> str | None:
 
     try:
         process = psutil.Process(pid)
-        return process.environ().get(MARK) if _lives(process) else None
+        return process.environ().get(MARK) if _is_alive(process) else None
     except psutil.Error as error:
         raise ProcessLookupError(str(error)) from None
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     import psutil
 
     _reap()
@@ -217,11 +216,11 @@ def _reap() -> None:
 
 
 @contextmanager
-def _nothing_ignored() -> Iterator[None]:
-    """What is started within the block has the default handlers of SIGINT and SIGTERM.
+def _default_signal_handlers() -> Iterator[None]:
+    """Processes started within the block have the default handlers of SIGINT and SIGTERM.
 
-    A shell without job control starts a job in the background with SIGINT ignored, children inherit that, and
-    Dagster handles SIGTERM as SIGINT: its processes would ignore both. A handler, unlike what is ignored, is reset.
+    A shell without job control starts background jobs with SIGINT ignored, children inherit that, and Dagster handles
+    SIGTERM as SIGINT: its processes would ignore both. Handlers, unlike ignored signals, are reset in a child.
     """
     ignored = [
         number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) == signal.SIG_IGN
@@ -238,34 +237,34 @@ def _nothing_ignored() -> Iterator[None]:
 
 
 class Guard:
-    """Stops everything of a home when this process ends, however it ends; a context manager.
+    """Stops all processes of a home when this process ends, even by SIGKILL; a context manager.
 
-    `keep` tells it to leave the servers alone.
+    `keep` makes it leave the servers running.
     """
 
     def __init__(self, home: Path, cwd: Path) -> None:
         self._home, self._cwd = home, cwd
-        self._word = b""
+        self._message = b""
 
     def __enter__(self) -> Guard:
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, str(self._home)],
             stdin=subprocess.PIPE,
             cwd=self._cwd,
-            start_new_session=True,  # a Ctrl-C at the terminal is not for it
+            start_new_session=True,  # a Ctrl-C at the terminal must not end it
         )
         return self
 
     def keep(self) -> None:
-        self._word = KEEP
+        self._message = KEEP
 
     def __exit__(self, *_: object) -> None:
-        """Returns when everything has ended."""
-        self._process.communicate(self._word)
+        """Returns when all processes have ended."""
+        self._process.communicate(self._message)
 
 
 def guard(home: Path) -> None:
-    """Waits until whoever holds the other end of stdin is gone, then stops the home's processes."""
+    """Waits for the end of stdin, then stops the home's processes."""
     if sys.stdin.buffer.read() != KEEP:
         stop_all(home)
 

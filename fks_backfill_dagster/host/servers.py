@@ -1,12 +1,11 @@
 """Starting and stopping Dagster: `up` and `down`.
 
-The webserver, the daemon and the code server that both share run in the background, with logs in
-`<home>/logs` and what is needed to find them again in `<home>/run`. A keeper starts again what ends (`keeper`).
-DAGSTER_HOME is `<home>/dagster`, where a copy of the project's dagster.yaml stands (of the program's own where the
-project has none); its storage is our database, so that these, `dagster dev` and every run share one instance
-whichever way they were started.
+The webserver, the daemon and their shared code server run in the background, with logs in `<home>/logs` and process
+records in `<home>/run`. A keeper restarts them (`keeper`). DAGSTER_HOME is `<home>/dagster`, with a copy of the
+project's dagster.yaml (or of the shipped one if the project has none). The storage is the project's database, so that
+the servers, `dagster dev` and all runs share one instance.
 
-Does not belong here: Dagster's own modules. They take seconds to import, and its processes do that.
+Does not belong here: imports of Dagster, which take seconds.
 """
 
 from __future__ import annotations
@@ -41,16 +40,16 @@ _GUARDED_WEBSERVER = "fks_backfill_dagster.host.guarded_webserver"
 _KEEPER = "fks_backfill_dagster.host.keeper"
 
 CODE = "code-server"
-"""Not among the parts that a caller names: whichever runs needs it."""
+"""Not among the parts that a caller names: all of them need it."""
 
 START_SECONDS = 120.0
-"""A cold start of Dagster on a busy machine; a process that ends is noticed at once."""
+"""A cold start of Dagster on a busy machine; a process that ends is detected immediately."""
 
 EVENTS_AT_ONCE = "100"
-"""Materialization events of a range run are written in batches: half the time (dagster-postgres only)."""
+"""The batch size of materialization events; batching halves the time of a range run (dagster-postgres only)."""
 
 FRESHNESS_SECONDS = "120"
-"""Between two looks at the freshness of all series: thousands cost seconds, and none is stale within minutes."""
+"""Interval of Dagster's freshness evaluation: it takes seconds for thousands of series."""
 
 Say = Callable[[str], object]
 
@@ -61,9 +60,9 @@ class ServersError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    """Where the running servers are, and the token that the webserver asks for (None: it asks for none).
+    """The running servers. `token`: required by the webserver; None: no token.
 
-    `started` is false when all of them ran already.
+    `started` is false if all of them ran already.
     """
 
     url: str
@@ -90,23 +89,23 @@ def up(
     environment: Mapping[str, str] | None = None,
     say: Say = click.echo,
 ) -> Servers:
-    """Starts what is not running: the embedded database, the code server, Dagster's webserver and daemon, and the
-    keeper, which starts each of them again when it ends.
+    """Starts the servers that are not running: the embedded database, the code server, Dagster's webserver and daemon,
+    and the keeper, which restarts them.
 
-    Reports where. `port` None is that of the running webserver, or PORT; another one than the running webserver's is
-    an error. `environment` replaces this process's for the servers and their runs. Without `keep_database` the embedded
-    database ends with its last user. Returns when the webserver answers, the definitions are loaded and every daemon
-    has given a sign of life. Raises ServersError, StoreError or EmbeddedError; what was started by then is stopped, and
-    an embedded database that did not run before ends as after any command.
+    Reports the addresses. `port` None: the port of the running webserver, or PORT; another port than that of the
+    running webserver is an error. `environment` replaces this process's for the servers and their runs. Without
+    `keep_database` the embedded database ends with its last user. Returns when the webserver responds, the definitions
+    are loaded and every daemon has a heartbeat. Raises ServersError, StoreError or EmbeddedError; servers started by
+    then are stopped, and an embedded database that did not run before ends as after any command.
     """
-    with _alone(settings):
-        _port(settings, port)  # an error comes before anything is started or stopped
+    with _locked(settings):
+        _port(settings, port)  # fail before anything is started or stopped
         with app.open_database(settings):
             wanted = [Background(settings.home, name) for name in (CODE, *parts)]
             keeper = Background(settings.home, KEEPER)
             started = bool(_missing(wanted)) or not keeper.is_running()
             if started:
-                stop([keeper])  # it would start what is being started here
+                stop([keeper])  # otherwise it would start the same servers
             missing = _missing(wanted)
             found_port = _port(settings, port)  # the keeper may have started the webserver meanwhile
             web = Webserver(f"http://{HOST}:{found_port}", make_token(settings))
@@ -121,21 +120,21 @@ def up(
                     stop([Background(settings.home, name) for name in missing])
                     raise
                 finally:
-                    _keep(settings, known, given, keep_database)
+                    _start_keeper(settings, known, given, keep_database)
             else:
-                _ready(web, None)  # it may require another token than the one that is reported
+                _ready(web, None)  # fails if it requires another token than the reported one
             if keep_database:
                 _keep_database(settings)
-        _tell(settings, running, say)
+        _report(settings, running, say)
         return running
 
 
 def down(settings: Settings, *, say: Say = click.echo) -> list[str]:
-    """Stops what `up` started, also what a killed server left behind, and the embedded database.
+    """Stops the servers of `up`, orphans of killed servers, and the embedded database.
 
-    Names of what was running.
+    Returns the names of those that ran.
     """
-    with _alone(settings):
+    with _locked(settings):
         ran = stop_all(settings.home)
         embedded = app.embedded(settings)
         if embedded is not None and embedded.stop():
@@ -145,21 +144,21 @@ def down(settings: Settings, *, say: Say = click.echo) -> list[str]:
 
 
 def stop_part(settings: Settings, name: str) -> None:
-    """Stops one of them, as a restart of it begins. The others are not kept until the next `up`."""
-    with _alone(settings):
+    """Stops one server for a restart, and the keeper: no server is restarted until the next `up`."""
+    with _locked(settings):
         stop([Background(settings.home, one) for one in (KEEPER, name)])
 
 
 def free_port() -> int:
-    """A port on which nobody listens now."""
+    """A port that is free now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
 @contextmanager
-def _alone(settings: Settings) -> Iterator[None]:
-    """Two `up` at the same time wait for each other; the kernel frees the lock of one that dies."""
+def _locked(settings: Settings) -> Iterator[None]:
+    """Serializes `up` and `down` of a home; the kernel releases the lock of a process that dies."""
     run = settings.home / "run"
     try:
         ownership.make_home(settings.home)
@@ -179,31 +178,31 @@ def _alone(settings: Settings) -> Iterator[None]:
 
 
 def _port(settings: Settings, wanted: int | None) -> int:
-    """Where the webserver listens or will listen. Raises ServersError if it runs and `wanted` is another port."""
+    """The current or future port of the webserver. Raises ServersError if it runs on another port than `wanted`."""
     server = Background(settings.home, WEBSERVER)
     running = server.port if server.is_running() else None
     if running and wanted and wanted != running:
         raise ServersError(
-            f"Dagster is up at http://{HOST}:{running}, and goes on there, not at port {wanted}: stop it with"
-            " `fks-backfill down`, then start it at the other port."
+            f"Dagster is already up at http://{HOST}:{running}, not at port {wanted}: stop it with"
+            " `fks-backfill down`, then start it at the new port."
         )
     return running or wanted or PORT
 
 
 def _keep_database(settings: Settings) -> None:
-    """From now on the embedded database runs until `down`. The last step of `up`: one that fails leaves none behind."""
+    """Keeps the embedded database running until `down`. The last step of `up`, so that a failed one keeps nothing."""
     if embedded := app.embedded(settings):
         embedded.start(keep=True)
         embedded.release()
 
 
 def _missing(wanted: Sequence[Background]) -> set[str]:
-    """The names of those that do not run."""
+    """The names of processes that do not run."""
     return {process.name for process in wanted if not process.is_running()}
 
 
 def _own_variables(settings: Settings) -> dict[str, str]:
-    """What the servers and their runs get besides the environment of `up`."""
+    """Variables of the servers and their runs in addition to the environment of `up`."""
     own = {
         "DAGSTER_HOME": str(dagster_folder(settings.home)),
         "DAGSTER_EVENT_BATCH_SIZE": EVENTS_AT_ONCE,
@@ -221,9 +220,9 @@ def _workspace(settings: Settings) -> Path:
 
 
 def _parts(settings: Settings, port: int) -> list[Part]:
-    """All that `up` can start, in the order in which it is started."""
+    """The servers of `up`, in start order."""
     socket_of_code, workspace = str(_code_socket(settings)), str(_workspace(settings))
-    # -P: a module in the working folder is not taken for Python's own.
+    # -P: modules in the working folder cannot shadow others.
     run, token = (sys.executable, "-P", "-m"), ("FKS_API_TOKEN",)  # the webserver alone needs it
     return [
         Part(CODE, (*run, _FORKING_SERVER, socket_of_code), withheld=token),
@@ -236,12 +235,14 @@ def _start(settings: Settings, missing: Sequence[Part], environment: Mapping[str
     folder = dagster_folder(settings.home)
     ownership.make_folder(folder)
     ownership.write_text(folder / "dagster.yaml", _project_file(settings, "dagster.yaml"))
-    variables = settings.root / ".env"  # Dagster reads it in the working folder of its servers, for every run
+    variables = (
+        settings.root / ".env"
+    )  # Dagster reads it from the working folder of its servers, for every run
     if variables.exists() and (reason := ownership.exposure(settings.root, variables.name)):
         raise _not_used(variables, reason)
     for part in missing:
-        # What a killed one left behind is killed too: a worker that is asked to end reports itself that its
-        # run has failed, while nothing is there to start it once more.
+        # Orphans of a killed server get SIGKILL: after SIGTERM a run worker would report its run as failed, and
+        # Dagster would not retry it.
         stop([Background(settings.home, part.name)], at_once=True)
         if part.name == WEBSERVER:
             _check_port(part.port)
@@ -253,8 +254,10 @@ def _start(settings: Settings, missing: Sequence[Part], environment: Mapping[str
             _wait_for(Background(settings.home, CODE), code_socket)
 
 
-def _keep(settings: Settings, parts: Sequence[Part], environment: Mapping[str, str], database: bool) -> None:
-    """Starts the keeper of those that run; none where nothing does."""
+def _start_keeper(
+    settings: Settings, parts: Sequence[Part], environment: Mapping[str, str], database: bool
+) -> None:
+    """Starts the keeper of the running servers, if any."""
     kept = tuple(part for part in parts if Background(settings.home, part.name).is_running())
     if not kept:
         return
@@ -264,9 +267,9 @@ def _keep(settings: Settings, parts: Sequence[Part], environment: Mapping[str, s
 
 
 def _project_file(settings: Settings, name: str) -> str:
-    """The text of a file in the folder of the project, or of the program's own where there is none.
+    """The text of a file in the project folder, or of the shipped one if it does not exist.
 
-    Raises ServersError where another account can change it, or could put one there: the servers run in that folder.
+    Raises ServersError if another account can change or create the file: the servers run in that folder.
     """
     file = settings.root / name
     try:
@@ -284,13 +287,13 @@ def _not_used(file: Path, reason: str) -> ServersError:
 def _check_port(port: int) -> None:
     if not _is_free(port):
         raise ServersError(
-            f"port {port} on {HOST} is in use, so Dagster's webserver cannot listen there: stop what does,"
-            " or choose another port."
+            f"port {port} on {HOST} is in use, so Dagster's webserver cannot listen there: stop the process that"
+            " does, or choose another port."
         )
 
 
 def _code_socket(settings: Settings) -> Path:
-    """Where the code server listens, in a folder that is there."""
+    """The socket of the code server; creates its folder."""
     try:
         place = code_server.socket_of(settings.home)
         code_server.make_folder(place.parent)
@@ -310,20 +313,20 @@ def _is_free(port: int) -> bool:
 
 
 def _wait_for(process: Background, place: Path) -> None:
-    """Until it listens: then its definitions are loaded, and the others find them at their first look."""
+    """Waits until it listens: then its definitions are loaded, and webserver and daemon find them."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(str(place)) == 0:
                 return
-        _still_runs(process)
+        _check_running(process)
         time.sleep(0.05)
     raise ServersError(
         f"the {process.name} was not ready after {START_SECONDS:.0f} seconds: see {process.log}."
     )
 
 
-def _still_runs(process: Background) -> None:
+def _check_running(process: Background) -> None:
     if not process.is_running():
         raise ServersError(
             f"Dagster's {process.name} ended while it was starting; the end of {process.log}:\n"
@@ -332,19 +335,19 @@ def _still_runs(process: Background) -> None:
 
 
 def _wait(web: Webserver, processes: Sequence[Background], daemons_since: float | None) -> None:
-    """`daemons_since`: every daemon needs a heartbeat since then; None: they are not waited for."""
+    """Waits for the webserver and, if `daemons_since` is set, for a heartbeat of every daemon since then."""
     deadline = time.monotonic() + START_SECONDS
     while not _ready(web, daemons_since):
         for process in processes:
-            _still_runs(process)
+            _check_running(process)
         if time.monotonic() > deadline:
             logs = " and ".join(str(process.log) for process in processes)
-            raise ServersError(f"Dagster was not ready after {START_SECONDS:.0f} seconds: look into {logs}.")
+            raise ServersError(f"Dagster was not ready after {START_SECONDS:.0f} seconds: see {logs}.")
         time.sleep(0.1)
-    # A webserver that ran on may still know the code server that is gone.
+    # A webserver that was not restarted may still refer to the previous code server.
     errors = web.load_errors() and web.reloaded()
     if errors:
-        raise ServersError(f"the definitions did not load: {errors[0].strip()}")
+        raise ServersError(f"the definitions failed to load: {errors[0].strip()}")
 
 
 def _ready(web: Webserver, daemons_since: float | None) -> bool:
@@ -359,11 +362,11 @@ def _ready(web: Webserver, daemons_since: float | None) -> bool:
         return False
 
 
-def _tell(settings: Settings, running: Servers, say: Say) -> None:
+def _report(settings: Settings, running: Servers, say: Say) -> None:
     database = (
         "FKS_DATABASE_URL" if settings.database_url else f"the embedded PostgreSQL in {settings.home / 'pg'}"
     )
-    say("Dagster is up." if running.started else "Dagster is up already.")
+    say("Dagster is up." if running.started else "Dagster is already up.")
     say(f"  UI        {running.web.visit}")
     say(f"  database  {database}")
     say(f"  settings  {settings.config_file or f'no file: the defaults, as in {SHIPPED / CONFIG}'}")

@@ -1,9 +1,9 @@
-"""Where Dagster keeps its own state: in our database, schema `dagster`; its files below FKS_HOME.
+"""Dagster's storage: its state in the project's database, schema `dagster`; its files below FKS_HOME.
 
-dagster.yaml names these classes, so that one file serves the embedded database and a server, and no
-address or password stands in it. Every Dagster process resolves them anew from the settings.
+dagster.yaml names these classes, so that one file works for the embedded database and for a server, without an address
+or password. Each Dagster process takes them from the settings.
 
-Does not belong here: how the database is found (wiring), what Dagster keeps (Dagster).
+Does not belong here: the choice of the database (`app`), what Dagster stores.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dagster_postgres import (
 from dagster_postgres.utils import create_pg_engine
 
 from fks_backfill_dagster import app, ownership
-from fks_backfill_dagster.host.lasting import make_lasting
+from fks_backfill_dagster.host.lasting import add_retries
 from fks_backfill_dagster.host.servers import dagster_folder
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.settings.model import Settings
@@ -42,14 +42,14 @@ from fks_backfill_dagster.store.dagster_schema import DAGSTER_SCHEMA, keeps_conn
 from fks_backfill_dagster.store.errors import Place
 
 _CONNECTIONS_KEPT = 2
-"""A process writes one event at a time; what more threads need at the same moment is closed after use."""
+"""A process writes one event at a time; further connections of concurrent threads are closed after use."""
 
 
 class DatabaseStorage(DagsterPostgresStorage):
     """Runs, events and schedules in the database of the settings.
 
-    Dagster's own opens a connection for every query, lest each instance keep some: a run of 50 series
-    opened hundreds. Here all instances of a process share an engine, which keeps a few.
+    Dagster's own class opens a connection per query, because each instance would keep its own: hundreds in a run of
+    50 series. Here all instances of a process share an engine with a small pool.
     """
 
     def __init__(
@@ -78,23 +78,23 @@ class DatabaseStorage(DagsterPostgresStorage):
 
 @dataclass(frozen=True, slots=True)
 class DagsterPlace:
-    """Where Dagster's tables are. `url` holds the password in clear; `place` is the database for messages."""
+    """The database of Dagster's tables. `url` contains the password; `place` is its form for messages."""
 
     url: str = field(repr=False)
     place: Place
 
 
 class _InSchema:
-    """One of Dagster's three storages, on connections that begin as ours do and find the schema by their search_path.
+    """One of Dagster's three storages, with the session setup of our connections and the schema in the search_path.
 
-    Dagster makes its engines from the URL, another one for the webserver: each is attached here. All that
-    is not for the webserver share one.
+    Dagster creates engines from the URL, a separate one for the webserver: each is attached here. All others share
+    one engine.
     """
 
     def __init__(self, place: DagsterPlace, makes_tables: bool) -> None:
         self._place = place
         super().__init__(place.url, makes_tables)  # type: ignore[call-arg]
-        make_lasting(self)
+        add_retries(self)
 
     @property
     def _engine(self) -> Any:
@@ -135,10 +135,10 @@ class HomeArtifacts(LocalArtifactStorage):
 
 
 class HomeComputeLogs(LocalComputeLogManager):
-    """What runs print, below FKS_HOME.
+    """The output of runs, below FKS_HOME.
 
-    It is repeated on a terminal (`dagster dev`), and nowhere else: Dagster's own takes four processes a
-    run to repeat it in the log of whoever started the run.
+    It is repeated on a terminal (`dagster dev`) only: Dagster's own class uses four processes per run to repeat it in
+    the log of the parent process.
     """
 
     @classmethod
@@ -169,7 +169,7 @@ class HomeComputeLogs(LocalComputeLogManager):
 
 
 def _own_folder() -> Path:
-    """Dagster's folder in the home, closed to other accounts: runs print into it."""
+    """Dagster's folder in the home, closed to other accounts: it holds the output of runs."""
     home = _settings().home
     folder = dagster_folder(home)
     ownership.make_home(home)
@@ -178,19 +178,19 @@ def _own_folder() -> Path:
 
 
 def _settings() -> Settings:
-    """Those of this process. Every Dagster instance asks three times, and every run makes some."""
+    """The settings of this process, cached: each Dagster instance needs them three times, and a run has several."""
     return _settings_of(tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("FKS_"))))
 
 
 @cache
 def _settings_of(environment: tuple[tuple[str, str], ...]) -> Settings:
-    """What these classes take from the settings, home and database, comes from the environment alone."""
+    """Cached by environment: home and database, which these classes need, are set there only."""
     return load_settings()
 
 
 @cache
 def _prepared(database_url: str, log: Path | None) -> DagsterPlace:
-    """Where Dagster's tables are, made where there are none: looked after once a process."""
+    """The place of Dagster's tables; creates missing ones, once per process."""
     place = dagster_place(database_url, log)
     DatabaseStorage(place, makes_tables=True)
     return place
@@ -210,14 +210,14 @@ def _shared_engine(place: DagsterPlace) -> Any:
 
 
 def _attached(engine: Any, place: Place) -> Any:
-    """Dagster's processes wait for their database at any time: whoever started them has reached it before."""
+    """With waits for an unavailable database: the command that started Dagster has connected to it before."""
     sessions.attach(engine, place, search_path=DAGSTER_SCHEMA, is_patient=True)
     return engine
 
 
 def dagster_place(database_url: str, log: Path | None = None) -> DagsterPlace:
-    """Dagster's schema in our database, made where there is none. Raises a StoreError.
+    """Dagster's schema in our database, created if missing. Raises a StoreError.
 
-    The driver is named: SQLAlchemy 2.1 reads `postgresql://` as psycopg 3, which breaks dagster-postgres.
+    The driver is explicit: SQLAlchemy 2.1 reads `postgresql://` as psycopg 3, which breaks dagster-postgres.
     """
     return DagsterPlace(*make_dagster_schema(database_url, DAGSTER_SCHEMA, "psycopg2", log=log))

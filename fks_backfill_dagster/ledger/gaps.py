@@ -1,7 +1,7 @@
-"""The arithmetic of gaps: which expected candles are absent, and how they cluster.
+"""The arithmetic of gaps: which expected candles are absent, and how they are grouped.
 
-Belongs here: set difference, grouping, the names of a gap's states.
-Does not belong here: why a gap is there, when it is asked for again, where it is kept.
+Belongs here: set difference, grouping, the states of a gap.
+Does not belong here: the cause of a gap, its retries, its storage.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from fks_backfill_dagster.domain.ranges import Instants
 
 
 class GapStatus(StrEnum):
-    """Everything but `open` (and `filled`, which is none any more) is an explained gap."""
+    """The states of a gap. `no_trade`, `unavailable` and `tolerated` are explained gaps."""
 
     OPEN = "open"
     FILLED = "filled"
-    NO_TRADE = "no_trade"  # a complete answer left the quiet interval out, with bars on both sides
-    UNAVAILABLE = "unavailable"  # every capable provider was asked, none has it
-    TOLERATED = "tolerated"  # asked for once, and short enough to live with
+    NO_TRADE = "no_trade"  # a complete response omits the interval, with candles on both sides
+    UNAVAILABLE = "unavailable"  # every eligible provider has responded, none has it
+    TOLERATED = "tolerated"  # as unavailable, and short enough to be tolerated
 
 
 GIVEN_UP = (GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
+"""Every eligible provider has responded, and none has it; the two differ in length only."""
 MISSING = (GapStatus.OPEN, *GIVEN_UP)
-"""All were asked, and nobody has it; the two differ in length only."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class Gap:
-    """Candles that are neighbours in the grid and all absent.
+    """A run of absent candles that are neighbours in the grid.
 
-    `start` is the open of the first, `end` the close of the last, `missing` how many they are. A
-    gap may span a night or a weekend, so `missing` cannot be had from its length.
+    `start` is the open of the first, `end` the close of the last, `missing` their number. A gap may span
+    a night or a weekend, so `missing` does not follow from its length.
     """
 
     start: int
@@ -49,7 +49,7 @@ class Gap:
 
 
 def close_before(grid: Grid, instant: int) -> int:
-    """The close of the last expected candle that opens before an instant; there is one."""
+    """The close of the last expected candle that opens before an instant, which must exist."""
     last = grid.previous_open(instant)
     assert last is not None
     return int(grid.closes(np.array([last]))[0])

@@ -1,24 +1,24 @@
-"""The one rule for no-trade intervals: which absent candles did not trade, and which are missing.
+"""The rule for no-trade intervals: which absent candles had no trade, and which are missing.
 
-The same for every provider and timeframe, and for the parts of a derived candle. It looks at whole runs of
-absent candles and at the candles around them, so it depends neither on batches nor on the order of requests.
+It is the same for every provider and timeframe, and for the parts of a derived candle. It evaluates whole runs of
+absent candles and the candles around them, so it depends neither on batches nor on the order of requests.
 
-An absent candle is no_trade if a provider that omits intervals without trades lacked it in two complete
+An absent candle is no_trade if a provider that omits intervals without trades omitted it in two complete
 responses with candles on both sides (`confirmed`), and
 
     the market was closed (holidays of forex, the closed days of the settings), or
-    another such provider lacks it in the same way (`corroborated`), or
+    another such provider omits it in the same way (`corroborated`), or
     the length of its run fits the local density of trades (`fits`).
 
-A run that holds a whole session of an exchange is never no_trade, unless the market was closed.
+A run that contains a whole session of an exchange is never no_trade, unless the market was closed.
 
-On a day that the settings close one final response without the candle is enough, of any provider: a person has
-stated that nothing traded. This is `decided` by the caller.
+On a day that the settings close, one final response without the candle is enough, from any provider: the operator
+has stated that nothing traded. This is `decided` by the caller.
 
-A run at the end of a series is undecided, since nothing shows how long it will be. Whether it may still become a
+A run at the end of a series is undecided, since its length is not known yet. Whether it may still become a
 no-trade interval follows from the same arithmetic (`quiet_tail`).
 
-Belongs here: the rule. Does not belong here: how absence is confirmed (`pipeline.request`), what becomes of
+Belongs here: the rule. Does not belong here: how absence is confirmed (`pipeline.request`), the state of
 candles that are not no_trade (`settle`).
 """
 
@@ -37,7 +37,7 @@ Mask = NDArray[np.bool_]
 Counts = NDArray[np.int64] | NDArray[np.float64]
 
 NEIGHBOURS = 500
-"""So many expected candles before and after a run are its neighbourhood."""
+"""The number of expected candles before and after a run that are its neighbourhood."""
 
 _CHANCE = 0.001
 _PRIOR_RUNS = 5
@@ -48,7 +48,7 @@ _WITNESSES = 5
 class Absent:
     """Expected candles that are not stored: one element each, `opens` ascending.
 
-    confirmed, corroborated: see the module. decided: no_trade for another reason than this rule, which stays.
+    confirmed, corroborated: see the module. decided: no_trade for another reason than this rule.
     """
 
     opens: Instants
@@ -58,7 +58,7 @@ class Absent:
 
     @classmethod
     def of(cls, opens: Instants, confirmed: Instants, corroborated: Instants | None = None) -> Absent:
-        """From ascending opens; `confirmed` and `corroborated` are some of them."""
+        """From ascending opens; `confirmed` and `corroborated` are subsets of them."""
         none = np.zeros(len(opens), dtype=bool)
         twice = none if corroborated is None else np.isin(opens, corroborated, assume_unique=True)
         return cls(opens, np.isin(opens, confirmed, assume_unique=True), twice, none)
@@ -67,8 +67,8 @@ class Absent:
 def no_trade(absent: Absent, covered: RangeSet, grid: Grid, closed: RangeSet) -> Mask:
     """Which of the absent candles are no-trade intervals.
 
-    `covered`: where every expected candle is stored or among `absent`. `closed`: where the market was closed
-    though candles are expected. Runs at the edge of `covered` are not decided.
+    `covered`: where every expected candle is stored or in `absent`. `closed`: where the market was closed
+    although candles are expected. Runs at the edge of `covered` are not decided.
     """
     if not len(absent.opens):
         return np.zeros(0, dtype=bool)
@@ -84,12 +84,12 @@ def no_trade(absent: Absent, covered: RangeSet, grid: Grid, closed: RangeSet) ->
 
 
 def quiet_tail(absent: Absent, covered: RangeSet, grid: Grid, closed: RangeSet, tail: TimeRange) -> int:
-    """How many expected candles of `tail`, which are all absent, are quiet though nothing decides them yet.
+    """How many expected candles of `tail`, which are all absent, are quiet although they are still undecided.
 
-    All of them where chance brings a run of their length, or of a longer one that it may become, among the
-    candles before it: as `no_trade` would find if the next candle were stored and no other. Else those on
-    `closed` dates. `absent` and `covered` are what is known of the candles before the tail; a run counts there
-    if some candle of it is confirmed or decided.
+    All of them if a run of their length, or of a longer one that it may become, is likely by chance among the
+    candles before it: as `no_trade` would decide if only the next candle were stored. Otherwise those on
+    `closed` dates. `absent` and `covered` describe the candles before the tail; a run counts there if some
+    candle of it is confirmed or decided.
     """
     first, end = grid.rank(np.array([tail.start, tail.end])).tolist()
     candles = end - first
@@ -106,8 +106,8 @@ def quiet_tail(absent: Absent, covered: RangeSet, grid: Grid, closed: RangeSet, 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Runs:
-    """Maximal runs of absent candles. `first`, `last`: their ranks. `length`: candles without those of
-    closed days. `candidate`: some candle of it may be a no-trade interval. `of_open`: the run of each candle."""
+    """Maximal runs of absent candles. `first`, `last`: their ranks. `length`: their candles, except those of
+    closed days. `candidate`: some candle may be a no-trade interval. `of_open`: the run of each candle."""
 
     first: Instants
     last: Instants
@@ -132,20 +132,20 @@ class _Runs:
 
 
 def _within(ranks: Instants, starts: Instants, ends: Instants) -> Mask:
-    """Which ranks lie in one of the ranges; those ascend and are disjoint."""
+    """Which ranks lie in one of the ranges, which ascend and are disjoint."""
     index = np.searchsorted(starts, ranks, side="right") - 1
     found: Mask = (index >= 0) & (ranks < ends[index]) if len(starts) else np.zeros(len(ranks), dtype=bool)
     return found
 
 
 def _fits(runs: _Runs, rank: Instants, covered: RangeSet, grid: Grid) -> Mask:
-    """Whether chance brings a run of its length among the trades around it.
+    """Whether a run of its length is likely by chance among the trades around it.
 
-    The neighbourhood's shorter runs (of single candles: the others) tell how often a run begins, and how
-    often one goes on. Longer ones are not asked: two outages must not explain one another. A run fits if at
-    least _CHANCE runs of its length are expected in its neighbourhood, and as many shorter ones are there as
-    it has candles (at most _WITNESSES are needed): where no other candle is absent nothing is known of
-    intervals without trades, and no run fits.
+    The shorter runs of the neighbourhood (for single candles: the other ones) give the rates at which a run
+    begins and continues. Longer runs do not count: two outages must not explain one another. A run fits if at
+    least _CHANCE runs of its length are expected in its neighbourhood, and if there are as many shorter runs as
+    it has candles (at most _WITNESSES are needed): without another absent candle the rate of intervals without
+    trades is unknown, and no run fits.
     """
     low, high = runs.first - NEIGHBOURS, runs.last + 1 + NEIGHBOURS
     covered_below = _counter(covered, grid)
@@ -156,9 +156,9 @@ def _fits(runs: _Runs, rank: Instants, covered: RangeSet, grid: Grid) -> Mask:
     begun, gone_on = np.zeros(len(low)), np.zeros(len(low))
     for length in np.unique(runs.length[runs.candidate]).tolist():
         mine = np.flatnonzero(runs.length == length)
-        judges = runs.candidate & (runs.length < max(length, 2))
-        begun[mine] = _sum(judges, from_run[mine], to_run[mine]) - judges[mine]
-        longer = judges & (runs.length > 1)
+        shorter = runs.candidate & (runs.length < max(length, 2))
+        begun[mine] = _sum(shorter, from_run[mine], to_run[mine]) - shorter[mine]
+        longer = shorter & (runs.length > 1)
         gone_on[mine] = _sum(longer, from_run[mine], to_run[mine])
     return runs.candidate & _expected(begun, gone_on, stored, runs.length)
 
@@ -166,19 +166,19 @@ def _fits(runs: _Runs, rank: Instants, covered: RangeSet, grid: Grid) -> Mask:
 def _fits_before(
     first: int, lengths: Instants, absent: Absent, covered: RangeSet, grid: Grid, closed: RangeSet
 ) -> Mask:
-    """As `_fits`, for runs of any of `lengths` from rank `first` on, with one stored candle after them."""
+    """Like `_fits`, for runs of any of `lengths` from rank `first` on, with one stored candle after them."""
     rank = grid.rank(absent.opens)
     runs = _Runs.of(rank, closed.contains(absent.opens), absent.confirmed | absent.decided)
     low = first - NEIGHBOURS
     below = _counter(covered, grid)(np.array([low, first]))
     stored = int(below[1] - below[0]) - int(((rank >= low) & (rank < first)).sum()) + 1
-    judges = np.sort(runs.length[runs.candidate & (runs.first >= low) & (runs.first < first)])
-    begun = np.searchsorted(judges, np.maximum(lengths, 2), side="left")
-    return _expected(begun, begun - np.searchsorted(judges, 2), np.full(len(lengths), stored), lengths)
+    known = np.sort(runs.length[runs.candidate & (runs.first >= low) & (runs.first < first)])
+    begun = np.searchsorted(known, np.maximum(lengths, 2), side="left")
+    return _expected(begun, begun - np.searchsorted(known, 2), np.full(len(lengths), stored), lengths)
 
 
 def _expected(begun: Counts, gone_on: Counts, stored: Instants, length: Instants) -> Mask:
-    """Whether enough runs of a length are expected where `begun` shorter ones are, of which `gone_on` are longer
+    """Whether enough runs of a length are expected among `begun` shorter ones, of which `gone_on` are longer
     than one candle, and `stored` candles."""
     share = begun / np.maximum(stored, 1)
     going_on = np.minimum((gone_on + _PRIOR_RUNS * share) / (begun + _PRIOR_RUNS), 1.0)
@@ -200,7 +200,7 @@ def _covered_ranks(covered: RangeSet, grid: Grid) -> tuple[Instants, Instants]:
 
 
 def _counter(covered: RangeSet, grid: Grid) -> Callable[[Instants], Instants]:
-    """Tells how many covered ranks lie below given ones."""
+    """A function that counts the covered ranks below given ones."""
     starts, ends = _covered_ranks(covered, grid)
     # Linear inside a range, constant between two.
     edges = np.stack([starts, ends], axis=1).ravel()

@@ -1,13 +1,13 @@
-"""What an audit finds: the tables as they are against the tables as the candles say they should be.
+"""Reconciliation (the audit): the recorded tables against the tables that follow from the candles.
 
-Pure arithmetic, no SQL, and none of `settling`: a mistake there must not be repeated here. Settling
-knows only the window that was asked for and changes what is recorded; this knows every candle and
-derives the whole anew. From what is recorded it takes only what the candles cannot tell: the coverage,
-and the history of a gap (status, attempts, evidence, when it was found).
+Pure arithmetic, no SQL, and independent of `settle`, so that an error there is not repeated here. Settlement
+changes the recorded rows of one requested window; reconciliation derives all rows from all candles. From the
+recorded rows it takes only what does not follow from candles: the coverage, and the history of a gap (status,
+attempts, evidence, when it was found).
 
-All of it happens in ranks, the numbers of the expected candles (`Grid.rank`): there a candle is a
-whole number, neighbours differ by one, and neither nights nor weekends exist. A `RangeSet` is a set
-of integers, so it serves for sets of ranks as well.
+It computes in ranks, the numbers of the expected candles (`Grid.rank`): a candle is an integer, neighbours
+differ by one, and there are no nights or weekends. A `RangeSet` is a set of integers, so it represents sets
+of ranks as well.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fks_backfill_dagster.ledger.records import LedgerGap
 
 
 class Kind(StrEnum):
-    """What can be wrong. All but the last six can be put right from the candles alone."""
+    """The kinds of difference. All but the last six can be repaired from the candles alone."""
 
     UNRECORDED_GAP = "unrecorded_gap"  # absent inside the coverage, and in no row of the ledger
     STORED_IN_GAP = "stored_in_gap"  # a row spans candles that are stored
@@ -47,20 +47,20 @@ class Kind(StrEnum):
     BROKEN_RULE = "broken_rule"
     NO_LINEAGE = "no_lineage"
     NO_CALENDAR = "no_calendar"
-    CALENDAR_CHANGED = "calendar_changed"  # not compared: what was expected is in doubt
+    CALENDAR_CHANGED = "calendar_changed"  # not compared: the expected candles are uncertain
 
     @property
     def repairable(self) -> bool:
-        return self not in _FOR_A_PERSON
+        return self not in _MANUAL
 
     @property
     def tells_time(self) -> bool:
-        """What is recorded and actual are instants; of all others they are numbers."""
+        """Whether `recorded` and `actual` are instants; for all other kinds they are numbers."""
         return self in (Kind.OLDEST, Kind.NEWEST)
 
 
-# A candle is what somebody delivered: what is wrong with one is told, and not deleted.
-_FOR_A_PERSON = frozenset(
+# A candle is delivered data: a difference in it is reported, never deleted.
+_MANUAL = frozenset(
     {
         Kind.OFF_GRID,
         Kind.UNCLOSED,
@@ -74,10 +74,10 @@ _FOR_A_PERSON = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that is wrong. `start` to `end` is where, `end` exclusive; None where it is nowhere.
+    """One difference, in `start` to `end` (exclusive); None if it has no range.
 
-    `recorded` is what the tables say, `actual` what the candles say: numbers of candles (of a lease:
-    of leases), and instants for `oldest` and `newest`.
+    `recorded` is the value in the tables, `actual` the value that follows from the candles: numbers of candles
+    (for a lease: of leases), and instants for `oldest` and `newest`.
     """
 
     kind: Kind
@@ -91,7 +91,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What the tables say of a series. `gaps` are its unfilled rows, ascending."""
+    """The recorded state of a series. `gaps` are its unfilled rows, ascending."""
 
     exists: bool
     synced: RangeSet
@@ -104,7 +104,7 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Flaw:
-    """Candles of one batch that are wrong in one way: how many, the first and the last of them."""
+    """Candles of one batch with the same error: their number, the first and the last open."""
 
     kind: Kind
     batch: int
@@ -116,7 +116,7 @@ class Flaw:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the candles say. `stored` are the ranks of those on the grid that have closed."""
+    """The state that follows from the candles. `stored` are the ranks of the closed candles on the grid."""
 
     candles: int
     oldest: int | None
@@ -127,10 +127,10 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class SeriesAudit:
-    """What was found of one series, and what its tables should say.
+    """The differences of one series, and the correct content of its tables.
 
-    `expected`, `missing` and `explained` count candles inside the coverage as it should be. `removed`
-    (by their start) and `added` are the rows of the ledger that must go and come.
+    `expected`, `missing` and `explained` count candles inside the correct coverage. `removed` (by their start)
+    and `added` are the ledger rows to remove and to add.
     """
 
     series: Series
@@ -147,7 +147,7 @@ class SeriesAudit:
 
     @property
     def left(self) -> tuple[Difference, ...]:
-        """What is still wrong."""
+        """The differences that are not repaired."""
         return tuple(d for d in self.differences if not d.repaired)
 
     @property
@@ -160,14 +160,14 @@ class SeriesAudit:
 
 
 def judge(series: Series, grid: Grid, recorded: Recorded, seen: Seen, closed_end: int) -> SeriesAudit:
-    """Compares. `closed_end` is the open of the first candle that is not closed yet."""
+    """Reconciles one series. `closed_end` is the open of the first candle that is not closed yet."""
     claims = _Claims.of(recorded.gaps, grid)
     kept = _closed_part(recorded.synced, grid, closed_end)
     coverage = _extended(kept, seen.stored, grid)
     covered = _ranks(coverage, grid)
     missing = covered - seen.stored
-    gaps = _rightful(claims, missing, grid)
-    rightful, standing = set(gaps), set(recorded.gaps)
+    gaps = _correct_rows(claims, missing, grid)
+    correct, present = set(gaps), set(recorded.gaps)
     found = [
         *_state_differences(recorded, seen),
         *_coverage_differences(recorded.synced, kept, seen.stored, grid, closed_end),
@@ -185,8 +185,8 @@ def judge(series: Series, grid: Grid, recorded: Recorded, seen: Seen, closed_end
         coverage=coverage,
         oldest=seen.oldest,
         newest=seen.newest,
-        removed=tuple(g.start for g in recorded.gaps if g not in rightful),
-        added=tuple(g for g in gaps if g not in standing),
+        removed=tuple(g.start for g in recorded.gaps if g not in correct),
+        added=tuple(g for g in gaps if g not in present),
     )
 
 
@@ -194,7 +194,7 @@ def judge(series: Series, grid: Grid, recorded: Recorded, seen: Seen, closed_end
 
 
 def _ranks(ranges: RangeSet, grid: Grid) -> RangeSet:
-    """The ranks of the candles that are expected to open in `ranges`."""
+    """The ranks of the expected candles that open in `ranges`."""
     return RangeSet.from_arrays(grid.rank(ranges.starts), grid.rank(ranges.ends))
 
 
@@ -217,7 +217,7 @@ def _count_within(ranks: RangeSet, low: Instants, high: Instants) -> Instants:
 
 
 def _reached(high: Instants) -> Instants:
-    """For each of some spans how far those before it reach."""
+    """For each span the furthest end of the spans before it."""
     return np.maximum.accumulate(np.concatenate([[np.iinfo(np.int64).min], high]))[:-1]
 
 
@@ -231,18 +231,18 @@ def _span(low: int, high: int, grid: Grid) -> TimeRange:
 
 
 def _closed_part(synced: RangeSet, grid: Grid, closed_end: int) -> RangeSet:
-    """The coverage without candles that are not closed yet, of which nobody can know anything."""
+    """The coverage without candles that are not closed yet."""
     ahead = synced - RangeSet([TimeRange(min(closed_end, synced.hull.start), closed_end)])
     return synced if not _size(_ranks(ahead, grid)) else synced - ahead
 
 
 def _extended(synced: RangeSet, stored: RangeSet, grid: Grid) -> RangeSet:
-    """The coverage, with every stored candle in it.
+    """The coverage, extended to every stored candle.
 
-    A run of stored neighbours is covered by itself, so that history which nobody asked for does not
-    become a gap. What lies after the end is different: from there on a series is kept up to date, by
-    asking from the end of the coverage, so a range left out would never be asked for again. It is
-    covered up to the run, and what is absent in it is a gap.
+    For a run of stored neighbours only the run itself is added, so that history that was never requested does not
+    become a gap. A run after the end of the coverage is different: the series is refreshed from that end, so an
+    uncovered range before the run would never be requested again. The coverage is extended up to the run, and
+    candles that are absent in between are a gap.
     """
     outside = stored - _ranks(synced, grid)
     end = synced.hull.end
@@ -259,12 +259,12 @@ def _coverage_differences(
 ) -> Iterator[Difference]:
     ahead = _size(_ranks(synced - kept, grid))
     if ahead:
-        text = f"the coverage reaches beyond {iso(closed_end)}, up to where candles have closed"
+        text = f"the coverage extends beyond {iso(closed_end)}, the end of the closed candles"
         yield Difference(Kind.COVERAGE_AHEAD, closed_end, synced.hull.end, ahead, 0, text)
     outside = stored - _ranks(kept, grid)
     for low, high in zip(outside.starts.tolist(), outside.ends.tolist(), strict=True):
         span, count = _span(low, high, grid), high - low
-        text = f"{_candles(count)} stored outside what was synced"
+        text = f"{_candles(count)} stored outside the coverage"
         yield Difference(Kind.CANDLES_OUTSIDE, span.start, span.end, 0, count, text)
 
 
@@ -294,18 +294,18 @@ class _Claims:
         return RangeSet.from_arrays(self.low, self.high)
 
 
-def _rightful(claims: _Claims, missing: RangeSet, grid: Grid) -> tuple[LedgerGap, ...]:
-    """The rows that the ledger should have for these missing candles.
+def _correct_rows(claims: _Claims, missing: RangeSet, grid: Grid) -> tuple[LedgerGap, ...]:
+    """The correct ledger rows for these missing candles.
 
-    Each candle keeps the history of the row that it was in; one that was in none is a new open gap.
-    Where rows overlap, an open one goes before an explained one, so that nothing is explained away,
-    and the one that starts first before the other.
+    Each candle keeps the history of its row; a candle without a row is a new open gap. Where rows overlap, an
+    open one takes precedence over an explained one, so that no open gap is explained by mistake, and an earlier
+    one over a later one.
     """
     parts: list[tuple[int, int, int]] = []
     left = missing
     for chosen in (np.flatnonzero(claims.is_open == 1), np.flatnonzero(claims.is_open == 0)):
         low, high = claims.low[chosen], claims.high[chosen]
-        low = np.maximum(low, _reached(high))  # what a row before it has is not this one's any more
+        low = np.maximum(low, _reached(high))  # without the candles of the rows before it
         some = low < high
         parts += _parts(chosen[some], low[some], high[some], left)
         left = left - RangeSet.from_arrays(low, high)
@@ -320,7 +320,7 @@ def _rightful(claims: _Claims, missing: RangeSet, grid: Grid) -> tuple[LedgerGap
 def _parts(
     owners: Instants, low: Instants, high: Instants, missing: RangeSet
 ) -> Iterable[tuple[int, int, int]]:
-    """(owner, first rank, past the last) of the missing candles in each of some disjoint spans, ascending."""
+    """(owner, first rank, rank past the last) of the missing candles in each of these disjoint, ascending spans."""
     common = RangeSet.from_arrays(low, high) & missing
     inside = low[common.contains(low)]
     starts = np.union1d(common.starts, inside)
@@ -335,17 +335,17 @@ def _row(history: LedgerGap, low: int, high: int, grid: Grid) -> LedgerGap:
 
 
 def _unrecorded(missing: RangeSet, claims: _Claims, grid: Grid) -> Iterator[Difference]:
-    nowhere = missing - claims.ranks
-    for low, high in zip(nowhere.starts.tolist(), nowhere.ends.tolist(), strict=True):
+    unrecorded = missing - claims.ranks
+    for low, high in zip(unrecorded.starts.tolist(), unrecorded.ends.tolist(), strict=True):
         span, count = _span(low, high, grid), high - low
-        text = f"{_candles(count)} absent, and in no gap of the ledger"
+        text = f"{_candles(count)} absent without a gap in the ledger"
         yield Difference(Kind.UNRECORDED_GAP, span.start, span.end, 0, count, text)
 
 
 def _gap_differences(
     claims: _Claims, covered: RangeSet, missing: RangeSet, grid: Grid
 ) -> Iterator[Difference]:
-    """What is wrong with the rows as they stand, row by row."""
+    """The differences of the recorded rows, row by row."""
     if not claims.rows:
         return
     spanned = claims.high - claims.low
@@ -369,18 +369,18 @@ def _gap_differences(
         if stored := int(inside[i]) - gone:
             text = f"{name} spans {_candles(of)}, of which {stored:,} are stored"
             yield Difference(Kind.STORED_IN_GAP, *at, row.missing, gone, text)
-        if strange := of - int(inside[i]):
-            text = f"{name} spans {_candles(strange)} outside what was synced"
+        if uncovered := of - int(inside[i]):
+            text = f"{name} spans {_candles(uncovered)} outside the coverage"
             yield Difference(Kind.GAP_OUTSIDE, *at, row.missing, gone, text)
         if miscounted[i]:
-            text = f"{name} says {_candles(row.missing)} missing, and it is {gone:,}"
+            text = f"{name} records {_candles(row.missing)} missing instead of {gone:,}"
             yield Difference(Kind.GAP_COUNT, *at, row.missing, gone, text)
         if not tidy[i]:
             span = _span(int(claims.low[i]), int(claims.high[i]), grid)
-            text = f"{name} does not go from an open to a close: the candles that it spans are {span}"
+            text = f"{name} does not extend from an open to a close: its candles are {span}"
             yield Difference(Kind.GAP_EDGES, *at, row.missing, gone, text)
         if overlaps[i]:
-            text = f"{name} overlaps the one before it, which spans some of its candles too"
+            text = f"{name} overlaps the gap before it"
             yield Difference(Kind.GAP_OVERLAP, *at, row.missing, gone, text)
 
 
@@ -389,30 +389,30 @@ def _gap_differences(
 
 def _state_differences(recorded: Recorded, seen: Seen) -> Iterator[Difference]:
     if recorded.expired_leases:
-        text = f"{recorded.expired_leases} leases of syncs that ended without giving them back"
+        text = f"{recorded.expired_leases} leases of syncs that ended without releasing them"
         yield Difference(Kind.EXPIRED_LEASE, None, None, recorded.expired_leases, 0, text)
     if not recorded.exists:
-        text = "the row of sync_state is gone, and with it what was synced and when"
+        text = "the row in sync_state is missing, and with it the coverage and the time of the last sync"
         yield Difference(Kind.NO_STATUS, None, None, None, seen.candles, text)
         return
     if recorded.total != seen.candles:
-        text = f"the status says {_candles(recorded.total)}, and there are {seen.candles:,}"
+        text = f"the status records {_candles(recorded.total)} instead of {seen.candles:,}"
         yield Difference(Kind.TOTAL, None, None, recorded.total, seen.candles, text)
     ends: Mapping[Kind, tuple[int | None, int | None]] = {
         Kind.OLDEST: (recorded.oldest, seen.oldest),
         Kind.NEWEST: (recorded.newest, seen.newest),
     }
-    for kind, (said, found) in ends.items():
-        if said != found:
-            text = f"the status gives {_when(said)} as the {kind} candle, and it is {_when(found)}"
-            yield Difference(kind, None, None, said, found, text)
+    for kind, (value, found) in ends.items():
+        if value != found:
+            text = f"the status records {_when(value)} as the {kind} candle instead of {_when(found)}"
+            yield Difference(kind, None, None, value, found, text)
 
 
 _FLAWS = {
     Kind.OFF_GRID: "open where no candle is expected",
     Kind.UNCLOSED: "open in the future or are not closed yet",
     Kind.BROKEN_RULE: "break a rule of OHLC",
-    Kind.NO_LINEAGE: "point to a batch that does not exist, so that no view shows them",
+    Kind.NO_LINEAGE: "refer to a batch that does not exist, so no view shows them",
 }
 
 
@@ -423,7 +423,7 @@ def _flaw_difference(series: Series, flaw: Flaw) -> Difference:
 
 
 def _remedy(series: Series, flaw: Flaw) -> str:
-    undo = f"`fks-backfill batches undo {flaw.batch}` takes the batch back"
+    undo = f"`fks-backfill batches undo {flaw.batch}` undoes the batch"
     if flaw.kind is Kind.OFF_GRID:
         return undo
     if flaw.kind is Kind.NO_LINEAGE:
@@ -432,7 +432,7 @@ def _remedy(series: Series, flaw: Flaw) -> str:
         )
     first, past = to_datetime(flaw.first), to_datetime(flaw.last + series.timeframe.micros)
     span = f"--start {first:%Y-%m-%dT%H:%M} --end {past:%Y-%m-%dT%H:%M}"
-    again = f"`fks-backfill backfill {series} {span} --refetch` asks again"
+    again = f"`fks-backfill backfill {series} {span} --refetch` fetches them again"
     return f"{again} once they have closed" if flaw.kind is Kind.UNCLOSED else f"{again}, {undo}"
 
 

@@ -1,7 +1,7 @@
-"""The records of the gap ledger: what each provider responded, the gaps, and what is known of a window.
+"""The records of the gap ledger: the providers' responses, the gaps, and the recorded state of a window.
 
-Belongs here: values and the questions that they alone can answer. Does not belong here: how they change
-(`settle`), how they are checked (`reconcile`), how they are stored (`store.ledger`).
+Belongs here: values, and what follows from them alone. Does not belong here: how they change (`settle`), how
+they are checked (`reconcile`), how they are stored (`store.ledger`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from fks_backfill_dagster.ledger.gaps import GapStatus
 
 
 class Outcome(StrEnum):
-    """How a provider responded to a request for a candle that is missing."""
+    """The outcome of a request for a candle that is missing."""
 
-    ABSENT = "absent"  # it responded without the candle, or twice with the same rows that broke a rule
-    REJECTED = "rejected"  # some of what it responded broke a rule and is in the quarantine
-    REFUSED = "refused"  # it will not give it: not entitled, unknown symbol, beyond its depth
+    ABSENT = "absent"  # the provider responded without the candle, or twice with the same invalid rows
+    REJECTED = "rejected"  # some of its rows broke a rule and are in the quarantine
+    REFUSED = "refused"  # it does not serve the candle: not entitled, unknown symbol, beyond its depth
     ERROR = "error"  # it did not respond
 
 
@@ -30,8 +30,8 @@ class Outcome(StrEnum):
 class Evidence:
     """A provider's last response about a missing candle. `asked_at` in microseconds.
 
-    `confirmed`: a provider that omits intervals without trades lacked it in two complete responses, with
-    candles on both sides. `repeated`: it gave rows that broke a rule, which were in the quarantine already.
+    `confirmed`: a provider that omits intervals without trades omitted it in two complete responses, with
+    candles on both sides. `repeated`: it gave rows that broke a rule and were in the quarantine already.
     """
 
     provider: str
@@ -42,17 +42,13 @@ class Evidence:
     repeated: bool = False
 
     @property
-    def answered(self) -> bool:
-        return self.outcome in (Outcome.ABSENT, Outcome.REJECTED)
-
-    @property
     def final(self) -> bool:
-        """Another request soon would bring the same response."""
+        """Whether an early retry would return the same response."""
         return self.outcome in (Outcome.ABSENT, Outcome.REFUSED)
 
     @property
     def said(self) -> str:
-        """Its text without the provider's name, which errors begin with."""
+        """The detail without the provider's name, which errors begin with."""
         return self.detail.removeprefix(f"{self.provider}: ") or self.outcome.value
 
     def to_json(self) -> dict[str, object]:
@@ -82,8 +78,8 @@ class Evidence:
 
 
 def latest(evidence: Iterable[Evidence]) -> tuple[Evidence, ...]:
-    """The newest response of every provider, in the order in which they were first named; of responses of
-    one time the last one that says more than its outcome."""
+    """The newest response of every provider, in the order of their first occurrence; of responses of the same
+    time the last one with a detail."""
     newest: dict[str, Evidence] = {}
     for item in evidence:
         known = newest.get(item.provider)
@@ -105,9 +101,9 @@ class LedgerGap:
     found_at: int | None = None
     next_attempt_at: int | None = None
 
-    def heard(self) -> frozenset[str]:
-        """The providers that have responded finally that they do not give its candles."""
-        return frozenset(word.provider for word in self.evidence if word.final)
+    def declined(self) -> frozenset[str]:
+        """The providers whose last response is final: they do not have its candles."""
+        return frozenset(item.provider for item in self.evidence if item.final)
 
     def confirmed(self) -> frozenset[str]:
         """The providers that confirm the absence of its candles; see `Evidence`."""
@@ -119,20 +115,20 @@ class LedgerGap:
             item.provider for item in self.evidence if item.repeated or item.outcome is Outcome.REJECTED
         )
 
-    def is_due(self, able: frozenset[str], now: int | None) -> bool:
+    def is_due(self, eligible: frozenset[str], now: int | None) -> bool:
         """See `Known.due`."""
         if self.status in (GapStatus.NO_TRADE, GapStatus.FILLED):
             return False
         if now is None or (self.next_attempt_at is not None and self.next_attempt_at <= now):
             return True
         if self.status is GapStatus.OPEN:
-            return self.next_attempt_at is None or not able <= {word.provider for word in self.evidence}
-        return not able <= self.heard()
+            return self.next_attempt_at is None or not eligible <= {item.provider for item in self.evidence}
+        return not eligible <= self.declined()
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the ledger says of one window."""
+    """The state of one window in the ledger."""
 
     synced: RangeSet
     gaps: tuple[LedgerGap, ...]
@@ -141,24 +137,24 @@ class Known:
         return RangeSet([TimeRange(g.start, g.end) for g in self.gaps if g.status in statuses])
 
     def missing(self, window: TimeRange) -> RangeSet:
-        """Where candles can be missing that nothing explains: never synced, or an open gap."""
+        """Where candles can be missing without an explanation: never synced, or an open gap."""
         return (RangeSet([window]) - self.synced) | (self.ranges(GapStatus.OPEN) & RangeSet([window]))
 
-    def due(self, window: TimeRange, able: frozenset[str], now: int | None) -> RangeSet:
-        """The gaps that are to be requested: when their time has come, or when a provider of `able` was
-        never requested for an open one, or has not responded about one that is explained (a new key, a new
+    def due(self, window: TimeRange, eligible: frozenset[str], now: int | None) -> RangeSet:
+        """The gaps that are to be requested: those whose next attempt is due, open ones for which an eligible
+        provider was never requested, and explained ones about which it has not responded (a new key, a new
         provider). With `now` None all of them. No-trade intervals are not due: a new provider reopens them
         (`store.ledger.reopen`)."""
-        ranges = [TimeRange(g.start, g.end) for g in self.gaps if g.is_due(able, now)]
+        ranges = [TimeRange(g.start, g.end) for g in self.gaps if g.is_due(eligible, now)]
         return RangeSet(ranges) & RangeSet([window])
 
     def lacking(self, window: TimeRange) -> RangeSet:
-        """Where candles are absent that did trade: never synced, or a gap in any state but no_trade."""
+        """Where candles are missing: never synced, or a gap in any state but no_trade."""
         gaps = self.ranges(GapStatus.OPEN, GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
         return (RangeSet([window]) - self.synced) | (gaps & RangeSet([window]))
 
     def quiet(self, window: TimeRange) -> RangeSet:
-        """Where nothing traded, so that nothing is lacking."""
+        """The no-trade intervals, in which no candle is missing."""
         return self.ranges(GapStatus.NO_TRADE) & RangeSet([window])
 
     def absent(self, window: TimeRange) -> RangeSet:

@@ -1,7 +1,7 @@
-"""How the ledger of gaps changes when a window was asked for: pure arithmetic, no SQL.
+"""Settlement: how the gap ledger changes after a window was requested. Pure arithmetic, no SQL.
 
-Rows are cut at the window's edges, inside it they follow from what is missing now, and open
-neighbours that touch in the grid become one: an outage that two batches saw is one gap.
+Rows are cut at the edges of the window, rows inside it follow from the candles that are missing now, and
+rows that are neighbours in the grid are joined: an outage that spans two batches is one gap.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from fks_backfill_dagster.ledger.no_trade import NEIGHBOURS, Absent, Mask, no_tr
 from fks_backfill_dagster.ledger.records import Evidence, LedgerGap, Outcome, latest
 
 _NOTHING = np.empty(0, dtype=np.int64)
-# Calendars end there at the latest.
+# No calendar extends beyond it.
 _LAST = to_micros(datetime(2050, 1, 1, tzinfo=UTC))
 
 
 @dataclass(frozen=True, slots=True)
 class BackOff:
-    """How long a gap rests after it was asked for in vain: as long again as it has been known.
+    """Exponential back-off of a gap after a request that did not fill it: the delay equals the age of the gap.
 
-    So the rests double, and the attempts grow like the logarithm of time. Microseconds.
+    So delays double, and the number of attempts grows with the logarithm of time. Microseconds.
     """
 
     first: int
     longest: int
 
-    def rest(self, known_for: int) -> int:
+    def delay(self, known_for: int) -> int:
         return min(max(self.first, known_for), self.longest)
 
 
-# Somebody has not answered, and may do so soon.
+# An eligible provider has not responded, and may do so soon.
 UNANSWERED = BackOff(5 * MICROS_PER_MINUTE, MICROS_PER_DAY)
-# Everybody has answered, and nobody has it: late data are published within hours or never.
+# Every eligible provider has responded, and none has it: late data are published within hours or never.
 EXHAUSTED = BackOff(MICROS_PER_HOUR, 30 * MICROS_PER_DAY)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Response:
-    """What a provider responded about candles that were requested of it and that it did not give."""
+    """A provider's response about requested candles that it did not give."""
 
     evidence: Evidence
     opens: Instants
@@ -61,10 +61,10 @@ class Response:
 def with_repeated(
     responses: Sequence[Response], rejected: Sequence[tuple[RejectedRows, Mask]], grid: Grid
 ) -> tuple[Response, ...]:
-    """The responses, in which rows that were rejected before count as an absence: they come back the same.
+    """The responses, with rows that were rejected before counted as an absence: a retry returns the same.
 
-    `rejected`: rows, and for each whether it was in the quarantine before this request. A candle for which
-    another row came than before stays REJECTED: a response of garbage passes.
+    `rejected`: rows, and for each whether it was in the quarantine before this request. A candle with other rows
+    than before stays REJECTED: a garbled response is temporary.
     """
     found = []
     for response in responses:
@@ -96,11 +96,11 @@ class Rules:
     """What decides the state of a gap besides the responses.
 
     eligible: the providers that serve the series and have their key; once all of them have responded, a gap
-        is explained. Empty: nothing is explained.
-    strict: the providers that give every interval: what one of them lacks is no no-trade interval.
-    tolerated: how many candles a gap may lack that is tolerated once all have responded.
-    closed: where the market was closed though candles are expected; declared: the part of it that the settings
-        name. reopened: where they do not name it any more: what was decided by it is decided again.
+        is explained. Empty: no gap is explained.
+    strict: the providers that give every interval: candles that one of them lacks are an outage, not no-trade.
+    tolerated: the largest number of missing candles of a gap that is tolerated once all have responded.
+    closed: where the market was closed although candles are expected; declared: the part of it that the settings
+        close. reopened: where the settings close it no longer: decisions based on it are made again.
     """
 
     eligible: frozenset[str] = frozenset()
@@ -112,27 +112,27 @@ class Rules:
 
     def exhausted(self, gap: LedgerGap) -> bool:
         """Whether every eligible provider has responded finally."""
-        return bool(self.eligible) and self.eligible <= gap.heard()
+        return bool(self.eligible) and self.eligible <= gap.declined()
 
     def tolerates(self, gap: LedgerGap) -> bool:
-        """Whether a gap is short enough. Not one for which rows came that broke a rule: they may be mended."""
+        """Whether a gap is short enough, and no provider gave invalid rows for it, which may be corrected."""
         return gap.missing <= self.tolerated and not gap.rejected()
 
     def confirmed_by(self, gap: LedgerGap) -> int:
-        """How many providers that omit no-trade intervals confirm the absence; 0 where a strict provider
-        lacks the candles too, or has not responded: it had an outage, or may have them. And where a provider gave
-        rows for them, however bad: then they traded."""
+        """How many providers that omit no-trade intervals confirm the absence; 0 if a strict provider lacks the
+        candles too (an outage) or has not responded (it may have them), or if a provider gave rows for them,
+        even invalid ones (they did trade)."""
         if gap.rejected():
             return 0
-        lacked = {item.provider for item in gap.evidence if item.outcome is Outcome.ABSENT}
-        if (lacked | (self.eligible - gap.heard())) & self.strict:
+        absent_at = {item.provider for item in gap.evidence if item.outcome is Outcome.ABSENT}
+        if (absent_at | (self.eligible - gap.declined())) & self.strict:
             return 0
         return len(gap.confirmed())
 
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """The change of the ledger: rows to take out (by their start), rows to put in."""
+    """The change of the ledger: rows to remove (by their start), rows to add."""
 
     removed: tuple[int, ...]
     added: tuple[LedgerGap, ...]
@@ -151,8 +151,8 @@ def settle(
     """The ledger after `window` was requested.
 
     `before`: the unfilled rows of `surroundings(window, grid)` and the nearest one on either side of it;
-    ascending. `covered`: what is synced there. `missing`: the expected opens of the window that are still
-    not stored. `stored`: the opens stored just now. `responses`: of those that were requested and lack them.
+    ascending. `covered`: the synced part of the surroundings. `missing`: the expected opens of the window that are
+    still not stored. `stored`: the opens stored by this request. `responses`: those of the providers that lack them.
     """
     if not grid.count(window):
         return Settlement((), ())
@@ -180,7 +180,7 @@ def settle(
 
 
 def surroundings(window: TimeRange, grid: Grid) -> TimeRange:
-    """The window with the candles on either side that decide about its gaps, and about those beside it."""
+    """The window with the candles on either side that decide about the gaps in it and beside it."""
     low, high, end = grid.rank(np.array([window.start, window.end, _LAST])).tolist()
     first, last = max(low - 2 * NEIGHBOURS, 0), min(high + 2 * NEIGHBOURS, end - 1)
     edges = grid.at(np.array([first, last])).tolist()
@@ -189,7 +189,7 @@ def surroundings(window: TimeRange, grid: Grid) -> TimeRange:
 
 @dataclass(frozen=True, slots=True)
 class _Decided:
-    """Rows with their state; `taken`: the ids of untouched rows whose state has changed, now in `rows`."""
+    """Rows with their new state; `taken`: the ids of untouched rows whose state has changed, now in `rows`."""
 
     rows: list[LedgerGap]
     taken: frozenset[int]
@@ -204,9 +204,9 @@ def _decided(
     covered: RangeSet,
     rules: Rules,
 ) -> _Decided:
-    """The rows split into what is a no-trade interval and what is not, by the rule of `no_trade`.
+    """The rows, split into no-trade intervals and others by the rule of `no_trade`.
 
-    Rows near the window are decided again: what is stored in it belongs to their neighbourhood, too.
+    Rows near the window are decided again: their neighbourhood contains the candles stored in it.
     """
     known = {id(g) for g in untouched}
     rows = sorted((*pieces, *untouched), key=lambda g: g.start)
@@ -215,10 +215,10 @@ def _decided(
     owner = np.repeat(np.arange(len(rows)), [len(some) for some in opens])
     missing = np.concatenate([_NOTHING, *opens])
     confirmed = np.array([rules.confirmed_by(g) for g in rows], dtype=np.int64)
-    answered = np.array([bool(g.heard()) for g in rows], dtype=bool)
+    declined = np.array([bool(g.declined()) for g in rows], dtype=bool)
     before = np.array([_decided_before(g, now) for g in rows], dtype=bool)
     decided = before[owner] & ~rules.reopened.contains(missing)
-    decided |= answered[owner] & rules.declared.contains(missing)
+    decided |= declined[owner] & rules.declared.contains(missing)
     absent = Absent(missing, (confirmed > 0)[owner], (confirmed > 1)[owner], decided)
     is_no_trade = no_trade(absent, covered, grid, rules.closed)
     found, taken = list[LedgerGap](), set[int]()
@@ -233,15 +233,15 @@ def _decided(
 
 
 def _near(window: TimeRange, grid: Grid) -> TimeRange:
-    """Where gaps have a candle of the window in their neighbourhood."""
+    """The range in which gaps have a candle of the window in their neighbourhood."""
     low, high, end = grid.rank(np.array([window.start, window.end, _LAST])).tolist()
     edges = grid.at(np.array([max(low - NEIGHBOURS, 0), min(high + NEIGHBOURS, end - 1)])).tolist()
     return TimeRange(min(edges[0], window.start), max(edges[1], window.end))
 
 
 def _decided_before(gap: LedgerGap, now: tuple[Evidence, ...]) -> bool:
-    """A no-trade interval of an earlier version, whose evidence does not say how it was confirmed: it stays
-    until it is requested again."""
+    """Whether it is a no-trade interval of an earlier version, whose evidence does not record how it was
+    confirmed: it stays until it is requested again."""
     old = gap.status is GapStatus.NO_TRADE and not any(item.confirmed for item in gap.evidence)
     return old and not _requested(gap, now)
 
@@ -254,7 +254,7 @@ def _split(mask: Mask, opens: Sequence[Instants]) -> list[Mask]:
 def _with_state(
     row: LedgerGap, opens: Instants, is_no_trade: Mask, now: tuple[Evidence, ...], grid: Grid, rules: Rules
 ) -> list[LedgerGap]:
-    """The row, cut where it begins or ends to be a no-trade interval."""
+    """The row, cut at the edges of its no-trade intervals."""
     found = []
     for quiet in (True, False):
         parts = find_gaps(opens[is_no_trade == quiet], grid)
@@ -271,17 +271,17 @@ def _with_state(
 
 
 def _outside(gap: LedgerGap, window: TimeRange, grid: Grid) -> list[LedgerGap]:
-    """What of a row lies before and after the window, with its own numbers."""
-    rest = []
+    """The parts of a row before and after the window, each with its own number of candles."""
+    parts = []
     if gap.start < window.start:
         part = TimeRange(gap.start, window.start)
-        rest.append(replace(gap, end=close_before(grid, part.end), missing=grid.count(part)))
+        parts.append(replace(gap, end=close_before(grid, part.end), missing=grid.count(part)))
     if gap.end > window.end:
         part = TimeRange(window.end, gap.end)
         first = grid.next_open(part.start)
         if first is not None and first < part.end:
-            rest.append(replace(gap, start=first, missing=grid.count(part)))
-    return rest
+            parts.append(replace(gap, start=first, missing=grid.count(part)))
+    return parts
 
 
 def _inside(
@@ -291,14 +291,14 @@ def _inside(
     grid: Grid,
     rules: Rules,
 ) -> list[LedgerGap]:
-    """Rows for what is missing now; each keeps the history of the row it was part of."""
+    """Rows for the candles that are missing now; each keeps the history of the row it was part of."""
     owner = _owners(touched, missing)
     about = [np.isin(missing, response.opens, assume_unique=True) for response in responses]
     kinds, kind = np.unique(np.stack([owner, *about]), axis=1, return_inverse=True)
     rows = []
-    for index, (of, *heard) in enumerate(kinds.T.tolist()):
+    for index, (of, *concerns) in enumerate(kinds.T.tolist()):
         old = touched[of] if of >= 0 else LedgerGap(0, 0, 0, GapStatus.OPEN)
-        evidence = tuple(r.evidence for r, about_it in zip(responses, heard, strict=True) if about_it)
+        evidence = tuple(r.evidence for r, about_it in zip(responses, concerns, strict=True) if about_it)
         new = _after_request(old, evidence, rules)
         rows += [
             replace(new, start=part.start, end=part.end, missing=part.missing)
@@ -308,7 +308,7 @@ def _inside(
 
 
 def _after_request(old: LedgerGap, evidence: tuple[Evidence, ...], rules: Rules) -> LedgerGap:
-    """The row of candles that were requested and are still missing; whether they traded is decided later."""
+    """The row of candles that are still missing after a request; whether they are no-trade is decided later."""
     if not evidence:
         return old
     row = replace(
@@ -322,22 +322,22 @@ def _after_request(old: LedgerGap, evidence: tuple[Evidence, ...], rules: Rules)
 
 
 def _timed(gap: LedgerGap, now: tuple[Evidence, ...], rules: Rules) -> LedgerGap:
-    """When a gap that was requested just now is requested again. One that no provider can fill and that is
-    short enough is tolerated, and is not."""
+    """A gap that was requested just now, with its next attempt; one that no provider can fill and that is short
+    enough is tolerated and has none."""
     if gap.status not in MISSING or not _requested(gap, now):
-        return gap if gap.next_attempt_at is not None else _timed_anew(gap, rules)
+        return gap if gap.next_attempt_at is not None else _timed_after_no_trade(gap, rules)
     exhausted = gap.status in GIVEN_UP
     if exhausted and rules.tolerates(gap):
         return replace(gap, status=GapStatus.TOLERATED, next_attempt_at=None)
     requested_at = _requested_at(now)
     known_for = requested_at - (requested_at if gap.found_at is None else gap.found_at)
-    rest = (EXHAUSTED if exhausted else UNANSWERED).rest(known_for)
+    delay = (EXHAUSTED if exhausted else UNANSWERED).delay(known_for)
     status = GapStatus.UNAVAILABLE if exhausted else GapStatus.OPEN
-    return replace(gap, status=status, next_attempt_at=_earlier(gap.next_attempt_at, requested_at + rest))
+    return replace(gap, status=status, next_attempt_at=_earlier(gap.next_attempt_at, requested_at + delay))
 
 
-def _timed_anew(gap: LedgerGap, rules: Rules) -> LedgerGap:
-    """A gap that was a no-trade interval until now is unavailable or tolerated by its length."""
+def _timed_after_no_trade(gap: LedgerGap, rules: Rules) -> LedgerGap:
+    """A gap that was a no-trade interval until now: unavailable or tolerated, by its length."""
     if gap.status is not GapStatus.UNAVAILABLE or not gap.evidence:
         return gap
     if rules.tolerates(gap):
@@ -346,12 +346,13 @@ def _timed_anew(gap: LedgerGap, rules: Rules) -> LedgerGap:
 
 
 def _requested(gap: LedgerGap, now: tuple[Evidence, ...]) -> bool:
-    """Whether it was requested just now, or a part of it."""
+    """Whether the gap or a part of it was requested just now."""
     return any(item in now for item in gap.evidence)
 
 
 def _waits(gap: LedgerGap, now: tuple[Evidence, ...], rules: Rules) -> bool:
-    """Whether it is still to be requested, now that others were, or not of every provider."""
+    """Whether the gap still has to be requested after this request: it is due, or not every eligible provider was
+    requested for it."""
     if not now or gap.status is GapStatus.NO_TRADE:
         return False
     if _requested(gap, now):
@@ -364,7 +365,7 @@ def _requested_at(evidence: tuple[Evidence, ...]) -> int:
 
 
 def _filled(touched: Sequence[LedgerGap], stored: Instants, grid: Grid) -> list[LedgerGap]:
-    """Rows that tell which part of a known gap was filled."""
+    """Rows that record the filled parts of known gaps."""
     owner = _owners(touched, stored)
     return [
         replace(
@@ -388,10 +389,10 @@ def _owners(gaps: Sequence[LedgerGap], opens: Instants) -> Instants:
 def _joined(
     pieces: list[LedgerGap], untouched: Sequence[LedgerGap], waiting: Sequence[bool], grid: Grid
 ) -> tuple[list[LedgerGap], list[LedgerGap]]:
-    """Joins rows of one kind that are neighbours in the grid; also returns the untouched ones it took in.
+    """Joins rows of the same kind that are neighbours in the grid; also returns the untouched rows it absorbed.
 
-    Two that were not touched stay as they were. One that still waits to be requested stays apart from one that
-    does not: its neighbour's back-off is not its own. `waiting` is about `pieces`, then about `untouched`.
+    Two untouched rows are never joined. A row that still has to be requested is not joined with one that does not:
+    the back-off of the other does not apply to it. `waiting` is in the order of `pieces`, then `untouched`.
     """
     known = {id(g): g for g in untouched}
     joined: list[LedgerGap] = []
@@ -420,8 +421,8 @@ def _joined(
 
 
 def _next_of_both(one: LedgerGap, other: LedgerGap) -> int | None:
-    """Together they are as old as the older one, and so rest as long: an outage that goes on is not asked
-    for as a whole whenever a candle more is missing, nor put off by it."""
+    """The next attempt of two joined rows is that of the older one: in an ongoing outage each new missing candle
+    neither triggers nor delays a request for the whole gap."""
     if one.found_at == other.found_at:
         return _earlier(one.next_attempt_at, other.next_attempt_at)
     older = one if _earlier(one.found_at, other.found_at) == one.found_at else other
@@ -433,9 +434,10 @@ def _earlier(one: int | None, other: int | None) -> int | None:
 
 
 def _neighbours(left: LedgerGap, right: LedgerGap, grid: Grid) -> bool:
-    """Of one kind, confirmed and rejected by the same providers, and no expected candle between them.
+    """Whether two rows are of the same kind, confirmed and rejected by the same providers, and without an expected
+    candle between them.
 
-    What is known of one row must not become true of its neighbour, whose absence has another reason.
+    The evidence of a row must not be transferred to a neighbour whose absence has another cause.
     """
     if _kind(left.status) != _kind(right.status) or left.end > right.start:
         return False
@@ -445,5 +447,5 @@ def _neighbours(left: LedgerGap, right: LedgerGap, grid: Grid) -> bool:
 
 
 def _kind(status: GapStatus) -> GapStatus:
-    """Tolerated and unavailable differ in length only, which may grow."""
+    """The status with tolerated as unavailable: they differ in length only, which may grow."""
     return GapStatus.UNAVAILABLE if status in GIVEN_UP else status

@@ -1,8 +1,10 @@
 """Dagster's definitions, one module per concept.
 
-`groups` says which series share an op, `partitions` how time is cut, `assets` and `checks` what Dagster runs,
-`schedules`, `gap_sensor` and `outage_sensor` what it starts, `resources` what those need; `build` puts them together,
-and `definitions` is what Dagster loads.
+- `groups`: which series share an op; `partitions`: the partition definitions
+- `assets`, `checks`, `audit`, `run_retention`: the ops
+- `schedules`, `gap_sensor`, `outage_sensor`, `before_start`: automation
+- `resources`: database and providers
+- `build`: all definitions together; `definitions`: the module that Dagster loads
 
 Does not belong here: Dagster's processes and its storage (`host`), what a sync does (`pipeline`), what is stored
 (`store`).

@@ -1,15 +1,14 @@
 """The assets: one subsettable multi-asset per (asset class, timeframe), materialized by `sync`.
 
 A run may cover many partitions and many series. Each series is synced once over the whole window of
-the run (a refresh: from where its last sync ended; a filling: its gaps alone), and then every partition
-is judged by itself from the ledger: what succeeded is materialized with its own numbers, and a run in
-which something failed ends as failed, which leaves exactly the other partitions failed. A failed
-partition is one for which no provider responded; an observation of it records why, and when its gap is
-requested again. A candle that is absent although a provider answered is a gap:
-the partition is materialized, the completeness check tells.
+the run (a refresh: from the end of its last sync; a gap-filling run: its gaps only). Then each partition is
+evaluated from the ledger. Successful partitions are materialized with their own numbers; if any failed, the
+run ends as failed, so that Dagster shows exactly the other partitions as failed. A partition fails if no
+provider responded for it; an observation records the reason and the next attempt. A candle that is missing
+from a provider's response is a gap: the partition is materialized, and the completeness check reports it.
 """
 
-# No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
+# No `from __future__ import annotations` here: Dagster inspects the annotation of `context` at runtime.
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -43,9 +42,9 @@ from fks_backfill_dagster.orchestration.checks import evaluate_after_failure, ev
 from fks_backfill_dagster.orchestration.groups import Group
 from fks_backfill_dagster.orchestration.partitions import partitions_for, windows_of
 from fks_backfill_dagster.orchestration.resources import ALL, opened
-from fks_backfill_dagster.orchestration.retrying import is_back, retried
-from fks_backfill_dagster.orchestration.run_config import RunKind, asked_range
-from fks_backfill_dagster.orchestration.run_log import Lines, Progress, Story
+from fks_backfill_dagster.orchestration.retrying import retried, wait_until_available
+from fks_backfill_dagster.orchestration.run_config import RunKind, requested_range
+from fks_backfill_dagster.orchestration.run_log import Lines, Progress, SyncLogger
 from fks_backfill_dagster.pipeline.freshness import behind
 from fks_backfill_dagster.pipeline.plan import Scope, closed_window
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
@@ -54,17 +53,17 @@ from fks_backfill_dagster.store.coverage import PartState, listed_at, part_state
 from fks_backfill_dagster.store.errors import DatabaseUnavailable, SeriesChanged, StoreError
 from fks_backfill_dagster.store.reaches import Reach, reaches
 
-# A run costs seconds before its first request and a partition of it milliseconds, so a run takes years of
-# months; more would leave nothing to run side by side. The figures have to differ: Dagster puts assets with
-# the same partitions and the same backfill policy into one run, whatever launched the backfill, and a run of
-# two asset classes keeps one waiting while the providers of the other fail.
+# A run costs seconds before its first request, a partition milliseconds, so a run takes years of monthly
+# partitions; larger runs would leave too few of them to run in parallel. The figures must differ: Dagster puts
+# assets with the same partitions and backfill policy into one run, and a run of two asset classes delays one
+# while the providers of the other fail.
 PARTITIONS_PER_RUN = {AssetClass.CRYPTO: 60, AssetClass.STOCKS: 48, AssetClass.FOREX: 36}
 
-# Series synced side by side in a run. One candle of each is mostly waiting, for a provider and for the
-# database; the requests in flight have a bound of their own.
+# Series synced in parallel in a run. A small sync mostly waits for a provider and for the database; requests
+# in flight are limited separately.
 SERIES_AT_ONCE = 4
 
-# Of the database, by one series in one run.
+# How often one series of a run may lose the database before the run fails.
 MOST_LOSSES = 5
 
 OWNER = "team:market-data"
@@ -80,7 +79,7 @@ _COLUMNS = TableSchema(
         TableColumn("low", "float8"),
         TableColumn("close", "float8"),
         TableColumn("volume", "float8", "Base units; NULL where the provider has none."),
-        TableColumn("provider", "text", "Who brought this candle."),
+        TableColumn("provider", "text", "The provider that delivered the candle."),
     ]
 )
 
@@ -115,7 +114,7 @@ def _spec(
     *,
     ended: bool,
 ) -> AssetSpec:
-    """An asset. Nobody looks after a symbol once it has ended, so it cannot become stale."""
+    """An asset. A symbol that has ended is not refreshed, so it has no freshness policy."""
     return AssetSpec(
         key,
         description=f"{series.symbol}: {series.timeframe} candles, rows of {TABLE}.",
@@ -137,10 +136,10 @@ def _spec(
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of every partition of one series in one run.
+    """The result of one series in one run, by partition.
 
-    `failed` are the keys of those for which no provider responded. `first_provider` is the first of the
-    series' priority, None where it is empty.
+    `failed`: keys of partitions for which no provider responded. `first_provider`: the first provider of the
+    series' priority, None if the priority is empty.
     """
 
     series: Series
@@ -150,7 +149,7 @@ class Outcome:
     first_provider: str | None = None
 
     def metadata(self, partition: str) -> dict[str, Any]:
-        """The partition's own numbers; requests and speed belong to the run, and are in its log."""
+        """Numbers of the partition; requests and speed are per run and in its log."""
         part = self.parts[partition]
         values = {
             "first": None if part.first is None else iso(part.first),
@@ -172,11 +171,11 @@ class Outcome:
 
     @property
     def reason(self) -> str:
-        """Why partitions failed, as the providers returned it."""
+        """The providers' errors, which made the partitions fail."""
         return "; ".join(self.report.errors[:3]) or "no provider responded"
 
     def observation(self, key: AssetKey, partition: str) -> AssetObservation:
-        """Why a failed partition failed, for its page: a failed one has no materialization to hold it."""
+        """The reason of a failed partition, for its page: without a materialization there is no other place for it."""
         part = self.parts[partition]
         attempt = None if part.next_attempt is None else iso(part.next_attempt)
         missing = f"{part.missing:,} of {part.expected:,} candles are missing. " if part.expected else ""
@@ -199,7 +198,7 @@ class Outcome:
 
 
 def rounded(value: float) -> float:
-    """Ten significant digits: more are noise of the summation."""
+    """Rounds to ten significant digits: more are summation noise."""
     return float(f"{value:.10g}")
 
 
@@ -209,7 +208,7 @@ def _materialize(
     settings: Settings,
     partitions: TimeWindowPartitionsDefinition,
 ) -> Iterator[MaterializeResult[Any]]:
-    """Materializes the selected series over the partitions of the run, a few at a time."""
+    """Materializes the selected series over the partitions of the run, SERIES_AT_ONCE at a time."""
     windows = windows_of(partitions, context.partition_keys)
     selected = {key: one for key, one in group.series.items() if key in context.selected_asset_keys}
     lines = Lines()
@@ -237,7 +236,7 @@ def _materialize(
                     evaluate_after_refresh(context, work.database, group, settings, set(selected))
                 if failed:
                     evaluate_after_failure(context, work.database, group, settings, set(selected))
-        except StoreError as error:  # the database is gone or full: the next series would meet the same
+        except StoreError as error:  # unreachable or full: the other series would fail the same way
             raise Failure(description=str(error), allow_retries=False) from error
         finally:
             progress.end()
@@ -254,7 +253,7 @@ def _outcomes(
     settings: Settings,
     lines: Lines,
 ) -> Iterator[tuple[AssetKey, Outcome]]:
-    """The outcome of every series as it ends. What the threads tell is logged here: Dagster is not theirs."""
+    """The outcome of each series as it completes. Log lines of the threads are written here, in the op's thread."""
     run_kind = RunKind.of(context.run.tags)
     known = reaches(work.database, list(selected.values())) if run_kind is RunKind.REFRESH else {}
     detailed = len(selected) <= SERIES_AT_ONCE
@@ -263,20 +262,20 @@ def _outcomes(
     try:
         for key, series in selected.items():
             task = Task(series, windows, settings, context.run.run_id, run_kind, known.get(series))
-            waiting[pool.submit(materialize_lasting, work, task, lines, detailed)] = key
+            waiting[pool.submit(materialize_with_retries, work, task, lines, detailed)] = key
         while waiting:
             done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
             lines.write(context.log)
             for future in done:
                 yield waiting.pop(future), future.result()
     finally:
-        # After an interruption nobody waits for a series in the middle of a retry.
+        # After an interruption: do not wait for a series in the middle of a retry.
         pool.shutdown(wait=not waiting, cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One series of a run. `windows` follow each other; `reach` matters for a refresh only."""
+    """One series of a run. `windows` are contiguous; `reach` is used by a refresh only."""
 
     series: Series
     windows: Mapping[str, TimeRange]
@@ -287,63 +286,62 @@ class Task:
 
     @property
     def window(self) -> TimeRange:
-        """The partitions of the run, from where the series is kept to where it ends."""
+        """The range of the run's partitions, limited to the series' start and end."""
         start, end = min(w.start for w in self.windows.values()), max(w.end for w in self.windows.values())
         return self.settings.kept(self.series, TimeRange(start, end))
 
-    def asked(self, now: int) -> TimeRange:
-        """What is synced."""
+    def requested(self, now: int) -> TimeRange:
+        """The range to sync."""
         if self.run_kind is not RunKind.REFRESH:
             return self.window
-        asked = asked_range(self.series, self.reach, self.settings, now)
-        return self.window.intersect(asked)
+        return self.window.intersect(requested_range(self.series, self.reach, self.settings, now))
 
 
-def materialize_lasting(work: Context, task: Task, lines: Lines, detailed: bool) -> Outcome:
-    """`materialize_series`, from its beginning again when it loses the database: only what is missing is requested."""
+def materialize_with_retries(work: Context, task: Task, lines: Lines, detailed: bool) -> Outcome:
+    """`materialize_series`, repeated when it loses the database: only missing candles are requested again."""
     for losses in count(1):
         try:
-            return materialize_series(work, task, Story(lines, detailed))
+            return materialize_series(work, task, SyncLogger(lines, detailed))
         except DatabaseUnavailable as error:
-            if losses > MOST_LOSSES or not is_back(work.database):
+            if losses > MOST_LOSSES or not wait_until_available(work.database):
                 raise
-            lines.warn(f"the database was away, what is missing is fetched again: {error}", str(task.series))
+            lines.warn(f"lost the database; missing candles are fetched again: {error}", str(task.series))
     raise AssertionError
 
 
-def materialize_series(work: Context, task: Task, story: Story) -> Outcome:
-    """Syncs the series, and judges each partition of the run."""
+def materialize_series(work: Context, task: Task, logger: SyncLogger) -> Outcome:
+    """Syncs the series and evaluates each partition of the run."""
     series, now, grid = task.series, work.clock(), grid_of(task.series)
     priority = task.settings.priority(series)
     first_provider = next(iter(priority), None)
-    asked = closed_window(task.asked(now), grid, now, None)
-    if grid.count(asked):
+    requested = closed_window(task.requested(now), grid, now, None)
+    if grid.count(requested):
         try:
             report = sync(
                 work,
                 series,
-                asked,
+                requested,
                 priority,
                 scope=Scope.GAPS if task.run_kind is RunKind.FILL else Scope.MISSING,
-                # A person who asks for a partition means its gaps, however lately nobody had them.
+                # A backfill requests explained gaps again, regardless of their recheck dates.
                 recheck=task.run_kind is RunKind.BACKFILL,
                 run_id=task.run_id,
-                listen=story,
+                listen=logger,
             )
-        except SeriesChanged as error:  # nothing was asked; the other series of the run go on
-            report = SyncReport(series, asked, errors=(str(error),))
+        except SeriesChanged as error:  # raised before any request; the other series of the run continue
+            report = SyncReport(series, requested, errors=(str(error),))
             return Outcome(series, report, dict.fromkeys(task.windows, PartState()), tuple(task.windows))
-    else:  # known without asking anybody
-        report = SyncReport(series, asked)
-    story.end(report)
+    else:  # no candle is expected: no request
+        report = SyncReport(series, requested)
+    logger.end(report)
     possible = _possible(work, task, report, now)
     if not grid.count(possible):
         return Outcome(series, report, dict.fromkeys(task.windows, PartState()), ())
     parts = part_states(
         work.database, series, {key: part.intersect(possible) for key, part in task.windows.items()}
     )
-    unanswered = story.failed_windows
-    if report.failed_batches > len(unanswered):  # there was nobody to ask, and so no event of a batch
+    unanswered = logger.failed_windows
+    if report.failed_batches > len(unanswered):  # no eligible provider, so no batch events
         unanswered = [report.window]
     failed = tuple(
         key
@@ -354,7 +352,7 @@ def materialize_series(work: Context, task: Task, story: Story) -> Outcome:
 
 
 def _possible(work: Context, task: Task, report: SyncReport, now: int) -> TimeRange:
-    """Where candles of the run's partitions can exist; a sync of all of it has found that out."""
+    """The part of the run's partitions in which candles can exist; a sync of all of them has determined it."""
     if task.run_kind is not RunKind.REFRESH:
         return report.window
     listed = listed_at(work.database, task.series, task.settings.priority(task.series))
@@ -362,8 +360,8 @@ def _possible(work: Context, task: Task, report: SyncReport, now: int) -> TimeRa
 
 
 def _is_stalled(work: Context, outcome: Outcome) -> bool:
-    """Whether a refresh stored nothing although candles were due. Then nothing of the series shows as
-    materialized, so that its freshness policy ages: as materialized it would look fresh for ever."""
+    """Whether a refresh stored nothing although candles were due. The series is then not materialized, so that
+    its freshness policy turns stale; a materialization would keep it fresh."""
     report = outcome.report
     if report.total_candles:
         return False
@@ -372,7 +370,7 @@ def _is_stalled(work: Context, outcome: Outcome) -> bool:
 
 
 def _log_succeeded(context: AssetExecutionContext, key: AssetKey, outcome: Outcome) -> None:
-    """Shows the partitions that succeeded as materialized; those left out show as failed with the run."""
+    """Logs materializations of the successful partitions; Dagster shows the others as failed with the run."""
     for partition in (key for key in outcome.parts if key not in outcome.failed):
         context.log_event(
             AssetMaterialization(key, partition=partition, metadata=outcome.metadata(partition))
@@ -380,11 +378,11 @@ def _log_succeeded(context: AssetExecutionContext, key: AssetKey, outcome: Outco
 
 
 def _failure(failed: Sequence[Outcome], selected: int) -> Failure:
-    """What and why. Not retried as a crash: the clients have retried, the rest is the gaps' business."""
+    """The failure with its reasons. Without a run retry: the clients have retried, the gap sensor does the rest."""
     text = "\n".join(outcome.summary() for outcome in failed)
     return Failure(
-        description=f"{len(failed)} of {selected} series could not be fetched as a whole:\n{text}\n"
-        "Everything else is stored. Materialize the failed partitions again: only what is missing is asked for.",
+        description=f"{len(failed)} of {selected} series could not be fetched completely:\n{text}\n"
+        "Everything else is stored. Materialize the failed partitions again: only missing candles are requested.",
         metadata={
             "failed": MetadataValue.json({str(o.series): cast(Any, list(o.failed)) for o in failed}),
         },

@@ -1,12 +1,13 @@
-"""The audit in Dagster: a job over stored series, and the schedule that asks for it.
+"""The audit in Dagster: a job over stored series, and its schedule.
 
-A run audits 50 series at most. What it found stands in its log and, for a series that is an asset, as
-an observation on the asset. What it repaired is a warning; what it may not repair fails the run, for
-nobody else would look at it. Series that were removed from the settings are audited as well.
+A run audits 50 series at most. Differences are written to its log and, for a series that is an asset, to an
+observation of the asset. A repaired difference is a warning; one that cannot be repaired fails the run, because
+it needs an operator. Series that were removed from the settings are audited as well.
+
 Does not belong here: what is compared and how it is repaired (`pipeline.audit` and below).
 """
 
-# No `from __future__ import annotations` here: Dagster looks at the annotation of `context`.
+# No `from __future__ import annotations` here: Dagster inspects the annotation of `context` at runtime.
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -45,20 +46,20 @@ from fks_backfill_dagster.store.database import Database
 AUDIT, OP = "audit", "audit_series"
 
 MOST_LINES = 20
-"""So many findings stand in the log of a run; all of them in the observations."""
+"""Differences in the log of a run; the observations hold all of them."""
 
-_JOB = "Recomputes ledger, coverage and status of stored series from their candles, and repairs what differs."
+_JOB = "Recomputes ledger, coverage and status of stored series from their candles, and repairs differences."
 
-_MINUTE = 50  # when no refresh and no daily job begins
+_MINUTE = 50  # no refresh and no daily job starts at this minute
 _HOUR_SECONDS = 3600
 
 
-# Plain types: a field of dagster.Config may be {"env": NAME} as well, and a wrong name of a series is shown.
+# Plain types: a field of dagster.Config accepts {"env": NAME} too, and an unknown series name is shown in the error.
 _CONFIG = {
     "series": Field(
         [str],
         default_value=[],
-        description="Such as `BTC/USDT 1h`; empty: every stored series, configured or not.",
+        description="Names such as `BTC/USDT 1h`; empty: every stored series, configured or not.",
     )
 }
 
@@ -71,7 +72,7 @@ def build_audit(settings: Settings) -> JobDefinition:
         database = getattr(context.resources, DATABASE).database
         with retried(context):
             series = _wanted(auditable(database, settings.series()), context.op_config["series"])
-            report = audit(database, series, app.now, done=lambda found: _tell(context, settings, found))
+            report = audit(database, series, app.now, done=lambda found: _observe(context, settings, found))
         _conclude(context, report)
 
     @job(
@@ -84,7 +85,7 @@ def build_audit(settings: Settings) -> JobDefinition:
 
 
 def _wanted(stored: Sequence[Series], names: Sequence[str]) -> Sequence[Series]:
-    """Those of the stored series that are named; all of them if none is. Raises Failure for a wrong name."""
+    """The named series; all stored ones if `names` is empty. Raises Failure for a series that is not stored."""
     if not names:
         return stored
     by_name = {str(one): one for one in stored}
@@ -98,7 +99,7 @@ def _wanted(stored: Sequence[Series], names: Sequence[str]) -> Sequence[Series]:
     return [by_name[name] for name in names]
 
 
-def _tell(context: OpExecutionContext, settings: Settings, found: SeriesAudit) -> None:
+def _observe(context: OpExecutionContext, settings: Settings, found: SeriesAudit) -> None:
     if not found.differences:
         return
     configured = {(one.symbol, one.timeframe) for one in settings.series()}
@@ -122,9 +123,9 @@ def _tell(context: OpExecutionContext, settings: Settings, found: SeriesAudit) -
 
 
 def _conclude(context: OpExecutionContext, report: AuditReport) -> None:
-    """Lines and sums; raises Failure for what is left."""
+    """Logs differences and totals; raises Failure if any difference could not be repaired."""
     lines = [(one.series, found) for one in report.series for found in one.differences]
-    # What is left comes first: it is what somebody has to look at.
+    # Unrepaired differences first: they need an operator.
     for series, found in sorted(lines, key=lambda line: line[1].repaired)[:MOST_LINES]:
         log = context.log.warning if found.repaired else context.log.error
         log(f"{series}: {found.kind}: {found.message}{' (repaired)' if found.repaired else ''}")
@@ -145,13 +146,13 @@ def _conclude(context: OpExecutionContext, report: AuditReport) -> None:
         text = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
         raise Failure(
             f"{report.left:,} differences cannot be repaired from the candles, in {text}: the remedy of each"
-            " stands in the log, and `fks-backfill audit` tells all of them",
+            " is in the log; `fks-backfill audit` lists all of them",
             metadata=sums,
             allow_retries=False,
         )
 
 
-# When ---------------------------------------------------------------------------------------------------
+# Schedule -----------------------------------------------------------------------------------------------
 
 
 def build_audit_schedule(settings: Settings) -> ScheduleDefinition:
@@ -174,7 +175,7 @@ def build_audit_schedule(settings: Settings) -> ScheduleDefinition:
             return
         running = RunsFilter(job_name=AUDIT, statuses=NOT_FINISHED_STATUSES)
         if context.instance.get_runs_count(running):
-            yield SkipReason("the audit before still waits or runs")
+            yield SkipReason("the previous audit is still queued or running")
             return
         database = getattr(context.resources, DATABASE).database
         found: list[RunRequest | SkipReason] = list(audit_requests(database, settings))
@@ -184,15 +185,15 @@ def build_audit_schedule(settings: Settings) -> ScheduleDefinition:
 
 
 def audit_cron(hours: int) -> str:
-    """The looks for an audit every so many hours: cron has no intervals that go beyond a day or do not
-    divide one, so there are more looks than audits, and `is_audit_hour` chooses."""
+    """The cron schedule of an audit every `hours`: cron has no intervals that exceed a day or do not divide
+    one, so there may be more ticks than audits; `is_audit_hour` selects."""
     if hours % 24 == 0:
         return f"{_MINUTE} 0 * * *"
     return f"{_MINUTE} */{hours} * * *" if 24 % hours == 0 else f"{_MINUTE} * * * *"
 
 
 def is_audit_hour(moment: datetime, hours: int) -> bool:
-    """Whether the hour of a look is one of those, counted since the epoch: the same after a restart."""
+    """Whether an audit is due at this tick. Counted from the epoch, so a restart does not shift it."""
     return int(moment.timestamp()) // _HOUR_SECONDS % hours == 0
 
 

@@ -1,14 +1,14 @@
-"""The sensor that settles partitions before a series' own start: materialized, nothing expected, no run.
+"""The sensor that reports partitions before a series' own start: materialized, nothing expected, no run.
 
 All series of a grain share their partitions, which begin with the earliest series. Without these reports a
 series that starts later shows empty partitions permanently, and a backfill of "all missing" runs them.
-Each partition is reported once: what Dagster has as materialized, by a report or by a run, is left out. The
-cursor only saves the look: it holds what was settled, so that a tick without a new start costs no query.
+Each partition is reported once: those that Dagster has as materialized, by a report or a run, are skipped. The
+cursor is an optimization: it counts the completed series, so that a tick without changes costs no query.
 
 Does not belong here: partitions in which a run finds nothing expected (`assets`).
 """
 
-# No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
+# No `from __future__ import annotations` here: Dagster inspects the annotation of `context` at runtime.
 
 import hashlib
 import json
@@ -41,10 +41,10 @@ from fks_backfill_dagster.settings.model import Settings
 SENSOR = "partitions_before_start"
 
 MOST_REPORTS = 500
-"""Reports of one tick: each is an event of some 15 ms, and a tick has a minute."""
+"""Reports per tick: each is an event of about 15 ms, and a tick has a minute."""
 
 MOST_SERIES = 500
-"""Series whose partitions one tick looks up, a query each."""
+"""Series looked up per tick, one query each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Early:
 
 
 def build_before_start_sensors(groups: Sequence[Group], settings: Settings) -> list[SensorDefinition]:
-    """The sensor, where any series starts later than the partitions."""
+    """The sensor, if any series starts later than the partitions; otherwise an empty list."""
     early = early_partitions(groups, settings)
     if not early:
         return []
@@ -83,7 +83,7 @@ def build_before_start_sensors(groups: Sequence[Group], settings: Settings) -> l
 
 
 def early_partitions(groups: Sequence[Group], settings: Settings) -> list[Early]:
-    """What there is to report, by series; those without such a partition are left out."""
+    """Partitions to report, by series; series without any are omitted."""
     begin = settings.earliest_start
     found = (
         Early(one, start, keys_before_start(one.timeframe, begin, start))
@@ -95,22 +95,22 @@ def early_partitions(groups: Sequence[Group], settings: Settings) -> list[Early]
 
 
 def fingerprint(early: Sequence[Early]) -> str:
-    """Another one when a symbol, a start or the beginning of the partitions has changed."""
+    """Changes with the symbols, their starts and the first partition."""
     text = "\n".join(f"{one.series} {one.keys[0]} {one.keys[-1]}" for one in early)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def settled(cursor: str | None, mark: str) -> int:
-    """The number of series that were settled, of the list with this fingerprint."""
+    """The number of series completed according to the cursor; 0 if its fingerprint differs."""
     known: Mapping[str, object] = json.loads(cursor) if cursor else {}
     done = known.get("done")
     return done if known.get("mark") == mark and isinstance(done, int) else 0
 
 
 def report(instance: DagsterInstance, early: Sequence[Early], done: int) -> tuple[int, int]:
-    """Reports what is not materialized yet, from series number `done` on, as much as fits into a tick.
+    """Reports partitions that are not materialized yet, from series number `done` on, within the limits of a tick.
 
-    The number of reports, and the number of series that are settled.
+    Returns the number of reports and the number of completed series.
     """
     reported = 0
     for one in early[done : done + MOST_SERIES]:
@@ -128,9 +128,10 @@ def report(instance: DagsterInstance, early: Sequence[Early], done: int) -> tupl
 
 
 def _report(instance: DagsterInstance, key: AssetKey, one: Early, partitions: Sequence[str]) -> None:
-    """The freshness policy goes by the time of the newest materialization, and nothing became fresh by this.
+    """Reports the partitions without making the series look fresh.
 
-    So a report has the time of the one before it or, where there is none, of the partition's end.
+    The freshness policy uses the time of the newest materialization. A report therefore has the time of the
+    latest existing one or, without any, of the partition's end.
     """
     latest = instance.get_latest_materialization_event(key)
     for partition in partitions:

@@ -1,4 +1,4 @@
-"""Everything Dagster is told, made from the settings."""
+"""Builds the Dagster definitions from the settings."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from fks_backfill_dagster.settings.model import Settings
 def build_defs(
     *, settings: Settings | None = None, resource_overrides: Mapping[str, object] | None = None
 ) -> Definitions:
-    """The definitions of these settings, or of the file and the environment.
+    """The definitions for `settings`; None: loaded from the settings file and the environment.
 
-    `resource_overrides` replaces resources by name (`timescaledb`, `binance`, ...), so that a test or
-    another deployment brings its own. No run can replace any of them. Raises SettingsError, with every problem at once.
+    `resource_overrides` replaces resources by name (`timescaledb`, `binance`, ...), for tests and other
+    deployments. The configuration of a run cannot replace any. Raises SettingsError, which lists every problem.
     """
     settings = load_settings() if settings is None else settings
     resources = {**default_resources(settings), **(resource_overrides or {})}
@@ -44,7 +44,7 @@ def build_defs(
             *build_before_start_sensors(groups, settings),
         ],
         resources={name: fixed(resource) for name, resource in resources.items()},
-        # A run is one op that brings its own threads. With a process per step it would cost 7 s before
-        # any work, in this process 0.9 s.
+        # A run is one op with its own threads. With a process per step it takes 7 s to start, in this
+        # process 0.9 s.
         executor=in_process_executor,
     )

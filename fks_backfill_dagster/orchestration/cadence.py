@@ -1,8 +1,8 @@
-"""How often each timeframe is looked at, when a series counts as stale, and what goes first.
+"""Cadences, freshness policies and run priorities.
 
-Belongs here: the figures that schedules, assets and the queue share. Does not belong here: what is
-done at a tick (`schedules`), how many runs go side by side (dagster.yaml), the polling intervals, which
-the command line needs as well (`domain.freshness`).
+Belongs here: the figures that schedules, sensors, assets and the queue share. Does not belong here: what a tick
+does (`schedules`), the concurrency of runs (dagster.yaml), the polling intervals, which the command line needs
+as well (`domain.freshness`).
 """
 
 from __future__ import annotations
@@ -16,46 +16,46 @@ from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
 
 MOST_SERIES = 50
-"""A run that nobody asked for takes at most so many series."""
+"""The largest number of series of an automated run."""
 
 PRIORITY = "dagster/priority"
 FIRST, LAST = "10", "-10"
 """Priority in the queue: refresh before backfill (0, Dagster's default) before gap filling."""
 
 FILL_SECONDS = 60
-"""Between two looks at the ledger for gaps that are due."""
+"""Interval of the gap sensor."""
 
 OUTAGE_SECONDS = 600
-"""Between two looks for outages of whole venues."""
+"""Interval of the sensor of venue outages."""
 
 BEFORE_START_SECONDS = 60
-"""Between two looks for partitions before a series' own start."""
+"""Interval of the sensor of partitions before a series' own start."""
 
 FILL_RUNS = 10
-"""So many runs that fill gaps wait or run at most: the rest is asked for when these are over."""
+"""The largest number of queued and running gap-filling runs; further gaps are requested when these end."""
 
 FILL_AGAIN_SECONDS = 600
-"""A partition of a series is not asked for again so soon, whatever became of the run."""
+"""The shortest time between two gap-filling runs of one partition of a series, whatever the outcome."""
 
 
 def cron(timeframe: Timeframe) -> str:
-    """When a timeframe is looked at: a minute or more after candles close, each in its own minute."""
+    """The refresh schedule of a timeframe: a minute or more after candles close, each timeframe in its own minute."""
     every, offset = POLLING_MINUTES[timeframe], 1 + list(Timeframe).index(timeframe)
     return f"{offset} * * * *" if every == 60 else f"{offset}-59/{every} * * * *"
 
 
-def interval_of_looks(timeframe: Timeframe) -> int:
-    """Microseconds."""
+def tick_interval(timeframe: Timeframe) -> int:
+    """Between two ticks of a refresh, in microseconds."""
     return polling_interval(timeframe)
 
 
 def interval(timeframe: Timeframe) -> timedelta:
-    """The longest time between two materializations of a series that is kept fresh, its market open."""
+    """The longest time between two materializations of a fresh series while its market is open."""
     return timedelta(minutes=max(timeframe.minutes, POLLING_MINUTES[timeframe]))
 
 
 def freshness(asset_class: AssetClass, timeframe: Timeframe) -> FreshnessPolicy:
-    """Stale is what was not materialized for two intervals; exchanges that close are looked at daily."""
+    """Stale after two intervals without a materialization; at least daily ones for markets that close."""
     expected = interval(timeframe)
     if asset_class is not AssetClass.CRYPTO:
         expected = max(expected, timedelta(days=1))

@@ -1,12 +1,11 @@
 """The checks: one subsettable multi-asset check per (asset class, timeframe), evaluated in bulk.
 
-A check speaks of its series as a whole, not of the partitions of a run: it fails as long as anything
-stored of the series is wrong, in whichever partition; its metadata names those partitions. It can be
-run alone, without fetching. It blocks nothing: what a failed check says is true of candles that are
-stored already.
+A check covers its whole series, not the partitions of a run: it fails as long as any stored partition has a
+problem, and its metadata names those partitions. It can be run alone, without fetching. It is not blocking: it
+evaluates candles that are stored already.
 """
 
-# No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
+# No `from __future__ import annotations` here: Dagster inspects the annotation of `context` at runtime.
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 
@@ -35,8 +34,8 @@ from fks_backfill_dagster.ledger.records import LedgerGap
 from fks_backfill_dagster.orchestration.freshness import (
     FRESHNESS,
     as_event,
+    events_to_log,
     freshness_results,
-    worth_an_event,
 )
 from fks_backfill_dagster.orchestration.groups import Group
 from fks_backfill_dagster.orchestration.resources import DATABASE
@@ -63,7 +62,7 @@ _DESCRIPTIONS = {
 CHECK_NAMES = tuple(_DESCRIPTIONS)
 
 MOST_GAPS = 20
-"""So many gaps of a series stand in the metadata of its check; `fks-backfill gaps` lists all."""
+"""Gaps in the metadata of a check; `fks-backfill gaps` lists all."""
 
 _MOST_EVIDENCE = 300  # characters
 
@@ -115,7 +114,7 @@ def _evaluate(
 def evaluate(
     database: Database, group: Group, settings: Settings, wanted: Set[AssetCheckKey]
 ) -> list[AssetCheckResult]:
-    """The checks of a group with a query or two per kind, however many series they are about."""
+    """Evaluates checks of a group, with a few queries per kind of check for any number of series."""
     part = "month" if is_monthly(group.timeframe) else "year"
     now = app.now()
     return [
@@ -132,10 +131,10 @@ def evaluate_after_failure(
     settings: Settings,
     keys: Set[AssetKey],
 ) -> None:
-    """The run's checks of these series, in the op that is about to fail.
+    """Evaluates the run's checks of these series in the op that is about to fail.
 
-    Dagster skips the op of the checks after a failure, and shows them as failed for every series of the
-    run. They speak of what is stored, which a failure does not change.
+    After a failure Dagster skips the op of the checks and shows them as failed for every series of the run,
+    although they evaluate stored candles, which the failure does not change.
     """
     if not context.job_def.has_node_named(op_name(group)):
         return
@@ -152,16 +151,16 @@ def evaluate_after_refresh(
     settings: Settings,
     keys: Set[AssetKey],
 ) -> None:
-    """`data_freshness` of the series of a refresh, however it ended; its run has no op of the checks.
+    """Evaluates `data_freshness` of the series of a refresh, whatever its outcome; its run has no op of the checks.
 
-    What is logged is what has changed, and each result at least once an hour.
+    Changed results are logged, and every result at least once an hour.
     """
     if context.job_def.has_node_named(op_name(group)):
-        return  # it evaluates all of them, or `evaluate_after_failure` does
+        return  # that op evaluates all checks, or `evaluate_after_failure` does
     wanted = {key: group.series[key] for key in group.series if key in keys}
     now = app.now()
     results = _freshness(database, wanted, settings, now)
-    for event in worth_an_event(context.instance, results, wanted, now):
+    for event in events_to_log(context.instance, results, wanted, now):
         context.log_event(event)
 
 
@@ -177,11 +176,9 @@ def _sanity(database: Database, wanted: Mapping[AssetKey, Series], part: str) ->
 
 def _sanity_result(key: AssetKey, found: Sanity, broken: Mapping[str, int]) -> AssetCheckResult:
     first = {} if found.first is None else {"first": iso(found.first)}
-    text = (
-        f"All {found.candles:,} stored candles keep the rules." if found.candles else "No candle is stored."
-    )
+    text = f"All {found.candles:,} stored candles are valid." if found.candles else "No candle is stored."
     if found.bad:
-        text = f"{found.bad:,} of {found.candles:,} candles break a rule."
+        text = f"{found.bad:,} of {found.candles:,} candles are invalid."
     return AssetCheckResult(
         asset_key=key,
         check_name=SANITY,
@@ -203,11 +200,11 @@ def _completeness(
     app.settle_closures(settings, database, wanted.values())
     changes = calendar_changes(database, wanted.values())
     found = completeness(database, list(wanted.values()))
-    lacking = [one for one in wanted.values() if found[one].missing]
-    parts = open_parts(database, [one for one in lacking if found[one].open_gaps], part)
+    incomplete = [one for one in wanted.values() if found[one].missing]
+    parts = open_parts(database, [one for one in incomplete if found[one].open_gaps], part)
     rule = app.freshness_rule(settings)
-    recent = recent_missing(database, recent_windows(database, lacking, now, rule))
-    gaps = missing_gaps(database, lacking, MOST_GAPS)
+    recent = recent_missing(database, recent_windows(database, incomplete, now, rule))
+    gaps = missing_gaps(database, incomplete, MOST_GAPS)
     return [
         _completeness_result(
             key, found[one], parts.get(one, []), recent.get(one, 0), gaps.get(one, ()), changes.get(one)
@@ -219,7 +216,7 @@ def _completeness(
 def _completeness_result(
     key: AssetKey,
     found: Completeness,
-    lacking: Sequence[str],
+    failed_partitions: Sequence[str],
     recent: int,
     gaps: Sequence[LedgerGap],
     change: CalendarChange | None,
@@ -230,7 +227,7 @@ def _completeness_result(
         check_name=COMPLETENESS,
         passed=not (found.open_gaps or recent or change),
         severity=AssetCheckSeverity.WARN,
-        description=text if change is None else f"{text} But {change}.",
+        description=text if change is None else f"{text} Also, {change}.",
         metadata={
             "expected": found.expected,
             "stored": found.stored,
@@ -240,14 +237,14 @@ def _completeness_result(
             "recent_missing": recent,
             "open_gaps": found.open_gaps,
             "coverage": MetadataValue.float(found.rounded_coverage),
-            "failed_partitions": MetadataValue.json(list(lacking)),
+            "failed_partitions": MetadataValue.json(list(failed_partitions)),
             **({"gaps": gap_table(gaps)} if gaps else {}),
         },
     )
 
 
 def _completeness_text(found: Completeness, recent: int) -> str:
-    """One sentence, with what is wrong first."""
+    """One sentence, problems first."""
     if not found.expected:
         return "Nothing is synced yet: all history is pending."
     stored = f"{found.stored:,} of {found.expected:,} expected candles are stored"
@@ -256,9 +253,9 @@ def _completeness_text(found: Completeness, recent: int) -> str:
         gaps = "open gap" if found.open_gaps == 1 else "open gaps"
         return f"{found.open_gaps:,} {gaps} with {found.open_missing:,} candles; {stored}{quiet}."
     if recent:
-        return f"{recent:,} recent candles are missing, though that is explained; {stored}{quiet}."
+        return f"{recent:,} recent candles are missing (explained); {stored}{quiet}."
     if found.missing:
-        return f"{stored}{quiet}, and the absence of {found.missing:,} is explained."
+        return f"{stored}{quiet}; {found.missing:,} missing candles are explained."
     return f"{stored}{quiet}." if quiet else f"All {found.expected:,} expected candles are stored."
 
 

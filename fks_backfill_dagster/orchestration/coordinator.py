@@ -1,4 +1,4 @@
-"""The former place of `host.coordinator`, which a dagster.yaml of a user may name."""
+"""Alias of `host.coordinator`: a user's dagster.yaml may name this module."""
 
 from fks_backfill_dagster.host.coordinator import AssetClassRunCoordinator
 

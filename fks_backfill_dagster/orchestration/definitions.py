@@ -1,4 +1,4 @@
-"""What Dagster loads (workspace.yaml): the definitions of the settings found from here."""
+"""The module that Dagster loads (workspace.yaml): the definitions for the settings of the working folder."""
 
 from __future__ import annotations
 

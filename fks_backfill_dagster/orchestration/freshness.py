@@ -1,7 +1,7 @@
-"""The check `data_freshness`: its results, and which of them are worth an event.
+"""The check `data_freshness`: its results, and which of them are logged.
 
-Belongs here: how an assessment looks as a check result, when it is logged. Does not belong here: what is
-stale (`pipeline.freshness`), where it is evaluated (`checks`, `assets`, `outages`).
+Belongs here: the check result of an assessment, when it is logged. Does not belong here: when a series is stale
+(`pipeline.freshness`), where the check is evaluated (`checks`, `assets`, `outage_sensor`).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from fks_backfill_dagster.store.database import Database
 
 FRESHNESS = "data_freshness"
 
-# An evaluation that would be older than this at the next one is logged though its result is the same: an hour,
-# less what a refresh may begin later than the one before.
-_LOGGED_AGAIN = MICROS_PER_HOUR - 5 * MICROS_PER_MINUTE
+# An unchanged result is logged again if the logged one would be older than this at the next evaluation: an hour,
+# less the delay with which a refresh may start.
+_RELOG_AFTER = MICROS_PER_HOUR - 5 * MICROS_PER_MINUTE
 
 
 def freshness_results(
     database: Database, wanted: Mapping[AssetKey, Series], rule: Rule, now: int
 ) -> list[AssetCheckResult]:
-    """One result per series, all of them from one query (and four more where candles are overdue)."""
+    """One result per series, from one query for all of them (and four more if candles are overdue)."""
     found = freshness(database, list(dict.fromkeys(wanted.values())), now, rule)
     return [_result(key, found[one]) for key, one in wanted.items()]
 
@@ -57,16 +57,16 @@ def _result(key: AssetKey, found: Assessment) -> AssetCheckResult:
     )
 
 
-def worth_an_event(
+def events_to_log(
     instance: DagsterInstance,
     results: Sequence[AssetCheckResult],
     wanted: Mapping[AssetKey, Series],
     now: int,
 ) -> list[AssetCheckEvaluation]:
-    """The results that differ from the last ones in Dagster's log, and those that would be an hour old there.
+    """Results that differ from the last ones in Dagster's event log, and those that would be an hour old there.
 
-    Every evaluation of thousands of series, four times an hour, would flood the log; the page of a series shows
-    the last one, and its age. One query.
+    Logging every evaluation of thousands of series, four times an hour, would flood the event log; the page of a
+    series shows the last one and its age. One query.
     """
     keys = [AssetCheckKey(key, FRESHNESS) for key in wanted]
     known = instance.event_log_storage.get_latest_asset_check_execution_by_key(keys)
@@ -77,7 +77,7 @@ def worth_an_event(
         last = None if record is None else record.evaluation
         if isinstance(last, AssetCheckEvaluation) and record is not None and record.event is not None:
             age = now - int(record.event.timestamp * 1_000_000)
-            due = age + polling_interval(wanted[event.asset_key].timeframe) > _LOGGED_AGAIN
+            due = age + polling_interval(wanted[event.asset_key].timeframe) > _RELOG_AFTER
             if _outcome(last) == _outcome(event) and age >= 0 and not due:
                 continue
         fresh.append(event)
@@ -85,7 +85,7 @@ def worth_an_event(
 
 
 def as_event(result: AssetCheckResult) -> AssetCheckEvaluation:
-    """A result as the event that a check's own op would log."""
+    """The event that the op of the check would log for this result."""
     assert result.asset_key is not None
     assert result.check_name is not None
     return AssetCheckEvaluation(

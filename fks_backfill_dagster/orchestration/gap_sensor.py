@@ -1,14 +1,14 @@
-"""The sensor that has gaps filled: it reads the ledger, never the candles, and asks for a few runs.
+"""The gap sensor: reads the gap ledger, never the candles, and requests gap-filling runs.
 
-A gap is asked for when the ledger says that its time has come, so one that nobody can fill costs less and
-less. It is not asked for while a run that may fill it waits or runs, nor within minutes of one: a run that
-broke before it could ask anybody must not be started again and again. History that was never synced is in
-no ledger, and never asked for here.
+A gap is requested when it is due according to the ledger, whose back-off makes a gap that no provider can fill ever
+cheaper. It is skipped while a run that may fill it is queued or running, and for some minutes after it: a run that
+fails before its first request must not be restarted in a loop. History that was never synced is not in the ledger
+and is not requested here.
 
 Does not belong here: when a gap is due (`ledger.settle`, `store.due_gaps`), what a run does (`assets`).
 """
 
-# No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
+# No `from __future__ import annotations` here: Dagster inspects the annotation of `context` at runtime.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,15 +45,15 @@ from fks_backfill_dagster.store.ledger import reopen
 
 SENSOR = "fill_gaps"
 
-# An asset and the key of one of its partitions.
-Spot = tuple[AssetKey, str]
+# An asset and one of its partition keys.
+AssetPartition = tuple[AssetKey, str]
 Tick = RunRequest | SkipReason
 
 
 def build_sensors(
     groups: Sequence[Group], jobs: Sequence[ExecutableDefinition], settings: Settings
 ) -> list[SensorDefinition]:
-    """The sensor, where there is any series; `jobs` are those that materialize them."""
+    """The sensor, if there is any series; `jobs` are the jobs that materialize them."""
     if not groups:
         return []
     on = settings.automation.fill_gaps
@@ -63,17 +63,17 @@ def build_sensors(
         jobs=jobs,
         minimum_interval_seconds=cadence.FILL_SECONDS,
         default_status=DefaultSensorStatus.RUNNING if on else DefaultSensorStatus.STOPPED,
-        description="Asks for the gaps whose time has come. Reads the ledger of gaps, not the candles.",
+        description="Requests runs for gaps that are due. Reads the gap ledger, not the candles.",
         required_resource_keys=set(ALL),
     )
     def fill_gaps(context: SensorEvaluationContext) -> Iterator[Tick]:
         recent = recent_runs(context.instance)
         places = cadence.FILL_RUNS - recent.unfinished
         if places <= 0:
-            yield SkipReason(f"{recent.unfinished} runs that fill gaps wait or run already")
+            yield SkipReason(f"{recent.unfinished} gap-filling runs are queued or running already")
             return
         with opened(context.resources, settings, context.log.info) as work:
-            found: list[Tick] = [*fill_requests(groups, settings, work, recent.spots, places)]
+            found: list[Tick] = [*fill_requests(groups, settings, work, recent.partitions, places)]
         yield from found or [SkipReason("no gap is due")]
 
     return [fill_gaps]
@@ -81,47 +81,51 @@ def build_sensors(
 
 @dataclass(frozen=True, slots=True)
 class Recent:
-    """What the sensor has asked for that is not over, or was not minutes ago."""
+    """The sensor's requests that are unfinished or were made within the last minutes."""
 
     unfinished: int
-    spots: frozenset[Spot]
+    partitions: frozenset[AssetPartition]
 
 
 def recent_runs(instance: DagsterInstance) -> Recent:
-    """The sensor's runs that wait or run, and those of the last minutes."""
+    """The sensor's unfinished runs and those of the last minutes."""
     tags = {SENSOR_NAME_TAG: SENSOR}
-    under_way = instance.get_runs(RunsFilter(tags=tags, statuses=NOT_FINISHED_STATUSES))
+    unfinished = instance.get_runs(RunsFilter(tags=tags, statuses=NOT_FINISHED_STATUSES))
     since = datetime.now(UTC) - timedelta(seconds=cadence.FILL_AGAIN_SECONDS)
-    lately = instance.get_runs(RunsFilter(tags=tags, created_after=since))
+    created_lately = instance.get_runs(RunsFilter(tags=tags, created_after=since))
     return Recent(
-        len(under_way),
+        len(unfinished),
         frozenset(
             (key, run.tags[PARTITION_NAME_TAG])
-            for run in (*under_way, *lately)
+            for run in (*unfinished, *created_lately)
             for key in run.asset_selection or ()
         ),
     )
 
 
 def fill_requests(
-    groups: Sequence[Group], settings: Settings, work: Context, besides: Collection[Spot], most_runs: int
+    groups: Sequence[Group],
+    settings: Settings,
+    work: Context,
+    excluded: Collection[AssetPartition],
+    most_runs: int,
 ) -> Iterator[RunRequest]:
-    """Runs for what is due, `most_runs` at most: one partition each, of up to 50 series of one grain and
-    asset class.
+    """Runs for due gaps, `most_runs` at most: one partition each, of up to 50 series of one grain and asset
+    class.
 
-    Gaps at the spots `besides` are left out. What rests on one provider's response is opened first where
-    another one has become eligible, and what the settings close is explained.
+    Gaps in the partitions `excluded` are skipped. First, gaps that rely on one provider's response are reopened
+    if another provider has become eligible, and gaps within configured closures are explained.
     """
     wanted, now, most = _wanted(groups, settings, work), work.clock(), cadence.MOST_SERIES * most_runs
     with work.database.begin() as connection:
         reopen(connection, {series: one.able for series, one in wanted.items()}, now)
     settle_closures(work, wanted)
-    due = due_places(work.database, wanted, now, most + len(besides))
-    open_places = [one for one in due if (asset_key(one.series), one.key) not in besides]
+    due = due_places(work.database, wanted, now, most + len(excluded))
+    open_places = [one for one in due if (asset_key(one.series), one.key) not in excluded]
     for (job, key, _), series in bundled(open_places, most_runs).items():
         keys = [asset_key(one) for one in series]
         yield RunRequest(
-            # Without a run key: what was asked for once may have to be asked for again.
+            # Without a run key: the same gap may have to be requested again.
             job_name=job,
             partition_key=key,
             asset_selection=keys,
@@ -144,8 +148,8 @@ def _wanted(groups: Sequence[Group], settings: Settings, work: Context) -> dict[
 
 
 def bundled(places: Sequence[Place], most: int) -> Mapping[tuple[str, str, AssetClass], Sequence[Series]]:
-    """What runs can take together, by job, partition and asset class: the first `most` such runs, in the
-    order of their first places; 50 series each."""
+    """Series that one run can take, by job, partition and asset class: the first `most` such runs, in the order
+    of their first places, 50 series each."""
     bundles: dict[tuple[str, str, AssetClass], list[Series]] = {}
     for place in places:
         where = (job_name(place.series.timeframe), place.key, place.series.asset_class)

@@ -1,7 +1,7 @@
-"""Which series share one op, and how a series is called in Dagster.
+"""Groups: the series that share one op; the asset key of a series.
 
-2,000 assets and 4,000 checks as definitions of their own take 9 s to load, in every run worker; as
-one multi-asset per (asset class, timeframe) they take one. Docs: docs/adr/0004-dagster-shape.md.
+2,000 assets and 4,000 checks as separate definitions take 9 s to load, in every run worker; as one multi-asset
+per (asset class, timeframe) they take 1 s. Reasons: docs/adr/0004-dagster-shape.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def asset_key(series: Series) -> AssetKey:
 
 
 def groups_of(settings: Settings) -> tuple[Group, ...]:
-    """Every configured series in its group; groups in the order in which settings name them first."""
+    """All configured series by group, groups in the order of their first series in the settings."""
     found: dict[tuple[AssetClass, Timeframe], dict[AssetKey, Series]] = {}
     for series in settings.series():
         found.setdefault((series.asset_class, series.timeframe), {})[asset_key(series)] = series

@@ -1,6 +1,6 @@
-"""The jobs: one per grain of partitions, as one run cannot mix them, and one for all checks.
+"""The jobs: one per partition grain, because a run cannot mix them, and one for all checks.
 
-The backfills of the UI need none of these: Dagster's own asset job runs them.
+Backfills need none of these: they run in Dagster's own asset job.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def job_name(timeframe: Timeframe) -> str:
 
 
 def build_jobs(groups: Sequence[Group]) -> list[UnresolvedAssetJobDefinition]:
-    """The jobs that materialize series, one per grain that any of them has."""
-    # The policies of asset classes differ on purpose (`assets`): each load of the definitions would warn of it.
+    """The jobs that materialize series, one per grain in use."""
+    # The policies of asset classes differ on purpose (`assets`); without the filter each load would warn.
     warnings.filterwarnings("ignore", r"Asset job \w+ materializes assets with varying BackfillPolicies")
     jobs = []
     for name, text in ((MONTHS, "below 1h, by month"), (YEARS, "from 1h up, by year")):
@@ -38,7 +38,7 @@ def build_jobs(groups: Sequence[Group]) -> list[UnresolvedAssetJobDefinition]:
 
 
 def build_check_jobs(groups: Sequence[Group]) -> list[UnresolvedAssetJobDefinition]:
-    """The job of all checks, where there is any series."""
+    """The job of all checks, if there is any series."""
     if not groups:
         return []
     checks = AssetSelection.all_asset_checks()

@@ -1,4 +1,4 @@
-"""The former place of `host.launcher`, which a dagster.yaml of a user may name."""
+"""Alias of `host.launcher`: a user's dagster.yaml may name this module."""
 
 from fks_backfill_dagster.host.launcher import WatchedRunLauncher
 

@@ -1,7 +1,7 @@
-"""How time is cut into partitions: months below 1h, years from 1h up, UTC.
+"""Partitions: months for timeframes below 1h, years from 1h up, UTC.
 
-Every partition of a run costs Dagster two events of 15 to 30 ms in PostgreSQL, so a partition has to
-hold thousands of candles to be worth it.
+Each partition of a run costs two Dagster events of 15 to 30 ms in PostgreSQL, so a partition should hold thousands
+of candles.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime
 
 
 def partitions_for(timeframe: Timeframe, begin: int) -> TimeWindowPartitionsDefinition:
-    """The partitions of a timeframe: from the one that contains `begin` to the running one."""
+    """The partitions of a timeframe: from the one that contains `begin` to the current one."""
     start = to_datetime(begin).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     if is_monthly(timeframe):
         return _partitions("0 0 1 * *", start)
@@ -27,14 +27,14 @@ def partitions_for(timeframe: Timeframe, begin: int) -> TimeWindowPartitionsDefi
 
 @cache
 def _partitions(cron: str, start: datetime) -> TimeWindowPartitionsDefinition:
-    # One object per grain: Dagster compares definitions by value, thousands of times, and asks `is` first.
-    # The start is rounded down because Dagster would begin with the first whole window after it.
+    # One object per grain: Dagster compares definitions by value thousands of times, but checks identity first.
+    # The start is rounded down because Dagster begins with the first whole window after it.
     return TimeWindowPartitionsDefinition(
         start=start, cron_schedule=cron, fmt=KEY_FORMAT, timezone="UTC", end_offset=1
     )
 
 
 def windows_of(partitions: TimeWindowPartitionsDefinition, keys: Iterable[str]) -> dict[str, TimeRange]:
-    """The window of every key, in their order."""
+    """The window of each key, in the order given."""
     windows = ((key, partitions.time_window_for_partition_key(key)) for key in keys)
     return {key: TimeRange.of(window.start, window.end) for key, window in windows}

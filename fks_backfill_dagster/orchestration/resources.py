@@ -1,10 +1,10 @@
-"""What the ops need from outside: the database, and one resource per provider.
+"""The resources of the ops: the database, and one resource per provider.
 
-A resource only says where something is and how to open it; it does so when a run begins, never when
-definitions are loaded. Secrets are no fields: Dagster shows fields in its UI and keeps them in runs.
+A resource holds an address and options. It opens connections when a run starts, not when definitions are loaded.
+Secrets are not fields: Dagster shows fields in its UI and stores them with runs.
 
-Nothing of a resource can be replaced by the configuration of a run (`fixed`): a run with another base_url
-would send the provider's key there, and one with `{"env": "POLYGON_API_KEY"}` as a value would show it.
+The configuration of a run cannot replace any field of a resource (`fixed`): another base_url would receive the
+provider's key, and `{"env": "POLYGON_API_KEY"}` as a value would show it.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ ALL = frozenset({DATABASE, *PROVIDERS})
 
 
 class TimescaleDB(ConfigurableResource):  # type: ignore[type-arg]
-    """The database at `url`, for tests and other deployments. Its schema is made where there is none.
+    """The database at `url`, for tests and other deployments. Creates the schema if it is missing.
 
-    Give the url as an EnvVar, so that no password is shown in the UI.
+    Pass the url as an EnvVar, so that the UI does not show a password.
     """
 
     url: str
@@ -64,7 +64,7 @@ class TimescaleDB(ConfigurableResource):  # type: ignore[type-arg]
 
 
 class ProviderResource(ConfigurableResource):  # type: ignore[type-arg]
-    """Where and how a provider is asked. Its key comes from the environment only."""
+    """The addresses, limits and timeouts of a provider. Its key comes from the environment only."""
 
     provider: str
     base_url: str
@@ -91,10 +91,10 @@ class ProviderResource(ConfigurableResource):  # type: ignore[type-arg]
 
 
 def default_resources(settings: Settings) -> dict[str, object]:
-    """The resources as the settings have them.
+    """The resources for these settings.
 
-    No op hands a value to another one. Dagster's own I/O manager for that takes a folder from a run's
-    configuration.
+    No op passes a value to another one. The I/O manager is replaced because Dagster's default takes a folder from
+    the configuration of a run.
     """
     return {
         DATABASE: _database(settings),
@@ -104,9 +104,9 @@ def default_resources(settings: Settings) -> dict[str, object]:
 
 
 def fixed(resource: object) -> object:
-    """The resource without what a run's configuration could replace; any other object as it is.
+    """The resource without fields that a run's configuration could replace; any other object unchanged.
 
-    Dagster then refuses such a run, wherever it is launched, before a value of its configuration is looked at.
+    Dagster then rejects such a run, wherever it is launched, before it resolves any configured value.
     """
     if not isinstance(resource, ConfigurableResource):
         return resource
@@ -117,7 +117,7 @@ def fixed(resource: object) -> object:
         values = {
             name: value.get_value() if isinstance(value, EnvVar) else value for name, value in given.items()
         }
-        # It makes a resource of what is configured, which is nothing, and of what is given beside that.
+        # Creates the resource from the run's configuration, which is empty, and these values.
         with type(resource).from_resource_context_cm(context, values) as opened_resource:
             yield opened_resource
 
@@ -129,7 +129,7 @@ def fixed(resource: object) -> object:
 
 
 def _description(resource: ConfigurableResource[Any]) -> str:
-    """What Dagster's page of the resource shows."""
+    """The description on Dagster's page of the resource."""
     if isinstance(resource, ProviderResource):
         return f"{resource.provider}, requested at {resource.base_url}. Set in the settings, not by a run."
     return type(resource).__doc__ or type(resource).__name__
@@ -139,7 +139,7 @@ def _database(settings: Settings) -> TimescaleDB:
     class SettingsDatabase(TimescaleDB):
         """The database of the settings: FKS_DATABASE_URL, else the embedded PostgreSQL."""
 
-        # A class of its own because its address holds a password, and Dagster shows every field.
+        # A separate class because the url holds a password, and Dagster shows every field.
 
         url: str = ""
 
@@ -165,35 +165,34 @@ def _provider(settings: Settings, name: str) -> ProviderResource:
 
 
 @contextmanager
-def opened(resources: Any, settings: Settings, tell: Callable[[str], None]) -> Iterator[Context]:
-    """What a sync works with, from a run's resources: one pool for all, limits shared with every process.
+def opened(resources: Any, settings: Settings, on_wait: Callable[[str], None]) -> Iterator[Context]:
+    """The context of syncs, from a run's resources: one request pool, rate limits shared with other processes.
 
-    `tell` gets a sentence when a provider keeps everybody waiting, from any thread.
+    `on_wait` receives a message when a provider delays all requests, from any thread.
     """
     given: Mapping[str, ProviderResource] = {name: getattr(resources, name) for name in PROVIDERS}
     options = {name: resource.options(settings.key_of(name)) for name, resource in given.items()}
     _log_addresses(settings, options)
     database: Database = getattr(resources, DATABASE).database
-    pool = RequestPool(settings.max_concurrent_requests, tell=tell)
+    pool = RequestPool(settings.max_concurrent_requests, on_wait=on_wait)
     try:
         limiter = app.limiter_for(options, database)
         providers = {name: given[name].make(options[name], pool, limiter) for name in given}
         yield app.make_context(settings, database, providers, options)
     except BaseException:
-        pool.stop.set()  # ends every wait of a provider at once
+        pool.stop.set()  # ends all waits for providers immediately
         raise
     finally:
         pool.close()
 
 
 def _log_addresses(settings: Settings, options: Mapping[str, ProviderOptions]) -> None:
-    """One line of the run log for all addresses that are no default ones: whose candles a run stored can
-    be found out from it."""
+    """Logs one line with all custom provider addresses, so that the run log shows the source of its candles."""
     custom = {
         name: custom_address(name, each.base_url, each.archive_url)
         for name, each in options.items()
         if settings.provider(name).enabled
     }
-    told = [f"{name} at {address}" for name, address in custom.items() if address is not None]
-    if told:
-        get_dagster_logger().info(f"Not the default addresses: {', '.join(told)}")
+    shown = [f"{name} at {address}" for name, address in custom.items() if address is not None]
+    if shown:
+        get_dagster_logger().info(f"Custom provider addresses: {', '.join(shown)}")

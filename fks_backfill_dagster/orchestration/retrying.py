@@ -1,8 +1,8 @@
-"""What a run does when it loses the database: it waits and goes on, and is started once more if that does not help.
+"""Loss of the database during a run: the run waits and continues, otherwise Dagster retries it once.
 
-Everything here may be done again at any time: what was committed is not requested again.
+All work can be repeated at any time: committed candles are not requested again.
 
-Does not belong here: runs whose worker is gone (`launcher`), Dagster's own storage (`lasting`).
+Does not belong here: runs whose worker is gone (`host.launcher`), Dagster's own storage (`host.lasting`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PAUSE_SECONDS = 0.5
 
 
 class RunContext(Protocol):
-    """What every op's context has."""
+    """The part of an op's context that is used here."""
 
     @property
     def instance(self) -> DagsterInstance: ...
@@ -33,9 +33,9 @@ class RunContext(Protocol):
 
 @contextmanager
 def retried(context: RunContext) -> Iterator[None]:
-    """A run that fails in the block for want of the database is retried by Dagster, as one whose worker is gone.
+    """Marks a run that fails in the block because of the database for a retry by Dagster.
 
-    dagster.yaml has no other failure of an op retried.
+    dagster.yaml disables retries of all other op failures.
     """
     try:
         yield
@@ -44,8 +44,8 @@ def retried(context: RunContext) -> Iterator[None]:
         raise
 
 
-def is_back(database: Database, seconds: float = AWAY_SECONDS) -> bool:
-    """Waits until the database answers, `seconds` at most."""
+def wait_until_available(database: Database, seconds: float = AWAY_SECONDS) -> bool:
+    """Waits until the database responds, `seconds` at most. False if it does not."""
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -1,6 +1,6 @@
 """The kind of a run, read from its tags, and the range that a refresh requests of one series.
 
-The schedule that requests a refresh and the op that does it use the same rule.
+The schedule that requests a refresh and the op that runs it use the same rule.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class RunKind(Enum):
 
 
 def is_wanted(series: Series, reach: Reach | None, settings: Settings, now: int, *, daily: bool) -> bool:
-    """Whether a look takes the series; a `daily` one takes all but those that have ended."""
+    """Whether a tick refreshes the series; a `daily` tick refreshes all that have not ended."""
     end, grid = settings.end_of(series), grid_of(series)
     if end is None or now < end:
         return daily or is_due(reach, grid, now, end)
-    return is_due(reach, grid, now, end) and grid.count(asked_range(series, reach, settings, now)) > 0
+    return is_due(reach, grid, now, end) and grid.count(requested_range(series, reach, settings, now)) > 0
 
 
-def asked_range(series: Series, reach: Reach | None, settings: Settings, now: int) -> TimeRange:
-    """From the last sync on; of a series without one, the running partition and the one before.
+def requested_range(series: Series, reach: Reach | None, settings: Settings, now: int) -> TimeRange:
+    """From the end of the last sync; without a sync, the current partition and the previous one.
 
-    Nothing of a series that is silent, until it is due: a daily look shows it as looked after, with
-    the candles that its partition lacks, at the price of no request.
+    Empty for a series that delivers no candles, until it is due: the daily tick materializes it, with the missing
+    candles in the metadata, without a request.
     """
     if now < (quiet_until(reach) or now):
         return TimeRange(now, now)

@@ -1,7 +1,7 @@
-"""The story of a run in some twenty log lines: every line is an event in Dagster's database.
+"""The log of a run, about twenty lines: every line is an event in Dagster's database.
 
-Of a few series: what is planned, a line per tenth of the way as long as that takes seconds, the result.
-Of many: a line per tenth of the series, and the sum. Warnings always, up to a number.
+Few series: the plan, a line per tenth of the batches if that takes seconds, the result. Many series: a line per
+tenth of the series, and the total. Warnings in both cases, up to MOST_WARNINGS.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MOST_WARNINGS = 8
 
 
 class Log(Protocol):
-    """What lines are written to in the end, such as Dagster's log."""
+    """The target of the lines, such as Dagster's log."""
 
     def info(self, message: str, /) -> object: ...
 
@@ -28,22 +28,22 @@ class Log(Protocol):
 
 
 class Lines:
-    """What several threads have to say, until one of them writes it."""
+    """A queue of log lines from several threads; one thread writes them."""
 
     def __init__(self) -> None:
         self._waiting: SimpleQueue[tuple[bool, str, str]] = SimpleQueue()
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._warnings = 0
 
     def info(self, text: str) -> None:
         self._waiting.put((False, text, ""))
 
     def warn(self, text: str, about: str = "") -> None:
-        """A key that is missing is missing for all series: the same text about another one is told once."""
+        """Queues a warning. The same text about several series (a missing key) is logged once."""
         self._waiting.put((True, text, f"{about}: " if about else ""))
 
     def write(self, log: Log) -> None:
-        """Writes what has come; of warnings the first ones only, and how to see the others."""
+        """Writes the queued lines; of warnings the first MOST_WARNINGS only."""
         while True:
             try:
                 is_warning, text, about = self._waiting.get_nowait()
@@ -52,25 +52,25 @@ class Lines:
             if not is_warning:
                 log.info(text)
                 continue
-            if text in self._told:
+            if text in self._warned:
                 continue
-            self._told.add(text)
+            self._warned.add(text)
             self._warnings += 1
             if self._warnings <= MOST_WARNINGS:
                 log.warning(f"{about}{text}")
             elif self._warnings == MOST_WARNINGS + 1:
                 log.warning(
-                    "Further warnings are left out; the partitions and checks tell what came of them."
+                    "Further warnings are omitted; the metadata of partitions and checks shows the results."
                 )
 
 
-class Story:
-    """The listener of one sync. `failed_windows` are the windows of the batches that failed."""
+class SyncLogger:
+    """The listener of one sync. `failed_windows`: the windows of failed batches."""
 
     def __init__(self, lines: Lines, detailed: bool = True) -> None:
         self._lines, self._detailed = lines, detailed
-        self._batches = self._done = self._candles = self._told = 0
-        self._spoke_at = time.monotonic()
+        self._batches = self._done = self._candles = self._step = 0
+        self._logged_at = time.monotonic()
         self.failed_windows: list[TimeRange] = []
 
     def __call__(self, event: SyncEvent) -> None:
@@ -90,18 +90,18 @@ class Story:
             return
         self._lines.info(
             f"{report.series}: {_stored(report.total_candles, report.requests, report.seconds)};"
-            f" {report.missing:,} of {report.expected:,} expected are missing"
+            f" {report.missing:,} of {report.expected:,} expected candles are missing"
         )
 
     def _plan(self, event: Planned) -> None:
         plan = event.plan
         self._batches = len(plan.batches)
         if not plan.batches or not self._detailed:
-            return  # the result says it all
-        asked = ", ".join(event.providers) or "nobody"
+            return  # the result line is enough
+        providers = ", ".join(event.providers) or "no provider"
         self._lines.info(
             f"{event.series}: {plan.missing:,} of {plan.expected:,} candles are missing in {plan.window};"
-            f" asking {asked} in {self._batches} batches"
+            f" requesting {self._batches} batches from {providers}"
         )
 
     def _progress(self, event: BatchDone) -> None:
@@ -110,10 +110,10 @@ class Story:
         if event.error is not None:
             self.failed_windows.append(event.window)
         step = self._done * STEPS // self._batches
-        quiet = time.monotonic() - self._spoke_at < QUIET_SECONDS
-        if step == self._told or quiet or self._done == self._batches or not self._detailed:
+        quiet = time.monotonic() - self._logged_at < QUIET_SECONDS
+        if step == self._step or quiet or self._done == self._batches or not self._detailed:
             return
-        self._told, self._spoke_at = step, time.monotonic()
+        self._step, self._logged_at = step, time.monotonic()
         self._lines.info(
             f"{event.series}: {self._done} of {self._batches} batches, {self._candles:,} candles,"
             f" up to {event.window}"
@@ -121,23 +121,23 @@ class Story:
 
 
 class Progress:
-    """The story of a run of many series; of a single one its own story says it all."""
+    """The progress lines of a run of several series; for a single one its SyncLogger is enough."""
 
     def __init__(self, series: int, lines: Lines) -> None:
         self._series, self._lines = series, lines
-        self._done = self._told = self._candles = self._requests = self._left = 0
-        self._began = self._spoke_at = time.monotonic()
+        self._done = self._step = self._candles = self._requests = self._incomplete = 0
+        self._began = self._logged_at = time.monotonic()
 
     def add(self, report: SyncReport) -> None:
         self._done += 1
         self._candles += report.total_candles
         self._requests += report.requests
-        self._left += not report.complete
+        self._incomplete += not report.complete
         step = self._done * STEPS // self._series
-        quiet = time.monotonic() - self._spoke_at < QUIET_SECONDS
-        if step == self._told or quiet or self._series == 1:
+        quiet = time.monotonic() - self._logged_at < QUIET_SECONDS
+        if step == self._step or quiet or self._series == 1:
             return
-        self._told, self._spoke_at = step, time.monotonic()
+        self._step, self._logged_at = step, time.monotonic()
         self._lines.info(f"{self._done} of {self._series} series, {self._candles:,} candles")
 
     def end(self) -> None:
@@ -146,7 +146,7 @@ class Progress:
         seconds = time.monotonic() - self._began
         self._lines.info(
             f"{self._done} of {self._series} series: {_stored(self._candles, self._requests, seconds)};"
-            f" {self._left} of them are not complete"
+            f" {self._incomplete} of them are incomplete"
         )
 
 

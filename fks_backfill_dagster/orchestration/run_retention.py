@@ -1,14 +1,13 @@
-"""Keeping Dagster's own tables bounded: runs are forgotten when later ones have made them obsolete.
+"""Retention of Dagster's own tables: deletes runs that later ones have made obsolete.
 
-Dagster keeps every event for ever. What it shows of a partition comes from the newest materialization
-and the newest plan of it, and what it shows of a check from the newest evaluation. So a run is obsolete
-when it ended longer than `automation.keep_runs_days` ago and holds none of those. How many events that
-leaves: docs/dagster.md.
+Dagster keeps every event permanently. Its view of a partition uses the newest materialization and the newest
+planned one, its view of a check the newest evaluation. A run is obsolete when it ended more than
+`automation.keep_runs_days` ago and holds none of those. Number of remaining events: docs/dagster.md.
 
-Does not belong here: candles and their lineage, which are kept for ever.
+Does not belong here: candles and their lineage, which are kept permanently.
 """
 
-# No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
+# No `from __future__ import annotations` here: Dagster inspects the annotation of `context` at runtime.
 
 from datetime import UTC, datetime, timedelta
 
@@ -28,25 +27,25 @@ HOUSEKEEPING = "housekeeping"
 
 
 def build_housekeeping(settings: Settings) -> JobDefinition:
-    """The job; it works where Dagster's storage is the database of the settings."""
+    """The job; it requires Dagster's storage to be in the database of the settings."""
 
     @op(name="forget_obsolete_runs", required_resource_keys={DATABASE})
-    def forget(context: OpExecutionContext) -> None:
+    def delete(context: OpExecutionContext) -> None:
         database = getattr(context.resources, DATABASE).database
         before = datetime.now(UTC) - timedelta(days=settings.automation.keep_runs_days)
-        forgotten = forget_before(context.instance, database, before)
+        deleted = delete_runs_before(context.instance, database, before)
         left = event_count(database, DAGSTER_SCHEMA)
-        context.log.info(f"{forgotten:,} runs are forgotten, {left:,} events are left")
+        context.log.info(f"deleted {deleted:,} runs; {left:,} events remain")
 
     @job(name=HOUSEKEEPING, executor_def=in_process_executor, description=__doc__)
     def housekeeping() -> None:
-        forget()
+        delete()
 
     return housekeeping
 
 
-def forget_before(instance: DagsterInstance, database: Database, before: datetime) -> int:
-    """Forgets the obsolete runs that ended before that moment; their number."""
+def delete_runs_before(instance: DagsterInstance, database: Database, before: datetime) -> int:
+    """Deletes the obsolete runs that ended before `before`; returns their number."""
     runs = obsolete_runs(database, DAGSTER_SCHEMA, before)
     for run in runs:
         instance.delete_run(run)

@@ -1,13 +1,12 @@
-"""What Dagster does by itself: it keeps every series fresh, runs all checks daily, and forgets old runs.
+"""The schedules: refreshes of all series, daily checks, daily deletion of obsolete runs.
 
-A look (a tick of a refresh) asks the database which series have a candle that has closed since their
-last sync, and requests runs for those: a look that finds nothing new costs two queries. A series
-whose refresh still waits or runs is not asked for again.
+A tick of a refresh queries which series have a candle that has closed since their last sync, and requests runs for
+those. A tick without new candles costs two queries. Series whose refresh is queued or running are skipped.
 
-Does not belong here: how often (`cadence`), what a run does (`assets`, `checks`, `run_retention`).
+Does not belong here: intervals (`cadence`), what a run does (`assets`, `checks`, `run_retention`).
 """
 
-# No `from __future__ import annotations` here: Dagster looks at the annotation of `context` itself.
+# No `from __future__ import annotations` here: Dagster inspects the annotation of `context` at runtime.
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -38,7 +37,7 @@ from fks_backfill_dagster.orchestration.checks import CHECK_NAMES
 from fks_backfill_dagster.orchestration.groups import Group
 from fks_backfill_dagster.orchestration.jobs import CHECKS, job_name
 from fks_backfill_dagster.orchestration.resources import DATABASE
-from fks_backfill_dagster.orchestration.run_config import REFRESH, asked_range, is_wanted
+from fks_backfill_dagster.orchestration.run_config import REFRESH, is_wanted, requested_range
 from fks_backfill_dagster.orchestration.run_retention import HOUSEKEEPING
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.database import Database
@@ -59,7 +58,7 @@ def build_schedules(groups: Sequence[Group], settings: Settings) -> list[Schedul
 
 
 def _status(on: bool) -> DefaultScheduleStatus:
-    """What is switched off stands in the UI all the same, stopped."""
+    """A disabled schedule is shown in the UI as stopped."""
     return DefaultScheduleStatus.RUNNING if on else DefaultScheduleStatus.STOPPED
 
 
@@ -75,7 +74,7 @@ def _refresh(frame: Timeframe, groups: Sequence[Group], settings: Settings) -> S
         execution_timezone="UTC",
         job_name=job_name(frame),
         default_status=_status(frame in settings.automation.refresh),
-        description=f"Fetches what has closed of the {frame} series since their last sync.",
+        description=f"Fetches {frame} candles that have closed since the last sync of their series.",
         required_resource_keys={DATABASE},
     )
     def refresh(context: ScheduleEvaluationContext) -> Iterator[Tick]:
@@ -91,12 +90,12 @@ def _refresh(frame: Timeframe, groups: Sequence[Group], settings: Settings) -> S
 
 def _why_nothing(frame: Timeframe, waiting: int) -> str:
     if waiting:
-        return f"no {frame} candle to ask for; {waiting} series are being refreshed already"
+        return f"no {frame} candle to request; {waiting} series are being refreshed already"
     return f"no {frame} candle has closed since the last sync of any series"
 
 
 def unfinished(instance: DagsterInstance, tags: Mapping[str, str]) -> set[AssetKey]:
-    """The assets of runs with these tags that wait or run."""
+    """The assets of unfinished runs with these tags."""
     runs = instance.get_runs(RunsFilter(tags=dict(tags), statuses=NOT_FINISHED_STATUSES))
     return {key for run in runs for key in run.asset_selection or ()}
 
@@ -104,26 +103,26 @@ def unfinished(instance: DagsterInstance, tags: Mapping[str, str]) -> set[AssetK
 def refresh_requests(
     frame: Timeframe, series: Mapping[AssetKey, Series], settings: Settings, database: Database, at: datetime
 ) -> Iterator[RunRequest]:
-    """Runs for the series that are due at a look: those of one asset class with the same partitions together,
-    50 at most. A class whose providers fail keeps no other one waiting.
+    """Runs for the series that are due at a tick, 50 per run, grouped by asset class and partitions. A class whose
+    providers fail does not delay another one.
 
-    The first look of a day takes all series that have not ended: one whose exchange is closed for a
-    holiday, or that is silent, is shown as looked after too, at the price of no request.
+    The first tick of a day refreshes all series that have not ended, so that one without new candles (an exchange
+    holiday, a delisting) stays fresh in Dagster. That costs no request.
     """
     now = to_micros(at)
     known = reaches(database, list(series.values()))
-    daily = now % MICROS_PER_DAY < cadence.interval_of_looks(frame)
+    daily = now % MICROS_PER_DAY < cadence.tick_interval(frame)
     alike: dict[tuple[str, AssetClass], list[AssetKey]] = {}
     for key, one in series.items():
         if is_wanted(one, known.get(one), settings, now, daily=daily):
-            begin = asked_range(one, known.get(one), settings, now).start
+            begin = requested_range(one, known.get(one), settings, now).start
             alike.setdefault((key_at(frame, min(begin, now)), one.asset_class), []).append(key)
     for (first, asset_class), keys in sorted(alike.items()):
         for number, start in enumerate(range(0, len(keys), cadence.MOST_SERIES)):
             yield RunRequest(
                 run_key=f"refresh {frame} {asset_class} {first} {number}",
                 asset_selection=keys[start : start + cadence.MOST_SERIES],
-                asset_check_keys=[],  # without it Dagster takes all checks of the assets, whatever the job says
+                asset_check_keys=[],  # the default would be all checks of the assets, whatever the job selects
                 tags={
                     REFRESH: frame.value,
                     cadence.PRIORITY: cadence.FIRST,
@@ -143,19 +142,19 @@ def _checks(groups: Sequence[Group], settings: Settings) -> ScheduleDefinition:
         execution_timezone="UTC",
         job_name=CHECKS,
         default_status=_status(settings.automation.checks),
-        description="Runs all checks of all series that were ever synced. Fetches nothing.",
+        description="Runs all checks of all synced series. Fetches nothing.",
         required_resource_keys={DATABASE},
     )
     def checks_daily(context: ScheduleEvaluationContext) -> Iterator[Tick]:
         database = getattr(context.resources, DATABASE).database
         found: list[Tick] = list(check_requests(groups, database))
-        yield from found or [SkipReason("no series was ever synced")]
+        yield from found or [SkipReason("no series is synced yet")]
 
     return checks_daily
 
 
 def check_requests(groups: Sequence[Group], database: Database) -> Iterator[RunRequest]:
-    """A run per 50 series of a group, so that a run meets one table."""
+    """A run per 50 series of a group, so that a run reads one table."""
     for group in groups:
         synced = synced_ends(database, list(group.series.values()))
         keys = [key for key, one in group.series.items() if one in synced]
@@ -176,6 +175,6 @@ def _housekeeping(settings: Settings) -> ScheduleDefinition:
         execution_timezone="UTC",
         job_name=HOUSEKEEPING,
         default_status=_status(settings.automation.housekeeping),
-        description="Forgets runs, with their events, that later runs have made obsolete.",
+        description="Deletes runs, with their events, that later runs have made obsolete.",
         tags={cadence.PRIORITY: cadence.LAST},
     )

@@ -1,4 +1,4 @@
-"""The former place of `host.storage`, which a dagster.yaml of a user may name."""
+"""Alias of `host.storage`: a user's dagster.yaml may name this module."""
 
 from fks_backfill_dagster.host.storage import DatabaseStorage, HomeArtifacts, HomeComputeLogs
 

@@ -1,5 +1,5 @@
-"""What the program does, one module a verb: `plan` what is missing, `sync` it.
+"""The operations of the program, one module per operation: `plan`, `sync`, `audit`, ...
 
-Belongs here: the order of things (plan, fetch, verify, commit), who is asked next, what is told
-while it happens. Does not belong here: SQL, HTTP, Dagster, the terminal.
+Belongs here: the sequence of steps (plan, fetch, verify, commit), the fallback to the next provider, progress
+events. Does not belong here: SQL, HTTP, Dagster, the terminal.
 """

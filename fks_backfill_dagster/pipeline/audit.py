@@ -1,7 +1,7 @@
-"""The audit: everything that is recorded of a series, recomputed from its candles alone.
+"""The audit: the recorded state of each series, recomputed from its candles alone.
 
-Belongs here: which series, one after the other, and what is repaired. Does not belong here: what can be
-wrong (`ledger.reconcile`), how candles are read (`store.audit_reader`) and tables written (`store.writer`).
+Belongs here: the selection of series, their sequence, and the repair. Does not belong here: the kinds of
+difference (`ledger.reconcile`), reading candles (`store.audit_reader`), writing tables (`store.writer`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fks_backfill_dagster.store.writer.repair import repair_series
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
-    """What an audit of many series found."""
+    """The result of an audit of many series."""
 
     series: tuple[SeriesAudit, ...]
     seconds: float
@@ -37,7 +37,7 @@ class AuditReport:
 
     @property
     def left(self) -> int:
-        """How many differences are still there."""
+        """How many differences are not repaired."""
         return sum(len(one.left) for one in self.series)
 
     @property
@@ -53,11 +53,11 @@ def audit(
     repair: bool = True,
     done: Callable[[SeriesAudit], None] = lambda _: None,
 ) -> AuditReport:
-    """Audits each series by itself; `done` gets its result as it ends. What is not stored is left out.
+    """Audits the series one by one; `done` receives each result. Series that are not stored are skipped.
 
-    A series that somebody syncs meanwhile is audited as it was at one moment, and repaired, if it has
-    to be, between two of its commits. One whose calendar has changed is not compared before that is accepted: a
-    repair would turn sessions that are new into gaps.
+    A series that is being synced is audited in one snapshot, and repaired, if necessary, between two commits of the
+    sync. A series whose calendar has changed is not compared until the change is accepted: a repair would turn new
+    sessions into gaps.
     """
     began = time.monotonic()
     found = []
@@ -96,13 +96,13 @@ def _audit_one(
 
 
 def _usable_grid(series: Series, now: int) -> Grid:
-    """Raises ValueError where nobody can tell what is expected now: no calendar, or one that ran out."""
+    """Raises ValueError if the expected candles are unknown now: no calendar, or one that has ended."""
     grid = grid_of(series)
     grid.closed_end(now)
     return grid
 
 
 def auditable(database: Database, configured: Iterable[Series]) -> tuple[Series, ...]:
-    """Every stored series, as the settings have it where they have it."""
+    """Every stored series, as configured if the settings contain it."""
     known = {(one.symbol, one.timeframe): one for one in configured}
     return tuple(known.get((one.symbol, one.timeframe), one) for one in stored_series(database))

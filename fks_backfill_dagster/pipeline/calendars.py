@@ -1,9 +1,8 @@
-"""Whether the past sessions of an exchange calendar are still those by which the database was filled.
+"""Changed exchange calendars: compares their past sessions with those by which the database was filled.
 
-An update of the calendar library can add sessions to the past, take some out, or change their hours. Nothing that
-is stored follows by that alone: the sessions are recorded per calendar, a difference that concerns something
-synced is reported wherever the series is synced, shown or checked, and a person accepts it
-(docs/adr/0022-calendars-that-change.md).
+An update of the calendar library can add, remove or change past sessions. Stored data do not change with it: the
+sessions are recorded per calendar, a difference that affects a synced range is reported wherever the series is
+synced, shown or checked, and the operator accepts it (docs/adr/0022-calendars-that-change.md).
 
 Belongs here: comparing, recording, accepting. Does not belong here: how two calendars differ (`domain.calendars`),
 the repair of the ledger (`audit`).
@@ -34,7 +33,7 @@ LIBRARY = "exchange-calendars"
 
 @dataclass(frozen=True, slots=True)
 class CalendarChange:
-    """A calendar whose past sessions differ from those by which these series were synced."""
+    """A calendar whose past sessions differ from the recorded ones, by which these series were synced."""
 
     recorded: RecordedCalendar
     difference: Difference
@@ -44,8 +43,8 @@ class CalendarChange:
         name = self.recorded.name
         return (
             f"the calendar {name} has changed ({LIBRARY} {self.recorded.library}, now {version(LIBRARY)}):"
-            f" {self.difference}; gaps and candles are as before, `fks-backfill series accept-calendar {name}`"
-            " settles them by the new one"
+            f" {self.difference}; gaps and candles are unchanged: `fks-backfill series accept-calendar {name}`"
+            " settles them by the new calendar"
         )
 
     def concerns(self, series: Series) -> bool:
@@ -53,16 +52,16 @@ class CalendarChange:
 
 
 def calendar_change(database: Database, name: str) -> CalendarChange | None:
-    """The change of one calendar, if it concerns anything that was synced. Changes nothing."""
+    """The change of one calendar, if it affects a synced series. Read-only."""
     with database.begin() as connection:
         found = calendars.recorded(connection, [name])
     return _change(database, found[name]) if name in found else None
 
 
 def calendar_changes(database: Database, series: Iterable[Series]) -> dict[Series, CalendarChange]:
-    """The series that a changed calendar concerns: one statement where none has changed. Changes nothing.
+    """The series that are affected by a changed calendar; one statement if none has changed. Read-only.
 
-    A calendar that the library no longer has is left out: the syncs of its series fail and name it.
+    A calendar that the library no longer has is skipped: the syncs of its series fail and name it.
     """
     stocks = [one for one in series if one.asset_class is AssetClass.STOCKS]
     if not stocks:
@@ -85,7 +84,7 @@ def calendar_changes(database: Database, series: Iterable[Series]) -> dict[Serie
 
 
 def _change(database: Database, recorded: RecordedCalendar) -> CalendarChange | None:
-    """Raises ValueError for a calendar that is unknown or cannot be made."""
+    """Raises ValueError for a calendar that is unknown or cannot be built."""
     if digest_of(recorded.name, recorded.until) == recorded.digest:
         return None
     with database.begin() as connection:
@@ -96,10 +95,10 @@ def _change(database: Database, recorded: RecordedCalendar) -> CalendarChange | 
 
 
 def keep_calendar(database: Database, name: str, now: int) -> CalendarChange | None:
-    """Records the sessions of a calendar up to today, where that changes nothing for what was synced; else what
-    has changed. At most one write a day.
+    """Records the sessions of a calendar up to today, unless they differ for a synced series: then returns the
+    change. At most one write per day.
 
-    Raises ValueError for a calendar that is unknown or cannot be made.
+    Raises ValueError for a calendar that is unknown or cannot be built.
     """
     today = start_of_day(now)
     with database.begin() as connection:
@@ -127,9 +126,9 @@ def _record(database: Database, name: str, until: int, replaces: RecordedCalenda
 
 
 def accept_calendar(database: Database, change: CalendarChange, now: int) -> None:
-    """Records the calendar as it is now; the ledger of its series is then for an audit to settle.
+    """Records the present calendar; an audit then settles the ledger of its series.
 
-    Raises StoreError where another process has recorded one meanwhile.
+    Raises StoreError if another process has recorded one meanwhile.
     """
     name, until = change.recorded.name, max(start_of_day(now), change.recorded.until)
     with database.begin() as connection:
@@ -142,12 +141,12 @@ def accept_calendar(database: Database, change: CalendarChange, now: int) -> Non
             change.recorded.digest,
         )
     if not done:
-        raise StoreError(f"The calendar {name} was recorded by another process just now: look at it again.")
+        raise StoreError(f"The calendar {name} was recorded by another process meanwhile: check it again.")
 
 
 @dataclass(slots=True)
 class CalendarWatch:
-    """Keeps each calendar once, for all series of a piece of work that need it. Safe to share between threads."""
+    """Calls `keep_calendar` once per calendar, for all series of an operation. Thread-safe."""
 
     _known: dict[str, CalendarChange | None] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -155,7 +154,7 @@ class CalendarWatch:
     def change_for(
         self, database: Database, series: Series, clock: Callable[[], int]
     ) -> CalendarChange | None:
-        """The change of the series' calendar, if it concerns the series. Raises ValueError as `keep_calendar`."""
+        """The change of the series' calendar, if it affects the series. Raises ValueError like `keep_calendar`."""
         if series.asset_class is not AssetClass.STOCKS:
             return None
         with self._lock:

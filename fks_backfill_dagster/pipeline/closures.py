@@ -1,9 +1,9 @@
-"""Closed dates of the settings that changed since the ledger was settled: it is settled by them, without a request.
+"""Changed closed dates: settles the ledger by the closed dates of the settings, without a request.
 
-Each series records the dates by which its ledger was settled. So a closure that is declared after a day was
-requested in vain explains its gap at once, and a declaration that is withdrawn brings the gap back.
+Each series records the dates by which its ledger was settled. So a closure that is declared after a fruitless
+request of its day explains the gap at once, and a withdrawn declaration reopens it.
 
-Belongs here: which series, and what is reported. Does not belong here: which candles lie on a date
+Belongs here: the affected series, and the report. Does not belong here: which candles lie on a date
 (`domain.closures`), the write (`store.writer`).
 """
 
@@ -27,8 +27,8 @@ from fks_backfill_dagster.store.writer.closures import settle_closures
 
 @dataclass(frozen=True, slots=True)
 class SettledClosures:
-    """What changed closed dates were to a series: so many dates were added and withdrawn, so many stored candles
-    lie on the added ones."""
+    """The effect of changed closed dates on a series: the numbers of added and withdrawn dates, and of stored candles
+    on the added ones."""
 
     series: Series
     added: int
@@ -37,13 +37,13 @@ class SettledClosures:
 
     @property
     def warning(self) -> str | None:
-        """A sentence about candles that contradict the settings; None where there are none."""
+        """A warning about candles that contradict the settings; None if there are none."""
         if not self.stored:
             return None
         candles = "candle lies" if self.stored == 1 else "candles lie"
         return (
-            f"{self.stored:,} stored {candles} on dates that the settings close now, and stay: take the dates out of"
-            " `closed` if the market was open"
+            f"{self.stored:,} stored {candles} on dates that the settings now close, and are kept: remove the dates"
+            " from `closed` if the market was open"
         )
 
     def __str__(self) -> str:
@@ -64,12 +64,12 @@ def settle_changed(
 ) -> list[SettledClosures]:
     """Settles the ledger of every series that was settled by other closed dates than `closed`.
 
-    One statement where nothing has changed; `providers` is called if something has. A series without an eligible
-    provider is left as it is, since nothing is explained there, until it has one.
+    One statement if nothing has changed; otherwise `providers` is called. A series without an eligible provider is
+    skipped until it has one, since none of its gaps is explained.
     """
     with database.begin() as connection:
         changed = ledger.closed_otherwise(
-            connection, {one: closures.written(dates) for one, dates in closed.items()}
+            connection, {one: closures.format_dates(dates) for one, dates in closed.items()}
         )
     settled = []
     built = providers() if changed else {}
@@ -81,7 +81,9 @@ def settle_changed(
             done = settle_series(
                 database, series, found, closed[series], names, strict(built), max_gap_minutes
             )
-        except ValueError:  # its calendar cannot be made: its sync reports that, and it stops no other series
+        except (
+            ValueError
+        ):  # its calendar cannot be built: its sync reports that, and it stops no other series
             continue
         settled.append(done)
     return settled
@@ -96,9 +98,9 @@ def settle_series(
     strict: frozenset[str],
     max_gap_minutes: int,
 ) -> SettledClosures:
-    """The same of one series that is known to have changed; `names`: its eligible providers, `strict`: those that
+    """Settles one series whose closed dates have changed; `names`: its eligible providers, `strict`: those that
     give every interval."""
-    change, grid = ClosureChange.of(series, closures.read(found.closed), dates), grid_of(series)
+    change, grid = ClosureChange.of(series, closures.parse_dates(found.closed), dates), grid_of(series)
     declared = closures.closed_ranges(series, dates)
     rules = Rules(
         eligible=names,
@@ -108,6 +110,6 @@ def settle_series(
         declared=declared,
         reopened=change.touched - declared,
     )
-    written = closures.written(dates)
-    stored = settle_closures(database, series, found.identity, change, rules, grid, written)
+    text = closures.format_dates(dates)
+    stored = settle_closures(database, series, found.identity, change, rules, grid, text)
     return SettledClosures(series, change.dates, change.withdrawn, stored)

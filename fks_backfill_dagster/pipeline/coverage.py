@@ -1,7 +1,7 @@
-"""What is expected, stored and missing of series, how far they lag, and when the next gap is requested.
+"""Coverage of series: expected, stored and missing candles, lag, and the next attempt for a gap.
 
-Reads, changes nothing: five queries for any number of series, and four more where candles are overdue.
-Does not belong here: how it is shown (`documents`, `tables`).
+Read-only: five queries for any number of series, and four more if candles are overdue.
+Does not belong here: presentation (`documents`, `tables`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fks_backfill_dagster.store.queries import SyncStatus, sync_status
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """One series: `status` is None where nothing is recorded of it, `next_attempt` in microseconds."""
+    """The coverage of one series: `status` is None if none is recorded, `next_attempt` in microseconds."""
 
     series: Series
     status: SyncStatus | None
@@ -27,8 +27,8 @@ class Coverage:
     next_attempt: int | None
 
     def problem(self, *, kept_fresh: bool = True) -> str | None:
-        """Why it needs attention, as a sentence: a failed sync, open gaps, or a lag (never synced included)
-        where it is to be `kept_fresh`. None: it needs none."""
+        """Why the series needs attention: a failed sync, open gaps, or a lag (never synced included) if it is to be
+        `kept_fresh`. None: it needs none."""
         reasons = []
         if self.status is not None and self.status.status == "error":
             reasons.append(f"error: {self.status.error_message or 'the last sync failed'}")
@@ -41,7 +41,7 @@ class Coverage:
 
 
 def coverage(database: Database, series: Sequence[Series], now: int, rule: Rule) -> list[Coverage]:
-    """Of every series, in their order."""
+    """The coverage of every series, in the given order."""
     states = {(one.symbol, one.timeframe): one for one in sync_status(database)}
     counts = completeness(database, series)
     lags = freshness(database, series, now, rule)

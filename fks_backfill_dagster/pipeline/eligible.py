@@ -1,6 +1,6 @@
-"""Which providers can be requested for a series.
+"""The eligible providers of a series.
 
-Belongs here: the choice by capabilities, keys and priority. Does not belong here: how they behave during a
+Belongs here: the choice by capabilities, keys and priority. Does not belong here: their behaviour during a
 sync (`fallback`).
 """
 
@@ -27,7 +27,7 @@ class Eligible:
 
 
 def eligible(providers: Mapping[str, Provider], series: Series, priority: Sequence[str]) -> Eligible:
-    """The eligible providers of a series, by `priority`; those that do not serve it are left out silently."""
+    """The eligible providers of a series, by `priority`; those that do not serve it are excluded without a warning."""
     found: dict[str, Provider] = {}
     warnings = []
     for name in dict.fromkeys(priority):
@@ -43,5 +43,5 @@ def eligible(providers: Mapping[str, Provider], series: Series, priority: Sequen
 
 
 def strict(providers: Mapping[str, Provider]) -> frozenset[str]:
-    """The names of those that give every interval, whether anything was traded or not."""
+    """The names of the providers that give every interval, with or without trades."""
     return frozenset(name for name, one in providers.items() if not one.capabilities.omits_quiet)

@@ -1,4 +1,4 @@
-"""What a sync tells while it works. A face turns these into a bar, a log line or metadata."""
+"""Progress events of a sync. A user interface shows them as a progress bar, a log line or metadata."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fks_backfill_dagster.pipeline.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """The work is known: told once, before the first request for candles."""
+    """The plan is made: emitted once, before the first request for candles."""
 
     series: Series
     plan: Plan
@@ -21,7 +21,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class BatchDone:
-    """A batch was committed (`error` None) or has failed."""
+    """A batch was committed (`error` None) or failed."""
 
     series: Series
     window: TimeRange
@@ -33,7 +33,7 @@ class BatchDone:
 
 @dataclass(frozen=True, slots=True)
 class Warned:
-    """Something that the user should know and that did not stop the work."""
+    """A problem that did not stop the sync."""
 
     series: Series
     message: str
@@ -44,4 +44,4 @@ Listener = Callable[[SyncEvent], None]
 
 
 def silent(event: SyncEvent) -> None:
-    """The listener of those who do not listen."""
+    """A listener that ignores all events."""

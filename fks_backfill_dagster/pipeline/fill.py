@@ -1,6 +1,6 @@
-"""Filling the gaps of a series: a sync of nothing but them, and what became of each.
+"""Gap filling: a sync of the gaps of a series only, and the outcome for each gap.
 
-Does not belong here: which gaps are due (`store.due_gaps`), who asks when (the faces).
+Does not belong here: which gaps are due (`store.due_gaps`), when gaps are filled (the user interfaces).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fks_backfill_dagster.store.queries import what_is_known
 
 @dataclass(frozen=True, slots=True)
 class FilledGap:
-    """What became of one gap: `gap` as it was before, `left` the rows that are left of it.
+    """The outcome for one gap: `gap` as it was before, `left` the ledger rows that remain of it.
 
-    `providers` brought its candles, the largest share first.
+    `providers` delivered its candles, the largest share first.
     """
 
     gap: LedgerGap
@@ -34,27 +34,27 @@ class FilledGap:
 
     @property
     def success(self) -> bool:
-        """Nothing that traded is missing of it any more."""
+        """Whether no candle of it is missing any more."""
         return all(row.status is GapStatus.NO_TRADE for row in self.left)
 
     @property
     def error(self) -> str | None:
-        """Why candles of it are still missing, in the words of those who were asked."""
+        """Why candles of it are still missing: the providers' last responses."""
         if self.success:
             return None
-        words = latest(word for row in self.left for word in row.evidence)
-        said = "; ".join(f"{word.provider}: {word.said}" for word in words)
-        return said or "nobody could be asked"
+        responses = latest(item for row in self.left for item in row.evidence)
+        text = "; ".join(f"{item.provider}: {item.said}" for item in responses)
+        return text or "no provider could be requested"
 
     @property
     def coverage(self) -> float:
-        """The share of its candles that came."""
+        """The share of its candles that was filled."""
         return self.filled / self.gap.missing
 
 
 @dataclass(frozen=True, slots=True)
 class FillReport:
-    """What one call did for the gaps of one series."""
+    """The result of filling the gaps of one series."""
 
     sync: SyncReport
     gaps: tuple[FilledGap, ...]
@@ -73,10 +73,10 @@ def fill_gaps(
     *,
     listen: Listener = silent,
 ) -> FillReport:
-    """Asks for every gap that opens in `[start, end)`, though its time may not have come.
+    """Requests every gap that opens in `[start, end)`, due or not; without bounds all gaps of the series.
 
-    Without them for all of the series. What closed since its last sync is in no ledger yet and a
-    refresh's business, and history that was never synced is nobody's gap. Raises as `sync` does.
+    Candles that closed since the last sync are not in the ledger yet: a refresh fetches them. History that was never
+    synced is pending. Raises like `sync`.
     """
     reopen(context, [series])
     found = find_gaps(context.database, series, context.clock(), start or 0, end)

@@ -1,7 +1,7 @@
-"""How fresh series are: their tails from the database, measured by the grid. Reads, changes nothing.
+"""Freshness of series: their tails from the database, measured by the grid. Read-only.
 
-Belongs here: which candles of a tail are quiet, whether an outage of the venue is the reason, the sentence
-about it. Does not belong here: the arithmetic (`domain.freshness`), where a result is reported (the faces).
+Belongs here: which candles of a tail are quiet, whether an outage of the venue is the cause, the sentence
+about it. Does not belong here: the arithmetic (`domain.freshness`), the reports (the user interfaces).
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ Closed = Callable[[Series, TimeRange], RangeSet]
 
 _NONE = np.empty(0, dtype=np.int64)
 
-# The time from open to open of a market that closes at night and at weekends, at most so many times the length of
-# its candles, and what holidays add.
+# The largest ratio of the time between opens to the length of the candles in a market that closes at night and at
+# weekends, and the time that holidays add.
 _OPEN = {
     AssetClass.CRYPTO: (1, 0),
     AssetClass.FOREX: (2, 4 * MICROS_PER_DAY),
     AssetClass.STOCKS: (7, 7 * MICROS_PER_DAY),
 }
 
-# An outage that goes on is seen in its last week, however long it is.
+# An ongoing outage is visible in its last week, however long it is.
 _OUTAGE_HORIZON = 7 * MICROS_PER_DAY
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What is lag by the settings: the thresholds, the publication delay of a series, its end (None: it goes
-    on), where its market was closed within a window though candles are expected, and the series among which an
-    outage of a venue is recognised."""
+    """The freshness settings: the thresholds, the publication delay of a series, its end (None: open-ended), where
+    its market was closed within a window although candles are expected, and the series among which an outage of a
+    venue is recognised."""
 
     thresholds: Thresholds = Thresholds()  # noqa: RUF009 - frozen
     publication_delay: Callable[[Series], int] = lambda series: 0
@@ -64,7 +64,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """The freshness of a series, and the outage of its venue that is in its tail, if there is one."""
+    """The freshness of a series, and the outage of its venue in its tail, if there is one."""
 
     freshness: Freshness
     outage: Outage | None = None
@@ -79,22 +79,22 @@ class Assessment:
         if found.newest is not None:
             newest = f"the newest candle opens at {to_datetime(found.newest):%Y-%m-%d %H:%M}"
         if found.ended:
-            text = f"nothing is expected any more: {newest}"
+            text = f"no further candle is expected: {newest}"
         elif not lag:
             text = f"up to date: {newest}"
         else:
             text = f"{lag:,} closed {'candle' if lag == 1 else 'candles'} behind, {found.allowed:,} allowed: {newest}"
         if self.outage is not None:
             symbols = f"{len(self.outage.symbols):,} of {self.outage.synced:,} symbols"
-            text += f"; outage of {self.outage.venue}: {symbols} lack candles"
+            text += f"; outage of {self.outage.venue}: {symbols} miss candles"
         return text
 
 
 def freshness(database: Database, series: Sequence[Series], now: int, rule: Rule) -> dict[Series, Assessment]:
     """The freshness of every series at `now`, in one query.
 
-    Where one of them lacks candles that are overdue, four more look for an outage of its venue: a series in
-    it is late from its first overdue candle on.
+    If candles of a series are overdue, four more queries look for an outage of its venue: an affected series is
+    late from its first overdue candle on.
     """
     ends = read_tails(database, series)
     closed_end = {one: _closed_end(one, now, rule) for one in series}
@@ -124,10 +124,10 @@ def read_tails(database: Database, series: Sequence[Series]) -> dict[Series, Tai
 def quiet_tails(
     ends: Mapping[Series, Tail], until: Mapping[Series, int], closed: Closed
 ) -> dict[Series, int]:
-    """How many candles after the newest one of each series, and before `until`, are no lag.
+    """How many candles after the newest one of each series, and before `until`, are quiet, that is, no lag.
 
-    Nothing traded in them by the ledger, the market was closed, or so few are absent that they fit the density
-    of trades before them (`ledger.no_trade`): then nothing shows that a candle is missing.
+    They are no-trade by the ledger, the market was closed, or so few are absent that they fit the density of trades
+    before them (`ledger.no_trade`), so that no candle is known to be missing.
     """
     return {one: _quiet_tail(one, tail, until[one], closed) for one, tail in ends.items()}
 
@@ -147,34 +147,34 @@ def _quiet_tail(series: Series, tail: Tail, until: int, closed: Closed) -> int:
 
 
 def _after_newest(tail: Tail, until: int) -> TimeRange:
-    """What follows the newest candle: the whole of what was synced where there is none."""
+    """The range after the newest candle; from the start of the coverage if there is none."""
     synced_from = until if tail.synced is None else tail.synced.start
     first = synced_from if tail.newest is None else tail.newest + 1
     return TimeRange(min(first, until), until)
 
 
 def _closed_end(series: Series, now: int, rule: Rule) -> int:
-    """Up to where candles are expected at `now`."""
+    """The end of the expected candles at `now`."""
     closed, end = grid_of(series).closed_end(now - GRACE), rule.end_of(series)
     return closed if end is None else min(closed, end)
 
 
 def _neighbourhood(series: Series) -> int:
-    """Microseconds in which an open market has NEIGHBOURS candles of the series, and more."""
+    """The microseconds in which a market has at least NEIGHBOURS candles of the series."""
     share, away = _OPEN[series.asset_class]
     return NEIGHBOURS * series.timeframe.micros * share + away
 
 
 def publication_delay(providers: Mapping[str, Provider], priority: Sequence[str], series: Series) -> int:
-    """The delay, in microseconds, of the quickest provider that can be requested for the series; 0 without any."""
-    able = eligible(providers, series, priority).providers.values()
-    return min((one.capabilities.publication_delay for one in able), default=0)
+    """The delay, in microseconds, of the fastest eligible provider of the series; 0 without any."""
+    found = eligible(providers, series, priority).providers.values()
+    return min((one.capabilities.publication_delay for one in found), default=0)
 
 
 def behind(database: Database, series: Series, until: int, closed: Closed) -> int | None:
-    """How many expected candles that open before `until` follow the newest stored one, quiet ones taken out.
+    """How many expected candles that open before `until` follow the newest stored one, without the quiet ones.
 
-    None where nothing was ever synced.
+    None if the series was never synced.
     """
     ends = read_tails(database, [series])
     if ends[series].newest is None and ends[series].synced is None:
@@ -184,7 +184,7 @@ def behind(database: Database, series: Series, until: int, closed: Closed) -> in
 
 
 def is_quiet_end(database: Database, series: Series, window: TimeRange, closed: Closed) -> bool:
-    """Whether a window lies behind the newest candle, and what is absent up to its end is no lag."""
+    """Whether a window lies after the newest candle, and all candles that are absent up to its end are quiet."""
     tail = read_tails(database, [series])[series]
     if tail.newest is None or tail.newest >= window.start:
         return False
@@ -195,7 +195,7 @@ def is_quiet_end(database: Database, series: Series, window: TimeRange, closed: 
 def recent_windows(
     database: Database, series: Sequence[Series], now: int, rule: Rule
 ) -> dict[Series, TimeRange]:
-    """Where an absent candle of each series is recent at `now`: a tail that is no lag is not among it."""
+    """The range of each series in which an absent candle is recent at `now`, without a tail that is no lag."""
     ends = read_tails(database, series)
     until = {one: _closed_end(one, now, rule) for one in series}
     quiet = quiet_tails(ends, until, rule.closed)

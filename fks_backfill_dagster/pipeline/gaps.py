@@ -1,7 +1,7 @@
-"""The gaps of a series as a user means them: what is missing inside what was synced, and since then.
+"""The gaps of a series in a window: the rows of the ledger, and the tail after the last sync.
 
 Belongs here: which rows of the ledger fall into a window and how they are clipped to it, and the
-tail that nobody has asked for yet. Reads, changes nothing.
+tail that was not requested yet. Read-only.
 Does not belong here: finding gaps among candles (`ledger.gaps`), their states (`store`).
 """
 
@@ -22,7 +22,7 @@ from fks_backfill_dagster.store.database import Database
 
 @dataclass(frozen=True, slots=True)
 class FoundGap:
-    """A gap within the asked window. `asked` is False for the tail, which is in no ledger yet."""
+    """A gap within the window. `asked` is False for the tail, which was not requested yet and is not in the ledger."""
 
     row: LedgerGap
     asked: bool = True
@@ -31,10 +31,10 @@ class FoundGap:
 def find_gaps(
     database: Database, series: Series, now: int, start: int | None = None, end: int | None = None
 ) -> tuple[FoundGap, ...]:
-    """All unfilled gaps of `[start, end)`, ascending, in every state, clipped to it and counted anew.
+    """All unfilled gaps of `[start, end)`, ascending, in every state, clipped to it and recounted.
 
-    Without `start`: from the oldest stored candle. Never beyond the last closed one. What was never
-    synced, before or between, is pending and no gap; from the end of what was synced on it is one.
+    Without `start`: from the oldest stored candle. Never beyond the last closed candle. History before or between
+    the synced ranges is pending and not included; the range after the end of the coverage is a gap.
     """
     grid = grid_of(series)
     closed_end = grid.closed_end(now - GRACE)
@@ -52,7 +52,7 @@ def find_gaps(
 
 
 def earlier_gaps(database: Database, series: Series, now: int) -> int:
-    """How many candles were asked for and are missing before the oldest stored one, quiet ones apart."""
+    """How many candles before the oldest stored one were requested and are missing, without no-trade intervals."""
     known = queries.what_is_known(database, series, TimeRange(0, now))
     if not known.synced:
         return 0
@@ -63,7 +63,7 @@ def earlier_gaps(database: Database, series: Series, now: int) -> int:
 
 
 def clipped(gap: LedgerGap, window: TimeRange, grid: Grid) -> LedgerGap | None:
-    """The part of a gap whose candles open in `window`; None where there is none of them."""
+    """The part of a gap whose candles open in `window`; None if there is none."""
     if gap.missing and window.start <= gap.start and gap.end <= window.end:
         return gap
     start, end = max(gap.start, window.start), min(gap.end, window.end)
@@ -75,6 +75,6 @@ def clipped(gap: LedgerGap, window: TimeRange, grid: Grid) -> LedgerGap | None:
 
 
 def _oldest(database: Database, series: Series, otherwise: int) -> int:
-    """The open of the oldest stored candle; `otherwise` where none is stored."""
+    """The open of the oldest stored candle; `otherwise` if none is stored."""
     oldest = next((s.oldest_data_time for s in queries.sync_status(database, series)), None)
     return otherwise if oldest is None else to_micros(oldest)

@@ -1,9 +1,9 @@
-"""Candles of one batch into the database: the one way in, whatever brought them.
+"""Ingestion: writes the candles of one batch to the database. All sources of candles use it.
 
     deliveries ─> the batch's part of each ─> one commit: candles, lineage, ledger, coverage, quarantine
 
-Belongs here: what of a span belongs to which batch. Does not belong here: where candles come from (a sync, a
-file), whether they are good (`request` has verified them), how they are written (`store.writer`).
+Belongs here: which part of a span belongs to which batch. Does not belong here: the source of candles (a sync, a
+file), their verification (`request`), the write (`store.writer`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fks_backfill_dagster.store.writer.records import BatchWrite, Committed, Wit
 
 @dataclass(frozen=True, slots=True)
 class Ingest:
-    """What is to be stored of a series: verified deliveries, rejected rows, responses about what is missing,
-    and stored candles that their provider does not return any more."""
+    """The input of an ingestion: verified deliveries, rejected rows, responses about missing candles, and stored
+    candles that their provider no longer returns."""
 
     deliveries: Sequence[Delivery]
     rejected: Sequence[RejectedRows] = ()
@@ -43,7 +43,7 @@ def ingest(
     *,
     run_id: str | None = None,
 ) -> Committed:
-    """Commits the part of `given` that belongs to `window`; all of it or nothing. Twice changes nothing."""
+    """Commits the part of `given` that belongs to `window`, atomically and idempotently."""
     write = BatchWrite(
         window=window,
         deliveries=tuple(delivery.within(window) for delivery in given.deliveries),

@@ -1,11 +1,11 @@
-"""Since when a symbol exists: what providers claim, what their candles show, and what follows for a sync.
+"""Listing times of symbols: the providers' claims, observations from candles, and their effect on a sync.
 
-A claim limits only the provider that makes it, and can be corrected later. Candles of the provider from before
-it refute it: then it is none. A provider without a claim is silent: it is requested for what lies before the
-claims of others, and where its candles begin behind an absence that is kept as an observation. Nothing is
-expected before the first candle of any provider.
+A claim limits only its own provider, and can be corrected later. A claim is refuted by earlier candles of its
+provider, and then ignored. A provider without a claim is silent: it is requested for the time before the claims of
+the others, and if its candles begin after an absence, that time is stored as an observation. Nothing is expected
+before the first candle of any provider.
 
-Belongs here: the rules, and asking providers for claims. Does not belong here: how claims are stored.
+Belongs here: the rules, and requests for claims. Does not belong here: how claims are stored.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from fks_backfill_dagster.store.ledger import Listing, ListingKind
 
 @dataclass(frozen=True, slots=True)
 class Listings:
-    """What is known of a symbol's beginning: `claims` by eligible provider. `silent`: providers that make no
-    claim, have not been requested for what lies before the claims, and could have it. `refuted`: claims that
-    candles of their provider refute."""
+    """The known listing times of a symbol: `claims` by eligible provider. `silent`: providers without a claim that
+    have not been requested for the time before the claims, and could have candles there. `refuted`: claims that
+    are refuted by candles of their provider."""
 
     claims: Mapping[str, Listing]
     silent: frozenset[str] = frozenset()
@@ -39,7 +39,7 @@ class Listings:
 
     @property
     def first(self) -> str | None:
-        """The provider with the earliest claim; of several one that makes it rather than one that shows it."""
+        """The provider with the earliest claim; of several a claim rather than an observation."""
 
         def order(name: str) -> tuple[int, bool, str]:
             claim = self.claims[name]
@@ -49,43 +49,43 @@ class Listings:
 
     @property
     def earliest(self) -> int | None:
-        """The earliest claim; None where no provider makes one."""
+        """The earliest claim; None if there is none."""
         return None if self.first is None else self.claims[self.first].listed_at
 
     def since(self, name: str) -> int:
-        """From when on a provider is requested: the month of a week before its claim.
+        """The start of requests to a provider: the first of the month a week before its claim.
 
-        So it can refute a claim of the first day of a month, a candle that opens before the listing is
-        requested, and an archive may hold earlier candles than the API; all that at hardly any cost.
+        So the provider's candles can refute a claim on the first day of a month, the candle that contains the listing
+        is requested, and an archive may contain earlier candles than the API. The extra cost is small.
         """
         return _first_requested(self.claims[name].listed_at)
 
     def shown(self, found: Mapping[str, int]) -> Listings:
-        """With the first candles of providers that lack what lies before them."""
+        """With the first candles of providers that have none before them, as observations."""
         observed = {name: Listing(ts, ListingKind.OBSERVATION, ts) for name, ts in found.items()}
         return Listings({**self.claims, **observed}, self.silent - observed.keys(), self.refuted)
 
     def without(self, refuted: Iterable[str]) -> Listings:
-        """Without claims that were found to be wrong."""
+        """Without claims that were refuted."""
         gone = {name: self.claims[name] for name in refuted}
         left = {name: claim for name, claim in self.claims.items() if name not in gone}
         return Listings(left, self.silent | gone.keys(), {**self.refuted, **gone})
 
     def requested_from(self, start: int, grid: Grid, is_covered: Callable[[int], bool]) -> int:
-        """Where a sync that is asked from `start` begins to request; `is_covered`: whether an open is synced."""
+        """The start of the requests of a sync from `start`; `is_covered`: whether an open is synced."""
         if self.earliest is None or self.silent:
             return start
         first, since = first_open(grid, self.earliest), min(self.since(name) for name in self.claims)
         if start >= max(first, since):
             return start
-        # Covered: it was requested before, with what might lie before it.
+        # Covered: it was requested before, with the candles that might precede it.
         return max(start, first if is_covered(first) else since)
 
     def beginning(self, grid: Grid) -> int | None:
-        """The open before which absent candles are not expected until one is found. What was observed in
-        coarse candles may begin later in fine ones."""
+        """The open before which absent candles are not expected until one is found. An observation from coarse
+        candles may be too early for fine ones."""
         if self.first is None or self.earliest is None:
-            # A refuted claim shows that there is a beginning, not where.
+            # A refuted claim is only an upper bound of the beginning.
             return max((first_open(grid, claim.listed_at) for claim in self.refuted.values()), default=None)
         observed = self.claims[self.first].kind == ListingKind.OBSERVATION
         return first_open(grid, self.earliest + (MICROS_PER_WEEK if observed else 0))
@@ -98,7 +98,7 @@ class Listings:
 
 
 def first_open(grid: Grid, listed_at: int) -> int:
-    """The open of the first candle of a symbol: of the one that contains its listing, or else the next."""
+    """The open of the first candle of a symbol: of the one that contains its listing, or otherwise the next."""
     before = grid.previous_open(listed_at + 1)
     if before is not None and int(grid.closes(np.array([before]))[0]) > listed_at:
         return before
@@ -119,13 +119,13 @@ def find_listings(
     now: int,
     warn: Callable[[str], None],
     *,
-    ask_again: bool,
+    refresh: bool,
 ) -> Listings:
-    """The claims of the chain's providers, asked for where they are not known.
+    """The claims of the chain's providers, requested if they are unknown.
 
-    `ask_again`: known ones are asked for again where they cut off a part of a range that begins at `start`: a
-    claim can be corrected. One that lies in the future is none. Problems are warned of; the provider then makes
-    no claim. One that does not know the symbol is dropped from the chain.
+    `refresh`: known claims that cut off a part of a range from `start` on are requested again, since a claim can be
+    corrected. A claim in the future is ignored. Errors become warnings; the provider then makes no claim. A provider
+    that does not know the symbol is dropped from the chain.
     """
     with database.begin() as connection:
         known = ledger.listings(connection, series.symbol)
@@ -142,19 +142,19 @@ def find_listings(
         claim = known.get(name)
         if claim is not None and claim.listed_at > now:
             claim = None
-        if claim is None or (ask_again and start < claim.listed_at):
-            answer = _ask(database, series, chain, name, now, warn)
-            # What it does not claim any more may still be what its candles show.
+        if claim is None or (refresh and start < claim.listed_at):
+            requested = _request_claim(database, series, chain, name, now, warn)
+            # A withdrawn claim does not invalidate an observation.
             claim = (
-                answer
-                if answer is not None
+                requested
+                if requested is not None
                 else claim
                 if claim and claim.kind == ListingKind.OBSERVATION
                 else None
             )
         if name not in chain.names:
             continue
-        # A claim that cuts nothing off need not be refuted.
+        # A claim that cuts nothing off does not have to be refuted.
         if claim is not None and (claim.listed_at <= start or not _is_refuted(claim, oldest().get(name, {}))):
             claims[name] = claim
             continue
@@ -167,11 +167,11 @@ def find_listings(
 
 
 def _is_refuted(claim: Listing, oldest: Mapping[Timeframe, int]) -> bool:
-    """Whether stored candles of its provider closed before it."""
+    """Whether stored candles of the provider closed before its claim."""
     return any(ts + timeframe.micros <= claim.listed_at for timeframe, ts in oldest.items())
 
 
-def _ask(
+def _request_claim(
     database: Database,
     series: Series,
     chain: ProviderChain,
@@ -187,8 +187,8 @@ def _ask(
         return None
     except Cancelled:
         raise
-    except ProviderError as error:  # asked again at the next sync
-        warn(f"{error} (asked since when it has {series.symbol})")
+    except ProviderError as error:  # requested again by the next sync
+        warn(f"{error} (requesting the listing time of {series.symbol})")
         for message in chain.remember_failure(name, error):
             warn(message)
         return None
@@ -203,24 +203,24 @@ def _ask(
             known.listed_at == listed_at
             or (known.kind is ListingKind.OBSERVATION and known.listed_at < listed_at <= now)
         ):
-            return known  # what its candles show is better than a claim that they refute
+            return known  # an observation takes precedence over a claim that it refutes
         ledger.remember_listing(connection, name, series.symbol, listed_at, ListingKind.CLAIM)
     return Listing(listed_at, ListingKind.CLAIM, now)
 
 
 @dataclass(slots=True)
 class Beginning:
-    """Where the history of a series begins, as a sync finds out while it commits in ascending order.
+    """The beginning of the history of a series, found by a sync while it commits in ascending order.
 
-    claimed: the open before which absent candles are not expected until one is found; None: there is no
-    claim to go by. found: where what is expected begins.
+    claimed: the open before which absent candles are not expected until one is found; None: there is no usable
+    claim. found: the start of the expected candles.
     """
 
     claimed: int | None
     found: int | None = None
 
     def cut(self, start: int, end: int, first: int | None) -> int:
-        """Where what is expected of `[start, end)` begins; `first` is its first candle that a provider gave."""
+        """The start of the expected candles of `[start, end)`; `first` is the first candle that a provider gave."""
         if self.claimed is None or self.found is not None:
             return start
         if first is None and end <= self.claimed:

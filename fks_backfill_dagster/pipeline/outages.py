@@ -1,7 +1,7 @@
-"""Outages of whole venues as the ledger knows them: who lacks what, and who was asked.
+"""Outages of whole venues from the ledger: the affected symbols, and the requested providers.
 
-Belongs here: which gaps count (open, unavailable and tolerated ones; a quiet interval is no outage),
-and what is told of an outage. Reads, changes nothing, asks no provider.
+Belongs here: which gaps count (open, unavailable and tolerated ones; a no-trade interval is no outage),
+and the report of an outage. Read-only, without requests to providers.
 Does not belong here: how an outage is recognised (`domain.outages`).
 """
 
@@ -24,11 +24,10 @@ from fks_backfill_dagster.store.outages import Absences, Told, absences, told
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """`symbols` of `synced` symbols of a venue lack candles within `window`.
+    """`symbols` of `synced` symbols of a venue miss candles within `window`.
 
-    `missing` are the candles that open in it and are absent, of all timeframes together; `statuses`
-    and `providers` those of the gaps they belong to: how they stand, and who was asked. `series` are those
-    that lack them.
+    `missing` is the number of absent candles that open in it, of all timeframes together. `statuses` and
+    `providers` are the states of their gaps and the providers that were requested. `series` are the affected ones.
     """
 
     venue: str
@@ -41,12 +40,12 @@ class Outage:
     series: tuple[Series, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
-        """`crypto: 2020-02-19 11:00 .. 17:00: 3 of 3 symbols lack 6 h; asked: binance`."""
+        """`crypto: 2020-02-19 11:00 .. 17:00: 3 of 3 symbols miss 6 h; requested: binance`."""
         start, end = to_datetime(self.window.start), to_datetime(self.window.end)
         until = f"{end:%H:%M}" if start.date() == end.date() else f"{end:%Y-%m-%d %H:%M}"
         return (
             f"{self.venue}: {start:%Y-%m-%d %H:%M} .. {until}: {len(self.symbols):,} of {self.synced:,} symbols"
-            f" lack {_length(self.window.duration)}; asked: {', '.join(self.providers) or 'nobody yet'}"
+            f" miss {_length(self.window.duration)}; requested: {', '.join(self.providers) or 'none yet'}"
         )
 
 
@@ -58,18 +57,20 @@ def find_outages(
 ) -> tuple[Outage, ...]:
     """The outages of the venues of `series` within `window`, cut to it; ascending by venue and time.
 
-    From its `end_of` on nothing is missing of a series (`Settings.end_of`). What was not synced yet is
-    no outage. Four queries, whatever the number of series.
+    From its `end_of` on no candle of a series is missing (`Settings.end_of`). Ranges that were not synced yet are
+    no outage. Four queries, for any number of series.
     """
     series = list(dict.fromkeys(series))
     known = _until_their_ends(absences(database, series, window), [end_of(one) for one in series])
     found = recognise(series, known.synced, known.missing)
     part_of = [_rows_within(one, series, known) for one in found]
-    words = told(
+    attempts = told(
         database, np.unique(np.concatenate([known.gaps[:0], *(known.gaps[r] for r in part_of)])).tolist()
     )
     return tuple(
-        _outage(one, series, known, rows, [words[gap] for gap in known.gaps[rows].tolist() if gap in words])
+        _outage(
+            one, series, known, rows, [attempts[gap] for gap in known.gaps[rows].tolist() if gap in attempts]
+        )
         for one, rows in zip(found, part_of, strict=True)
     )
 
@@ -85,7 +86,7 @@ def _until_their_ends(known: Absences, ends: Sequence[int | None]) -> Absences:
 
 
 def _rows_within(outage: VenueOutage, series: Sequence[Series], known: Absences) -> Instants:
-    """The gaps that an outage is made of, as positions."""
+    """The gaps of an outage, as positions."""
     missing, window = known.missing, outage.window
     rows = np.flatnonzero((missing.starts < window.end) & (missing.ends > window.start))
     mine = [venue_of(series[owner]) == outage.venue for owner in missing.owner[rows].tolist()]
@@ -94,7 +95,7 @@ def _rows_within(outage: VenueOutage, series: Sequence[Series], known: Absences)
 
 
 def _outage(
-    outage: VenueOutage, series: Sequence[Series], known: Absences, rows: Instants, words: Sequence[Told]
+    outage: VenueOutage, series: Sequence[Series], known: Absences, rows: Instants, attempts: Sequence[Told]
 ) -> Outage:
     starts = np.maximum(known.missing.starts[rows], outage.window.start)
     ends = np.minimum(known.missing.ends[rows], outage.window.end)
@@ -103,7 +104,7 @@ def _outage(
     for owner in owners:
         mine, grid = known.missing.owner[rows] == owner, grid_of(series[owner])
         missing += int((grid.rank(ends[mine]) - grid.rank(starts[mine])).sum())
-    statuses = {word.status for word in words}
+    statuses = {one.status for one in attempts}
     return Outage(
         outage.venue,
         outage.window,
@@ -111,7 +112,7 @@ def _outage(
         outage.synced,
         missing,
         tuple(status for status in GapStatus if status in statuses),
-        tuple(sorted({name for word in words for name in word.providers})),
+        tuple(sorted({name for one in attempts for name in one.providers})),
         tuple(series[owner] for owner in owners),
     )
 

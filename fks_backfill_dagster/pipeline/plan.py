@@ -1,8 +1,8 @@
-"""What is missing from a range, and how it is cut into batches: known before anything is asked.
+"""The plan of a sync: the missing parts of a range, cut into batches, before the first request.
 
 wanted   = the range - before listing - not closed yet - synced, plus its open gaps and those that are due
 batch    = at most `batch_size_days` of it: one transaction
-span     = neighbouring batches that one request can answer together: one fetch
+span     = neighbouring batches that fit into one response: one fetch
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_SECOND, to_datetime, to_micros
 from fks_backfill_dagster.ledger.records import Known
 
-# How long after its close a candle is asked for: providers need a moment to settle it.
+# The delay after its close from which a candle is requested: providers need a moment to settle it.
 GRACE = 10 * MICROS_PER_SECOND
 
 # From this size on batches are whole calendar months, as archives and Dagster's partitions are.
@@ -29,19 +29,19 @@ _MONTH_DAYS = 28
 
 
 class Scope(Enum):
-    """What of its range a sync asks for."""
+    """The part of its range that a sync requests."""
 
     MISSING = "missing"
-    """What was never synced, and its gaps."""
+    """Ranges that were never synced, and gaps."""
     GAPS = "gaps"
-    """Its gaps alone: what was never synced is pending, and nobody's gap."""
+    """Gaps alone; ranges that were never synced stay pending."""
     EVERYTHING = "everything"
-    """The whole of it again; stored candles that the source gives differently are corrected."""
+    """The whole range again; stored candles that the source gives differently are corrected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One transaction's worth: a window, the parts of it to ask for, and the candles expected in them."""
+    """The unit of one transaction: a window, the parts of it to request, and the number of candles expected in them."""
 
     window: TimeRange
     wanted: RangeSet
@@ -50,11 +50,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a sync of `window` will do.
+    """The plan of a sync of `window`.
 
-    `window` is the asked range without what lies before listing or is not closed yet. `expected`
-    counts all candles of it, `missing` those that are neither stored nor explained, or are due for
-    another look; they lie in `missing_ranges`.
+    `window` is the requested range from the listing to the last closed candle. `expected` counts all candles of it,
+    `missing` those that are neither stored nor explained, or are due for a retry; they lie in `missing_ranges`.
     """
 
     series: Series
@@ -66,7 +65,7 @@ class Plan:
     scope: Scope = Scope.MISSING
 
     def spans(self, page_size: int) -> tuple[tuple[Batch, ...], ...]:
-        """Neighbouring batches in groups that a page of `page_size` candles can answer."""
+        """Neighbouring batches in groups that fit into a page of `page_size` candles."""
         groups: list[list[Batch]] = []
         for batch in self.batches:
             last = groups[-1] if groups else None
@@ -82,7 +81,7 @@ class Plan:
 
 
 def closed_window(window: TimeRange, grid: Grid, now: int, listed_at: int | None) -> TimeRange:
-    """The part of `window` in which candles can exist: listed, and closed by `now` less the grace.
+    """The part of `window` in which candles can exist: after the listing, and closed at `now` minus the grace.
 
     The first candle is the one that contains the listing: Binance's first day began at 04:00.
     """
@@ -101,17 +100,17 @@ def make_plan(
     grid: Grid,
     *,
     batch_size_days: int,
-    able: frozenset[str] = frozenset(),
+    eligible: frozenset[str] = frozenset(),
     now: int | None = None,
     scope: Scope = Scope.MISSING,
 ) -> Plan:
-    """Plans a sync of `window`, which `closed_window` has cut. Pure: asks nobody.
+    """Plans a sync of `window`, which `closed_window` has cut. Pure: no requests.
 
-    `able` are the providers that can be asked: an explained gap is asked for again when it is due at
-    `now` (None: at once), or when one of them was not heard yet. An open one is always asked for,
-    unless gaps alone are wanted: then it waits for its time as well.
+    `eligible` are the eligible providers: an explained gap is requested again when it is due at `now` (None: at
+    once), or when one of them has not responded about it. An open gap is always requested, except with `Scope.GAPS`,
+    where it has to be due as well.
     """
-    missing = known.due(window, able, now)
+    missing = known.due(window, eligible, now)
     if scope is not Scope.GAPS:
         missing |= known.missing(window)
     wanted = RangeSet([window]) if scope is Scope.EVERYTHING else missing
@@ -131,7 +130,7 @@ def make_plan(
 
 
 def _batches(wanted: RangeSet, grid: Grid, batch_size_days: int) -> Iterator[Batch]:
-    """What is wanted in each cell of the batch calendar, ascending; cells without a candle are left out."""
+    """The wanted part of each cell of the batch calendar, ascending; cells without a candle are skipped."""
     if not wanted:
         return
     edges = np.array(_edges(wanted.hull, batch_size_days), dtype=np.int64)
@@ -145,7 +144,7 @@ def _batches(wanted: RangeSet, grid: Grid, batch_size_days: int) -> Iterator[Bat
 
 
 def _cut(ranges: RangeSet, edges: Instants) -> list[TimeRange]:
-    """The ranges, cut where an edge lies inside one; ascending."""
+    """The ranges, cut at the edges that lie inside them; ascending."""
     inside = edges[ranges.contains(edges) & ~np.isin(edges, ranges.starts)]
     starts = np.union1d(ranges.starts, inside)
     ends = np.union1d(ranges.ends, inside)
@@ -158,7 +157,7 @@ def _counts(ranges: RangeSet, grid: Grid) -> Instants:
 
 
 def _edges(hull: TimeRange, batch_size_days: int) -> list[int]:
-    """Where batches may be cut, from at or before the hull to its end or after: month starts, or
+    """The edges of batches, from at or before the start of the hull to at or after its end: month starts, or
     every `batch_size_days` from the first day on."""
     if batch_size_days < _MONTH_DAYS:
         step = batch_size_days * MICROS_PER_DAY

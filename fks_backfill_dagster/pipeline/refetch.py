@@ -1,9 +1,9 @@
-"""What a refetch may change: the guard against another symbol's candles, and rows that are withdrawn.
+"""The guard of a refetch against candles of another symbol.
 
-A refetch overwrites, so it is the one operation by which a wrong response destroys right candles. If too many
-of the compared candles differ, another provider is requested for a sample of them and decides.
+A refetch overwrites, so it is the only operation in which a wrong response destroys correct candles. If too many
+of the compared candles differ, a sample of them is requested from another provider, which decides.
 
-Belongs here: the judgement, by arrays. Does not belong here: requesting (`fallback`), writing.
+Belongs here: the evaluation, by arrays. Does not belong here: requests (`fallback`), writing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SAMPLE = 20
 class StoredRows:
     """Stored candles of a window with their lineage, one element each, ascending.
 
-    instrument: the provider's symbol, "" where an older version did not keep it. as_of: how new the value is.
+    instrument: the provider's symbol, "" if an older version did not record it. as_of: how new the value is.
     """
 
     candles: Candles
@@ -45,8 +45,8 @@ class StoredRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Suspicion:
-    """Too many compared candles differ: how many of how many, and the sample that another provider decides
-    by, as stored and as they are now given."""
+    """Too many compared candles differ: their number, the number compared, and the sample by which another provider
+    decides, as stored and as given now."""
 
     differ: int
     compared: int
@@ -60,8 +60,8 @@ def suspicion(
     """Whether the given candles differ from the stored ones as those of another symbol would.
 
     More than SUSPICIOUS_SHARE of the compared candles, and at least SUSPICIOUS_CANDLES, differ in a price by
-    more than `tolerance`; `certain`: one is enough, as the stored candles beside the range contradict them.
-    Candles that an older archive gives are not written, and so not compared.
+    more than `tolerance`; `certain`: one is enough, since the stored candles beside the range contradict them.
+    Candles from an older archive would not be written and are not compared.
     """
     if not len(stored.candles):
         return None
@@ -78,7 +78,7 @@ def suspicion(
     few = len(differ) < SUSPICIOUS_CANDLES or len(differ) <= SUSPICIOUS_SHARE * len(mine)
     if few and not certain:
         return None
-    # Neighbours from the middle: one request brings them all.
+    # Neighbours from the middle: one request returns them all.
     first = max(0, len(differ) // 2 - SAMPLE // 2)
     sample = differ[first : first + SAMPLE]
     return Suspicion(len(differ), len(mine), mine.take(sample), its.take(sample))
@@ -86,7 +86,7 @@ def suspicion(
 
 def confirmed(suspected: Suspicion, other: Candles, tolerance: float) -> bool | None:
     """Whether another provider's candles agree with the given ones (True) or with the stored ones (False);
-    None where it has none of the sample, or agrees with neither."""
+    None if it has none of the sample, or agrees with neither."""
     mine, given, its = (
         only(suspected.stored, other.ts),
         only(suspected.given, other.ts),

@@ -1,15 +1,14 @@
-"""Which part of a series a refresh asks for, and whether there is anything to ask.
+"""Refresh: the range that a refresh requests, and whether it is due.
 
-A refresh is a sync like any other; what makes it one is its range, which begins where the last sync
-ended. So a 1d series is due once a day and a series without trade today is not due at all, whatever
-the pace at which somebody looks.
+A refresh is a sync whose range begins at the end of the last sync. So a 1d series is due once a day, and a
+series without trading today is not due at all, independent of the polling interval.
 
-A symbol that was delisted has no newer candles, and nobody says so. Once nobody has had a candle for
-SILENT_AFTER, the series is asked for again only when the silence is twice as long as at the last look
-(at most LONGEST_WAIT later): so the requests grow like the logarithm of time, its gap stays visible, and
-a symbol that comes back is found.
+A delisted symbol has no newer candles, and providers do not report a delisting. Once no provider has had a candle
+for SILENT_AFTER, the series is requested again only when the silence has doubled since the last request (at most
+LONGEST_WAIT later): so the number of requests grows with the logarithm of time, the gap stays visible, and a symbol
+that is listed again is found.
 
-Does not belong here: when one looks (orchestration), which gaps are asked for again later (gaps).
+Does not belong here: the schedule (`orchestration`), retries of gaps (`ledger`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from fks_backfill_dagster.pipeline.plan import GRACE
 from fks_backfill_dagster.store.reaches import Reach
 
 CATCH_UP = 366 * MICROS_PER_DAY
-"""Who was away for longer comes back with the range's own start; the rest of the history is a backfill's."""
+"""After a longer downtime a refresh begins at the configured start of its range; a backfill fetches the rest."""
 
 SILENT_AFTER = 7 * MICROS_PER_DAY
 LONGEST_WAIT = 30 * MICROS_PER_DAY
@@ -31,22 +30,22 @@ _SETTLING_LEAST = 3600 * MICROS_PER_SECOND
 
 
 def settling(timeframe: Timeframe) -> int:
-    """How long before the end of what was synced a refresh asks again for candles that were absent.
+    """The time before the end of the coverage for which a refresh requests absent candles again.
 
-    Providers publish late now and then. Candles that are stored are not asked for again.
+    Providers occasionally publish late. Stored candles are not requested again.
     """
     return max(_SETTLING_CANDLES * timeframe.micros, _SETTLING_LEAST)
 
 
 def silent_since(reach: Reach | None) -> int | None:
-    """From which open on nobody has a candle, where that is long enough to be no delay; else None."""
+    """The open from which no provider has a candle, if that is too long to be a delay; else None."""
     if reach is None or reach.absent_since is None:
         return None
     return reach.absent_since if reach.synced_end - reach.absent_since > SILENT_AFTER else None
 
 
 def quiet_until(reach: Reach | None) -> int | None:
-    """Until when a silent series is not asked for; None for one that is not silent."""
+    """The time until which a silent series is not requested; None for one that is not silent."""
     since = silent_since(reach)
     if reach is None or since is None:
         return None
@@ -56,7 +55,7 @@ def quiet_until(reach: Reach | None) -> int | None:
 def is_due(reach: Reach | None, grid: Grid, now: int, end: int | None = None) -> bool:
     """Whether a candle has closed since the last sync; a series that was never synced is due.
 
-    From `end` on none is expected. A silent series is not due before it is `quiet_until`.
+    From `end` on none is expected. A silent series is not due before `quiet_until`.
     """
     if reach is None:
         return True
@@ -68,11 +67,11 @@ def is_due(reach: Reach | None, grid: Grid, now: int, end: int | None = None) ->
 
 
 def refresh_range(reach: Reach | None, grid: Grid, timeframe: Timeframe, start: int, now: int) -> TimeRange:
-    """What a refresh at `now` covers: since the last sync, or from `start` where that is no answer.
+    """The range of a refresh at `now`: from the end of the last sync, or from `start` if there is none in CATCH_UP.
 
-    What is missing at its end belongs to it, so that an outage which goes on stays one gap, until it is
-    older than SILENT_AFTER: then it would be much to ask for. It reaches to the next candle that is not
-    closed yet, so over a weekend beyond `now`.
+    It includes candles that are missing at the end of the coverage, so that an ongoing outage stays one gap, until
+    the outage is older than SILENT_AFTER and too long to be requested each time. It extends to the next candle that
+    is not closed yet, so over a weekend beyond `now`.
     """
     end = grid.closed_end(now - GRACE)
     if reach is None or reach.synced_end < now - CATCH_UP:

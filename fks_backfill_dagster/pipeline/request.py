@@ -1,13 +1,12 @@
-"""One range from one provider: request, verify, request once more what is lacking, derive.
+"""One range from one provider: fetch, verify, request missing candles again, derive.
 
-    fetch ─> verify ─> foreign responses out ─> what is lacking once more ─> (derive) ─> ProviderAnswer
+    fetch ─> verify ─> reject foreign responses ─> fetch missing candles again ─> (derive) ─> ProviderAnswer
 
-The second request removes glitches, and it is what makes an absence worth something: absent is what two
-complete responses lack. A derived series is requested as the parts that it is made from, and all of this
-happens to the parts.
+The second request removes glitches and confirms absences: a candle is absent if two complete responses lack it.
+A derived series is requested as its parts, and these steps apply to the parts.
 
-Belongs here: everything that concerns one provider and needs no stored candle. Does not belong here: which
-provider is requested next (`fallback`), comparison with stored candles (`splice`), storing.
+Belongs here: the steps for one provider that need no stored candle. Does not belong here: which provider is
+requested next (`fallback`), comparison with stored candles (`splice`), storing.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ _NONE = np.empty(0, dtype=np.int64)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RangeRequest:
-    """What is requested of one provider.
+    """A request to one provider.
 
-    wanted: expected opens of the series, ascending. window: what is requested, `wanted` with a neighbour on
-    either side where that shows something. now: candles that are closed then are requested. since: the
-    earliest open that the provider can have, None: no limit. closed: where the market was closed, as candles
-    of the timeframe that is requested; declared: the part of it that the settings name.
-    absent_elsewhere: what complete responses of other providers lack, as ranges of time.
+    wanted: expected opens of the series, ascending. window: the requested range, `wanted` with a neighbour on
+    either side where that is useful. now: candles that are closed then are requested. since: the earliest open that
+    the provider can have, None: no limit. closed: where the market was closed, as candles of the requested timeframe;
+    declared: the part of it that the settings close.
+    absent_elsewhere: the ranges of time that complete responses of other providers lack.
     tolerance: the largest relative difference between two responses about one candle.
     """
 
@@ -67,13 +66,13 @@ class RangeRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProviderAnswer:
-    """What a provider gave for a request.
+    """The verified result of a request.
 
     kept: verified candles of the window, neighbours included; ascending. rejected: rows that broke a rule.
-    lacking: the wanted candles that it did not give; of these `confirmed` are absent in two complete
-    responses with candles on both sides (or when the market was closed), `partial` are derived candles of
-    which parts are absent, with a sentence each, and `pending` are not closed yet by its own clock. absent: what
-    it confirmed as missing, as ranges of time, parts included.
+    lacking: the wanted candles that the provider did not give; of these `confirmed` are absent in two complete
+    responses with candles on both sides (or when the market was closed), `partial` are derived candles with
+    missing parts, with a detail each, and `pending` are not closed yet by the provider's clock. absent: the confirmed
+    absences as ranges of time, parts included.
     error: why the second request failed, if it did: then nothing is confirmed.
     """
 
@@ -94,36 +93,36 @@ class ProviderAnswer:
         return Candles.concat([delivery.candles for delivery in self.kept]).sorted()
 
 
-def request_range(provider: Provider, asked: RangeRequest) -> ProviderAnswer:
-    """Requests the wanted candles of one provider.
+def request_range(provider: Provider, request: RangeRequest) -> ProviderAnswer:
+    """Requests the wanted candles from one provider.
 
-    Raises ProviderError when the first request fails, and Contradiction when its responses contradict one another,
-    all of it requested again once: then which of them are right is unknown. ClocksDiffer when its clock and ours
-    are more than MOST_APART apart, and by one of them alone wanted candles are closed.
+    Raises ProviderError if the first request fails, and Contradiction if its responses still contradict one another
+    after everything was requested again: which of them are correct is unknown. Raises ClocksDiffer if its clock and
+    ours differ by more than MOST_APART, and wanted candles are closed by only one of them.
     """
     try:
-        return _request(provider, asked)
+        return _request(provider, request)
     except Contradiction as contradiction:
         spent = contradiction.requests
     try:
-        answer = _request(provider, asked)
+        answer = _request(provider, request)
     except ProviderError as error:
         error.requests += spent
         raise
     return replace(answer, requests=answer.requests + spent)
 
 
-def _request(provider: Provider, asked: RangeRequest) -> ProviderAnswer:
-    parts = provider.capabilities.parts(asked.series)
-    if parts is asked.series.timeframe:
-        answer = _request_native(provider, asked, widen=False).answer
+def _request(provider: Provider, request: RangeRequest) -> ProviderAnswer:
+    parts = provider.capabilities.parts(request.series)
+    if parts is request.series.timeframe:
+        answer = _request_native(provider, request, widen=False).answer
     else:
-        answer = _request_derived(provider, asked, replace(asked.series, timeframe=parts))
-    lacking = missing_of(asked.wanted, answer.candles.ts)
+        answer = _request_derived(provider, request, replace(request.series, timeframe=parts))
+    lacking = missing_of(request.wanted, answer.candles.ts)
     if answer.clocks is None:
         return replace(answer, lacking=lacking)
-    grid = grid_of(asked.series)
-    closed_end = grid.closed_end(_seen(asked, answer.clocks))
+    grid = grid_of(request.series)
+    closed_end = grid.closed_end(_seen(request, answer.clocks))
     pending = lacking[int(np.searchsorted(lacking, closed_end)) :]
     return replace(answer, lacking=lacking, pending=pending)
 
@@ -131,37 +130,37 @@ def _request(provider: Provider, asked: RangeRequest) -> ProviderAnswer:
 # Clocks -------------------------------------------------------------------------------------------------
 
 
-# A clock that is wrong by more than that is not waited for.
+# The largest clock difference that is waited for.
 MOST_APART = 3 * MICROS_PER_MINUTE
 
 
-def _seen(asked: RangeRequest, clocks: Clocks | None) -> int:
-    """The instant by which a candle has closed that is to be in a response: by our clock and by the provider's."""
-    ours = asked.now - GRACE
+def _seen(request: RangeRequest, clocks: Clocks | None) -> int:
+    """The instant before which a candle of a response must have closed: by our clock and by the provider's."""
+    ours = request.now - GRACE
     return ours if clocks is None else min(ours, clocks.theirs)
 
 
-def _check_clocks(provider: Provider, asked: RangeRequest, answer: Answer, grid: Grid) -> None:
+def _check_clocks(provider: Provider, request: RangeRequest, answer: Answer, grid: Grid) -> None:
     """Raises ClocksDiffer; see `request_range`.
 
-    Where the provider's clock is behind, it may not have candles that are closed by ours; where it is ahead, ours
-    is why newer ones are not requested. A range that ends before both clocks does not depend on them.
+    If the provider's clock is behind, it may not have candles that are closed by ours; if it is ahead, our clock may
+    prevent a request for newer ones. A range that ends before both clocks does not depend on them.
     """
     clocks = answer.clocks
-    if clocks is None or clocks.apart <= MOST_APART or not len(asked.wanted):
+    if clocks is None or clocks.apart <= MOST_APART or not len(request.wanted):
         return
-    newest = int(asked.wanted[-1])
+    newest = int(request.wanted[-1])
     following = grid.next_open(newest + 1)
     if clocks.theirs < clocks.ours:
         is_uncertain = newest >= grid.closed_end(clocks.theirs)
-    elif following is None or following < grid.closed_end(asked.now - GRACE):
+    elif following is None or following < grid.closed_end(request.now - GRACE):
         is_uncertain = False
     else:
         is_uncertain = int(grid.closes(np.array([following]))[0]) <= clocks.theirs
     if is_uncertain:
         error = ClocksDiffer(
             provider.name,
-            f"{clocks}: which candles of {asked.series} are closed is uncertain, so its answer is refused: correct"
+            f"{clocks}: which candles of {request.series} are closed is uncertain, so its response is refused: correct"
             " the clock of this machine, or request a range that ends before both",
         )
         error.requests = answer.requests
@@ -173,17 +172,17 @@ def _check_clocks(provider: Provider, asked: RangeRequest, answer: Answer, grid:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Native:
-    """An answer in native candles; `covered` is where they were requested."""
+    """A result in native candles; `covered` are the requested ranges."""
 
     answer: ProviderAnswer
     covered: RangeSet
 
 
-def _request_native(provider: Provider, asked: RangeRequest, *, widen: bool) -> _Native:
-    grid = grid_of(asked.series)
-    first = _fetch(provider, asked, asked.window, grid)
-    closed_end = grid.closed_end(_seen(asked, first.clocks))
-    lacking = missing_of(_before(asked.wanted, closed_end), first.candles.ts)
+def _request_native(provider: Provider, request: RangeRequest, *, widen: bool) -> _Native:
+    grid = grid_of(request.series)
+    first = _fetch(provider, request, request.window, grid)
+    closed_end = grid.closed_end(_seen(request, first.clocks))
+    lacking = missing_of(_before(request.wanted, closed_end), first.candles.ts)
     if provider.capabilities.confirms_absence and not first.has_foreign:
         lacking = _NONE
     again: list[_Fetched] = []
@@ -191,13 +190,13 @@ def _request_native(provider: Provider, asked: RangeRequest, *, widen: bool) -> 
     spent = first.requests
     try:
         for window in _windows_again(
-            provider, asked, np.union1d(lacking, first.doubtful), grid, closed_end, widen=widen
+            provider, request, np.union1d(lacking, first.doubtful), grid, closed_end, widen=widen
         ):
-            again.append(_fetch(provider, asked, window, grid))
+            again.append(_fetch(provider, request, window, grid))
             spent += again[-1].requests
-            if contradict(first.candles, again[-1].candles, asked.tolerance):
+            if contradict(first.candles, again[-1].candles, request.tolerance):
                 raise Contradiction(
-                    provider.name, f"it gives different values for the same candles of {asked.series}"
+                    provider.name, f"it gives different values for the same candles of {request.series}"
                 )
     except (Cancelled, Contradiction) as failure:
         failure.requests += spent
@@ -205,13 +204,13 @@ def _request_native(provider: Provider, asked: RangeRequest, *, widen: bool) -> 
     except ProviderError as failure:
         spent += failure.requests
         error = str(failure)
-    return _merged(first, again, asked, closed_end, error, spent)
+    return _merged(first, again, request, closed_end, error, spent)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Fetched:
-    """One verified fetch. `candles`: all that is good, ascending. `has_foreign`: a response of another
-    instrument was among it. `doubtful`: opens that lie behind a jump at the edge of a response."""
+    """One verified fetch. `candles`: all valid candles, ascending. `has_foreign`: it contained a response of another
+    instrument. `doubtful`: opens beyond a jump at the edge of a response."""
 
     window: TimeRange
     kept: tuple[Delivery, ...]
@@ -224,10 +223,10 @@ class _Fetched:
     clocks: Clocks | None
 
 
-def _fetch(provider: Provider, asked: RangeRequest, window: TimeRange, grid: Grid) -> _Fetched:
-    answer = provider.fetch(asked.series, window)
-    _check_clocks(provider, asked, answer, grid)
-    closed_end = grid.closed_end(asked.now - GRACE)
+def _fetch(provider: Provider, request: RangeRequest, window: TimeRange, grid: Grid) -> _Fetched:
+    answer = provider.fetch(request.series, window)
+    _check_clocks(provider, request, answer, grid)
+    closed_end = grid.closed_end(request.now - GRACE)
     kept: list[Delivery] = []
     rejected: list[RejectedRows] = []
     has_foreign, doubts = False, [_NONE]
@@ -257,13 +256,13 @@ def _fetch(provider: Provider, asked: RangeRequest, window: TimeRange, grid: Gri
 
 
 def _windows_again(
-    provider: Provider, asked: RangeRequest, lacking: Instants, grid: Grid, closed_end: int, *, widen: bool
+    provider: Provider, request: RangeRequest, lacking: Instants, grid: Grid, closed_end: int, *, widen: bool
 ) -> list[TimeRange]:
-    """Where to request once more: what is lacking, with a neighbour on either side; `widen`: with the
-    neighbourhood that `no_trade` judges by, where that reaches beyond the window."""
+    """The ranges of the second request: missing candles with a neighbour on either side; `widen`: with the
+    neighbourhood that `no_trade` evaluates, if that extends beyond the window."""
     if not len(lacking):
         return []
-    timeframe = asked.series.timeframe
+    timeframe = request.series.timeframe
     ranges = RangeSet.from_arrays(lacking, grid.closes(lacking)).merge_closer_than(
         provider.capabilities.page(timeframe) * timeframe.micros
     )
@@ -273,9 +272,9 @@ def _windows_again(
         start = part.start if low is None else low
         end = part.end if high is None else int(grid.closes(np.array([high]))[0])
         if widen:
-            start, end = _widened(TimeRange(start, end), asked.window, grid)
-        if asked.since is not None:
-            start = max(start, min(asked.since, part.start))
+            start, end = _widened(TimeRange(start, end), request.window, grid)
+        if request.since is not None:
+            start = max(start, min(request.since, part.start))
         found.append(TimeRange(start, max(start, min(end, max(closed_end, part.end)))))
     return found
 
@@ -292,12 +291,12 @@ def _widened(window: TimeRange, known: TimeRange, grid: Grid) -> tuple[int, int]
 def _merged(
     first: _Fetched,
     again: Sequence[_Fetched],
-    asked: RangeRequest,
+    request: RangeRequest,
     closed_end: int,
     error: str | None,
     requests: int,
 ) -> _Native:
-    """The first answer, completed by what the second one has of what it lacked."""
+    """The first result, completed by the candles that only the second one has."""
     kept, have = list(first.kept), first.candles.ts
     for more in again:
         for delivery in more.kept:
@@ -306,12 +305,12 @@ def _merged(
                 kept.append(replace(delivery.with_candles(fresh), seams=_NONE))
                 have = np.union1d(have, fresh.ts)
     rejected = [*first.rejected, *(part for more in again for part in more.rejected)]
-    lacking = missing_of(_before(asked.wanted, closed_end), have)
-    # Of a closed market there need not be candles on both sides: a range may begin or end in a holiday.
-    sure = asked.closed.contains(lacking)
+    lacking = missing_of(_before(request.wanted, closed_end), have)
+    # In a closed market no candles on both sides are required: a range may begin or end in a holiday.
+    sure = request.closed.contains(lacking)
     if len(have):
         sure |= (lacking > have.min()) & (lacking < have.max())
-    grid = grid_of(asked.series)
+    grid = grid_of(request.series)
     confirmed = _NONE if error else lacking[sure & ~holding_rejected(lacking, rejected, grid)]
     answer = ProviderAnswer(
         kept=tuple(delivery for delivery in kept if len(delivery.candles)),
@@ -330,7 +329,7 @@ def _merged(
 
 
 def _doubts(first: _Fetched) -> tuple[str, ...]:
-    """A second response shows the same jump at the edge of a response: it stays, and is reported."""
+    """The warning about a jump at the edge of a response that the second response confirms: its candles are kept."""
     if not len(first.doubtful):
         return ()
     return (
@@ -340,7 +339,7 @@ def _doubts(first: _Fetched) -> tuple[str, ...]:
 
 
 def _still_rejected(rejected: Sequence[RejectedRows], have: Instants) -> list[RejectedRows]:
-    """Rows of a response of another instrument are no news where the second request brought the right ones."""
+    """The rejected rows, without a response of another instrument if the second request returned the correct rows."""
     found = []
     for part in rejected:
         if part.reason is Reason.WRONG_SYMBOL and np.isin(part.candles.ts, have).all():
@@ -356,38 +355,40 @@ def _before(opens: Instants, end: int) -> Instants:
 # Derived candles ----------------------------------------------------------------------------------------
 
 
-def _request_derived(provider: Provider, asked: RangeRequest, parts: Series) -> ProviderAnswer:
-    """Requests the parts and derives. A part that is absent without being a no-trade interval leaves its
-    candle absent; rejected parts are quarantined as they came."""
-    coarse, fine = grid_of(asked.series), grid_of(parts)
-    span = parts_span(coarse, asked.window)
-    if asked.since is not None:
-        span = TimeRange(max(span.start, min(asked.since, span.end)), span.end)
-    closed_end = fine.closed_end(asked.now - GRACE)
+def _request_derived(provider: Provider, request: RangeRequest, parts: Series) -> ProviderAnswer:
+    """Requests the parts and derives the candles. A missing part leaves its candle absent; rejected parts are
+    quarantined unchanged."""
+    coarse, fine = grid_of(request.series), grid_of(parts)
+    span = parts_span(coarse, request.window)
+    if request.since is not None:
+        span = TimeRange(max(span.start, min(request.since, span.end)), span.end)
+    closed_end = fine.closed_end(request.now - GRACE)
     wanted = _before(fine.opens(span), closed_end)
     if not len(wanted):
-        return ProviderAnswer((), (), asked.wanted, _NONE)
-    native = _request_native(provider, replace(asked, series=parts, wanted=wanted, window=span), widen=True)
+        return ProviderAnswer((), (), request.wanted, _NONE)
+    native = _request_native(provider, replace(request, series=parts, wanted=wanted, window=span), widen=True)
     answer = native.answer
     candles = answer.candles
     lost = missing_of(wanted, candles.ts)
     sure = ~holding_rejected(lost, answer.rejected, fine)
-    quiet = lost[sure & asked.declared.contains(lost)]
+    quiet = lost[sure & request.declared.contains(lost)]
     if provider.capabilities.omits_quiet:
-        quiet_end = max(span.start, fine.closed_end(_seen(asked, answer.clocks)))
-        found = _quiet_parts(native, candles, asked, fine, TimeRange(span.start, min(closed_end, quiet_end)))
+        quiet_end = max(span.start, fine.closed_end(_seen(request, answer.clocks)))
+        found = _quiet_parts(
+            native, candles, request, fine, TimeRange(span.start, min(closed_end, quiet_end))
+        )
         quiet = np.union1d(quiet, found)
-    made = derive(candles, fine, coarse, asked.window, quiet)
-    closed = coarse.closed_end(_seen(asked, answer.clocks))
+    made = derive(candles, fine, coarse, request.window, quiet)
+    closed = coarse.closed_end(_seen(request, answer.clocks))
     kept = _derived_delivery(answer.kept, made.candles.within(TimeRange(0, max(closed, 0))))
-    lacking = missing_of(_before(asked.wanted, closed), kept[0].candles.ts if kept else _NONE)
+    lacking = missing_of(_before(request.wanted, closed), kept[0].candles.ts if kept else _NONE)
     return replace(
         answer,
         kept=kept,
         rejected=tuple(
             replace(mine, owners=owners(made.opens, coarse, mine.candles.ts))
             for part in answer.rejected
-            # What came along with the neighbourhood belongs to none of the candles.
+            # Rows of the neighbourhood belong to none of the candles.
             if len((mine := part.within(span)).candles)
         ),
         lacking=lacking,
@@ -397,12 +398,12 @@ def _request_derived(provider: Provider, asked: RangeRequest, parts: Series) -> 
 
 
 def _quiet_parts(
-    native: _Native, candles: Candles, asked: RangeRequest, fine: Grid, wanted: TimeRange
+    native: _Native, candles: Candles, request: RangeRequest, fine: Grid, wanted: TimeRange
 ) -> Instants:
-    """The absent parts that are no-trade intervals, by the one rule.
+    """The absent parts that are no-trade intervals, by the rule of `no_trade`.
 
-    Around the wanted parts those that one response lacks are witnesses: requested by themselves they would be
-    confirmed, and the verdict must not depend on how much was requested at once.
+    Around the wanted parts one response without a part counts as a confirmation: a separate request would confirm it,
+    and the decision must not depend on the size of the request.
     """
     covered = native.covered & RangeSet([TimeRange(native.covered.hull.start, wanted.end)])
     expected = np.concatenate([_NONE, *(fine.opens(part) for part in covered)])
@@ -410,37 +411,37 @@ def _quiet_parts(
     around = absent[(absent < wanted.start) | (absent >= wanted.end)]
     witnesses = around[~holding_rejected(around, native.answer.rejected, fine)]
     closes = fine.closes(absent)
-    elsewhere = _absent_elsewhere(asked, candles)
+    elsewhere = _absent_elsewhere(request, candles)
     twice = absent[elsewhere.contains(absent) & elsewhere.contains(np.maximum(closes - 1, absent))]
     confirmed = np.union1d(native.answer.confirmed, witnesses)
-    mask = no_trade(Absent.of(absent, confirmed, twice), covered, fine, asked.closed)
+    mask = no_trade(Absent.of(absent, confirmed, twice), covered, fine, request.closed)
     return absent[mask]
 
 
-def _absent_elsewhere(asked: RangeRequest, given: Candles) -> RangeSet:
-    """What other providers lack, without the candles of the series in which this one has a part that they lack.
+def _absent_elsewhere(request: RangeRequest, given: Candles) -> RangeSet:
+    """The absences at other providers, without the candles of which this provider has a part that they lack.
 
-    There it refutes them: a provider that lacks the whole candle had an outage, and does not corroborate which
-    parts of it did not trade.
+    Such a part refutes them: a provider without the whole candle had an outage, and does not corroborate that parts
+    of it are no-trade.
     """
-    coarse = grid_of(asked.series)
-    opens = coarse.opens(asked.window)
-    closes, span = coarse.closes(opens), parts_span(coarse, asked.window)
+    coarse = grid_of(request.series)
+    opens = coarse.opens(request.window)
+    closes, span = coarse.closes(opens), parts_span(coarse, request.window)
     refuting = given.within(span).ts
-    index = np.searchsorted(closes, refuting[asked.absent_elsewhere.contains(refuting)], side="right")
+    index = np.searchsorted(closes, refuting[request.absent_elsewhere.contains(refuting)], side="right")
     starts = np.concatenate([[span.start], closes[:-1]])
-    return asked.absent_elsewhere - RangeSet.from_arrays(starts[index], closes[index])
+    return request.absent_elsewhere - RangeSet.from_arrays(starts[index], closes[index])
 
 
 def _derived_delivery(parts: Sequence[Delivery], candles: Candles) -> tuple[Delivery, ...]:
-    """One delivery: the request of the parts is its source."""
+    """One delivery, with the request of the parts as its source."""
     if not len(candles) or not parts:
         return ()
     return (Delivery(candles, replace(parts[0].origin, transport=Transport.DERIVED)),)
 
 
 def _wholly_absent(made: Derived, lacking: Instants, confirmed: Instants, coarse: Grid) -> Instants:
-    """The lacking candles of which every part is confirmed to be absent."""
+    """The missing candles whose parts are all confirmed to be absent."""
     if not len(made.opens):
         return _NONE
     index = np.searchsorted(coarse.closes(made.opens), confirmed, side="right")
@@ -449,7 +450,7 @@ def _wholly_absent(made: Derived, lacking: Instants, confirmed: Instants, coarse
 
 
 def _partial(made: Derived, lacking: Instants) -> list[tuple[str, Instants]]:
-    """The candles of which some parts are there and others missing, by how many."""
+    """The candles with some parts present and others missing, grouped by their numbers."""
     mask = made.partial & np.isin(made.opens, lacking)
     kinds = sorted(set(zip(made.present[mask].tolist(), made.expected[mask].tolist(), strict=True)))
     return [

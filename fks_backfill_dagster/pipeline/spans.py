@@ -1,9 +1,9 @@
-"""The spans of a plan, fetched a few ahead and given in order; each is compared with its neighbours.
+"""The spans of a plan, fetched a few ahead and returned in order; each is compared with its neighbours.
 
-A response of another instrument that fills a whole span shows nothing strange inside it. It shows at its edges:
-neighbouring spans share a candle where neighbours were requested along, and a span that begins with a jump and
-ends with the same jump back is not of the market around it. A suspect span is fetched once more; if that does
-not help, the provider's candles are quarantined and the next providers are requested.
+A response of another instrument that fills a whole span is consistent inside. It is detected at its edges:
+neighbouring spans have a common candle where neighbours were requested too, and a span that begins with a jump and
+ends with the same jump back is not of the market around it. A suspect span is fetched once more; if it stays
+suspect, the provider's candles are quarantined and the next providers are requested.
 
 Belongs here: the order, the look-ahead and the comparison. Does not belong here: what one span is (`fallback`).
 """
@@ -35,14 +35,14 @@ _NONE = np.empty(0, dtype=np.int64)
 def fetch_spans(
     chain: ProviderChain, plan: Plan, spans: Sequence[Span], ahead: int
 ) -> Iterator[tuple[Span, Fetched]]:
-    """What the providers gave for every span, in order; at most `ahead` spans and two are in memory."""
-    rest = iter(spans)
+    """The providers' candles of every span, in order; at most `ahead` + 2 spans are in memory."""
+    remaining = iter(spans)
     waiting: deque[tuple[Span, Future[Fetched]]] = deque()
     chain.start()
     pool = ThreadPoolExecutor(ahead, thread_name_prefix="fetch")
 
     def fill() -> None:
-        while len(waiting) <= ahead and (span := next(rest, None)) is not None:
+        while len(waiting) <= ahead and (span := next(remaining, None)) is not None:
             waiting.append((span, pool.submit(chain.fetch, span, plan)))
 
     try:
@@ -58,7 +58,7 @@ def fetch_spans(
             before = found
     finally:
         chain.stop()
-        # A fetcher may be in the middle of a retry: nothing waits for it after an interruption.
+        # A fetcher may be in a retry: an interruption does not wait for it.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -70,7 +70,7 @@ def _checked(
     before: Fetched | None,
     waiting: deque[tuple[Span, Future[Fetched]]],
 ) -> Fetched:
-    """The span as it is to be committed: as it came, fetched once more, or without a suspect provider."""
+    """The span to commit: as fetched, fetched once more, or without a suspect provider."""
 
     def following(count: int) -> Fetched | None:
         return waiting[count][1].result() if count < len(waiting) else None
@@ -84,7 +84,7 @@ def _checked(
     found = _again(chain, plan, span, found)
     name = _suspect(found, before, following)
     if name is not None and _disagree(following(0), found.seen[name], name):
-        # It is the one, or the next: that is fetched once more, too.
+        # Either this span or the next is wrong: the next one is fetched once more, too.
         following_span, future = waiting[0]
         renewed: Future[Fetched] = Future()
         renewed.set_result(_again(chain, plan, following_span, future.result()))
@@ -95,13 +95,13 @@ def _checked(
     after = following(0)
     proved_wrong = bool(_disagree(before, found.seen[name], name))
     if after is not None and not proved_wrong and _disagree(after, found.seen[name], name):
-        after.distrusted.add(name)  # it is the one or the other
+        after.distrusted.add(name)  # either of the two is wrong
     return _without(chain, plan, span, found, name)
 
 
 def _continues(before: Fetched, found: Fetched, name: str, grid: Grid) -> bool:
-    """Whether the span before shows that a provider's candles are of the same instrument: then nothing has to
-    wait for the next one."""
+    """Whether the span before proves that a provider's candles are of the same instrument, so that the next span is
+    not needed."""
     if name in found.distrusted:
         return False
     left = _disagree(before, found.seen[name], name)
@@ -119,8 +119,8 @@ def _beside_a_jump(
     before: Fetched | None,
     following: Callable[[int], Fetched | None],
 ) -> Fetched:
-    """A span that begins or ends with a jump, and no jump back: a real move, or the first or the last span is
-    of another instrument. It is fetched once more, and what is different then is not to be relied on."""
+    """A span that begins or ends with a jump without a jump back: a real move, or the first or the last span is
+    of another instrument. It is fetched once more; a provider whose candles differ then is not trusted."""
 
     grid = grid_of(chain.series)
 
@@ -151,7 +151,7 @@ def _beside_a_jump(
 
 
 def _jumps(before: Candles, after: Candles, grid: Grid) -> bool:
-    """Whether the one ends and the other begins at different levels, next to each other."""
+    """Whether adjacent candles `before` and `after` end and begin at different levels."""
     if not _adjacent(before, after, grid):
         return False
     edge = Candles.concat([before.take(slice(-_AROUND, None)), after.take(slice(0, _AROUND))])
@@ -175,14 +175,14 @@ def _again(chain: ProviderChain, plan: Plan, span: Span, found: Fetched) -> Fetc
 def _suspect(
     found: Fetched, before: Fetched | None, following: Callable[[int], Fetched | None]
 ) -> str | None:
-    """The provider whose candles of the span belong to another instrument, as its neighbours show."""
+    """The provider whose candles of the span belong to another instrument, by comparison with the neighbours."""
     for name, mine in found.seen.items():
         after = following(0)
         left, right = _disagree(before, mine, name), _disagree(after, mine, name)
         if left or (name in found.distrusted and right is not False):
             return name
         if right and left is None:
-            # No candle before shows which of the two is wrong: the one after the next may.
+            # No earlier span shows which of the two is wrong: the one after the next may.
             beyond = following(1)
             if after is None or not _disagree(beyond, after.seen[name], name):
                 return name
@@ -192,24 +192,24 @@ def _suspect(
 
 
 def _disagree(other: Fetched | None, mine: Candles, name: str) -> bool | None:
-    """Whether a neighbouring span gives other values for a candle that both hold; None: they share none."""
+    """Whether a neighbouring span has other values for a common candle; None: they have no common candle."""
     if other is None or name not in other.seen:
         return None
     return contradict(mine, other.seen[name], _TOLERANCE)
 
 
-# Two responses of one sync about one closed candle are the same but for a correction of its last digits.
+# Two responses of one sync about a closed candle differ at most by a correction of its last digits.
 _TOLERANCE = 0.01
 
-# The usual steps are measured on this many candles on either side of an edge.
+# The number of candles on either side of an edge from which the usual steps are measured.
 _AROUND = 500
 
-# Candles that are further apart (of a fallback, here and there) may be of different levels.
+# Candles that are further apart (scattered ones of a fallback) may be at different levels.
 _BESIDE = 3
 
 
 def _own(found: Fetched | None, name: str) -> Candles:
-    """The candles of a span that a provider gave, without its neighbours."""
+    """The candles that a provider gave for a span, without its neighbours."""
     if found is None:
         return Candles.empty()
     blocks = [d.candles for d in found.deliveries if d.origin.provider == name]
@@ -227,7 +227,7 @@ def _jumps_in_and_out(before: Candles, mine: Candles, after: Candles) -> bool:
 
 
 def _without(chain: ProviderChain, plan: Plan, span: Span, found: Fetched, name: str) -> Fetched:
-    """What the other providers have of the span; what the suspect one gave is quarantined."""
+    """The span from the other providers; the candles of the suspect one are quarantined."""
     others = chain.fetch(span, plan, without=frozenset((name,)))
     others.requests += found.requests
     mine = [delivery for delivery in found.deliveries if delivery.origin.provider == name]

@@ -1,4 +1,4 @@
-"""Whether a provider's candles fit those that are stored beside them.
+"""Splice detection: whether a provider's candles fit the stored ones beside them.
 
 A fallback often quotes another market (`X:BTCUSD` for BTC/USDT): its candles would be a step in the series.
 So it is requested with one stored neighbour on either side, and compared there.
@@ -15,15 +15,15 @@ from fks_backfill_dagster.domain.continuity import difference
 
 FAR = 0.05
 """A first provider that differs by more than this in every price of a stored candle serves another market:
-a correction changes a price or two, a split changes none of what was traded before it."""
+a correction changes one or two prices, a split changes no candle before it."""
 
 
 def splice(ours: Candles, theirs: Candles, tolerance: float, *, first: bool) -> float | None:
-    """The relative difference beside the range, where it is a splice; else None.
+    """The relative difference beside the range, if it is a splice; else None.
 
-    `ours` are stored or kept neighbours of the range, `theirs` the same candles of the provider; both may
-    hold others as well. The first provider may correct what it gave before, so of it only what cannot be the
-    same market counts.
+    `ours` are stored or accepted neighbours of the range, `theirs` the same candles of the provider; both may
+    contain others as well. The first provider may correct earlier candles, so for it only a difference that excludes
+    the same market counts.
     """
     mine, its = only(ours, theirs.ts), only(theirs, ours.ts)
     if not len(mine):
@@ -34,7 +34,7 @@ def splice(ours: Candles, theirs: Candles, tolerance: float, *, first: bool) -> 
 
 
 def only(candles: Candles, wanted: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Candles:
-    """The candles whose open is wanted; `wanted` ascending. All of them is the usual case."""
+    """The candles whose open is wanted; `wanted` ascending. Usually all of them."""
     if len(candles) == 0 or len(wanted) == 0:
         return candles.take(slice(0, 0))
     index = np.minimum(np.searchsorted(wanted, candles.ts), len(wanted) - 1)

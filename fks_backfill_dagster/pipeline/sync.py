@@ -1,11 +1,11 @@
-"""sync(series, range): plan -> fetch -> verify -> commit. Every backfill, refresh and refill is this.
+"""sync(series, range): plan -> fetch -> verify -> commit. Every backfill, refresh and gap fill is a sync.
 
     spans ──> fetcher threads ──> verified spans, compared ──> this thread commits, in order
               (at most a few spans ahead: memory does not grow with the range)
 
 Fetching, parsing and writing overlap: the fetchers wait for the network and parse while this
-thread waits for the database. Fallback is per candle: what the first provider leaves missing, the
-next one is requested for, and so on down the priority.
+thread waits for the database. Fallback is per candle: candles that the first provider does not have
+are requested from the next one, and so on in order of priority.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import cached_property
 
 import numpy as np
 
-from fks_backfill_dagster.domain.closures import Dates, closed_ranges, market_closures, written
+from fks_backfill_dagster.domain.closures import Dates, closed_ranges, format_dates, market_closures
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
@@ -46,18 +46,18 @@ from fks_backfill_dagster.store.ledger import ListingKind
 
 _NONE = np.empty(0, dtype=np.int64)
 
-# A lease outlives a missed heartbeat or two, and is over soon after a kill -9.
+# A lease survives one or two missed heartbeats, and expires soon after a kill -9.
 LEASE_SECONDS = 30.0
 _HEARTBEAT_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a sync works with; the faces make it once and hand it to every verb.
+    """The dependencies and settings of a sync; a user interface builds it once and passes it to every operation.
 
-    `providers` by name; `clock` gives the present in microseconds; `priority` gives the providers of a series
-    by the settings, whichever ones a call may be limited to; `closed_dates` those on which the market of a
-    series was closed though candles are expected; `calendars` compares each exchange calendar once.
+    `providers` by name; `clock` returns the present in microseconds; `priority` returns the configured providers of a
+    series, independent of a call's own choice; `closed_dates` the dates on which the market of a series was closed
+    although candles are expected; `calendars` compares each exchange calendar once.
     """
 
     database: Database
@@ -73,27 +73,27 @@ class Context:
     calendars: CalendarWatch = field(default_factory=CalendarWatch)
 
     def closed(self, series: Series, window: TimeRange) -> RangeSet:
-        """Where the market of a series was closed within a window though candles are expected."""
+        """Where the market of a series was closed within a window although candles are expected."""
         return market_closures(series, self.closed_dates(series), window)
 
     @property
     def strict(self) -> frozenset[str]:
-        """The providers that give every interval, whether anything was traded or not."""
+        """The providers that give every interval, with or without trades."""
         return strict(self.providers)
 
     def declared(self, series: Series) -> RangeSet:
-        """Where it was closed by the settings."""
+        """Where the market of a series was closed by the settings."""
         return closed_ranges(series, self.closed_dates(series))
 
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What one sync did.
+    """The result of one sync.
 
-    `missing` is what the range still lacks, explained or not; an interval in which nothing traded
-    lacks nothing, and is `quiet`. `total_candles` were inserted or changed by this call. `outdated`: stored
-    candles that an older publication gives differently, left as they are. `withdrawn`: stored candles that
-    their provider does not return any more, removed. `listing`: what cut the range off at its beginning.
+    `missing` counts the candles that are still missing, explained or not; `quiet` the no-trade intervals.
+    `total_candles` were inserted or changed by this call. `outdated`: stored candles that differ in an older
+    publication, unchanged. `withdrawn`: stored candles that their provider no longer returns, removed.
+    `listing`: the listing that cuts off the beginning of the range.
     """
 
     series: Series
@@ -116,18 +116,18 @@ class SyncReport:
 
     @property
     def stored(self) -> int:
-        """What the range holds now."""
+        """The number of candles that the range contains now."""
         return self.expected - self.missing - self.quiet
 
     @property
     def complete(self) -> bool:
-        """Nothing failed, and every candle of the range that traded is there."""
+        """Whether nothing failed and no candle of the range is missing."""
         return not self.errors and self.missing == 0
 
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What a sync would do, per provider in the order in which they would be requested."""
+    """The plan of a sync and its cost per provider, in the order of requests."""
 
     plan: Plan
     estimates: tuple[tuple[str, Estimate], ...]
@@ -146,12 +146,12 @@ def sync(
     run_id: str | None = None,
     listen: Listener = silent,
 ) -> SyncReport:
-    """Brings every candle of `window` that should exist and is not stored, from `priority` in order.
+    """Fetches every candle of `window` that should exist and is not stored, from the providers of `priority` in order.
 
-    `scope` selects what of it is requested. `recheck` requests its gaps though their time has not come, and
-    providers that are left alone: what a person wants, and no schedule. `force` writes what a refetch would
-    refuse as another symbol's. Provider errors end up in the report; a StoreError (the database is gone or
-    full) is raised, and what was committed stays. So is SeriesChanged, before anything is requested.
+    `scope` selects what is requested. `recheck` also requests gaps that are not due and providers in cool-down: for
+    manual requests, not for schedules. `force` writes candles that a refetch would refuse as another symbol's.
+    Provider errors are part of the report; a StoreError (the database is unreachable or full) is raised, and committed
+    batches are kept. SeriesChanged is raised before the first request.
     """
     began = time.monotonic()
     chain = _chain(context, series, priority, heed_circuit=not recheck, force=force)
@@ -185,31 +185,31 @@ def dry_run(
     scope: Scope = Scope.MISSING,
     recheck: bool = False,
 ) -> DryRun:
-    """Plans without fetching a candle. May request a listing time that is not known yet."""
+    """Plans without fetching candles. May request a listing time that is not known yet."""
     chain = _chain(context, series, priority)
-    heard: dict[str, None] = dict.fromkeys(chain.warnings)
+    warnings: dict[str, None] = dict.fromkeys(chain.warnings)
 
-    def hear(event: SyncEvent) -> None:
+    def collect(event: SyncEvent) -> None:
         if isinstance(event, Warned):
-            heard[event.message] = None
+            warnings[event.message] = None
 
     with context.database.begin() as connection:
         found = ledger.registered(connection, series)
     identity = None if found is None else found.identity
-    plan, _ = _plan(context, series, identity, window, chain, scope, recheck, hear)
+    plan, _ = _plan(context, series, identity, window, chain, scope, recheck, collect)
     estimates = tuple((name, chain.estimate(name, plan)) for name in chain.names)
-    return DryRun(plan, estimates, tuple(dict.fromkeys((*heard, *chain.dropped))))
+    return DryRun(plan, estimates, tuple(dict.fromkeys((*warnings, *chain.dropped))))
 
 
 def able(context: Context, series: Series) -> frozenset[str]:
-    """The providers that can be requested for a series by the settings."""
+    """The names of the eligible providers of a series by the settings."""
     return eligible(context.providers, series, context.priority(series)).names
 
 
 @repeated
 def reopen(context: Context, series: Iterable[Series]) -> None:
-    """What rests on one provider's response is open again once another provider can be requested, and what the
-    settings close is explained."""
+    """Reopens gaps whose explanation lacks the response of a new eligible provider, and settles the ledger by the
+    closed dates of the settings."""
     eligible_now = {one: able(context, one) for one in series}
     with context.database.begin() as connection:
         ledger.reopen(connection, eligible_now, context.clock())
@@ -217,8 +217,8 @@ def reopen(context: Context, series: Iterable[Series]) -> None:
 
 
 def settle_closures(context: Context, series: Iterable[Series]) -> None:
-    """Explains what the settings close since the ledger was settled, and what they do not close any more is a gap
-    again."""
+    """Settles the ledger by changed closed dates: explains gaps on added dates, and reopens those on withdrawn
+    dates."""
     dates = {one: context.closed_dates(one) for one in series}
     settle_changed(
         context.database, dates, lambda: context.providers, context.priority, context.max_gap_minutes
@@ -227,7 +227,7 @@ def settle_closures(context: Context, series: Iterable[Series]) -> None:
 
 @repeated
 def _identified(context: Context, series: Series, warn: Callable[[str], None]) -> int | None:
-    """The id of a series that was synced before, its ledger brought in line with the settings as `reopen` does.
+    """The id of a series that was synced before, its ledger updated by the settings like `reopen` does.
     Raises SeriesChanged."""
     names = able(context, series)
     with context.database.begin() as connection:
@@ -237,7 +237,7 @@ def _identified(context: Context, series: Series, warn: Callable[[str], None]) -
     if found is None:
         return None
     dates = context.closed_dates(series)
-    if found.closed != written(dates) and names:
+    if found.closed != format_dates(dates) and names:
         done = settle_series(
             context.database, series, found, dates, names, context.strict, context.max_gap_minutes
         )
@@ -292,7 +292,7 @@ def _plan(
         listen(Warned(series, message))
 
     listings = find_listings(
-        context.database, series, chain, window.start, context.clock(), warn, ask_again=recheck
+        context.database, series, chain, window.start, context.clock(), warn, refresh=recheck
     )
     for name in listings.claims:
         chain.listed[name] = listings.since(name)
@@ -329,7 +329,7 @@ def _planned(
         known,
         grid,
         batch_size_days=context.batch_size_days,
-        able=frozenset(chain.names),
+        eligible=frozenset(chain.names),
         now=None if recheck else now,
         scope=scope,
     )
@@ -357,7 +357,7 @@ def _nothing_possible(series: Series, window: TimeRange, listings: Listings, now
 
 
 class _Work:
-    """One running sync: the lease, the commits, the sums."""
+    """One running sync: the lease, the commits, the totals."""
 
     def __init__(
         self,
@@ -376,21 +376,21 @@ class _Work:
         self.declared = context.declared(series)
         self.succeeded = self.failed = self.candles = self.requests = self.outdated = self.withdrawn = 0
         self.while_closed = 0
-        # Sets that keep the order in which they came.
+        # Ordered sets.
         self.errors: dict[str, None] = {}
         self.warnings: dict[str, None] = dict.fromkeys(chain.warnings)
-        self.told: set[str] = set()
+        self.reported: set[str] = set()
         self.first_given: dict[str, int] = {}
-        # Where an earlier range of this sync was found to begin.
+        # The beginning of the history found in an earlier range of this sync.
         self.begin: int | None = None
-        # The first open that a provider lacked, and the first one about which it did not respond.
+        # Per provider the first absent open, and the first open without a response.
         self.lacking: dict[str, int] = {}
         self.unknown: dict[str, int] = {}
 
     @cached_property
     def is_kept(self) -> bool:
-        """Whether it has candles: then a symbol that no provider knows any more is an answer, and a mistyped
-        one no more."""
+        """Whether the series has candles: then "unknown symbol" from all providers is a response to record, not a
+        mistyped symbol."""
         return self._oldest is not None
 
     @cached_property
@@ -400,9 +400,9 @@ class _Work:
         return next((to_micros(s.oldest_data_time) for s in states if s.oldest_data_time), None)
 
     def run(self, plan: Plan, listings: Listings) -> Listings:
-        """Commits the batches of the plan. Where there are none, the last error of the series is over.
+        """Commits the batches of the plan. A plan without batches clears the last error of the series.
 
-        Returns the listings with what the candles have shown.
+        Returns the listings, updated by the candles.
         """
         if not (self.chain.names or not plan.batches or self.is_kept):
             return listings
@@ -433,17 +433,17 @@ class _Work:
 
     @repeated
     def _registered(self, plan: Plan) -> int | None:
-        """The id of the series; None for one that is new and has no batches: requesting nothing makes no series."""
+        """The id of the series; None for a new one without batches, which is not registered."""
         with self.context.database.begin() as connection:
             found = ledger.registered(connection, self.series)
             if found is not None:
                 return found.identity
-            closed = written(self.context.closed_dates(self.series))
+            closed = format_dates(self.context.closed_dates(self.series))
             return ledger.register(connection, self.series, closed) if plan.batches else None
 
     @repeated
     def _end(self, identity: int, owner: str, error: str | None, *, interrupted: bool) -> None:
-        """Ends the lease; an interruption leaves the status as it was."""
+        """Ends the lease; an interruption does not change the status."""
         with self.context.database.begin() as connection:
             if interrupted:
                 ledger.release_lease(connection, identity, owner)
@@ -451,16 +451,16 @@ class _Work:
                 ledger.end_sync(connection, identity, owner, error)
 
     def _claimed(self, plan: Plan, listings: Listings) -> int | None:
-        """The open before which absent candles are not expected; None where the plan begins behind it, or the
-        series holds candles from before the plan."""
+        """The open before which absent candles are not expected; None if the plan begins after it, or the series
+        has candles from before the plan."""
         claimed = listings.beginning(self.grid)
         if claimed is None or plan.window.start >= claimed:
             return None
         return None if self._oldest is not None and self._oldest < plan.window.start else claimed
 
     def _found_nothing(self, plan: Plan) -> str | None:
-        """The error of a sync after which its whole range holds no candle, whoever responded; else None."""
-        if self.candles or plan.scope is Scope.GAPS:  # a gap alone holds no candle: its series may be whole
+        """The error of a sync after which its whole range has no candle, whatever the responses; else None."""
+        if self.candles or plan.scope is Scope.GAPS:  # a range of gaps may stay empty in a complete series
             return None
         window = self._expected_window(plan)
         missing, quiet = self._counted(window)
@@ -485,8 +485,8 @@ class _Work:
     def _commit(self, identity: int, plan: Plan, batches: Sequence[Batch], fetched: Fetched) -> None:
         self.requests += fetched.requests
         for message in (*fetched.warnings, *fetched.errors):
-            if message not in self.told:
-                self.told.add(message)
+            if message not in self.reported:
+                self.reported.add(message)
                 self.listen(Warned(self.series, message))
         self.warnings.update(dict.fromkeys(fetched.warnings))
         self.errors.update(dict.fromkeys(fetched.errors))
@@ -541,7 +541,7 @@ class _Work:
     # --- the beginning of the history
 
     def refuted(self, listings: Listings) -> set[str]:
-        """The providers that gave candles which closed before their own claim."""
+        """The providers with candles that closed before their own claim."""
         step = self.series.timeframe.micros
         return {
             name
@@ -550,8 +550,8 @@ class _Work:
         }
 
     def _note_beginning(self, fetched: Fetched) -> None:
-        """Keeps what a span shows of the beginning: the first candle of each provider, and the first one that
-        it lacks or did not respond about."""
+        """Records for each provider the first candle of a span, the first absent one, and the first one without a
+        response."""
         for name, candles in fetched.seen.items():
             if len(candles):
                 first = int(candles.ts[0])
@@ -564,20 +564,20 @@ class _Work:
             known[name] = min(first, known.get(name, first))
 
     def _remember_beginnings(self, plan: Plan, listings: Listings) -> Listings:
-        """Keeps where the candles of a provider begin behind an absence, of one that makes no claim or a wrong
-        one. Returns the listings with it."""
+        """Stores an observation for each provider without a valid claim whose candles begin after an absence. Returns
+        the updated listings."""
         if not plan.batches:
             return listings
         refuted = self.refuted(listings)
         for name in sorted(refuted):
             self._warn(
                 f"{name} lists {self.series.symbol} since {iso(listings.claims[name].listed_at)}, but has candles"
-                f" from {iso(self.first_given[name])} on: they refute its claim"
+                f" from {iso(self.first_given[name])} on: its claim is ignored"
             )
         listings = listings.without(refuted)
         beginnings = {}
         for name in listings.silent:
-            # Without any candle: it has none from before the claim of another, if all up to it was requested.
+            # Without any candle: it has none before another provider's claim, if everything up to it was requested.
             otherwise = listings.earliest if (listings.earliest or 0) < plan.window.end else None
             first = self.first_given.get(name, otherwise)
             if first is None or (listings.earliest is None and name not in listings.refuted):
@@ -590,7 +590,7 @@ class _Work:
         return listings.shown(beginnings)
 
     def _expected_window(self, plan: Plan) -> TimeRange:
-        """The window without what lies before the first candle of the symbol."""
+        """The window from the first candle of the symbol on."""
         begin = self.beginning.claimed if self.begin is None else self.begin
         if begin is not None and self._oldest is not None:
             begin = min(begin, self._oldest)
@@ -598,8 +598,8 @@ class _Work:
             return plan.window
         return TimeRange(min(begin, plan.window.end), plan.window.end)
 
-    def report(self, plan: Plan, listings: Listings, asked: TimeRange, seconds: float) -> SyncReport:
-        """An error after which another provider filled in is a warning: nothing failed by it."""
+    def report(self, plan: Plan, listings: Listings, requested: TimeRange, seconds: float) -> SyncReport:
+        """The report; an error after which another provider delivered the candles is a warning."""
         failed = self.failed
         if plan.batches and self.identity is None:  # no provider to request
             failed = len(plan.batches)
@@ -612,14 +612,14 @@ class _Work:
         if not failed:
             nothing = self._found_nothing(plan) if plan.batches else None
             errors = (*errors, nothing) if nothing else errors
-        cut = TimeRange(asked.start, max(asked.start, window.start))
+        cut = TimeRange(requested.start, max(requested.start, window.start))
         listing = str(listings) if listings.first and self.grid.count(cut) else None
         notes = [*self._notes(window, listing)]
         for note in notes:
             self.listen(Warned(self.series, note))
-        told = (*self.warnings, *notes)
+        warnings = (*self.warnings, *notes)
         if not failed:
-            told = (*told, *self.chain.dropped, *self.errors)
+            warnings = (*warnings, *self.chain.dropped, *self.errors)
         return SyncReport(
             series=self.series,
             window=window,
@@ -633,7 +633,7 @@ class _Work:
             requests=self.requests,
             seconds=seconds,
             errors=errors if failed else tuple(e for e in errors if e not in self.errors),
-            warnings=tuple(dict.fromkeys(told)),
+            warnings=tuple(dict.fromkeys(warnings)),
             providers=self.chain.tallies(),
             outdated=self.outdated,
             withdrawn=self.withdrawn,
@@ -641,21 +641,21 @@ class _Work:
         )
 
     def _notes(self, window: TimeRange, listing: str | None) -> Iterator[str]:
-        """What the report adds to the warnings of the providers; `listing`: what cut the range off."""
+        """The notes of the report, besides the warnings of the providers; `listing`: see `SyncReport`."""
         if listing is not None and window:
             yield f"history begins at {iso(window.start)}: {listing}"
         if self.outdated:
             yield (
-                f"{self.outdated:,} stored candles differ from an older publication of the same provider, and were"
+                f"{self.outdated:,} stored candles differ from an older publication of the same provider, and are"
                 " kept"
             )
         if self.while_closed:
             yield (
-                f"{self.while_closed:,} candles came of dates that the settings close, and are stored: take the"
-                " dates out of `closed` if the market was open"
+                f"{self.while_closed:,} candles were delivered for dates that the settings close, and are stored:"
+                " remove the dates from `closed` if the market was open"
             )
         if self.withdrawn:
-            yield f"{self.withdrawn:,} stored candles are not returned any more by any provider, and were removed"
+            yield f"{self.withdrawn:,} stored candles are no longer returned by any provider, and were removed"
 
     def _no_provider(self) -> str:
         return (
@@ -665,10 +665,10 @@ class _Work:
 
 
 def is_interruption(failure: BaseException) -> bool:
-    """Whether a sync was broken off from outside (Ctrl-C, a signal), which says nothing about its series.
+    """Whether a sync was interrupted from outside (Ctrl-C, a signal), which is no error of its series.
 
-    A statement or a request that is torn off in the middle fails in ways of its own: what it was torn off by
-    is found among the exceptions that it was raised from.
+    An interrupted statement or request raises various errors: the interruption is one of the exceptions in their
+    chain of causes.
     """
     seen: BaseException | None = failure
     while seen is not None:
@@ -680,9 +680,9 @@ def is_interruption(failure: BaseException) -> bool:
 
 @contextmanager
 def _lease(database: Database, identity: int) -> Iterator[str]:
-    """Shows the series as syncing for as long as the block runs, and not much longer if it is killed."""
+    """Holds the lease of the series (status `syncing`) while the block runs; it expires soon after a kill."""
     owner = uuid.uuid4().hex
-    over = threading.Event()
+    ended = threading.Event()
 
     @repeated
     def renew() -> None:
@@ -690,17 +690,17 @@ def _lease(database: Database, identity: int) -> Iterator[str]:
             ledger.hold_lease(connection, identity, owner, LEASE_SECONDS)
 
     def beat() -> None:
-        while not over.wait(_HEARTBEAT_SECONDS):
+        while not ended.wait(_HEARTBEAT_SECONDS):
             try:
                 renew()
-            except Exception:  # the commit will meet the same database and tell what is wrong
+            except Exception:  # the next commit fails with the same error and reports it
                 continue
 
     renew()
-    heart = threading.Thread(target=beat, name="lease", daemon=True)
-    heart.start()
+    heartbeat = threading.Thread(target=beat, name="lease", daemon=True)
+    heartbeat.start()
     try:
         yield owner
     finally:
-        over.set()
-        heart.join()
+        ended.set()
+        heartbeat.join()

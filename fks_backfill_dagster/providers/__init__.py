@@ -1,5 +1,5 @@
-"""The outside world that has candles: one file per provider, and what they share.
+"""The providers of candles: one file each, and their shared code.
 
-Belongs here: what a provider can give, how it is asked, how its answers and errors are read.
-Does not belong here: which provider is asked first, what is missing, where candles are stored.
+Belongs here: capabilities, requests, the parsing of responses and errors.
+Does not belong here: the order of the providers, what is missing, where candles are stored.
 """

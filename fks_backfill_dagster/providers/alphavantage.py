@@ -1,24 +1,24 @@
 """Alpha Vantage stock candles: days, and months of intraday bars for premium keys.
 
-Belongs here: its functions, New York stamps, and what its answers (always status 200) mean.
-Does not belong here: sessions (`domain.grid`), splits: prices are asked for as traded.
+Belongs here: the API's functions, New York stamps, and the meaning of responses (always status 200).
+Does not belong here: sessions (`domain.grid`), splits: prices are requested as traded.
 
-What is asked for:
-  1d                native, TIME_SERIES_DAILY: the last 100 days, or the whole history (premium): a key that
-                    was refused the history once is asked for the last days only. Stamped by its date
+Requests:
+  1d                native, TIME_SERIES_DAILY: the last 100 days, or the whole history (premium); once the history
+                    was refused, only the last days are requested. Stamped by date
   1w                derived from 1d
   1m 5m 15m 30m     native, TIME_SERIES_INTRADAY by New York month since 2000-01 (premium), regular session only
-  1h 4h             derived from 30m: its own hours begin 09:30 or 09:00, which is not documented, and
-                    may hold pre-market trades; half an hour lies inside or outside the session.
+  1h 4h             derived from 30m: native hours begin at 09:30 or 09:00, which is not documented, and may contain
+                    pre-market trades; a half hour lies inside or outside the session.
 
-Stamps are New York wall time without a zone, and recordings disagree on whether they are opens or
-closes. The edges of the sessions tell: 09:30 can only be an open, 16:00 only a close. Where a month has
-both or neither, it is refused.
+Stamps are New York wall time without a zone, and recordings disagree on whether they are opens or closes. This is
+inferred from the edges of the sessions: 09:30 can only be an open, 16:00 only a close. A month with both or neither
+is rejected.
 
-Whether it omits intervals without a trade is not documented. That it fills them is not known either, so it counts
-as one that omits: the rule for no-trade intervals then asks for a second witness (`pipeline`).
-A free key has 25 requests a day: so no request is tried more than ATTEMPTS times, and months are asked
-one after the other.
+Whether intervals without a trade are omitted or filled is not documented, so they count as omitted: the rule for
+no-trade intervals then requires a second source (`pipeline`).
+A free key has 25 requests a day: so no request is tried more than ATTEMPTS times, and months are requested
+one after another.
 """
 
 from __future__ import annotations
@@ -66,20 +66,20 @@ from fks_backfill_dagster.providers.pages import joined
 NAME = "alphavantage"
 DEFAULT_BASE_URL = "https://www.alphavantage.co"
 KEY_VARIABLE = "ALPHAVANTAGE_API_KEY"
-# Of a free key.
+# Limits of a free key.
 REQUESTS_PER_MINUTE = 60
 REQUESTS_PER_DAY = 25
 ATTEMPTS = 3
 
-PAGE_SIZE = 23 * 390  # the minutes of a month with 23 sessions; more than the days of any history
-_MONTHS = {  # a request brings one month, however few candles that is
+PAGE_SIZE = 23 * 390  # minutes of a month with 23 sessions; more than the days of any history
+_MONTHS = {  # one request returns one month, whatever its number of candles
     timeframe: 23 * -(-390 // timeframe.minutes) for timeframe in Timeframe if timeframe.is_intraday
 }
 _COMPACT_DAYS = 100
 _FIRST_MONTH = "2000-01"
 _NEW_YORK = ZoneInfo("America/New_York")
 _ZONES = ("US/Eastern", "America/New_York")
-# Which timeframe is asked for, and how it is called there.
+# The timeframe to request for each timeframe.
 _FINE = {
     Timeframe.M1: Timeframe.M1,
     Timeframe.M5: Timeframe.M5,
@@ -90,19 +90,19 @@ _FINE = {
     Timeframe.D1: Timeframe.D1,
     Timeframe.W1: Timeframe.D1,
 }
-# Up to so many of the rows at the edges of sessions may speak against the rest: a stray bar after the
-# close of a half-day. They lie outside the session and are dropped there.
+# The share of rows at session edges that may contradict the others: a stray bar after the close of a half-day.
+# Such rows lie outside the session and are dropped later.
 _STRAYS = 0.1
 _COLUMNS = ("1. open", "2. high", "3. low", "4. close", "5. volume")
 _ROW = pa.struct([(name, pa.string()) for name in _COLUMNS])
 
 
 class _Burst(RateLimited):
-    """More than one request a second; premium functions answer free keys with the same text."""
+    """More than one request a second; premium functions return the same text for free keys."""
 
 
 class _Premium(NotEntitled):
-    """What only a premium key is given."""
+    """Data that only a premium key covers."""
 
 
 class AlphaVantage:
@@ -129,14 +129,14 @@ class AlphaVantage:
         self._options = replace(options, key=self._key)
         self._clock = clock
         self._url = f"{options.base_url.rstrip('/')}/query"
-        self._refused_history: str | None = None  # in its words
+        self._history_refusal: str | None = None  # the text of the response
         self._client = HttpClient(NAME, self._options, pool, limiter)
 
     def missing_key(self) -> str | None:
         return None if self._key else KEY_VARIABLE
 
     def listed_at(self, series: Series) -> int | None:
-        """Not told: the whole history is premium."""
+        """Unknown: the whole history is premium."""
         return None
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
@@ -156,8 +156,8 @@ class AlphaVantage:
         self, series: Series, window: TimeRange, queries: list[dict[str, str]], tally: Tally
     ) -> Answer:
         now = self._clock()
-        request = self._bars if series.timeframe.is_intraday else self._days
-        pages = [page.sorted().within(window) for page in request(series, queries, tally)]
+        read = self._bars if series.timeframe.is_intraday else self._days
+        pages = [page.sorted().within(window) for page in read(series, queries, tally)]
         ours = self._clock()
         end = grid_of(series).closed_end(min(tally.clocks.theirs, ours) if tally.clocks else ours)
         closed, seams = joined([page.take(page.ts < end) for page in pages])
@@ -169,7 +169,7 @@ class AlphaVantage:
         return symbol_of(series)
 
     def _queries(self, series: Series, span: TimeRange) -> list[dict[str, str]]:
-        """What to ask for the candles that open in `span` and before now: the days, or each New York month."""
+        """The requests for the candles that open in `span` and before now: one for days, or one per New York month."""
         grid, now = grid_of(series), self._clock()
         opens = grid.opens(TimeRange(span.start, max(span.start, min(span.end, now))))
         if len(opens) == 0:
@@ -185,41 +185,41 @@ class AlphaVantage:
 
     def _days(self, series: Series, queries: list[dict[str, str]], tally: Tally) -> list[Candles]:
         (query,) = queries
-        if query["outputsize"] == "full" and self._refused_history is not None:
-            raise self._without_history(series, self._refused_history)
-        return [self._ask(series, query, tally, premium=query["outputsize"] == "full")]
+        if query["outputsize"] == "full" and self._history_refusal is not None:
+            raise self._without_history(series, self._history_refusal)
+        return [self._request(series, query, tally, premium=query["outputsize"] == "full")]
 
     def _bars(self, series: Series, queries: list[dict[str, str]], tally: Tally) -> list[Candles]:
-        """The bars of each month by their open."""
+        """The bars of each month, stamped at their open."""
         blocks, refused = list[Candles](), False
         for query in queries:
             try:
-                rows = self._ask(series, query, tally, premium=True)
+                rows = self._request(series, query, tally, premium=True)
             except UnknownSymbol:
-                refused = True  # the symbol, or a month before its listing: the same words for both
+                refused = True  # unknown symbol, or a month before its listing: the same text for both
                 continue
             opens = to_opens(rows.ts, grid_of(series), series.timeframe.micros)
             if opens is None:
                 raise PermanentError(
                     NAME,
-                    f"its {series} of {query['month']} cannot be told to be stamped at the open or at the close",
+                    f"its {series} of {query['month']}: the stamps may be opens or closes",
                 )
             blocks.append(replace(rows, ts=opens))
         if refused and not blocks:
-            self._ask(series, _daily_query(series, "compact"), tally, premium=False)
+            self._request(series, _daily_query(series, "compact"), tally, premium=False)
         return blocks
 
-    # --- asking ---
+    # --- requests ---
 
-    def _ask(self, series: Series, query: Mapping[str, str], tally: Tally, *, premium: bool) -> Candles:
-        """The rows of one answer with stamps in UTC, not moved. `premium`: free keys have no right to it."""
+    def _request(self, series: Series, query: Mapping[str, str], tally: Tally, *, premium: bool) -> Candles:
+        """The rows of one response with stamps in UTC, not moved. `premium`: free keys do not cover it."""
 
         def attempt() -> Candles:
             reply = self._client.exchange(self._url, {**query, "apikey": self._key or ""})
             tally.closed_by(reply.headers, self._clock())
             return self._read(reply, series, query)
 
-        # In a thread of this provider's own: its connection is kept there.
+        # In a thread of this provider's lane, which keeps its connection.
         def run(_: None) -> Candles:
             return self._client.run(attempt, tally, attempts=ATTEMPTS)
 
@@ -228,14 +228,14 @@ class AlphaVantage:
         except _Premium as error:
             if not premium or series.timeframe.is_intraday:
                 raise
-            self._refused_history = str(error).removeprefix(f"{NAME}: ")
-            raise self._without_history(series, self._refused_history) from None
+            self._history_refusal = str(error).removeprefix(f"{NAME}: ")
+            raise self._without_history(series, self._history_refusal) from None
         except _Burst as error:
             if not premium:
                 raise
             text = (
-                f"{query['function']} stayed refused for asking too fast, which is also what a key without "
-                f"the right to it is told ({error})"
+                f"{query['function']} was refused repeatedly for exceeding the rate limit, which is also the response "
+                f"for a key that does not cover it ({error})"
             )
             if series.timeframe.is_intraday:
                 raise NotEntitled(NAME, text) from None
@@ -252,48 +252,46 @@ class AlphaVantage:
             raise self._client.failure(reply)
         document = self._client.json(reply)
         if not isinstance(document, dict):
-            raise BadAnswer(NAME, f"{reply.place} answered no object")
+            raise BadAnswer(NAME, f"{reply.place} returned no object")
         about = document.get("Meta Data")
         if not isinstance(about, dict):
             raise self._refusal(document, reply, query)
         if str(about.get("2. Symbol", "")).upper() != query["symbol"].upper():
-            raise BadAnswer(NAME, f"{reply.place} answered for another symbol than {query['symbol']}")
+            raise BadAnswer(NAME, f"{reply.place} returned another symbol than {query['symbol']}")
         if "interval" in query and about.get("4. Interval") != query["interval"]:
-            raise BadAnswer(NAME, f"{reply.place} answered another interval than {query['interval']}")
+            raise BadAnswer(NAME, f"{reply.place} returned another interval than {query['interval']}")
         zone = next((value for name, value in about.items() if name.endswith("Time Zone")), None)
         if "interval" in query and zone not in _ZONES:
-            raise BadAnswer(
-                NAME, f"{reply.place} answered without New York time, which its stamps are read as"
-            )
+            raise BadAnswer(NAME, f"{reply.place} returned stamps in another zone than New York")
         table = next((value for name, value in document.items() if name.startswith("Time Series")), None)
         return read_table(table, reply.place, intraday="interval" in query)
 
     def _refusal(self, document: dict[str, object], reply: Reply, query: Mapping[str, str]) -> ProviderError:
-        """What an answer without data means; its words are all there is."""
-        said = " ".join(
+        """The error for a response without data, from its text."""
+        message = " ".join(
             str(document.get(key, "")) for key in ("Error Message", "Information", "Note")
         ).strip()
-        text = f"{reply.place} answered: {redact(said, self._key)[:200]}"
-        if "Error Message" in document and "Invalid API call" in said:
+        text = f"{reply.place} returned: {redact(message, self._key)[:200]}"
+        if "Error Message" in document and "Invalid API call" in message:
             return UnknownSymbol(
                 NAME,
-                f"it has no {query['symbol']}: correct the symbol, or name Alpha Vantage's own in provider_symbols",
+                f"it has no {query['symbol']}: correct the symbol, or set Alpha Vantage's own in provider_symbols",
             )
-        if "apikey is invalid" in said or "claim your free API key" in said:
+        if "apikey is invalid" in message or "claim your free API key" in message:
             return WrongKey(NAME, f"{text} (check {KEY_VARIABLE})")
-        if "1 request per second" in said or "sparingly" in said:
+        if "1 request per second" in message or "sparingly" in message:
             return _Burst(NAME, text, retry_after=1.0)
-        if re.search(r"premium (endpoint|feature)", said):
+        if re.search(r"premium (endpoint|feature)", message):
             return _Premium(NAME, text)
-        if re.search(r"(calls|requests) per minute", said):
+        if re.search(r"(calls|requests) per minute", message):
             return RateLimited(NAME, text, retry_after=60.0)
-        if re.search(r"(calls|requests) per day", said):
+        if re.search(r"(calls|requests) per day", message):
             return RateLimited(NAME, text, retry_after=seconds_to_tomorrow(self._clock()))
-        return BadAnswer(NAME, text if said else f"{reply.place} answered neither data nor a reason")
+        return BadAnswer(NAME, text if message else f"{reply.place} returned neither data nor a reason")
 
 
 def symbol_of(series: Series) -> str:
-    """The ticker itself, unless the settings name it."""
+    """The ticker itself, unless set in the settings."""
     return series.provider_symbol(NAME) or series.symbol
 
 
@@ -314,7 +312,7 @@ def _intraday_query(series: Series, month: str) -> dict[str, str]:
 
 
 def _source(queries: list[dict[str, str]]) -> str:
-    """The request; with the first and the last month where there are several."""
+    """The request; with the first and the last month if there are several."""
     months = sorted({query["month"] for query in (queries[0], queries[-1]) if "month" in query})
     return f"/query?{urlencode({**queries[0], **({'month': '..'.join(months)} if months else {})})}"
 
@@ -325,21 +323,21 @@ def read_table(table: object, place: str, *, intraday: bool) -> Candles:
     Stamps of bars become UTC instants, those of days 00:00 UTC of the date. Raises BadAnswer.
     """
     if not isinstance(table, dict):
-        raise BadAnswer(NAME, f"{place} answered no time series")
+        raise BadAnswer(NAME, f"{place} returned no time series")
     try:
         cells = pa.array(list(table.values()), type=_ROW).flatten()
         columns = [cell.cast(pa.float64()).to_numpy(zero_copy_only=False) for cell in cells]
         wall = pa.array(list(table), type=pa.string()).cast(pa.timestamp("us")).to_numpy()
         ts = _utc(wall) if intraday else wall.astype("datetime64[us]").view(np.int64)
     except (pa.ArrowException, TypeError, ValueError):
-        raise BadAnswer(NAME, f"{place} answered rows of another shape") from None
-    # It has a volume for every candle: one that is absent must not pass as "source has none".
+        raise BadAnswer(NAME, f"{place} returned rows of another shape") from None
+    # Every candle has a volume: a missing one must not be read as "no volume at this source".
     columns[4] = np.where(np.isnan(columns[4]), np.inf, columns[4])
     return Candles(ts, *columns)
 
 
 def _utc(wall: np.ndarray[tuple[int], np.dtype[np.datetime64]]) -> Instants:
-    """New York wall time to instants. Raises ValueError for a time that is there twice or never."""
+    """New York wall time to instants. Raises ValueError for an ambiguous or nonexistent time."""
     import pandas as pd
 
     zoned = pd.DatetimeIndex(wall).tz_localize(_NEW_YORK, ambiguous="raise", nonexistent="raise")
@@ -347,7 +345,7 @@ def _utc(wall: np.ndarray[tuple[int], np.dtype[np.datetime64]]) -> Instants:
 
 
 def to_opens(stamps: Instants, grid: Grid, step: int) -> Instants | None:
-    """The opens of bars that are stamped at the open or at the close; None when that cannot be told.
+    """The opens of bars that are stamped at the open or at the close; None if that cannot be decided.
 
     A stamp at the beginning of a session can only be an open, one at its end only a close.
     """
@@ -362,7 +360,7 @@ def to_opens(stamps: Instants, grid: Grid, step: int) -> Instants | None:
 
 
 def seconds_to_tomorrow(now: int) -> float:
-    """From an instant to the next midnight of New York, when the daily budget is taken to begin anew."""
+    """From an instant to the next midnight of New York, when the daily budget is assumed to restart."""
     local = to_datetime(now).astimezone(_NEW_YORK)
     tomorrow = datetime(local.year, local.month, local.day, tzinfo=_NEW_YORK) + timedelta(days=1)
     return (to_micros(tomorrow) - now) / 1_000_000

@@ -1,16 +1,17 @@
 """The contract of a provider, and its exceptions.
 
-ProviderError                  something a provider said or failed to say
-  PermanentError               asking again will not help: ask the next provider
-    ClocksDiffer               its clock and ours disagree about which candles are closed
-    UnknownSymbol              it does not know the symbol
-    NotEntitled                key missing, wrong, or without the right to this data
+ProviderError                  a request to a provider failed
+  PermanentError               a retry will not help: request from the next provider
+    ClocksDiffer               the clocks are too far apart to decide which candles are closed
+    UnknownSymbol              the provider does not offer the symbol
+    WrongKey                   the key is missing or invalid
+    NotEntitled                the key does not cover this data
       TooOld                   the key covers newer data only, or only that is certain: request again from `since` on
-  TransientError               asking again may help: wait as told, retry within a budget
-    RateLimited                too many requests; `retry_after` tells how long
-    BadAnswer                  the answer is garbage: HTML, truncated JSON, another shape
-      Contradiction            its responses contradict one another
-  Cancelled                    we gave up ourselves: the run is being interrupted
+  TransientError               a retry may help: wait for `retry_after` or back off, within a budget
+    RateLimited                too many requests
+    BadAnswer                  invalid response: HTML, truncated JSON, another shape
+      Contradiction            responses contradict one another
+  Cancelled                    the run is being interrupted
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from fks_backfill_dagster.domain.timeframe import (
 
 
 class ProviderError(Exception):
-    """Base of all that can go wrong with a provider.
+    """Base of all errors of a provider.
 
-    The text never contains a key. What a provider said in it cannot steer a terminal, and a database
-    takes it: characters that cannot be printed are shown as "?".
-    `requests`: the HTTP requests of the fetch that failed, retries included.
+    The text never contains a key. Unprintable characters are replaced by "?", so that text from a provider cannot
+    control a terminal and can be stored in a database.
+    `requests`: the HTTP requests of the failed fetch, retries included.
     """
 
     def __init__(self, provider: str, message: str) -> None:
@@ -48,28 +49,28 @@ class ProviderError(Exception):
 
 
 class PermanentError(ProviderError):
-    """Asking again will not help."""
+    """A retry will not help."""
 
 
 class UnknownSymbol(PermanentError):
-    """The provider does not know the symbol."""
+    """The provider does not offer the symbol."""
 
 
 class ClocksDiffer(PermanentError):
-    """Its clock and ours are too far apart to decide which of the requested candles are closed."""
+    """The two clocks are too far apart to decide which of the requested candles are closed."""
 
 
 class WrongKey(PermanentError):
-    """The key is missing, or the provider does not know it."""
+    """The key is missing or invalid."""
 
 
 class NotEntitled(PermanentError):
-    """The key does not cover this data, and without another one nobody gets it."""
+    """The key does not cover this data; only another key or plan does."""
 
 
 class TooOld(NotEntitled):
-    """Nothing that opens before `since` (microseconds) is given, what opens later is: the key does not reach back
-    so far, or older prices are not certain (a split that may not have been applied)."""
+    """Only candles that open at `since` (microseconds) or later are available: the key does not cover older data, or
+    older prices are not certain (a split that may not have been applied)."""
 
     def __init__(self, provider: str, message: str, since: int) -> None:
         super().__init__(provider, message)
@@ -77,10 +78,7 @@ class TooOld(NotEntitled):
 
 
 class TransientError(ProviderError):
-    """Asking again may help. `retry_after` is in seconds, None where the provider told nothing.
-
-    Every time that a provider names passes through here, so here it is bounded: a day at most.
-    """
+    """A retry may help. `retry_after`: seconds, at most a day; None if the provider demands no wait."""
 
     def __init__(self, provider: str, message: str, retry_after: float | None = None) -> None:
         super().__init__(provider, message)
@@ -92,34 +90,34 @@ class RateLimited(TransientError):
 
 
 class BadAnswer(TransientError):
-    """An answer that cannot be one: HTML with status 200, truncated JSON, a wrong shape or checksum."""
+    """An invalid response: HTML with status 200, truncated JSON, a wrong shape or checksum."""
 
 
 class Contradiction(BadAnswer):
-    """Its responses give one candle different values: some of them belong to another instrument."""
+    """Responses have different values for one candle: some of them belong to another instrument."""
 
 
 class Cancelled(ProviderError):
-    """The run is being interrupted: the request was given up, what it would have said is unknown."""
+    """The run is being interrupted: the request was abandoned, its outcome is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a provider can give.
+    """What a provider offers.
 
-    timeframes: per asset class, those it can give on our grid, natively or derived from finer ones.
-    derived: per asset class, which of them are derived, and from which native timeframe: where its own
-        candle does not mean what ours means. The pipeline derives them; `fetch` gives native ones only.
-    page_size: the most candles one request brings; `page_sizes` where a timeframe has its own.
+    timeframes: per asset class, the timeframes available on our grid, native or derived from finer ones.
+    derived: per asset class, the derived timeframes and the native timeframe of their parts: the provider's own
+        candle of that timeframe is defined differently. The pipeline derives them; `fetch` returns native ones only.
+    page_size: maximum candles per request; `page_sizes`: exceptions per timeframe.
     needs_key: the environment variable of the key, None for a keyless provider.
-    has_volume: whether the volume is one of base units; without, it is NULL.
-    omits_quiet: leaves out intervals without a trade, so that what a complete answer lacks between two
-        rows may be a no-trade interval. One that gives every interval and lacks one had an outage.
-    confirms_absence: `fetch` itself requests a second time what a response lacks.
-    adjusted: its prices are adjusted at the source; it un-adjusts them by known splits or declines.
-    depth: microseconds before now beyond which it has nothing, per timeframe; no entry: since listing.
-    publication_delay: microseconds after its close within which a candle may not be published yet, by the
-        provider's own documentation. It is no lag of a series that no quicker provider serves.
+    has_volume: whether the volume is in base units; otherwise it is stored as NULL.
+    omits_quiet: intervals without a trade are omitted, so a candle missing between two rows of a complete response
+        may be a no-trade interval. A provider that returns every interval and misses one had an outage.
+    confirms_absence: `fetch` itself repeats the request for candles missing from a response.
+    adjusted: prices are adjusted at the source; the provider undoes known splits or declines.
+    depth: per timeframe, microseconds before now up to which data exist; no entry: since listing.
+    publication_delay: microseconds after its close within which a candle may not be published yet, according to the
+        provider's documentation. A series whose providers all have this delay is not reported as lagging by it.
     """
 
     timeframes: Mapping[AssetClass, frozenset[Timeframe]]
@@ -135,15 +133,15 @@ class Capabilities:
     publication_delay: int = 0
 
     def parts(self, series: Series) -> Timeframe:
-        """The native timeframe that the series is made from: its own where it is native."""
+        """The native timeframe that the series is derived from; its own if it is native."""
         return self.derived.get(series.asset_class, {}).get(series.timeframe, series.timeframe)
 
     def page(self, timeframe: Timeframe) -> int:
-        """The most candles of `timeframe` that one request brings."""
+        """The maximum number of `timeframe` candles per request."""
         return self.page_sizes.get(timeframe, self.page_size)
 
     def candles_a_request(self, series: Series) -> int:
-        """The most candles of a series that one request brings; of a derived one by way of its parts."""
+        """The maximum number of candles of a series per request; for a derived series, through its parts."""
         parts = self.parts(series)
         return max(1, self.page(parts) * parts.micros // series.timeframe.micros)
 
@@ -151,16 +149,16 @@ class Capabilities:
         return series.timeframe in self.timeframes.get(series.asset_class, frozenset())
 
     def reach(self, timeframe: Timeframe, now: int) -> int | None:
-        """The earliest open that it can have at `now`; None where only the listing limits it."""
+        """The earliest available open at `now`; None if only the listing limits it."""
         depth = self.depth.get(timeframe)
         return None if depth is None else now - depth
 
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
-    """The provider's clock when it made a response and ours when that came, in microseconds.
+    """The provider's clock when it created a response and ours on receipt, in microseconds.
 
-    age: how long the response lay in a cache between.
+    age: the time the response spent in a cache.
     """
 
     theirs: int
@@ -169,7 +167,7 @@ class Clocks:
 
     @property
     def apart(self) -> int:
-        """How far the clocks are apart, in microseconds."""
+        """The difference of the clocks, in microseconds."""
         return abs(self.ours - self.theirs - self.age)
 
     def __str__(self) -> str:
@@ -191,12 +189,13 @@ def _length(micros: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """All that a provider returned for one range.
+    """The result of a fetch: everything a provider returned for one range.
 
-    Deliveries do not overlap each other, and their `ts` need not ascend. `requests` counts HTTP requests,
-    retries included. `warnings` are sentences for the log (an archive that failed its checksum and was passed over).
-    `clocks`: of the response in which the provider's was furthest behind; None where no response names its time. A
-    candle that closed later than that is not among the candles.
+    deliveries: do not overlap each other; their `ts` need not ascend.
+    requests: HTTP requests, retries included.
+    warnings: sentences for the log (an archive that failed its checksum and was skipped).
+    clocks: those of the response in which the provider's clock was furthest behind; None if no response has a time.
+        Candles that closed after that time are left out.
     """
 
     deliveries: tuple[Delivery, ...]
@@ -207,7 +206,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a fetch would cost: HTTP requests, and seconds at the provider's rate limit."""
+    """The estimated cost of a fetch: HTTP requests, and seconds at the provider's rate limit."""
 
     requests: int
     seconds: float
@@ -220,36 +219,35 @@ class Provider(Protocol):
     capabilities: Capabilities
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
-        """Requests the candles of a native series that open in `window`, in as many requests as that takes.
+        """Fetches the candles of a native series that open in `window`, in as many requests as needed.
 
-        Returns what there is; rows outside the window may come along and are ignored by the
-        caller. Nothing there is an empty answer. Raises PermanentError or TransientError when the
-        window could not be answered as a whole, after the provider's own retries.
+        Returns the available candles, possibly none; rows outside the window are ignored by the caller. Raises
+        PermanentError or TransientError, after the provider's own retries, unless the whole window was fetched.
         """
         ...
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
-        """What `fetch` of the same window would cost; asks nobody."""
+        """The estimated cost of `fetch` for the same window; sends no request."""
         ...
 
     def listed_at(self, series: Series) -> int | None:
-        """The open of the first candle the provider ever had; None when it cannot tell cheaply.
+        """The open of the provider's first candle; None if that cannot be determined cheaply.
 
-        Raises UnknownSymbol where the provider does not know the symbol.
+        Raises UnknownSymbol if the provider does not offer the symbol.
         """
         ...
 
     def instrument(self, series: Series) -> str:
-        """The symbol as this provider writes it. Raises UnknownSymbol where it cannot be written."""
+        """The symbol in this provider's notation. Raises UnknownSymbol if there is none."""
         ...
 
     def missing_key(self) -> str | None:
-        """The name of the environment variable whose absence keeps this provider out; else None."""
+        """The environment variable of a key that is required but not set; otherwise None."""
         ...
 
 
 def check_served(provider: Provider, series: Series) -> None:
-    """What every `fetch` does first. Raises NotEntitled without its key, PermanentError for what it has not."""
+    """The first step of every `fetch`. Raises WrongKey without a key, PermanentError for an unsupported series."""
     if (variable := provider.missing_key()) is not None:
         raise WrongKey(provider.name, f"it needs a key: set {variable}")
     if not provider.capabilities.serve(series):
@@ -261,30 +259,30 @@ def check_served(provider: Provider, series: Series) -> None:
 
 
 class Circuit(Protocol):
-    """Which providers are left alone because they fail again and again; shared by all who ask them."""
+    """Circuit breaker: the cool-downs of providers that fail repeatedly; shared by all processes."""
 
     def closed_for(self, provider: str) -> Rest | None:
-        """For how long it must not be asked, and why; None: it may be."""
+        """The remaining cool-down of the provider; None: it may be requested."""
         ...
 
     def failed(self, provider: str, reason: str) -> Rest | None:
-        """It did not answer, its own retries included. `reason` holds no key.
+        """Records a failed fetch, after its retries. `reason` contains no key.
 
-        Returns the rest that begins with this failure, if one does.
+        Returns the cool-down that begins with this failure, if any.
         """
         ...
 
     def succeeded(self, provider: str) -> bool:
-        """It answered: all its failures are forgotten. Returns whether it was left alone until now."""
+        """Records a successful fetch, which resets the failure count. Returns whether a cool-down ends with it."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ProviderOptions:
-    """The settings of one provider, as the faces hand them down.
+    """The settings of one provider.
 
-    `retry_budget_seconds` bounds the retries of what fails without a word; `longest_wait_seconds`
-    the sum of the waits that the provider itself asks for (Retry-After of a limit or a short ban).
+    retry_budget_seconds: limits the retries of failures for which the provider demands no wait.
+    longest_wait_seconds: limits the sum of the waits that the provider demands (Retry-After of a limit or a short ban).
     """
 
     base_url: str

@@ -1,15 +1,15 @@
 """Binance spot candles: REST klines through ccxt's raw call, and the public archives.
 
-Belongs here: pages, the reading and checking of klines, Binance's errors, and the order in which a
-range is served: monthly archives, daily archives, REST for what is left.
-Does not belong here: the archive files themselves (`binance_archive.py`), which of the rows are good
-candles (`domain.quality`), what an absent candle means (`pipeline`).
+Belongs here: pages, parsing and checks of klines, Binance's errors, and the order of the sources of a range: monthly
+archives, daily archives, REST for the remaining candles.
+Does not belong here: the archive files themselves (`binance_archive.py`), the validity of rows (`domain.quality`),
+the meaning of a missing candle (`pipeline`).
 
-How a lie is noticed. Neighbouring pages overlap by one candle, which must be the same in both: a page
-of another market differs there. A row that does not belong to the asked times, or is out of order,
-spoils its page. What a page lacks is asked for a second time: absent is what two answers lack, so a
-short or empty page heals, and a real outage costs one more request. A spoiled page is asked again
-within the retry budget; then BadAnswer is raised and nothing of the range is delivered.
+Detection of wrong responses: neighbouring pages overlap by one candle, which must be equal in both; a page of another
+market differs there. A row outside the requested times or out of order invalidates its page. An invalid page is
+requested again within the retry budget; then BadAnswer is raised and nothing of the range is delivered. Candles
+missing from a page are requested a second time and count as absent if both responses miss them: so a short or empty
+page is repaired, and a real outage costs one more request.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ from fks_backfill_dagster.providers.binance_archive import ArchiveFile, Archives
 from fks_backfill_dagster.providers.http.body import MAX_JSON_BYTES, read_body
 from fks_backfill_dagster.providers.http.client import HttpClient
 from fks_backfill_dagster.providers.http.errors import (
+    excerpt,
     host_of,
     network_error,
     place_of,
     retry_after,
-    said_in,
     seconds_to_next_minute,
     server_time,
     status_error,
@@ -73,14 +73,14 @@ PAGE_SIZE = 1000
 KLINES_PATH = "/api/v3/klines"
 KLINES_WEIGHT = 2
 REQUESTS_PER_MINUTE = 3000  # 6000 weight a minute per address
-# From this share of the weight on the rest of the minute is waited for; others may be in flight.
+# From this share of the weight on, requests wait for the next minute; others may be in flight.
 _PAUSE_AT = 0.95
-# Rounds of asking again for pages that contradict their neighbours.
+# Rounds of repeated requests for pages that contradict their neighbours.
 _ROUNDS = 4
 _COLUMNS = 12
 _NOT_BINANCE = "run it again later, or correct providers.binance.base_url"
 _MILLIS = 1000
-# What a download costs in an estimate; the archives have no rate limit.
+# The duration of a download in an estimate; the archives have no rate limit.
 _SECONDS_PER_FILE = 0.2
 
 
@@ -97,9 +97,9 @@ def page_ranges(window: TimeRange, step: int, size: int = PAGE_SIZE) -> list[Tim
 
 @dataclass(frozen=True, slots=True)
 class _Page:
-    """The closed candles of one answer, ascending, and the server's clock when it gave them."""
+    """The closed candles of one response, ascending, and the server's clock at that time."""
 
-    asked: TimeRange
+    window: TimeRange
     candles: Candles
     server_time: int
 
@@ -138,27 +138,27 @@ class Binance:
     def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> Answer:
         plan = _Plan(symbol_of(series), series, self._opens(series, window))
         fetched = self._from_archives(plan, tally)
-        deliveries = [seen.delivery for seen in fetched if seen.delivery and len(seen.delivery.candles)]
-        have = Candles.concat([delivery.candles for delivery in deliveries])
-        if plan.lacking(have):
-            witnessed = RangeSet(seen.file.period for seen in fetched if seen.delivery)
-            deliveries += self._from_rest(plan, have, witnessed, tally)
-        warnings = tuple(seen.warning for seen in fetched if seen.warning)
+        deliveries = [one.delivery for one in fetched if one.delivery and len(one.delivery.candles)]
+        archived = Candles.concat([delivery.candles for delivery in deliveries])
+        if plan.missing(archived):
+            covered = RangeSet(one.file.period for one in fetched if one.delivery)
+            deliveries += self._from_rest(plan, archived, covered, tally)
+        warnings = tuple(one.warning for one in fetched if one.warning)
         return Answer(tuple(deliveries), tally.count, warnings, tally.clocks)
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
-        """As if every archive file that can be there were there and complete."""
+        """Assumes that every archive file that can be published exists and is complete."""
         plan = _Plan(symbol_of(series), series, self._opens(series, window))
         files: list[ArchiveFile] = []
         if self._archives.available:
             files = choose_files(plan.symbol, series.timeframe, plan.wanted, (), self._clock())
-        rest = plan.wanted - RangeSet(file.period for file in files)
-        pages = sum(len(page_ranges(part, plan.step)) for part in rest)
+        remaining = plan.wanted - RangeSet(file.period for file in files)
+        pages = sum(len(page_ranges(part, plan.step)) for part in remaining)
         a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
         return Estimate(2 * len(files) + pages, len(files) * _SECONDS_PER_FILE + pages * 60 / a_minute)
 
     def listed_at(self, series: Series) -> int | None:
-        """The open of the first 1m candle: the true beginning, whatever the timeframe."""
+        """The open of the first 1m candle, for every timeframe."""
         query: dict[str, str | int] = {
             "symbol": symbol_of(series),
             "interval": Timeframe.M1.value,
@@ -166,101 +166,101 @@ class Binance:
             "limit": 1,
         }
         everything = TimeRange(0, self._clock() + 60 * MICROS_PER_SECOND)
-        page = self._klines.ask([query], [everything], Tally())[0]
+        page = self._klines.fetch([query], [everything], Tally())[0]
         return int(page.candles.ts[0]) if len(page.candles) else None
 
     def _opens(self, series: Series, window: TimeRange) -> Instants:
-        """The opens on the grid that lie in the window and not in the future."""
+        """The opens on the grid in the window, except future ones."""
         end = min(window.end, max(self._clock(), window.start))
         return grid_of(series).opens(TimeRange(window.start, end))
 
     # --- archives
 
     def _from_archives(self, plan: _Plan, tally: Tally) -> list[Fetched]:
-        """What the archives have of the plan; cut to what was lacking, so deliveries do not overlap."""
+        """The candles of the plan that the archives have; cut to missing candles, so that deliveries do not overlap."""
         fetched: list[Fetched] = []
-        lacking = plan.wanted
-        while lacking and self._archives.available:
-            files = choose_files(plan.symbol, plan.series.timeframe, lacking, fetched, self._clock())
+        missing = plan.wanted
+        while missing and self._archives.available:
+            files = choose_files(plan.symbol, plan.series.timeframe, missing, fetched, self._clock())
             if not files:
                 break
-            fetched += [_cut(seen, lacking) for seen in self._archives.fetch(files, tally)]
-            lacking = plan.lacking(Candles.concat([s.delivery.candles for s in fetched if s.delivery]))
+            fetched += [_cut(one, missing) for one in self._archives.fetch(files, tally)]
+            missing = plan.missing(Candles.concat([one.delivery.candles for one in fetched if one.delivery]))
         return fetched
 
     # --- REST
 
-    def _from_rest(self, plan: _Plan, have: Candles, witnessed: RangeSet, tally: Tally) -> list[Delivery]:
-        """The lacking candles, and once more those that nobody has confirmed to be absent.
+    def _from_rest(self, plan: _Plan, archived: Candles, covered: RangeSet, tally: Tally) -> list[Delivery]:
+        """The missing candles; those missing from the first response too are requested a second time.
 
-        An archive file that covers a lacking candle is a first witness of its absence.
+        covered: the periods of archive files, which count as the first response.
         """
-        lacking = plan.lacking(have)
+        missing = plan.missing(archived)
         requested_at = self._clock()
-        pages = self._ask(plan, lacking, tally)
-        blocks = _assemble(pages, lacking)
+        pages = self._pages(plan, missing, tally)
+        blocks = _assemble(pages, missing)
         rows, seams = joined(blocks)
         now = min(page.server_time for page in pages)
-        absent = plan.lacking(rows)
-        doubtful = (absent & plan.closed(now) & lacking) - witnessed
-        if doubtful:
-            doubtful = self._shortened(plan, doubtful, tally)
-            again = self._ask(plan, doubtful, tally)
+        absent = plan.missing(rows)
+        unconfirmed = (absent & plan.closed(now) & missing) - covered
+        if unconfirmed:
+            unconfirmed = self._shortened(plan, unconfirmed, tally)
+            again = self._pages(plan, unconfirmed, tally)
             good = rows.take(~absent.contains(rows.ts))
             if any(differing(good, page.candles) for page in again):
-                raise self._another_market(plan)
-            # A bad row that came twice is one row for the quarantine.
-            blocks += [block.take(~_repeated(block, rows)) for block in _assemble(again, doubtful)]
+                raise self._contradiction(plan)
+            # A bad row in both responses is one row for the quarantine.
+            blocks += [block.take(~_repeated(block, rows)) for block in _assemble(again, unconfirmed)]
             rows, seams = joined(blocks)
-        query = _query(plan.symbol, plan.series.timeframe, lacking.hull)
+        query = _query(plan.symbol, plan.series.timeframe, missing.hull)
         source = f"{KLINES_PATH}?{urlencode(query)}"
         origin = Origin(NAME, Transport.REST, source, self._host, plan.symbol, requested_at)
         return [Delivery(rows, origin, seams)] if len(rows) else []
 
-    def _shortened(self, plan: _Plan, doubtful: RangeSet, tally: Tally) -> RangeSet:
-        """`doubtful` without the long empty beginning of a range, at one request of one row each.
+    def _shortened(self, plan: _Plan, unconfirmed: RangeSet, tally: Tally) -> RangeSet:
+        """`unconfirmed` without the empty beginnings of long ranges, at the cost of one request for one row each.
 
-        Before a listing whole months are empty; asking for all their pages twice would be a waste.
+        Before a listing, whole months are empty; this avoids a second request for all their pages.
         """
-        long = [part for part in doubtful if part.duration > PAGE_SIZE * plan.step]
+        long = [part for part in unconfirmed if part.duration > PAGE_SIZE * plan.step]
         queries = [_query(plan.symbol, plan.series.timeframe, part) | {"limit": 1} for part in long]
         empty = []
-        for part, page in zip(long, self._klines.ask(queries, long, tally), strict=True):
+        for part, page in zip(long, self._klines.fetch(queries, long, tally), strict=True):
             first = int(page.candles.ts[0]) if len(page.candles) else part.end
             empty.append(TimeRange(part.start, first - (first - part.start) % plan.step))
-        return doubtful - RangeSet(empty)
+        return unconfirmed - RangeSet(empty)
 
-    def _ask(self, plan: _Plan, ranges: RangeSet, tally: Tally) -> list[_Page]:
-        """The pages over `ranges`, neighbours agreeing.
+    def _pages(self, plan: _Plan, ranges: RangeSet, tally: Tally) -> list[_Page]:
+        """The pages over `ranges`; neighbours agree.
 
-        Ranges closer than half a page are asked together: a page costs the same, however full it is.
+        Ranges closer than half a page share a request: the cost of a page does not depend on its size.
         """
         merged = ranges.merge_closer_than(PAGE_SIZE * plan.step // 2)
-        asked = [page for part in merged for page in page_ranges(part, plan.step)]
-        queries = [_query(plan.symbol, plan.series.timeframe, page) for page in asked]
-        pages = self._klines.ask(queries, asked, tally)
+        windows = [window for part in merged for window in page_ranges(part, plan.step)]
+        queries = [_query(plan.symbol, plan.series.timeframe, window) for window in windows]
+        pages = self._klines.fetch(queries, windows, tally)
         for _ in range(_ROUNDS):
             wrong = contradicting([page.candles for page in pages])
             if not wrong:
                 return pages
-            again = self._klines.ask([queries[i] for i in wrong], [asked[i] for i in wrong], tally)
+            again = self._klines.fetch([queries[i] for i in wrong], [windows[i] for i in wrong], tally)
             for index, page in zip(wrong, again, strict=True):
                 pages[index] = page
         if contradicting([page.candles for page in pages]):
-            raise self._another_market(plan)
+            raise self._contradiction(plan)
         return pages
 
-    def _another_market(self, plan: _Plan) -> Contradiction:
+    def _contradiction(self, plan: _Plan) -> Contradiction:
         return Contradiction(
             NAME,
-            f"{self._klines.place} gives different values for the same candle of {plan.symbol} "
-            f"{plan.series.timeframe}: pages of another market are among its answers",
+            f"{self._klines.place} returned different values for the same candle of {plan.symbol} "
+            f"{plan.series.timeframe}: some pages belong to another market",
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Plan:
-    """One fetch: the symbol as Binance writes it, and the opens that are asked for."""
+    """One fetch: the symbol in Binance's notation, and the requested opens."""
 
     symbol: str
     series: Series
@@ -272,39 +272,39 @@ class _Plan:
 
     @property
     def wanted(self) -> RangeSet:
-        return self.lacking(Candles.empty())
+        return self.missing(Candles.empty())
 
-    def lacking(self, have: Candles) -> RangeSet:
-        """The candles of which `have` holds no row that could be stored.
+    def missing(self, rows: Candles) -> RangeSet:
+        """The candles without a valid row in `rows`.
 
-        A row with a NaN or off the grid does not count, so the next source is asked for that candle;
-        the bad row is delivered all the same, to be quarantined with its reason.
+        A row with a NaN or off the grid does not count, so that candle is requested from the next source; the bad row
+        is delivered nevertheless, to be quarantined with its reason.
         """
         missing = self.opens
-        if len(have) and len(missing):
+        if len(rows) and len(missing):
             window = TimeRange(int(missing[0]), int(missing[-1]) + self.step)
-            good = verify(have, window, grid_of(self.series), window.end).good
+            good = verify(rows, window, grid_of(self.series), window.end).good
             missing = missing[~np.isin(missing, good.ts, assume_unique=True)]
         return RangeSet.from_arrays(missing, missing + self.step)
 
     def closed(self, now: int) -> RangeSet:
-        """Until where candles are closed at `now`."""
+        """The range of candles that are closed at `now`."""
         end = grid_of(self.series).closed_end(now)
         return RangeSet([TimeRange(min(0, end), end)])
 
 
 def symbol_of(series: Series) -> str:
-    """`BTC/USDT` -> `BTCUSDT`, unless the settings name it."""
+    """`BTC/USDT` -> `BTCUSDT`, unless set in the settings."""
     return series.provider_symbol(NAME) or series.symbol.replace("/", "")
 
 
-def _query(symbol: str, timeframe: Timeframe, asked: TimeRange) -> dict[str, str | int]:
-    """Binance takes both bounds as inclusive, in milliseconds."""
+def _query(symbol: str, timeframe: Timeframe, window: TimeRange) -> dict[str, str | int]:
+    """The query; both bounds are inclusive, in milliseconds."""
     return {
         "symbol": symbol,
         "interval": timeframe.value,
-        "startTime": asked.start // _MILLIS,
-        "endTime": asked.end // _MILLIS - 1,
+        "startTime": window.start // _MILLIS,
+        "endTime": window.end // _MILLIS - 1,
         "limit": PAGE_SIZE,
     }
 
@@ -312,19 +312,19 @@ def _query(symbol: str, timeframe: Timeframe, asked: TimeRange) -> dict[str, str
 # --- columns --------------------------------------------------------------------------------------
 
 
-def _cut(seen: Fetched, lacking: RangeSet) -> Fetched:
-    """A file's delivery without the rows that were not lacking, so that deliveries do not overlap."""
-    if seen.delivery is None:
-        return seen
-    candles = seen.delivery.candles
-    kept = candles.take(lacking.contains(candles.ts))
-    return Fetched(seen.file, seen.outcome, seen.delivery.with_candles(kept), seen.warning)
+def _cut(fetched: Fetched, missing: RangeSet) -> Fetched:
+    """A file's delivery, restricted to missing candles, so that deliveries do not overlap."""
+    if fetched.delivery is None:
+        return fetched
+    candles = fetched.delivery.candles
+    kept = candles.take(missing.contains(candles.ts))
+    return Fetched(fetched.file, fetched.outcome, fetched.delivery.with_candles(kept), fetched.warning)
 
 
 def _assemble(pages: Sequence[_Page], wanted: RangeSet) -> list[Candles]:
-    """The rows of each page that are wanted; candles that pages share once, in the earlier one.
+    """The wanted rows of each page; candles shared by pages only once, in the earlier page.
 
-    Rows that repeat inside one page stay: judging them is not this module's business.
+    Repeated rows inside one page remain: `domain.quality` checks them.
     """
     blocks: list[Candles] = []
     shared = np.empty(0, dtype=np.int64)
@@ -336,7 +336,7 @@ def _assemble(pages: Sequence[_Page], wanted: RangeSet) -> list[Candles]:
 
 
 def _repeated(rows: Candles, before: Candles) -> NDArray[np.bool_]:
-    """Which of `rows` stand in `before` (ascending) with the same values; a NaN equals a NaN."""
+    """Which of `rows` are in `before` (ascending) with the same values; NaN equals NaN."""
     if not len(before):
         return np.zeros(len(rows), dtype=bool)
     index = np.minimum(np.searchsorted(before.ts, rows.ts), len(before) - 1)
@@ -346,35 +346,35 @@ def _repeated(rows: Candles, before: Candles) -> NDArray[np.bool_]:
     return same
 
 
-def read_page(answer: object, asked: TimeRange, now: int, place: str) -> _Page:
-    """Klines to columns, without the candles that are not closed at the server's `now`.
+def read_page(answer: object, window: TimeRange, now: int, place: str) -> _Page:
+    """Klines to columns, without candles that are not closed at the server's `now`.
 
-    A cell that is no number becomes NaN (a volume: infinite), which the quality rules reject with
-    their reason. Raises BadAnswer for what is no list of klines, or one of other times than asked.
+    A cell that is not a number becomes NaN (a volume: infinite), which the quality rules reject with their reason.
+    Raises BadAnswer unless it is a list of klines inside `window`.
     """
     if not isinstance(answer, list):
-        raise BadAnswer(NAME, f"{place} answered no list of klines but {_glimpse(answer)}: {_NOT_BINANCE}")
+        raise BadAnswer(NAME, f"{place} returned no list of klines but {_glimpse(answer)}: {_NOT_BINANCE}")
     if not answer:
-        return _Page(asked, Candles.empty(), now)
+        return _Page(window, Candles.empty(), now)
     table = _table(answer, place)
     try:
         opens, closes = table[:, 0].astype(np.int64), table[:, 6].astype(np.int64)
         if any(isinstance(at, float) and at % 1 for at in table[:, 0]):
             raise ValueError("part of a millisecond")
     except (TypeError, ValueError, OverflowError):
-        raise BadAnswer(NAME, f"{place} answered klines without valid times") from None
-    inside = (opens >= asked.start // _MILLIS) & (opens < -(-asked.end // _MILLIS))
-    if (opens[0] < asked.start // _MILLIS) or not inside.any():
-        raise BadAnswer(NAME, f"{place} answered klines outside of {asked}, which was asked for")
+        raise BadAnswer(NAME, f"{place} returned klines without valid times") from None
+    inside = (opens >= window.start // _MILLIS) & (opens < -(-window.end // _MILLIS))
+    if (opens[0] < window.start // _MILLIS) or not inside.any():
+        raise BadAnswer(NAME, f"{place} returned klines outside of the requested range {window}")
     if (opens[1:] < opens[:-1]).any():
-        raise BadAnswer(NAME, f"{place} answered klines that do not ascend")
-    if not inside.all():  # it runs on behind endTime, as some mirrors do: the asked part is whole
+        raise BadAnswer(NAME, f"{place} returned klines that do not ascend")
+    if not inside.all():  # some mirrors continue after endTime; the requested part is complete
         table, opens, closes = table[inside], opens[inside], closes[inside]
     columns = _floats(table[:, 1:6])
-    # Binance has a volume for every candle: one that is absent must not pass as "source has none".
+    # Every candle has a volume: a missing one must not be read as "no volume at this source".
     columns[4][np.isnan(columns[4])] = np.inf
     candles = Candles(opens * _MILLIS, *columns)
-    return _Page(asked, candles.take(closes < now // _MILLIS), now)
+    return _Page(window, candles.take(closes < now // _MILLIS), now)
 
 
 def _table(answer: list[Any], place: str) -> NDArray[np.object_]:
@@ -384,13 +384,13 @@ def _table(answer: list[Any], place: str) -> NDArray[np.object_]:
         table = np.empty(0, dtype=object)
     if table.ndim != 2 or table.shape[1] != _COLUMNS:
         raise BadAnswer(
-            NAME, f"{place} answered rows that are no klines of {_COLUMNS} columns: {_NOT_BINANCE}"
+            NAME, f"{place} returned rows that are not klines of {_COLUMNS} columns: {_NOT_BINANCE}"
         )
     return table
 
 
 def _floats(cells: NDArray[np.object_]) -> list[Floats]:
-    """Text cells (n, 5) to five contiguous float64 columns, rounded as float() rounds."""
+    """Text cells (n, 5) to five contiguous float64 columns, rounded like float()."""
     try:
         numbers = cells.astype(np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -406,14 +406,14 @@ def _number_or_nan(cell: object) -> float:
 
 
 def _glimpse(answer: object) -> str:
-    return said_in((answer if isinstance(answer, str) else repr(answer)).encode(errors="replace"))
+    return excerpt((answer if isinstance(answer, str) else repr(answer)).encode(errors="replace"))
 
 
-# --- asking ---------------------------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------
 
 
 class _Klines:
-    """Asks for klines through ccxt, with limiter, slots and retries of HttpClient."""
+    """Requests klines through ccxt, with the limiter, slots and retries of HttpClient."""
 
     def __init__(
         self, options: ProviderOptions, pool: RequestPool, limiter: Limiter, clock: Callable[[], int]
@@ -426,26 +426,27 @@ class _Klines:
         self._pause_at = _PAUSE_AT * KLINES_WEIGHT * (options.requests_per_minute or REQUESTS_PER_MINUTE)
         self._local = threading.local()
 
-    def ask(
-        self, queries: Sequence[Mapping[str, str | int]], asked: Sequence[TimeRange], tally: Tally
+    def fetch(
+        self, queries: Sequence[Mapping[str, str | int]], windows: Sequence[TimeRange], tally: Tally
     ) -> list[_Page]:
-        """One page per query, side by side; each is retried until it is a valid page for its range."""
+        """One page per query, concurrently; each is retried until it is a valid page of its window."""
 
         def page(item: tuple[Mapping[str, str | int], TimeRange]) -> _Page:
             query, window = item
             return self._client.run(lambda: self._once(query, window, tally), tally, weight=KLINES_WEIGHT)
 
-        return self._client.pool.map(NAME, page, list(zip(queries, asked, strict=True)))
+        return self._client.pool.map(NAME, page, list(zip(queries, windows, strict=True)))
 
-    def _once(self, query: Mapping[str, str | int], asked: TimeRange, tally: Tally) -> _Page:
+    def _once(self, query: Mapping[str, str | int], window: TimeRange, tally: Tally) -> _Page:
         market = self._market()
         answer = market.klines(query)
         now = tally.closed_by(market.headers, self._clock())
-        self._heed_weight(market.headers, now)
-        return read_page(answer, asked, now, self.place)
+        self._respect_weight(market.headers, now)
+        return read_page(answer, window, now, self.place)
 
-    def _heed_weight(self, headers: Mapping[str, str], now: int) -> None:
-        """Stops everybody until the next minute when the address's weight is nearly spent: not by us alone."""
+    def _respect_weight(self, headers: Mapping[str, str], now: int) -> None:
+        """Pauses all requests until the next minute if the weight of this IP address, also used by others, is nearly
+        used up."""
         used = headers.get("X-MBX-USED-WEIGHT-1M", "")
         if (
             re.fullmatch("[0-9]+", used) and float(used) >= self._pause_at
@@ -460,14 +461,14 @@ class _Klines:
 
 
 class _Market:
-    """One thread's ccxt instance (3 ms to make), and the head of its last answer.
+    """One thread's ccxt instance (takes 3 ms to create), and its last response.
 
-    ccxt tells no status, and Retry-After only beside its exceptions; so a hook on the session it uses
-    keeps each response. Its own limiter and retries are off: they know nothing of ours.
+    ccxt returns no status, and Retry-After only with its exceptions; so a hook on its session keeps each response.
+    Its own limiter and retries are off, because those of HttpClient apply.
     """
 
     def __init__(self, client: HttpClient, url: str) -> None:
-        import ccxt  # here, because it takes a third of a second and most commands ask nobody
+        import ccxt  # here, because it takes a third of a second and most commands send no request
 
         self._client = client
         self._url = url
@@ -492,32 +493,32 @@ class _Market:
         return self._response.headers if self._response is not None else {}
 
     def klines(self, query: Mapping[str, str | int]) -> object:
-        """The decoded answer; the text itself where it is no JSON."""
+        """The decoded response; the text itself if it is not JSON."""
         self._response = None
         symbol = str(query["symbol"])
         try:
             answer = self._ccxt.public_get_klines(dict(query))
         except self._errors as error:
-            raise self._meaning(error, symbol) from None
-        except UnicodeDecodeError:  # ccxt decodes the body before anybody can judge it
-            raise BadAnswer(NAME, f"{place_of(self._url)} answered no text: {_NOT_BINANCE}") from None
+            raise self._error_of(error, symbol) from None
+        except UnicodeDecodeError:  # ccxt decodes the body before it can be checked
+            raise BadAnswer(NAME, f"{place_of(self._url)} returned no text: {_NOT_BINANCE}") from None
         if self._response is not None and self._response.status_code != 200:
-            raise self._said(self._response, symbol)  # a redirection to nowhere is no error to ccxt
+            raise self._response_error(self._response, symbol)  # ccxt accepts a redirect without a target
         return answer
 
     def _remember(self, response: requests.Response, *_: object, **__: object) -> None:
         self._response = response
-        body = read_body(response, MAX_JSON_BYTES, self._client.answer_seconds)
-        response.raw = io.BytesIO(body)  # where requests takes the content from, once the hooks are done
+        body = read_body(response, MAX_JSON_BYTES, self._client.response_seconds)
+        response.raw = io.BytesIO(body)  # requests reads the content from here after the hooks
 
-    def _meaning(self, error: Exception, symbol: str) -> ProviderError:
+    def _error_of(self, error: Exception, symbol: str) -> ProviderError:
         cause = error.__cause__
         broken = isinstance(cause, requests.RequestException) and not isinstance(cause, requests.HTTPError)
         if self._response is None or broken:
             return network_error(NAME, cause or error, place_of(self._url))
-        return self._said(self._response, symbol)
+        return self._response_error(self._response, symbol)
 
-    def _said(self, response: requests.Response, symbol: str) -> ProviderError:
+    def _response_error(self, response: requests.Response, symbol: str) -> ProviderError:
         place = place_of(self._url)
         return binance_error(response.status_code, response.headers, response.content, place, symbol)
 
@@ -525,24 +526,24 @@ class _Market:
 def binance_error(
     status: int, headers: Mapping[str, str], body: bytes, place: str, symbol: str
 ) -> ProviderError:
-    """What Binance means by an answer that is no list of klines."""
+    """The error for a response of Binance other than klines."""
     code, message = _code_and_message(body)
     if code == -1121:
         return UnknownSymbol(
             NAME,
-            f"it has no symbol {symbol}: correct the symbol, or name Binance's own in provider_symbols",
+            f"it has no symbol {symbol}: correct the symbol, or set Binance's own in provider_symbols",
         )
     if code == -1003 or status in (418, 429):
-        told = retry_after(headers)
+        wait = retry_after(headers)
         return RateLimited(
             NAME,
-            f"{place} answered {status}: {said_in(body)}",
-            retry_after=told if told is not None else _seconds_of_ban(message, headers),
+            f"{place} returned {status}: {excerpt(body)}",
+            retry_after=wait if wait is not None else _seconds_of_ban(message, headers),
         )
     if status == 403:
-        return PermanentError(NAME, f"{place} answered 403: its firewall refuses this machine's address")
+        return PermanentError(NAME, f"{place} returned 403: its firewall blocks the address of this machine")
     if status == 200:
-        return BadAnswer(NAME, f"{place} answered no klines but {said_in(body)}")
+        return BadAnswer(NAME, f"{place} returned no klines but {excerpt(body)}")
     return status_error(NAME, status, headers, body, place)
 
 

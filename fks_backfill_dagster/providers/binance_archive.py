@@ -1,12 +1,12 @@
-"""The public archives of Binance: which files there are, fetched, verified and read.
+"""The public archives of Binance: selection, download, verification and parsing of files.
 
 Belongs here: paths, publication dates, checksums, zip and CSV, and which files are worth their cost.
-Does not belong here: the REST side, or what to do about candles no file has (`binance.py`).
+Does not belong here: REST, or candles that are in no file (`binance.py`).
 
-Facts (wire notes of the provider): a month's file appears from the first Monday of the next month on,
-sometimes weeks later; a day's file the next day. Open times are microseconds from 2025-01-01 on and
-milliseconds before, so each row decides for itself. Some files have a header line. A file may be
-replaced after publication, and a monthly one may lack a day its daily file has.
+Format: a month's file appears on the first Monday of the next month or later, sometimes by weeks; a day's file on the
+next day. Open times are microseconds from 2025-01-01 on and milliseconds before; the unit is detected per row. Some
+files have a header line. A file may be replaced after publication, and a day may be missing in a monthly file although
+its daily file has it.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ from fks_backfill_dagster.providers.http.pool import RequestPool, Tally
 PROVIDER = "binance"
 LANE = "binance-archive"
 
-# A month of 1m candles is 6 MB of text and 2 MB zipped; only a bomb comes near these.
+# A month of 1m candles is 6 MB of text and 2 MB zipped; only a zip bomb comes near these limits.
 MAX_UNZIPPED = 64 * 1024 * 1024
 MAX_ZIPPED = 32 * 1024 * 1024
 MAX_CHECKSUM = 4096
-# A host that hangs must cost little: REST is there. And once it failed, it is left alone for a while.
-ANSWER_SECONDS = 15.0
-LEFT_ALONE_SECONDS = 300.0
+# An unresponsive host must cost little, because REST is available; after a failure it has a cool-down.
+RESPONSE_SECONDS = 15.0
+COOL_DOWN_SECONDS = 300.0
 # Files in memory at once, zipped.
 _FILES_AT_ONCE = 8
-# A file is worth its two requests when it replaces more than one REST page.
+# A file is worth its two requests if it replaces more than one REST page.
 _WORTHWHILE_ROWS = 1000
-# Milliseconds stay below this until the year 5138, microseconds are above since 1973.
+# Milliseconds are below this until the year 5138, microseconds above since 1973.
 _FIRST_MICROS = 10**14
 
 _COLUMNS = [
@@ -108,18 +108,18 @@ class ArchiveFile:
 
     @property
     def path(self) -> str:
-        """Below archive_url."""
+        """The path below archive_url."""
         kind = "monthly" if self.monthly else "daily"
         symbol, stem = quote(self.symbol, safe=""), quote(self.stem, safe="")
         return f"/data/spot/{kind}/klines/{symbol}/{self.timeframe}/{stem}.zip"
 
     @property
     def rows(self) -> int:
-        """Candles of a full period."""
+        """The number of candles of a full period."""
         return self.period.duration // self.timeframe.micros
 
     def published(self, now: int) -> bool:
-        """Whether the file can be there by now; it may still be late."""
+        """Whether the file can be published at `now`; it may be late."""
         if not self.monthly:
             return now >= self.period.end
         weeks = -(-(self.period.end - FIRST_MONDAY) // MICROS_PER_WEEK)
@@ -134,7 +134,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What became of one file: a `delivery` if it was read, a `warning` if it failed."""
+    """The result for one file: a `delivery` if it was read, a `warning` if it failed."""
 
     file: ArchiveFile
     outcome: Outcome
@@ -142,39 +142,41 @@ class Fetched:
     warning: str | None = None
 
 
-# --- which files ----------------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------
 
 
 def month_of(instant: int) -> TimeRange:
-    """The UTC month an instant lies in."""
+    """The UTC month of an instant."""
     day = to_datetime(instant)
     year, month = (day.year + 1, 1) if day.month == 12 else (day.year, day.month + 1)
     return TimeRange.of(datetime(day.year, day.month, 1, tzinfo=UTC), datetime(year, month, 1, tzinfo=UTC))
 
 
 def day_of(instant: int) -> TimeRange:
-    """The UTC day an instant lies in."""
+    """The UTC day of an instant."""
     start = instant - instant % MICROS_PER_DAY
     return TimeRange(start, start + MICROS_PER_DAY)
 
 
 def choose_files(
-    symbol: str, timeframe: Timeframe, lacking: RangeSet, asked: Sequence[Fetched], now: int
+    symbol: str, timeframe: Timeframe, missing: RangeSet, fetched: Sequence[Fetched], now: int
 ) -> list[ArchiveFile]:
-    """The next files worth asking for; none when REST should take over.
+    """The next files worth downloading; none if REST should take over.
 
-    Monthly files first, where at least half of one is lacking; then daily ones for days that lack more
-    than a REST page. (So 1m uses both, 5m to 30m monthly ones, 1h and above none.) Where a month has
-    no file, its newest lacking day is asked alone first: when that is absent as well (before a listing,
-    after a delisting) the other thirty are not asked.
+    fetched: the files tried so far.
+
+    Monthly files first, if at least half of one is missing; then daily files for days with more missing candles than
+    a REST page has. (So 1m uses both, 5m to 30m monthly files, 1h and above none.) If a month has no file, only its
+    newest missing day is requested at first: if that is absent as well (before a listing, after a delisting), the
+    other thirty are not requested.
     """
-    if month_of(lacking.hull.start).duration // timeframe.micros <= _WORTHWHILE_ROWS:
+    if month_of(missing.hull.start).duration // timeframe.micros <= _WORTHWHILE_ROWS:
         return []
-    outcomes = {seen.file: seen.outcome for seen in asked}
+    outcomes = {one.file: one.outcome for one in fetched}
     chosen: list[ArchiveFile] = []
-    for period in _periods(lacking, month_of):
+    for period in _periods(missing, month_of):
         month = ArchiveFile(symbol, timeframe, period, monthly=True)
-        part = lacking & RangeSet([period])
+        part = missing & RangeSet([period])
         if month not in outcomes and _worthwhile(month, part, now, share=0.5):
             chosen.append(month)
             continue
@@ -191,13 +193,13 @@ def choose_files(
     return chosen
 
 
-def _worthwhile(file: ArchiveFile, lacking: RangeSet, now: int, share: float = 0.0) -> bool:
-    rows = int((lacking.ends - lacking.starts).sum()) // file.timeframe.micros
+def _worthwhile(file: ArchiveFile, missing: RangeSet, now: int, share: float = 0.0) -> bool:
+    rows = int((missing.ends - missing.starts).sum()) // file.timeframe.micros
     return rows > _WORTHWHILE_ROWS and rows >= share * file.rows and file.published(now)
 
 
 def _periods(ranges: RangeSet, period_of: Callable[[int], TimeRange]) -> list[TimeRange]:
-    """The periods the ranges touch, ascending, each once."""
+    """The periods that the ranges overlap, ascending, each once."""
     found: list[TimeRange] = []
     for part in ranges:
         instant = part.start if not found else max(part.start, found[-1].end)
@@ -207,11 +209,11 @@ def _periods(ranges: RangeSet, period_of: Callable[[int], TimeRange]) -> list[Ti
     return found
 
 
-# --- fetching them --------------------------------------------------------------------------------
+# --- download -------------------------------------------------------------------------------------
 
 
 class _HostFails(PermanentError):
-    """The host, not one file, is the matter: no retry helps within this fetch."""
+    """The host fails, not a single file: no retry helps within this fetch."""
 
 
 class Archives:
@@ -221,41 +223,41 @@ class Archives:
         self, options: ProviderOptions, pool: RequestPool, limiter: Limiter, clock: Callable[[], int]
     ) -> None:
         self._clock = clock
-        patience = min(ANSWER_SECONDS, options.timeout_seconds)
-        quick = replace(options, timeout_seconds=patience, retry_budget_seconds=patience)
+        seconds = min(RESPONSE_SECONDS, options.timeout_seconds)
+        quick = replace(options, timeout_seconds=seconds, retry_budget_seconds=seconds)
         self._client = HttpClient(LANE, quick, pool, limiter, setting="providers.binance.archive_url")
         self._base_url = (options.archive_url or "").rstrip("/")
         self._lock = threading.Lock()
-        self._left_alone_until = 0.0
+        self._available_from = 0.0
 
     @property
     def available(self) -> bool:
-        """False without an archive_url, and for some minutes after the host failed."""
-        return bool(self._base_url) and time.monotonic() >= self._left_alone_until
+        """False without an archive_url, and during the cool-down after the host failed."""
+        return bool(self._base_url) and time.monotonic() >= self._available_from
 
     def fetch(self, files: Sequence[ArchiveFile], tally: Tally) -> list[Fetched]:
-        """Downloads, verifies and reads the files, a few at a time; raises nothing but Cancelled.
+        """Downloads, verifies and reads the files, a few at a time; raises only Cancelled.
 
-        A file that fails twice is passed over with a warning. A host that fails gives one warning, is
-        left alone for some minutes, and the rest of the files is not in the answer.
+        A file that fails twice is skipped with a warning. If the host fails, there is one warning, a cool-down
+        begins, and the remaining files are missing in the result.
         """
         fetched: list[Fetched] = []
         for first in range(0, len(files), _FILES_AT_ONCE):
             some = files[first : first + _FILES_AT_ONCE]
             try:
                 read = self._attempt(some, tally)
-                again = [seen.file for seen in read if seen.outcome is Outcome.FAILED]
-                mended = {seen.file: seen for seen in self._attempt(again, tally)}
+                failed = [one.file for one in read if one.outcome is Outcome.FAILED]
+                retried = {one.file: one for one in self._attempt(failed, tally)}
             except Cancelled:
                 raise
             except ProviderError as error:
-                fetched.append(Fetched(some[0], Outcome.FAILED, warning=self._leave_alone(error)))
+                fetched.append(Fetched(some[0], Outcome.FAILED, warning=self._cool_down(error)))
                 break
-            fetched.extend(mended.get(seen.file, seen) for seen in read)
+            fetched.extend(retried.get(one.file, one) for one in read)
         return fetched
 
     def _attempt(self, files: Sequence[ArchiveFile], tally: Tally) -> list[Fetched]:
-        """Zips and checksums side by side, then the reading, which lets go of the interpreter lock."""
+        """Downloads zips and checksums concurrently, then reads them; reading releases the interpreter lock."""
         wanted = [(file, extra) for file in files for extra in ("", ".CHECKSUM")]
 
         def download(item: tuple[ArchiveFile, str]) -> Reply | None:
@@ -263,12 +265,12 @@ class Archives:
 
         replies = self._client.pool.map(LANE, download, wanted)
         return [
-            self._judge(file, zipped, checksum)
+            self._result(file, zipped, checksum)
             for file, zipped, checksum in zip(files, replies[::2], replies[1::2], strict=True)
         ]
 
     def _download(self, file: ArchiveFile, extra: str, tally: Tally) -> Reply | None:
-        """The reply; None for 404, which is "not yet" or "never". One retry for what may pass."""
+        """The reply; None for 404 (not published yet, or never). One retry of transient errors."""
         limit = MAX_CHECKSUM if extra else MAX_ZIPPED
 
         def attempt() -> Reply | None:
@@ -284,7 +286,7 @@ class Archives:
 
         return self._client.run(attempt, tally, attempts=2)
 
-    def _judge(self, file: ArchiveFile, zipped: Reply | None, checksum: Reply | None) -> Fetched:
+    def _result(self, file: ArchiveFile, zipped: Reply | None, checksum: Reply | None) -> Fetched:
         if zipped is None:
             return Fetched(file, Outcome.ABSENT)
         try:
@@ -292,7 +294,7 @@ class Archives:
                 file, zipped.body, checksum.body if checksum else None, self._base_url
             )
         except BadAnswer as error:
-            warning = f"{error}: passed over, its candles are taken elsewhere"
+            warning = f"{error}: skipped, its candles are fetched from other files or REST"
             return Fetched(file, Outcome.FAILED, warning=warning)
         now = self._clock()
         origin = Origin(
@@ -307,24 +309,24 @@ class Archives:
         )
         return Fetched(file, Outcome.READ, Delivery(candles, origin))
 
-    def _leave_alone(self, error: ProviderError) -> str | None:
-        """The warning, for the one thread that found out first."""
+    def _cool_down(self, error: ProviderError) -> str | None:
+        """Starts the cool-down. Returns the warning for the first thread only."""
         with self._lock:
             known = not self.available
-            self._left_alone_until = time.monotonic() + LEFT_ALONE_SECONDS
-        minutes = LEFT_ALONE_SECONDS / 60
+            self._available_from = time.monotonic() + COOL_DOWN_SECONDS
+        minutes = COOL_DOWN_SECONDS / 60
         return (
-            None if known else f"{error}: the archives are left alone for {minutes:.0f} minutes, REST serves"
+            None if known else f"{error}: cool-down of the archives for {minutes:.0f} minutes, REST is used"
         )
 
 
-# --- reading one ----------------------------------------------------------------------------------
+# --- parsing --------------------------------------------------------------------------------------
 
 
 def published_at(file: ArchiveFile, headers: Mapping[str, str]) -> int:
-    """When the file was made: its Last-Modified. Without that header the day after its period; a monthly
-    file then counts as published the day after its first day, as it may be older than the daily file of any
-    of its days (binance-public-data#475)."""
+    """The publication time of a file: its Last-Modified. Without that header the end of its period; a monthly file
+    then counts as published after its first day, as it may be older than the daily file of any of its days
+    (binance-public-data#475)."""
     named = header_time(headers, "Last-Modified")
     if named is not None:
         return named
@@ -334,12 +336,12 @@ def published_at(file: ArchiveFile, headers: Mapping[str, str]) -> int:
 def read_archive(
     file: ArchiveFile, zipped: bytes, checksum: bytes | None, base_url: str
 ) -> tuple[Candles, str]:
-    """The candles of a verified file, ascending, as they stand in it, and its SHA-256. Raises BadAnswer."""
+    """The unmodified candles of a verified file, ascending, and its SHA-256. Raises BadAnswer."""
     place = place_of(base_url + file.path)
     actual = hashlib.sha256(zipped).hexdigest()
     named = re.match(rb"\s*([0-9a-fA-F]{64})\s+\*?(\S+)", checksum or b"")
     if named is None or named[2].decode("utf-8", "replace") != f"{file.stem}.zip":
-        raise BadAnswer(LANE, f"{place} has no checksum of its own")
+        raise BadAnswer(LANE, f"{place} has no matching checksum file")
     if named[1].decode().lower() != actual:
         raise BadAnswer(LANE, f"{place} does not have the SHA-256 of its checksum file")
     try:
@@ -347,17 +349,17 @@ def read_archive(
         candles = _parse(text)
     except (zipfile.BadZipFile, zlib.error, struct.error, pa.ArrowInvalid, ValueError) as error:
         why = str(error).splitlines()[0][:200]
-        raise BadAnswer(LANE, f"{place} is no archive of {file.stem} ({why})") from None
+        raise BadAnswer(LANE, f"{place} is not an archive of {file.stem} ({why})") from None
     # A row of another period would be stored twice, or under the wrong file's checksum.
     return candles.sorted().within(file.period), actual
 
 
 def _unzip(zipped: bytes, member: str) -> bytes:
-    """The one member of the archive, inflated in one go (a third quicker than through ZipFile.read)."""
+    """The only member of the archive, inflated in one call (a third faster than ZipFile.read)."""
     with zipfile.ZipFile(io.BytesIO(zipped)) as archive:
         entries = archive.infolist()
     if [entry.filename for entry in entries] != [member]:
-        raise zipfile.BadZipFile(f"it holds {', '.join(e.filename for e in entries[:3]) or 'nothing'}")
+        raise zipfile.BadZipFile(f"it contains {', '.join(e.filename for e in entries[:3]) or 'nothing'}")
     entry = entries[0]
     if entry.compress_type != zipfile.ZIP_DEFLATED or entry.flag_bits & 1:
         raise zipfile.BadZipFile("it is not deflated, or encrypted")
@@ -375,7 +377,7 @@ def _unzip(zipped: bytes, member: str) -> bytes:
 def _parse(text: bytes) -> Candles:
     """CSV to columns, correctly rounded; an empty or NaN cell becomes NaN.
 
-    One block and no threads: the columns come out contiguous, and the parallelism lies between files.
+    One block and no threads: the columns are contiguous, and files are processed in parallel instead.
     """
     header = text[:4].lower() == b"open"
     table = csv.read_csv(

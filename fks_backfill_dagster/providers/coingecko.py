@@ -1,20 +1,20 @@
-"""CoinGecko's OHLC of coins: what of it lies on our grid, which depends on the key.
+"""CoinGecko's OHLC of coins, as far as it lies on our grid, which depends on the key.
 
-Belongs here: coin ids, the two OHLC endpoints, close stamps, and what CoinGecko's answers mean.
-Does not belong here: whether its prices fit those of an exchange (splices, in `pipeline`): it quotes an
+Belongs here: coin ids, the two OHLC endpoints, close stamps, and the meaning of CoinGecko's responses.
+Does not belong here: the comparison with the prices of an exchange (splices, in `pipeline`): CoinGecko quotes an
 average over many exchanges, in dollars also for USDT and USDC.
 
-A demo key (public host) has `/ohlc?days=N` only, whose granularity is automatic:
+A demo key (public host) has `/ohlc?days=N` only, with automatic granularity:
   1 day        30m native; 1h is derived from it
   7 .. 30 days 4h native; 1d and 1w are derived from it
-  beyond       4 days, which is no timeframe of ours.
-A paid key (base_url on the host pro-api...) has `/ohlc/range` besides: 1h and 1d native since 2018-02-09, 4h derived
-from 1h and 1w from 1d. There is nothing below 30m, and no volume: `total_volumes` of another endpoint is a
-rolling day's.
+  beyond       4 days, which is not a supported timeframe.
+A paid key (base_url on the host pro-api...) also has `/ohlc/range`: 1h and 1d native since 2018-02-09, 4h derived
+from 1h and 1w from 1d. There is nothing below 30m, and no volume: `total_volumes` of another endpoint covers a
+rolling day.
 
-Rows are stamped at the close, so they are moved to the open. Granularity is not told in the answer and
-four days fit the grid of 4h: so the distance of the rows is checked. The answer names no coin either, but
-neighbouring ranges overlap by an interval, which must be the same in both.
+Rows are stamped at the close, so they are moved to the open. The response does not contain its granularity, and four
+days fit the grid of 4h: so the distance of the rows is checked. It does not contain the coin either, but neighbouring
+ranges overlap by an interval, which must be equal in both.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from fks_backfill_dagster.providers.base import (
     check_served,
 )
 from fks_backfill_dagster.providers.http.client import HttpClient, Reply
-from fks_backfill_dagster.providers.http.errors import host_of, retry_after, said_in
+from fks_backfill_dagster.providers.http.errors import excerpt, host_of, retry_after
 from fks_backfill_dagster.providers.http.limiter import Limiter, system_micros
 from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.keys import usable_key
@@ -66,9 +66,9 @@ REQUESTS_PER_MINUTE = 100  # of a demo key
 
 _PRO_HOST = "pro-api"
 _RANGE_START = 1_518_134_400 * MICROS_PER_SECOND  # 2018-02-09
-_LATEST_MS = 1e14  # beyond any time
-_EXACT = 2.0**53  # from here on a double may have been another integer
-# Invalid key or wrong host for it; data that the plan does not cover.
+_LATEST_MS = 1e14  # after any valid time
+_EXACT = 2.0**53  # from here on a double may be a rounded integer
+# Error codes: invalid key or wrong host for it; data that the plan does not cover.
 _KEY_CODES = frozenset({10002, 10010, 10011})
 _PLAN_CODES = frozenset({10005, 10006, 10012})
 
@@ -110,17 +110,17 @@ COINS: Mapping[str, str] = {
     "XRP": "ripple",
     "XTZ": "tezos",
 }
-"""Symbols are not unique there; these are the coins that the exchanges mean."""
+"""CoinGecko's symbols are not unique; these are the coins of the same symbol on exchanges."""
 
 _DOLLARS = frozenset({"USD", "USDT", "USDC"})
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
-    """How a timeframe is had: `fine` is what is asked for, `path` and the rest how.
+class _Endpoint:
+    """How to request a timeframe.
 
-    `days`: the lengths that `/ohlc` may be asked for, ascending; empty where it is `/ohlc/range` with
-    `interval`, at most `page` candles of `fine` a request.
+    fine: the native timeframe. days: the valid values of `/ohlc?days=`, ascending; empty for `/ohlc/range`, which has
+    an `interval` and at most `page` candles of `fine` per request.
     """
 
     fine: Timeframe
@@ -129,7 +129,7 @@ class _Way:
     page: int = 0
 
     def pages(self, span: TimeRange, now: int) -> list[TimeRange]:
-        """What one request each is to bring; the whole span where granularity depends on its age."""
+        """The range of each request; the whole span where the granularity depends on its age."""
         start = max(span.start, now - self.days[-1] * MICROS_PER_DAY if self.days else _RANGE_START)
         end = min(span.end, now)
         if start >= end:
@@ -138,9 +138,9 @@ class _Way:
         return [TimeRange(first, min(first + size, end)) for first in range(start, end, size)]
 
     def request(self, page: TimeRange, now: int) -> tuple[str, dict[str, str | int]]:
-        """The end of the path and the query."""
+        """The end of the path and the parameters."""
         if self.interval:
-            # Whether `to` bounds opens or closes is not documented: one interval more serves both.
+            # Whether `to` limits opens or closes is not documented: an additional interval covers both.
             until = min(page.end + self.fine.micros, now)
             bounds = {"from": page.start // MICROS_PER_SECOND, "to": until // MICROS_PER_SECOND}
             return "/ohlc/range", {**bounds, "interval": self.interval}
@@ -149,20 +149,20 @@ class _Way:
 
 
 _DAY, _MONTH = (1,), (7, 14, 30)
-# At most 744 hours or 180 days a request; less two, for bounds that may count on both sides.
+# The limit is 744 hours or 180 days per request; minus two, because both bounds may count.
 _HOURLY, _DAILY = (
-    _Way(Timeframe.H1, interval="hourly", page=742),
-    _Way(Timeframe.D1, interval="daily", page=178),
+    _Endpoint(Timeframe.H1, interval="hourly", page=742),
+    _Endpoint(Timeframe.D1, interval="daily", page=178),
 )
 _DEMO = {
-    Timeframe.M30: _Way(Timeframe.M30, _DAY),
-    Timeframe.H1: _Way(Timeframe.M30, _DAY),
-    Timeframe.H4: _Way(Timeframe.H4, _MONTH),
-    Timeframe.D1: _Way(Timeframe.H4, _MONTH),
-    Timeframe.W1: _Way(Timeframe.H4, _MONTH),
+    Timeframe.M30: _Endpoint(Timeframe.M30, _DAY),
+    Timeframe.H1: _Endpoint(Timeframe.M30, _DAY),
+    Timeframe.H4: _Endpoint(Timeframe.H4, _MONTH),
+    Timeframe.D1: _Endpoint(Timeframe.H4, _MONTH),
+    Timeframe.W1: _Endpoint(Timeframe.H4, _MONTH),
 }
 _PRO = {
-    Timeframe.M30: _Way(Timeframe.M30, _DAY),
+    Timeframe.M30: _Endpoint(Timeframe.M30, _DAY),
     Timeframe.H1: _HOURLY,
     Timeframe.H4: _HOURLY,
     Timeframe.D1: _DAILY,
@@ -170,12 +170,12 @@ _PRO = {
 }
 
 
-# Documented: the last UTC day is complete at 00:35.
+# Documentation: the last UTC day is complete at 00:35.
 _PUBLICATION_DELAY = 35 * MICROS_PER_MINUTE
 
 
 class CoinGecko:
-    """Implements `Provider`; safe to call from several threads. What it can depends on the host."""
+    """Implements `Provider`; safe to call from several threads. The capabilities depend on the host."""
 
     name = NAME
 
@@ -190,18 +190,19 @@ class CoinGecko:
         self._clock = clock
         self._base_url = options.base_url.rstrip("/")
         pro = (urlsplit(self._base_url).hostname or "").startswith(_PRO_HOST)
-        self._ways = _PRO if pro else _DEMO
+        self._endpoints = _PRO if pro else _DEMO
         self.capabilities = Capabilities(
-            {AssetClass.CRYPTO: frozenset(self._ways)},
+            {AssetClass.CRYPTO: frozenset(self._endpoints)},
             page_size=max(
-                way.page or way.days[-1] * MICROS_PER_DAY // way.fine.micros for way in self._ways.values()
+                one.page or one.days[-1] * MICROS_PER_DAY // one.fine.micros
+                for one in self._endpoints.values()
             ),
             needs_key=KEY_VARIABLE,
             has_volume=False,
             derived={
-                AssetClass.CRYPTO: {at: way.fine for at, way in self._ways.items() if at is not way.fine}
+                AssetClass.CRYPTO: {at: one.fine for at, one in self._endpoints.items() if at is not one.fine}
             },
-            depth={at: way.days[-1] * MICROS_PER_DAY for at, way in self._ways.items() if way.days},
+            depth={at: one.days[-1] * MICROS_PER_DAY for at, one in self._endpoints.items() if one.days},
             publication_delay=_PUBLICATION_DELAY,
         )
         key = usable_key(NAME, options.key, KEY_VARIABLE) if options.key else None
@@ -212,86 +213,87 @@ class CoinGecko:
         return None if self._options.key else KEY_VARIABLE
 
     def listed_at(self, series: Series) -> int | None:
-        """Not told: what it has of a coin is limited by the key, not by the coin's age."""
+        """Unknown: the available history is limited by the key, not by the age of the coin."""
         return None
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
-        requests = len(self._ways[series.timeframe].pages(window, self._clock()))
+        requests = len(self._endpoints[series.timeframe].pages(window, self._clock()))
         a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
         check_served(self, series)
-        question = _Question(coin_of(series), currency_of(series), self._ways[series.timeframe])
+        query = _Query(coin_of(series), currency_of(series), self._endpoints[series.timeframe])
         with counted() as tally:
-            return self._fetch(question, window, tally)
+            return self._fetch(query, window, tally)
 
-    def _fetch(self, question: _Question, window: TimeRange, tally: Tally) -> Answer:
+    def _fetch(self, query: _Query, window: TimeRange, tally: Tally) -> Answer:
         now = self._clock()
-        pages = question.way.pages(window, now)
+        pages = query.endpoint.pages(window, now)
         if not window or not pages:
             return Answer(())
 
         def request(some: Sequence[TimeRange]) -> list[Candles]:
-            return self._client.pool.map(NAME, lambda page: self._ask(question, page, now, tally), some)
+            return self._client.pool.map(NAME, lambda page: self._request(query, page, now, tally), some)
 
         blocks = agreeing(pages, request)
         if blocks is None:
             raise Contradiction(
                 NAME,
-                f"it gives different values for the same candle of {question.coin} in neighbouring ranges",
+                f"it returned different values for the same candle of {query.coin} in neighbouring ranges",
             )
         rows, seams = joined([block.within(page) for block, page in zip(blocks, pages, strict=True)])
-        path, query = question.request(TimeRange(pages[0].start, pages[-1].end), now)
-        source = f"{path}?{urlencode(query)}"
-        origin = Origin(NAME, Transport.REST, source, host_of(self._base_url), question.coin, now)
+        path, parameters = query.request(TimeRange(pages[0].start, pages[-1].end), now)
+        source = f"{path}?{urlencode(parameters)}"
+        origin = Origin(NAME, Transport.REST, source, host_of(self._base_url), query.coin, now)
         deliveries = (Delivery(rows, origin, seams),) if len(rows) else ()
         return Answer(deliveries, tally.count, clocks=tally.clocks)
 
     def instrument(self, series: Series) -> str:
         return coin_of(series)
 
-    def _ask(self, question: _Question, page: TimeRange, now: int, tally: Tally) -> Candles:
-        """The closed candles of `page` and those beside it that come along, ascending."""
-        path, query = question.request(page, now)
-        url, step = self._base_url + path, question.way.fine.micros
+    def _request(self, query: _Query, page: TimeRange, now: int, tally: Tally) -> Candles:
+        """The closed candles of `page` and others returned with them, ascending."""
+        path, parameters = query.request(page, now)
+        url, step = self._base_url + path, query.endpoint.fine.micros
 
         def attempt() -> Candles:
-            reply = self._client.exchange(url, query)
-            rows = read_rows(self._document(reply, question), step, reply.place)
-            seen = tally.closed_by(reply.headers, self._clock())
-            rows = rows.take(rows.ts + step <= seen // step * step)  # a forming one may be stamped now
+            reply = self._client.exchange(url, parameters)
+            rows = read_rows(self._document(reply, query), step, reply.place)
+            closed_by = tally.closed_by(reply.headers, self._clock())
+            # A forming row may be stamped with the current time.
+            rows = rows.take(rows.ts + step <= closed_by // step * step)
             if not is_spaced(rows.ts, step):
                 raise BadAnswer(
                     NAME,
-                    f"{reply.place} answered rows that are not {step // MICROS_PER_MINUTE} minutes apart",
+                    f"{reply.place} returned rows that are not {step // MICROS_PER_MINUTE} minutes apart",
                 )
-            if question.way.days:
+            if query.endpoint.days:
                 if len(rows) == 1:
-                    return Candles.empty()  # one row does not tell which granularity it is of
-                # The first row may be made of that part of it only which lies in the asked days.
-                rows = rows.take(rows.ts >= seen - int(query["days"]) * MICROS_PER_DAY)
+                    return Candles.empty()  # the granularity of a single row is unknown
+                # The first row may cover only the part of its interval inside the requested days.
+                rows = rows.take(rows.ts >= closed_by - int(parameters["days"]) * MICROS_PER_DAY)
             return rows
 
         return self._client.run(attempt, tally)
 
-    def _document(self, reply: Reply, question: _Question) -> object:
-        """The decoded answer, unless it is an error: those come with status 200 as well."""
+    def _document(self, reply: Reply, query: _Query) -> object:
+        """The decoded response. Raises the error it stands for, also with status 200."""
         document = self._client.json(reply) if reply.status == 200 else None
         if reply.status != 200 or (isinstance(document, dict) and {"error", "status"} & set(document)):
-            raise self._failure(reply, question)
+            raise self._failure(reply, query)
         return document
 
-    def _failure(self, reply: Reply, question: _Question) -> ProviderError:
+    def _failure(self, reply: Reply, query: _Query) -> ProviderError:
         code, message = _code_and_message(reply.body)
-        text = f"{reply.place} answered {reply.status}: {said_in((message or 'nothing').encode(), self._options.key)}"
+        text = f"{reply.place} returned {reply.status}: {excerpt((message or 'nothing').encode(), self._options.key)}"
         if "coin not found" in message.lower():
             return UnknownSymbol(
                 NAME,
-                f"it has no coin {question.coin}: set provider_symbols.coingecko of the symbol to its id",
+                f"it has no coin {query.coin}: set provider_symbols.coingecko of the symbol to its id",
             )
         if "vs_currency" in message:
-            return UnknownSymbol(NAME, f"it has no prices in {question.currency}")
+            return UnknownSymbol(NAME, f"it has no prices in {query.currency}")
         if code == 429:
             return RateLimited(NAME, text, retry_after=retry_after(reply.headers))
         if code in _KEY_CODES | _PLAN_CODES:
@@ -299,28 +301,31 @@ class CoinGecko:
             return kind(NAME, f"{text} (a paid key needs a base_url on the host {_PRO_HOST}...)")
         if reply.status == 200:
             return BadAnswer(
-                NAME, f"{reply.place} answered no rows but {said_in(reply.body, self._options.key)}"
+                NAME, f"{reply.place} returned no rows but {excerpt(reply.body, self._options.key)}"
             )
         return self._client.failure(reply)
 
 
 @dataclass(frozen=True, slots=True)
-class _Question:
-    """Which coin, in which currency, in which way."""
+class _Query:
+    """The coin, its currency and the endpoint."""
 
     coin: str
     currency: str
-    way: _Way
+    endpoint: _Endpoint
 
     def request(self, page: TimeRange, now: int) -> tuple[str, dict[str, str]]:
-        """Path and query."""
-        end, query = self.way.request(page, now)
+        """The path and the parameters."""
+        end, parameters = self.endpoint.request(page, now)
         path = f"/api/v3/coins/{quote(self.coin, safe='')}{end}"
-        return path, {"vs_currency": self.currency, **{name: str(value) for name, value in query.items()}}
+        return path, {
+            "vs_currency": self.currency,
+            **{name: str(value) for name, value in parameters.items()},
+        }
 
 
 def coin_of(series: Series) -> str:
-    """`BTC/USDT` -> `bitcoin`, unless the settings name it."""
+    """`BTC/USDT` -> `bitcoin`, unless set in the settings."""
     base = series.symbol.partition("/")[0]
     coin = series.provider_symbol(NAME) or COINS.get(base)
     if coin is None:
@@ -336,17 +341,17 @@ def currency_of(series: Series) -> str:
     """`BTC/USDT` -> `usd`; dollar coins count as the dollar."""
     quoted = series.symbol.partition("/")[2]
     if not quoted:
-        raise UnknownSymbol(NAME, f"{series.symbol} is no pair like BTC/USDT")
+        raise UnknownSymbol(NAME, f"{series.symbol} is not a pair like BTC/USDT")
     return "usd" if quoted in _DOLLARS else quoted.lower()
 
 
 def read_rows(answer: object, step: int, place: str) -> Candles:
-    """Rows `[closeMs, o, h, l, c]` to columns by their open, ascending; `step` in microseconds.
+    """Rows `[closeMs, o, h, l, c]` to columns, stamped at the open, ascending; `step` in microseconds.
 
-    An absent price becomes NaN. Raises BadAnswer for another shape.
+    A missing price becomes NaN. Raises BadAnswer for another shape.
     """
     if not isinstance(answer, list):
-        raise BadAnswer(NAME, f"{place} answered no list of rows")
+        raise BadAnswer(NAME, f"{place} returned no list of rows")
     if not answer:
         return Candles.empty()
     try:
@@ -355,7 +360,7 @@ def read_rows(answer: object, step: int, place: str) -> Candles:
         table = np.empty(0)
     times = table[:, 0] if table.ndim == 2 and table.shape[1] == 5 else np.array([np.nan])
     if not ((np.abs(times) < _LATEST_MS) & (times % 1 == 0)).all():
-        raise BadAnswer(NAME, f"{place} answered rows that are not [time, open, high, low, close]")
+        raise BadAnswer(NAME, f"{place} returned rows that are not [time, open, high, low, close]")
     ts = table[:, 0].astype(np.int64) * 1000 - step
     prices = np.ascontiguousarray(table[:, 1:].T)
     prices[np.abs(prices) >= _EXACT] = np.inf
@@ -364,13 +369,13 @@ def read_rows(answer: object, step: int, place: str) -> Candles:
 
 
 def is_spaced(ts: Instants, step: int) -> bool:
-    """Whether neighbours are mostly one step apart; holes, repetitions and strays are for `quality`."""
+    """Whether most neighbours are one step apart; `quality` checks the others."""
     distances, times = np.unique(np.diff(np.unique(ts)), return_counts=True)
     return len(distances) == 0 or bool(distances[np.argmax(times)] == step)
 
 
 def _code_and_message(body: bytes) -> tuple[int, str]:
-    """Of the three shapes: {"status": {...}}, {"error": {"status": {...}}} and {"error": "text"}."""
+    """Reads the three error shapes: {"status": {...}}, {"error": {"status": {...}}} and {"error": "text"}."""
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:

@@ -1,11 +1,12 @@
-"""Keys: which can be sent, and how they are kept out of texts, logs and output.
+"""Keys: validation, and redaction in texts, logs and output.
 
-Belongs here: all that handles a key because it is one. Does not belong here: where a provider puts its key.
+Belongs here: the handling of keys as secrets. Does not belong here: where a provider expects its key.
 
-Our own texts are made without a key. The HTTP libraries' are not: urllib3 logs the URL of every request at DEBUG,
-and that of an answer with a malformed header as a warning, and Alpha Vantage's key is in its URL. Levels and
-handlers belong to whoever uses this package, so the records are changed before any handler sees them. http.client
-prints whole requests, headers included, once somebody sets `HTTPConnection.debuglevel`: not those of our connections.
+The texts of this package contain no key, but those of the HTTP libraries may: urllib3 logs the URL of every request
+at DEBUG, and the URL of a response with a malformed header as a warning, and Alpha Vantage's key is part of the URL.
+Levels and handlers belong to the application that uses this package, so records are changed before any handler
+receives them. http.client prints whole requests, headers included, if `HTTPConnection.debuglevel` is set; the
+connections of this package ignore that.
 """
 
 from __future__ import annotations
@@ -23,18 +24,21 @@ from fks_backfill_dagster.providers.base import WrongKey
 
 
 def usable_key(provider: str, key: str, variable: str) -> str:
-    """The key without surrounding blanks.
+    """The key without surrounding whitespace.
 
-    Raises WrongKey for one that cannot go into a header: requests would quote it in its error.
+    Raises WrongKey for a key that is invalid in a header: requests would quote it in its error.
     """
     key = key.strip()
     if not re.fullmatch(r"[!-~]+", key):
-        raise WrongKey(provider, f"the value of {variable} is no key: it is empty or has odd characters")
+        raise WrongKey(
+            provider,
+            f"the value of {variable} is not a valid key: it is empty or has invalid characters",
+        )
     return key
 
 
 def redact(text: str, key: str | None) -> str:
-    """`text` without the key, in whatever way a URL may have quoted it."""
+    """`text` without the key, also in its URL-quoted forms."""
     if key:
         for form in {key, quote(key), quote(key, safe=""), quote_plus(key)}:
             text = text.replace(form, "***")
@@ -43,7 +47,7 @@ def redact(text: str, key: str | None) -> str:
 
 # --- logs -----------------------------------------------------------------------------------------
 
-# A filter holds for its own logger only, not for those below it: every logger of these packages gets it.
+# A filter applies to its own logger only, not to child loggers: every logger of these packages gets it.
 _LIBRARIES = frozenset(("urllib3", "requests", "charset_normalizer", "chardet", "ccxt"))
 
 
@@ -51,7 +55,7 @@ _SHORTEST_KEY = 6
 
 
 class _Redaction(logging.Filter):
-    """Blanks the keys in a record, whatever its level."""
+    """Redacts the keys in a record of any level."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +63,7 @@ class _Redaction(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = self._without_keys(record.getMessage()), None
-        if record.exc_info:  # its text quotes what the provider sent, which may repeat the request
+        if record.exc_info:  # its text may quote a response that repeats the request
             text = logging.Formatter().formatException(record.exc_info)
             record.exc_text, record.exc_info = self._without_keys(text), None
         return True
@@ -70,7 +74,7 @@ class _Redaction(logging.Filter):
         return text
 
     def add(self, key: str) -> None:
-        """Longest first: a key that is a part of another one must not leave the rest of it."""
+        """Keeps the longest first: replacing a key that is part of another one would leave the remainder of that."""
         self.keys = tuple(sorted({*self.keys, key}, key=len, reverse=True))
 
 
@@ -78,16 +82,16 @@ _redaction = _Redaction()
 
 
 def keep_out_of_logs(key: str) -> None:
-    """From now on no record of the HTTP libraries' loggers holds this key.
+    """Redacts this key in all further records of the HTTP libraries' loggers.
 
-    One of a few letters is none of a provider's, and would be blanked in every word.
+    A very short one is ignored: it is not a real key, and would be redacted inside ordinary words.
     """
     if len(key) < _SHORTEST_KEY:
         return
     _redaction.add(key)
     for name in list(logging.root.manager.loggerDict):
         if name.partition(".")[0] in _LIBRARIES:
-            logging.getLogger(name).addFilter(_redaction)  # adds it once only
+            logging.getLogger(name).addFilter(_redaction)  # has no effect the second time
 
 
 # --- output ---------------------------------------------------------------------------------------
@@ -113,7 +117,7 @@ _POOLS = {"http": _Pool, "https": _SecurePool}
 
 
 class SilentAdapter(HTTPAdapter):
-    """The adapter of requests, over connections that never print what they send."""
+    """The adapter of requests, over connections that never print their requests."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
@@ -121,6 +125,6 @@ class SilentAdapter(HTTPAdapter):
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
         manager = super().proxy_manager_for(proxy, **kwargs)
-        if not proxy.lower().startswith("socks"):  # that one has pools of its own
+        if not proxy.lower().startswith("socks"):  # has pools of its own
             manager.pool_classes_by_scheme = _POOLS
         return manager

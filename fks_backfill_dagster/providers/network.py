@@ -1,9 +1,9 @@
-"""How requests leave the machine: the proxies and the trusted certificates that the environment names.
+"""Proxies and trusted certificates from the environment.
 
-HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, in capitals or not, and REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE or
-SSL_CERT_FILE mean what they mean to curl and requests. A loopback address is never requested through a proxy.
+HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, in upper or lower case, and REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE or
+SSL_CERT_FILE have the same meaning as for curl and requests. A loopback address is never requested through a proxy.
 
-Belongs here: which proxy and which certificates a request uses, and what a refusal of the proxy means.
+Belongs here: the proxy and the certificates of a request, and the errors of a proxy.
 Does not belong here: requests within the machine (the webserver, the local market), which never use a proxy.
 """
 
@@ -28,12 +28,12 @@ _BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 
 class UnusableCertificates(requests.RequestException):
-    """A variable names a file of certificates that is none."""
+    """The certificate file that a variable names is not usable."""
 
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """The proxy of an address. `str` has its place and the variable that names it, but no user and no password."""
+    """The proxy of an address. `str` shows its address and its variable, without user and password."""
 
     url: str = field(repr=False)
     variable: str
@@ -44,9 +44,9 @@ class Proxy:
 
 
 class Session(requests.Session):
-    """Takes proxies and certificates from the environment, and nothing else of it; follows no redirection.
+    """Takes only proxies and certificates from the environment; follows no redirects.
 
-    `trust_env` stays off: it also reads .netrc, whose entry would replace the Authorization header.
+    `trust_env` stays off: it also reads .netrc, whose entries would replace the Authorization header.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Session(requests.Session):
 
 
 def proxy_of(url: str) -> Proxy | None:
-    """The proxy that the environment names for this address; None: it is requested directly."""
+    """The proxy that the environment sets for this address; None: direct connection."""
     parts = urlsplit(url)
     if is_loopback(parts.hostname or ""):
         return None
@@ -92,7 +92,7 @@ def _variable(scheme: str) -> str:
 
 
 def trusted_certificates() -> str | bool:
-    """The file or folder of certificates that the environment names; True: those that requests has.
+    """The certificate file or folder that the environment sets; True: the bundle of requests.
 
     Raises UnusableCertificates.
     """
@@ -104,39 +104,39 @@ def trusted_certificates() -> str | bool:
         _load(path)
     except OSError:  # an SSLError is one
         raise UnusableCertificates(
-            f"{variable} names {path}, which holds no certificates in PEM format: correct it, or unset it"
+            f"{variable} is {path}, which contains no certificates in PEM format: correct it, or unset it"
         ) from None
     return path
 
 
 @cache
 def _load(path: str) -> None:
-    """Raises OSError for what is neither a folder nor a file of certificates."""
+    """Raises OSError if the path is neither a folder nor a certificate file."""
     if not os.path.isdir(path):
         ssl.create_default_context(cafile=path)
 
 
-# --- refusals ---------------------------------------------------------------------------------------
+# --- proxy errors -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a proxy did not pass a request on. `status`: of its answer, None where it gave none."""
+    """Why a proxy did not forward a request. `status`: of its response, None without one."""
 
     text: str
     status: int | None = None
 
 
 def refusal_of(error: requests.RequestException, place: str) -> Refusal | None:
-    """The proxy's part in a failed request; None if it failed elsewhere."""
+    """The proxy error behind a failed request; None if the failure has another cause."""
     proxy = proxy_of(place)
     if proxy is None:
         return None
     host = urlsplit(place).hostname
     if isinstance(error, requests.exceptions.InvalidProxyURL):
-        return Refusal(f"{proxy} is no usable address: correct that variable", 400)
+        return Refusal(f"{proxy} is not a valid address: correct that variable", 400)
     if isinstance(error, requests.exceptions.InvalidSchema):
-        return Refusal(f"{proxy} is no HTTP proxy: name one, or install requests[socks] for SOCKS", 400)
+        return Refusal(f"{proxy} is not an HTTP proxy: set one, or install requests[socks] for SOCKS", 400)
     if not isinstance(error, requests.exceptions.ProxyError):
         return None
     cause = error.args[0] if error.args else None
@@ -145,19 +145,17 @@ def refusal_of(error: requests.RequestException, place: str) -> Refusal | None:
     tunnel = re.search(r"Tunnel connection failed: ([0-9]{3}) ?(.*)", text)
     if tunnel is None:
         why = text.rpartition(": ")[2] or "no connection"
-        return Refusal(
-            f"{proxy} cannot be reached ({why}): correct that variable, or name {host} in NO_PROXY"
-        )
+        return Refusal(f"{proxy} cannot be reached ({why}): correct that variable, or add {host} to NO_PROXY")
     return refused(proxy, int(tunnel[1]), tunnel[2], place)
 
 
 def refused(proxy: Proxy, status: int, phrase: str, place: str) -> Refusal:
-    """A proxy answered instead of passing the request on."""
+    """The error for a proxy that responded itself instead of forwarding the request."""
     host = urlsplit(place).hostname
     if status == 407:
-        text = f"{proxy} wants a user and a password: name them in that variable, as http://user:password@host:port"
+        text = f"{proxy} requires a user and a password: set them in that variable, as http://user:password@host:port"
     elif status < 500:
-        text = f"{proxy} refuses connections to {host}: have it allow them, or name {host} in NO_PROXY"
+        text = f"{proxy} refuses connections to {host}: allow them in the proxy, or add {host} to NO_PROXY"
     else:
-        text = f"{proxy} does not reach {host}"
-    return Refusal(f"{text} (it answered {status} {phrase.strip()})".replace(" )", ")"), status)
+        text = f"{proxy} cannot reach {host}"
+    return Refusal(f"{text} (it returned {status} {phrase.strip()})".replace(" )", ")"), status)

@@ -1,20 +1,19 @@
 """OANDA v20 forex candles: all eight timeframes, mid prices.
 
-Belongs here: instruments, alignments, pages, and what OANDA's answers mean.
-Does not belong here: when the forex market is open (`domain.grid`), what an absent candle means
-(`pipeline`).
+Belongs here: instruments, alignments, pages, and the meaning of OANDA's responses.
+Does not belong here: the hours of the forex market (`domain.grid`), the meaning of a missing candle (`pipeline`).
 
 All eight timeframes are native.
 
-Alignment. Candles up to 1h sit on the hour whatever is asked. From 4h up they are cut from the start
-of a day that the request names; the default, 17:00 New York, moves with summer time in UTC:
-  4h   dailyAlignment=0 in UTC: 00, 04, 08 ... UTC on every day of the year, as on our grid.
-  1d   dailyAlignment=17 in New York, said explicitly.
-  1w   the same with weeklyAlignment=Sunday. Friday, the default, gives the same trades another stamp.
+Alignment. Candles up to 1h are always aligned to the hour. Candles from 4h up are aligned to the start of day in the
+request; its default, 17:00 New York, varies in UTC with daylight saving time:
+  4h   dailyAlignment=0 in UTC: 00, 04, 08 ... UTC all year, as on our grid.
+  1d   dailyAlignment=17 in New York, explicitly.
+  1w   the same with weeklyAlignment=Sunday. The default, Friday, has the same trades with another stamp.
 
-Prices are mid. The volume counts ticks, not base units, so it is NULL. Intervals without a tick are
-omitted and pages that lost rows look the same: so what a page lacks is asked for a second time, and
-absent is what two answers lack. The `complete` flag tells the forming candle.
+Prices are mid. The volume counts ticks, not base units, so it is NULL. Intervals without a tick are omitted, and
+pages that lost rows look the same: so candles missing from a page are requested a second time, and count as absent if
+both responses miss them. The `complete` flag marks closed candles.
 """
 
 from __future__ import annotations
@@ -63,13 +62,13 @@ DEFAULT_BASE_URL = "https://api-fxpractice.oanda.com"
 KEY_VARIABLE = "OANDA_API_TOKEN"
 REQUESTS_PER_SECOND = 100
 REQUESTS_PER_MINUTE = 60 * REQUESTS_PER_SECOND
-# At most two new connections a second are accepted; a third one is answered 429.
+# Two new connections a second are accepted; the third one gets status 429.
 SECONDS_PER_CONNECTION = 0.5
-# 5000 are allowed, weekends counted, and it is not documented whether both ends of a window count.
+# The limit is 5000, weekends included; whether both ends of a window count is not documented.
 PAGE_SIZE = 4998
-# `to` must not lie in the future by OANDA's clock, which may be behind ours.
+# `to` must not be in the future by OANDA's clock, which may be behind ours.
 _CLOCK_SKEW = 5 * MICROS_PER_SECOND
-# Before any instrument's first candle.
+# Before the first candle of any instrument.
 _EPOCH_OF_FOREX = "1990-01-01T00:00:00Z"
 
 _NEW_YORK_DAY = {"dailyAlignment": "17", "alignmentTimezone": "America/New_York"}
@@ -124,14 +123,14 @@ class Oanda:
         return None if self._options.key else KEY_VARIABLE
 
     def listed_at(self, series: Series) -> int | None:
-        """The open of the first day it has."""
+        """The open of the first daily candle."""
         check_served(self, series)
         instrument, first_day = instrument_of(series), {"from": _EPOCH_OF_FOREX, "count": "1"}
         candles = self._page(instrument, Timeframe.D1, first_day, Tally())
         return int(candles.ts[0]) if len(candles) else None
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
-        """As if no page lacked a candle."""
+        """Assumes that no page has missing candles."""
         opens = self._opens(series, window)
         requests = len(_pages(_ranges(opens, grid_of(series)), series.timeframe.micros))
         a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
@@ -148,18 +147,18 @@ class Oanda:
         opens = self._opens(series, window)
         if len(opens) == 0:
             return Answer(())
-        asked = _ranges(opens, grid)
-        pages = self._ask(instrument, series.timeframe, asked, tally)
+        wanted = _ranges(opens, grid)
+        pages = self._fetch_pages(instrument, series.timeframe, wanted, tally)
         candles = Candles.concat(pages)
-        lacking = _ranges(_lacking(opens, candles, grid), grid)
-        if lacking:
-            again = self._ask(instrument, series.timeframe, lacking, tally)
-            known = candles.take(~lacking.contains(candles.ts)).sorted()
+        missing = _ranges(_missing(opens, candles, grid), grid)
+        if missing:
+            again = self._fetch_pages(instrument, series.timeframe, missing, tally)
+            known = candles.take(~missing.contains(candles.ts)).sorted()
             if any(differing(known, page) for page in again):
-                raise _another(instrument, series.timeframe)
-            pages += [page.take(lacking.contains(page.ts)) for page in again]
+                raise _contradiction(instrument, series.timeframe)
+            pages += [page.take(missing.contains(page.ts)) for page in again]
         candles, seams = joined(pages)
-        source = f"{_path(instrument)}?{urlencode(self._query(series.timeframe, asked.hull))}"
+        source = f"{_path(instrument)}?{urlencode(self._query(series.timeframe, wanted.hull))}"
         origin = Origin(NAME, Transport.REST, source, host_of(self._base_url), instrument, requested_at)
         deliveries = (Delivery(candles, origin, seams),) if len(candles) else ()
         return Answer(deliveries, tally.count, clocks=tally.clocks)
@@ -168,33 +167,35 @@ class Oanda:
         return instrument_of(series)
 
     def _opens(self, series: Series, window: TimeRange) -> Instants:
-        """The closed candles of the window: nothing else needs to be asked for."""
+        """The opens of the closed candles of the window."""
         grid = grid_of(series)
         end = min(window.end, grid.closed_end(self._clock() - _CLOCK_SKEW))
         return grid.opens(TimeRange(window.start, max(window.start, end)))
 
-    def _ask(self, instrument: str, timeframe: Timeframe, ranges: RangeSet, tally: Tally) -> list[Candles]:
+    def _fetch_pages(
+        self, instrument: str, timeframe: Timeframe, ranges: RangeSet, tally: Tally
+    ) -> list[Candles]:
         """The rows of each page over `ranges`, each row once; only closed candles.
 
-        The candle that covers `from` comes along, and the one at `to` may: so neighbouring pages can overlap.
+        Responses include the candle that covers `from` and may include the one at `to`: neighbouring pages can
+        overlap.
         """
 
-        def page(asked: TimeRange) -> Candles:
-            self._connections.wait_turn()
-            return self._page(instrument, timeframe, self._query(timeframe, asked), tally).sorted()
+        def page(window: TimeRange) -> Candles:
+            self._connections.wait()
+            return self._page(instrument, timeframe, self._query(timeframe, window), tally).sorted()
 
         pages = _pages(ranges, timeframe.micros)
         rows = agreeing(pages, lambda some: self._client.pool.map(NAME, page, some))
         if rows is None:
-            raise _another(instrument, timeframe)
-        return [block.within(asked) for block, asked in zip(rows, pages, strict=True)]
+            raise _contradiction(instrument, timeframe)
+        return [block.within(window) for block, window in zip(rows, pages, strict=True)]
 
-    def _query(self, timeframe: Timeframe, asked: TimeRange) -> dict[str, str]:
-        # Over a weekend the close of the last candle lies days back, but a candle that closed a moment
-        # ago closed before `to` by our clock only.
-        until = min(asked.end, self._clock() - _CLOCK_SKEW)
-        window = {"from": _rfc3339(asked.start), "to": _rfc3339(max(until, asked.start))}
-        return {"price": "M", **_GRANULARITIES[timeframe], **window}
+    def _query(self, timeframe: Timeframe, window: TimeRange) -> dict[str, str]:
+        # The end of a candle that has just closed by our clock may be in the future by OANDA's.
+        until = min(window.end, self._clock() - _CLOCK_SKEW)
+        bounds = {"from": _rfc3339(window.start), "to": _rfc3339(max(until, window.start))}
+        return {"price": "M", **_GRANULARITIES[timeframe], **bounds}
 
     def _page(
         self, instrument: str, timeframe: Timeframe, window: Mapping[str, str], tally: Tally
@@ -204,7 +205,9 @@ class Oanda:
 
         def attempt() -> Candles:
             reply = self._client.exchange(url, query)
-            tally.closed_by(reply.headers, self._clock())  # its own flag marks the closed candles
+            tally.closed_by(
+                reply.headers, self._clock()
+            )  # records the clocks only: closed candles have a flag
             if reply.status != 200:
                 raise self._failure(reply, instrument)
             return self._read(reply, instrument, query["granularity"])
@@ -216,38 +219,38 @@ class Oanda:
         if reply.status in (400, 404) and "'instrument'" in message:
             return UnknownSymbol(
                 NAME,
-                f"it has no instrument {instrument}: correct the symbol, or name OANDA's own in provider_symbols",
+                f"it has no instrument {instrument}: correct the symbol, or set OANDA's own in provider_symbols",
             )
         if "in the future" in message:
             theirs = server_time(reply.headers)
             clocks = f" ({Clocks(theirs, self._clock())})" if theirs is not None else ""
-            text = f"{reply.place} answered: {message}: this machine's clock is ahead{clocks}: correct it"
+            text = f"{reply.place} returned: {message}: this machine's clock is ahead{clocks}: correct it"
             return PermanentError(NAME, text)
         return self._client.failure(reply)
 
     def _read(self, reply: Reply, instrument: str, granularity: str) -> Candles:
-        """The complete candles of an answer. A price that is absent becomes NaN."""
+        """The complete candles of a response. A missing price becomes NaN."""
         document = self._client.json(reply)
         rows = document.get("candles") if isinstance(document, dict) else None
         if not isinstance(document, dict) or not isinstance(rows, list):
-            raise BadAnswer(NAME, f"{reply.place} answered no list of candles")
+            raise BadAnswer(NAME, f"{reply.place} returned no list of candles")
         if (document.get("instrument"), document.get("granularity")) != (instrument, granularity):
-            raise BadAnswer(NAME, f"{reply.place} answered for another instrument or granularity than asked")
+            raise BadAnswer(NAME, f"{reply.place} returned another instrument or granularity than requested")
         try:
             complete, opened, mid = pa.array(rows, type=_CANDLE).flatten()
             ts = opened.cast(pa.timestamp("ns", "UTC")).cast(pa.timestamp("us", "UTC")).cast(pa.int64())
             prices = [price.cast(pa.float64()).to_numpy(zero_copy_only=False) for price in mid.flatten()]
         except (pa.ArrowException, TypeError, OverflowError):
-            raise BadAnswer(NAME, f"{reply.place} answered candles of another shape") from None
+            raise BadAnswer(NAME, f"{reply.place} returned candles of another shape") from None
         if ts.null_count or complete.null_count:
-            raise BadAnswer(NAME, f"{reply.place} answered candles without a time or a complete flag")
+            raise BadAnswer(NAME, f"{reply.place} returned candles without a time or a complete flag")
         candles = Candles(ts.to_numpy(), *[*prices, np.full(len(rows), np.nan)])
         mask: NDArray[np.bool_] = complete.to_numpy(zero_copy_only=False).astype(bool)
         return candles.take(mask)
 
 
 class _Connections:
-    """Spaces out the first requests of the threads: each of them opens a connection and keeps it."""
+    """Spaces the first requests of the threads: each thread opens a connection and keeps it."""
 
     def __init__(self, pool: RequestPool) -> None:
         self._pool = pool
@@ -255,26 +258,26 @@ class _Connections:
         self._local = threading.local()
         self._next = 0.0
 
-    def wait_turn(self) -> None:
+    def wait(self) -> None:
         if getattr(self._local, "connected", False):
             return
         with self._lock:
             now = time.monotonic()
-            turn = max(now, self._next)
-            self._next = turn + SECONDS_PER_CONNECTION
-        self._pool.sleep(turn - now)
+            start = max(now, self._next)
+            self._next = start + SECONDS_PER_CONNECTION
+        self._pool.sleep(start - now)
         self._local.connected = True
 
 
 def instrument_of(series: Series) -> str:
-    """`EUR/USD` -> `EUR_USD`, unless the settings name it."""
+    """`EUR/USD` -> `EUR_USD`, unless set in the settings."""
     named = series.provider_symbol(NAME)
     if named:
         return named
     base, slash, quoted = series.symbol.partition("/")
     if not (base and slash and quoted):
         raise UnknownSymbol(
-            NAME, f"{series.symbol} is no pair like EUR/USD: name its instrument in provider_symbols"
+            NAME, f"{series.symbol} is not a pair like EUR/USD: set its instrument in provider_symbols"
         )
     return f"{base}_{quoted}"
 
@@ -288,7 +291,7 @@ def _rfc3339(micros: int) -> str:
 
 
 def _ranges(opens: Instants, grid: Grid) -> RangeSet:
-    """Where these candles lie."""
+    """The ranges of these candles."""
     return RangeSet.from_arrays(opens, grid.closes(opens))
 
 
@@ -302,18 +305,18 @@ def _pages(ranges: RangeSet, step: int) -> list[TimeRange]:
     ]
 
 
-def _lacking(opens: Instants, candles: Candles, grid: Grid) -> Instants:
-    """The candles of which there is no row that could be stored."""
+def _missing(opens: Instants, candles: Candles, grid: Grid) -> Instants:
+    """The opens without a valid row."""
     window = TimeRange(int(opens[0]), int(opens[-1]) + 1)
     good = verify(candles, window, grid, window.end).good
     return opens[~np.isin(opens, good.ts, assume_unique=True)]
 
 
-def _another(instrument: str, timeframe: Timeframe) -> Contradiction:
+def _contradiction(instrument: str, timeframe: Timeframe) -> Contradiction:
     return Contradiction(
         NAME,
-        f"it gives different values for the same candle of {instrument} {timeframe}: pages of another instrument "
-        "are among its answers",
+        f"it returned different values for the same candle of {instrument} {timeframe}: some pages belong to another "
+        "instrument",
     )
 
 

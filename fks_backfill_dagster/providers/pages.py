@@ -1,8 +1,9 @@
-"""Several responses to one request: put together, compared where they overlap, and bounded in number.
+"""Paged responses: concatenated, compared where they overlap, and limited in number.
 
-Belongs here: seams (where another response begins), whether neighbours agree about a candle, and whether a chain
-of pages gets on.
-Does not belong here: how a page is requested or read (each provider), what a jump at a seam means (`pipeline`).
+Belongs here: seams (where the next response begins), the comparison of neighbouring pages, and the progress of a
+chain of pages.
+Does not belong here: the request and the parsing of a page (each provider), the meaning of a jump at a seam
+(`pipeline`).
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from fks_backfill_dagster.providers.base import BadAnswer
 
 Page = TypeVar("Page")
 
-# So many pages in a row may bring nothing newer: an empty one between two full ones can be honest.
+# Consecutive pages without newer rows that are accepted: an empty page between two full ones can be legitimate.
 _IDLE_PAGES = 3
-# Honest pages bring more rows than that on average, but for a few.
+# Legitimate pages have more rows than this on average, except for a few.
 _ROWS_A_PAGE = 10
 _SPARE_PAGES = 10
 
 
 @dataclass(slots=True)
 class Chain:
-    """Pages of which each one names the next: whether they get on, and no further than the range goes.
+    """Checks the progress of linked pages, and that they end with the range.
 
-    window: what is requested, which holds at most `candles` candles. page_size: the most rows of a page. All
-    pages together may bring twice the rows of the range and of a page, so memory is bounded by the range.
+    window: the requested range, of at most `candles` candles. page_size: maximum rows per page. All pages together
+    may have twice the rows of the range and of a page, so memory is bounded by the range.
     """
 
     provider: str
@@ -46,10 +47,10 @@ class Chain:
     newest: int | None = None
 
     def is_done(self, stamps: Instants) -> bool:
-        """Takes account of the rows of the next page, whether they are closed or not. Returns whether they reach
-        beyond the range, so that no other page is needed.
+        """Counts the rows of the next page, closed or not. Returns whether they reach the end of the range, so that
+        no further page is needed.
 
-        Raises BadAnswer when the pages do not get on, or are more than the range can need.
+        Raises BadAnswer if the pages make no progress, or exceed what the range can need.
         """
         self.pages, self.rows = self.pages + 1, self.rows + len(stamps)
         newest = int(stamps.max()) if len(stamps) else None
@@ -60,7 +61,7 @@ class Chain:
         if self.idle > _IDLE_PAGES:
             raise BadAnswer(
                 self.provider,
-                f"{self.place} leads from page to page, and the last {self.idle} of {self.pages:,} pages had no"
+                f"{self.place} links page after page, and the last {self.idle} of {self.pages:,} pages had no"
                 " newer bar",
             )
         most_pages, most_rows = (
@@ -70,18 +71,17 @@ class Chain:
         if self.pages > most_pages or self.rows > most_rows:
             raise BadAnswer(
                 self.provider,
-                f"{self.place} leads from page to page: {self.pages:,} pages had {self.rows:,} bars, for a range"
+                f"{self.place} links page after page: {self.pages:,} pages had {self.rows:,} bars, for a range"
                 f" of at most {self.candles:,}",
             )
         return newest is not None and newest >= self.window.end
 
 
 def joined(pages: Sequence[Candles]) -> tuple[Candles, Instants]:
-    """The rows of all responses, ascending, and their seams as `Delivery.seams` wants them.
+    """The rows of all responses, ascending, and their seams in the form of `Delivery.seams`.
 
-    A seam is the open of a row that another response gave than the row before it. So a response that lies
-    inside another one (a second request for what the first one lacked) has a seam where it begins, and where
-    the first one goes on.
+    A seam is the open of a row from another response than the row before it. So a response inside another one (a
+    second request for missing rows) has a seam where it begins, and one where the first response continues.
     """
     rows = Candles.concat(pages)
     response = np.repeat(np.arange(len(pages)), [len(page) for page in pages])
@@ -93,13 +93,13 @@ def joined(pages: Sequence[Candles]) -> tuple[Candles, Instants]:
 
 
 def differing(one: Candles, other: Candles) -> bool:
-    """Whether a candle that both hold has different values; NaN equals NaN."""
+    """Whether a candle that both contain has different values; NaN equals NaN."""
     mine, theirs = among(one.ts, other.ts), among(other.ts, one.ts)
     return not one.take(mine).equals(other.take(theirs))
 
 
 def contradicting(pages: Sequence[Candles]) -> list[int]:
-    """The indices of the pages that give a candle otherwise than a neighbour."""
+    """The indices of the pages that differ from a neighbour in a shared candle."""
     wrong = {
         side
         for index, (one, other) in enumerate(pairwise(pages))
@@ -112,9 +112,9 @@ def contradicting(pages: Sequence[Candles]) -> list[int]:
 def agreeing(
     pages: Sequence[Page], request: Callable[[Sequence[Page]], Sequence[Candles]]
 ) -> list[Candles] | None:
-    """The rows of each page; None when neighbours differ about a candle, also when requested once more.
+    """The rows of each page; None if neighbours differ in a shared candle, also after a second request.
 
-    It costs no request where all agree, and each row of an overlap is still in both of its pages.
+    Pages that agree cost no further request. Each row of an overlap remains in both of its pages.
     """
     found = list(request(pages))
     wrong = contradicting(found)

@@ -1,29 +1,28 @@
-"""Polygon (Massive) aggregates: stocks, currency pairs, and crypto pairs behind Binance.
+"""Polygon (Massive) aggregates: stocks, currency pairs and crypto pairs.
 
-Belongs here: tickers, the paging of aggregates, and what Polygon's answers mean.
-Does not belong here: splices with another market's candles, rows outside the session (`quality`).
+Belongs here: tickers, the paging of aggregates, and the meaning of Polygon's responses.
+Does not belong here: splices with candles of another market, rows outside the session (`quality`).
 
-Its bars sit on clock intervals, whatever the session. So not all of them are on our grid:
+Bars are aligned to clock intervals, independently of the session. So not all of them are on our grid:
 
-crypto   native up to 1h and 1d (a UTC day). Weeks start on Sunday there, and it is not verified that 4h sits on
-         UTC multiples of four hours: both are derived.
-stocks   native up to 30m: such a bar lies inside or outside the regular session, never both, as it opens at 09:30
-         and closes at 16:00 or 13:00 New York. The hour bar at 09:00 mixes pre-market in: 1h and 4h are derived
-         from 30m. 1d is native: the official daily bar, open and close of the auctions, consolidated volume. It
-         is stamped 00:00 New York and moved to the date of its session; a bar of any other stamp stays off the
-         grid. 1w is derived from 1d.
-forex    native up to 1h, where the session's edges are edges of bars. Its days start at 00:00 UTC and exist on
-         weekends: 4h, 1d and 1w are derived from 1h. What it calls volume counts ticks, so there is none.
+crypto   native up to 1h and 1d (a UTC day). Weeks start on Sunday, and it is not verified that 4h is aligned to UTC
+         multiples of four hours: both are derived.
+stocks   native up to 30m: such a bar lies inside or outside the regular session, never both, because the session
+         opens at 09:30 and closes at 16:00 or 13:00 New York. The hour bar at 09:00 includes pre-market: 1h and 4h
+         are derived from 30m. 1d is native: the official daily bar, open and close of the auctions, consolidated
+         volume. It is stamped 00:00 New York and moved to the date of its session; a bar of any other stamp stays
+         off the grid. 1w is derived from 1d.
+forex    native up to 1h, where the session's edges are edges of bars. Days start at 00:00 UTC and exist on weekends:
+         4h, 1d and 1w are derived from 1h. The volume counts ticks, so it is not stored.
 
 A day of a stock counts as closed when its session is over by both clocks (13:00 on a half-day). Trades after hours
-and late reports still change its volume, and the official close may come some minutes later: what a live account
-returns between the close and the next morning was not tested.
+and late reports still change its volume, and the official close may be published some minutes later: the responses
+of a live account between the close and the next morning are untested.
 
-Prices are asked with adjusted=false. Intervals without a trade are omitted. A crypto ticker quotes
-the fiat dollar, so for BTC/USDT this is another market that lies close. How far back it has data
-depends on the plan, which it tells nobody: what lies beyond is answered with NOT_AUTHORIZED. When
-that happens, the plan's edge is looked for, once per asset class: a dozen requests for one day each,
-instead of a refusal for each of hundreds of pages.
+Prices are requested with adjusted=false. Intervals without a trade are omitted. A crypto ticker quotes the fiat
+dollar, so for BTC/USDT this is another market with similar prices. The available history depends on the plan, which
+no endpoint returns: older data get NOT_AUTHORIZED. In that case the plan's edge is searched once per asset class, with
+a dozen requests for one day each, instead of a refusal for each of hundreds of pages.
 """
 
 from __future__ import annotations
@@ -83,9 +82,9 @@ from fks_backfill_dagster.providers.sessions import midnight_dates
 NAME = "polygon"
 DEFAULT_BASE_URL = "https://api.massive.com"
 KEY_VARIABLE = "POLYGON_API_KEY"
-REQUESTS_PER_MINUTE = 5  # of the free plan
+REQUESTS_PER_MINUTE = 5  # limit of the free plan
 
-# The most a request may ask for. It counts the base bars behind the bars: minutes, for hours too, or days.
+# The maximum `limit` of a request. It counts base bars: minutes (also for hours) or days.
 LIMIT = 50_000
 _SPANS = {
     Timeframe.M1: (1, "minute"),
@@ -101,7 +100,7 @@ _NATIVE: Mapping[AssetClass, frozenset[Timeframe]] = {
     AssetClass.STOCKS: _MINUTES | {Timeframe.D1},
     AssetClass.FOREX: _MINUTES | {Timeframe.H1},
 }
-# What a derived timeframe is made of.
+# The native timeframe of each derived one.
 _PARTS: Mapping[AssetClass, Mapping[Timeframe, Timeframe]] = {
     AssetClass.CRYPTO: {Timeframe.H4: Timeframe.H1, Timeframe.W1: Timeframe.D1},
     AssetClass.STOCKS: {
@@ -111,8 +110,8 @@ _PARTS: Mapping[AssetClass, Mapping[Timeframe, Timeframe]] = {
     },
     AssetClass.FOREX: dict.fromkeys((Timeframe.H4, Timeframe.D1, Timeframe.W1), Timeframe.H1),
 }
-_ZONE = ZoneInfo("America/New_York")  # of the stamps of stocks
-# The share of a week's minutes that may have a bar: 04:00 to 20:00 on weekdays; five of seven days.
+_ZONE = ZoneInfo("America/New_York")  # zone of stock stamps
+# The share of a week's minutes that may have a bar: stocks 04:00 to 20:00 on weekdays, forex five of seven days.
 _TRADED: Mapping[AssetClass, float] = {
     AssetClass.CRYPTO: 1.0,
     AssetClass.STOCKS: 5 * 16 / (7 * 24),
@@ -124,14 +123,14 @@ _BAR = pa.struct(
 )
 
 
-# What end-of-day plans say of the running day, and how long after its close a candle of it may be refused
-# (see `_today`).
+# Text of the refusal of the current day on end-of-day plans, and how long after its close a candle of that day may
+# be refused (see `_today`).
 _TODAY = "before end of day"
 _END_OF_DAY_DELAY = MICROS_PER_DAY + 5 * MICROS_PER_HOUR
 
 
 class _BeyondPlan(NotEntitled):
-    """The plan does not cover this data, which may be for its age."""
+    """The plan does not cover this data, possibly because of its age."""
 
 
 class Polygon:
@@ -168,13 +167,13 @@ class Polygon:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = HttpClient(NAME, options, pool, limiter, headers=headers)
         self._edges: dict[AssetClass, int] = {}
-        self._looking = threading.Lock()
+        self._edge_search = threading.Lock()
 
     def missing_key(self) -> str | None:
         return None if self._options.key else KEY_VARIABLE
 
     def listed_at(self, series: Series) -> int | None:
-        """Not told: the depth depends on the plan, so the first bar is no listing."""
+        """Unknown: the depth depends on the plan, so the first bar is not the listing."""
         return None
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
@@ -185,7 +184,7 @@ class Polygon:
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
         check_served(self, series)
-        if not window or not _asked(series, window):
+        if not window or not _request_range(series, window):
             return Answer(())
         edge = self._edges.get(series.asset_class, window.start)
         if window.start < edge:
@@ -194,25 +193,25 @@ class Polygon:
             return self._fetch(series, window, tally)
 
     def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> Answer:
-        asked, requested_at = window, self._clock()
+        covered, requested_at = window, self._clock()
         warnings: tuple[str, ...] = ()
         try:
-            bars = self._bars(series, asked, tally)
+            bars = self._bars(series, covered, tally)
         except _BeyondPlan as refused:
-            error = self._too_old(series, asked.start, tally)
+            error = self._too_old(series, covered.start, tally)
             raise error or NotEntitled(NAME, str(refused).removeprefix(f"{NAME}: ")) from None
         except NotEntitled as refused:
             # An end-of-day plan refuses the whole range because of its last day.
-            if _TODAY not in str(refused) or not asked.start < self._today() < asked.end:
+            if _TODAY not in str(refused) or not covered.start < self._today() < covered.end:
                 raise
-            asked = TimeRange(asked.start, self._today())
-            warnings = (f"{refused} (so it was asked for what lies before {iso(asked.end)})",)
-            bars = self._bars(series, asked, tally)
+            covered = TimeRange(covered.start, self._today())
+            warnings = (f"{refused} (so only candles before {iso(covered.end)} were requested)",)
+            bars = self._bars(series, covered, tally)
 
         candles, seams = joined(bars)
         if series.asset_class is AssetClass.FOREX:
             candles = replace(candles, volume=np.full(len(candles), np.nan))
-        source = self._url(series, asked).removeprefix(self._base_url)
+        source = self._url(series, covered).removeprefix(self._base_url)
         origin = Origin(NAME, Transport.REST, source, self._host, self.instrument(series), requested_at)
         deliveries = (Delivery(candles, origin, seams),) if len(candles) else ()
         return Answer(deliveries, tally.count, warnings, tally.clocks)
@@ -221,9 +220,9 @@ class Polygon:
         return ticker_of(series)
 
     def _too_old(self, series: Series, refused: int, tally: Tally) -> TooOld | None:
-        """The error that tells the plan's edge; None for a plan without any day of these bars.
+        """The error with the plan's edge; None for a plan without any day of these bars.
 
-        `refused` is an instant beyond the edge. Found by halving, to the day.
+        refused: an instant beyond the edge. The edge is found by bisection, to the day.
         """
 
         def entitled(day: int) -> bool:
@@ -233,7 +232,7 @@ class Polygon:
                 return False
             return True
 
-        with self._looking:
+        with self._edge_search:
             known = self._edges.get(series.asset_class)
             if known is not None and known > refused:
                 return _beyond(known)
@@ -251,7 +250,7 @@ class Polygon:
             return _beyond(edge)
 
     def _today(self) -> int:
-        """When today began, in UTC and in New York."""
+        """An instant at which today has begun both in UTC and in New York."""
         return (self._clock() - 5 * MICROS_PER_HOUR) // MICROS_PER_DAY * MICROS_PER_DAY
 
     def _bars(self, series: Series, window: TimeRange, tally: Tally) -> list[Candles]:
@@ -262,7 +261,7 @@ class Polygon:
         blocks = list[Candles]()
         while following:
             page, stamps, following = self._page(following, series, tally)
-            # Polygon widens the asked range to whole intervals.
+            # Polygon widens the requested range to whole intervals.
             blocks.append(page.sorted().within(window))
             if chain.is_done(stamps):
                 break
@@ -270,8 +269,8 @@ class Polygon:
 
     def _url(self, series: Series, window: TimeRange) -> str:
         multiplier, span = _SPANS[series.timeframe]
-        asked = _asked(series, window)
-        first, last = asked.start // 1000, asked.end // 1000 - 1  # both inclusive
+        requested = _request_range(series, window)
+        first, last = requested.start // 1000, requested.end // 1000 - 1  # both inclusive
         ticker = quote(self.instrument(series), safe=":")
         path = f"/v2/aggs/ticker/{ticker}/range/{multiplier}/{span}/{first}/{last}"
         return f"{self._base_url}{path}?adjusted=false&sort=asc&limit={LIMIT}"
@@ -285,37 +284,37 @@ class Polygon:
             now, bars = tally.closed_by(reply.headers, self._clock()), _bars_of(document, reply.place)
             return _closed(bars, series, now), bars.ts, self._next_url(document, url)
 
-        return self._client.pool.map(NAME, lambda ask: self._client.run(ask, tally), [attempt])[0]
+        return self._client.pool.map(NAME, lambda one: self._client.run(one, tally), [attempt])[0]
 
     def _document(self, reply: Reply, ticker: str) -> dict[str, object]:
-        """The answer, if it is one; otherwise the error it stands for."""
+        """The decoded response. Raises the error it stands for."""
         if reply.status != 200:
             failure = self._client.failure(reply)
             is_plan = reply.status == 403 and b"NOT_AUTHORIZED" in reply.body
             raise _refusal_of_plan(str(failure)) if is_plan else failure
         document = self._client.json(reply)
         if not isinstance(document, dict):
-            raise BadAnswer(NAME, f"{reply.place} answered no object")
+            raise BadAnswer(NAME, f"{reply.place} returned no object")
         if document.get("status") not in ("OK", "DELAYED"):
             raise self._refusal(document, reply)
         if document.get("ticker") != ticker:
-            raise BadAnswer(NAME, f"{reply.place} answered for another ticker than {ticker}")
+            raise BadAnswer(NAME, f"{reply.place} returned another ticker than {ticker}")
         return document
 
     def _refusal(self, document: dict[str, object], reply: Reply) -> ProviderError:
-        """An error that came with status 200."""
-        said = str(document.get("error") or document.get("message") or document.get("status"))
-        text = f"{reply.place} answered: {redact(said, self._options.key)[:200]}"
+        """The error in a response with status 200."""
+        message = str(document.get("error") or document.get("message") or document.get("status"))
+        text = f"{reply.place} returned: {redact(message, self._options.key)[:200]}"
         if document.get("status") == "NOT_AUTHORIZED":
             return _refusal_of_plan(text)
-        if "API Key" in said:
+        if "API Key" in message:
             return WrongKey(NAME, text)
-        if "maximum requests" in said:
+        if "maximum requests" in message:
             return RateLimited(NAME, text, retry_after=retry_after(reply.headers))
         return TransientError(NAME, text)
 
     def _next_url(self, document: dict[str, object], url: str) -> str | None:
-        """The address of the page after the one at `url`. Only on the configured host: any other would be sent
+        """The address of the page after the one at `url`. Only on the configured host, because the request contains
         the key."""
         following = document.get("next_url")
         if not following:
@@ -324,34 +323,34 @@ class Polygon:
             theirs, ours = urlsplit(urljoin(url, str(following))), urlsplit(url)
             is_ours = _origin_of(theirs) == _origin_of(ours)
         except ValueError:
-            raise BadAnswer(NAME, f"{place_of(url)} names a next page that is no address") from None
+            raise BadAnswer(NAME, f"{place_of(url)} returned a next page that is not an address") from None
         if not is_ours:
             host = theirs.netloc.rpartition("@")[2]
             raise PermanentError(
                 NAME,
-                f"it continues its answer at {theirs.scheme}://{host}, which is not the configured "
-                f"host: set providers.polygon.base_url to that if you trust it",
+                f"the next page is at {theirs.scheme}://{host}, which is not the configured host: "
+                "set providers.polygon.base_url to that if you trust it",
             )
         return urlunsplit((ours.scheme, ours.netloc, theirs.path, theirs.query, ""))
 
 
 def _origin_of(url: SplitResult) -> tuple[str, str | None, int | None, bool]:
-    """What the addresses of one server have in common: scheme, host and port, and that they name no user, which
-    would replace the key. Raises ValueError for a port that is none."""
+    """Identifies a server: scheme, host, port, and whether the address contains a user, who would replace the key.
+    Raises ValueError for an invalid port."""
     port = url.port or {"http": 80, "https": 443}.get(url.scheme)
     return url.scheme, url.hostname, port, url.username is not None
 
 
 def _has_own_days(series: Series) -> bool:
-    """Whether its bars are days of an exchange, by their date in New York."""
+    """Whether the bars are days of an exchange, stamped with their date in New York."""
     return series.asset_class is AssetClass.STOCKS and series.timeframe is Timeframe.D1
 
 
-def _asked(series: Series, window: TimeRange) -> TimeRange:
-    """What to request for the candles that open in `window`.
+def _request_range(series: Series, window: TimeRange) -> TimeRange:
+    """The range to request for the candles that open in `window`.
 
-    A stock's day is stamped 00:00 New York there and 00:00 UTC here: from the first date at midnight in New York,
-    up to the end of the last date in UTC, which is the evening of that date in New York.
+    Polygon stamps a stock's day 00:00 New York, our grid 00:00 UTC. So the range starts at midnight in New York of the
+    first date, and ends with the last date in UTC, which is the evening of that date in New York.
     """
     if not _has_own_days(series):
         return window
@@ -361,15 +360,15 @@ def _asked(series: Series, window: TimeRange) -> TimeRange:
 
 
 def _bars_of(document: dict[str, object], place: str) -> Candles:
-    """The bars of an answer by their stamp. A price that is absent becomes NaN."""
+    """The bars of a response, by stamp. A missing price becomes NaN."""
     results = document.get("results") or []
     if not isinstance(results, list) or document.get("resultsCount", len(results)) != len(results):
-        raise BadAnswer(NAME, f"{place} answered another number of bars than it says")
+        raise BadAnswer(NAME, f"{place} returned another number of bars than its resultsCount")
     try:
         t, *columns = _columns(results)
         ts = to_instants(t, 1000)
     except (pa.ArrowException, ValueError, TypeError, OverflowError):
-        raise BadAnswer(NAME, f"{place} answered bars of another shape") from None
+        raise BadAnswer(NAME, f"{place} returned bars of another shape") from None
     return Candles(ts, *(bounded(column) for column in columns))
 
 
@@ -377,7 +376,7 @@ def _columns(bars: list[Any]) -> list[pa.Array]:
     """The columns of _BAR. Raises pa.ArrowException, TypeError or OverflowError for another shape."""
     try:
         return pa.array(bars, type=_BAR).flatten()  # type: ignore[no-any-return]
-    except pa.ArrowInvalid:  # an integer that is no double, among others
+    except pa.ArrowInvalid:  # for example an integer that no double represents
         if not all(isinstance(bar, dict) for bar in bars):
             raise
         rounded = [{**bar, **{name: to_double(bar.get(name)) for name in "ohlcv"}} for bar in bars]
@@ -398,11 +397,11 @@ def _refusal_of_plan(text: str) -> NotEntitled:
 
 
 def _beyond(edge: int) -> TooOld:
-    return TooOld(NAME, f"its plan covers nothing before {iso(edge)}", edge)
+    return TooOld(NAME, f"the plan covers nothing before {iso(edge)}", edge)
 
 
 def ticker_of(series: Series) -> str:
-    """`AAPL`, `C:EURUSD`, `X:BTCUSD` (dollar coins count as the dollar), unless the settings name it."""
+    """`AAPL`, `C:EURUSD`, `X:BTCUSD` (dollar coins count as the dollar), unless set in the settings."""
     named = series.provider_symbol(NAME)
     if named:
         return named
@@ -411,7 +410,7 @@ def ticker_of(series: Series) -> str:
     base, slash, quoted = series.symbol.partition("/")
     if not (base and slash and quoted):
         raise UnknownSymbol(
-            NAME, f"{series.symbol} is no pair like BTC/USDT: name its ticker in provider_symbols"
+            NAME, f"{series.symbol} is not a pair like BTC/USDT: set its ticker in provider_symbols"
         )
     if series.asset_class is AssetClass.FOREX:
         return f"C:{base}{quoted}"

@@ -1,7 +1,7 @@
-"""Which providers there are, and how one is made from its settings.
+"""The registry of providers, and their construction from the settings.
 
-Belongs here: the names, the defaults of their addresses, one line of registration per provider.
-Does not belong here: anything that only one provider knows, or the order in which they are asked.
+Belongs here: names, default addresses, one registration per provider.
+Does not belong here: anything specific to one provider, or the order of the providers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fks_backfill_dagster.domain.rate_limits import Pace, Window
 from fks_backfill_dagster.providers import alphavantage, binance, coingecko, oanda, polygon, yfinance
 from fks_backfill_dagster.providers.base import Provider, ProviderError, ProviderOptions
-from fks_backfill_dagster.providers.http.client import ANSWER_TIMEOUTS, CONNECT_SECONDS
+from fks_backfill_dagster.providers.http.client import CONNECT_SECONDS, RESPONSE_TIMEOUTS
 from fks_backfill_dagster.providers.http.limiter import Limiter, ProcessLimiter, system_micros
 from fks_backfill_dagster.providers.http.pool import RequestPool
 
@@ -22,11 +22,11 @@ Factory = Callable[[ProviderOptions, RequestPool, Limiter, Callable[[], int]], P
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """What the registry knows of a provider.
+    """The registration of a provider.
 
-    `windows` are the limits of an account that nobody configured. `requests_per_minute` is its default
-    pace for estimates, and the limit where there are no windows. `request_weight` is what one request
-    takes of the limiter.
+    windows: the default rate windows, used unless a rate limit is configured.
+    requests_per_minute: the default rate for estimates, and the rate limit if there are no `windows`.
+    request_weight: the weight of one request in the rate limit.
     """
 
     factory: Factory
@@ -70,7 +70,7 @@ BUILT: Mapping[str, Registration] = {
 
 
 class UnknownProvider(ProviderError):
-    """No provider has this name."""
+    """There is no provider of this name."""
 
 
 def resolve_options(
@@ -84,10 +84,10 @@ def resolve_options(
     longest_wait_seconds: float | None = None,
     key: str | None = None,
 ) -> ProviderOptions:
-    """The options of a provider: what the settings give, else its defaults.
+    """The options of a provider: configured values, otherwise its defaults.
 
-    With a base_url of one's own and no archive_url the archives are off: a local market must never be
-    mixed with the real archives. Raises UnknownProvider.
+    A configured base_url without an archive_url disables the archives: a local market must never be mixed with the
+    real archives. Raises UnknownProvider.
     """
     registered = _registration(name)
     given = {
@@ -105,9 +105,9 @@ def resolve_options(
 
 
 def paces(options: Mapping[str, ProviderOptions]) -> dict[str, Pace]:
-    """The limits of these providers, each for the account that its key and its address make.
+    """The rate limits of these providers, each for the account identified by its key and address.
 
-    Archives have a door of their own: no limit, but what they tell us to wait.
+    Archives have an account of their own, without a limit: only the waits that they demand apply.
     """
     found = {name: _pace(name, one) for name, one in options.items()}
     archives = {name: one.archive_url for name, one in options.items() if one.archive_url}
@@ -116,7 +116,7 @@ def paces(options: Mapping[str, ProviderOptions]) -> dict[str, Pace]:
 
 def _pace(name: str, options: ProviderOptions) -> Pace:
     registered, a_minute = _registration(name), options.requests_per_minute
-    # What somebody configured stands for the plan they pay for: the default's daily budget goes as well.
+    # A configured limit describes another plan, so the daily budget of the default plan does not apply either.
     if registered.windows and a_minute in (None, registered.requests_per_minute):
         windows = registered.windows
     else:
@@ -124,17 +124,17 @@ def _pace(name: str, options: ProviderOptions) -> Pace:
     return Pace(
         windows,
         _account(options.base_url, options.key),
-        CONNECT_SECONDS + ANSWER_TIMEOUTS * options.timeout_seconds,
+        CONNECT_SECONDS + RESPONSE_TIMEOUTS * options.timeout_seconds,
     )
 
 
 def _account(url: str, key: str | None = None) -> str:
-    """Whose budget is spent: tells keys and markets apart, and does not give the key away."""
+    """Identifies the account that requests are counted for, without revealing the key."""
     return hashlib.sha256(f"{url}\n{key or ''}".encode()).hexdigest()[:16]
 
 
 def limiter_for(options: Mapping[str, ProviderOptions]) -> ProcessLimiter:
-    """A limiter of this process alone, with the limits of each of these providers."""
+    """A limiter for this process only, with the limits of these providers."""
     return ProcessLimiter(paces(options))
 
 
@@ -145,7 +145,7 @@ def build(
     limiter: Limiter,
     clock: Callable[[], int] = system_micros,
 ) -> Provider:
-    """The provider of that name. Raises UnknownProvider."""
+    """The provider of this name. Raises UnknownProvider."""
     return _registration(name).factory(options, pool, limiter, clock)
 
 

@@ -1,10 +1,10 @@
-"""Which trading session the day bar of a stock belongs to, by its stamp.
+"""The trading session of a stock's daily bar, from its stamp.
 
-Belongs here: stamps of day bars in the exchange's zone, matched with the sessions of the calendar.
+Belongs here: stamps of daily bars in the exchange's zone, matched with the sessions of the calendar.
 Does not belong here: the calendar itself (`domain.grid`), stamps of intraday bars.
 
-A bar is never moved to a session that its stamp does not name. One that fits no session stays off the
-grid, so it is quarantined and the candle that it might have been is missing, which can be seen.
+A bar is never moved to a session that its stamp does not identify. A bar that fits no session stays off the grid: it
+is quarantined, and the session's candle is visibly missing.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from fks_backfill_dagster.domain.timeframe import (
     Timeframe,
 )
 
-# From here to midnight a stamp may name the next day: one of Sao Paulo was an hour early for some years.
+# In this period before midnight a stamp may mean the next day: stamps of Sao Paulo were an hour early for years.
 _EVENING = 2 * MICROS_PER_HOUR
-# Up to here after the close a stamp still names the day: auctions, delayed quotes. 00:00 UTC, which others
-# give a day by, is three hours after the close of New York or Sao Paulo.
+# In this period after the close a stamp still means the day: auctions, delayed quotes. 00:00 UTC, the stamp of a
+# date at other sources, is three hours after the close of New York or Sao Paulo.
 _AFTER_CLOSE = 2 * MICROS_PER_HOUR
 
 
 def session_dates(
     stamps: Instants, series: Series, zone: ZoneInfo, last_trade: int | None = None
 ) -> Instants:
-    """The date (00:00 UTC) of the session of each day bar of `series`, or an instant off the grid.
+    """The date (00:00 UTC) of the session of each daily bar of `series`, or an instant off the grid.
 
     In this order:
-    1. A stamp inside a session belongs to it, also where that began on the evening before.
-    2. One of the evening before (from 22:00 local time on) belongs to the session of the next date, if there
-       is one and the session of its own date, if there is one, is over.
-    3. Any other belongs to the session of its local date, up to two hours after its close. The stamp that
-       equals `last_trade`, the time of the last trade, is one of these at any time.
+    1. A stamp inside a session belongs to it, also if the session began on the previous evening.
+    2. A stamp in the evening (from 22:00 local time) belongs to the session of the next date, if there is one and
+       the session of its own date, if any, is over.
+    3. Any other stamp belongs to the session of its local date, up to two hours after the close. A stamp equal to
+       `last_trade`, the time of the last trade, belongs to it at any time.
     """
     days, minutes = grid_of(series), grid_of(replace(series, timeframe=Timeframe.M1))
     local = wall_clock(stamps, zone)
     own = local - local % MICROS_PER_DAY
     following = own + MICROS_PER_DAY
     has_own = days.contains(own)
-    closed_for = np.where(has_own, stamps - days.closes(own), 0)  # negative: its session is not over
+    closed_for = np.where(has_own, stamps - days.closes(own), 0)  # negative: the session is not over
 
     inside = minutes.contains(stamps - stamps % MICROS_PER_MINUTE)
     evening = (following - local <= _EVENING) & (stamps != last_trade)
@@ -60,16 +60,16 @@ def session_dates(
 
 
 def midnight_dates(stamps: Instants, series: Series, zone: ZoneInfo) -> Instants:
-    """As `session_dates`, for a provider that stamps days at local midnight and at nothing else."""
+    """Like `session_dates`, for a provider that stamps days at local midnight only."""
     local = wall_clock(stamps, zone)
     named = (local % MICROS_PER_DAY == 0) & grid_of(series).contains(local)
     return np.where(named, local, off_grid(stamps, series))
 
 
 def off_grid(stamps: Instants, series: Series) -> Instants:
-    """The stamps of bars that fit no session: as they came, unless that would be read as a date.
+    """The stamps of bars that fit no session: unchanged, unless they would be read as a date.
 
-    00:00 UTC is how our grid names a day. A bar that has this stamp by accident is moved by a microsecond.
+    On our grid, 00:00 UTC is the stamp of a day. A bar that has this stamp by accident is moved by a microsecond.
     """
     return stamps + grid_of(series).on_clock(stamps).astype(np.int64)
 

@@ -1,23 +1,22 @@
-"""Undoes the adjustment of prices by splits, as far as the prices themselves show that they are adjusted.
+"""Undoes split adjustment, as far as the prices themselves show that they are adjusted.
 
-Belongs here: whether a named split has been applied to the prices before it, and the prices as traded.
-Does not belong here: which splits a provider names, on which session a bar lies.
+Belongs here: whether a listed split has been applied to the prices before it, and the prices as traded.
+Does not belong here: the splits that a provider lists, the session of a bar.
 
-A provider that adjusts by splits names them, and sometimes has not applied one of them, or only to the newer
-part of its history. So each split is decided by its own prices, from the newest to the oldest:
+A provider that adjusts by splits lists them, but sometimes has not applied one of them, or only to the newer part of
+its history. So each split is decided by the surrounding prices, from the newest to the oldest:
 
-1. The jump from the close before it to the open on its day. A split of ratio r (4.0 for 4:1) that was applied
-   leaves none, one that was not leaves a factor of r. It decides if it is nearer to one of the two than a third
-   of the distance between them (of logarithms), and if that distance is at least 0.3 and three times the largest
-   other jump nearby. So it is right whenever the market moved by less than 20 % that night.
-2. The ticks. Prices are traded in whole cents (below 1.00: hundredths of a cent), and what was divided by 1.05
-   is no whole cent any more. It decides where the jump does not (1.05, 1.046, a wild market) and may not
-   contradict it.
+1. The jump from the previous close to the open of the split's day. A split of ratio r (4.0 for 4:1) that was applied
+   leaves no jump, one that was not applied leaves a factor of r. The jump decides if its distance to one of the two is
+   less than a third of the distance between them (in logarithms), and if that distance is at least 0.3 and three times
+   the largest other jump nearby. So it is right whenever the market moved by less than 20 % overnight.
+2. The ticks. Prices are traded in whole cents (below 1.00: hundredths of a cent), and a price divided by 1.05 usually
+   is not a whole cent. The ticks decide if the jump does not (1.05, 1.046, a volatile market), and must not contradict
+   it.
 
-Where neither decides, what lies before that split is declined, and what lies around it if another jump within
-20 bars looks like it: single bars that were not adjusted, or were twice, and splits that are named some days off,
-look like that. Declined is also what lies before a jump that looks like the edge of a part to which a split was
-applied, or not applied, unlike to the rest.
+If neither decides, the candles before that split are declined; also those around it if another jump within 20 bars
+looks like it: the reason may be single bars that were adjusted twice or not at all, or a split listed some days off.
+Candles before a jump are also declined if the jump looks like the edge of a part with another adjustment.
 """
 
 from __future__ import annotations
@@ -33,23 +32,25 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, iso
 
 Indices = NDArray[np.intp]
 
-_NEARBY = 20  # bars on either side whose jumps tell how much this market moves
-_LEAST_NOISE = 0.1  # no market is taken to move less than this (natural logarithm) overnight
-_LEAST_STEP = 3 * _LEAST_NOISE  # what can be told from the market at all: 1.35 and more
-_LONGEST_PAUSE = 14 * MICROS_PER_DAY  # after a longer one an open says little about the close before it
-_BLOCK = 60  # bars before a split whose ticks are looked at
-_FEWEST_PRICES = 8  # different ones, for the ticks to mean anything
-_LARGEST_PRICE = 2500.0  # above, the digits of a 32-bit float do not tell a cent
-_ON, _OFF = 0.95, 0.7  # the shares of prices in whole ticks that make them right, or wrong
-_OFF_RUN = 3  # bars in a row off the ticks are no accident; as many beside them may be on them by accident
-_MOST_AT_ONCE, _TOO_MANY = 4, 256  # splits of one night, combinations of splits: beyond, prices are declined
-# Significant digits of a price that was a 32-bit float once, and of one that was only divided and rounded.
+_NEARBY = 20  # bars on either side whose jumps measure the volatility
+_LEAST_NOISE = 0.1  # the assumed minimum of overnight moves (natural logarithm)
+_LEAST_STEP = 3 * _LEAST_NOISE  # the smallest step distinguishable from market moves: a factor of 1.35
+_LONGEST_PAUSE = 14 * MICROS_PER_DAY  # after a longer pause an open is unrelated to the previous close
+_BLOCK = 60  # bars before a split whose ticks are examined
+_FEWEST_PRICES = 8  # distinct prices required for a decision by ticks
+_LARGEST_PRICE = 2500.0  # above, a 32-bit float does not resolve a cent
+_ON, _OFF = 0.95, 0.7  # the minimum share of prices in whole ticks if right, the maximum if wrong
+_OFF_RUN = (
+    3  # consecutive bars off the ticks that are significant; as many next to them may be on ticks by chance
+)
+_MOST_AT_ONCE, _TOO_MANY = 4, 256  # splits of one night, combinations of splits: above, prices are declined
+# Significant digits of a price that was a 32-bit float, and of one that was only divided and rounded.
 _NARROW_DIGITS, _WIDE_DIGITS = 7, 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Traded:
-    """Bars as traded. Those before index `first` are not certain, for the reason `doubt`; '' where all are."""
+    """Bars as traded. Those before index `first` are not certain, because of `doubt`; '' if all are certain."""
 
     bars: Candles
     first: int
@@ -58,10 +59,10 @@ class Traded:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prices:
-    """The bars that have an open and a close, and what they show.
+    """The bars that have an open and a close.
 
-    index: where each stands among all bars. prices: (4, n). jumps[i]: natural logarithm of close[i - 1] / open[i];
-    NaN where there is none (the first bar, a long pause).
+    index: their position among all bars. prices: (4, n). jumps[i]: natural logarithm of close[i - 1] / open[i];
+    NaN for the first bar and after a long pause.
     """
 
     index: Indices
@@ -84,28 +85,31 @@ class _Prices:
 
 
 def as_traded(bars: Candles, dates: Instants, split_dates: Instants, ratios: Floats) -> Traded:
-    """`bars`: ascending, as the provider gives them. `dates`: the session date of each, ascending.
-    `split_dates`: ascending, the first session with the new shares. `ratios`: new shares for one old share."""
+    """The bars as traded.
+
+    bars: ascending, as returned by the provider. dates: the session date of each, ascending. split_dates: ascending,
+    the first session with the new shares. ratios: new shares for one old share.
+    """
     seen = _Prices.of(bars, dates)
     edges = np.searchsorted(seen.dates, split_dates)
     factor, first, doubt = np.ones(len(bars)), 0, ""
-    reading, named, ticks_from = _Reading(np.ones(1), 1.0), 1.0, 0
+    reading, listed, ticks_from = _Reading(np.ones(1), 1.0), 1.0, 0
     places = [int(place) for place in np.unique(edges[edges > 0])[::-1]]
     for place, older in zip(places, [*places, 0][1:], strict=True):
         mine = edges == place
-        named *= float(np.prod(ratios[mine]))
+        listed *= float(np.prod(ratios[mine]))
         begins, choices = int(np.searchsorted(dates, split_dates[mine][0])), _products(ratios[mine])
         beside = _beside(seen, place, np.log(choices), edges)
-        found = None if beside else _decided(seen, place, older, reading, choices, edges, named)
+        found = None if beside else _decided(seen, place, older, reading, choices, edges, listed)
         if found is None or np.count_nonzero(mine) > _MOST_AT_ONCE:
-            which = _named(split_dates[mine], ratios[mine])
+            which = _splits_text(split_dates[mine], ratios[mine])
             first = max(begins, int(seen.index[beside]) if beside else 0)
             doubt = f"its prices do not show whether they are adjusted by {which}"
             break
         reading, by_ticks = found
         ticks_from = ticks_from or (place if by_ticks else 0)
-        factor[:begins] = named / reading.undone
-        step = _step_inside(seen, range(older + 1, place), reading, named)
+        factor[:begins] = listed / reading.undone
+        step = _step_inside(seen, range(older + 1, place), reading, listed)
         if step:
             first, doubt = int(seen.index[step]), _step_text(seen.dates[step])
             break
@@ -117,10 +121,10 @@ def as_traded(bars: Candles, dates: Instants, split_dates: Instants, ratios: Flo
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Reading:
-    """What is known of the prices between two splits.
+    """The adjustment of the prices between two splits.
 
-    possible: each product of ratios that may not have been applied to them; 1.0: all were. undone: the one that
-    the prices show.
+    possible: the possible products of ratios that were not applied to them; 1.0: all were applied. undone: the product
+    that the prices show.
     """
 
     possible: Floats
@@ -128,13 +132,13 @@ class _Reading:
 
     @property
     def steps(self) -> Floats:
-        """Logarithms of the jumps where a part ends and one with another product begins; too small ones left out."""
+        """Logarithms of the jumps between parts with different products, without those that are too small."""
         steps = np.log(self.possible / self.undone)
         return steps[np.abs(steps) >= _LEAST_STEP]
 
 
 def _products(ratios: Floats) -> Floats:
-    """For splits of one night: each product of those that may not have been applied; 1.0: all of them were."""
+    """The possible products of ratios, for splits of one night, that were not applied; 1.0: all were applied."""
     products = np.ones(1)
     for ratio in ratios[:_MOST_AT_ONCE]:
         products = np.concatenate([products, products * ratio])
@@ -142,32 +146,32 @@ def _products(ratios: Floats) -> Floats:
 
 
 def _decided(
-    seen: _Prices, place: int, older: int, reading: _Reading, choices: Floats, edges: Indices, named: float
+    seen: _Prices, place: int, older: int, reading: _Reading, choices: Floats, edges: Indices, listed: float
 ) -> tuple[_Reading, bool] | None:
-    """How the prices before `place` read, and whether only the ticks say so; None: they do not decide.
+    """The reading of the prices before `place`, and whether only the ticks decided; None: undecided.
 
-    `reading`: of those after it. `choices`: products of the splits at `place` that may not have been applied.
-    `named`: the product of all ratios from here on.
+    reading: of the prices after it. choices: possible products of the splits at `place` that were not applied.
+    listed: the product of all ratios from here on.
     """
     if len(choices) * len(reading.possible) > _TOO_MANY:
         return None
     by_jump = _by_jump(seen, place, np.log(choices), reading.steps, edges)
     block = seen.prices[:, max(older, place - _BLOCK) : place]
-    by_ticks = _by_ticks(block, named / (reading.undone * choices))
+    by_ticks = _by_ticks(block, listed / (reading.undone * choices))
     found = {choice for choice in (by_jump, by_ticks) if choice is not None}
     if len(found) != 1:
         return None
     chosen = float(choices[found.pop()])
-    if by_jump is None:  # what the ticks tell apart needs no jump that can be seen
+    if by_jump is None:  # ticks also decide without a visible jump
         choices = choices[(choices == chosen) | (np.abs(np.log(choices / chosen)) >= _LEAST_STEP)]
     possible = np.unique(reading.possible * choices[:, None])
     return _Reading(possible, reading.undone * chosen), by_jump is None
 
 
 def _by_jump(seen: _Prices, place: int, choices: Floats, steps: Floats, edges: Indices) -> int | None:
-    """The choice (a logarithm) that the jump at `place` shows.
+    """The index of the choice (logarithms) that the jump at `place` shows; None: undecided.
 
-    A choice together with one of the `steps` may not be nearer: then another part of the history ends there.
+    No choice combined with one of the `steps` may be nearer: then another part of the history ends there.
     """
     if len(choices) == 1:
         return 0
@@ -185,7 +189,7 @@ def _by_jump(seen: _Prices, place: int, choices: Floats, steps: Floats, edges: I
 
 
 def _by_ticks(prices: Floats, factors: Floats) -> int | None:
-    """The only factor that turns these prices into whole ticks."""
+    """The index of the only factor that turns these prices into whole ticks; None: undecided."""
     flat = np.unique(prices[np.isfinite(prices) & (prices > 0)])
     if len(flat) < _FEWEST_PRICES or flat[-1] * factors.max() > _LARGEST_PRICE:
         return None
@@ -202,9 +206,9 @@ def _in_ticks(prices: Floats) -> NDArray[np.bool_]:
 
 
 def _beside(seen: _Prices, place: int, choices: Floats, edges: Indices) -> int:
-    """The newest bar near a split, on either side, that jumps as the split would; 0: none.
+    """The newest bar near a split, on either side, with a jump like that of the split; 0: none.
 
-    Then it is not known where the split belongs, and whether some bars of its own day and after it are adjusted.
+    If there is one, the place of the split is unknown, and whether bars of its day and later are adjusted.
     """
     steps = choices[np.abs(choices) >= _LEAST_STEP]
     around = np.arange(max(place - _NEARBY, 1), min(place + _NEARBY + 1, len(seen)))
@@ -214,15 +218,15 @@ def _beside(seen: _Prices, place: int, choices: Floats, edges: Indices) -> int:
 
 
 def _like(jumps: Floats, steps: Floats) -> NDArray[np.bool_]:
-    """For each jump and each step (logarithms) whether a market that moves as well may have made one of the other."""
+    """For each jump and each step (logarithms), whether the step plus a market move can explain the jump."""
     near: NDArray[np.bool_] = np.abs(jumps[:, None] - steps[None, :]) <= np.maximum(
         np.abs(steps) / 3, 2 * _LEAST_NOISE
     )
     return near
 
 
-def _step_inside(seen: _Prices, places: range, reading: _Reading, named: float) -> int:
-    """The newest bar of `places` that jumps as if what lies before it had another adjustment; 0: none."""
+def _step_inside(seen: _Prices, places: range, reading: _Reading, listed: float) -> int:
+    """The newest bar of `places` with a jump as if the bars before it had another adjustment; 0: none."""
     steps = reading.steps
     if not len(places) or not len(steps):
         return 0
@@ -230,15 +234,15 @@ def _step_inside(seen: _Prices, places: range, reading: _Reading, named: float) 
     for at in np.flatnonzero(near.any(axis=1))[::-1]:
         place = places.start + int(at)
         block = seen.prices[:, max(place - _BLOCK, places.start - 1) : place]
-        if _by_ticks(block, named / reading.undone / np.exp(np.append(0.0, steps[near[at]]))) != 0:
+        if _by_ticks(block, listed / reading.undone / np.exp(np.append(0.0, steps[near[at]]))) != 0:
             return place
     return 0
 
 
 def _off_ticks(seen: _Prices, factor: Floats, end: int) -> int:
-    """Up to where bars before `end` are not in whole ticks, though a split there was decided by its ticks.
+    """The index up to which bars before `end` are not in whole ticks, although a split there was decided by ticks.
 
-    That is a little after the end of the newest run of such bars; a shorter one counts if it is the oldest of all.
+    It is a little after the end of the newest run of such bars; a short run counts only at the beginning.
     """
     prices = seen.prices[:, :end]
     off = (_in_ticks(np.nan_to_num(prices, nan=0.01) * factor[:end]) | np.isnan(prices)).sum(axis=0) < 3
@@ -251,8 +255,8 @@ def _off_ticks(seen: _Prices, factor: Floats, end: int) -> int:
 def _multiplied(bars: Candles, factor: Floats) -> Candles:
     """Prices times `factor`, volumes divided by it.
 
-    Prices that were 32-bit floats come as 32.259998321533203: they are rounded to the digits such a float has,
-    so that 32.26 x 4 becomes 129.04 again. Others are rounded where they were divided.
+    Prices that were 32-bit floats, such as 32.259998321533203, are rounded to the digits of such a float, so that
+    32.26 x 4 becomes 129.04 again. Others are rounded if they were divided.
     """
     prices = np.stack([bars.open, bars.high, bars.low, bars.close])
     narrow = bool((np.isnan(prices) | (prices == prices.astype(np.float32))).all())
@@ -263,14 +267,14 @@ def _multiplied(bars: Candles, factor: Floats) -> Candles:
 
 
 def _rounded(prices: Floats, digits: int) -> Floats:
-    """To so many significant digits; what is not positive or infinite stays, it is bad anyway."""
+    """Rounded to significant digits; prices that are infinite or not positive stay, as they are invalid anyway."""
     usable = np.where((prices > 0) & (prices < np.inf), prices, 1.0)
     scale = 10.0 ** (digits - 1 - np.floor(np.log10(usable)))
     return np.where(usable == prices, np.rint(usable * scale) / scale, prices)
 
 
-def _named(dates: Instants, ratios: Floats) -> str:
-    """`the split of 1:190 on 2024-03-22`, for each."""
+def _splits_text(dates: Instants, ratios: Floats) -> str:
+    """The splits as text: `the split of 1:190 on 2024-03-22`."""
     texts = [
         f"the split of {ratio:.6g}:1 on {iso(int(date))[:10]}"
         if ratio >= 1
@@ -281,4 +285,4 @@ def _named(dates: Instants, ratios: Floats) -> str:
 
 
 def _step_text(date: np.int64) -> str:
-    return f"its prices change at {iso(int(date))[:10]} as if those before were adjusted otherwise"
+    return f"its prices change at {iso(int(date))[:10]} as if earlier ones were adjusted differently"

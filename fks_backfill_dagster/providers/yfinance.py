@@ -1,21 +1,21 @@
-"""Yahoo's charts of stocks, by plain HTTP (docs/adr/0009-yahoo-by-plain-http.md says why).
+"""Yahoo's charts of stocks, by plain HTTP (reasons: docs/adr/0009-yahoo-by-plain-http.md).
 
-Belongs here: symbols, the chart endpoint, un-adjusting by splits, and what Yahoo's answers mean.
+Belongs here: symbols, the chart endpoint, the removal of split adjustment, and the meaning of Yahoo's responses.
 Does not belong here: rows outside the session (`quality`), dividends.
 
-Native are 1m, 5m, 15m and 1d; 30m, 1h and 4h are made from 15m (its hours sit on half hours, and its half
-hours are said to hold whole ones), 1w from 1d. What Yahoo gives is not what we store, in four ways:
+Native timeframes are 1m, 5m, 15m and 1d; 30m, 1h and 4h are derived from 15m (native hours start at half hours, and
+native half hours are reported to contain whole ones), 1w from 1d. Four differences from the stored candles:
 
-splits       prices and volumes are adjusted by every split since. Each answer names the splits of its own
-             range, so all answers of a fetch together reach up to now, and the adjustment is undone
-             as far as the prices show it (`splits.py`): some named splits have not been applied. What lies
-             before a split that the prices do not decide is declined, with TooOld.
-days         are stamped at the session's open, or at midnight, or an hour before it: moved to the session's
-             date (`sessions.py`).
+splits       prices and volumes are adjusted by every later split. Each response lists the splits of its own range, so
+             the responses of a fetch together extend to now, and the adjustment is undone as far as the prices show it
+             (`splits.py`): some listed splits have not been applied. Candles before a split that the prices do not
+             decide are declined, with TooOld.
+days         are stamped at the session's open, at midnight, or an hour before it: moved to the session's date
+             (`sessions.py`).
 latest bar   is stamped with the last trade, and still forming: dropped by the clock.
-nulls        stand for bars that it does not have.
+nulls        mark missing bars.
 
-It asks for no key. Its limits are not published; a client that says it is no browser is shut out sooner.
+No key is needed. The limits are not published; clients that do not identify as a browser are blocked sooner.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ from fks_backfill_dagster.providers.splits import as_traded
 
 NAME = "yfinance"
 DEFAULT_BASE_URL = "https://query2.finance.yahoo.com"
-REQUESTS_PER_MINUTE = 60  # ours: Yahoo publishes none
+REQUESTS_PER_MINUTE = 60  # our choice: Yahoo publishes no limit
 
 _BROWSER = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/131.0 Safari/537.36"
 _PARTS: Mapping[Timeframe, Timeframe] = {
@@ -76,20 +76,20 @@ _PARTS: Mapping[Timeframe, Timeframe] = {
     Timeframe.H4: Timeframe.M15,
     Timeframe.W1: Timeframe.D1,
 }
-# Beyond 30 and 60 days a request is refused as a whole. An hour less, for it may wait for its turn.
+# A request beyond 30 or 60 days is refused as a whole. An hour less, because it may wait for a permit.
 _MINUTES_DEPTH = 30 * MICROS_PER_DAY - MICROS_PER_HOUR
 _INTRADAY_DEPTH = 60 * MICROS_PER_DAY - MICROS_PER_HOUR
-# At most eight days of minutes a request; whether that is counted in dates is not known.
+# The limit is eight days of minutes per request; whether dates are counted is unknown.
 _MINUTES_SPAN = 7 * MICROS_PER_DAY
 _US_CALENDARS = frozenset({"XNYS", "XNAS"})
 
 
 @dataclass(frozen=True, slots=True)
 class _Chart:
-    """One answer: bars as stamped and adjusted by Yahoo, and the ratio of each split by its instant.
+    """One response: bars as stamped and adjusted by Yahoo, and the ratio of each split by its instant.
 
-    `zone` is the exchange's, `now` when it was answered, `first_trade` and `last_trade` are all that
-    Yahoo knows of the symbol; None where it does not tell.
+    zone: of the exchange. now: the time of the response. first_trade, last_trade: of the symbol; None if missing in the
+    response.
     """
 
     bars: Candles
@@ -106,7 +106,7 @@ class YFinance:
     name = NAME
     capabilities = Capabilities(
         {AssetClass.STOCKS: frozenset(Timeframe)},
-        page_size=7 * 390,  # minutes of a week's sessions: the shortest of its pages
+        page_size=7 * 390,  # minutes of a week's sessions: the smallest page
         adjusted=True,
         omits_quiet=True,
         derived={AssetClass.STOCKS: _PARTS},
@@ -133,16 +133,20 @@ class YFinance:
         return None
 
     def listed_at(self, series: Series) -> int | None:
-        """The first trade that Yahoo names; None where it names none, or where its own bars refute it."""
+        """The first trade according to Yahoo; None if it is missing or contradicted by older bars."""
         symbol, now = symbol_of(series), self._clock()
-        path = _range_path(symbol, Timeframe.D1, TimeRange(now - MICROS_PER_WEEK, now))  # any chart tells it
+        path = _range_path(
+            symbol, Timeframe.D1, TimeRange(now - MICROS_PER_WEEK, now)
+        )  # any chart contains it
         chart = self._charts(symbol, Timeframe.D1, [path], Tally())[0]
-        claimed, bars = chart.first_trade, chart.bars.ts
-        refuted = claimed is not None and len(bars) and claimed > int(bars.min()) + MICROS_PER_DAY
-        return None if refuted else claimed
+        first_trade, bars = chart.first_trade, chart.bars.ts
+        contradicted = (
+            first_trade is not None and len(bars) and first_trade > int(bars.min()) + MICROS_PER_DAY
+        )
+        return None if contradicted else first_trade
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
-        requests = len(_pages(self._asked(series, window, self._clock()), series.timeframe))
+        requests = len(_pages(self._request_range(series, window, self._clock()), series.timeframe))
         a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
         return Estimate(requests, requests * 60 / a_minute)
 
@@ -153,8 +157,8 @@ class YFinance:
 
     def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> Answer:
         symbol, now = symbol_of(series), self._clock()
-        asked, native = self._asked(series, window, now), series.timeframe
-        pages = _pages(asked, native)
+        requested, native = self._request_range(series, window, now), series.timeframe
+        pages = _pages(requested, native)
         if not pages:
             return Answer(())
         paths = [_range_path(symbol, native, page) for page in pages]
@@ -162,9 +166,9 @@ class YFinance:
         candles, seams, doubt = _candles(charts, pages, series)
         candles = candles.take((candles.ts >= window.start) & (candles.ts < window.end))
         if doubt is not None and (candles.ts < doubt.since).any():
-            raise TooOld(NAME, f"{symbol} before {iso(doubt.since)} is declined: {doubt.why}", doubt.since)
+            raise TooOld(NAME, f"{symbol} before {iso(doubt.since)} is declined: {doubt.reason}", doubt.since)
         origin = Origin(
-            NAME, Transport.REST, _range_path(symbol, native, asked), host_of(self._base_url), symbol, now
+            NAME, Transport.REST, _range_path(symbol, native, requested), host_of(self._base_url), symbol, now
         )
         seams = seams[(seams > window.start) & (seams < window.end)]
         deliveries = (Delivery(candles, origin, seams),) if len(candles) else ()
@@ -173,8 +177,8 @@ class YFinance:
     def instrument(self, series: Series) -> str:
         return symbol_of(series)
 
-    def _asked(self, series: Series, window: TimeRange, now: int) -> TimeRange:
-        """Where to request bars: from the window on, as far as Yahoo reaches back, up to now."""
+    def _request_range(self, series: Series, window: TimeRange, now: int) -> TimeRange:
+        """The range to request: from the start of the window, limited by Yahoo's depth, up to now."""
         reach = self.capabilities.reach(series.timeframe, now)
         start = window.start if reach is None else max(window.start, reach)
         if series.timeframe is Timeframe.D1:
@@ -182,13 +186,13 @@ class YFinance:
         return TimeRange(start, now if window and start < min(window.end, now) else start)
 
     def _charts(self, symbol: str, interval: Timeframe, paths: Sequence[str], tally: Tally) -> list[_Chart]:
-        def ask(path: str) -> _Chart:
+        def fetch(path: str) -> _Chart:
             return self._client.run(lambda: self._chart(symbol, interval, path, tally), tally)
 
-        return self._client.pool.map(NAME, ask, paths)
+        return self._client.pool.map(NAME, fetch, paths)
 
     def _chart(self, symbol: str, interval: Timeframe, path: str, tally: Tally) -> _Chart:
-        """One exchange, and the reading of its answer."""
+        """One exchange and the parsing of its response."""
         reply = self._client.exchange(f"{self._base_url}{path}")
         result = self._result(reply, symbol)
         now = tally.closed_by(reply.headers, self._clock())
@@ -197,11 +201,11 @@ class YFinance:
         try:
             return _read(result, symbol, interval, now)
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-            said = error if isinstance(error, _Odd) else "a chart of another shape"
-            raise BadAnswer(NAME, f"{reply.place} answered {said}") from None
+            problem = error if isinstance(error, _Invalid) else "a chart of another shape"
+            raise BadAnswer(NAME, f"{reply.place} returned {problem}") from None
 
     def _result(self, reply: Reply, symbol: str) -> object:
-        """The chart's result, None when there is nothing in the range; otherwise raises its error."""
+        """The chart's result; None if the range is empty. Raises the error in the response."""
         try:
             document = self._client.json(reply)
             chart = document.get("chart") if isinstance(document, dict) else None
@@ -219,23 +223,23 @@ class YFinance:
             raise self._client.failure(reply)
         results = chart.get("result") if isinstance(chart, dict) else None
         if not isinstance(results, list) or len(results) != 1:
-            raise BadAnswer(NAME, f"{reply.place} answered no chart")
+            raise BadAnswer(NAME, f"{reply.place} returned no chart")
         return results[0]
 
     def _refusal(self, reply: Reply, symbol: str, error: dict[str, object]) -> ProviderError | None:
-        """What an error in the chart means; None for one that says that there is nothing."""
-        said = f"{error.get('code')}: {error.get('description')}"[:200]
-        if "Data doesn't exist for startDate" in said:
+        """The error for an error in the chart; None if it means an empty range."""
+        message = f"{error.get('code')}: {error.get('description')}"[:200]
+        if "Data doesn't exist for startDate" in message:
             return None
         if error.get("code") == "Not Found":
-            return UnknownSymbol(NAME, f"it does not know {symbol} ({said})")
+            return UnknownSymbol(NAME, f"it does not know {symbol} ({message})")
         if reply.status == 200:
-            return TransientError(NAME, f"{reply.place} answered {said}")
+            return TransientError(NAME, f"{reply.place} returned {message}")
         return self._client.failure(reply)
 
 
 def symbol_of(series: Series) -> str:
-    """`AAPL`; `BRK.B` -> `BRK-B` in New York, elsewhere a dot is the exchange's; or as the settings name it."""
+    """`AAPL`; `BRK.B` -> `BRK-B` in New York, elsewhere a dot marks the exchange; unless set in the settings."""
     named = series.provider_symbol(NAME)
     if named:
         return named
@@ -243,18 +247,18 @@ def symbol_of(series: Series) -> str:
 
 
 def _range_path(symbol: str, interval: Timeframe, window: TimeRange) -> str:
-    asked = {
+    parameters = {
         "period1": window.start // MICROS_PER_SECOND,
         "period2": -(-window.end // MICROS_PER_SECOND),
         "interval": interval.value,
         "events": "div,splits",
         "includePrePost": "false",
     }
-    return f"/v8/finance/chart/{quote(symbol, safe='=^')}?{urlencode(asked, safe=',')}"
+    return f"/v8/finance/chart/{quote(symbol, safe='=^')}?{urlencode(parameters, safe=',')}"
 
 
 def _pages(window: TimeRange, interval: Timeframe) -> list[TimeRange]:
-    """One request each, ascending."""
+    """The ranges of the requests, ascending."""
     length = _MINUTES_SPAN if interval is Timeframe.M1 else max(window.duration, 1)
     starts = range(window.start, window.end, length)
     return [TimeRange(start, min(start + length, window.end)) for start in starts]
@@ -262,16 +266,16 @@ def _pages(window: TimeRange, interval: Timeframe) -> list[TimeRange]:
 
 @dataclass(frozen=True, slots=True)
 class _Doubt:
-    """What opens before `since` is not certain; `why` is a sentence without its subject's symbol."""
+    """Candles that open before `since` are not certain; `reason` is a sentence without the symbol."""
 
     since: int
-    why: str
+    reason: str
 
 
 def _candles(
     charts: Sequence[_Chart], pages: Sequence[TimeRange], series: Series
 ) -> tuple[Candles, Instants, _Doubt | None]:
-    """The closed bars of all pages as they were traded, ascending, days moved to their date; and the seams."""
+    """The closed bars of all pages as traded, ascending, days moved to their date; and the seams."""
     bars, seams = joined([c.bars.sorted().within(page) for c, page in zip(charts, pages, strict=True)])
     zone = next((chart.zone for chart in charts if chart.zone), None)
     if zone is None or not len(bars):
@@ -296,9 +300,8 @@ def _candles(
 
 
 def _kept(stamps: Instants, dates: Instants, local: Instants, last_trade: int | None) -> NDArray[np.intp]:
-    """Of day bars: all but the older one of a last day that is there twice, at its open and at its last trade.
-
-    Any others of one session stay: which of them is right is not known, so `quality` rejects them as a conflict.
+    """The indices of daily bars to keep: all but the older bar of a last day that has two, at its open and at its last
+    trade. Other duplicates of a session stay: which one is right is unknown, so `quality` rejects them as a conflict.
     """
     twice = len(dates) > 1 and dates[-1] == dates[-2] and stamps[-1] != stamps[-2]
     newer = twice and (local[-1] == local[-2] or int(stamps[-1]) == last_trade)
@@ -306,22 +309,22 @@ def _kept(stamps: Instants, dates: Instants, local: Instants, last_trade: int | 
 
 
 def _whole(stamps: Instants, last_trade: int | None, series: Series) -> NDArray[np.intp]:
-    """Of intraday bars: all but a last one that is stamped with the last trade."""
+    """The indices of complete intraday bars: all but a last bar stamped with the last trade."""
     latest = int(stamps[-1]) == last_trade or not grid_of(series).contains(stamps[-1:])[0]
     return np.arange(len(stamps) - latest)
 
 
-class _Odd(ValueError):
-    """What is wrong with a chart, as the end of a sentence."""
+class _Invalid(ValueError):
+    """The problem of a chart, as the end of a sentence."""
 
 
 def _read(result: Any, symbol: str, interval: Timeframe, now: int) -> _Chart:
-    """Raises _Odd, or whatever another shape leads to."""
+    """Raises _Invalid, or for another shape the exceptions that `_chart` handles."""
     meta = result["meta"]
     if str(meta["symbol"]).upper() != symbol.upper():
-        raise _Odd(f"for another symbol than {symbol}")
+        raise _Invalid(f"another symbol than {symbol}")
     if meta.get("dataGranularity", interval) != interval:
-        raise _Odd(f"bars of {meta['dataGranularity']} for {interval}")
+        raise _Invalid(f"bars of {meta['dataGranularity']} for {interval}")
     zone = ZoneInfo(meta["exchangeTimezoneName"])
     bars = _bars(result.get("timestamp") or [], result["indicators"]["quote"][0])
     last_trade, first_trade = _instant(meta.get("regularMarketTime")), _instant(meta.get("firstTradeDate"))
@@ -333,13 +336,13 @@ def _instant(seconds: Any) -> int | None:
 
 
 def _bars(stamps: Any, quote: Any) -> Candles:
-    """The bars that have a price. A single price that is null becomes NaN."""
+    """The bars that have a price. A single null price becomes NaN."""
     if not stamps:
         return Candles.empty()
     ts = to_instants(stamps, MICROS_PER_SECOND)
     columns = [to_floats(quote[name]) for name in (*PRICES, "volume")]
     if any(len(column) != len(ts) for column in columns):
-        raise _Odd("columns of different lengths")
+        raise _Invalid("columns of different lengths")
     priced = ~np.isnan(np.stack(columns[:4])).all(axis=0)
     return Candles(ts, *columns).take(np.flatnonzero(priced))
 
@@ -352,5 +355,5 @@ def _splits(result: Any) -> dict[int, float]:
         for split in splits.values()
     }
     if not all(0 < ratio < np.inf for ratio in found.values()):
-        raise _Odd("a split of an impossible ratio")
+        raise _Invalid("a split of an impossible ratio")
     return found

@@ -2,13 +2,13 @@
 
 sources    file and environment, with the place of every value
 types      single values         sections   the sections of the file
-symbols    asset classes         model      the whole, and what it answers about series and providers
-errors     sentences             load       all of it together
+symbols    asset classes         model      the whole, with lookups by series and provider
+errors     error messages        load       loading and checking
 
-Does not belong here: anything that acts on a setting (`app.py` and the faces).
+Does not belong here: anything that acts on a setting (`app.py` and the interfaces).
 """
 
 from fks_backfill_dagster.settings.load import load_settings
-from fks_backfill_dagster.settings.model import Settings, SettingsError
+from fks_backfill_dagster.settings.model import SHIPPED, Settings, SettingsError
 
-__all__ = ["Settings", "SettingsError", "load_settings"]
+__all__ = ["SHIPPED", "Settings", "SettingsError", "load_settings"]

@@ -1,4 +1,4 @@
-"""Validation errors of pydantic as sentences in the words of the settings."""
+"""Pydantic's validation errors as messages in terms of the settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NOT_A = {
 
 
 def sentence(error: ErrorDetails, location: Location) -> str:
-    """What is wrong, in words of the settings. Texts of secret fields are never repeated."""
+    """The message of an error. Values of secret fields are never repeated."""
     kind = error["type"]
     if kind == "value_error":
         return str(error["ctx"]["error"])

@@ -37,7 +37,7 @@ def load_settings(environ: Mapping[str, str] | None = None, cwd: Path | None = N
     """Reads file and environment (the environment wins) and checks everything as a whole.
 
     The file: `FKS_CONFIG`; else `config/backfill.yaml` here or in the nearest folder above that has
-    it; else that of the source checkout; else there is none and the defaults hold. One that was searched for
+    it; else that of the source checkout; else none, and the defaults apply. A file that the search finds
     and that another account can change is an error.
     Raises SettingsError with every problem at once.
     """
@@ -53,7 +53,7 @@ def load_settings(environ: Mapping[str, str] | None = None, cwd: Path | None = N
     own = [name for name in Settings.model_fields if name not in ENVIRONMENT_ONLY]
     sources: list[PydanticBaseSettingsSource] = [EnvironmentSource(Settings, environ, own, places)]
     if named is not None and not named.is_file():
-        places.note(f"environment FKS_CONFIG: {named} does not exist or is no file")
+        places.note(f"environment FKS_CONFIG: {named} does not exist or is not a file")
     elif file is not None:
         read = partial(read_trusted, root, *CONFIG.parts) if named is None else partial(_text, file)
         sources.append(FileSource(Settings, read, ENVIRONMENT_ONLY, places))
@@ -69,12 +69,12 @@ def load_settings(environ: Mapping[str, str] | None = None, cwd: Path | None = N
     finally:
         loading_sources.reset(token)
     if places.problems:
-        raise SettingsError(places.problems)  # from nothing: pydantic's own error may quote a secret
+        raise SettingsError(places.problems)  # without a cause: pydantic's own error may quote a secret
     return settings
 
 
 def _from_environment(environ: Mapping[str, str], cwd: Path) -> dict[str, Any]:
-    """What only the environment can tell; an empty variable counts as not set."""
+    """The settings that come from the environment only; an empty variable counts as not set."""
     keys = {name: environ.get(variable, "").strip() for name, variable in KEY_VARIABLES.items()}
     return {
         "home": home_of(environ, cwd),
@@ -85,7 +85,7 @@ def _from_environment(environ: Mapping[str, str], cwd: Path) -> dict[str, Any]:
 
 
 def home_of(environ: Mapping[str, str] | None = None, cwd: Path | None = None) -> Path:
-    """`home` as `load_settings` would have it, without the checks of anything else."""
+    """`home` as in `load_settings`, without checking anything else."""
     environ = os.environ if environ is None else environ
     cwd = (cwd or Path.cwd()).resolve()
     return _path(environ, "FKS_HOME", cwd) or _project(cwd)[0] / ".fks"
@@ -103,8 +103,8 @@ def _secret(text: str) -> SecretStr | None:
 def _project(cwd: Path) -> tuple[Path, str | None]:
     """The folder of the project: the nearest one with a `config/backfill.yaml`, else the source checkout, else `cwd`.
 
-    One that another account can change is passed over, as `dagster.yaml` and more are taken from there, too; the
-    second value is a sentence about the first of those, else None.
+    One that another account can change is skipped, because `dagster.yaml` and more are taken from it, too; the
+    second value is the message about the first one skipped, else None.
     """
     refused: str | None = None
     for folder in (cwd, *cwd.parents, CHECKOUT):
@@ -119,7 +119,7 @@ def _project(cwd: Path) -> tuple[Path, str | None]:
 
 
 def _existing(path: Path) -> Path | None:
-    """None also for what we may not look at: another account's folder above ours is no error."""
+    """None also for an unreadable path: another account's folder above the working folder is not an error."""
     return path if os.path.isfile(path) else None
 
 

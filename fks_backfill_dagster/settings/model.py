@@ -1,4 +1,4 @@
-"""All settings as one checked model, and what they answer about a series or a provider."""
+"""All settings as one checked model, with lookups by series and provider."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ from fks_backfill_dagster.settings.types import (
 CONFIG: Final = Path("config", "backfill.yaml")
 CHECKOUT: Final = Path(__file__).resolve().parents[2]
 SHIPPED: Final = Path(__file__).resolve().parents[1] / "project"
-"""The files of a project as the program ships them: in a checkout links to its own, in a wheel copies."""
+"""The project files that the program ships: links in a checkout, copies in a wheel."""
 
 KEY_VARIABLES: Final = {
     "coingecko": "COINGECKO_API_KEY",
@@ -72,11 +72,11 @@ KEY_VARIABLES: Final = {
     "alphavantage": "ALPHAVANTAGE_API_KEY",
     "oanda": "OANDA_API_TOKEN",
 }
-"""Which environment variable holds the key of a provider; the others need none."""
+"""The environment variable with the key of each provider; the others need none."""
 
 
 class SettingsError(Exception):
-    """The settings are wrong. `problems` are whole sentences, each with its place; str() is one a line."""
+    """The settings are invalid. `problems` are complete sentences with their place; str() has one per line."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems: tuple[str, ...] = tuple(problems)
@@ -94,8 +94,8 @@ ENVIRONMENT_ONLY: Final = {
 """Fields of `Settings` that the file cannot set, and the variable that does."""
 
 _OPEN_KEY: Final = (
-    "would send {} unencrypted to another host: begin it with https://, unset that key, or let a proxy on this machine"
-    " do it (http://127.0.0.1, http://[::1] and http://localhost are taken)"
+    "would send {} unencrypted to another host: use https://, unset that key, or use a proxy on this machine"
+    " (http://127.0.0.1, http://[::1] and http://localhost are accepted)"
 )
 
 loading_sources: ContextVar[tuple[PydanticBaseSettingsSource, ...]] = ContextVar("_sources", default=())
@@ -110,11 +110,11 @@ def _default_symbols() -> tuple[SymbolSettings, ...]:
 
 
 class Settings(BaseSettings):
-    """All settings, checked. `load_settings` makes them; `Settings(...)` alone reads no file or variable.
+    """All settings, checked. Created by `load_settings`; `Settings(...)` alone reads no file or variable.
 
-    `home` holds what the project keeps (the embedded database, Dagster's folder), `root` is the folder
-    of the project. Both are absolute when loaded. `keys` stand before `providers`, whose addresses are checked
-    against them.
+    `home` holds the project's state (the embedded database, Dagster's folder), `root` is the folder of
+    the project. Both are absolute when loaded. `keys` precedes `providers`, whose addresses are checked
+    against it.
     """
 
     model_config = SettingsConfigDict(
@@ -159,7 +159,7 @@ class Settings(BaseSettings):
     @field_validator("providers")
     @classmethod
     def _keys_are_encrypted(cls, providers: Providers, info: ValidationInfo) -> Providers:
-        """Every problem at the address it is about."""
+        """Reports every problem at its address."""
         problems = [
             InitErrorDetails(
                 type=PydanticCustomError(
@@ -178,7 +178,7 @@ class Settings(BaseSettings):
     @field_validator("symbols", mode="wrap")
     @classmethod
     def _one_asset_key_each(cls, raw: Any, checked: ValidatorFunctionWrapHandler) -> Any:
-        """Tells colliding symbols together with whatever else is wrong with the list."""
+        """Reports colliding symbols together with all other errors of the list."""
         problems = list(_collisions(raw))
         try:
             symbols = checked(raw)
@@ -191,18 +191,18 @@ class Settings(BaseSettings):
             raise ValidationError.from_exception_data("symbols", problems)
         return symbols
 
-    # --- which series ---
+    # --- series ---
 
     def series(self) -> tuple[Series, ...]:
-        """Every configured symbol at every timeframe of its own, in the order of the file."""
+        """Every configured symbol at each of its timeframes, in the order of the file."""
         return tuple(entry.series(timeframe) for entry in self.symbols for timeframe in entry.timeframes)
 
     def find_series(self, symbol: str, timeframe: str | Timeframe, stored: Iterable[Series] = ()) -> Series:
-        """The series that is meant by a written symbol (`BTC/USDT`, `BTC_USDT`, `btc/usdt`).
+        """The series of a symbol in any notation (`BTC/USDT`, `BTC_USDT`, `btc/usdt`).
 
-        A symbol that is not configured is the one of `stored` that is written so, else inferred: `X_Y`
-        is `X/Y`, the asset class follows from the form. Raises ValueError, with the nearest configured
-        symbol, for what cannot be one.
+        A symbol that is not configured is looked up in `stored`, else inferred: `X_Y` is `X/Y`, the asset
+        class follows from the form. Raises ValueError, with the nearest configured symbol, for an invalid
+        one.
         """
         frame = parse_timeframe(timeframe)
         entry = self._configured(symbol)
@@ -215,7 +215,7 @@ class Settings(BaseSettings):
         return self._inferred(symbol, frame)
 
     def match_symbols(self, pattern: str | None = None) -> tuple[str, ...]:
-        """The configured symbols a glob takes, written as symbol or as asset key; None takes all."""
+        """The configured symbols that match a glob, as symbol or as asset key; None matches all."""
         return tuple(
             entry.symbol
             for entry in self.symbols
@@ -225,9 +225,9 @@ class Settings(BaseSettings):
         )
 
     def nearest_symbol(self, symbol: str) -> str | None:
-        """The configured symbol that one which is not configured was probably meant to be; None: none is close.
+        """The configured symbol closest to one that is not configured; None if none is close.
 
-        Base and quote are compared apart: DOGE/USDT is no mistyped ETH/USDT, however much of it is the same.
+        Base and quote are compared separately: DOGE/USDT is not a mistyped ETH/USDT, despite the common part.
         """
         names = self.match_symbols()
         if symbol in names:
@@ -250,11 +250,11 @@ class Settings(BaseSettings):
 
     @cached_property
     def by_asset_key(self) -> dict[str, SymbolSettings]:
-        """The configured symbols by `identifier(symbol)`: thousands of series are looked up one by one."""
+        """The configured symbols by `identifier(symbol)`; cached, as thousands of series are looked up."""
         return {identifier(entry.symbol): entry for entry in self.symbols}
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy with other symbols has its own `by_asset_key`: pydantic copies what was cached too."""
+        """A copy with other symbols has its own `by_asset_key`: pydantic copies the cached one, too."""
         copied = super().model_copy(update=update, deep=deep)
         copied.__dict__.pop("by_asset_key", None)
         return copied
@@ -275,10 +275,10 @@ class Settings(BaseSettings):
             raise ValueError(f"{error}" + (f"; did you mean {match}?" if match else "")) from None
         return Series(symbol=symbol, timeframe=timeframe, asset_class=asset_class)
 
-    # --- what holds for a series or a provider ---
+    # --- lookups by series or provider ---
 
     def priority(self, series: Series) -> tuple[str, ...]:
-        """Who is asked for the series, first to last, without the disabled ones."""
+        """The enabled providers of the series, in order of priority."""
         entry = self._entry(series)
         names = None if entry is None else entry.provider_priority
         if isinstance(names, dict):
@@ -289,7 +289,7 @@ class Settings(BaseSettings):
 
     def closed(self, series: Series) -> tuple[tuple[date, date], ...]:
         """The dates on which the market of the series was closed: first and last (inclusive) of each
-        stretch, ascending, disjoint. Those of its symbol and those of its calendar."""
+        interval, ascending, disjoint. Those of its symbol and those of its calendar."""
         entry = self._entry(series)
         found = [] if entry is None else list(entry.closed)
         for name, calendar in self.calendars.items():
@@ -313,12 +313,12 @@ class Settings(BaseSettings):
         return min((self.history_start, *starts))
 
     def start_of(self, series: Series) -> int:
-        """From when on the series is kept, in microseconds."""
+        """The start of the series, in microseconds."""
         entry = self._entry(series)
         return self.history_start if entry is None or entry.start is None else entry.start
 
     def end_of(self, series: Series) -> int | None:
-        """From when on nothing is expected of the series, in microseconds; None: it goes on."""
+        """The end of the series (exclusive), in microseconds; None: no end."""
         entry = self._entry(series)
         return None if entry is None else entry.end
 
@@ -344,7 +344,7 @@ class Settings(BaseSettings):
         return {name: address for name, address in found.items() if address is not None}
 
     def key_of(self, provider: str) -> str | None:
-        """The provider's key in clear; None where there is none."""
+        """The provider's key in clear text; None if it is not set."""
         secret = self.keys.get(provider)
         return None if secret is None else secret.get_secret_value()
 
@@ -358,7 +358,7 @@ class Settings(BaseSettings):
 
 
 def custom_address(provider: str, base_url: str, archive_url: str | None = None) -> str | None:
-    """Where `provider` is reached instead of at its default address; None for the default."""
+    """The address of `provider` if it is not the default one, else None."""
     usual = Providers.model_fields[provider].default
     archives = archive_url is not None and archive_url != getattr(usual, "archive_url", None)
     if base_url == usual.base_url and not archives:

@@ -60,7 +60,7 @@ ProviderName = Annotated[str, AfterValidator(provider_name)]
 
 
 class Section(BaseModel):
-    """A part of the settings: frozen, strict, no unknown keys. A section left empty is its defaults."""
+    """A part of the settings: frozen, strict, no unknown keys. An empty section keeps its defaults."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", hide_input_in_errors=True)
 
@@ -124,7 +124,7 @@ Priority = Annotated[Many[ProviderName], AfterValidator(not_empty)]
 
 
 class ProviderPriority(Section):
-    """Who is asked, first to last; what the first leaves missing, the next one is asked for."""
+    """Providers in order of priority; each is requested for what the ones before it left missing."""
 
     crypto: Priority = ("binance", "coingecko", "polygon")
     stocks: Priority = ("polygon", "yfinance", "alphavantage")
@@ -133,7 +133,7 @@ class ProviderPriority(Section):
 
 _LIST, _BY_TIMEFRAME = "[list]", "[by timeframe]"
 PRIORITY_TAGS: Final = ("[key]", _LIST, _BY_TIMEFRAME)
-"""Parts of an error's location that are pydantic's, and no keys of the file."""
+"""Parts of an error's location that pydantic adds; they are not keys of the file."""
 
 PriorityByTimeframe = Annotated[dict[EachTimeframe, Priority], AfterValidator(not_empty)]
 SymbolPriority = Annotated[
@@ -171,20 +171,20 @@ Closed = Annotated[tuple[ClosedDates, ...], Field(strict=False), BeforeValidator
 
 
 class CalendarSettings(Section):
-    """What is known of a calendar beyond its library: `closed` are dates without any trading."""
+    """Additions to a library calendar: `closed` are dates without any trading."""
 
     closed: Closed = ()
 
 
 class GapDetection(Section):
-    """`max_gap_minutes`: what stays missing and is not longer is tolerated once all were asked."""
+    """`max_gap_minutes`: a gap up to this length is tolerated once all eligible providers have responded."""
 
     max_gap_minutes: Annotated[int, between(0, 525_600)] = 5
     check_interval_hours: Annotated[int, between(1, 8_760)] = 24
 
 
 class Freshness(Section):
-    """So many closed candles beyond the allowed lag are a warning, and so many an error."""
+    """More closed candles than this beyond the allowed lag are a warning or an error."""
 
     warn_candles: Annotated[int, between(0, 1_000_000)] = 3
     error_candles: Annotated[int, between(0, 1_000_000)] = 10
@@ -207,11 +207,11 @@ class Validation(Section):
 
 
 class Automation(Section):
-    """What Dagster does by itself once it is up. What is off here can still be started in its UI.
+    """Automation by Dagster. What is disabled here can still be started in its UI.
 
-    `refresh`: the timeframes whose series are kept fresh. `fill_gaps`: whether gaps that are due are asked
-    for. `keep_runs_days`: after which runs whose
-    partitions a later run has materialized again are forgotten, with their events.
+    `refresh`: the timeframes whose series are kept fresh. `fill_gaps`: whether due gaps are requested.
+    `keep_runs_days`: age after which runs are deleted, with their events, if a later run has materialized
+    their partitions.
     """
 
     refresh: Many[EachTimeframe] = tuple(Timeframe)
@@ -223,11 +223,11 @@ class Automation(Section):
 
 
 class Webserver(Section):
-    """Who reaches Dagster's pages that `up` starts.
+    """Access to Dagster's pages that `up` serves.
 
     `hosts`: names of this server in a browser's address besides the loopback ones, such as those of a proxy.
-    `login`: who needs the token: everybody (true), nobody (false), or all but the processes of the account that has
-    called `up` (`others`); FKS_API_TOKEN makes `others` everybody.
+    `login`: which requests need the token: all (true), none (false), or all but those of processes of the account
+    that has called `up` (`others`); with FKS_API_TOKEN `others` means all.
     `report_assets`: whether other programs may report materializations and checks over HTTP.
     """
 
@@ -241,12 +241,12 @@ class Alerts(Section):
 
 
 class SymbolSettings(Section):
-    """One symbol and the timeframes that are kept of it.
+    """One symbol and its timeframes.
 
     `start` None is `history_start`; from `end` on nothing is expected (delisted); `calendar` (stocks)
     None is XNYS; `provider_priority` None is that of the asset class, and so is a timeframe that it does not
     name; on the dates of `closed` nothing was traded. The order of the fields matters: later ones are
-    checked against earlier.
+    checked against earlier ones.
     """
 
     asset_class: Annotated[AssetClass, BeforeValidator(asset_class_of)]

@@ -1,9 +1,9 @@
-"""Where settings come from, and how the place of each value is told.
+"""The sources of settings, and the place of each value.
 
-Belongs here: the YAML file with its line numbers, the `FKS_*` environment, and the way from a field
+Belongs here: the YAML file with its line numbers, the `FKS_*` environment, and the mapping from a field
 to `config/backfill.yaml:17` or `environment FKS_...`.
 
-Does not belong here: which settings exist and what they may be (`settings.py`).
+Does not belong here: which settings exist and which values they accept (`sections.py`, `model.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from fks_backfill_dagster.ownership import OwnershipError
 
 Location = tuple[str | int, ...]
-"""The way to a value from the top of the settings: `("symbols", 3, "timeframes", 0)`."""
+"""The path to a value from the top of the settings: `("symbols", 3, "timeframes", 0)`."""
 
 CLASS_CALENDARS = ("forex", "crypto")
 """The calendars of whole asset classes; the others are named after exchanges, in capitals."""
@@ -36,7 +36,7 @@ RESERVED_PREFIX = "FKS_TEST_"
 
 
 def nearest(wrong: str, known: Iterable[str]) -> str | None:
-    """The known name that `wrong` was probably meant to be; None when nothing is close."""
+    """The known name closest to `wrong`; None if none is close."""
     found = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
     return found[0] if found else None
 
@@ -49,13 +49,13 @@ def hint(wrong: str, known: Iterable[str]) -> str:
 
 
 def dotted(location: Location) -> str:
-    """`("symbols", 3, "start")` as people write it: `symbols[3].start`."""
+    """`("symbols", 3, "start")` in dotted form: `symbols[3].start`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
     return text.removeprefix(".")
 
 
 def section_at(model: type[BaseModel], location: Location) -> type[BaseModel] | None:
-    """The model that holds the keys at `location`; None where no section is."""
+    """The model that holds the keys at `location`; None if that is no section."""
     is_name = False
     for part in location:
         if isinstance(part, int) or is_name:
@@ -70,7 +70,7 @@ def section_at(model: type[BaseModel], location: Location) -> type[BaseModel] | 
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model an annotation is about: itself, or the items of a tuple."""
+    """The model in an annotation: itself, or the items of a tuple."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for found in map(_model_in, get_args(annotation)) if found), None)
@@ -78,9 +78,9 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 @dataclass
 class Places:
-    """Which file line and which variable each value came from.
+    """The file line and the variable of each value.
 
-    Problems are noted as whole sentences, place first.
+    Problems are noted as complete sentences, place first.
     """
 
     file: str = ""
@@ -90,18 +90,18 @@ class Places:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Each once: those of the file by line, then the others in the order they were found."""
+        """Each once: those of the file by line, then the others in the order of detection."""
         return tuple(dict.fromkeys(text for _, text in sorted(self._noted, key=lambda noted: noted[0])))
 
     def note(self, text: str) -> None:
-        """A problem that has no line."""
+        """A problem without a line."""
         self._noted.append((sys.maxsize, text))
 
     def note_line(self, line: int, text: str) -> None:
         self._noted.append((line, f"{self.file}:{line}: {text}"))
 
     def report(self, location: Location, text: str) -> None:
-        """A problem with the value at `location`: of the variable that set it, else of its line."""
+        """A problem with the value at `location`, reported at the variable that set it, else at its line."""
         for length in range(len(location), 0, -1):
             variable = self.variables.get(location[:length])
             if variable is not None:
@@ -109,7 +109,7 @@ class Places:
                 self.note(f"environment {variable}:{inside} {text}")
                 return
         below = [name for at, name in self.variables.items() if at[: len(location)] == location]
-        if below and location not in self.lines:  # the name of a section that only this variable has made
+        if below and location not in self.lines:  # a named section that only this variable creates
             self.note(f"environment {below[0]}: {dotted(location)}: {text}")
             return
         for length in range(len(location), -1, -1):
@@ -132,9 +132,9 @@ _Safe = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 
 class _Loader(_Safe):  # type: ignore[valid-type, misc]
-    """YAML without its surprises: `on`, `no` and dates are text.
+    """YAML with `on`, `no` and dates as text.
 
-    YAML 1.1 reads the ticker ON as true, and a malformed date as a crash.
+    YAML 1.1 reads the ticker ON as true, and crashes on a malformed date.
     """
 
 
@@ -150,9 +150,9 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|fa
 
 
 class FileSource(_Source):
-    """The YAML file. Bad syntax, duplicate keys and what belongs elsewhere are noted in `places`.
+    """The YAML file. Syntax errors, duplicate keys and fields of `elsewhere` are noted in `places`.
 
-    `read` gives its text. `elsewhere` are fields that the file cannot set, with the variable that does.
+    `read` returns its text. `elsewhere` maps fields that the file cannot set to the variable that does.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class FileSource(_Source):
             self._places.note(f"{self._places.file}: cannot be read: {error}")
             return {}
         if value is not None and not isinstance(value, dict):
-            self._places.note_line(1, "the file has to consist of `key: value` settings")
+            self._places.note_line(1, "the file must consist of `key: value` settings")
             return {}
         return self._without_elsewhere(value or {})
 
@@ -202,7 +202,7 @@ class FileSource(_Source):
         self._places.note_line(1 if mark is None else mark.line + 1, f"not YAML: {reason}")
 
     def _value(self, loader: _Loader, node: Node, location: Location, above: tuple[int, ...]) -> Any:
-        """The plain value of `node`; writes down the line of everything in it."""
+        """The plain value of `node`; records the line of everything in it."""
         self._places.lines.setdefault(location, node.start_mark.line + 1)
         if id(node) in above:
             self._places.report(location, "refers to itself")
@@ -219,7 +219,7 @@ class FileSource(_Source):
     def _mapping(
         self, loader: _Loader, node: MappingNode, location: Location, above: tuple[int, ...]
     ) -> dict[str, Any]:
-        if id(node) not in self._seen:  # an alias brings the same node again, merges already resolved
+        if id(node) not in self._seen:  # an alias refers to the same node, with its merges resolved
             self._seen.add(id(node))
             self._report_duplicates(node, location)
             loader.flatten_mapping(node)
@@ -236,7 +236,7 @@ class FileSource(_Source):
             line = key.start_mark.line + 1
             if isinstance(key, ScalarNode) and key.value in lines:
                 where = dotted((*location, key.value))
-                self._places.note_line(line, f"{where}: is there twice, first in line {lines[key.value]}")
+                self._places.note_line(line, f"{where}: is a duplicate, first in line {lines[key.value]}")
             elif isinstance(key, ScalarNode):
                 lines[key.value] = line
 
@@ -244,8 +244,8 @@ class FileSource(_Source):
 class EnvironmentSource(_Source):
     """`FKS_` + path joined by `__`. Lists and sections are JSON; an empty variable counts as not set.
 
-    Unknown variables are noted in `places`. `own` are the names of the top-level fields that the
-    file and these variables may set.
+    Unknown variables are noted in `places`. `own` are the names of the top-level fields that these
+    variables may set.
     """
 
     def __init__(
@@ -277,7 +277,7 @@ class EnvironmentSource(_Source):
         return values
 
     def _named(self, name: str) -> Location | None:
-        """The key of a section that has a name of its own: `FKS_CALENDARS__XHKG__CLOSED`."""
+        """The key of a named section: `FKS_CALENDARS__XHKG__CLOSED`."""
         match = re.fullmatch(rf"{PREFIX}CALENDARS__(.+)__([A-Z_]+)", name)
         if match is None or "FKS_CALENDARS" not in self._known:
             return None
@@ -296,14 +296,14 @@ class EnvironmentSource(_Source):
             return "is not a setting; dates go to FKS_CALENDARS__NAME__CLOSED, such as FKS_CALENDARS__XHKG__CLOSED"
         known = [other.removeprefix(PREFIX) for other in (*self._known, *RESERVED)]
         match = nearest(name.removeprefix(PREFIX), known)
-        remedy = f"did you mean {PREFIX}{match}?" if match else "docs/settings.md names them all"
+        remedy = f"did you mean {PREFIX}{match}?" if match else "docs/settings.md lists them all"
         return f"is not a setting; {remedy}"
 
 
 def _variables(
     model: type[BaseModel], names: Iterable[str], above: Location = ()
 ) -> Iterable[tuple[str, Location]]:
-    """Every variable that may be set, sections included, with the field it is for."""
+    """Every variable that may be set, sections included, with its field."""
     for name in names:
         location = (*above, name)
         yield PREFIX + "__".join(str(part).upper() for part in location), location
@@ -313,9 +313,9 @@ def _variables(
 
 
 def _decoded(text: str) -> Any:
-    """JSON where it is JSON, else the text itself: what it has to be, the field decides.
+    """The parsed value of valid JSON, else the text itself; the field checks its type.
 
-    Raises ValueError for what begins as a JSON list or section and is none.
+    Raises ValueError for an invalid JSON list or section.
     """
     switch = {"true": True, "false": False}.get(text.lower())
     if switch is not None:
@@ -329,7 +329,7 @@ def _decoded(text: str) -> Any:
 
 
 def _put(values: dict[str, Any], location: Location, value: Any) -> None:
-    """Sets a nested value; where a section was already given as something else, that error stays."""
+    """Sets a nested value, unless a section above it was set to something else, which is reported as such."""
     for part in location[:-1]:
         inner = values.setdefault(str(part), {})
         if not isinstance(inner, dict):

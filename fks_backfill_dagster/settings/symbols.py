@@ -1,4 +1,4 @@
-"""The asset class of a symbol, from how it is written."""
+"""The asset class of a symbol, from its form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FIAT: Final = frozenset(_FIAT.split())
 
 
 def infer_asset_class(symbol: str) -> AssetClass:
-    """Two fiat currencies are forex, anything else with a slash is crypto, the rest are stocks."""
+    """Two fiat currencies are forex, any other pair is crypto, a symbol without a slash is a stock."""
     base, slash, quote = symbol.partition("/")
     if not slash:
         return AssetClass.STOCKS
@@ -23,7 +23,7 @@ def infer_asset_class(symbol: str) -> AssetClass:
 
 
 def check_symbol(symbol: str, asset_class: AssetClass) -> None:
-    """Raises ValueError where `symbol` cannot be one of its asset class."""
+    """Raises ValueError if `symbol` is invalid for its asset class."""
     if asset_class is AssetClass.STOCKS:
         if not re.fullmatch(r"[A-Za-z0-9.^=_-]+", symbol):
             raise ValueError(f"{symbol!r} is not a ticker such as AAPL or BRK.B")

@@ -1,4 +1,4 @@
-"""The types of single settings: how a value is read, and the sentence about one that is wrong."""
+"""Types of single settings: parsing, validation, error messages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def between(low: float, high: float) -> AfterValidator:
 
 
 def host_name(value: str) -> str:
-    """As in a browser's address, without scheme, port and path."""
+    """A host as in a browser's address, without scheme, port and path."""
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]", value):
         raise ValueError(
             f"{value!r} is not the name of a host such as fks.example.com, without scheme and port"
@@ -76,7 +76,7 @@ def login_token(value: SecretStr) -> SecretStr:
     text = value.get_secret_value()
     if len(text) < LEAST_TOKEN or not (text.isascii() and text.isprintable()) or " " in text:
         raise ValueError(
-            f"it is to be {LEAST_TOKEN} or more printable ASCII characters without spaces, such as"
+            f"must be {LEAST_TOKEN} or more printable ASCII characters without spaces, such as"
             " `openssl rand -hex 32` prints"
         )
     return value
@@ -110,7 +110,7 @@ def leaves_unencrypted(url: str) -> bool:
 
 
 def webhook_address(secret: SecretStr) -> SecretStr:
-    """An alert's address. It is a secret itself: whoever has it can write there."""
+    """An alert's address. It is a secret: it suffices to post there."""
     if not _has_host(secret.get_secret_value()):
         raise ValueError("is not an address such as https://hooks.example.com/services/...")
     return secret
@@ -134,9 +134,9 @@ def database_address(secret: SecretStr) -> SecretStr:
     address = secret.get_secret_value()
     try:
         parts = urlsplit(address)
-        # A password with a bare @ would make the rest of it pass for the host.
+        # The rest of a password with an unescaped @ would be parsed as the host.
         sound = parts.port != 0 and parts.netloc.count("@") <= 1
-    except ValueError:  # its text would quote a piece of the address
+    except ValueError:  # its text would quote part of the address
         sound = False
     if not sound or not address.startswith(("postgresql://", "postgres://", "postgresql+psycopg://")):
         raise ValueError(
@@ -147,10 +147,9 @@ def database_address(secret: SecretStr) -> SecretStr:
 
 
 def absolute_folder(path: Path) -> Path:
-    if os.path.exists(path) and not os.path.isdir(
-        path
-    ):  # unlike Path's own they say no where we may not look
-        raise ValueError(f"{path} is a file; it has to be a folder")
+    # Unlike the methods of Path these return False for a path that may not be read.
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ValueError(f"{path} is a file; it must be a folder")
     return path
 
 
@@ -178,7 +177,7 @@ def _any_instant(raw: object) -> int:
 
 
 def parse_timeframe(raw: object) -> Timeframe:
-    """The timeframe of a written one. Raises ValueError that names all eight."""
+    """Parses a timeframe. Raises ValueError that names all eight."""
     try:
         return Timeframe(str(raw))
     except ValueError:
@@ -206,7 +205,7 @@ def not_empty(values: Entries) -> Entries:
 
 
 def as_date(raw: object) -> date:
-    """A calendar date, without a time or a zone: it is the market's."""
+    """A calendar date of the market, without time and zone."""
     if isinstance(raw, date) and not isinstance(raw, datetime):
         return raw
     try:
@@ -219,18 +218,20 @@ def as_date(raw: object) -> date:
 
 def calendar_name(name: str) -> str:
     if name not in (*CLASS_CALENDARS, DEFAULT_CALENDAR):
-        # Half a second with pandas behind it: paid by those who name another calendar only.
+        # Takes half a second and imports pandas: for other calendars only.
         from exchange_calendars import get_calendar_names
 
         known = get_calendar_names(include_aliases=True)
         if name not in known:
-            raise ValueError(f"{name!r} is no exchange calendar; {hint(name, (*CLASS_CALENDARS, *known))}")
+            raise ValueError(
+                f"{name!r} is not an exchange calendar; {hint(name, (*CLASS_CALENDARS, *known))}"
+            )
     return name
 
 
 @cache
 def resolved_calendar(calendar: str) -> str:
-    """The exchange calendar that a name or an alias means: NYSE is XNYS."""
+    """The exchange calendar of a name or an alias: NYSE is XNYS."""
     if calendar == DEFAULT_CALENDAR:
         return calendar
     from exchange_calendars import resolve_alias
@@ -239,16 +240,16 @@ def resolved_calendar(calendar: str) -> str:
 
 
 def no_section(raw: object) -> object:
-    """A section that is left empty in the file."""
+    """An empty section of the file is an empty mapping."""
     return {} if raw is None else raw
 
 
 def nothing_is_empty(raw: object) -> object:
-    """A list that is left empty in the file."""
+    """An empty list of the file is an empty tuple."""
     return () if raw is None else raw
 
 
-# Strict models take no list for a tuple, and YAML and JSON have lists only.
+# Strict models reject a list for a tuple, and YAML and JSON have lists only.
 Many = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_once_each)]
 Url = Annotated[str, AfterValidator(_url)]
 _AS_ISO = PlainSerializer(iso, return_type=str, when_used="json")

@@ -1,10 +1,10 @@
 """The local market: a server on loopback that speaks the providers' wire formats.
 
-It is the users' sandbox, the demo's data source and what the tests talk to. Belongs here: markets
-(synthetic, replayed), wire formats of providers as servers, faults, and the control routes.
+It serves users' experiments, the demo and the tests. In scope: markets (synthetic, replayed), the
+providers' wire formats as servers, faults, and the control routes.
 
-Does not belong here: anything of the real clients. The simulator imports `domain` and nothing else
-of the project, so that an error in a provider cannot be mirrored by the market that tests it.
+Out of scope: code of the real clients. The simulator imports `domain` and `loopback` only, so that an
+error in a provider client cannot be repeated in the market that tests it.
 """
 
 from fks_backfill_dagster.simulator.config import MarketConfig, Outage

@@ -1,7 +1,7 @@
-"""Which rows a provider lacks in its outages.
+"""Which rows are missing because of a provider's outages.
 
-Belongs here: the rule, over opens and ends. Not here: what is planted (`state`), trades that did not
-happen (the markets leave those minutes out themselves).
+In scope: the rule, over opens and ends. Out of scope: the planted outages (`state`) and minutes without
+trades (the markets omit them).
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from fks_backfill_dagster.domain.ranges import Instants, RangeSet
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE
 
 
-def lacking(opens: Instants, ends: Instants, outage: RangeSet, hours: RangeSet | None) -> NDArray[np.bool_]:
-    """For each row `[open, end)` whether `outage` takes it.
+def missing_rows(
+    opens: Instants, ends: Instants, outage: RangeSet, hours: RangeSet | None
+) -> NDArray[np.bool_]:
+    """For each row `[open, end)` whether `outage` removes it.
 
-    It does if the row holds a minute of trading that opens in the outage, or nothing but minutes of it.
-    `hours` are the trading hours that count for these rows, None for a market that never closes: a stock's
-    day is not touched by an outage overnight. Whether anybody traded in a minute is not asked: a provider
-    that lacks a quiet minute does not know that it was quiet.
+    A row is removed if it contains a trading minute that opens in the outage, or only minutes of the outage.
+    `hours` are the trading hours that apply to these rows, None for a market that never closes: an overnight
+    outage does not affect a stock's day. Minutes without trades count as well: a provider without data of a
+    minute cannot distinguish it from one with trades.
     """
     minutes = RangeSet.from_arrays(_ceil(outage.starts), _ceil(outage.ends))
     traded = minutes if hours is None else minutes & hours

@@ -1,7 +1,7 @@
 """Alpha Vantage's time series of stocks: always status 200, New York time, newest first.
 
-Only the wire format: functions, months, free and premium keys, and messages, which are those quoted in
-public. A key that begins with `free` is one of the free plan; any other has all rights.
+Only the wire format: functions, months, free and premium keys, and the messages, which are those quoted in
+public. A key that begins with `free` belongs to the free plan; any other key is a premium one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INTERVALS: Mapping[str, int] = {f"{n}min": n * MICROS_PER_MINUTE for n in (1, 5,
 COMPACT = 100
 _TRAILING_DAYS = 30
 _FIELDS = ("1. open", "2. high", "3. low", "4. close", "5. volume")
-_LONGEST = 40 * 366 * MICROS_PER_DAY  # before now: longer than any history here
+_MAX_HISTORY = 40 * 366 * MICROS_PER_DAY  # before now: longer than any history here
 _PREMIUM = (
     "Thank you for using Alpha Vantage! This is a premium endpoint. You may subscribe to any of the premium "
     "plans at https://www.alphavantage.co/premium/ to instantly unlock all premium endpoints"
@@ -45,8 +45,8 @@ _BAD_KEY = (
 )
 
 
-class Refused(Exception):
-    """What is answered instead of a series: `field` is `Error Message` or `Information`."""
+class ErrorResponse(Exception):
+    """The response in place of a series; `field` is `Error Message` or `Information`."""
 
     def __init__(self, field: str, text: str) -> None:
         super().__init__(text)
@@ -62,15 +62,15 @@ class AlphaVantage:
         self._sandbox = sandbox
 
     def charge(self, call: Call) -> Reply | None:
-        """Only free keys have limits, and they are told with status 200."""
+        """Only free keys have limits; a rejection has status 200."""
         key = call.query.get("apikey", "")
         if not _is_free(key):
             return None
         meters = self._sandbox.meters
-        if meters["alphavantage_burst"].charge(1).refused is not None:
-            return _said(Refused("Information", _BURST))
-        if meters["alphavantage"].charge(1).refused is not None:
-            return _said(Refused("Information", _daily_limit(key, meters["alphavantage"].limit)))
+        if meters["alphavantage_burst"].charge(1).status is not None:
+            return _error_reply(ErrorResponse("Information", _BURST))
+        if meters["alphavantage"].charge(1).status is not None:
+            return _error_reply(ErrorResponse("Information", _daily_limit(key, meters["alphavantage"].limit)))
         return None
 
     def extra_headers(self) -> tuple[tuple[str, str], ...]:
@@ -81,16 +81,16 @@ class AlphaVantage:
 
     def error(self, status: int, retry_after: int) -> Reply:
         if status == 429:
-            return _said(Refused("Information", _BURST))
+            return _error_reply(ErrorResponse("Information", _BURST))
         return Reply(b"<html><body><h1>Service Unavailable</h1></body></html>", status, "text/html")
 
-    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
+    def with_other_symbol(self, call: Call, symbol: str, other: str | None) -> Answer:
         other = self._sandbox.other_symbol("alphavantage", Instrument(AssetClass.STOCKS, symbol), other)
         if other is None:
             return self.answer(call)
-        lie = self.answer(Call(call.path, {**call.query, "symbol": other}, call.headers, call.base_url))
-        body = lie.reply.body.replace(f'"2. Symbol":"{other}"'.encode(), f'"2. Symbol":"{symbol}"'.encode())
-        return Answer(Reply(body), lie.endpoint, 1, symbol, lie.span, lie.rows)
+        found = self.answer(Call(call.path, {**call.query, "symbol": other}, call.headers, call.base_url))
+        body = found.reply.body.replace(f'"2. Symbol":"{other}"'.encode(), f'"2. Symbol":"{symbol}"'.encode())
+        return Answer(Reply(body), found.endpoint, 1, symbol, found.span, found.rows)
 
     def answer(self, call: Call) -> Answer:
         if call.path != "/query":
@@ -107,21 +107,21 @@ class AlphaVantage:
                 reply, span = self._intraday(what, call.query)
             else:
                 raise _bad_call(function)
-        except Refused as refused:
-            return Answer(_said(refused), function or "query", 1, symbol)
+        except ErrorResponse as error:
+            return Answer(_error_reply(error), function or "query", 1, symbol)
         return Answer(reply, function, 1, symbol, span, ROWS)
 
     def _check_key(self, key: str) -> None:
         if not key or key in self._sandbox.config.bad_keys:
-            raise Refused("Error Message", _BAD_KEY)
+            raise ErrorResponse("Error Message", _BAD_KEY)
 
     def _daily(self, what: Instrument, query: Mapping[str, str]) -> tuple[Reply, TimeRange]:
-        """Days of the regular session, as traded, named by their date. The running day is not there yet."""
+        """Days of the regular session, as traded, keyed by date; the running day is absent."""
         full = query.get("outputsize") == "full"
         if full and _is_free(query.get("apikey", "")):
-            raise Refused("Information", _PREMIUM)
+            raise ErrorResponse("Information", _PREMIUM)
         now = self._sandbox.clock.now()
-        reach = _LONGEST if full else 2 * COMPACT * MICROS_PER_DAY
+        reach = _MAX_HISTORY if full else 2 * COMPACT * MICROS_PER_DAY
         frame = SessionRuler(MICROS_PER_DAY).frame(TimeRange(now - reach, now)).closed(now)
         if not full:
             frame = frame.take(slice(-COMPACT, None))
@@ -141,7 +141,7 @@ class AlphaVantage:
         if interval not in INTERVALS:
             raise _bad_call("TIME_SERIES_INTRADAY")
         if _is_free(query.get("apikey", "")):
-            raise Refused("Information", _PREMIUM)
+            raise ErrorResponse("Information", _PREMIUM)
         now, length = self._sandbox.clock.now(), INTERVALS[interval]
         window = self._window(query.get("month"), now)
         extended = query.get("extended_hours", "true") != "false"
@@ -164,7 +164,7 @@ class AlphaVantage:
         return _page(meta, f"Time Series ({interval})", names, bars), window
 
     def _window(self, month: str | None, now: int) -> TimeRange:
-        """A month of New York, or the last days."""
+        """A New York calendar month, or the trailing days."""
         if month is None:
             return TimeRange(now - _TRAILING_DAYS * MICROS_PER_DAY, now)
         if not re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", month):
@@ -178,9 +178,9 @@ def _is_free(key: str) -> bool:
     return key.lower().startswith("free")
 
 
-def _bad_call(function: str) -> Refused:
+def _bad_call(function: str) -> ErrorResponse:
     docs = "(https://www.alphavantage.co/documentation/)"
-    return Refused(
+    return ErrorResponse(
         "Error Message", f"Invalid API call. Please retry or visit the documentation {docs} for {function}."
     )
 
@@ -193,8 +193,8 @@ def _daily_limit(key: str, limit: int | None) -> str:
     )
 
 
-def _said(refused: Refused) -> Reply:
-    return Reply(orjson.dumps({refused.field: str(refused)}))
+def _error_reply(error: ErrorResponse) -> Reply:
+    return Reply(orjson.dumps({error.field: str(error)}))
 
 
 def _texts(walls: np.typing.NDArray[np.int64]) -> list[str]:
@@ -204,7 +204,7 @@ def _texts(walls: np.typing.NDArray[np.int64]) -> list[str]:
 
 
 def _page(meta: Mapping[str, str | None], key: str, names: Sequence[str], bars: Bars) -> Reply:
-    """The newest first. Prices have four decimals, or as many as the source has."""
+    """Newest first. Prices have at least four decimals, more if the source has more."""
     *prices, volume = bars.texts()
     if bars.scale.price < 4:
         raised = 10 ** (4 - bars.scale.price)
@@ -215,7 +215,7 @@ def _page(meta: Mapping[str, str | None], key: str, names: Sequence[str], bars: 
 
 
 def _written(meta: Mapping[str, Any], key: str, rows: Sequence[Row]) -> bytes:
-    """By hand: a page with the same stamp twice is one that a fault wants."""
+    """Written without a dict: the fault `duplicated` needs pages with a repeated key."""
     series = ",".join(
         f"{orjson.dumps(name).decode()}:{orjson.dumps(dict(zip(_FIELDS, cells, strict=True))).decode()}"
         for name, *cells in rows
@@ -237,7 +237,7 @@ def _take(page: Any) -> list[Row]:
 
 
 def _put(page: Any, rows: list[Row]) -> bytes:
-    """Stamps keep their form: a date where all of them are one."""
+    """Daily pages keep dates as keys."""
     key = _series_key(page)
     names = _texts(wall(np.array([row[0] for row in rows], dtype=np.int64), NEW_YORK)) if rows else []
     if key == "Time Series (Daily)":

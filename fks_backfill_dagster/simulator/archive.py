@@ -1,6 +1,6 @@
 """Binance's public archives: zipped months and days of klines with their checksums.
 
-Only which file exists when, and what is in it. The rows are those of `binance`.
+Only which files exist at which time, and their content. The rows are those of `binance`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,24 @@ from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime, to_micros
 from fks_backfill_dagster.simulator import binance
 from fks_backfill_dagster.simulator.bars import Step
-from fks_backfill_dagster.simulator.faults import FILE, ROWS, Asked, Fault, Kind, Row, mixed, spoil
+from fks_backfill_dagster.simulator.faults import (
+    FILE,
+    ROWS,
+    Fault,
+    Kind,
+    RequestedSpan,
+    Row,
+    apply_fault,
+    mixed,
+)
 from fks_backfill_dagster.simulator.state import Instrument, Sandbox
 from fks_backfill_dagster.simulator.wire import Answer, Call, Reply
 
 MICROSECONDS_FROM = to_micros(datetime(2025, 1, 1, tzinfo=UTC))
-"""Rows that open from here on carry microseconds; earlier ones milliseconds."""
+"""Rows that open from here on are stamped in microseconds, earlier ones in milliseconds."""
 
 MONTHLY_LAG = 3 * MICROS_PER_DAY
-"""After the first Monday of the next month. Daily files are there when their day is over."""
+"""After the first Monday of the next month. Daily files are published when their day is over."""
 
 HEADER = (
     b"open_time,open,high,low,close,volume,close_time,quote_volume,count,"
@@ -82,7 +91,7 @@ class Archives:
     def error(self, status: int, retry_after: int) -> Reply:
         return Reply(b"<Error><Code>InternalError</Code></Error>", status, "application/xml")
 
-    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
+    def with_other_symbol(self, call: Call, symbol: str, other: str | None) -> Answer:
         return self.answer(call)
 
     def answer(self, call: Call) -> Answer:
@@ -106,7 +115,11 @@ class Archives:
             )
         digest = sha256(body).hexdigest()
         wrong = self._sandbox.faults.pick(
-            self.name, frozenset({Kind.WRONG_CHECKSUM}), archive.symbol, call.path, Asked(archive.period)
+            self.name,
+            frozenset({Kind.WRONG_CHECKSUM}),
+            archive.symbol,
+            call.path,
+            RequestedSpan(archive.period),
         )
         if wrong is not None:
             digest, fault = sha256(body + b"?").hexdigest(), wrong
@@ -116,7 +129,7 @@ class Archives:
         )
 
     def prepare(self, symbol: str, timeframe: Timeframe, window: TimeRange) -> tuple[int, int]:
-        """Makes every published month and day that touches `window`; (how many, bytes)."""
+        """Builds every published month and day that overlaps `window`; returns (files, bytes)."""
         files = size = 0
         for grain in ("monthly", "daily"):
             at = _period(grain, to_datetime(window.start))
@@ -131,7 +144,7 @@ class Archives:
         if body is None:
             return None, None
         fault = self._sandbox.faults.pick_file(
-            self.name, ROWS | FILE, archive.symbol, archive.path, Asked(archive.period)
+            self.name, ROWS | FILE, archive.symbol, archive.path, RequestedSpan(archive.period)
         )
         if fault is None or fault.kind is Kind.ARCHIVE_404:
             return (body if fault is None else None), fault
@@ -140,19 +153,19 @@ class Archives:
             return body[:middle] + bytes(b ^ 0xFF for b in body[middle : middle + 16]) + body[
                 middle + 16 :
             ], fault
-        return self._spoiled(archive, fault), fault
+        return self._with_faulty_rows(archive, fault), fault
 
-    def _spoiled(self, archive: Archive, fault: Fault) -> bytes:
+    def _with_faulty_rows(self, archive: Archive, fault: Fault) -> bytes:
         fields, unit = binance.ROWS.fields, _unit(archive.period)
         if fault.kind is Kind.OTHER_SYMBOL:
-            asked = Instrument(AssetClass.CRYPTO, archive.symbol)
-            other = self._sandbox.other_symbol("binance", asked, fault.other) or archive.symbol
+            requested = Instrument(AssetClass.CRYPTO, archive.symbol)
+            other = self._sandbox.other_symbol("binance", requested, fault.other) or archive.symbol
             theirs = replace(archive, symbol=other)
             if fault.only is None:
                 return _zipped(archive.name, self._text(theirs))
             rows = mixed(self._rows(archive), self._rows(theirs), fields, unit, fault.only)
         else:
-            rows = spoil(fault, self._rows(archive), fields, unit)
+            rows = apply_fault(fault, self._rows(archive), fields, unit)
         header = HEADER if self._has_header(archive) else b""
         return _zipped(
             archive.name, header + "".join(",".join(map(str, row)) + "\n" for row in rows).encode()
@@ -164,7 +177,7 @@ class Archives:
         return [[int(ts), *rest] for ts, *rest in (line.split(",") for line in lines)]
 
     def _file(self, archive: Archive) -> bytes | None:
-        """The honest file; None where there is none (yet)."""
+        """The file without faults; None if it is not published (yet)."""
         if not self._published(archive):
             return None
         body = self._sandbox.prepared.get(archive)
@@ -178,10 +191,10 @@ class Archives:
 
     def _published(self, archive: Archive) -> bool:
         market = self._sandbox.crypto["binance"]
-        if not market.knows(archive.symbol):
+        if not market.has_symbol(archive.symbol):
             return False
         if archive.grain == "daily" and archive.timeframe is Timeframe.W1:
-            return False  # weeks are only published by the month they open in
+            return False  # weekly candles are published only in the month in which they open
         end, now = archive.period.end, self._sandbox.clock.now()
         if self._sandbox.replays:
             listing = market.listing(archive.symbol)
@@ -201,7 +214,7 @@ class Archives:
 
 
 def _archive(match: re.Match[str]) -> Archive | None:
-    """The file a path means; None for an interval or a date that is none."""
+    """The file of a path; None for an invalid interval or date."""
     if match["interval"] not in list(Timeframe) or (match["grain"] == "daily") != (
         len(match["period"]) == 10
     ):
@@ -233,7 +246,7 @@ def _unit(period: TimeRange) -> int:
 
 
 def _zipped(name: str, text: bytes) -> bytes:
-    """Always the same bytes for the same text: the entry's date is fixed."""
+    """Deterministic: the entry has a fixed date."""
     buffer = io.BytesIO()
     entry = zipfile.ZipInfo(f"{name}.csv", date_time=(2020, 1, 1, 0, 0, 0))
     entry.compress_type = zipfile.ZIP_DEFLATED

@@ -1,7 +1,7 @@
-"""Candles as exact decimals: integers with a number of digits, their grid, their aggregation and their text.
+"""Candles as exact decimals: scaled integers, their grid, aggregation and text.
 
-Belongs here: what every market and every wire format of the sandbox shares. Nothing here knows
-where candles come from or how a provider spells them.
+Shared by all markets and wire formats; independent of the source of candles and of the providers'
+formats.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SUNDAY_WEEKS = Step(MICROS_PER_WEEK, FIRST_MONDAY - MICROS_PER_DAY)
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How many decimal digits the integers of a block stand for."""
+    """The number of decimal digits of a block's scaled integers."""
 
     price: int
     volume: int
@@ -55,8 +55,8 @@ class Scale:
 class Bars:
     """Candles of one series, ascending: integers in units of 10**-digits.
 
-    `volume` is None where the source has none. `verbatim` holds the five columns as they stood in
-    a replayed file; such a block is served with exactly these texts.
+    `volume` is None where the source has none. `verbatim` holds the five columns of a replayed file as
+    text; such a block is served with exactly these texts.
     """
 
     ts: Instants
@@ -72,7 +72,7 @@ class Bars:
         return len(self.ts)
 
     def take(self, selector: NDArray[np.bool_] | slice) -> Bars:
-        """The rows of a boolean mask or a slice."""
+        """The rows selected by a boolean mask or a slice."""
         return Bars(
             self.ts[selector],
             self.open[selector],
@@ -104,7 +104,7 @@ class Bars:
         )
 
     def texts(self) -> tuple[list[str], ...]:
-        """The five value columns as decimal text; an absent volume is the empty text."""
+        """The five value columns as decimal text; an absent volume is empty text."""
         if self.verbatim is not None:
             return tuple(column.tolist() for column in self.verbatim)
         prices = [
@@ -114,7 +114,7 @@ class Bars:
         return (*prices, volume)
 
     def shifted(self, ppm: int) -> Bars:
-        """Every price moved by `ppm` millionths, rounded down. Monotone, so aggregation still fits."""
+        """Every price moved by `ppm` millionths, rounded down. Monotone, so it commutes with aggregation."""
         if ppm == 0:
             return self
 
@@ -132,8 +132,8 @@ class Bars:
 
 
 def concat(blocks: Sequence[Bars]) -> Bars:
-    """One block out of at least one, all of the same symbol."""
-    # An empty block of a replay has the scale of a file that another block does not come from.
+    """Joins one or more blocks of the same symbol."""
+    # An empty block of a replay can have the scale of a different file.
     blocks = [block for block in blocks if len(block)] or blocks[:1]
     if len(blocks) == 1:
         return blocks[0]
@@ -153,7 +153,7 @@ def concat(blocks: Sequence[Bars]) -> Bars:
 
 
 def aggregate(bars: Bars, step: Step) -> Bars:
-    """Coarser candles: open first, high max, low min, close last, volume sum; no part, no candle."""
+    """Coarser candles: open first, high max, low min, close last, volume sum. Without parts there is no candle."""
     if len(bars) == 0:
         return replace(bars, verbatim=None)
     opens = bars.ts - (bars.ts - step.origin) % step.length

@@ -1,7 +1,7 @@
-"""Binance spot REST: klines and the three small endpoints clients ask first.
+"""Binance spot REST: klines, ping, time and exchangeInfo.
 
 Only the wire format: parameters and their errors, the twelve columns, the weight. Error texts are
-those of the official errors.md and of answers quoted in public.
+those of the official errors.md and of responses quoted in public.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CSV_ROW = "%d,%s,%s,%s,%s,%s,%d,%s,%d,%s,%s,0\n"
 
 
 class BadRequest(Exception):
-    """A parameter Binance would refuse, with its code."""
+    """A parameter that Binance rejects, with its error code."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -40,8 +40,8 @@ class BadRequest(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """A klines request after parsing. `start` and `end` (inclusive) are microseconds or absent."""
+class KlinesRequest:
+    """A klines request after parsing. `start` and `end` (inclusive) are microseconds or None."""
 
     symbol: str
     timeframe: Timeframe
@@ -60,11 +60,11 @@ class Binance:
 
     def charge(self, call: Call) -> Reply | None:
         verdict = self._sandbox.meters["binance"].charge(_WEIGHTS.get(_endpoint(call), 1))
-        return None if verdict.refused is None else self.error(verdict.refused, verdict.retry_after)
+        return None if verdict.status is None else self.error(verdict.status, verdict.retry_after)
 
     def extra_headers(self) -> tuple[tuple[str, str], ...]:
         meter = self._sandbox.meters["binance"]
-        if meter.limit is None:  # weight beyond a limit that is off would make honest clients pause
+        if meter.limit is None:  # without a limit, the reported weight would make clients pause
             return ()
         used = str(meter.used)
         return (("x-mbx-used-weight", used), ("x-mbx-used-weight-1m", used))
@@ -88,7 +88,7 @@ class Binance:
             return Answer(reply, endpoint, weight, symbol=call.query.get("symbol"))
         return Answer(Reply(b"<html><body><h2>404 Not found</h2></body></html>", 404, "text/html"), "unknown")
 
-    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
+    def with_other_symbol(self, call: Call, symbol: str, other: str | None) -> Answer:
         other = self._sandbox.other_symbol("binance", Instrument(AssetClass.CRYPTO, symbol), other)
         if other is None:
             return self.answer(call)
@@ -99,7 +99,7 @@ class Binance:
         return plain
 
     def error(self, status: int, retry_after: int) -> Reply:
-        if status in (403, 451):  # a firewall and the law answer before the exchange does
+        if status in (403, 451):  # returned by a firewall in front of the exchange
             return Reply(b"<html><body>Request blocked.</body></html>", status, "text/html")
         limit = self._sandbox.meters["binance"].limit or self._sandbox.config.weight_per_minute
         until = self._sandbox.clock.now() // 1000 + retry_after * 1000
@@ -123,18 +123,18 @@ class Binance:
         return Reply(orjson.dumps({"code": code, "msg": message}), status, headers=waits)
 
     def _klines(self, call: Call) -> Answer:
-        ask = parse(call.query)
-        if not self._sandbox.crypto["binance"].knows(ask.symbol):
+        request = parse(call.query)
+        if not self._sandbox.crypto["binance"].has_symbol(request.symbol):
             raise BadRequest(-1121, "Invalid symbol.")
-        ask = self._canonical(ask)
-        body = self._sandbox.prepared.get(ask)
-        reply = Reply(json_rows(self._page(ask), ask.timeframe) if body is None else body)
-        return Answer(reply, "klines", 2, ask.symbol, _span(ask), ROWS)
+        request = self._canonical(request)
+        body = self._sandbox.prepared.get(request)
+        reply = Reply(json_rows(self._page(request), request.timeframe) if body is None else body)
+        return Answer(reply, "klines", 2, request.symbol, _span(request), ROWS)
 
     def prepare(
         self, symbol: str, timeframe: Timeframe, window: TimeRange, limit: int, stride: int
     ) -> tuple[int, int]:
-        """Makes pages of `limit` candles, one every `stride` from `window.start` on; (how many, bytes).
+        """Builds pages of `limit` candles, one every `stride` from `window.start` on; returns (pages, bytes).
 
         Only closed candles: the last page ends before the forming one.
         """
@@ -145,47 +145,47 @@ class Binance:
         pages = size = 0
         for at in range(start, end, stride * step.length):
             last = min(at + limit * step.length, end) - step.length
-            ask = self._canonical(Ask(symbol, timeframe, at, last, limit))
-            body = json_rows(self._page(ask), timeframe)
-            self._sandbox.prepared.put(ask, body)
+            request = self._canonical(KlinesRequest(symbol, timeframe, at, last, limit))
+            body = json_rows(self._page(request), timeframe)
+            self._sandbox.prepared.put(request, body)
             pages, size = pages + 1, size + len(body)
         return pages, size
 
-    def _canonical(self, ask: Ask) -> Ask:
-        """The same question in one spelling: on the grid, and with the end that the limit gives it.
+    def _canonical(self, request: KlinesRequest) -> KlinesRequest:
+        """The canonical form of a request: on the grid, with the end that the limit implies.
 
-        So a prepared page is found whatever end a client names behind it. Where an outage touches
-        the page the limit reaches further than the grid tells, and the question stays as it is.
+        A prepared page is then found for any later `endTime` of a client. If an outage overlaps the page,
+        the limit reaches further than the grid implies, and the request is unchanged.
         """
-        if ask.start is None:
-            return ask
-        step = Step.of(ask.timeframe)
-        listed = self._sandbox.crypto["binance"].listing(ask.symbol).start
-        start = max(step.ceil(ask.start), step.floor(listed))
-        full = start + (ask.limit - 1) * step.length
-        end = full if ask.end is None else step.floor(ask.end)
-        if end <= full and ask.end is not None:
-            return Ask(ask.symbol, ask.timeframe, start, end, MAX_LIMIT)
+        if request.start is None:
+            return request
+        step = Step.of(request.timeframe)
+        listed = self._sandbox.crypto["binance"].listing(request.symbol).start
+        start = max(step.ceil(request.start), step.floor(listed))
+        full = start + (request.limit - 1) * step.length
+        end = full if request.end is None else step.floor(request.end)
+        if end <= full and request.end is not None:
+            return KlinesRequest(request.symbol, request.timeframe, start, end, MAX_LIMIT)
         page = TimeRange(start, full + step.length)
-        absences = self._sandbox.absences("binance", ask.symbol)
+        absences = self._sandbox.absences("binance", request.symbol)
         if self._sandbox.replays or any(r.intersect(page) for r in absences):
-            return Ask(ask.symbol, ask.timeframe, start, ask.end, ask.limit)
-        return Ask(ask.symbol, ask.timeframe, start, full, MAX_LIMIT)
+            return KlinesRequest(request.symbol, request.timeframe, start, request.end, request.limit)
+        return KlinesRequest(request.symbol, request.timeframe, start, full, MAX_LIMIT)
 
-    def _page(self, ask: Ask) -> Bars:
-        step, now = Step.of(ask.timeframe), self._sandbox.clock.now()
-        listing = self._sandbox.crypto["binance"].listing(ask.symbol)
-        start = max(ask.start or 0, step.floor(listing.start))
-        end = min(now, listing.end) if ask.end is None else min(ask.end, now, listing.end)
-        window = TimeRange(start, max(start, end + 1))  # bounds are inclusive on the open
-        read = partial(self._sandbox.bars, "binance", ask.symbol, step)
-        pick = newest if ask.start is None else oldest
-        return pick(read, step.length, window, ask.limit)
+    def _page(self, request: KlinesRequest) -> Bars:
+        step, now = Step.of(request.timeframe), self._sandbox.clock.now()
+        listing = self._sandbox.crypto["binance"].listing(request.symbol)
+        start = max(request.start or 0, step.floor(listing.start))
+        end = min(now, listing.end) if request.end is None else min(request.end, now, listing.end)
+        window = TimeRange(start, max(start, end + 1))  # bounds are inclusive, by open time
+        read = partial(self._sandbox.bars, "binance", request.symbol, step)
+        pick = newest if request.start is None else oldest
+        return pick(read, step.length, window, request.limit)
 
     def _exchange_info(self, query: Mapping[str, str]) -> bytes:
         market = self._sandbox.crypto["binance"]
         symbols = [query["symbol"]] if "symbol" in query else list(market.symbols())
-        if not all(map(market.knows, symbols)):
+        if not all(map(market.has_symbol, symbols)):
             raise BadRequest(-1121, "Invalid symbol.")
         limit = {"rateLimitType": "REQUEST_WEIGHT", "interval": "MINUTE", "intervalNum": 1}
         return orjson.dumps(
@@ -203,9 +203,9 @@ def _endpoint(call: Call) -> str:
     return call.path.removeprefix("/api/v3/")
 
 
-def _span(ask: Ask) -> TimeRange:
-    start = ask.start or 0
-    return TimeRange(start, max(start, ask.end + 1 if ask.end is not None else 2**62))
+def _span(request: KlinesRequest) -> TimeRange:
+    start = request.start or 0
+    return TimeRange(start, max(start, request.end + 1 if request.end is not None else 2**62))
 
 
 def _symbol_info(symbol: str) -> dict[str, object]:
@@ -227,8 +227,8 @@ def _symbol_info(symbol: str) -> dict[str, object]:
     }
 
 
-def parse(query: Mapping[str, str]) -> Ask:
-    """The parameters of klines. Raises BadRequest as Binance would answer."""
+def parse(query: Mapping[str, str]) -> KlinesRequest:
+    """The parameters of klines. Raises BadRequest with Binance's errors."""
     for name in ("symbol", "interval"):
         if name not in query:
             raise BadRequest(
@@ -245,7 +245,7 @@ def parse(query: Mapping[str, str]) -> Ask:
     if limit == 0:
         raise BadRequest(-1130, "Data sent for parameter 'limit' is not valid.")
     start, end = _whole_number(query, "startTime"), _whole_number(query, "endTime")
-    return Ask(
+    return KlinesRequest(
         query["symbol"],
         Timeframe(query["interval"]),
         None if start is None else start * 1000,
@@ -281,7 +281,7 @@ def _cells(bars: Bars, timeframe: Timeframe, unit: int) -> tuple[object, ...]:
     """The first eleven columns of all rows, flat.
 
     Close time is the last moment of the candle in its unit. Quote volume, trade count and taker
-    volumes follow from close and volume: nobody reads them as truth.
+    volumes are derived from close and volume; clients do not use them.
     """
     opened, high, low, close, volume = bars.texts()
     if bars.volume is None:

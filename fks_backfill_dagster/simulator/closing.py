@@ -1,11 +1,11 @@
-"""Markets that close: what one is to the wire formats, and the synthetic stocks and currencies.
+"""Markets that close: their interface for wire formats, and the synthetic stocks and currencies.
 
 A minute's candle is a pure function of (seed, symbol, time), as everywhere in the sandbox. Unlike
-crypto, there is none outside the trading hours, and none in a quiet minute: in a few single minutes
-and in some whole quarters of an hour nobody trades; before and after a stock's session hardly anybody.
-A stock's day is the official one of its exchange: with the auctions, which no minute holds (`official`).
+crypto, there are no candles outside the trading hours and in minutes without trades: a few single
+minutes, some whole quarters of an hour, and most minutes before and after a stock's session.
+A stock's day is the official one of its exchange, with the auctions, which no minute contains (`official`).
 
-Not here: how a wire format cuts bars (`frames`), replayed files (`replay_closing`).
+Out of scope: the bar boundaries of wire formats (`frames`), replayed files (`replay_closing`).
 """
 
 from __future__ import annotations
@@ -27,46 +27,46 @@ from fks_backfill_dagster.simulator import generator
 from fks_backfill_dagster.simulator.bars import Bars, Scale, concat
 from fks_backfill_dagster.simulator.frames import Frame, SessionRuler, fill, of_grid
 from fks_backfill_dagster.simulator.generator import CHUNK, Profile
-from fks_backfill_dagster.simulator.market import FOR_EVER, LISTED, UNKNOWN_BASES
+from fks_backfill_dagster.simulator.market import LISTED, NO_END, UNKNOWN_BASES
 from fks_backfill_dagster.simulator.sessions import stock_sessions
 from fks_backfill_dagster.simulator.splits import Split, as_traded, of_symbol
 
 _CODES = "AUD CAD CHF CNH EUR GBP HKD JPY MXN NOK NZD PLN SEK SGD TRY USD ZAR"
 CURRENCIES = frozenset(_CODES.split())
 
-# Parts of a thousand: minutes and quarters of an hour without a trade, and pre- and post-market
-# minutes with one.
+# Per thousand: minutes and quarters of an hour without trades, and pre- and post-market minutes with
+# trades.
 _QUIET_MINUTES, _QUIET_QUARTERS, _EXTENDED_MINUTES = 25, 4, 120
 _WEEKEND_MINUTES = 3  # of a currency pair
-# Streams of the generator; those of prices are below ten.
+# Streams of the generator; price streams are below ten.
 _MINUTE_STREAM, _QUARTER_STREAM, _AUCTION_STREAM = 100, 101, 102
-_STOCK_VOLUME = 1 << 17  # shares a minute, at most
-# How far an auction is from the trade beside it, in millionths, at most; and what a day's volume holds
-# beyond its minutes, in thousandths: the auctions, and what other venues report late.
+_STOCK_VOLUME = 1 << 17  # maximum shares a minute
+# Maximum distance of an auction price from the adjacent trade, in millionths; and a day's volume beyond the
+# sum of its minutes, in thousandths: the auctions and late reports of other venues.
 _AUCTION_MOVE, _LEAST_EXTRA, _EXTRA_SPREAD = 800, 50, 100
 
 
 class ClosingMarket(Protocol):
-    """Bars of stocks or of currency pairs. Symbols are written without separator."""
+    """Bars of stocks or of currency pairs. Symbols have no separator."""
 
     @property
     def asset_class(self) -> AssetClass: ...
 
-    def knows(self, symbol: str) -> bool: ...
+    def has_symbol(self, symbol: str) -> bool: ...
 
     def symbols(self) -> tuple[str, ...]:
-        """Some symbols it knows: all of a replay, the well-known ones of a synthetic market."""
+        """Available symbols: all of a replay, a few examples of a synthetic market."""
         ...
 
     def listing(self, symbol: str) -> TimeRange:
-        """From the first trade to the end of the last candle (`FOR_EVER` for a live market)."""
+        """From the first trade to the end of the last candle (`NO_END` for a live market)."""
         ...
 
     def bars(self, symbol: str, frame: Frame, now: int, halts: RangeSet) -> Bars:
         """The bars of `frame` in which there was a trade before `now`; the last one may be forming.
 
-        Prices are as traded. The volume of a currency pair counts ticks, or is None. In the minutes of
-        a halt nobody trades. Outages of a provider are not the market's (`state`).
+        Prices are as traded. The volume of a currency pair counts ticks, or is None. The minutes of a
+        halt have no trades. Outages of providers are applied by `state`.
         """
         ...
 
@@ -78,15 +78,15 @@ class ClosingMarket(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SyntheticClosing:
-    """Made-up stocks or currency pairs. `listed` overrides LISTED: pairs (symbol, instant)."""
+    """Synthetic stocks or currency pairs. `listed` overrides LISTED: pairs (symbol, instant)."""
 
     asset_class: AssetClass
     seed: int = 1
     listed: tuple[tuple[str, int], ...] = ()
     splits: tuple[Split, ...] = ()
 
-    def knows(self, symbol: str) -> bool:
-        """Stocks are one to five letters, perhaps with a class (BRK.B), but for a few unknown names;
+    def has_symbol(self, symbol: str) -> bool:
+        """Stocks are one to five letters with an optional class (BRK.B), except a few unknown names;
         currency pairs are two of CURRENCIES."""
         if self.asset_class is AssetClass.FOREX:
             return {symbol[:3], symbol[3:]} <= CURRENCIES and symbol[:3] != symbol[3:]
@@ -98,10 +98,10 @@ class SyntheticClosing:
         return ("AAPL", "MSFT", "GOOG")
 
     def listing(self, symbol: str) -> TimeRange:
-        return TimeRange(dict(self.listed).get(symbol, LISTED), FOR_EVER)
+        return TimeRange(dict(self.listed).get(symbol, LISTED), NO_END)
 
     def bars(self, symbol: str, frame: Frame, now: int, halts: RangeSet) -> Bars:
-        """As in `ClosingMarket`; a stock's days are official ones, and its weeks are made of them."""
+        """As in `ClosingMarket`; a stock's days are official ones, its weeks are aggregated from them."""
         if self.asset_class is not AssetClass.STOCKS or frame.length < MICROS_PER_DAY:
             return self._filled(symbol, frame, now, halts)
         sessions = SessionRuler(MICROS_PER_DAY).frame(frame.hull)
@@ -132,20 +132,20 @@ class SyntheticClosing:
         return as_traded(minutes, of_symbol(self.splits, symbol))
 
     def _trades(self, profile: Profile, ts: Instants, extended: bool) -> NDArray[np.bool_]:
-        """The minutes in which anybody trades."""
+        """The minutes with trades."""
         luck, quarter = (
             (generator.draw(profile.key, stream, ts // MICROS_PER_MINUTE // of) % np.uint64(1000)).astype(int)
             for stream, of in ((_MINUTE_STREAM, 1), (_QUARTER_STREAM, 15))
         )
-        awake: NDArray[np.bool_] = (luck >= _QUIET_MINUTES) & (quarter >= _QUIET_QUARTERS)
+        active: NDArray[np.bool_] = (luck >= _QUIET_MINUTES) & (quarter >= _QUIET_QUARTERS)
         if self.asset_class is AssetClass.FOREX:
             week = grid_of(Series("", Timeframe.M1, AssetClass.FOREX)).contains(ts)
-            # There are quotes on Saturdays as well, and only some providers show them.
+            # There are quotes on Saturdays too; only some providers serve them.
             weekend = ~week & (luck < _WEEKEND_MINUTES) & np.bool_(extended)
-            traded: NDArray[np.bool_] = (awake & week) | weekend
+            traded: NDArray[np.bool_] = (active & week) | weekend
             return traded
         sessions = stock_sessions()
-        regular = awake & sessions.regular(ts)
+        regular = active & sessions.regular(ts)
         if not extended:
             return regular
         outside = sessions.trading(ts) & ~sessions.regular(ts) & (luck < _EXTENDED_MINUTES)
@@ -153,20 +153,20 @@ class SyntheticClosing:
         return both
 
     def truth(self, symbol: str, timeframe: Timeframe, window: TimeRange, now: int, halts: RangeSet) -> Bars:
-        # The candle of the first trade may open before it.
-        known = TimeRange(self.listing(symbol).start - Timeframe.W1.micros, FOR_EVER)
+        # The candle that contains the first trade can open before it.
+        known = TimeRange(self.listing(symbol).start - Timeframe.W1.micros, NO_END)
         frame = truth_frame(self.asset_class, timeframe, window.intersect(known), now)
         found = self.bars(symbol, frame, now, halts)
         return replace(found, volume=None) if self.asset_class is AssetClass.FOREX else found
 
 
 def official(key: int, days: Bars, over: NDArray[np.bool_]) -> Bars:
-    """The official days of a stock, of days that hold the minutes of the regular session.
+    """The official days of a stock, from days aggregated from the minutes of the regular session.
 
-    Open and close are those of the auctions: near the first and the last minute's, and within the
-    day's high and low, which are the minutes'. The volume is the consolidated one: 5 to 15 % above the
-    sum of the minutes. A day that is not `over` has had no closing auction yet. `key` is the symbol's; the
-    auctions of a day depend on it and on the date alone.
+    Open and close are auction prices: near the open of the first and the close of the last minute, and
+    within the day's high and low, which come from the minutes. The volume is consolidated: 5 to 15 % above the
+    sum of the minutes. A day that is not `over` has no closing auction yet. `key` is the symbol's; the
+    auctions of a day depend only on it and on the date.
     """
     bits = generator.draw(key, _AUCTION_STREAM, days.ts // MICROS_PER_DAY)
     moves = [
@@ -184,7 +184,7 @@ def official(key: int, days: Bars, over: NDArray[np.bool_]) -> Bars:
 
 
 def truth_frame(asset_class: AssetClass, timeframe: Timeframe, window: TimeRange, now: int) -> Frame:
-    """The project's own candles that open in `window` and are closed at `now`."""
+    """The candles of the project's grid that open in `window` and are closed at `now`."""
     grid = grid_of(Series("", timeframe, asset_class))
     end = max(window.start, min(window.end, grid.closed_end(now)))
     return of_grid(grid, timeframe.micros, TimeRange(window.start, end))
@@ -192,7 +192,7 @@ def truth_frame(asset_class: AssetClass, timeframe: Timeframe, window: TimeRange
 
 @lru_cache(maxsize=4096)
 def _profile(seed: int, symbol: str, asset_class: AssetClass) -> Profile:
-    """Stocks cost 50 to 500 and have two digits. Pairs have five digits, three where yen are the price."""
+    """Stocks: prices of 50 to 500 with two decimals. Pairs: five decimals, three if quoted in JPY."""
     named = f"{seed}:{asset_class}:{symbol}"
     key = int.from_bytes(blake2b(named.encode(), digest_size=8).digest(), "little")
     if asset_class is AssetClass.STOCKS:

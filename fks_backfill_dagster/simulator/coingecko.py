@@ -1,7 +1,7 @@
-"""CoinGecko's OHLC of coins: stamped at the close, coarser the further it goes back.
+"""CoinGecko's OHLC of coins: stamped at the close, coarser with age.
 
-Only the wire format: ids, granularity, what demo and paid keys may ask, and its three shapes of errors.
-Its market is that of BTC/USDT, quoted in dollars.
+Only the wire format: ids, granularity, the rights of demo and paid keys, and its three shapes of errors.
+Prices in `usd` are those of the USDT pairs.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ _RANGES = {"daily": (MICROS_PER_DAY, 180), "hourly": (MICROS_PER_HOUR, 744)}
 ROWS = Rows(Fields(ts=0, open=1, high=2, low=3, text=False), take=list, put=lambda page, rows: dumped(rows))
 
 
-class Refused(Exception):
-    """A request that CoinGecko would refuse; its body is a document of one of three shapes."""
+class BadRequest(Exception):
+    """A request that CoinGecko rejects; `document` is the error body, of one of three shapes."""
 
     def __init__(self, status: int, document: dict[str, Any]) -> None:
         super().__init__(str(document))
@@ -80,13 +80,13 @@ class CoinGecko:
 
     def charge(self, call: Call) -> Reply | None:
         verdict = self._sandbox.meters["coingecko"].charge(1)
-        return None if verdict.refused is None else self.error(verdict.refused, verdict.retry_after)
+        return None if verdict.status is None else self.error(verdict.status, verdict.retry_after)
 
     def extra_headers(self) -> tuple[tuple[str, str], ...]:
         return ()
 
     def spell(self, plain: str) -> str:
-        """The id of a pair's coin; what has none stays as it is."""
+        """The id of a pair's coin; a symbol without one is returned unchanged."""
         coins = {base: coin for coin, base in COINS.items()}
         return next(
             (coins[base] for base in coins if re.fullmatch(f"{base}(USD[TC]?|[A-Z]{{3}})", plain)), plain
@@ -104,12 +104,12 @@ class CoinGecko:
             return Reply(orjson.dumps({"error": "coin not found"}), 404)
         return Reply(orjson.dumps(_status(status, "Internal Server Error")), status)
 
-    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
-        wanted = () if other is None else (self.spell(other),)
-        other = next(coin for coin in (*wanted, "ethereum", "bitcoin") if coin != symbol)
+    def with_other_symbol(self, call: Call, symbol: str, other: str | None) -> Answer:
+        preferred = () if other is None else (self.spell(other),)
+        other = next(coin for coin in (*preferred, "ethereum", "bitcoin") if coin != symbol)
         path = call.path.replace(f"/{symbol}/", f"/{other}/")
-        lie = self.answer(Call(path, call.query, call.headers, call.base_url))
-        return Answer(lie.reply, lie.endpoint, 1, symbol, lie.span, lie.rows)
+        found = self.answer(Call(path, call.query, call.headers, call.base_url))
+        return Answer(found.reply, found.endpoint, 1, symbol, found.span, found.rows)
 
     def answer(self, call: Call) -> Answer:
         path = call.path.removeprefix("/api/v3")
@@ -125,18 +125,18 @@ class CoinGecko:
         try:
             paid = self._check_key(call)
             what = self._coin(match["coin"], call.query)
-            ask = self._range if match["range"] else self._recent
-            bars, step, span = ask(what, call.query, paid)
-        except Refused as refused:
-            return Answer(Reply(orjson.dumps(refused.document), refused.status), endpoint, 1, match["coin"])
+            read = self._range if match["range"] else self._recent
+            bars, step, span = read(what, call.query, paid)
+        except BadRequest as error:
+            return Answer(Reply(orjson.dumps(error.document), error.status), endpoint, 1, match["coin"])
         return Answer(Reply(_rows(bars, step)), endpoint, 1, match["coin"], span, ROWS)
 
     def _check_key(self, call: Call) -> bool:
-        """Whether the key is one of a paid plan. No key is as good as a demo key."""
+        """Whether the key belongs to a paid plan. Without a key a request has the rights of a demo key."""
         paid = call.headers.get("x-cg-pro-api-key") or call.query.get("x_cg_pro_api_key")
         demo = call.headers.get("x-cg-demo-api-key") or call.query.get("x_cg_demo_api_key")
         if (paid or demo) in self._sandbox.config.bad_keys:
-            raise Refused(
+            raise BadRequest(
                 401, _status(10002, "API Key Missing. Please make sure you're using the right key.")
             )
         return bool(paid)
@@ -144,20 +144,20 @@ class CoinGecko:
     def _coin(self, coin: str, query: Mapping[str, str]) -> Instrument:
         currency = query.get("vs_currency", "")
         if currency not in CURRENCIES:
-            raise Refused(400, {"error": "invalid vs_currency"})
+            raise BadRequest(400, {"error": "invalid vs_currency"})
         base = COINS.get(coin, "")
         found = self._sandbox.known("coingecko", AssetClass.CRYPTO, f"{base}{currency.upper()}")
         if not base or found is None:
-            raise Refused(404, {"error": "coin not found"})
+            raise BadRequest(404, {"error": "coin not found"})
         return found
 
     def _recent(self, what: Instrument, query: Mapping[str, str], paid: bool) -> tuple[Bars, Step, TimeRange]:
-        """Candles that close within the last `days`; the first may lack its beginning, the last is forming."""
+        """Candles that close within the last `days`; the first may be partial, the last is forming."""
         days = query.get("days", "")
         if days != "max" and not re.fullmatch(r"[1-9][0-9]{0,4}", days):
-            raise Refused(400, {"error": "Invalid value for days"})
+            raise BadRequest(400, {"error": "Invalid value for days"})
         if not paid and (days == "max" or int(days) > _DEMO_DAYS):
-            raise Refused(401, {"error": _too_old()})
+            raise BadRequest(401, {"error": _too_old()})
         now = self._sandbox.clock.now()
         listed = self._sandbox.listing("coingecko", what).start
         start = max(listed, 0 if days == "max" else now - int(days) * MICROS_PER_DAY)
@@ -166,17 +166,17 @@ class CoinGecko:
         return self._sandbox.bars("coingecko", what.name, step, window), step, TimeRange(start, now + 1)
 
     def _range(self, what: Instrument, query: Mapping[str, str], paid: bool) -> tuple[Bars, Step, TimeRange]:
-        """Closed candles of a paid plan, by their opens. The last UTC day is there at 00:35."""
+        """Closed candles of a paid plan, by open time. The last UTC day is available from 00:35."""
         if not paid:
-            raise Refused(401, _status(10005, "This request is limited to PRO API subscribers..."))
+            raise BadRequest(401, _status(10005, "This request is limited to PRO API subscribers..."))
         start, end = (query.get(name, "") for name in ("from", "to"))
         if query.get("interval") not in _RANGES or not (start.isdigit() and end.isdigit()):
-            raise Refused(400, {"error": "Invalid from, to or interval"})
+            raise BadRequest(400, {"error": "Invalid from, to or interval"})
         length, most = _RANGES[query["interval"]]
         window = TimeRange(int(start), max(int(start), int(end)))
         window = TimeRange(window.start * MICROS_PER_SECOND, window.end * MICROS_PER_SECOND)
         if window.duration > most * length:
-            raise Refused(400, {"error": f"The range is limited to {most} {query['interval']} candles"})
+            raise BadRequest(400, {"error": f"The range is limited to {most} {query['interval']} candles"})
         step = Step(length)
         known = window.intersect(TimeRange(RANGE_START, max(RANGE_START, window.end)))
         bars = self._sandbox.closed("coingecko", what.name, step, known)
@@ -206,7 +206,7 @@ def _too_old() -> dict[str, Any]:
 
 
 def _rows(bars: Bars, step: Step) -> bytes:
-    """`[closeMs, o, h, l, c]`; the decimal texts are the numbers."""
+    """`[closeMs, o, h, l, c]`; the decimal texts are used as JSON numbers."""
     if len(bars) == 0:
         return b"[]"
     closes = ((bars.ts + step.length) // 1000).tolist()

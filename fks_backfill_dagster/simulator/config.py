@@ -1,4 +1,4 @@
-"""The settings of the sandbox, and the written forms of what can be set: instants, outages."""
+"""The settings of the sandbox, and the text forms of instants and outages."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fks_backfill_dagster.simulator.splits import Split
 
 PROVIDERS = ("binance", "polygon", "yahoo", "alphavantage", "oanda", "coingecko")
 ALIASES = {"yfinance": "yahoo"}
-"""What the project calls a provider, where its address does not say so."""
+"""Provider names of the project that differ from the address."""
 
 EVERYWHERE = "all"
-"""The provider of an outage or a halt that hits all of them."""
+"""The provider of an outage or a halt that applies to all providers."""
 
 
 def instant(text: str) -> int:
@@ -32,23 +32,23 @@ def plain_symbol(symbol: str) -> str:
 
 
 class Absence(StrEnum):
-    """Why minutes are absent: what decides what becomes of the coarser candles around them."""
+    """The cause of absent minutes, which decides how coarser candles are affected."""
 
-    OUTAGE = "outage"  # there were trades, and the provider lacks the data
+    OUTAGE = "outage"  # there were trades, but the provider has no data
     HALT = "halt"  # there were no trades
 
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """Absent minutes of a provider, by their open; `symbol` None means all of its symbols.
+    """Absent minutes of a provider, by open time; `symbol` None means all of its symbols.
 
-    An OUTAGE is the provider's: it lacks every row, of every timeframe, that holds such a minute of
-    trading hours. A HALT is the market's: nobody trades, and a coarser candle holds what was traded
-    before and after. An exchange that is down is a halt of the provider that is this exchange (Binance);
-    a trading halt of a stock is one of `provider` EVERYWHERE.
+    OUTAGE: missing data of a provider. Every row, of every timeframe, that contains such a minute of the
+    trading hours is missing. HALT: a market without trades. A coarser candle contains the trades before and
+    after. Downtime of an exchange is a halt of the provider that is this exchange (Binance); a trading halt
+    of a stock has `provider` EVERYWHERE.
 
-    `published` (of an OUTAGE only): the provider has the rows from this instant of the market's clock
-    on, late; None: never.
+    `published` (of an OUTAGE only): the provider serves the rows from this instant of the market's clock
+    on; None: never.
     """
 
     provider: str
@@ -63,11 +63,11 @@ class Outage:
             known = ", ".join((*PROVIDERS, EVERYWHERE))
             raise ValueError(f"{self.kind} of {self.provider!r}: the provider is one of {known}")
         if not self.window:
-            raise ValueError("an outage needs an end after its start")
+            raise ValueError("an outage must end after its start")
         if self.kind is Absence.HALT and self.published is not None:
             raise ValueError("a halt cannot be published late: there are no trades to publish")
 
-    def concerns(self, provider: str) -> bool:
+    def applies_to(self, provider: str) -> bool:
         return self.provider in (provider, EVERYWHERE)
 
     @classmethod
@@ -75,12 +75,12 @@ class Outage:
         """`PROVIDER[@SYMBOL]=START/END`, such as `binance@BTC/USDT=2024-01-05T03:00/2024-01-05T07:30`;
         PROVIDER may be `all`.
 
-        Raises ValueError with a sentence that shows the form.
+        Raises ValueError with the expected form.
         """
         match = re.fullmatch(r"(\w+)(?:@([^=]+))?=([^/]+)/([^/]+)", text)
         try:
             if match is None:
-                raise ValueError("it has another form")
+                raise ValueError("wrong format")
             provider, symbol, start, end = match.groups()
             window = TimeRange(instant(start), instant(end))
             return cls(provider, window, plain_symbol(symbol) if symbol else None, kind=kind)
@@ -90,27 +90,27 @@ class Outage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarketConfig:
-    """All that a sandbox can be told at its start; what can change later has a route under /sim.
+    """The settings of a sandbox at its start; what can change later has a route under /sim.
 
     replay: directory of real candles to serve instead of the synthetic market.
     host, port: where to listen; port 0 takes a free one.
-    latency: seconds added to every provider answer.
-    limits: whether Binance's weight limit is kept. weight_per_minute, ban_after (refusals in a
-        minute before the ban) and ban_seconds say how.
+    latency: seconds added to every provider response.
+    limits: whether Binance's weight limit is enforced, with weight_per_minute, ban_after (rejections in a
+        minute before the ban) and ban_seconds.
     polygon_per_minute: Polygon's request limit; None for none (its free plan has 5).
-    yahoo_per_minute: Yahoo's; what it really is, it tells nobody.
+    yahoo_per_minute: Yahoo's request limit; the real one is not published.
     alphavantage_per_day, alphavantage_per_second: of all free keys together (25 and 1).
     oanda_per_second: 100 in reality. coingecko_per_minute: 100 for a demo key.
-    now: the market's clock stands here (microseconds); with clock_runs it starts here and goes on.
-    outages: planted from the start, halts among them.
+    now: the fixed time of the market's clock (microseconds); with clock_runs its start time.
+    outages: outages and halts planted at the start.
     seed, listed: of the synthetic market; `listed` are pairs (BTCUSDT, microseconds).
-    splits: of stocks. The synthetic market trades in the shares of the day; for replayed files they
-        come on top of the directory's equity/splits.csv.
-    close_stamped: whether Alpha Vantage names its intraday bars by their close, as it once did.
-    single_precision: whether Yahoo's prices are 32-bit numbers, as its real ones are.
+    splits: of stocks. The synthetic market trades in unadjusted shares; for replayed files these are
+        added to the directory's equity/splits.csv.
+    close_stamped: whether Alpha Vantage stamps intraday bars with their close, as it did in the past.
+    single_precision: whether Yahoo's prices are 32-bit numbers, like the real ones.
     archive_header_from: archives of periods from this instant on have a header line.
-    polygon_offset_ppm: Polygon's prices against Binance's, in millionths.
-    bad_keys: keys that every provider with keys refuses.
+    polygon_offset_ppm: offset of Polygon's prices from Binance's, in millionths.
+    bad_keys: keys that every provider with keys rejects.
     access_log: whether the server prints a line for every request.
     """
 

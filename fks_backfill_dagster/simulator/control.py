@@ -1,6 +1,7 @@
 """The sandbox's own routes under /sim: truth, outages, faults, clock, limits, requests, prepare.
 
-They are how a test or a user moves the market; no provider has them, and they are not journalled.
+They control the market for tests and users. Real providers do not have them, and the journal does not count
+them.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from fks_backfill_dagster.simulator.config import (
     plain_symbol,
 )
 from fks_backfill_dagster.simulator.faults import ROWS, Fault, Kind
-from fks_backfill_dagster.simulator.guard import refusal
+from fks_backfill_dagster.simulator.guard import rejection_of
 from fks_backfill_dagster.simulator.polygon import Polygon
 from fks_backfill_dagster.simulator.state import Instrument, Sandbox
-from fks_backfill_dagster.simulator.wire import Face
+from fks_backfill_dagster.simulator.wire import WireFormat
 
 _FAULT_FIELDS = frozenset(f.name for f in fields(Fault)) - {"id", "window", "only"}
 _FAULT_FIELDS |= {"start", "end", "rows_start", "rows_end"}
@@ -44,8 +45,8 @@ _FAULT_FIELDS |= {"start", "end", "rows_start", "rows_end"}
 _NUMBERS = frozenset({"count", "nth", "probability", "status", "seconds", "rows"})
 
 
-class Refused(ValueError):
-    """A control request that makes no sense; the text says what would."""
+class BadRequest(ValueError):
+    """An invalid control request; the text states what is valid."""
 
 
 class Control:
@@ -54,13 +55,13 @@ class Control:
     def __init__(
         self,
         sandbox: Sandbox,
-        faces: Sequence[Face],
+        wire_formats: Sequence[WireFormat],
         binance: Binance,
         archives: Archives,
         polygon: Polygon,
     ) -> None:
         self._sandbox = sandbox
-        self._faces = {face.name: face for face in faces}
+        self._wire_formats = {each.name: each for each in wire_formats}
         self._binance = binance
         self._archives = archives
         self._polygon = polygon
@@ -77,22 +78,22 @@ class Control:
         ]
 
     def _guard(self, handler: Callable[..., Any]) -> Callable[[Request], Any]:
-        """Runs a handler off the event loop; what it refuses becomes a 400 with its sentence.
+        """Runs a handler in the thread pool; its errors become a 400 with their message.
 
-        What a page of another site may have sent never comes to a handler (`guard`).
+        Requests that a page of another site could have sent are rejected before the handler (`guard`).
         """
 
         async def guarded(request: Request) -> Response:
-            if (refused := refusal(request, self._sandbox.config.host)) is not None:
-                return refused
+            if (rejection := rejection_of(request, self._sandbox.config.host)) is not None:
+                return rejection
             try:
                 document = await request.json() if request.method == "POST" else {}
                 if not isinstance(document, dict):
-                    raise Refused("the body must be a JSON object")
+                    raise BadRequest("the body must be a JSON object")
                 response: Response = await run_in_threadpool(handler, request, document)
                 return response
             except (ValueError, TypeError, KeyError) as error:
-                return JSONResponse({"error": _sentence(error)}, status_code=400)
+                return JSONResponse({"error": _message(error)}, status_code=400)
 
         return guarded
 
@@ -102,7 +103,7 @@ class Control:
         what = self._instrument(provider, request.path_params["symbol"])
         timeframe = _timeframe(request.path_params["timeframe"])
         listing = self._sandbox.listing(provider, what)
-        # The candle that contains the first trade opens before it.
+        # The candle that contains the first trade can open before it.
         start = _optional(request.query_params.get("start"), Step.of(timeframe).floor(listing.start))
         end = _optional(request.query_params.get("end"), self._sandbox.clock.now())
         bars = self._sandbox.truth(provider, what, timeframe, TimeRange(start, end))
@@ -113,7 +114,7 @@ class Control:
                 writer.write_table(table)
             return Response(sink.getvalue(), media_type="application/vnd.apache.arrow.stream")
         csv.write_csv(_texts(bars), sink, csv.WriteOptions(quoting_style="none"))
-        body = sink.getvalue().replace(b'"', b"", 12)  # pyarrow quotes the header whatever it is told
+        body = sink.getvalue().replace(b'"', b"", 12)  # pyarrow quotes the header in spite of quoting_style
         return Response(body, media_type="text/csv")
 
     def outages(self, request: Request, document: dict[str, Any]) -> Response:
@@ -124,7 +125,7 @@ class Control:
             window = TimeRange(instant(document["start"]), instant(document["end"]))
             late = document.get("published")
             if (kind := document.get("kind", Absence.OUTAGE)) not in list(Absence):
-                raise Refused(f"kind is one of {', '.join(Absence)}, not {kind!r}")
+                raise BadRequest(f"kind is one of {', '.join(Absence)}, not {kind!r}")
             planted = Outage(
                 document["provider"],
                 window,
@@ -163,19 +164,19 @@ class Control:
     def _fault_builder(self, document: dict[str, Any]) -> Callable[[int], Fault]:
         options = dict(document)
         if unknown := options.keys() - _FAULT_FIELDS:
-            raise Refused(
-                f"unknown {', '.join(sorted(unknown))}; a fault has {', '.join(sorted(_FAULT_FIELDS))}"
+            raise BadRequest(
+                f"unknown {', '.join(sorted(unknown))}; the fields of a fault are {', '.join(sorted(_FAULT_FIELDS))}"
             )
         provider, kind = _known(options.pop("provider"), (*PROVIDERS, "archive")), Kind(options.pop("kind"))
         window = _window(options.pop("start", None), options.pop("end", None))
         only = _window(options.pop("rows_start", None), options.pop("rows_end", None))
         if only is not None and kind not in ROWS:
-            raise Refused(f"rows_start and rows_end are for faults of rows, and {kind} is none")
+            raise BadRequest(f"rows_start and rows_end apply to row faults only, not to {kind}")
         if symbol := options.pop("symbol", None):
-            options["symbol"] = self._faces[provider].spell(plain_symbol(symbol))
+            options["symbol"] = self._wire_formats[provider].spell(plain_symbol(symbol))
         if other := options.get("other"):
             if kind is not Kind.OTHER_SYMBOL:
-                raise Refused(f"other is for the fault other_symbol, not for {kind}")
+                raise BadRequest(f"other applies to the fault other_symbol only, not to {kind}")
             market = "binance" if provider == "archive" else provider
             options["other"] = self._instrument(market, other).name
         if (body := options.get("body")) is not None and not isinstance(body, str):
@@ -184,12 +185,12 @@ class Control:
             if name in _NUMBERS and not (
                 isinstance(number, int | float) or (name == "count" and number is None)
             ):
-                raise Refused(f"{name} of a fault is a number, not {number!r}")
+                raise BadRequest(f"{name} of a fault must be a number, not {number!r}")
         market = "binance" if provider == "archive" else provider
         if kind is Kind.OTHER_SYMBOL and len(self._sandbox.symbols(market)) < 2:
-            raise Refused("this replay has one symbol of that provider only, so no other one can be served")
+            raise BadRequest(f"this replay has only one symbol of {market}: other_symbol needs a second one")
         if options.get("nth", 1) < 1:
-            raise Refused("nth of a fault counts from 1")
+            raise BadRequest("nth of a fault must be at least 1")
         return lambda number: Fault(number, provider, kind, window=window, only=only, **options)
 
     def requests(self, request: Request, _: dict[str, Any]) -> Response:
@@ -210,11 +211,11 @@ class Control:
         return JSONResponse({"now": iso(clock.now()), "runs": clock.runs})
 
     def limits(self, request: Request, document: dict[str, Any]) -> Response:
-        """POST {name: number or null}, names as in the answer; null is no limit. Forgets bans."""
+        """POST {name: number or null}, names as in the response; null is no limit. Clears bans."""
         for name, limit in document.items():
             if name not in self._sandbox.meters or not (limit is None or isinstance(limit, int)):
                 names = ", ".join(self._sandbox.meters)
-                raise Refused(f"limits are {{name: number or null}} with the names {names}")
+                raise BadRequest(f"limits must be {{name: number or null}} with the names {names}")
             self._sandbox.meters[name].reset(limit)
         meters = self._sandbox.meters.items()
         return JSONResponse({name: {"limit": meter.limit, "used": meter.used} for name, meter in meters})
@@ -231,7 +232,7 @@ class Control:
             count, size = self._archives.prepare(symbol, timeframe, window)
         elif provider == "binance":
             limit = int(document.get("limit", MAX_LIMIT))
-            stride = int(document.get("stride", limit))  # smaller for a client whose pages overlap
+            stride = int(document.get("stride", limit))  # smaller if the client's pages overlap
             count, size = self._binance.prepare(symbol, timeframe, window, limit, stride)
         else:
             base_url = f"{str(request.base_url).rstrip('/')}/polygon"
@@ -244,7 +245,7 @@ class Control:
         found = self._sandbox.find(provider, plain_symbol(symbol))
         if found is None:
             known = ", ".join(self._sandbox.symbols(provider))
-            raise Refused(f"{provider} does not know {symbol!r}; it knows {known} and such")
+            raise BadRequest(f"{provider} has no symbol {symbol!r}; examples: {known}")
         return found
 
 
@@ -253,21 +254,21 @@ def _provider(name: str) -> str:
 
 
 def _known(name: str, names: Sequence[str]) -> str:
-    """The provider, by the name of its address; the project's name of it will do."""
+    """The provider by its address or by the project's name of it."""
     name = ALIASES.get(name, name)
     if name not in names:
-        raise Refused(f"no provider {name!r}; there are {', '.join(names)}")
+        raise BadRequest(f"no provider {name!r}; available: {', '.join(names)}")
     return name
 
 
 def _timeframe(name: str) -> Timeframe:
     if name not in list(Timeframe):
-        raise Refused(f"no timeframe {name!r}; there are {', '.join(Timeframe)}")
+        raise BadRequest(f"no timeframe {name!r}; available: {', '.join(Timeframe)}")
     return Timeframe(name)
 
 
 def _window(start: str | None, end: str | None) -> TimeRange | None:
-    """Either edge may be absent; None without both."""
+    """Each edge is optional; None without both."""
     return TimeRange(_optional(start, 0), _optional(end, 2**62)) if start or end else None
 
 
@@ -275,7 +276,7 @@ def _optional(text: str | None, default: int) -> int:
     return default if text is None else instant(text)
 
 
-def _sentence(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
 
 
@@ -288,7 +289,7 @@ def _arrow(bars: Bars) -> pa.Table:
 
 
 def _texts(bars: Bars) -> pa.Table:
-    """The canonical CSV, which `--replay` reads again: ts as 2024-01-01T00:00:00Z, decimals as served."""
+    """The CSV format of `--replay`: ts as 2024-01-01T00:00:00Z, decimals as served."""
     stamps = pa.array(bars.ts.astype("datetime64[us]").astype("datetime64[s]").astype(str) + "Z")
     names = ("open", "high", "low", "close", "volume")
     return pa.table({"ts": stamps} | {n: pa.array(c) for n, c in zip(names, bars.texts(), strict=True)})

@@ -1,8 +1,7 @@
-"""Faults: what can be switched on, which request gets it, and what it does to rows.
+"""Faults: kinds, matching of requests, effects on rows.
 
-Belongs here: the list of kinds, matching and counting, and the changes to a page's rows. How an
-answer is held up or cut on the socket is the server's business; what an archive does with changed
-rows is the archive's.
+In scope: the kinds, matching and counting, and the changes to a page's rows. Out of scope: delayed and
+truncated responses on the socket (`server`), archives with changed rows (`archive`).
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 
 
 class Kind(StrEnum):
-    """The value is what JSON calls it."""
+    """The value is the name in JSON."""
 
-    # of any answer
+    # of any response
     STATUS = "status"
     HANG = "hang"
     DRIP = "drip"
@@ -50,12 +49,12 @@ TRANSPORT = frozenset({Kind.STATUS, Kind.HANG, Kind.DRIP, Kind.RESET, Kind.TRUNC
 FILE = frozenset({Kind.CORRUPT_ZIP, Kind.ARCHIVE_404})
 ROWS = frozenset(Kind) - TRANSPORT - FILE - {Kind.WRONG_CHECKSUM}
 
-Row = Any  # a list (Binance) or a dict (Polygon): the JSON face
+Row = Any  # a list (Binance) or a dict (Polygon)
 
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """Where a wire row keeps its values: list positions or dict keys. `text` for decimals in quotes."""
+    """List positions or dict keys of the values of a wire row. `text`: decimals are strings."""
 
     ts: Any
     open: Any
@@ -69,14 +68,14 @@ class Fault:
     """One planted fault.
 
     provider: one of PROVIDERS, or archive. symbol (BTCUSDT, X:BTCUSD), path (a part of path and query),
-    window and only narrow down which requests match. Of those, the first to get it is the nth; count of
-    them get it (None: all from there on); or probability, per request. status and body (in place of the
-    provider's own) are of kind status, seconds of hang, drip and Retry-After, rows how many rows a row
-    fault changes, other (a plain symbol) of other_symbol.
+    window and only select requests. Of the matching requests, the nth is the first to get the fault, and
+    count get it (None: all from then on); or probability, per request. status and body (in place of the
+    provider's own) belong to kind status, seconds to hang, drip and Retry-After, other (a plain symbol) to
+    other_symbol; rows is the number of rows that a row fault changes.
 
-    window: requests that touch it match; a fault of rows needs an answer with a row in it. Kinds that
-    change single rows change those in it. only: the same, and nothing but rows in it is changed by any
-    kind: empty then leaves them out, short the second half of them, other_symbol exchanges them.
+    window: requests that overlap it match; a row fault needs a response with a row in it. Kinds that
+    change single rows change those in it. only: the same, and all kinds change only rows in it: empty
+    omits them, short omits the second half of them, other_symbol replaces them.
     """
 
     id: int
@@ -97,44 +96,44 @@ class Fault:
 
     @property
     def windows(self) -> tuple[TimeRange, ...]:
-        """What an answer has to hold."""
+        """The windows that a response must overlap."""
         return tuple(window for window in (self.window, self.only) if window is not None)
 
 
-class Held(Protocol):
-    """What an answer is about: a stretch of time, or where it has rows."""
+class Extent(Protocol):
+    """The times of a response: its requested span, or its rows."""
 
-    def touches(self, fault: Fault) -> bool:
-        """Whether the answer concerns every window of the fault."""
+    def overlaps(self, fault: Fault) -> bool:
+        """Whether the response overlaps every window of the fault."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """An answer by the time it was asked for; None: by none."""
+class RequestedSpan:
+    """A response by its requested span; None: a request without one."""
 
     span: TimeRange | None
 
-    def touches(self, fault: Fault) -> bool:
+    def overlaps(self, fault: Fault) -> bool:
         return all(self.span is not None and self.span.intersect(window) for window in fault.windows)
 
 
 class Page:
-    """An answer by its own rows where the fault is one of rows. A page in the middle of a chain was asked
-    for with all that follows it. `stamps` gives microseconds, and is called once, if at all."""
+    """A response by its own rows for a row fault: the requested span of a page in a chain includes all
+    following pages. `stamps` returns microseconds and is called at most once."""
 
-    def __init__(self, asked: Asked, stamps: Callable[[], Sequence[int]]) -> None:
-        self._asked = asked
+    def __init__(self, requested: RequestedSpan, stamps: Callable[[], Sequence[int]]) -> None:
+        self._requested = requested
         self._stamps = cache(stamps)
 
-    def touches(self, fault: Fault) -> bool:
+    def overlaps(self, fault: Fault) -> bool:
         if fault.kind not in ROWS or not fault.windows:
-            return self._asked.touches(fault)
+            return self._requested.overlaps(fault)
         return all(any(map(window.contains, self._stamps())) for window in fault.windows)
 
 
 class Faults:
-    """The faults that are switched on. Drawing for `probability` is seeded: a test can repeat it."""
+    """The active faults. Random draws for `probability` are seeded, so that tests are repeatable."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -143,10 +142,10 @@ class Faults:
         self._planted: dict[int, Fault] = {}
         self._hits: dict[int, int] = {}
         self._matched: dict[int, int] = {}
-        self._stuck: dict[str, Fault] = {}
+        self._file_faults: dict[str, Fault] = {}
 
     def plant(self, make: Callable[[int], Fault]) -> Fault:
-        """Switches on what `make` builds for a new id."""
+        """Activates the fault that `make` builds for a new id."""
         with self._lock:
             fault = make(next(self._ids))
             self._planted[fault.id], self._hits[fault.id], self._matched[fault.id] = fault, 0, 0
@@ -155,16 +154,16 @@ class Faults:
     def clear(self) -> None:
         with self._lock:
             self._planted.clear()
-            self._stuck.clear()
+            self._file_faults.clear()
 
     def planted(self) -> list[tuple[Fault, int]]:
-        """Each fault with how many requests it has hit."""
+        """Each fault with its number of hits."""
         return [(fault, self._hits[fault.id]) for fault in list(self._planted.values())]
 
     def pick(
-        self, provider: str, kinds: frozenset[Kind], symbol: str | None, target: str, held: Held
+        self, provider: str, kinds: frozenset[Kind], symbol: str | None, target: str, extent: Extent
     ) -> Fault | None:
-        """The first fault of one of `kinds` that hits this request; counts the hit."""
+        """The first fault of one of `kinds` that applies to this request; counts the hit."""
         if not self._planted:
             return None
         with self._lock:
@@ -172,7 +171,7 @@ class Faults:
                 if (
                     fault.provider == provider
                     and fault.kind in kinds
-                    and _matches(fault, symbol, target, held)
+                    and _matches(fault, symbol, target, extent)
                     and self._hit(fault)
                 ):
                     self._hits[fault.id] += 1
@@ -180,16 +179,16 @@ class Faults:
         return None
 
     def pick_file(
-        self, provider: str, kinds: frozenset[Kind], symbol: str | None, path: str, held: Held
+        self, provider: str, kinds: frozenset[Kind], symbol: str | None, path: str, extent: Extent
     ) -> Fault | None:
-        """As `pick`, but a file that was hit keeps its fault: an archive and its checksum, asked for
-        one after the other, must tell of the same bytes. `count` counts files then."""
-        if path not in self._stuck and (fault := self.pick(provider, kinds, symbol, path, held)):
-            self._stuck[path] = fault
-        return self._stuck.get(path)
+        """As `pick`, but a file keeps its fault: an archive and its checksum are separate requests and
+        must refer to the same bytes. `count` counts files."""
+        if path not in self._file_faults and (fault := self.pick(provider, kinds, symbol, path, extent)):
+            self._file_faults[path] = fault
+        return self._file_faults.get(path)
 
     def _hit(self, fault: Fault) -> bool:
-        """Whether a request that matches gets the fault; counts the match."""
+        """Whether a matching request gets the fault; counts the match."""
         self._matched[fault.id] += 1
         if self._matched[fault.id] < fault.nth:
             return False
@@ -198,29 +197,30 @@ class Faults:
         return fault.count is None or self._hits[fault.id] < fault.count
 
 
-def _matches(fault: Fault, symbol: str | None, target: str, held: Held) -> bool:
+def _matches(fault: Fault, symbol: str | None, target: str, extent: Extent) -> bool:
     if fault.symbol is not None and fault.symbol != symbol:
         return False
     if fault.path is not None and fault.path not in target:
         return False
-    return held.touches(fault)
+    return extent.overlaps(fault)
 
 
-def mixed(honest: list[Row], other: list[Row], fields: Fields, divisor: int, only: TimeRange) -> list[Row]:
-    """The honest rows, but for those in `only`, which are the other symbol's at the same times; those
-    that it does not have are absent."""
-    theirs = {row[fields.ts]: row for row in other}
+def mixed(original: list[Row], other: list[Row], fields: Fields, divisor: int, only: TimeRange) -> list[Row]:
+    """The original rows, with those in `only` replaced by the other symbol's rows of the same times, or
+    omitted if it has none."""
+    replacements = {row[fields.ts]: row for row in other}
     rows = [
-        theirs.get(row[fields.ts]) if only.contains(int(row[fields.ts]) * divisor) else row for row in honest
+        replacements.get(row[fields.ts]) if only.contains(int(row[fields.ts]) * divisor) else row
+        for row in original
     ]
     return [row for row in rows if row is not None]
 
 
-def spoil(fault: Fault, rows: list[Row], fields: Fields, divisor: int) -> list[Row]:
-    """The rows as this fault would have them.
+def apply_fault(fault: Fault, rows: list[Row], fields: Fields, divisor: int) -> list[Row]:
+    """The rows with this fault.
 
     `divisor` is the row timestamps' unit in microseconds (1000 for milliseconds). Without a window
-    the `fault.rows` rows in the middle are hit, so that good neighbours stand on both sides.
+    the `fault.rows` rows in the middle are changed, so that they have good neighbours on both sides.
     """
     span = fault.only or fault.window
     if fault.only is None and fault.kind in (Kind.EMPTY, Kind.SHORT):

@@ -1,8 +1,8 @@
-"""Bars as wire formats cut them: rulers say where bars open and end, frames are the bars of a range.
+"""Bar boundaries of wire formats: a ruler defines a grid, a frame holds the bars of a range.
 
-Belongs here: grids that are not the project's own (clock hours with pre-market, days of New York,
-bars counted from the session's open), and filling a frame with what was traded. The project's own
-grid is `domain.grid`; the even grid of crypto is `bars.Step`.
+In scope: grids other than the project's own (clock hours with pre-market, New York days, bars counted
+from the session's open), and aggregation of trades into a frame. The project's own grid is `domain.grid`;
+the regular grid of crypto is `bars.Step`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from fks_backfill_dagster.simulator.sessions import NEW_YORK, stock_sessions, ut
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
-    """Bars to be filled: ascending opens and the ends of each, which do not overlap.
+    """Bars to be filled: ascending opens and their ends, without overlaps.
 
-    `length` is the nominal one of a bar. `extended`: trades before and after a stock's session belong
-    into them as well.
+    `length` is the nominal length of a bar. `extended`: trades before and after a stock's session are
+    included.
     """
 
     opens: Instants
@@ -57,7 +57,7 @@ class Frame:
 
 
 class Ruler(Protocol):
-    """A grid without end."""
+    """An unbounded grid."""
 
     @property
     def length(self) -> int:
@@ -100,9 +100,9 @@ class EvenRuler:
 
 @dataclass(frozen=True, slots=True)
 class WallRuler:
-    """Bars of a local clock: days that begin at `hour` in `zone`, or parts of such days.
+    """Bars in local time: days that begin at `hour` in `zone`, or parts of such days.
 
-    `length` divides a day. On the days when the clock is changed the last part is shorter or longer.
+    `length` divides a day. On days of a daylight-saving change the last part is shorter or longer.
     """
 
     length: int
@@ -147,7 +147,7 @@ class WeekRuler:
 class SessionRuler:
     """Bars counted from the open of each stock session; the last one ends with the session.
 
-    `extended` adds bars counted from the begin of the pre-market and from the close.
+    `extended` adds bars counted from the start of the pre-market and from the close.
     """
 
     length: int
@@ -169,14 +169,14 @@ class SessionRuler:
 
 
 def of_grid(grid: Grid, length: int, window: TimeRange) -> Frame:
-    """The project's own candles that open in `window`."""
+    """The candles of the project's grid that open in `window`."""
     opens = grid.opens(window)
     return Frame(opens, grid.closes(opens), length)
 
 
 def fill(parts: Bars, frame: Frame) -> Bars:
-    """The bars of `frame` that have any of the ascending `parts`: open first, high max, low min,
-    close last, volume sum. A part belongs to the bar in which it opens."""
+    """Aggregates the ascending `parts` into bars of `frame`: open first, high max, low min, close last,
+    volume sum. A part belongs to the bar in which it opens; bars without parts are omitted."""
     index = np.searchsorted(frame.opens, parts.ts, side="right") - 1
     inside = index >= 0
     inside[inside] = parts.ts[inside] < frame.ends[index[inside]]

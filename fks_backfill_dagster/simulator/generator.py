@@ -1,8 +1,8 @@
-"""Made-up minutes: a random walk that is a pure function of (key, time), the same for ever.
+"""Synthetic minutes: a random walk that is a pure function of (key, time).
 
-All of it is integer arithmetic on a counter-based generator: no state, no history to walk through,
-the same in every process and on every machine. Here a market never sleeps; when one is closed, or
-quiet, is decided where the kinds of market are.
+Integer arithmetic on a counter-based generator: no state, no history to iterate over, the same in every
+process and on every machine. The generator makes every minute; market hours and minutes without trades
+are applied by the markets.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_MIN
 from fks_backfill_dagster.simulator.bars import Bars, Scale, Units
 
 CHUNK = 64 * MICROS_PER_DAY
-"""What a market makes at once: bounds memory for years of daily candles."""
+"""Time that a market generates at once: bounds memory for years of daily candles."""
 
 _MINUTES_PER_DAY = 1440
 # Slow waves and daily noise of the price around its level: (days, amplitude in millionths). The
 # amplitudes sum to 0.55, so a price never falls below 0.45 of its level before the walk within
-# the day, and that one stays within 0.23 of the day's own price: prices are positive by construction.
+# the day, and that walk stays within 0.23 of the day's own price: prices are positive by construction.
 _WAVES = ((600, 250_000), (150, 150_000), (40, 80_000), (10, 40_000), (2, 20_000), (1, 10_000))
 _STEP_DIVISOR = 400_000  # of 128: at most 3.2 basis points a minute
 _WICK_DIVISOR = 1_500_000  # of 255: at most 1.7 basis points beyond open and close
@@ -30,7 +30,7 @@ _WICK_DIVISOR = 1_500_000  # of 255: at most 1.7 basis points beyond open and cl
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What a symbol's name decides: generator key, price level in ticks, digits, volume level.
+    """Parameters derived from a symbol's name: generator key, price level in ticks, digits, volume level.
 
     A minute's volume is less than `volume` units.
     """
@@ -76,9 +76,9 @@ def _anchors(profile: Profile, days: Units) -> Units:
 
 
 def minutes(profile: Profile, span: TimeRange) -> Bars:
-    """All minutes that open in `span`, which is on whole minutes.
+    """All minutes that open in `span`, whose edges are whole minutes.
 
-    Whole days are made: a random walk from each day's anchor, bent so that it ends on the next one.
+    Whole days are generated: a random walk from each day's anchor, adjusted to end on the next anchor.
     """
     first, last = span.start // MICROS_PER_DAY, -(-span.end // MICROS_PER_DAY)
     days = last - first
@@ -94,8 +94,8 @@ def minutes(profile: Profile, span: TimeRange) -> Bars:
     into = np.arange(1, _MINUTES_PER_DAY + 1, dtype=np.int64)
     bent = (walk * _MINUTES_PER_DAY - walk[:, -1:] * into) * here // (_MINUTES_PER_DAY * _STEP_DIVISOR)
     close = here + move * into // _MINUTES_PER_DAY + bent
-    # The open is the previous close or a tick beside it: a market that is continuous, but in which
-    # nobody can get the open right by copying the close.
+    # The open is within a tick of the previous close: the market is continuous, but an open that is copied
+    # from the previous close is detectable.
     opened = np.concatenate([here, close[:, :-1]], axis=1) + field(40, 0xFF) % 3 - 1
     high = np.maximum(opened, close) + field(8, 0xFF) * here // _WICK_DIVISOR
     low = np.minimum(opened, close) - field(16, 0xFF) * here // _WICK_DIVISOR
@@ -113,10 +113,10 @@ def minutes(profile: Profile, span: TimeRange) -> Bars:
 
 
 def as_of(minutes: Bars, now: int) -> Bars:
-    """What is known of ascending `minutes` at `now`: later ones are gone, the running one is partial.
+    """The ascending `minutes` as of `now`: without later ones, the running one partial.
 
-    The running minute has gone the elapsed share of its way from open to close and of its volume;
-    at the very moment it opens it has one unit of volume.
+    Close and volume of the running minute are the elapsed share of its move and its volume; at its
+    open it has one unit of volume.
     """
     seen = minutes.within(TimeRange(min(0, now), now + 1))
     if len(seen) == 0 or now >= int(seen.ts[-1]) + MICROS_PER_MINUTE or seen.volume is None:

@@ -1,9 +1,9 @@
-"""Who may use the control routes: programs of this machine, and no web page that its browser shows.
+"""Access to the control routes: programs of this machine are permitted, web pages of other sites are not.
 
-A page of any other site can make the browser send a GET or a form's POST to a port of this machine, and with a name
-of its own that resolves to it (DNS rebinding) read the answer too. Two things that such a page cannot change tell it:
-the name in `Host`, and the `Origin`, which comes with every POST of a page. A program sends none, whatever the type of
-its body (`curl -d`).
+A page of any other site can make the browser send a GET or a form's POST to a port of this machine, and, with a
+hostname of its own that resolves to it (DNS rebinding), read the response too. Two headers identify it, and it
+cannot change them: `Host`, and `Origin`, which the browser sends with every POST of a page. Programs send no
+`Origin`, whatever the type of their body (`curl -d`).
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from fks_backfill_dagster.loopback import is_loopback
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/@\s]+))(?::\d{1,5})?")
 
 
-def refusal(request: Request, bound: str) -> Response | None:
-    """The answer to a request that is not let through; None for the others. `bound` is where the server listens."""
+def rejection_of(request: Request, bound: str) -> Response | None:
+    """The response to a forbidden request; None if it is permitted. `bound` is the host on which the server listens."""
     hosts = request.headers.getlist("host")
     match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
     name = "" if match is None else (match[1] or match[2]).lower()
     server = request.scope.get("server")
-    # Of a server that listens everywhere: the address that this connection came to.
+    # If the server listens on all addresses: the local address of this connection.
     own = {bound.lower(), server[0] if server else ""}
     if not name or not (is_loopback(name) or name in own):
-        return _answer(421, "the control routes are reached by a loopback address or by that of --host only")
+        return _rejection(421, "the control routes accept only a loopback address or that of --host")
     origin = request.headers.get("origin")
     site = request.headers.get("sec-fetch-site", "none")
     if (origin is not None and origin.lower() != f"http://{hosts[0].lower()}") or site not in (
         "none",
         "same-origin",
     ):
-        return _answer(403, "the control routes are not for web pages of other sites")
+        return _rejection(403, "the control routes reject web pages of other sites")
     return None
 
 
-def _answer(status: int, sentence: str) -> Response:
-    return JSONResponse({"error": sentence}, status_code=status)
+def _rejection(status: int, message: str) -> Response:
+    return JSONResponse({"error": message}, status_code=status)

@@ -1,4 +1,4 @@
-"""What was asked of the sandbox: counts, and the last requests. No key is kept."""
+"""Requests to the sandbox: counts, and the last requests, without keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KEPT = 1000
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One request: real time of arrival in ISO 8601, the answer's status, seconds until it was ready."""
+    """One request: real time of arrival in ISO 8601, the response's status, seconds until it was ready."""
 
     at: str
     provider: str
@@ -26,7 +26,7 @@ class Entry:
 
 
 class Journal:
-    """Requests to providers since the start or the last reset. /sim itself is not counted."""
+    """Requests to providers since the start or the last reset; /sim is not counted."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -65,5 +65,5 @@ class Journal:
 
 
 def without_key(target: str) -> str:
-    """A path and query with the value of apiKey (or api_key, crumb) taken out."""
+    """A path and query with the values of apiKey, api_key and crumb redacted."""
     return re.sub(r"(?i)(api_?key=|crumb=)[^&]*", r"\1...", target)

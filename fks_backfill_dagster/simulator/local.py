@@ -1,6 +1,6 @@
-"""A local market beside a test, a demo or a bench: in a thread, or in a process of its own.
+"""A local market for a test, a demo or a bench: in a thread, or in a separate process.
 
-Everything goes over real HTTP, so both kinds behave alike and a test sees what a user sees.
+All requests use real HTTP, so both kinds behave alike, for tests as for users.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fks_backfill_dagster.simulator.server import address, listen, make_server, 
 
 _START_SECONDS = 30.0
 
-# What is on this machine is not requested through a proxy.
+# Requests to this machine bypass proxies.
 _open = build_opener(ProxyHandler({})).open
 
 
@@ -35,7 +35,7 @@ class LocalMarket:
     """A running sandbox as a context manager.
 
     `process=True` runs it in another process, for measurements that must not share an interpreter.
-    Raises PortInUse and ReplayError when entered; RuntimeError if it does not come up.
+    On entry raises PortInUse or ReplayError, or RuntimeError if the server does not start.
     """
 
     def __init__(self, config: MarketConfig | None = None, *, process: bool = False) -> None:
@@ -70,11 +70,11 @@ class LocalMarket:
         self._child = context.Process(target=_child, args=(self._config, theirs), daemon=True)
         self._child.start()
         theirs.close()
-        told = ours.recv() if ours.poll(_START_SECONDS) else RuntimeError("the local market did not start")
-        if isinstance(told, Exception):
+        started = ours.recv() if ours.poll(_START_SECONDS) else RuntimeError("the local market did not start")
+        if isinstance(started, Exception):
             self._child.join()
-            raise told
-        self.url = told
+            raise started
+        self.url = started
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -116,9 +116,9 @@ class LocalMarket:
         return f"{self.url}/coingecko"
 
     def truth(self, provider: str, symbol: str, timeframe: Timeframe, window: TimeRange) -> Candles:
-        """The closed candles of `window` that `provider` would give if it were honest."""
+        """The closed candles of `window` that `provider` serves without faults."""
         query = urlencode({"start": iso(window.start), "end": iso(window.end), "format": "arrow"})
-        body = self._ask("GET", f"/sim/truth/{provider}/{quote(symbol)}/{timeframe}?{query}")
+        body = self._request("GET", f"/sim/truth/{provider}/{quote(symbol)}/{timeframe}?{query}")
         table = ipc.open_stream(body).read_all()
         columns = [table[name].to_numpy() for name in table.column_names]
         return Candles(columns[0].astype(np.int64, copy=False), *columns[1:])
@@ -126,9 +126,9 @@ class LocalMarket:
     def plant_outage(
         self, provider: str, window: TimeRange, symbol: str | None = None, *, published: int | None = None
     ) -> None:
-        """Rows that `provider` (or `all`) lacks: all that hold a minute of `window`, in every timeframe.
+        """Removes all rows of `provider` (or `all`) that contain a minute of `window`, in every timeframe.
 
-        `published`: the market's clock from which on they are there after all.
+        `published`: the time of the market's clock from which on the rows are served.
         """
         self.post(
             "/sim/outages",
@@ -140,12 +140,12 @@ class LocalMarket:
         )
 
     def plant_halt(self, window: TimeRange, symbol: str | None = None, *, provider: str = "all") -> None:
-        """Nobody trades in `window`: coarser candles hold what was traded beside it."""
+        """No trades in `window`: coarser candles contain the trades before and after it."""
         edges = {"start": iso(window.start), "end": iso(window.end)}
         self.post("/sim/outages", kind="halt", provider=provider, symbol=symbol, **edges)
 
     def clear_outages(self) -> None:
-        self._ask("DELETE", "/sim/outages")
+        self._request("DELETE", "/sim/outages")
 
     def plant_fault(
         self,
@@ -156,10 +156,10 @@ class LocalMarket:
         only: TimeRange | None = None,
         **options: Any,
     ) -> None:
-        """`window` hits the answers that touch it; `only` as well, and changes nothing but their rows in it.
+        """`window` selects the responses that overlap it; `only` too, and limits changes to the rows in it.
 
-        `options` are the other fields of a fault, as the control route takes them; `start` and `end` in
-        ISO 8601 are another way to give the window.
+        `options` are the other fields of a fault, as in the control route; `start` and `end` in ISO 8601
+        are an alternative to `window`.
         """
         for prefix, span in (("", window), ("rows_", only)):
             if span is not None:
@@ -167,10 +167,10 @@ class LocalMarket:
         self.post("/sim/faults", provider=provider, kind=kind, **options)
 
     def clear_faults(self) -> None:
-        self._ask("DELETE", "/sim/faults")
+        self._request("DELETE", "/sim/faults")
 
     def requests(self, provider: str | None = None) -> int:
-        """How many requests came, to all providers or one, since the start or the last reset."""
+        """The number of requests, to all providers or one, since the start or the last reset."""
         summary = self.journal(last=0)
         if provider is None:
             return int(summary["total"])
@@ -178,18 +178,18 @@ class LocalMarket:
 
     def journal(self, last: int = 1000) -> dict[str, Any]:
         """The JSON of /sim/requests."""
-        document: dict[str, Any] = json.loads(self._ask("GET", f"/sim/requests?last={last}"))
+        document: dict[str, Any] = json.loads(self._request("GET", f"/sim/requests?last={last}"))
         return document
 
     def reset_requests(self) -> None:
-        self._ask("DELETE", "/sim/requests")
+        self._request("DELETE", "/sim/requests")
 
     def set_clock(self, now: int | None, *, runs: bool = False) -> None:
-        """Moves the market's clock to `now` (microseconds); None is real time."""
+        """Sets the market's clock to `now` (microseconds); None is real time."""
         self.post("/sim/clock", now=None if now is None else iso(now), runs=runs or now is None)
 
     def prepare(self, provider: str, symbol: str, timeframe: Timeframe, window: TimeRange) -> dict[str, Any]:
-        """Has answers made beforehand; `provider` may be `archive`."""
+        """Builds responses in advance; `provider` may be `archive`."""
         edges = {"start": iso(window.start), "end": iso(window.end)}
         document: dict[str, Any] = self.post(
             "/sim/prepare", provider=provider, symbol=symbol, timeframe=str(timeframe), **edges
@@ -197,23 +197,23 @@ class LocalMarket:
         return document
 
     def post(self, path: str, /, **document: Any) -> Any:
-        """POSTs JSON to a control route. Raises ValueError with the sandbox's sentence if it refuses."""
-        return json.loads(self._ask("POST", path, json.dumps(document).encode()))
+        """POSTs JSON to a control route. Raises ValueError with the sandbox's message on an error."""
+        return json.loads(self._request("POST", path, json.dumps(document).encode()))
 
-    def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
+    def _request(self, method: str, path: str, body: bytes | None = None) -> bytes:
         headers = {} if body is None else {"Content-Type": "application/json"}
         request = Request(f"{self.url}{path}", data=body, headers=headers, method=method)
         try:
             with _open(request, timeout=600) as response:
-                answer: bytes = response.read()
-                return answer
+                content: bytes = response.read()
+                return content
         except HTTPError as error:
             raise ValueError(json.loads(error.read())["error"]) from None
 
 
-def _child(config: MarketConfig, tell: Connection) -> None:
-    """The process: tells its URL, or the exception that kept it from serving."""
+def _child(config: MarketConfig, results: Connection) -> None:
+    """The child process: sends its URL, or the exception that prevented the start."""
     try:
-        run(config, tell.send)
+        run(config, results.send)
     except (OSError, ValueError) as error:
-        tell.send(error)
+        results.send(error)

@@ -1,10 +1,10 @@
-"""The synthetic crypto market: any symbol, any minute since its listing, the same for ever.
+"""The synthetic crypto market: any symbol, any minute since its listing, deterministic.
 
-A candle is a pure function of (seed, symbol, time). Also here: what a market that never closes is
-to the wire formats (`Market`), and paging through one.
+A candle is a pure function of (seed, symbol, time). In scope too: the interface of markets that never close
+for wire formats (`Market`), and paging.
 
-Not here: how minutes are made up (`generator`), markets that close (`closing`), outages of providers,
-the clock, anything of HTTP. They are passed in or live elsewhere.
+Out of scope: generated minutes (`generator`), markets that close (`closing`), outages of providers, the
+clock, HTTP.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from fks_backfill_dagster.simulator.bars import Bars, Scale, Step, aggregate, co
 from fks_backfill_dagster.simulator.generator import CHUNK, Profile, as_of, nothing
 
 LISTED = 17_167 * MICROS_PER_DAY
-"""2017-01-01T00:00Z: where every symbol begins unless told otherwise."""
+"""2017-01-01T00:00Z: the default listing time."""
 
-FOR_EVER = 2**62
-"""An instant after every other one: the end of a market that goes on."""
+NO_END = 2**62
+"""An instant after every other one: the end of a live market."""
 
 QUOTES = ("FDUSD", "USDT", "USDC", "BUSD", "TUSD", "BTC", "ETH", "BNB", "EUR", "GBP", "TRY", "BRL", "JPY")
 UNKNOWN_BASES = frozenset({"NOPE", "UNKNOWN", "INVALID", "DOESNOTEXIST"})
@@ -36,7 +36,7 @@ NO_HALT = RangeSet()
 
 _VOLUME_DIGITS = 5
 _MINUTE = Step(MICROS_PER_MINUTE)
-# Ticks and digits of the symbols people look at first; all others are drawn from their name.
+# Ticks and digits of the main symbols; those of other symbols are derived from the name.
 _MAJORS = {
     "BTCUSDT": (3_000_000, 2),
     "ETHUSDT": (200_000, 2),
@@ -47,23 +47,23 @@ _MAJORS = {
 
 
 class Market(Protocol):
-    """Candles of symbols, as a wire format asks for them. Symbols are written without separator."""
+    """Candles of symbols, for wire formats. Symbols have no separator."""
 
-    def knows(self, symbol: str) -> bool: ...
+    def has_symbol(self, symbol: str) -> bool: ...
 
     def listing(self, symbol: str) -> TimeRange:
-        """From the first candle's open to the end of the last one's (`FOR_EVER` for a live market)."""
+        """From the first candle's open to the end of the last one's (`NO_END` for a live market)."""
         ...
 
     def symbols(self) -> tuple[str, ...]:
-        """Some symbols it knows: all of a replay, the well-known ones of the synthetic market."""
+        """Available symbols: all of a replay, a few examples of the synthetic market."""
         ...
 
     def bars(self, symbol: str, step: Step, window: TimeRange, now: int, halts: RangeSet) -> Bars:
         """The candles that open in `window` and not after `now`; the last one may be forming.
 
-        In the minutes of a halt nobody trades: a candle made only of them is absent, another one
-        aggregates the rest. Outages of a provider are not the market's (`state`).
+        The minutes of a halt have no trades: a candle of such minutes only is absent, other candles
+        aggregate the remaining minutes. Outages of providers are applied by `state`.
         """
         ...
 
@@ -73,10 +73,10 @@ class Market(Protocol):
         timeframe: Timeframe,
         window: TimeRange,
         *,
-        now: int = FOR_EVER,
+        now: int = NO_END,
         halts: RangeSet = NO_HALT,
     ) -> Candles:
-        """The closed candles that open in `window`, made of all that was traded."""
+        """The closed candles that open in `window`, aggregated from all trades."""
         ...
 
 
@@ -87,8 +87,8 @@ class SyntheticMarket:
     seed: int = 1
     listed: tuple[tuple[str, int], ...] = ()
 
-    def knows(self, symbol: str) -> bool:
-        """Symbols are a base of two or more of A-Z 0-9 and a quote of QUOTES; a few bases are unknown."""
+    def has_symbol(self, symbol: str) -> bool:
+        """A symbol is a base of at least two of A-Z 0-9 and a quote of QUOTES; a few bases are unknown."""
         if not re.fullmatch(r"[A-Z0-9]{3,20}", symbol):
             return False
         quote = next((q for q in QUOTES if symbol.endswith(q)), None)
@@ -101,7 +101,7 @@ class SyntheticMarket:
         return tuple(_MAJORS)
 
     def listing(self, symbol: str) -> TimeRange:
-        return TimeRange(dict(self.listed).get(symbol, LISTED), FOR_EVER)
+        return TimeRange(dict(self.listed).get(symbol, LISTED), NO_END)
 
     def bars(self, symbol: str, step: Step, window: TimeRange, now: int, halts: RangeSet) -> Bars:
         listed = self.listing(symbol).start
@@ -133,7 +133,7 @@ class SyntheticMarket:
         timeframe: Timeframe,
         window: TimeRange,
         *,
-        now: int = FOR_EVER,
+        now: int = NO_END,
         halts: RangeSet = NO_HALT,
     ) -> Candles:
         return closed(self, symbol, Step.of(timeframe), window, now, halts).candles()
@@ -148,8 +148,8 @@ def closed(market: Market, symbol: str, step: Step, window: TimeRange, now: int,
 def oldest(read: Callable[[TimeRange], Bars], length: int, window: TimeRange, limit: int) -> Bars:
     """The first `limit` candles of `window`, however far apart they are.
 
-    `read` gives the candles that open in a range, `length` is theirs. Each try is twice as wide as the one before, so
-    that a long outage costs a few of them.
+    `read` returns the candles that open in a range, `length` is their length. The range doubles with each read, so
+    that a long outage takes few reads.
     """
     blocks, found, at, width = [read(TimeRange(window.start, window.start))], 0, window.start, limit
     while found < limit and at < window.end:

@@ -1,6 +1,6 @@
-"""OANDA's candles of currency pairs: strings, a flag for the forming one, alignment as the request says.
+"""OANDA's candles of currency pairs: strings, a flag for the forming one, alignment by request parameters.
 
-Only the wire format: parameters and their errors, alignment, the greatest page, authorisation.
+Only the wire format: parameters and their errors, alignment, page limit, authorisation.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _UP_TO_AN_HOUR = {f"M{n}": n * MICROS_PER_MINUTE for n in (1, 2, 4, 5, 10, 15, 3
 _HOURS = {f"H{n}": n * MICROS_PER_HOUR for n in (2, 3, 4, 6, 8, 12)}
 
 
-class Refused(Exception):
-    """A request that OANDA would refuse with 400."""
+class BadRequest(Exception):
+    """A request that OANDA rejects with 400."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """A candles request after parsing; `start` and `end` (exclusive) in microseconds or absent."""
+class CandlesRequest:
+    """A candles request after parsing; `start` and `end` (exclusive) in microseconds or None."""
 
     granularity: str
     ruler: Ruler
@@ -60,7 +60,7 @@ class Oanda:
 
     def charge(self, call: Call) -> Reply | None:
         verdict = self._sandbox.meters["oanda"].charge(1)
-        return None if verdict.refused is None else self.error(verdict.refused, verdict.retry_after)
+        return None if verdict.status is None else self.error(verdict.status, verdict.retry_after)
 
     def extra_headers(self) -> tuple[tuple[str, str], ...]:
         return (("requestid", "42359180358046734"),)
@@ -73,22 +73,24 @@ class Oanda:
             401: "Insufficient authorization to perform request.",
             429: "Rate limit violation of too many requests.",
         }
-        return _said(messages.get(status, "The server encountered an error processing the request."), status)
+        return _error_reply(
+            messages.get(status, "The server encountered an error processing the request."), status
+        )
 
-    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
-        asked = Instrument(AssetClass.FOREX, plain_symbol(symbol))
-        other = self._sandbox.other_symbol("oanda", asked, other)
+    def with_other_symbol(self, call: Call, symbol: str, other: str | None) -> Answer:
+        requested = Instrument(AssetClass.FOREX, plain_symbol(symbol))
+        other = self._sandbox.other_symbol("oanda", requested, other)
         if other is None:
             return self.answer(call)
         path = call.path.replace(f"/{symbol}/", f"/{self.spell(other)}/")
-        lie = self.answer(Call(path, call.query, call.headers, call.base_url))
-        body = lie.reply.body.replace(f'"{self.spell(other)}"'.encode(), f'"{symbol}"'.encode())
-        return Answer(Reply(body, lie.reply.status), "candles", 1, symbol, lie.span, lie.rows)
+        found = self.answer(Call(path, call.query, call.headers, call.base_url))
+        body = found.reply.body.replace(f'"{self.spell(other)}"'.encode(), f'"{symbol}"'.encode())
+        return Answer(Reply(body, found.reply.status), "candles", 1, symbol, found.span, found.rows)
 
     def answer(self, call: Call) -> Answer:
         match = _PATH.fullmatch(call.path)
         if match is None:
-            return Answer(_said("Unrecognized endpoint", 404), "unknown")
+            return Answer(_error_reply("Unrecognized endpoint", 404), "unknown")
         name = match["instrument"]
         key = call.headers.get("authorization", "").removeprefix("Bearer").strip()
         if not key or key in self._sandbox.config.bad_keys:
@@ -98,35 +100,37 @@ class Oanda:
             if re.fullmatch(r"[A-Z]{3}_[A-Z]{3}", name):
                 what = self._sandbox.known("oanda", AssetClass.FOREX, plain_symbol(name))
             if what is None:
-                raise Refused("Invalid value specified for 'instrument'")
-            ask = parse(call.query, call.headers, self._sandbox.clock.now())
-        except Refused as refused:
-            return Answer(_said(str(refused), 400), "candles", 1, name)
-        bars = self._bars(what, ask)
-        head = {"instrument": name, "granularity": ask.granularity}
-        body = orjson.dumps({**head, "candles": self._candles(bars, ask)})
-        span = TimeRange(ask.start or 0, max(ask.start or 0, ask.end or self._sandbox.clock.now()))
-        return Answer(Reply(body), "candles", 1, name, span, _rows_of(ask.unix))
+                raise BadRequest("Invalid value specified for 'instrument'")
+            request = parse(call.query, call.headers, self._sandbox.clock.now())
+        except BadRequest as error:
+            return Answer(_error_reply(str(error), 400), "candles", 1, name)
+        bars = self._bars(what, request)
+        head = {"instrument": name, "granularity": request.granularity}
+        body = orjson.dumps({**head, "candles": self._candles(bars, request)})
+        span = TimeRange(
+            request.start or 0, max(request.start or 0, request.end or self._sandbox.clock.now())
+        )
+        return Answer(Reply(body), "candles", 1, name, span, _rows_of(request.unix))
 
-    def _bars(self, what: Instrument, ask: Ask) -> Bars:
-        """What opens before `end` from `start` on: the first `count`, without a start the last ones."""
+    def _bars(self, what: Instrument, request: CandlesRequest) -> Bars:
+        """Candles that open in `[start, end)`: the first `count`, or the last ones without a start."""
         listing, now = self._sandbox.listing("oanda", what), self._sandbox.clock.now()
-        first = floor(ask.ruler, listing.start)
-        start = first if ask.start is None else max(ask.start, first)
-        end = min(now + 1, listing.end if ask.end is None else min(ask.end, listing.end))
+        first = floor(request.ruler, listing.start)
+        start = first if request.start is None else max(request.start, first)
+        end = min(now + 1, listing.end if request.end is None else min(request.end, listing.end))
         window = TimeRange(start, max(start, end))
-        pick = newest if ask.start is None else oldest
-        return pick(partial(self._read, what, ask.ruler), ask.ruler.length, window, ask.count)
+        pick = newest if request.start is None else oldest
+        return pick(partial(self._read, what, request.ruler), request.ruler.length, window, request.count)
 
     def _read(self, what: Instrument, ruler: Ruler, window: TimeRange) -> Bars:
         return self._sandbox.framed("oanda", what, ruler.frame(window))
 
-    def _candles(self, bars: Bars, ask: Ask) -> list[dict[str, Any]]:
-        """A replayed file has no volume: then it is one that follows from the price, as is any tick count."""
+    def _candles(self, bars: Bars, request: CandlesRequest) -> list[dict[str, Any]]:
+        """Without a volume (replayed files) the tick count is derived from the price."""
         ticks = bars.close % 997 + 1 if bars.volume is None else bars.volume
-        ends = _ends(ask.ruler, bars)
+        ends = _ends(request.ruler, bars)
         complete = (ends <= self._sandbox.clock.now()).tolist()
-        times = _times(bars.ts, ask.unix)
+        times = _times(bars.ts, request.unix)
         return [
             {"complete": done, "volume": volume, "time": time, "mid": {"o": o, "h": h, "l": low, "c": c}}
             for done, volume, time, o, h, low, c in zip(
@@ -135,48 +139,48 @@ class Oanda:
         ]
 
 
-def parse(query: Mapping[str, str], headers: Mapping[str, str], now: int) -> Ask:
-    """The parameters of a candles request. Raises Refused as OANDA would answer."""
+def parse(query: Mapping[str, str], headers: Mapping[str, str], now: int) -> CandlesRequest:
+    """The parameters of a candles request. Raises BadRequest with OANDA's errors."""
     if query.get("price", "M") != "M":
-        raise Refused("Invalid value specified for 'price'")
+        raise BadRequest("Invalid value specified for 'price'")
     granularity = query.get("granularity", "S5")
     ruler = _ruler(granularity, query)
     start, end = _time(query, "from"), _time(query, "to")
     for name, moment in (("from", start), ("to", end)):
         if moment is not None and moment > now:
-            raise Refused(f"Invalid value specified for '{name}'. Time is in the future")
+            raise BadRequest(f"Invalid value specified for '{name}'. Time is in the future")
     if start is not None and end is not None:
         if "count" in query:
-            raise Refused("'count' cannot be specified when 'to' and 'from' parameters are set")
+            raise BadRequest("'count' cannot be specified when 'to' and 'from' parameters are set")
         if start > end:
-            raise Refused("Invalid value specified for 'to'. Time is before 'from'")
+            raise BadRequest("Invalid value specified for 'to'. Time is before 'from'")
         if end - start > MAX_COUNT * ruler.length:
-            raise Refused("Maximum value for 'count' exceeded")
+            raise BadRequest("Maximum value for 'count' exceeded")
     count = query.get("count", str(DEFAULT_COUNT))
     if not count.isascii() or not count.isdigit() or int(count) == 0:
-        raise Refused("Invalid value specified for 'count'")
+        raise BadRequest("Invalid value specified for 'count'")
     if int(count) > MAX_COUNT:
-        raise Refused("Maximum value for 'count' exceeded")
+        raise BadRequest("Maximum value for 'count' exceeded")
     if start is not None:
-        # The candle that contains `from` comes first, unless the caller has it already.
+        # The candle that contains `from` is included, unless includeFirst=false.
         covered = floor(ruler, start)
         start = covered if query.get("includeFirst", "true").lower() != "false" else covered + 1
     whole = start is not None and end is not None
     unix = headers.get("accept-datetime-format", "").upper() == "UNIX"
-    return Ask(granularity, ruler, start, end, MAX_COUNT + 1 if whole else int(count), unix)
+    return CandlesRequest(granularity, ruler, start, end, MAX_COUNT + 1 if whole else int(count), unix)
 
 
 def _ruler(granularity: str, query: Mapping[str, str]) -> Ruler:
-    """Candles up to an hour sit on the hour; longer ones are cut from the day that the request names."""
+    """Candles up to an hour are aligned to the hour, longer ones to the day defined by the request."""
     if granularity in _UP_TO_AN_HOUR:
         return EvenRuler(Step(_UP_TO_AN_HOUR[granularity]))
     hour, zone = query.get("dailyAlignment", "17"), query.get("alignmentTimezone", NEW_YORK)
     if not hour.isascii() or not hour.isdigit() or int(hour) > 23:
-        raise Refused("Invalid value specified for 'dailyAlignment'")
+        raise BadRequest("Invalid value specified for 'dailyAlignment'")
     try:
         ZoneInfo(zone)
     except (ZoneInfoNotFoundError, ValueError):
-        raise Refused("Invalid value specified for 'alignmentTimezone'") from None
+        raise BadRequest("Invalid value specified for 'alignmentTimezone'") from None
     if granularity in _HOURS:
         return WallRuler(_HOURS[granularity], zone, int(hour))
     if granularity == "D":
@@ -184,9 +188,9 @@ def _ruler(granularity: str, query: Mapping[str, str]) -> Ruler:
     if granularity == "W":
         weekday = query.get("weeklyAlignment", "Friday")
         if weekday not in _WEEKDAYS:
-            raise Refused("Invalid value specified for 'weeklyAlignment'")
+            raise BadRequest("Invalid value specified for 'weeklyAlignment'")
         return WeekRuler(_WEEKDAYS.index(weekday), zone, int(hour))
-    raise Refused("Invalid value specified for 'granularity'")
+    raise BadRequest("Invalid value specified for 'granularity'")
 
 
 def _time(query: Mapping[str, str], name: str) -> int | None:
@@ -200,7 +204,7 @@ def _time(query: Mapping[str, str], name: str) -> int | None:
             return int(seconds) * 1_000_000 + int(fraction.ljust(6, "0")[:6] or 0)
         return instant(re.sub(r"(\.\d{6})\d*", r"\1", text))
     except ValueError:
-        raise Refused(f"Invalid value specified for '{name}'") from None
+        raise BadRequest(f"Invalid value specified for '{name}'") from None
 
 
 def _ends(ruler: Ruler, bars: Bars) -> np.typing.NDArray[np.int64]:
@@ -217,12 +221,12 @@ def _times(ts: np.typing.NDArray[np.int64], unix: bool) -> list[str]:
     return [f"{text}000Z" for text in ts.view("datetime64[us]").astype(str).tolist()]
 
 
-def _said(message: str, status: int) -> Reply:
+def _error_reply(message: str, status: int) -> Reply:
     return Reply(orjson.dumps({"errorMessage": message}), status)
 
 
 def _rows_of(unix: bool) -> Rows:
-    """Rows [microseconds, open, high, low, the candle as it was]."""
+    """Rows [microseconds, open, high, low, original candle]."""
 
     def take(page: Any) -> list[Row]:
         return [

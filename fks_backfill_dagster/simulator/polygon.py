@@ -1,9 +1,9 @@
 """Polygon's aggregates: `X:BTCUSD` is the market of BTC/USDT, `C:EURUSD` a currency pair, `AAPL` a stock.
 
-Only the wire format: the path, the key, where bars sit, snapping, base-bar limits and cursors. Minutes and
-hours of stocks hold pre- and post-market trades, and an hour sits on the clock. A stock's day is the official
-one, stamped at 00:00 New York, and a week is made of such days. A pair's days are those of UTC, Saturdays
-among them.
+Only the wire format: the path, the key, bar alignment, snapping, base-bar limits and cursors. Minutes and
+hours of stocks contain pre- and post-market trades; hours are clock hours. A stock's day is the official
+one, stamped at 00:00 New York, and weeks are aggregated from such days. A pair's days are UTC days,
+Saturdays included.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _ROW = '{"v":%s,"vw":%s,"o":%s,"c":%s,"h":%s,"l":%s,"t":%d,"n":%d},'
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class AggregatesRequest:
     """An aggregates request after parsing; `window` is snapped outwards to whole bars."""
 
     ticker: str
@@ -82,7 +82,7 @@ class Ask:
 
 
 class BadRequest(Exception):
-    """A request Polygon would refuse with 400."""
+    """A request that Polygon rejects with 400."""
 
 
 class Polygon:
@@ -95,7 +95,7 @@ class Polygon:
 
     def charge(self, call: Call) -> Reply | None:
         verdict = self._sandbox.meters["polygon"].charge(1)
-        return None if verdict.refused is None else self.error(verdict.refused, verdict.retry_after)
+        return None if verdict.status is None else self.error(verdict.status, verdict.retry_after)
 
     def extra_headers(self) -> tuple[tuple[str, str], ...]:
         return ()
@@ -118,37 +118,37 @@ class Polygon:
         found = self._sandbox.find("polygon", plain)
         return plain if found is None else _ticker(found.asset_class, plain)
 
-    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
-        asked = self._instrument(symbol)
-        other = None if asked is None else self._sandbox.other_symbol("polygon", asked, other)
-        if asked is None or other is None:
+    def with_other_symbol(self, call: Call, symbol: str, other: str | None) -> Answer:
+        requested = self._instrument(symbol)
+        other = None if requested is None else self._sandbox.other_symbol("polygon", requested, other)
+        if requested is None or other is None:
             return self.answer(call)
-        ticker = _ticker(asked.asset_class, other)
+        ticker = _ticker(requested.asset_class, other)
         path = call.path.replace(f"/ticker/{symbol}/", f"/ticker/{ticker}/")
         answer = self.answer(Call(path, call.query, call.headers, call.base_url))
         body = answer.reply.body.replace(ticker.encode(), symbol.encode())
         return Answer(Reply(body), answer.endpoint, 1, symbol, answer.span, answer.rows)
 
     def answer(self, call: Call) -> Answer:
-        if (refused := self._unauthorised(call)) is not None:
-            return Answer(refused, "aggs")
+        if (rejection := self._unauthorised(call)) is not None:
+            return Answer(rejection, "aggs")
         match = _PATH.fullmatch(call.path)
         if match is None:
             return Answer(_json({"status": "NOT_FOUND", "message": "404 page not found"}, 404), "unknown")
         try:
-            ask = parse(match, call.query)
+            request = parse(match, call.query)
         except BadRequest as error:
             return Answer(_json({"status": "ERROR", "error": str(error)}, 400), "aggs", 1, match["ticker"])
-        key = (ask, call.base_url)
+        key = (request, call.base_url)
         body = self._sandbox.prepared.get(key)
         if body is None:
-            body = self._page(ask, call.base_url)[0]
-        return Answer(Reply(body), "aggs", 1, ask.ticker, ask.window, ROWS)
+            body = self._page(request, call.base_url)[0]
+        return Answer(Reply(body), "aggs", 1, request.ticker, request.window, ROWS)
 
     def prepare(self, ticker: str, timeframe: Timeframe, window: TimeRange, base_url: str) -> tuple[int, int]:
-        """Makes the pages a client sees that asks for all of `window` at the greatest limit.
+        """Builds the pages of a client that requests all of `window` with the maximum limit.
 
-        The answer names the host in `next_url`, so pages are kept per `base_url`.
+        `next_url` contains the host, so pages are stored per `base_url`.
         """
         pages = size = 0
         unit, mult = _unit_of(timeframe)
@@ -158,9 +158,9 @@ class Polygon:
             path = f"/v2/aggs/ticker/{ticker}/range/{mult}/{unit}/{at}/{end}"
             match = _PATH.fullmatch(path)
             assert match is not None
-            ask = parse(match, {"limit": str(MAX_LIMIT), "adjusted": "false"})
-            body, at = self._page(ask, base_url)
-            self._sandbox.prepared.put((ask, base_url), body)
+            request = parse(match, {"limit": str(MAX_LIMIT), "adjusted": "false"})
+            body, at = self._page(request, base_url)
+            self._sandbox.prepared.put((request, base_url), body)
             pages, size = pages + 1, size + len(body)
         return pages, size
 
@@ -173,57 +173,57 @@ class Polygon:
         return None
 
     def _instrument(self, ticker: str) -> Instrument | None:
-        """Polygon has no USDT pairs of its own: `X:BTCUSDT` is unknown."""
+        """Polygon has no USDT pairs: `X:BTCUSDT` is unknown."""
         if ticker.startswith("X:") and ticker.endswith("USDT"):
             return None
         return self._sandbox.known("polygon", _asset_class(ticker), plain_symbol(ticker))
 
-    def _page(self, ask: Ask, base_url: str) -> tuple[bytes, int | None]:
-        """The page's body, and where the next one starts in milliseconds."""
-        symbol = self._instrument(ask.ticker)
+    def _page(self, request: AggregatesRequest, base_url: str) -> tuple[bytes, int | None]:
+        """The page's body, and the start of the next page in milliseconds."""
+        symbol = self._instrument(request.ticker)
         head = {
-            "ticker": ask.ticker,
-            "adjusted": ask.adjusted,
+            "ticker": request.ticker,
+            "adjusted": request.adjusted,
             "status": "OK",
-            "request_id": _request_id(ask),
+            "request_id": _request_id(request),
         }
         if symbol is None:
             return orjson.dumps({**head, "queryCount": 0, "resultsCount": 0}), None
-        parts, bars, rest = self._cut(ask, symbol)
+        parts, bars, rest = self._cut(request, symbol)
         if len(bars) == 0:
             return orjson.dumps({**head, "queryCount": 0, "resultsCount": 0}), None
         head |= {"queryCount": parts, "resultsCount": len(bars), "count": len(bars)}
         at = None
         if rest:
-            head["next_url"] = _next_url(ask, rest, base_url)
+            head["next_url"] = _next_url(request, rest, base_url)
             at = rest.start // 1000
-        if ask.descending:
+        if request.descending:
             bars = bars.take(slice(None, None, -1))
         return orjson.dumps(head)[:-1] + b',"results":' + _rows(bars) + b"}", at
 
-    def _cut(self, ask: Ask, what: Instrument) -> tuple[int, Bars, TimeRange]:
-        """How many base bars the page uses, its bars, and the window that is left.
+    def _cut(self, request: AggregatesRequest, what: Instrument) -> tuple[int, Bars, TimeRange]:
+        """The number of base bars of the page, its bars, and the remaining window.
 
-        A page never splits a bar: it has at least one, and otherwise as many as `limit` base bars fill.
+        A page contains whole bars: at least one, otherwise as many as `limit` base bars fill.
         """
-        read_base = partial(self._read, what, ask.base)
+        read_base = partial(self._read, what, request.base)
         listing = self._sandbox.listing("polygon", what)
-        window = ask.window.intersect(
-            TimeRange(floor(ask.step, listing.start), min(listing.end, self._sandbox.clock.now() + 1))
+        window = request.window.intersect(
+            TimeRange(floor(request.step, listing.start), min(listing.end, self._sandbox.clock.now() + 1))
         )
-        pick = newest if ask.descending else oldest
-        base = pick(read_base, ask.base.length, window, ask.limit)
+        pick = newest if request.descending else oldest
+        base = pick(read_base, request.base.length, window, request.limit)
         page, rest = window, TimeRange(window.end, window.end)
-        if len(base) == ask.limit and ask.descending:
-            cut = max(ceil(ask.step, int(base.ts[0])), window.start)
-            cut = cut if cut < window.end else floor(ask.step, window.end - 1)
+        if len(base) == request.limit and request.descending:
+            cut = max(ceil(request.step, int(base.ts[0])), window.start)
+            cut = cut if cut < window.end else floor(request.step, window.end - 1)
             page, rest = TimeRange(cut, window.end), TimeRange(window.start, max(cut, window.start))
-        elif len(base) == ask.limit:
-            cut = floor(ask.step, int(base.ts[-1]) + ask.base.length)
-            cut = min(max(cut, ceil(ask.step, window.start + 1)), ask.window.end)
+        elif len(base) == request.limit:
+            cut = floor(request.step, int(base.ts[-1]) + request.base.length)
+            cut = min(max(cut, ceil(request.step, window.start + 1)), request.window.end)
             page, rest = TimeRange(window.start, cut), TimeRange(min(cut, window.end), window.end)
-        bars = base.within(page) if ask.step == ask.base else self._read(what, ask.step, page)
-        if ask.adjusted and what.asset_class is AssetClass.STOCKS:
+        bars = base.within(page) if request.step == request.base else self._read(what, request.step, page)
+        if request.adjusted and what.asset_class is AssetClass.STOCKS:
             bars = adjusted(bars, self._sandbox.splits_of(what.name))
         return len(base), bars, rest
 
@@ -249,9 +249,9 @@ def _ticker(asset_class: AssetClass, plain: str) -> str:
 
 
 def _ruler(unit: str, mult: int, asset_class: AssetClass) -> Ruler:
-    """Where bars sit: crypto and currencies by UTC, stocks by New York; weeks begin on Sunday.
+    """Bar alignment: crypto and currencies by UTC, stocks by New York; weeks begin on Sunday.
 
-    Days and weeks of stocks are made of official days, which hold no pre- and post-market trades.
+    Days and weeks of stocks are official days, without pre- and post-market trades.
     """
     length = UNITS[unit] * mult
     extended = length < MICROS_PER_DAY or asset_class is not AssetClass.STOCKS
@@ -261,11 +261,11 @@ def _ruler(unit: str, mult: int, asset_class: AssetClass) -> Ruler:
         return WeekRuler(weekday=6, extended=extended)
     if MICROS_PER_DAY % length == 0:
         return WallRuler(length, extended=extended)
-    raise BadRequest("The local market has no such multiple for stocks: bars divide a day, or are weeks.")
+    raise BadRequest("The local market supports for stocks only multiples that divide a day, and weeks.")
 
 
-def parse(match: re.Match[str], query: Mapping[str, str]) -> Ask:
-    """A path and its parameters; those in a cursor stand for the ones left out. Raises BadRequest."""
+def parse(match: re.Match[str], query: Mapping[str, str]) -> AggregatesRequest:
+    """A path and its parameters; a cursor supplies the ones that are not given. Raises BadRequest."""
     if match["unit"] not in UNITS:
         raise BadRequest(f"Could not parse the time parameter: 'timespan'. Use one of {', '.join(UNITS)}.")
     mult = int(match["mult"])
@@ -286,7 +286,7 @@ def parse(match: re.Match[str], query: Mapping[str, str]) -> Ask:
     window = TimeRange(floor(step, start), ceil(step, end + 1))
     base = _ruler("minute" if UNITS[match["unit"]] < MICROS_PER_DAY else "day", 1, asset_class)
     adjusted = options.get("adjusted", "true") != "false"
-    return Ask(
+    return AggregatesRequest(
         match["ticker"],
         mult,
         match["unit"],
@@ -323,14 +323,14 @@ def _cursor(text: str) -> dict[str, str]:
         raise BadRequest("Could not parse the cursor.") from None
 
 
-def _next_url(ask: Ask, rest: TimeRange, base_url: str) -> str:
-    """On the host that was asked; ascending pages move `from` on, descending ones `to` back."""
-    order = "desc" if ask.descending else "asc"
-    options = f"adjusted={str(ask.adjusted).lower()}&limit={ask.limit}&sort={order}"
+def _next_url(request: AggregatesRequest, rest: TimeRange, base_url: str) -> str:
+    """On the host of the request; ascending pages advance `from`, descending ones decrease `to`."""
+    order = "desc" if request.descending else "asc"
+    options = f"adjusted={str(request.adjusted).lower()}&limit={request.limit}&sort={order}"
     cursor = base64.urlsafe_b64encode(options.encode()).decode()
-    end = f"{rest.end // 1000 - 1}" if ask.descending else ask.end
+    end = f"{rest.end // 1000 - 1}" if request.descending else request.end
     span = f"{rest.start // 1000}/{end}"
-    return f"{base_url}/v2/aggs/ticker/{ask.ticker}/range/{ask.mult}/{ask.unit}/{span}?cursor={cursor}"
+    return f"{base_url}/v2/aggs/ticker/{request.ticker}/range/{request.mult}/{request.unit}/{span}?cursor={cursor}"
 
 
 def _unit_of(timeframe: Timeframe) -> tuple[str, int]:
@@ -339,7 +339,7 @@ def _unit_of(timeframe: Timeframe) -> tuple[str, int]:
 
 
 def _rows(bars: Bars) -> bytes:
-    """The results array. The decimal texts are the numbers, so nothing is rounded on the way."""
+    """The results array. The decimal texts are used as JSON numbers, without rounding."""
     opened, high, low, close, volume = bars.texts()
     average = decimal_texts((bars.high + bars.low + bars.close) // 3, bars.scale.price)
     none = bars.volume is None
@@ -357,8 +357,8 @@ def _rows(bars: Bars) -> bytes:
     return f"[{(_ROW * len(bars) % cells)[:-1]}]".encode()
 
 
-def _request_id(ask: Ask) -> str:
-    return blake2b(repr(ask).encode(), digest_size=16).hexdigest()
+def _request_id(request: AggregatesRequest) -> str:
+    return blake2b(repr(request).encode(), digest_size=16).hexdigest()
 
 
 def _json(document: dict[str, Any], status: int) -> Reply:

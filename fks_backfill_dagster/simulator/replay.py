@@ -1,9 +1,9 @@
 """Real candles from files instead of the synthetic market: `<venue>/<SYMBOL>-<TIMEFRAME>.csv[.gz]`.
 
-Belongs here: which venue's files speak which provider's wire format (VENUES), reading them, and
-serving crypto as a `Market`. A file's own timeframe is served with the file's own decimal texts;
-a coarser one is aggregated from the coarsest file that divides it; a finer one is empty.
-Not here: stocks and currencies, whose bars are cut otherwise (`replay_closing`).
+In scope: the mapping of venues to providers' wire formats (VENUES), reading files, and serving crypto as a
+`Market`. A file's own timeframe is served with the file's decimal texts; a coarser one is aggregated from
+the coarsest file that divides it; a finer one is empty.
+Out of scope: stocks and currencies, whose bars have other boundaries (`replay_closing`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.simulator.bars import Bars, Scale, Step, Units, aggregate
 from fks_backfill_dagster.simulator.closing import ClosingMarket
-from fks_backfill_dagster.simulator.market import FOR_EVER, NO_HALT, Market, closed
+from fks_backfill_dagster.simulator.market import NO_END, NO_HALT, Market, closed
 from fks_backfill_dagster.simulator.replay_closing import CUTS, ReplayClosing, Traded
 from fks_backfill_dagster.simulator.splits import Split, read_splits
 
 
 @dataclass(frozen=True, slots=True)
 class Venue:
-    """A directory of real candles, the provider that speaks for it, and what is traded there."""
+    """A directory of real candles, the provider that serves it, and its asset class."""
 
     directory: str
     provider: str
@@ -53,10 +53,10 @@ VENUES: tuple[Venue, ...] = (
     Venue("forex", "oanda", AssetClass.FOREX),
     Venue("forex", "polygon", AssetClass.FOREX),
 )
-"""Where two venues of one provider have the same symbol, the one that stands first serves it."""
+"""If two venues of one provider have the same symbol, the first one serves it."""
 
 SPLITS = "equity/splits.csv"
-"""Optional: the splits of the replayed stocks, lines `symbol,date,new,old`."""
+"""Optional: the splits of the replayed stocks, with lines `symbol,date,new,old`."""
 
 _COLUMNS = ("ts", "open", "high", "low", "close", "volume")
 _DECIMAL = r"^(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
@@ -64,7 +64,7 @@ _NAME = re.compile(r"(?P<symbol>[A-Z0-9.]+)-(?P<timeframe>[0-9]+[mhdw])\.csv(\.g
 
 
 class ReplayError(ValueError):
-    """A directory or file that cannot be replayed. The text names it and says what to do."""
+    """A directory or file that cannot be replayed. The text names it and states the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class ReplayMarket:
 
     files: Mapping[str, Mapping[Timeframe, Bars]]
 
-    def knows(self, symbol: str) -> bool:
+    def has_symbol(self, symbol: str) -> bool:
         return symbol in self.files
 
     def symbols(self) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ class ReplayMarket:
         return TimeRange(min(s for s, _ in spans), max(e for _, e in spans))
 
     def bars(self, symbol: str, step: Step, window: TimeRange, now: int, halts: RangeSet) -> Bars:
-        """As in `Market`; rows are indivisible, so a halt takes a row only if it covers it wholly."""
+        """As in `Market`; rows are indivisible: a halt removes only rows that it covers completely."""
         timeframe, found = self._nearest(symbol, step)
         end = min(window.end, now + 1)
         start = min(window.start, end)
@@ -96,7 +96,7 @@ class ReplayMarket:
         return found if Step.of(timeframe) == step else aggregate(found, step)
 
     def _nearest(self, symbol: str, step: Step) -> tuple[Timeframe, Bars]:
-        """The coarsest file whose rows fit into these bars, else none of any file's rows."""
+        """The coarsest file whose rows fit into these bars; otherwise an empty block."""
         files = self.files[symbol]
         for timeframe in sorted(files, key=lambda t: -t.micros):
             own = Step.of(timeframe)
@@ -111,7 +111,7 @@ class ReplayMarket:
         timeframe: Timeframe,
         window: TimeRange,
         *,
-        now: int = FOR_EVER,
+        now: int = NO_END,
         halts: RangeSet = NO_HALT,
     ) -> Candles:
         return closed(self, symbol, Step.of(timeframe), window, now, halts).candles()
@@ -127,20 +127,24 @@ class Replayed:
 
 
 def load(directory: Path) -> Replayed:
-    """Raises ReplayError where `directory` is none, holds no file that could be served, or holds a
-    file that is not what its name says."""
+    """Raises ReplayError if `directory` does not exist, contains no replay file, or contains a
+    file whose content does not match its name."""
     if not directory.is_dir():
-        raise ReplayError(f"{directory} is not a directory: --replay takes one with <venue>/<SYMBOL>-1h.csv")
+        raise ReplayError(
+            f"{directory} is not a directory: --replay needs one with files <venue>/<SYMBOL>-1h.csv"
+        )
     found: dict[tuple[str, AssetClass], dict[str, dict[Timeframe, Bars]]] = {}
     venues: dict[str, dict[str, dict[Timeframe, Bars]]] = {}
     for venue in VENUES:
         if venue.directory not in venues:
             venues[venue.directory] = _read_all(directory / venue.directory)
-        ours = found.setdefault((venue.provider, venue.asset_class), {})
-        ours |= {name: files for name, files in venues[venue.directory].items() if name not in ours}
+        served = found.setdefault((venue.provider, venue.asset_class), {})
+        served |= {name: files for name, files in venues[venue.directory].items() if name not in served}
     if not any(venues.values()):
         names = ", ".join(venues)
-        raise ReplayError(f"{directory} holds no file <venue>/<SYMBOL>-<TIMEFRAME>.csv of the venues {names}")
+        raise ReplayError(
+            f"{directory} contains no file <venue>/<SYMBOL>-<TIMEFRAME>.csv of the venues {names}"
+        )
     crypto: dict[str, Market] = {}
     closing: dict[tuple[str, AssetClass], ClosingMarket] = {}
     for (provider, asset_class), symbols in found.items():
@@ -187,7 +191,7 @@ def _parse_name(path: Path) -> tuple[str, Timeframe]:
 
 
 def read(path: Path, timeframe: Timeframe) -> Bars:
-    """One file. Raises ReplayError, naming it, for wrong columns, values, order or grid."""
+    """Reads one file. Raises ReplayError with its path for wrong columns, values, order or grid."""
     try:
         table = csv.read_csv(
             path,
@@ -202,11 +206,11 @@ def read(path: Path, timeframe: Timeframe) -> Bars:
             f"{path} cannot be read as CSV with the columns {','.join(_COLUMNS)}: {error}"
         ) from None
     if table.num_rows == 0:
-        raise ReplayError(f"{path} has no rows: take it away or fill it")
+        raise ReplayError(f"{path} has no rows: remove it or add rows")
     ts = _instants(path, table["ts"])
     step = Step.of(timeframe)
     if bool((np.diff(ts) <= 0).any()):
-        raise ReplayError(f"{path}: ts must ascend without duplicates")
+        raise ReplayError(f"{path}: ts must be ascending without duplicates")
     if bool(((ts - step.origin) % step.length != 0).any()):
         raise ReplayError(f"{path}: a ts is not on the {timeframe} grid")
     prices = [_decimals(path, table[name], name) for name in _COLUMNS[1:5]]
@@ -215,7 +219,7 @@ def read(path: Path, timeframe: Timeframe) -> Bars:
     without_volume = pc.all(pc.equal(table["volume"], "")).as_py()
     volume, volume_digits = (None, 0) if without_volume else _decimals(path, table["volume"], "volume")
     if digits > 12 or max(int(high.max()), 0 if volume is None else int(volume.max())) >= 2**53:
-        raise ReplayError(f"{path}: a value has more digits than a float64 can hold exactly")
+        raise ReplayError(f"{path}: a value has more digits than a float64 represents exactly")
     verbatim = tuple(table[name].to_numpy().astype(object) for name in _COLUMNS[1:])
     return Bars(ts, opened, high, low, close, volume, Scale(digits, volume_digits), verbatim)
 
@@ -230,7 +234,7 @@ def _instants(path: Path, column: pa.ChunkedArray) -> NDArray[np.int64]:
 
 
 def _decimals(path: Path, column: pa.ChunkedArray, name: str) -> tuple[Units, int]:
-    """Plain non-negative decimals as integers, and the number of digits they were scaled by."""
+    """Plain non-negative decimals as scaled integers, and the number of digits."""
     plain = pc.match_substring_regex(column, _DECIMAL)
     if not pc.all(plain).as_py():
         row = pc.index(plain, pa.scalar(False)).as_py()
@@ -242,15 +246,15 @@ def _decimals(path: Path, column: pa.ChunkedArray, name: str) -> tuple[Units, in
     places = pc.if_else(pc.less(point, 0), 0, pc.subtract(pc.subtract(pc.utf8_length(column), point), 1))
     digits = int(pc.max(places).as_py())
     exact = pc.cast(column, pa.decimal128(38, digits)).combine_chunks()
-    # A decimal128 is a 16-byte little-endian integer; values below 2**53 live in its low half.
+    # A decimal128 is a 16-byte little-endian integer; values below 2**53 are in its low half.
     halves = np.frombuffer(exact.buffers()[1], dtype=np.int64).reshape(-1, 2)[exact.offset :][: len(exact)]
     if bool((halves[:, 1] != 0).any()):
-        raise ReplayError(f"{path}: a {name} has more digits than a float64 can hold exactly")
+        raise ReplayError(f"{path}: a {name} has more digits than a float64 represents exactly")
     return halves[:, 0].copy(), digits
 
 
 def _without_exponents(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """`6.45e-06`, which real files hold among their smallest volumes, as `0.00000645`."""
+    """`6.45e-06`, which occurs in real files for very small volumes, as `0.00000645`."""
     rows = pc.indices_nonzero(pc.match_substring(column, "e", ignore_case=True)).to_pylist()
     if not rows:
         return column
@@ -261,6 +265,6 @@ def _without_exponents(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _covered(ts: NDArray[np.int64], length: int, halts: RangeSet) -> NDArray[np.bool_]:
-    """Rows whose whole `[ts, ts + length)` lies in one range."""
+    """Rows whose `[ts, ts + length)` lies completely in one range."""
     index = np.searchsorted(halts.starts, ts, side="right") - 1
     return (index >= 0) & (ts + length <= halts.ends[index])

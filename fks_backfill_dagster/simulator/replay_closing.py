@@ -1,12 +1,12 @@
-"""Replayed stocks and currencies: files of several timeframes behind wire formats that cut bars otherwise.
+"""Replayed stocks and currencies: files of several timeframes for wire formats with other bar boundaries.
 
-A row of a file says what was traded in its interval, not when within it. It is served in a bar that
-holds its whole interval; a file of which every row fits is exact, and the coarsest exact file is
-taken, because it reaches furthest.
+A row of a file aggregates the trades of its interval, so it can be served only in a bar that contains the whole
+interval. A file is exact if all of its rows fit; the coarsest exact file is used, because it reaches furthest
+back.
 
-No real provider has our hours of stocks: clients make them of bars that end with the session (CUTS).
-There a row of a coarser file becomes trades in its first and in its last minute: one share at the open,
-and all the others. What a client derives from such bars is the file's own row again.
+No real provider serves the project's hours of stocks: clients derive them from bars that end with the session
+(CUTS). For these bars a row of a coarser file becomes trades in its first and in its last minute: one share at
+the open, the others at the end. A client that aggregates such bars obtains the file's row.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from fks_backfill_dagster.simulator.frames import Frame, fill
 from fks_backfill_dagster.simulator.sessions import stock_sessions
 
 CUTS: Mapping[str, frozenset[int]] = {"polygon": frozenset({30 * MICROS_PER_MINUTE})}
-"""The lengths of bars from which clients make a stock's hours and days, of providers that omit quiet
-bars: elsewhere a missing half hour means that the hour is not known."""
+"""The lengths of bars from which clients derive a stock's hours and days, for providers that omit bars
+without trades: with other providers a missing half hour makes the hour unavailable."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Traded:
-    """A file's rows, with `ts` where trading begins in each, and where it ends."""
+    """A file's rows, with `ts` at the start of trading in each row, and its end."""
 
     timeframe: Timeframe
     rows: Bars
@@ -48,30 +48,30 @@ class Traded:
         if asset_class is AssetClass.STOCKS:
             sessions = stock_sessions()
             if timeframe.is_intraday:
-                ours = np.searchsorted(sessions.closes, starts, side="right")
+                index = np.searchsorted(sessions.closes, starts, side="right")
             else:
-                ours = np.searchsorted(sessions.dates, starts)
-            starts = np.where(expected, np.maximum(starts, sessions.opens[ours]), starts)
+                index = np.searchsorted(sessions.dates, starts)
+            starts = np.where(expected, np.maximum(starts, sessions.opens[index]), starts)
         return cls(timeframe, replace(rows, ts=starts, verbatim=None), ends)
 
     def within(self, window: TimeRange) -> Traded:
-        """The rows that were traded in any part of `window`."""
+        """The rows whose trading interval overlaps `window`."""
         first = int(np.searchsorted(self.ends, window.start, side="right"))
         rows = slice(first, int(np.searchsorted(self.rows.ts, window.end)))
         return Traded(self.timeframe, self.rows.take(rows), self.ends[rows])
 
     def fits(self, frame: Frame) -> bool:
-        """Whether no row reaches beyond the bar in which it begins. No row at all does not count."""
+        """Whether there are rows and each ends within the bar in which it begins."""
         index = np.searchsorted(frame.opens, self.rows.ts, side="right") - 1
         inside = index >= 0
         inside[inside] = self.rows.ts[inside] < frame.ends[index[inside]]
         return bool(inside.any()) and not bool((self.ends[inside] > frame.ends[index[inside]]).any())
 
     def at_both_ends(self) -> Traded:
-        """Each row as two: the smallest part of its volume at the open, and the rest at its end."""
+        """Each row as two: one unit of its volume at the open, the remainder at its end."""
         rows, ends = self.rows, self.ends
         first = None if rows.volume is None else np.minimum(rows.volume, 1)
-        rest = None if rows.volume is None or first is None else rows.volume - first
+        remainder = None if rows.volume is None or first is None else rows.volume - first
         last = ends - MICROS_PER_MINUTE
         both = Bars(
             _interleaved(rows.ts, last),
@@ -79,13 +79,13 @@ class Traded:
             _interleaved(rows.open, rows.high),
             _interleaved(rows.open, rows.low),
             _interleaved(rows.open, rows.close),
-            None if first is None or rest is None else _interleaved(first, rest),
+            None if first is None or remainder is None else _interleaved(first, remainder),
             rows.scale,
         )
         return Traded(self.timeframe, both, np.repeat(ends, 2))
 
     def without(self, halts: RangeSet) -> Bars:
-        """The rows but those that a halt covers wholly."""
+        """The rows except those that a halt covers completely."""
         if not halts:
             return self.rows
         index = np.searchsorted(halts.starts, self.rows.ts, side="right") - 1
@@ -104,7 +104,7 @@ class ReplayClosing:
     files: Mapping[str, Mapping[Timeframe, Traded]]
     cuts: frozenset[int] = frozenset()
 
-    def knows(self, symbol: str) -> bool:
+    def has_symbol(self, symbol: str) -> bool:
         return symbol in self.files
 
     def symbols(self) -> tuple[str, ...]:
@@ -115,11 +115,11 @@ class ReplayClosing:
         return TimeRange(min(int(f.rows.ts[0]) for f in files), max(int(f.ends[-1]) for f in files))
 
     def bars(self, symbol: str, frame: Frame, now: int, halts: RangeSet) -> Bars:
-        """As in `ClosingMarket`; rows are indivisible, so a halt takes a row only if it covers it wholly."""
+        """As in `ClosingMarket`; rows are indivisible: a halt removes only rows that it covers completely."""
         return self._filled(symbol, frame, now, halts, frame.length in self.cuts)
 
     def truth(self, symbol: str, timeframe: Timeframe, window: TimeRange, now: int, halts: RangeSet) -> Bars:
-        # A stock's days and weeks are named by 00:00 UTC of their date: they open before they trade.
+        # A stock's days and weeks are stamped 00:00 UTC of their date, before trading starts.
         listing = self.listing(symbol)
         known = TimeRange(listing.start - Timeframe.W1.micros, listing.end)
         frame = truth_frame(self.asset_class, timeframe, window.intersect(known), now)

@@ -1,7 +1,7 @@
-"""The HTTP server: providers by path prefix on one port, faults on the socket, and ways to run it.
+"""The HTTP server: providers by path prefix on one port, and faults on the socket.
 
-`make_app` is the ASGI application, `run` serves it until it is stopped. What an answer says is the
-wire formats' business, not this module's.
+`make_app` returns the ASGI application, `run` serves it until it is stopped. The content of responses is
+defined by the wire formats.
 """
 
 from __future__ import annotations
@@ -33,54 +33,63 @@ from fks_backfill_dagster.simulator.binance import Binance
 from fks_backfill_dagster.simulator.coingecko import CoinGecko
 from fks_backfill_dagster.simulator.config import PROVIDERS, MarketConfig
 from fks_backfill_dagster.simulator.control import Control
-from fks_backfill_dagster.simulator.faults import ROWS, TRANSPORT, Asked, Fault, Kind, Page, mixed, spoil
+from fks_backfill_dagster.simulator.faults import (
+    ROWS,
+    TRANSPORT,
+    Fault,
+    Kind,
+    Page,
+    RequestedSpan,
+    apply_fault,
+    mixed,
+)
 from fks_backfill_dagster.simulator.journal import Entry, without_key
 from fks_backfill_dagster.simulator.oanda import Oanda
 from fks_backfill_dagster.simulator.polygon import Polygon
 from fks_backfill_dagster.simulator.state import Sandbox
-from fks_backfill_dagster.simulator.wire import JSON, Answer, Call, Face, Reply
+from fks_backfill_dagster.simulator.wire import JSON, Answer, Call, Reply, WireFormat
 from fks_backfill_dagster.simulator.yahoo import Yahoo
 
 _HTML = Reply(b"<!DOCTYPE html><html><body><h1>We'll be back soon</h1></body></html>", media_type="text/html")
 _DRIPS = 20
 TITLE = "fks-backfill local market"
-"""How the front page begins."""
+"""The beginning of the index page."""
 
 
 class PortInUse(OSError):
-    """Somebody else listens there. The text names the address and the remedy."""
+    """Another process listens on the port. The text names the address and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What goes to the socket, and the fault that shaped it."""
+    """The response, and the fault that was applied to it."""
 
     answer: Answer
     fault: Fault | None
 
 
 class ProviderApp:
-    """ASGI: one wire format below one prefix, with limits, faults, latency and the journal around it."""
+    """ASGI: one wire format below one prefix, with limits, faults, latency and the journal."""
 
-    def __init__(self, sandbox: Sandbox, face: Face) -> None:
+    def __init__(self, sandbox: Sandbox, wire_format: WireFormat) -> None:
         self._sandbox = sandbox
-        self._face = face
+        self._wire_format = wire_format
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived, began = time.time(), time.perf_counter()
         call = _call(scope)
         target = call.path + (f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else "")
-        refusal = self._face.charge(call)
-        if refusal is not None:
-            outcome = _Outcome(Answer(refusal, "refused", weight=0), None)
+        rejection = self._wire_format.charge(call)
+        if rejection is not None:
+            outcome = _Outcome(Answer(rejection, "refused", weight=0), None)
         else:
             outcome = self._outcome(call, target)
         answer = outcome.answer
-        # Before it is sent: who has the answer must find it in the journal.
+        # Before it is sent: a client that has the response must find it in the journal.
         self._sandbox.journal.add(
             Entry(
                 datetime.fromtimestamp(arrived, UTC).isoformat(),
-                self._face.name,
+                self._wire_format.name,
                 answer.endpoint,
                 without_key(target),
                 answer.reply.status,
@@ -94,44 +103,47 @@ class ProviderApp:
         await self._send(scope, receive, send, answer.reply, outcome.fault)
 
     def _outcome(self, call: Call, target: str) -> _Outcome:
-        answer = self._face.answer(call)
+        answer = self._wire_format.answer(call)
         with_rows = answer.rows is not None and answer.reply.status == 200
         kinds = TRANSPORT | ROWS if with_rows else TRANSPORT
-        held = Page(Asked(answer.span), lambda: _stamps(answer))
-        fault = self._sandbox.faults.pick(self._face.name, kinds, answer.symbol, target, held)
+        extent = Page(RequestedSpan(answer.span), lambda: _stamps(answer))
+        fault = self._sandbox.faults.pick(self._wire_format.name, kinds, answer.symbol, target, extent)
         if fault is None:
             return _Outcome(answer, answer.fault)
         if fault.kind is Kind.OTHER_SYMBOL and answer.symbol is not None:
             return _Outcome(
-                _other(answer, self._face.impostor(call, answer.symbol, fault.other), fault), fault
+                _with_other_rows(
+                    answer, self._wire_format.with_other_symbol(call, answer.symbol, fault.other), fault
+                ),
+                fault,
             )
         return _Outcome(replace(answer, reply=self._faulty(answer, fault)), fault)
 
     def _faulty(self, answer: Answer, fault: Fault) -> Reply:
-        """The reply that this fault makes of the honest one; HANG, DRIP and RESET come at the socket."""
+        """The reply with this fault; HANG, DRIP and RESET are applied at the socket."""
         reply = answer.reply
         if fault.kind is Kind.STATUS:
-            own = self._face.error(fault.status, max(int(fault.seconds), 1))
-            return own if fault.body is None else _said(replace(own, status=fault.status), fault.body)
+            own = self._wire_format.error(fault.status, max(int(fault.seconds), 1))
+            return own if fault.body is None else _with_body(replace(own, status=fault.status), fault.body)
         if fault.kind is Kind.HTML:
             return _HTML
         if fault.kind is Kind.TRUNCATED:
             return replace(reply, body=reply.body[: len(reply.body) * 2 // 3])
         if fault.kind in ROWS and answer.rows is not None:
-            return replace(reply, body=_spoiled(answer, fault))
+            return replace(reply, body=_with_faulty_rows(answer, fault))
         return reply
 
     async def _send(
         self, scope: Scope, receive: Receive, send: Send, reply: Reply, fault: Fault | None
     ) -> None:
         kind = None if fault is None else fault.kind
-        if fault is not None and kind is Kind.HANG and await _client_left(receive, fault.seconds):
+        if fault is not None and kind is Kind.HANG and await _client_disconnected(receive, fault.seconds):
             return
         headers = [
             (b"content-type", reply.media_type.encode()),
             (b"content-length", str(len(reply.body)).encode()),
             (b"date", formatdate(self._sandbox.clock.now() / 1e6, usegmt=True).encode()),
-            *((k.encode(), v.encode()) for k, v in (*reply.headers, *self._face.extra_headers())),
+            *((k.encode(), v.encode()) for k, v in (*reply.headers, *self._wire_format.extra_headers())),
         ]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         if fault is not None and kind is Kind.DRIP:
@@ -140,12 +152,12 @@ class ProviderApp:
                 await send(
                     {"type": "http.response.body", "body": reply.body[at : at + size], "more_body": True}
                 )
-                if await _client_left(receive, fault.seconds / _DRIPS):
+                if await _client_disconnected(receive, fault.seconds / _DRIPS):
                     return
         elif kind is Kind.RESET:
             half = reply.body[: len(reply.body) // 2]
             await send({"type": "http.response.body", "body": half, "more_body": True})
-            await asyncio.sleep(0.05)  # a reset discards what the client's kernel has not got yet
+            await asyncio.sleep(0.05)  # a reset discards data that the client's kernel has not received yet
             _reset(scope)
             return
         body = b"" if kind is Kind.DRIP else reply.body
@@ -153,34 +165,34 @@ class ProviderApp:
 
 
 def _stamps(answer: Answer) -> list[int]:
-    """When the rows of a JSON page open (or close, if that is what its stamps are), in microseconds."""
+    """The times of the rows of a JSON page as stamped (opens or closes), in microseconds."""
     rows = answer.rows
     if rows is None:
         return []
     return [int(row[rows.fields.ts]) * rows.unit for row in rows.take(orjson.loads(answer.reply.body))]
 
 
-def _other(honest: Answer, impostor: Answer, fault: Fault) -> Answer:
-    """The page of another symbol; with `fault.only` the honest one with some of its rows."""
-    rows = honest.rows
-    if fault.only is None or rows is None or impostor.reply.status != 200:
-        return impostor
-    document = orjson.loads(honest.reply.body)
-    theirs = rows.take(orjson.loads(impostor.reply.body))
-    body = rows.put(document, mixed(rows.take(document), theirs, rows.fields, rows.unit, fault.only))
-    return replace(honest, reply=replace(honest.reply, body=body))
+def _with_other_rows(original: Answer, other: Answer, fault: Fault) -> Answer:
+    """The page of another symbol; with `fault.only` the original page with some of its rows."""
+    rows = original.rows
+    if fault.only is None or rows is None or other.reply.status != 200:
+        return other
+    document = orjson.loads(original.reply.body)
+    replacements = rows.take(orjson.loads(other.reply.body))
+    body = rows.put(document, mixed(rows.take(document), replacements, rows.fields, rows.unit, fault.only))
+    return replace(original, reply=replace(original.reply, body=body))
 
 
-def _spoiled(answer: Answer, fault: Fault) -> bytes:
+def _with_faulty_rows(answer: Answer, fault: Fault) -> bytes:
     """A JSON page with bad rows."""
     rows = answer.rows
     assert rows is not None
     document = orjson.loads(answer.reply.body)
-    return rows.put(document, spoil(fault, rows.take(document), rows.fields, rows.unit))
+    return rows.put(document, apply_fault(fault, rows.take(document), rows.fields, rows.unit))
 
 
-def _said(reply: Reply, body: str) -> Reply:
-    """The reply with another body, which says itself what it is."""
+def _with_body(reply: Reply, body: str) -> Reply:
+    """The reply with another body; its beginning decides the media type."""
     media_type = JSON if body.startswith(("{", "[")) else "text/html"
     return replace(reply, body=body.encode(), media_type=media_type)
 
@@ -193,8 +205,8 @@ def _call(scope: Scope) -> Call:
     return Call(scope["path"].removeprefix(prefix), query, headers, base_url)
 
 
-async def _client_left(receive: Receive, seconds: float) -> bool:
-    """Waits `seconds`; True as soon as the client has closed the connection."""
+async def _client_disconnected(receive: Receive, seconds: float) -> bool:
+    """Waits up to `seconds`; True as soon as the client has closed the connection."""
     try:
         async with asyncio.timeout(seconds):
             while (await receive())["type"] != "http.disconnect":
@@ -208,7 +220,7 @@ _transports: dict[tuple[str, int], asyncio.Transport] = {}
 
 
 class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """uvicorn's protocol, which also remembers the connections: ASGI has no way to reset one."""
+    """uvicorn's protocol with a register of connections: ASGI cannot reset one."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -225,35 +237,35 @@ def _reset(scope: Scope) -> None:
     """Closes with RST instead of FIN."""
     transport = _transports.get(tuple(scope["client"]))
     if transport is not None:
-        now = struct.pack("ii", 1, 0)
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+        immediately = struct.pack("ii", 1, 0)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, immediately)
         transport.abort()
 
 
 def make_app(config: MarketConfig) -> Starlette:
-    """The whole sandbox as an ASGI application. Raises ReplayError on a bad replay directory."""
+    """The sandbox as an ASGI application. Raises ReplayError on a bad replay directory."""
     sandbox = Sandbox(config)
     binance, archives, polygon = Binance(sandbox), Archives(sandbox), Polygon(sandbox)
     others = (Yahoo(sandbox), AlphaVantage(sandbox), Oanda(sandbox), CoinGecko(sandbox))
-    faces: tuple[Face, ...] = (binance, archives, polygon, *others)
+    wire_formats: tuple[WireFormat, ...] = (binance, archives, polygon, *others)
 
-    def front(request: Request) -> Response:
-        return PlainTextResponse(_front_page(sandbox, str(request.base_url).rstrip("/")))
+    def index(request: Request) -> Response:
+        return PlainTextResponse(_index_page(sandbox, str(request.base_url).rstrip("/")))
 
     return Starlette(
         routes=[
-            Route("/", front),
-            *Control(sandbox, faces, binance, archives, polygon).routes(),
-            *(Mount(f"/{face.name}", app=ProviderApp(sandbox, face)) for face in faces),
+            Route("/", index),
+            *Control(sandbox, wire_formats, binance, archives, polygon).routes(),
+            *(Mount(f"/{each.name}", app=ProviderApp(sandbox, each)) for each in wire_formats),
         ]
     )
 
 
-def _front_page(sandbox: Sandbox, url: str) -> str:
+def _index_page(sandbox: Sandbox, url: str) -> str:
     kind = f"replay of {sandbox.config.replay}" if sandbox.replays else "synthetic"
     symbols = "\n".join(f"  {provider:13} {', '.join(sandbox.symbols(provider))}" for provider in PROVIDERS)
     return (
-        f"{TITLE} ({kind}), its clock: {iso(sandbox.clock.now())}\n\n"
+        f"{TITLE} ({kind}), clock: {iso(sandbox.clock.now())}\n\n"
         f"Binance REST      {url}/binance/api/v3/klines?symbol=BTCUSDT&interval=1h\n"
         f"Binance archives  {url}/archive/data/spot/monthly/klines/...\n"
         f"Polygon           {url}/polygon/v2/aggs/ticker/X:BTCUSD/range/1/hour/2024-01-01/2024-01-02\n"
@@ -268,7 +280,7 @@ def _front_page(sandbox: Sandbox, url: str) -> str:
 
 
 def listen(config: MarketConfig) -> socket.socket:
-    """The listening socket. Raises PortInUse, or OSError for an address that is not this machine's."""
+    """The listening socket. Raises PortInUse, or OSError for an address of another machine."""
     sock = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -278,7 +290,7 @@ def listen(config: MarketConfig) -> socket.socket:
         sock.close()
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(
-                f"port {config.port} on {config.host} is in use: stop what listens there or choose another port"
+                f"port {config.port} on {config.host} is in use: stop the process that uses it or choose another port"
             ) from None
         raise
     return sock
@@ -297,15 +309,15 @@ def make_server(config: MarketConfig) -> uvicorn.Server:
             date_header=False,  # the header follows the market's clock
             server_header=False,
             timeout_keep_alive=60,
-            timeout_graceful_shutdown=1,  # a hanging answer must not hold up the end
+            timeout_graceful_shutdown=1,  # a hanging response must not delay the shutdown
         )
     )
 
 
 def run(config: MarketConfig, on_start: Callable[[str], None] | None = None) -> None:
-    """Serves until SIGINT or SIGTERM; `on_start(url)` is called when it listens.
+    """Serves until SIGINT or SIGTERM; calls `on_start(url)` when it listens.
 
-    Raises PortInUse and ReplayError before it serves anything.
+    Raises PortInUse or ReplayError before serving.
     """
     server = make_server(config)
     with listen(config) as sock:
@@ -315,11 +327,11 @@ def run(config: MarketConfig, on_start: Callable[[str], None] | None = None) -> 
 
 
 def address(config: MarketConfig, sock: socket.socket) -> str:
-    """The URL of a listening socket, with the port it really got."""
+    """The URL of a listening socket, with its actual port."""
     return url_of(config.host, sock.getsockname()[1])
 
 
 def url_of(host: str, port: int) -> str:
-    """The URL of a sandbox that listens at `host` and `port`; of one that listens everywhere, on this machine."""
+    """The URL of a sandbox at `host` and `port`; a loopback URL if it listens on all addresses."""
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"

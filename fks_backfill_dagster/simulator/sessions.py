@@ -1,7 +1,7 @@
-"""The hours of markets that close, and clocks on walls: what wire formats cut their bars by.
+"""Trading hours of markets that close, and local time: the basis of bar boundaries in wire formats.
 
-Belongs here: the sessions of the New York stock exchange with the trading before and after them,
-taken from the domain's grid, and the way between wall clocks and UTC. Not here: bars.
+In scope: the sessions of the New York stock exchange with pre- and post-market, from the domain's grid, and
+the conversion between local time and UTC. Out of scope: bars.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _POST_MARKET = 4 * MICROS_PER_HOUR  # to 20:00, on half-days to 17:00
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sessions:
-    """One element a session: `dates` (00:00 UTC of its date), then the instants at which pre-market
-    trading begins, the session opens and closes, and post-market trading ends."""
+    """One element per session: `dates` (00:00 UTC of its date), then the instants of the start of the
+    pre-market, the open, the close, and the end of the post-market."""
 
     dates: Instants
     pre: Instants
@@ -50,14 +50,14 @@ class Sessions:
         )
 
     def trading(self, instants: Instants) -> NDArray[np.bool_]:
-        """Whether the market trades then, pre- and post-market included."""
+        """Whether the market is open, pre- and post-market included."""
         return _inside(instants, self.pre, self.post)
 
     def regular(self, instants: Instants) -> NDArray[np.bool_]:
         return _inside(instants, self.opens, self.closes)
 
     def hours(self, *, extended: bool) -> RangeSet:
-        """The trading hours of all of them, with or without pre- and post-market."""
+        """The trading hours of all sessions, with or without pre- and post-market."""
         if extended:
             return RangeSet.from_arrays(self.pre, self.post)
         return RangeSet.from_arrays(self.opens, self.closes)
@@ -71,12 +71,12 @@ def _inside(instants: Instants, starts: Instants, ends: Instants) -> NDArray[np.
 
 @cache
 def stock_sessions() -> Sessions:
-    """All sessions that the domain's calendar knows. Made once: half a second."""
+    """All sessions of the domain's calendar. Cached: building them takes half a second."""
     days = grid_of(Series("", Timeframe.D1, AssetClass.STOCKS))
     quarters = grid_of(Series("", Timeframe.M15, AssetClass.STOCKS))
     whole = TimeRange(*(int(np.datetime64(day, "us").astype(np.int64)) for day in (FIRST_DATE, LAST_DATE)))
     dates = days.opens(whole)
-    # Every session of it opened on a quarter of an hour, so the first bar of the day opens with it.
+    # Every session opened on a quarter of an hour, so the first 15m bar of the day opens with it.
     bars = quarters.opens(TimeRange(whole.start, whole.end + 24 * MICROS_PER_HOUR))
     closes = days.closes(dates)
     return Sessions(
@@ -90,7 +90,7 @@ def stock_sessions() -> Sessions:
 
 @cache
 def trading_hours(asset_class: AssetClass, extended: bool) -> RangeSet | None:
-    """When a market trades; None: always. `extended` adds a stock's pre- and post-market."""
+    """The trading hours of a market; None: always open. `extended` adds a stock's pre- and post-market."""
     if asset_class is AssetClass.CRYPTO:
         return None
     if asset_class is AssetClass.STOCKS:
@@ -103,9 +103,9 @@ def trading_hours(asset_class: AssetClass, extended: bool) -> RangeSet | None:
 
 
 def utc(walls: Instants, zone: str) -> Instants:
-    """The instants at which the wall clocks of `zone` show `walls` (microseconds, as if it were UTC).
+    """Converts the local times `walls` of `zone` (microseconds as if UTC) to UTC.
 
-    A time that is there twice is the first one, one that is skipped is the end of the gap.
+    An ambiguous time is the first one; a skipped time is the end of the skipped hour.
     """
     naive = pd.DatetimeIndex(walls.view("datetime64[us]"))
     twice = np.ones(len(walls), dtype=np.bool_)
@@ -114,6 +114,6 @@ def utc(walls: Instants, zone: str) -> Instants:
 
 
 def wall(instants: Instants, zone: str) -> Instants:
-    """What the wall clocks of `zone` show at `instants`, in microseconds as if it were UTC."""
+    """Converts UTC `instants` to local times of `zone`, in microseconds as if UTC."""
     there = pd.DatetimeIndex(instants.view("datetime64[us]")).tz_localize("UTC").tz_convert(ZoneInfo(zone))
     return there.tz_localize(None).to_numpy().astype("datetime64[us]").view(np.int64)

@@ -1,4 +1,4 @@
-"""Stock splits: raw prices as they were traded, and prices adjusted for the splits since."""
+"""Stock splits: prices as traded, and prices adjusted for later splits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fks_backfill_dagster.domain.ranges import Instants
 from fks_backfill_dagster.simulator.bars import Bars, Scale, Units
 from fks_backfill_dagster.simulator.sessions import NEW_YORK, utc
 
-_ADJUSTED_DIGITS = 9  # enough to find the traded price again, and few enough to stay below 2**53
+_ADJUSTED_DIGITS = 9  # enough to recover the traded price, few enough to stay below 2**53
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """From `day` on, `new` shares stand for `old` ones: `Split("AAPL", date(2014, 6, 9), 7)`."""
+    """From `day` on, `new` shares replace `old` ones: `Split("AAPL", date(2014, 6, 9), 7)`."""
 
     symbol: str
     day: date
@@ -28,17 +28,19 @@ class Split:
 
     def __post_init__(self) -> None:
         if self.new < 1 or self.old < 1 or self.new == self.old:
-            raise ValueError(f"a split of {self.new}:{self.old} for {self.symbol} is none")
+            raise ValueError(
+                f"a split of {self.new}:{self.old} for {self.symbol} is invalid: two different positive numbers"
+            )
 
     @property
     def begins(self) -> int:
-        """00:00 New York of its day: before any trade of it, and after the last one before."""
+        """00:00 New York of `day`: before its first trade, and after the last trade of the day before."""
         midnight = np.datetime64(self.day, "us").astype(np.int64)
         return int(utc(np.array([midnight], dtype=np.int64), NEW_YORK)[0])
 
 
 def read_splits(path: Path) -> tuple[Split, ...]:
-    """A file of lines `symbol,date,new,old`. Raises ValueError for another form."""
+    """Reads a file of lines `symbol,date,new,old`. Raises ValueError for another format."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     try:
@@ -55,9 +57,9 @@ def of_symbol(splits: Iterable[Split], symbol: str) -> tuple[Split, ...]:
 
 
 def as_traded(bars: Bars, splits: Iterable[Split]) -> Bars:
-    """Made-up bars in today's shares as they would have been traded before the splits.
+    """Converts synthetic bars in today's shares to bars as traded before the splits.
 
-    Prices keep their digits; a bar never loses its last share.
+    Prices keep their digits; the volume of a bar is at least one share.
     """
     new, old = _factors(bars.ts, splits)
     volume = None if bars.volume is None else np.maximum(bars.volume * old // new, 1)
@@ -68,7 +70,7 @@ def as_traded(bars: Bars, splits: Iterable[Split]) -> Bars:
 
 
 def adjusted(bars: Bars, splits: Iterable[Split]) -> Bars:
-    """Traded bars in today's shares, prices with nine digits where there was a split."""
+    """Converts traded bars to today's shares; if there are splits, prices have nine digits."""
     splits = tuple(splits)
     if not splits or bars.scale.price >= _ADJUSTED_DIGITS:
         return bars
@@ -91,7 +93,7 @@ def adjusted(bars: Bars, splits: Iterable[Split]) -> Bars:
 
 
 def _factors(ts: Instants, splits: Iterable[Split]) -> tuple[Units, Units]:
-    """For each instant how many of today's shares (first) stand for how many of then (second)."""
+    """For each instant the ratio of today's shares (first) to shares of that time (second)."""
     new, old = np.ones(len(ts), dtype=np.int64), np.ones(len(ts), dtype=np.int64)
     for split in splits:
         before = ts < split.begins

@@ -1,4 +1,4 @@
-"""The running sandbox: its markets, clock, outages, faults, limits, journal and prepared answers."""
+"""The running sandbox: its markets, clock, outages, faults, limits, journal and prepared responses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.simulator import replay
-from fks_backfill_dagster.simulator.absence import lacking
+from fks_backfill_dagster.simulator.absence import missing_rows
 from fks_backfill_dagster.simulator.bars import Bars, Step
 from fks_backfill_dagster.simulator.clock import Clock, Meter
 from fks_backfill_dagster.simulator.closing import ClosingMarket, SyntheticClosing
@@ -31,7 +31,7 @@ _PREPARED_BYTES = 2 << 30
 
 
 class Prepared:
-    """Answers made beforehand, by key; the ones unused longest leave when the memory is used up."""
+    """Responses built in advance, by key; the least recently used are evicted beyond the memory budget."""
 
     def __init__(self, budget: int) -> None:
         self._lock = threading.Lock()
@@ -60,7 +60,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Instrument:
-    """What is traded: its asset class, and the market's own name of it."""
+    """A traded instrument: asset class, and the market's name of it."""
 
     asset_class: AssetClass
     name: str
@@ -73,13 +73,13 @@ CLOSING: tuple[tuple[str, AssetClass], ...] = (
     ("alphavantage", AssetClass.STOCKS),
     ("oanda", AssetClass.FOREX),
 )
-"""Who trades what besides crypto."""
+"""Providers and asset classes other than crypto."""
 
 CRYPTO = ("binance", "polygon", "coingecko")
 
 
 class Sandbox:
-    """Everything the wire formats and the control routes share. Raises ReplayError on a bad directory."""
+    """State shared by wire formats and control routes. Raises ReplayError on a bad directory."""
 
     def __init__(self, config: MarketConfig) -> None:
         self.config = config
@@ -124,31 +124,34 @@ class Sandbox:
         self.prepared.clear()
 
     def absences(self, provider: str, symbol: str, *kinds: Absence) -> RangeSet:
-        """What was planted for `provider` and the market's `symbol` and holds at the clock's time, of
-        these kinds or of all. Nothing of it lies after the clock's time."""
+        """The planted absences of `provider` and the market's `symbol` that are in effect at the clock's
+        time, of these kinds or of all, cut off at the clock's time."""
         now = self.clock.now()
         past = TimeRange(min(0, now), now + 1)
-        mine = [
+        windows = [
             o.window.intersect(past)
             for o in self._outages
-            if o.concerns(provider)
+            if o.applies_to(provider)
             and o.kind in (kinds or tuple(Absence))
             and (o.published is None or now < o.published)
-            and self._meant(o, provider, symbol)
+            and self._applies_to_symbol(o, provider, symbol)
         ]
-        return RangeSet(mine) if mine else NO_HALT
+        return RangeSet(windows) if windows else NO_HALT
 
     def _halts(self, provider: str, symbol: str) -> RangeSet:
         return self.absences(provider, symbol, Absence.HALT)
 
-    def held(self, provider: str, what: Instrument, bars: Bars, ends: Instants, *, extended: bool) -> Bars:
-        """The rows that `provider` has in spite of its outages; `ends` are theirs, `extended` as in a frame."""
+    def without_outages(
+        self, provider: str, what: Instrument, bars: Bars, ends: Instants, *, extended: bool
+    ) -> Bars:
+        """The rows without those missing because of outages of `provider`; `ends` are the ends of `bars`,
+        `extended` as in a frame."""
         outage = self.absences(provider, what.name, Absence.OUTAGE)
         if not outage or len(bars) == 0:
             return bars
-        return bars.take(~lacking(bars.ts, ends, outage, trading_hours(what.asset_class, extended)))
+        return bars.take(~missing_rows(bars.ts, ends, outage, trading_hours(what.asset_class, extended)))
 
-    def _meant(self, outage: Outage, provider: str, symbol: str) -> bool:
+    def _applies_to_symbol(self, outage: Outage, provider: str, symbol: str) -> bool:
         if outage.symbol is None:
             return True
         found = self.find(provider, outage.symbol)
@@ -156,7 +159,7 @@ class Sandbox:
 
     def find(self, provider: str, plain: str) -> Instrument | None:
         """The instrument of a provider's plain symbol (no prefix, no separator); None if unknown."""
-        # Forex first: EURUSD could be a coin's name as well.
+        # Forex first: EURUSD could also be a crypto symbol.
         kinds = (AssetClass.FOREX, AssetClass.CRYPTO, AssetClass.STOCKS)
         return next((found for kind in kinds if (found := self.known(provider, kind, plain))), None)
 
@@ -166,23 +169,23 @@ class Sandbox:
             name = self._coin(provider, plain) if provider in self.crypto else None
             return None if name is None else Instrument(asset_class, name)
         market = self._closing.get((provider, asset_class))
-        return Instrument(asset_class, plain) if market is not None and market.knows(plain) else None
+        return Instrument(asset_class, plain) if market is not None and market.has_symbol(plain) else None
 
     def _coin(self, provider: str, plain: str) -> str | None:
         """The crypto market's name of a symbol.
 
-        Polygon and CoinGecko quote in USD: their BTCUSD is the replayed BTCUSD, or the BTCUSDT of the
-        market. Asked for in the project's own spelling, BTCUSDT, it is the same market.
+        Polygon and CoinGecko quote in USD: their BTCUSD is the replayed BTCUSD, or the market's BTCUSDT.
+        The project's own symbol, BTCUSDT, means the same market.
         """
         market = self.crypto[provider]
         names = [plain]
         if provider != "binance":
             usd = plain.removesuffix("T") if plain.endswith("USDT") else plain
             names = [usd, f"{usd}T"] if usd.endswith("USD") else [plain]
-        return next((name for name in names if market.knows(name)), None)
+        return next((name for name in names if market.has_symbol(name)), None)
 
     def symbols(self, provider: str) -> tuple[str, ...]:
-        """Some symbols that `provider` knows."""
+        """Available symbols of `provider` (examples, for a synthetic market)."""
         coins = self.crypto[provider].symbols() if provider in self.crypto else ()
         return (*coins, *(s for (p, _), m in self._closing.items() if p == provider for s in m.symbols()))
 
@@ -196,63 +199,63 @@ class Sandbox:
         return self._closing[provider, what.asset_class]
 
     def bars(self, provider: str, symbol: str, step: Step, window: TimeRange) -> Bars:
-        """What `provider` gives of the crypto market's `symbol` now, a forming candle included."""
+        """The current response of `provider` for the crypto market's `symbol`, with the forming candle."""
         market, halts = self.crypto[provider], self._halts(provider, symbol)
         bars = market.bars(symbol, step, window, self.clock.now(), halts)
-        return self._given(provider, symbol, step, bars)
+        return self._as_served(provider, symbol, step, bars)
 
     def closed(self, provider: str, symbol: str, step: Step, window: TimeRange) -> Bars:
         """The same without the forming candle."""
         market, halts = self.crypto[provider], self._halts(provider, symbol)
         bars = closed(market, symbol, step, window, self.clock.now(), halts)
-        return self._given(provider, symbol, step, bars)
+        return self._as_served(provider, symbol, step, bars)
 
-    def _given(self, provider: str, symbol: str, step: Step, bars: Bars) -> Bars:
+    def _as_served(self, provider: str, symbol: str, step: Step, bars: Bars) -> Bars:
         what = Instrument(AssetClass.CRYPTO, symbol)
-        held = self.held(provider, what, bars, bars.ts + step.length, extended=False)
-        return held.shifted(self._offset(provider))
+        served = self.without_outages(provider, what, bars, bars.ts + step.length, extended=False)
+        return served.shifted(self._offset(provider))
 
     def framed(self, provider: str, what: Instrument, frame: Frame) -> Bars:
-        """The bars of `frame` that `provider` has of a stock or a currency pair now, prices as traded."""
+        """The current bars of `frame` at `provider` for a stock or a currency pair, prices as traded."""
         market = self._closing[provider, what.asset_class]
         bars = market.bars(what.name, frame, self.clock.now(), self._halts(provider, what.name))
-        return self.held_of(provider, what, bars, frame)
+        return self.framed_without_outages(provider, what, bars, frame)
 
-    def held_of(self, provider: str, what: Instrument, bars: Bars, frame: Frame) -> Bars:
-        """As `held`, of bars of `frame`."""
+    def framed_without_outages(self, provider: str, what: Instrument, bars: Bars, frame: Frame) -> Bars:
+        """As `without_outages`, for bars of `frame`."""
         ends = frame.ends[np.searchsorted(frame.opens, bars.ts)]
-        return self.held(provider, what, bars, ends, extended=frame.extended)
+        return self.without_outages(provider, what, bars, ends, extended=frame.extended)
 
     def splits_of(self, symbol: str) -> tuple[Split, ...]:
-        """The splits of a stock that the market's clock has seen."""
+        """The splits of a stock up to the market's clock."""
         now = self.clock.now()
         return tuple(split for split in of_symbol(self.splits, symbol) if split.begins <= now)
 
     def truth(self, provider: str, what: Instrument, timeframe: Timeframe, window: TimeRange) -> Bars:
-        """The closed candles of `window` that can be had of an honest `provider`, on the project's grid.
+        """The closed candles of `window` that are available from `provider` without faults, on the project's grid.
 
-        A candle is there if the provider lacks no minute of its trading hours: then it is what all its
-        trades make of it, whether the wire has it natively or a client derives it. One that an outage
-        touches is not there, in no timeframe; a halt leaves what was traded.
+        A candle is present if the provider has data of every minute of its trading hours. It then aggregates
+        all trades, whether the provider serves it natively or a client derives it. A candle that an outage
+        overlaps is absent in every timeframe; with a halt it contains the remaining trades.
         """
         if what.asset_class is not AssetClass.CRYPTO:
             market = self._closing[provider, what.asset_class]
             halts = self._halts(provider, what.name)
             bars = market.truth(what.name, timeframe, window, self.clock.now(), halts)
             ends = grid_of(Series("", timeframe, what.asset_class)).closes(bars.ts)
-            return self.held(provider, what, bars, ends, extended=False)
+            return self.without_outages(provider, what, bars, ends, extended=False)
         bars = self.closed(provider, what.name, Step.of(timeframe), window)
-        if provider == "coingecko":  # it tells no volume of a bar
+        if provider == "coingecko":  # without volume per bar
             return replace(bars, volume=None, verbatim=_without_volume(bars))
         return bars
 
     def _offset(self, provider: str) -> int:
         return self.config.polygon_offset_ppm if provider == "polygon" else 0
 
-    def other_symbol(self, provider: str, what: Instrument, wanted: str | None = None) -> str | None:
-        """An instrument of the same kind that is another one: the one that is wanted (a plain symbol), if
-        it is one, else any; None where a replay has only this one."""
-        found = None if wanted is None else self.known(provider, what.asset_class, wanted)
+    def other_symbol(self, provider: str, what: Instrument, preferred: str | None = None) -> str | None:
+        """Another symbol of the same asset class: `preferred` (a plain symbol) if it exists, else any other; None
+        if a replay has only this one."""
+        found = None if preferred is None else self.known(provider, what.asset_class, preferred)
         names = [*([found.name] if found else []), *self._market(provider, what).symbols()]
         return next((name for name in names if name != what.name), None)
 

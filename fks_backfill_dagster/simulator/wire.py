@@ -1,4 +1,4 @@
-"""What passes between the server and a wire format: a call, its answer, and how a row is spelt."""
+"""The interface between server and wire formats: call, reply, answer, and the format of rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An HTTP answer that is ready to be sent."""
+    """An HTTP response that is ready to be sent."""
 
     body: bytes
     status: int = 200
@@ -35,10 +35,10 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """How a JSON page keeps its rows, so that faults can change them.
+    """The rows of a JSON page, so that faults can change them.
 
-    `take` gives the rows of a document, each with its values where `fields` says; `put` writes the
-    page with other rows in their place. Times of rows are in units of `unit` microseconds.
+    `take` returns the rows of a document with their values at the positions of `fields`; `put` returns the
+    page with other rows. Times of rows are in units of `unit` microseconds.
     """
 
     fields: Fields
@@ -48,17 +48,17 @@ class Rows:
 
 
 def dumped(document: Any) -> bytes:
-    """JSON of a spoilt document: NaN is written as the bare word, as careless servers do."""
+    """JSON of a document with faults: NaN is the bare word, which is invalid JSON."""
     return json.dumps(document).encode()
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A reply with what the journal and the faults need to know about it.
+    """A reply with the data that journal and faults need.
 
-    `symbol` (as the provider writes it) and `span` (the time asked for) are None where the request
-    has none. `rows` tells where a JSON page keeps its candles; None where row faults cannot apply.
-    `fault` is one that the wire format has already applied by itself.
+    `symbol` (in the provider's format) and `span` (the requested time) are None if the request
+    has none. `rows` locates the candles of a JSON page; None if row faults do not apply.
+    `fault` is one that the wire format has already applied.
     """
 
     reply: Reply
@@ -70,29 +70,29 @@ class Answer:
     fault: Fault | None = None
 
 
-class Face(Protocol):
-    """A provider's wire format over the market."""
+class WireFormat(Protocol):
+    """A provider's wire format for the market."""
 
     name: str
 
     def answer(self, call: Call) -> Answer: ...
 
     def charge(self, call: Call) -> Reply | None:
-        """Counts the request against the limits; the refusal if they are used up."""
+        """Counts the request against the limits; the rejection if they are exceeded."""
         ...
 
     def extra_headers(self) -> tuple[tuple[str, str], ...]:
-        """Headers that stand on every answer, refusals included."""
+        """Headers of every response, rejections included."""
         ...
 
-    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
-        """The same request answered with the candles of another symbol: of `other`, if that is one."""
+    def with_other_symbol(self, call: Call, symbol: str, other: str | None) -> Answer:
+        """The response with the candles of another symbol: `other` if it exists, else any."""
         ...
 
     def spell(self, plain: str) -> str:
-        """A symbol without prefix and separator as the provider writes it."""
+        """Converts a symbol without prefix and separator to the provider's format."""
         ...
 
     def error(self, status: int, retry_after: int) -> Reply:
-        """The provider's own body for a status that a fault asks for."""
+        """The provider's own body for the status of a fault."""
         ...

@@ -1,7 +1,7 @@
-"""Yahoo's chart: stocks as columns of seconds and split-adjusted prices, and the cookie and crumb before it.
+"""Yahoo's chart: stocks as columns of seconds and split-adjusted prices, and the cookie and crumb.
 
-Only the wire format: intervals and how far back they reach, where bars sit, nulls, the latest bar,
-events. Descriptions of errors are those quoted in public logs.
+Only the wire format: intervals and their depth, bar alignment, nulls, the latest bar, events. Error
+descriptions are those quoted in public logs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _TEXT = "text/html"
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Length of a bar, and how many days before now a request may begin (None: no limit)."""
+    """Length of a bar, and the maximum age of a request's start in days (None: no limit)."""
 
     length: int
     reach: int | None = None
@@ -64,19 +64,19 @@ INTERVALS: Mapping[str, Interval] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """A chart request after parsing. `asked` as it stood in the request, in seconds."""
+class ChartRequest:
+    """A chart request after parsing. `bounds` as given in the request, in seconds."""
 
     name: str
     interval: str
     window: TimeRange
-    asked: tuple[str, str]
+    bounds: tuple[str, str]
     extended: bool
     splits: bool
 
 
-class Refused(Exception):
-    """A request that Yahoo would refuse."""
+class BadRequest(Exception):
+    """A request that Yahoo rejects."""
 
     def __init__(self, status: int, code: str, description: str) -> None:
         super().__init__(description)
@@ -94,7 +94,7 @@ class Yahoo:
 
     def charge(self, call: Call) -> Reply | None:
         verdict = self._sandbox.meters["yahoo"].charge(1)
-        return None if verdict.refused is None else self.error(429, verdict.retry_after)
+        return None if verdict.status is None else self.error(429, verdict.retry_after)
 
     def extra_headers(self) -> tuple[tuple[str, str], ...]:
         return ()
@@ -106,14 +106,14 @@ class Yahoo:
         if status == 429:
             return Reply(b"Edge: Too Many Requests", 429, _TEXT)
         if status == 404:
-            return _refusal(_not_found())
+            return _error_reply(_not_found())
         return Reply(b"<html><body>Will be right back...</body></html>", status, _TEXT)
 
     def answer(self, call: Call) -> Answer:
         if call.path == "/v1/test/getcrumb":
             return Answer(Reply(b"local.market", media_type="text/plain"), "crumb")
         match = _PATH.fullmatch(call.path)
-        if match is None:  # fc.yahoo.com answers 404 as well, with the cookie that matters
+        if match is None:  # fc.yahoo.com also responds with 404 and sets the cookie
             cookie = ("set-cookie", "A3=d=local&S=market; Path=/; Max-Age=31536000")
             return Answer(Reply(b"", 404, _TEXT, (cookie,)), "cookie")
         symbol = match["symbol"]
@@ -121,49 +121,51 @@ class Yahoo:
             what = self._sandbox.find("yahoo", symbol.replace("-", "."))
             if what is None or what.asset_class is not AssetClass.STOCKS:
                 raise _not_found()
-            ask = parse(what.name, call.query, self._sandbox.clock.now())
-        except Refused as refused:
-            return Answer(_refusal(refused), "chart", 1, symbol)
-        chart = {"result": [self._result(what, ask)], "error": None}
-        return Answer(Reply(orjson.dumps({"chart": chart})), "chart", 1, symbol, ask.window, ROWS)
+            request = parse(what.name, call.query, self._sandbox.clock.now())
+        except BadRequest as error:
+            return Answer(_error_reply(error), "chart", 1, symbol)
+        chart = {"result": [self._result(what, request)], "error": None}
+        return Answer(Reply(orjson.dumps({"chart": chart})), "chart", 1, symbol, request.window, ROWS)
 
-    def impostor(self, call: Call, symbol: str, other: str | None) -> Answer:
-        asked = Instrument(AssetClass.STOCKS, symbol.replace("-", "."))
-        other = self._sandbox.other_symbol("yahoo", asked, other)
+    def with_other_symbol(self, call: Call, symbol: str, other: str | None) -> Answer:
+        requested = Instrument(AssetClass.STOCKS, symbol.replace("-", "."))
+        other = self._sandbox.other_symbol("yahoo", requested, other)
         if other is None:
             return self.answer(call)
-        lie = self.answer(Call(f"/v8/finance/chart/{other}", call.query, call.headers, call.base_url))
-        page = orjson.loads(lie.reply.body)
-        if lie.reply.status == 200:
+        found = self.answer(Call(f"/v8/finance/chart/{other}", call.query, call.headers, call.base_url))
+        page = orjson.loads(found.reply.body)
+        if found.reply.status == 200:
             page["chart"]["result"][0]["meta"]["symbol"] = symbol
-        return Answer(Reply(orjson.dumps(page), lie.reply.status), "chart", 1, symbol, lie.span, lie.rows)
+        return Answer(
+            Reply(orjson.dumps(page), found.reply.status), "chart", 1, symbol, found.span, found.rows
+        )
 
-    def _result(self, what: Instrument, ask: Ask) -> dict[str, Any]:
+    def _result(self, what: Instrument, request: ChartRequest) -> dict[str, Any]:
         now = self._sandbox.clock.now()
-        frame = _frame(ask, now)
-        bars = self._bars(what, ask, frame)
-        result: dict[str, Any] = {"meta": self._meta(what, ask, bars, now)}
+        frame = _frame(request, now)
+        bars = self._bars(what, request, frame)
+        result: dict[str, Any] = {"meta": self._meta(what, request, bars, now)}
         quote: dict[str, Any] = {}
         if len(frame):
-            result["timestamp"] = (_stamps(frame, ask, now) // MICROS_PER_SECOND).tolist()
+            result["timestamp"] = (_stamps(frame, request, now) // MICROS_PER_SECOND).tolist()
             quote = self._columns(bars, frame)
-        if ask.splits and (splits := self._splits(what, ask.window)):
+        if request.splits and (splits := self._splits(what, request.window)):
             result["events"] = {"splits": splits}
         result["indicators"] = {"quote": [quote]}
-        if INTERVALS[ask.interval].length >= MICROS_PER_DAY:
+        if INTERVALS[request.interval].length >= MICROS_PER_DAY:
             result["indicators"]["adjclose"] = [{"adjclose": quote["close"]} if quote else {}]
         return result
 
-    def _bars(self, what: Instrument, ask: Ask, frame: Frame) -> Bars:
-        """Weeks are made of adjusted days: a split can fall into one."""
+    def _bars(self, what: Instrument, request: ChartRequest, frame: Frame) -> Bars:
+        """Weeks are aggregated from adjusted days, because a week can contain a split."""
         splits = self._sandbox.splits_of(what.name)
-        if ask.interval != "1wk":
+        if request.interval != "1wk":
             return adjusted(self._sandbox.framed("yahoo", what, frame), splits)
         days = adjusted(self._sandbox.framed("yahoo", what, _DAYS.frame(frame.hull)), splits)
-        return self._sandbox.held_of("yahoo", what, fill(days, frame), frame)
+        return self._sandbox.framed_without_outages("yahoo", what, fill(days, frame), frame)
 
     def _columns(self, bars: Bars, frame: Frame) -> dict[str, list[float | int | None]]:
-        """One value for every bar of the frame, null for those without a trade."""
+        """One value for every bar of the frame, null for those without trades."""
         rows = np.searchsorted(frame.opens, bars.ts)
         columns: dict[str, list[float | int | None]] = {}
         for name, values in zip(_COLUMNS, bars.candles().columns()[1:], strict=True):
@@ -177,7 +179,7 @@ class Yahoo:
         return columns
 
     def _splits(self, what: Instrument, window: TimeRange) -> dict[str, Any]:
-        """Keyed and dated by the open of the session in which they began."""
+        """Keyed and dated by the open of the session in which they take effect."""
         opens = stock_sessions().opens
         found = {}
         for split in self._sandbox.splits_of(what.name):
@@ -187,12 +189,12 @@ class Yahoo:
                 found[str(at)] = {"date": at, **ratio, "splitRatio": f"{split.new}:{split.old}"}
         return found
 
-    def _meta(self, what: Instrument, ask: Ask, bars: Bars, now: int) -> dict[str, Any]:
+    def _meta(self, what: Instrument, request: ChartRequest, bars: Bars, now: int) -> dict[str, Any]:
         sessions = stock_sessions().starting_before(now + 1)
         last = stock_sessions().within(TimeRange(int(sessions.pre[-1]), int(sessions.pre[-1]) + 1))
         offset = _offset(now)
         price = float(bars.candles().close[-1]) if len(bars) else None
-        intraday = INTERVALS[ask.interval].length < MICROS_PER_DAY
+        intraday = INTERVALS[request.interval].length < MICROS_PER_DAY
         periods = _periods(last, 0)
         return {
             "currency": "USD",
@@ -208,39 +210,39 @@ class Yahoo:
             "chartPreviousClose": price,
             "priceHint": 2,
             "currentTradingPeriod": periods,
-            "dataGranularity": ask.interval,
+            "dataGranularity": request.interval,
             "range": "",
             "validRanges": list(_VALID_RANGES),
-            **({"tradingPeriods": _all_periods(ask)} if intraday else {}),
+            **({"tradingPeriods": _all_periods(request)} if intraday else {}),
         }
 
 
-def parse(name: str, query: Mapping[str, str], now: int) -> Ask:
-    """The parameters of a chart. Raises Refused as Yahoo would answer."""
+def parse(name: str, query: Mapping[str, str], now: int) -> ChartRequest:
+    """The parameters of a chart. Raises BadRequest with Yahoo's errors."""
     interval = query.get("interval", "1d")
     if interval not in INTERVALS:
         valid = ", ".join(INTERVALS)
-        raise Refused(
+        raise BadRequest(
             400,
             "Bad Request",
             f"Invalid input - interval={interval} is not supported. Valid intervals: [{valid}]",
         )
-    window, asked = _asked(query, now)
-    _check_reach(interval, window, asked, now)
+    window, bounds = _window(query, now)
+    _check_reach(interval, window, bounds, now)
     extended = query.get("includePrePost", "false").lower() == "true"
     events = query.get("events", "")
     splits = "split" in events or "history" in events
     intraday = INTERVALS[interval].length < MICROS_PER_DAY
-    return Ask(name, interval, window, asked, extended and intraday, splits)
+    return ChartRequest(name, interval, window, bounds, extended and intraday, splits)
 
 
-def _asked(query: Mapping[str, str], now: int) -> tuple[TimeRange, tuple[str, str]]:
+def _window(query: Mapping[str, str], now: int) -> tuple[TimeRange, tuple[str, str]]:
     if "period1" in query:
         start, end = query["period1"], query.get("period2", str(now // MICROS_PER_SECOND))
         if not (re.fullmatch(r"-?\d{1,11}", start) and re.fullmatch(r"-?\d{1,11}", end)):
-            raise Refused(400, "Bad Request", "Invalid input - period1 and period2 are Unix seconds")
+            raise BadRequest(400, "Bad Request", "Invalid input - period1 and period2 are Unix seconds")
         if int(start) > int(end):
-            raise Refused(
+            raise BadRequest(
                 400,
                 "Bad Request",
                 f"Invalid input - start date cannot be after end date. startDate = {start}",
@@ -248,55 +250,57 @@ def _asked(query: Mapping[str, str], now: int) -> tuple[TimeRange, tuple[str, st
     else:
         name = query.get("range", "1d")
         if name not in _VALID_RANGES:
-            raise Refused(
+            raise BadRequest(
                 422, "Unprocessable Entity", f"Invalid range={name}. Valid ranges: {list(_VALID_RANGES)}"
             )
         year = int(np.datetime64(now, "us").astype("datetime64[Y]").astype("datetime64[us]").astype(np.int64))
         first = {"ytd": year, "max": 0}.get(name, now - _RANGE_DAYS.get(name, 0) * MICROS_PER_DAY)
-        if name in ("1d", "5d"):  # of sessions, not of days
+        if name in ("1d", "5d"):  # counts sessions
             opens = stock_sessions().starting_before(now + 1).opens
             first = int(opens[-_RANGE_DAYS[name]])
         start, end = str(first // MICROS_PER_SECOND), str(now // MICROS_PER_SECOND + 1)
     return TimeRange(int(start) * MICROS_PER_SECOND, int(end) * MICROS_PER_SECOND), (start, end)
 
 
-def _check_reach(interval: str, window: TimeRange, asked: tuple[str, str], now: int) -> None:
+def _check_reach(interval: str, window: TimeRange, bounds: tuple[str, str], now: int) -> None:
     of = INTERVALS[interval]
-    where = f"{interval} data not available for startTime={asked[0]} and endTime={asked[1]}."
+    where = f"{interval} data not available for startTime={bounds[0]} and endTime={bounds[1]}."
     if interval == "1m" and window.duration > 8 * MICROS_PER_DAY:
-        raise Refused(
+        raise BadRequest(
             422,
             "Unprocessable Entity",
             f"{where} Only 8 days worth of 1m granularity data are allowed to be fetched per request.",
         )
     if of.reach is not None and window.start < now - of.reach * MICROS_PER_DAY:
         within = f"The requested range must be within the last {of.reach} days."
-        raise Refused(422, "Unprocessable Entity", f"{where} {within}")
+        raise BadRequest(422, "Unprocessable Entity", f"{where} {within}")
 
 
-def _frame(ask: Ask, now: int) -> Frame:
-    """The bars that the chart shows: those that began, counted from the session's open."""
-    ruler: Ruler = SessionRuler(INTERVALS[ask.interval].length, ask.extended)
-    if ask.interval == "1wk":
+def _frame(request: ChartRequest, now: int) -> Frame:
+    """The bars of the chart that have opened, counted from the session's open."""
+    ruler: Ruler = SessionRuler(INTERVALS[request.interval].length, request.extended)
+    if request.interval == "1wk":
         ruler = _WEEKS
-    return ruler.frame(TimeRange(ask.window.start, max(ask.window.start, min(ask.window.end, now + 1))))
+    return ruler.frame(
+        TimeRange(request.window.start, max(request.window.start, min(request.window.end, now + 1)))
+    )
 
 
-def _stamps(frame: Frame, ask: Ask, now: int) -> np.typing.NDArray[np.int64]:
-    """The opens, but for the latest bar: that one bears the time of the last trade.
+def _stamps(frame: Frame, request: ChartRequest, now: int) -> np.typing.NDArray[np.int64]:
+    """The opens, except for the latest bar, which is stamped with the time of the last trade.
 
-    A day keeps that stamp until the next one; shorter bars until they close.
+    A day keeps this stamp until the next day; shorter bars until they close.
     """
     stamps = frame.opens.copy()
     last, end = int(frame.opens[-1]), int(frame.ends[-1])
     today = bool(local_dates(np.array([last]))[0] == local_dates(np.array([now]))[0])
-    if now < end or (ask.interval == "1d" and today):
+    if now < end or (request.interval == "1d" and today):
         stamps[-1] = max(last, min(now, end))
     return stamps
 
 
 def _offset(now: int) -> int:
-    """New York's clock minus UTC."""
+    """New York local time minus UTC."""
     return int(wall(np.array([now], dtype=np.int64), NEW_YORK)[0]) - now
 
 
@@ -318,26 +322,26 @@ def _period(start: int, end: int) -> dict[str, Any]:
     }
 
 
-def _all_periods(ask: Ask) -> Any:
-    """The sessions of the chart: a list of regular ones, or of all three kinds with pre- and post-market."""
-    of = stock_sessions().within(ask.window)
+def _all_periods(request: ChartRequest) -> Any:
+    """The sessions of the chart: regular ones, or all three kinds with pre- and post-market."""
+    of = stock_sessions().within(request.window)
     rows = [_periods(of, row) for row in range(len(of.dates))]
-    if not ask.extended:
+    if not request.extended:
         return [[row["regular"]] for row in rows]
     return {name: [[row[name]] for row in rows] for name in ("pre", "regular", "post")}
 
 
-def _not_found() -> Refused:
-    return Refused(404, "Not Found", "No data found, symbol may be delisted")
+def _not_found() -> BadRequest:
+    return BadRequest(404, "Not Found", "No data found, symbol may be delisted")
 
 
-def _refusal(refused: Refused) -> Reply:
-    error = {"code": refused.code, "description": str(refused)}
-    return Reply(orjson.dumps({"chart": {"result": None, "error": error}}), refused.status)
+def _error_reply(error: BadRequest) -> Reply:
+    document = {"code": error.code, "description": str(error)}
+    return Reply(orjson.dumps({"chart": {"result": None, "error": document}}), error.status)
 
 
 def _take(page: Any) -> list[Row]:
-    """The columns as rows [seconds, open, high, low, close, volume]; bars without a trade stay out."""
+    """The columns as rows [seconds, open, high, low, close, volume]; bars without trades are omitted."""
     result = page["chart"]["result"][0]
     if "timestamp" not in result:
         return []

@@ -1,10 +1,11 @@
-"""The reading half of an audit: every candle of a series, and what is recorded of it, in one snapshot.
+"""The queries of an audit: every candle of a series and its records, in one snapshot.
 
-Belongs here: the queries. One pass over the candles, in blocks of bounded memory, brings their opens and
-tells whether any candle of the block breaks a rule or has no lineage; which ones is asked only then.
-The opens come as one array a block, the fastest way that was found (docs/adr/0014-an-audit-of-its-own.md).
-Does not belong here: the comparison (`judging`), the repair (`commit`), and nothing of what the writer
-computes with.
+One pass over the candles, in blocks of bounded memory, reads their opens and whether any candle of the block
+breaks a rule or has no lineage; only then a second query finds which ones. The opens of a block are one array,
+the fastest form measured (docs/adr/0014-an-audit-of-its-own.md).
+
+Does not belong here: the comparison (`ledger.reconcile`), the repair (`writer.repair`), and nothing of what the
+writer computes with.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from fks_backfill_dagster.store.ledger import from_multirange, gap_of, series_id
 from fks_backfill_dagster.store.sanity import GOOD
 from fks_backfill_dagster.store.sql import table_of
 
-# Candles of a market that never closes in a block: some MB here and in the server. Twice and half as
-# many cost the same.
+# Candles per block of a market that never closes: some MB here and in the server. Doubling or halving it
+# makes no measurable difference.
 _BLOCK = 200_000
 
 Clock = Callable[[], int]
@@ -38,18 +39,18 @@ _NONE = np.empty(0, dtype=np.int64)
 
 
 def examine(database: Database, series: Series, grid: Grid, clock: Clock) -> SeriesAudit | None:
-    """Looks at one series and changes nothing; None where it is not stored.
+    """Reads one series and changes nothing; None where it is not stored.
 
-    All of it in one snapshot, so that a sync which commits meanwhile is seen wholly or not at all.
+    All of it in one snapshot: a concurrent commit is either fully visible or not at all.
     """
     with database.snapshot() as connection:
         return examine_within(connection, series, grid, clock)
 
 
 def examine_within(connection: sa.Connection, series: Series, grid: Grid, clock: Clock) -> SeriesAudit | None:
-    """The same in a transaction of the caller's, in which the series must stand still.
+    """As `examine`, in the caller's transaction, during which the series must not change.
 
-    `clock` is asked after the transaction has begun to read: what a sync stored as closed is closed.
+    `clock` is read after the transaction's snapshot is taken, so that every candle stored as closed is closed.
     """
     _plan_for_scans(connection)
     identity = series_id(connection, series)
@@ -61,8 +62,8 @@ def examine_within(connection: sa.Connection, series: Series, grid: Grid, clock:
 
 
 def _plan_for_scans(connection: sa.Connection) -> None:
-    # Workers and compiled queries cost more than they bring for blocks of this size. A plan for any
-    # parameters would search the list of batches once a candle; one for these parameters hashes it.
+    # Parallel workers and compiled queries cost more than they save for blocks of this size. A generic plan
+    # would search the list of batches once per candle; a custom plan hashes it.
     connection.execute(
         sa.text(
             "SET LOCAL max_parallel_workers_per_gather = 0; SET LOCAL jit = off;"
@@ -71,7 +72,7 @@ def _plan_for_scans(connection: sa.Connection) -> None:
     )
 
 
-# What is recorded ---------------------------------------------------------------------------------------
+# Records ------------------------------------------------------------------------------------------------
 
 
 def _recorded(connection: sa.Connection, identity: int) -> Recorded:
@@ -83,7 +84,7 @@ def _recorded(connection: sa.Connection, identity: int) -> Recorded:
         sa.text("SELECT * FROM fks.gap WHERE series_id = :id AND status <> 'filled' ORDER BY gap_start"),
         named,
     )
-    # now() is when the transaction began: a lease that is renewed while the candles are read is alive.
+    # now() is the start of the transaction: a lease renewed while the candles are read counts as live.
     leases = connection.scalar(
         sa.text("SELECT count(*) FROM fks.lease WHERE series_id = :id AND expires_at < now()"), named
     )
@@ -102,7 +103,7 @@ def _micros(moment: Any) -> int | None:
     return None if moment is None else to_micros(moment)
 
 
-# What the candles say -----------------------------------------------------------------------------------
+# Candles ------------------------------------------------------------------------------------------------
 
 _SUSPECT = f"NOT ({GOOD}) OR batch_id <> ALL(%(batches)s::int[])"
 
@@ -111,8 +112,8 @@ _OPENS = (
     " WHERE series_id = %(id)s AND ts >= %(start)s AND ts < %(end)s"
 )
 
-# Those that can have brought something to the block. A candle of any other batch is suspect, and its
-# lineage looked up.
+# The batches that can have delivered candles of the block. A candle of any other batch is suspect, and its
+# lineage is looked up.
 _BATCHES = """
 SELECT coalesce(array_agg(id), '{}') FROM fks.batch
 WHERE series_id = :id AND committed_at < 'infinity' AND range_start < :end AND range_end > :start
@@ -137,7 +138,7 @@ ORDER BY f.first, f.kind
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """The opens of one block, ascending, and whether a candle of it breaks a rule or has no lineage."""
+    """The opens of one block, ascending, and whether any of its candles breaks a rule or has no lineage."""
 
     window: TimeRange
     opens: Instants
@@ -193,12 +194,12 @@ def _named(identity: int, window: TimeRange) -> dict[str, Any]:
 
 
 def _ascending(opens: Instants) -> Instants:
-    """Sorted; an index scan brings them so, and to see that is cheaper than to ask the server for it."""
+    """Sorted. An index scan returns them sorted; checking that is cheaper than an ORDER BY on the server."""
     return opens if bool((opens[1:] > opens[:-1]).all()) else np.sort(opens)
 
 
 def _runs(ranks: Instants) -> RangeSet:
-    """Ascending whole numbers as runs of neighbours."""
+    """Ascending integers as runs of consecutive ones."""
     jumps = np.flatnonzero(np.diff(ranks) != 1)
     return RangeSet.from_arrays(
         np.concatenate([ranks[:1], ranks[jumps + 1]]), np.concatenate([ranks[jumps] + 1, ranks[-1:] + 1])

@@ -1,7 +1,7 @@
-"""The exchange calendars by which the database was filled: one row each, their sessions up to a date.
+"""The exchange calendars that the database was filled with: one row each, their sessions up to a date.
 
-Belongs here: the row, and which series a change of a calendar concerns. Does not belong here: what changed
-(`domain.calendars`), what becomes of it (`pipeline.calendars`).
+Belongs here: the row, and the series affected by a change of a calendar. Does not belong here: the difference
+(`domain.calendars`), its handling (`pipeline.calendars`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from fks_backfill_dagster.store.ledger import to_multirange
 
 @dataclass(frozen=True, slots=True)
 class RecordedCalendar:
-    """What is kept of a calendar: the digest of its sessions dated before `until` (00:00 UTC of a date,
-    microseconds), and the version of the library that gave them."""
+    """The record of a calendar: the digest of its sessions dated before `until` (00:00 UTC of a date,
+    microseconds), and the version of the library that they come from."""
 
     name: str
     until: int
@@ -32,7 +32,7 @@ class RecordedCalendar:
 
 
 def recorded(connection: sa.Connection, names: Collection[str]) -> dict[str, RecordedCalendar]:
-    """The calendars that are kept, by name: one statement for any number."""
+    """The recorded calendars by name, in one statement."""
     table = schema.calendar
     query = sa.select(table.c.name, table.c.until, table.c.digest, table.c.library)
     rows = connection.execute(query.where(table.c.name.in_(names)))
@@ -48,7 +48,7 @@ def recorded(connection: sa.Connection, names: Collection[str]) -> dict[str, Rec
 
 
 def sessions_of(connection: sa.Connection, name: str) -> PastSessions:
-    """The sessions of a calendar that is kept."""
+    """The sessions of a recorded calendar."""
     table = schema.calendar
     packed = connection.execute(sa.select(table.c.sessions).where(table.c.name == name)).scalar_one()
     return PastSessions.unpacked(packed)
@@ -57,8 +57,8 @@ def sessions_of(connection: sa.Connection, name: str) -> PastSessions:
 def record(
     connection: sa.Connection, name: str, until: int, past: PastSessions, library: str, replaces: str | None
 ) -> bool:
-    """Keeps a calendar where the row still has the digest `replaces` (None: where there is no row); whether it
-    did. Another process may have recorded one meanwhile."""
+    """Records a calendar if the row still has the digest `replaces` (None: if there is no row). Returns whether it
+    did: another process may have recorded one meanwhile."""
     table = schema.calendar
     row = {
         "until": to_datetime(until).date(),
@@ -83,7 +83,7 @@ ORDER BY s.symbol, s.timeframe
 
 
 def concerned(connection: sa.Connection, name: str, spans: RangeSet) -> tuple[Series, ...]:
-    """The series of a calendar that were synced somewhere in `spans`."""
+    """The series of a calendar whose coverage overlaps `spans`."""
     rows = connection.execute(
         sa.text(_CONCERNED),
         {"stocks": AssetClass.STOCKS.value, "calendar": name, "spans": to_multirange(spans)},

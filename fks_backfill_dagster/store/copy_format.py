@@ -2,8 +2,8 @@
 
 The format is documented in PostgreSQL's manual under COPY, "Binary Format": a header, then per row
 an int16 field count and per field an int32 byte length and the bytes, big-endian; a length of -1
-is NULL. A numpy record whose fields alternate length and value therefore *is* a row, and a whole
-block is built without a Python loop (measured: as fast as prebuilt bytes).
+is NULL. A numpy record whose fields alternate length and value therefore *is* a row, and a block is
+built without a Python loop (measured: as fast as prebuilt bytes).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _READ = _record([("ts", ">i8"), *((name, ">f8") for name in _VALUES)])
 _SENT_HEADER = 20
 _SENT_ELEMENT = np.dtype([("ts_length", ">i4"), ("ts", ">i8")])
 
-# A NULL has a length and no bytes: the record simply ends there.
+# A NULL has a length and no bytes: the record ends there.
 _WITHOUT_VOLUME = np.dtype(
     [*((name, _WITH_VOLUME[name].str) for name in (_WITH_VOLUME.names or ())[:-1])]  # no `volume` bytes
 )
@@ -52,7 +52,7 @@ CANDLE_COLUMNS = ("series_id", "ts", "batch_id", *_VALUES)
 def encode(series_id: int, candles: Candles, batch_ids: NDArray[np.int32]) -> Iterator[bytes]:
     """The bytes of one binary COPY of `candles` into CANDLE_COLUMNS, in blocks of BLOCK_ROWS rows.
 
-    `batch_ids` has one entry a candle. A volume of NaN becomes NULL.
+    `batch_ids` has one entry per candle. A volume of NaN becomes NULL.
     """
     yield HEADER
     for first in range(0, len(candles), BLOCK_ROWS):
@@ -96,9 +96,9 @@ def decode(chunks: Iterable[bytes | bytearray | memoryview]) -> Candles:
 
 
 def decode_array(sent: bytes | None) -> Instants:
-    """The instants of one `array_send(array_agg(ts))`, in the order of the array; None for no row.
+    """The instants of one `array_send(array_agg(ts))`, in the order of the array; `sent` is None without rows.
 
-    An array on the wire (PostgreSQL's array_send) is a header of five int32 for one dimension, then
+    The wire format of an array (PostgreSQL's array_send) is a header of five int32 for one dimension, then
     length and value of each element.
     """
     if sent is None:

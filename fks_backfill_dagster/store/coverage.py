@@ -1,4 +1,4 @@
-"""Counts of many windows or many series in a query or two: the numbers behind Dagster's partitions and checks.
+"""Counts of many windows or many series in one or two queries: the numbers of Dagster's partitions and checks.
 
 Belongs here: expected, stored, missing and no-trade counts. Does not belong here: which counts pass a check (the
 callers), whether the stored candles are sound (`sanity`), how far a series reaches (`reaches`).
@@ -22,15 +22,12 @@ from fks_backfill_dagster.store import ledger
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.sql import micros, series_of, table_of
 
-# The states of gaps in which candles are missing: they did trade, as far as is known.
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
     """Candles: expected = stored + missing + quiet.
 
-    `missing` did trade, as far as anybody knows, and is not stored, explained or not. `quiet` are
-    intervals in which nothing traded.
+    `missing`: not stored and not known to be without trades, explained or not. `quiet`: no-trade intervals.
     """
 
     expected: int = 0
@@ -43,24 +40,24 @@ class Counts:
 
     @property
     def coverage(self) -> float:
-        """The share of what is expected that is not missing; 1 where nothing is expected."""
+        """The share of the expected candles that is not missing; 1 where none is expected."""
         return (self.expected - self.missing) / self.expected if self.expected else 1.0
 
     @property
     def rounded_coverage(self) -> float:
-        """To six digits, and never up to 1 where something is missing."""
+        """To six digits, and below 1 where a candle is missing."""
         rounded = round(self.coverage, 6)
         return min(rounded, 0.999999) if self.missing else rounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartState(Counts):
-    """What the ledger says of one window; `unexplained` is the part of `missing` that nobody answered for.
+    """The ledger's state of one window.
 
-    `providers` are the stored candles by who brought them, the largest share first. `first` and `last` are
-    open times (microseconds) of stored candles, `close_last` is the close of the last one; `volume_sum` is in
-    base units, None where no candle has a volume. `next_attempt` is when the first of the window's gaps is
-    requested again, as the ledger has it; None: none of them is.
+    `unexplained` is the part of `missing` that no gap explains. `providers` counts the stored candles by provider,
+    the largest share first. `first` and `last` are open times (microseconds) of stored candles, `close_last` is the
+    close of the last one; `volume_sum` is in base units, None where no candle has a volume. `next_attempt` is the
+    earliest next attempt of the window's gaps; None where none is scheduled.
     """
 
     unexplained: int = 0
@@ -72,13 +69,13 @@ class PartState(Counts):
     next_attempt: int | None = None
 
     def from_fallback(self, provider: str | None) -> int:
-        """The stored candles that come from others than `provider`, the first of the priority."""
+        """The stored candles of other providers than `provider`, the first of the priority."""
         return sum(count for name, count in self.providers.items() if name != provider)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completeness(Counts):
-    """Of all that was ever synced of a series; history that never was is pending, and no gap.
+    """The counts within the coverage of a series; history that was never synced is pending and does not count.
 
     `open_missing` is the part of `missing` that lies in open gaps.
     """
@@ -88,11 +85,11 @@ class Completeness(Counts):
 
 
 def part_states(database: Database, series: Series, windows: Mapping[str, TimeRange]) -> dict[str, PartState]:
-    """The state of every window by its key. Windows reach no further than candles can exist.
+    """The state of every window by its key. Windows end no later than the last closed candle.
 
-    Few statements, whatever the number of windows. Candles are read only where the lineage does not tell: their
-    volumes where something was corrected or batches reach beyond the window, and whose they are where it names more
-    than one provider.
+    The number of statements does not depend on the number of windows. Candles are read only where the lineage is
+    not enough: their volumes where a candle was corrected or a batch extends beyond the window, and their providers
+    where it names more than one.
     """
     hull = TimeRange(min(w.start for w in windows.values()), max(w.end for w in windows.values()))
     grid = grid_of(series)
@@ -144,7 +141,7 @@ def _named(identity: int | None, windows: Mapping[str, TimeRange]) -> dict[str, 
 def _edges(
     connection: sa.Connection, timeframe: Timeframe, identity: int | None, windows: Mapping[str, TimeRange]
 ) -> dict[str, dict[str, Any]]:
-    """The first and the last stored candle of every window, as fields of PartState; found by index."""
+    """The first and the last stored candle of every window, as fields of PartState; index look-ups."""
     candles = f"FROM {table_of(timeframe)} WHERE series_id = :id AND ts >= w.low AND ts < w.high"
     rows = connection.execute(
         sa.text(
@@ -160,8 +157,8 @@ def _edges(
 
 @dataclass(frozen=True, slots=True)
 class _Lineage:
-    """What the batches of a window tell of its candles: how many they have inserted, the provider where there is
-    one, their volume where they hold nothing else and nothing of them was changed since."""
+    """A window's candles by the lineage of its batches: the number inserted, the provider where there is only one,
+    their volume where the batches lie inside the window and none of their candles was changed since."""
 
     inserted: int
     provider: str | None
@@ -190,7 +187,7 @@ def _lineage(
 def _volumes(
     connection: sa.Connection, timeframe: Timeframe, identity: int | None, windows: Mapping[str, TimeRange]
 ) -> dict[str, float]:
-    """The volume of the stored candles of every window; of them nothing else is read."""
+    """The volume of the stored candles of every window."""
     rows = connection.execute(
         sa.text(
             f"SELECT w.key, c.volume FROM {_WINDOWS} CROSS JOIN LATERAL ("
@@ -207,7 +204,7 @@ def _shares(
 ) -> dict[str, dict[str, int]]:
     """The stored candles of every window by provider.
 
-    They are grouped by batch first: there are few, and only they are joined with their provider.
+    They are grouped by batch first: batches are few, and only those are joined with their provider.
     """
     rows = connection.execute(
         sa.text(
@@ -226,7 +223,7 @@ def _shares(
 
 
 def _next_attempt(gaps: Sequence[LedgerGap], window: TimeRange) -> int | None:
-    """When the first of the gaps that reach into the window is requested again, in microseconds."""
+    """The earliest next attempt of the gaps that overlap the window, in microseconds."""
     moments = (
         gap.next_attempt_at
         for gap in gaps
@@ -236,7 +233,7 @@ def _next_attempt(gaps: Sequence[LedgerGap], window: TimeRange) -> int | None:
 
 
 def completeness(database: Database, series: Sequence[Series]) -> dict[Series, Completeness]:
-    """What is expected and missing within what was synced, from the ledger: no candle is read."""
+    """Expected and missing candles within the coverage, from the ledger: no candle is read."""
     found = {one: Completeness() for one in series}
     with database.begin() as connection:
         owners = series_of(connection, series)
@@ -272,7 +269,7 @@ def completeness(database: Database, series: Sequence[Series]) -> dict[Series, C
 
 
 def open_parts(database: Database, series: Sequence[Series], part: str) -> dict[Series, list[str]]:
-    """The parts ("month" or "year") that an open gap reaches into, by the day on which they begin."""
+    """The parts ("month" or "year") that an open gap overlaps, by the day on which they begin."""
     found: dict[Series, list[str]] = {one: [] for one in series}
     with database.begin() as connection:
         owners = series_of(connection, series)
@@ -292,9 +289,9 @@ def open_parts(database: Database, series: Sequence[Series], part: str) -> dict[
 
 
 def next_attempts(database: Database, series: Sequence[Series]) -> dict[Series, int]:
-    """When the next gap of each series is requested again; series without such a gap are left out.
+    """The next attempt of each series; series without a gap to attempt are omitted.
 
-    An open gap that was never put off is due since it was found.
+    An open gap without a scheduled attempt has been due since it was found.
     """
     with database.begin() as connection:
         owners = series_of(connection, series)
@@ -317,7 +314,7 @@ def next_attempts(database: Database, series: Sequence[Series]) -> dict[Series, 
 def missing_gaps(
     database: Database, series: Sequence[Series], most: int
 ) -> dict[Series, tuple[LedgerGap, ...]]:
-    """The gaps in which something is missing, at most `most` of each series: open ones first, then the newest."""
+    """The gaps with missing candles, at most `most` per series: open ones first, then the newest."""
     found: dict[Series, list[LedgerGap]] = {one: [] for one in series}
     with database.begin() as connection:
         owners = series_of(connection, series)
@@ -341,7 +338,7 @@ def missing_gaps(
 
 
 def listed_at(database: Database, series: Series, providers: Sequence[str]) -> int | None:
-    """Since when one of `providers` has the symbol, as far as that was found out."""
+    """The earliest known listing time of the symbol at one of `providers`."""
     with database.begin() as connection:
         found = ledger.listings(connection, series.symbol)
     return min((found[name].listed_at for name in providers if name in found), default=None)

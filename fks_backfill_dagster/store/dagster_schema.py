@@ -1,7 +1,7 @@
-"""The schema of our database in which Dagster keeps its tables, and which of its rows are obsolete.
+"""The schema of our database for Dagster's tables, and its obsolete rows.
 
-Belongs here: the schema, its address, and the questions about many of Dagster's events at once that its own
-interface answers one run at a time. Does not belong here: deleting rows of runs, which that interface does.
+Belongs here: the schema, its address, and queries over many of Dagster's events, which its own API serves one run
+at a time. Does not belong here: deleting rows of runs, which that API does.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ DAGSTER_SCHEMA = "dagster"
 def make_dagster_schema(
     database_url: str, schema: str, driver: str, *, log: Path | None = None
 ) -> tuple[str, Place]:
-    """The SQLAlchemy URL with which `driver` connects, and the database for messages. Makes the schema.
+    """Creates the schema. Returns the SQLAlchemy URL with which `driver` connects, and the database for messages.
 
-    The engine still has to be attached (`sessions.attach`) with the schema as its search_path: programs whose tables
-    carry no schema of their own find them by it. The URL holds the password in clear. `log`: as for Database. Raises
-    StoreError.
+    The engine still has to be attached (`sessions.attach`) with the schema as its search_path: Dagster's tables are
+    not schema-qualified. The URL contains the password in clear. `log`: as for Database. Raises StoreError.
     """
     database = Database(database_url, pool_size=1, log=log)
     try:
@@ -38,12 +37,12 @@ def make_dagster_schema(
 
 
 def keeps_connections(engine: sa.Engine) -> bool:
-    """Whether an engine of another program has a pool of its own."""
+    """Whether the engine of another program has a connection pool."""
     return not isinstance(engine.pool, sa.NullPool)
 
 
 # A partition's state follows from its newest materialization and its newest plan; a check's from its
-# newest evaluation. Whatever run holds one of those stays.
+# newest evaluation. Runs that hold one of those are kept.
 _OBSOLETE = """
 WITH newest AS (
     SELECT max(id) AS id FROM {schema}.event_logs
@@ -62,15 +61,15 @@ WHERE r.status IN ('SUCCESS', 'FAILURE', 'CANCELED') AND r.update_timestamp < :b
 ORDER BY r.id
 """
 
-# Dagster forgets them with nothing, not even with their run.
-_STRAYS = """
+# Dagster does not delete them, not even with their run.
+_ORPHANED_CHECKS = """
 DELETE FROM {schema}.asset_check_executions c
 WHERE NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = c.run_id)
 """
 
-# The shapes of a job and of its plan, one per selection of assets that was ever run: a later run makes
-# its own anew. The newest are left alone, for their run may be about to be written.
-_SNAPSHOTS = """
+# Snapshots of jobs and of their plans, one per selection of assets that was ever run: a later run creates
+# its own again. The newest are kept, because their run may not be written yet.
+_UNUSED_SNAPSHOTS = """
 WITH used AS (
     SELECT snapshot_id FROM {schema}.runs WHERE snapshot_id IS NOT NULL
     UNION
@@ -83,19 +82,18 @@ WHERE s.id < (SELECT max(id) FROM {schema}.snapshots) - 200
 
 
 def obsolete_runs(database: Database, schema: str, before: datetime) -> list[str]:
-    """Ids of the runs that ended before that moment and that nothing shown to anybody depends on."""
+    """Ids of the runs that ended before that moment and that no state shown in Dagster depends on."""
     with database.begin() as connection:
         query = sa.text(_OBSOLETE.format(schema=schema))
-        # Dagster's own timestamps are without a zone, and UTC.
+        # Dagster's timestamps are UTC without a zone.
         return list(connection.scalars(query, {"before": before.replace(tzinfo=None)}))
 
 
 def forget_strays(database: Database, schema: str) -> int:
-    """Deletes what runs that are gone have left behind; the number of rows."""
+    """Deletes rows that deleted runs leave behind; returns their number."""
+    statements = (_ORPHANED_CHECKS, _UNUSED_SNAPSHOTS)
     with database.begin() as connection:
-        return sum(
-            connection.execute(sa.text(text.format(schema=schema))).rowcount for text in (_STRAYS, _SNAPSHOTS)
-        )
+        return sum(connection.execute(sa.text(text.format(schema=schema))).rowcount for text in statements)
 
 
 def event_count(database: Database, schema: str) -> int:

@@ -1,4 +1,4 @@
-"""Opening the database: the engine, the schema's version, and what to tell when either is wrong."""
+"""Opening the database: the engine, the schema's revision, and the errors of both."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from fks_backfill_dagster.store.schema import SCHEMA
 # TimescaleDB's oldest supported server; multiranges and UNIQUE NULLS NOT DISTINCT need it too.
 OLDEST_SERVER = 15
 
-# Nothing of ours: our SQL names the schema of everything. What an extension puts elsewhere is looked up.
+# Our own SQL is schema-qualified; the schema of an extension is looked up.
 SEARCH_PATH = "public"
 
 _MIGRATION_LOCK = 4613731
 
 _DEFAULTS = {"connect_timeout": "10", "application_name": "fks-backfill"}
 
-# SQLAlchemy logs an interruption in the middle of a rollback with its traceback, and raises it too. Where nobody
-# has configured logging, Python would print that beside our own sentence.
+# SQLAlchemy logs an interruption during a rollback with its traceback, and raises it too. Where logging is not
+# configured, Python would print that beside our own message.
 logging.getLogger("sqlalchemy").addHandler(logging.NullHandler())
 
 
 class Database:
     """A PostgreSQL or TimescaleDB with (or about to have) the schema `fks`.
 
-    `url` is a libpq URL; any `postgresql[+driver]://` or `postgres://` form is taken, anything else
-    is a StoreError. Nothing is connected until it is used. Safe to share between threads; close it
-    with `dispose`. `log`: that of the embedded server, which messages then name instead of FKS_DATABASE_URL.
+    `url` is a libpq URL; any `postgresql[+driver]://` or `postgres://` form is accepted, anything else
+    is a StoreError. Connects on first use. Safe to share between threads; close it with `dispose`.
+    `log`: the log of the embedded server, which messages then name instead of FKS_DATABASE_URL.
     """
 
     def __init__(self, url: str, *, pool_size: int = 8, log: Path | None = None) -> None:
@@ -76,7 +76,7 @@ class Database:
 
     @contextmanager
     def snapshot(self) -> Iterator[sa.Connection]:
-        """A transaction that only reads, and sees the database as it was at its first query."""
+        """A read-only transaction that sees the database as of its first query."""
         with translated(self.place), self._engine.connect() as connection:
             frozen = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             with frozen.begin():
@@ -84,38 +84,38 @@ class Database:
 
     @contextmanager
     def autocommit(self) -> Iterator[sa.Connection]:
-        """A connection on which every statement commits by itself."""
+        """A connection in autocommit mode."""
         with translated(self.place), self._engine.connect() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
     # The schema -----------------------------------------------------------------------------------
 
     def revision(self) -> str | None:
-        """The schema's revision; None where there is no schema yet."""
+        """The schema's revision; None without a schema."""
         with self.begin() as connection:
             return self._revision(connection)
 
     def check(self) -> None:
-        """Raises a StoreError unless the schema is exactly what this program was written for."""
-        self._judge(self.revision())
+        """Raises a StoreError unless the schema has this program's revision."""
+        self._refuse_other_revision(self.revision())
 
     def ensure(self) -> None:
-        """Makes the schema where there is none; otherwise as `check`. An upgrade is asked for, never done."""
+        """Creates a missing schema; otherwise as `check`. Never upgrades: the error names the command."""
         if self.revision() is None:
             self.upgrade()
         self.check()
 
     def upgrade(self) -> None:
-        """Brings the schema to this program's revision. Several processes may call it at once.
+        """Upgrades the schema to this program's revision. Safe to call from several processes at once.
 
-        Who could read every view before can do so afterwards.
+        A role that could read every view before can read every view afterwards.
         """
         with self.begin() as connection:
             self._refuse_old_server(connection)
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
             found = self._revision(connection)
             if found is not None and found not in _known_revisions():
-                self._judge(found)
+                self._refuse_other_revision(found)
             make_schema(connection, SCHEMA, self.place)
             if found is None:
                 self._refuse_foreign_tables(connection)
@@ -129,7 +129,7 @@ class Database:
             if timescale.install(connection):
                 timescale.make_hypertables(connection)
 
-    def _judge(self, found: str | None) -> None:
+    def _refuse_other_revision(self, found: str | None) -> None:
         head = _head()
         if found == head:
             return
@@ -168,7 +168,7 @@ class Database:
         return found[0] if found else None
 
     def _refuse_missing_rights(self, connection: sa.Connection) -> None:
-        """What batches need besides the schema: they pass through a temporary table."""
+        """Besides rights on the schema, a commit needs TEMPORARY: it stages candles in a temporary table."""
         query = (
             "SELECT current_user, current_database(), has_schema_privilege(:schema, 'CREATE'),"
             " has_database_privilege(current_database(), 'TEMPORARY')"
@@ -185,7 +185,7 @@ class Database:
             )
 
     def _refuse_foreign_tables(self, connection: sa.Connection) -> None:
-        """A schema without a revision has to be empty: ours has one."""
+        """A schema without a revision must be empty: ours always has one."""
         query = (
             "SELECT count(*) FROM pg_class WHERE relnamespace = to_regnamespace(:name)"
             " AND relkind IN ('r', 'p', 'v') AND relname <> 'alembic_version'"
@@ -204,44 +204,44 @@ class Database:
 
 
 def make_schema(connection: sa.Connection, name: str, place: Place) -> None:
-    """Makes a schema where there is none. Raises UnsuitableServer where this role may not."""
-    # CREATE SCHEMA IF NOT EXISTS needs a right even when the schema exists: ask first.
+    """Creates a missing schema. Raises UnsuitableServer where this role may not."""
+    # CREATE SCHEMA IF NOT EXISTS needs the privilege even when the schema exists: check first.
     if connection.scalar(sa.text("SELECT to_regnamespace(:name)"), {"name": name}) is not None:
         return
     may_create = "SELECT current_user, has_database_privilege(current_database(), 'CREATE')"
     role, may = connection.execute(sa.text(may_create)).one()
     if not may:
         raise UnsuitableServer(
-            f"{place} has no schema {name}, and its role {role} may not make one: let an administrator run"
+            f"{place} has no schema {name}, and its role {role} may not create one: let an administrator run"
             f' CREATE SCHEMA {name} AUTHORIZATION "{role}" in it.'
         )
     connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {name}"))
 
 
 def _with_driver(url: str) -> sa.URL:
-    # SQLAlchemy would pick a driver by its own default, which changed between versions: name it.
+    # SQLAlchemy's default driver differs between versions: name it.
     scheme, separator, rest = url.partition("://")
     if scheme.partition("+")[0] not in ("postgresql", "postgres"):
         raise _no_address()
     try:
         parsed = sa.make_url(f"postgresql+psycopg{separator}{rest}")
-    except (sa.exc.ArgumentError, ValueError):  # its text may quote a piece of the password
+    except (sa.exc.ArgumentError, ValueError):  # its text may quote a part of the password
         raise _no_address() from None
-    # These parts are shown. A password with a bare @ would pass for the host, one behind an encoded colon for the
-    # user, and parameters behind a wrong separator for the user or the database.
+    # Messages show these parts. A password with a bare @ would be parsed as the host, one after an encoded colon as
+    # the user, and parameters after a wrong separator as the user or the database.
     shown = ((parsed.username, ":=?&"), (unquote(parsed.host or ""), "@=&"), (parsed.database, "@=?&"))
     if any(set(part or "") & set(marks) for part, marks in shown):
         raise _no_address()
     if of_driver := sorted(parsed.query.keys() & _OF_THE_DRIVER):
         raise DatabaseUnavailable(
-            f"FKS_DATABASE_URL has the parameter {of_driver[0]}, which is one of a driver and not of PostgreSQL: take"
-            " it out (prepared statements need no setting; behind a pooler they need one in session mode)."
+            f"FKS_DATABASE_URL has the parameter {of_driver[0]}, which belongs to a driver, not to PostgreSQL: remove"
+            " it (prepared statements need no setting; a pooler has to be in session mode)."
         )
     return _without_repetitions(parsed)
 
 
 def _without_repetitions(url: sa.URL) -> sa.URL:
-    """Options add up; of any other parameter that is given twice the last one holds, as in libpq. Hosts are a list."""
+    """Joins repeated `options`; of any other repeated parameter the last one holds, as in libpq. Hosts stay a list."""
     given = {name: values for name, values in url.query.items() if not isinstance(values, str)}
     joined = {
         name: " ".join(values) if name == "options" else values[-1]
@@ -262,8 +262,8 @@ def _no_address() -> DatabaseUnavailable:
     )
 
 
-# The parameters that messages show: enough to find the server. libpq has secrets among the others (password,
-# sslpassword, oauth_client_secret, scram_client_key), gets new ones with every version, and `options` may hold any.
+# The parameters that messages show: enough to find the server. The others include secrets (password, sslpassword,
+# oauth_client_secret, scram_client_key), new versions of libpq add more, and `options` may contain any.
 _SHOWN_PARAMETERS = frozenset(
     (
         "application_name",
@@ -279,20 +279,20 @@ _SHOWN_PARAMETERS = frozenset(
     )
 )
 
-# A shorter value would take its letters out of every word of a message.
+# Masking a shorter value would make messages unreadable.
 _SHORTEST_SECRET = 4
 
 
 def _without_secrets(url: sa.URL) -> str:
-    """The address for messages: no password, and of the parameters those only that cannot be a secret."""
+    """The address for messages: no password, and only the parameters that cannot be a secret."""
     shown = url.set(drivername="postgresql").difference_update_query(url.query.keys() - _SHOWN_PARAMETERS)
     return shown.render_as_string(hide_password=True)
 
 
 def _hidden(url: sa.URL) -> tuple[str, ...]:
-    """What a driver's or a server's message may quote and ours must not: values of parameters that are not shown.
+    """Values that a driver's or a server's message may quote and ours must not: of the parameters that are not shown.
 
-    Longest first. Of `options` it is each value by itself: `-c name=value`.
+    Longest first; of `options` (`-c name=value`) each value separately.
     """
     given = [value for name in url.query.keys() - _SHOWN_PARAMETERS for value in url.normalized_query[name]]
     words = [word.partition("=")[2] or word for value in given for word in value.split()]

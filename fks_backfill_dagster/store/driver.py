@@ -1,4 +1,4 @@
-"""The driver's own cursor, for what SQLAlchemy has no words for: COPY, and names quoted by psycopg."""
+"""The driver's own cursor, for what SQLAlchemy does not support: COPY, and identifiers quoted by psycopg."""
 
 from __future__ import annotations
 

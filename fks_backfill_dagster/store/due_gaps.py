@@ -1,7 +1,6 @@
-"""Which gaps are to be asked for now: of thousands of series in one query, from the ledger alone.
+"""The due gaps of thousands of series in one query, from the ledger alone.
 
-Belongs here: whose time has come, and in which order. Does not belong here: asking for them, and how many
-at a time.
+Belongs here: which gaps are due, and their order. Does not belong here: requesting them, and how many at a time.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.store.database import Database
 
-# LedgerGap.is_due in SQL, of gaps that somebody may still fill. One that is tolerated is left alone, and
-# so is a series that is being synced just now: that may fill it.
+# LedgerGap.is_due in SQL, for gaps that may still be filled. Tolerated gaps are skipped, and so are series with a
+# live lease: the running sync may fill them.
 _DUE = """
 WITH wanted AS (
     SELECT s.id, s.symbol, w.part, w.since, coalesce(w.until, 'infinity') AS until,
@@ -60,8 +59,10 @@ LIMIT :most
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A series whose gaps matter: from when on, by which "month" or "year", who can be asked, and up to
-    when (None: for ever)."""
+    """The range of a series in which gaps count, its partition grain and its eligible providers.
+
+    `part`: "month" or "year". `able`: the eligible providers. `until`: None for no end.
+    """
 
     since: int
     part: str
@@ -73,8 +74,8 @@ class Wanted:
 class Place:
     """The due gaps of one series in one month or year; `key` is the day on which it begins.
 
-    `window` spans them within it. `found_at`: since when the oldest of them is known. `missing`: how
-    many candles they lack, elsewhere too where a gap reaches further.
+    `window` spans them within it. `found_at`: when the oldest of them was found. `missing`: their missing
+    candles, including those outside the part where a gap extends beyond it.
     """
 
     series: Series
@@ -85,23 +86,23 @@ class Place:
 
 
 def due_places(database: Database, wanted: Mapping[Series, Wanted], now: int, most: int) -> list[Place]:
-    """Where gaps are due at `now`: at most `most` places.
+    """The parts in which gaps are due at `now`: at most `most`.
 
-    Fair between symbols: each has its first place before any has its second. Otherwise the gap that has
-    waited longest goes first, then the largest. A series that nobody can be asked for has none.
+    Fair between symbols: each has its first place before any has its second. Then the gap that was found first
+    goes first, then the largest. A series without an eligible provider has none.
     """
-    asked = {one: want for one, want in wanted.items() if want.able}
-    by_name = {(one.symbol, one.timeframe.value): one for one in asked}
+    eligible = {one: want for one, want in wanted.items() if want.able}
+    by_name = {(one.symbol, one.timeframe.value): one for one in eligible}
     with database.begin() as connection:
         rows = connection.execute(
             sa.text(_DUE),
             {
-                "symbols": [one.symbol for one in asked],
-                "timeframes": [one.timeframe.value for one in asked],
-                "parts": [want.part for want in asked.values()],
-                "sinces": [to_datetime(want.since) for want in asked.values()],
-                "untils": [None if w.until is None else to_datetime(w.until) for w in asked.values()],
-                "ables": [",".join(sorted(want.able)) for want in asked.values()],
+                "symbols": [one.symbol for one in eligible],
+                "timeframes": [one.timeframe.value for one in eligible],
+                "parts": [want.part for want in eligible.values()],
+                "sinces": [to_datetime(want.since) for want in eligible.values()],
+                "untils": [None if w.until is None else to_datetime(w.until) for w in eligible.values()],
+                "ables": [",".join(sorted(want.able)) for want in eligible.values()],
                 "now": to_datetime(now),
                 "most": most,
             },
@@ -116,5 +117,5 @@ def due_places(database: Database, wanted: Mapping[Series, Wanted], now: int, mo
         )
         for row in rows
     ]
-    # A gap ends with the close of its last candle, which may lie in the part after that of its open.
+    # A gap ends at the close of its last candle, which may lie in the next part.
     return [place for place in places if grid_of(place.series).count(place.window)]

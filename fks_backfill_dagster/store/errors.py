@@ -1,13 +1,13 @@
-"""What can go wrong with the database, in words for its user.
+"""Database errors, as messages for the operator.
 
 StoreError                 one sentence with the remedy
-  DatabaseUnavailable      it does not answer, does not exist, or refuses the login
-    ConnectionLost         it answered, and the connection ended in the middle of a unit of work
-    UnsuitableServer       it answers, and this program cannot work with it as it is set up
+  DatabaseUnavailable      unreachable, nonexistent, or the login is refused
+    ConnectionLost         the connection ended in the middle of a unit of work
+    UnsuitableServer       reachable, but its configuration does not work with this program
   SchemaTooOld             made by an older fks-backfill
   SchemaTooNew             made by a newer fks-backfill
   DatabaseFull             no space left, or a quota is used up
-  SeriesChanged            a series is stored as one of another asset class or calendar
+  SeriesChanged            a series is stored with another asset class or calendar
   MixedSources             it holds candles of documented hosts, and the settings name custom ones, or vice versa
 """
 
@@ -25,7 +25,7 @@ from tenacity import retry, retry_if_exception, stop_after_attempt
 
 
 class StoreError(Exception):
-    """Base of all database errors that a user can do something about."""
+    """Base of all database errors that an operator can act on."""
 
 
 class DatabaseUnavailable(StoreError):
@@ -33,7 +33,7 @@ class DatabaseUnavailable(StoreError):
 
 
 class ConnectionLost(DatabaseUnavailable):
-    """Nothing of the unit of work is committed, or all of it; see `repeated`."""
+    """The unit of work is committed either completely or not at all; see `repeated`."""
 
 
 class UnsuitableServer(DatabaseUnavailable):
@@ -53,7 +53,7 @@ class DatabaseFull(StoreError):
 
 
 class SeriesChanged(StoreError):
-    """Concerns one series, and leaves all others alone."""
+    """Concerns one series only."""
 
 
 class MixedSources(StoreError):
@@ -61,7 +61,7 @@ class MixedSources(StoreError):
 
 
 def _is_lost(error: BaseException) -> bool:
-    """Whether the connection ended, and was not torn off by an interruption of this process."""
+    """Whether the connection was lost, other than by an interruption of this process."""
     chain: BaseException | None = error
     while chain is not None:
         if not isinstance(chain, Exception):
@@ -73,13 +73,13 @@ def _is_lost(error: BaseException) -> bool:
 
 
 AWAY_SECONDS = 120.0
-"""How long a run waits for a database that is away: one that was killed may have to read minutes of its log first."""
+"""How long a run waits for an unavailable database: after a crash, the recovery of its WAL may take minutes."""
 
 ATTEMPTS = 3
 
 repeated = retry(retry=retry_if_exception(_is_lost), stop=stop_after_attempt(ATTEMPTS), reraise=True)
-"""Decorates a unit of work that changes nothing when it is done twice: it is begun again where its connection
-was lost in the middle. The new connection waits for a server that recovers (`sessions`)."""
+"""Decorates an idempotent unit of work: it is repeated when its connection is lost. The new connection waits for
+a server that is recovering (`sessions`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,19 +99,19 @@ class Place:
         return f"The database {self.where}" if self.log is None else "The embedded PostgreSQL"
 
     def remedy(self, own: str) -> str:
-        """`own` is about FKS_DATABASE_URL; the embedded server has none, but its log."""
+        """`own` concerns FKS_DATABASE_URL; for the embedded server the remedy names its log instead."""
         if self.log is None:
             return own
-        return f"Its log is {self.log}; run the same command again, which starts it where it does not run"
+        return f"Its log is {self.log}; run the same command again, which starts it if it is not running"
 
 
-# No SQLSTATE of PostgreSQL: what a pooler answers to a parameter that it does not know.
+# Not an SQLSTATE of PostgreSQL: the response of a pooler to an unknown parameter.
 _REFUSED_PARAMETER = "08P01 parameter"
 
 NOT_READY = "57P03"
 
-# libpq describes why a connection failed in words only, without the SQLSTATE. A server that speaks
-# another language is then understood as one that does not answer, with its words quoted.
+# libpq reports a failed connection as text only, without the SQLSTATE. With lc_messages in another language it
+# counts as unreachable, and the message quotes the text.
 _AT_CONNECT = (
     (re.compile(r"No space left on device|Disk quota exceeded"), "53100"),
     (re.compile(r'FATAL: +database ".*" does not exist|no such database'), "3D000"),
@@ -124,7 +124,7 @@ _AT_CONNECT = (
     (re.compile(r"unsupported startup parameter"), _REFUSED_PARAMETER),
 )
 
-# Prepared statements that exist already, or do not: the session is not the one that it was.
+# A prepared statement that exists already, or is missing: the backend belongs to another session now.
 _OF_ANOTHER_SESSION = frozenset({"42P05", "26000"})
 _TIMED_OUT = frozenset({"57014", "55P03", "25P03", "25P04"})
 _ENDED_BY_SERVER = frozenset({"57P01", "57P02", "57P04", "57P05"})
@@ -136,8 +136,8 @@ OWN_PORT = "use the server's own port, or a pool in session mode (pool_mode = se
 def translated(place: Place) -> Iterator[None]:
     """Turns the driver's errors into StoreErrors.
 
-    What is in `place.hidden` is asterisks in the sentence. Where the driver's own text holds some of it, that is no
-    cause of the StoreError either: causes are logged, and Dagster stores them.
+    Values in `place.hidden` are masked with asterisks. A driver's error that contains one is not chained as the
+    cause of the StoreError: causes are logged, and Dagster stores them.
     """
     try:
         yield
@@ -146,7 +146,7 @@ def translated(place: Place) -> Iterator[None]:
 
 
 def translate(error: Exception, place: Place, *, connecting: bool = False) -> StoreError:
-    """The StoreError of an error of SQLAlchemy, psycopg or psycopg2. `connecting`: no session had begun yet."""
+    """The StoreError for an error of SQLAlchemy, psycopg or psycopg2. `connecting`: before a session exists."""
     original = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig is not None else error
     state = state_of(original)
     is_lost = isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
@@ -159,20 +159,20 @@ def shown_cause(error: Exception, place: Place) -> Exception | None:
 
 
 def _is_operational(error: BaseException) -> bool:
-    """By the name that PEP 249 gives the class, for there are two drivers."""
+    """By the class name that PEP 249 prescribes, because there are two drivers."""
     return any(kind.__name__ == "OperationalError" for kind in type(error).__mro__)
 
 
 def state_of(error: BaseException) -> str:
-    """The SQLSTATE of a driver's error, as far as it can be known; else an empty string."""
+    """The SQLSTATE of a driver's error; an empty string if it is unknown."""
     state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
     if state is None:
-        return next((state for words, state in _AT_CONNECT if words.search(str(error))), "")
+        return next((state for pattern, state in _AT_CONNECT if pattern.search(str(error))), "")
     return str(state)
 
 
 def _described(error: BaseException, place: Place) -> str:
-    """The server's sentence without its CONTEXT and LINE; the whole text where there was no server."""
+    """The server's message without CONTEXT and LINE; the whole text for errors that no server sent."""
     text = _text(error)
     for secret in place.hidden:
         text = text.replace(secret, "***")
@@ -220,15 +220,15 @@ def _translate(error: BaseException, state: str, place: Place, *, is_lost: bool)
         )
     if state == _REFUSED_PARAMETER:
         return UnsuitableServer(
-            f"The pooler before {place.where} refuses the connection ({described}). Take the parameter out of"
+            f"The pooler in front of {place.where} refuses the connection ({described}). Remove the parameter from"
             f" FKS_DATABASE_URL, or {OWN_PORT}."
         )
     if state in _OF_ANOTHER_SESSION:
         return pooled_by_transaction(place, described)
     if state in _TIMED_OUT:
         return StoreError(
-            f"{place} ended a statement early ({described}). Where a timeout did it that FKS_DATABASE_URL sets in"
-            " its options, raise it or take it out."
+            f"{place} canceled a statement ({described}). If FKS_DATABASE_URL sets a timeout in its options,"
+            " raise or remove it."
         )
     if is_lost or _is_operational(error) or state.startswith(("08", "57P")):
         remedy = place.remedy("Start it or correct FKS_DATABASE_URL")
@@ -243,6 +243,6 @@ def _translate(error: BaseException, state: str, place: Place, *, is_lost: bool)
 
 def pooled_by_transaction(place: Place, seen: str) -> UnsuitableServer:
     return UnsuitableServer(
-        f"{place} is behind a pooler in transaction mode ({seen}), which gives the settings of a session to other"
-        f" clients and takes them from this one: {OWN_PORT} in FKS_DATABASE_URL."
+        f"{place} is behind a pooler in transaction mode ({seen}), in which session settings leak between"
+        f" clients: {OWN_PORT} in FKS_DATABASE_URL."
     )

@@ -1,7 +1,7 @@
-"""What is known of a series before anything is fetched: coverage, gaps, listings, eligible providers, status.
+"""The stored state of a series, read before anything is fetched: coverage, gaps, listings, eligible providers, status.
 
-Coverage is the set of ranges once synced. Inside it every expected candle is either stored or in a
-gap, so what is missing from a range follows from a few rows, never from a scan of candles.
+Coverage is the set of synced ranges. Inside it every expected candle is either stored or in a
+gap, so the missing candles of a range follow from a few rows, without a scan of candles.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fks_backfill_dagster.store.errors import SeriesChanged
 
 
 def series_id(connection: sa.Connection, series: Series) -> int | None:
-    """The id of a series that was synced before, else None."""
+    """The id of a stored series; None for one that was never synced."""
     table = schema.series
     query = sa.select(table.c.id).where(
         table.c.symbol == series.symbol, table.c.timeframe == series.timeframe.value
@@ -36,8 +36,8 @@ def series_id(connection: sa.Connection, series: Series) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A series that was synced before: its id, the providers that were eligible for it at the last look (see
-    `reopen`), and the dates that the settings closed when its ledger was last settled by them, as written."""
+    """A stored series: its id, its eligible providers as last recorded (see `reopen`), and the closed dates that its
+    ledger was last settled by, as written in the settings."""
 
     identity: int
     eligible: frozenset[str]
@@ -45,11 +45,11 @@ class Registered:
 
 
 def registered(connection: sa.Connection, series: Series) -> Registered | None:
-    """What is stored of the series itself; None for one that was never synced.
+    """The row of a series; None for one that was never synced.
 
-    Raises SeriesChanged where it is stored as one of another asset class or calendar: its ledger was computed
-    on another grid, so to go on would call closed days missing, and open ones complete. The calendar matters
-    for stocks only.
+    Raises SeriesChanged where it is stored with another asset class or calendar: its ledger was computed on
+    another grid, so closed days would count as missing, and open ones as complete. The calendar matters for
+    stocks only.
     """
     table = schema.series
     row = connection.execute(
@@ -62,21 +62,21 @@ def registered(connection: sa.Connection, series: Series) -> Registered | None:
         return Registered(int(row.id), frozenset(row.eligible or ()), row.closed)
     is_stock = stored.asset_class is AssetClass.STOCKS
     raise SeriesChanged(
-        f"{series} is stored as {_kind(stored)}, and is now asked for as {_kind(series)}: put asset_class:"
+        f"{series} is stored as {_kind(stored)}, and is now requested as {_kind(series)}: put asset_class:"
         f" {stored.asset_class}{f' and calendar: {stored.calendar}' if is_stock else ''} into its entry of the"
-        f" settings, or delete what is stored with `fks-backfill series remove {series} --yes`."
+        f" settings, or delete the stored series with `fks-backfill series remove {series} --yes`."
     )
 
 
 def _kind(series: Series) -> str:
-    """What decides about its grid."""
+    """What determines the grid of a series."""
     is_stock = series.asset_class is AssetClass.STOCKS
     return f"stocks with the calendar {series.calendar}" if is_stock else series.asset_class.value
 
 
 def register(connection: sa.Connection, series: Series, closed: str = "") -> int:
-    """The id of a series, made on its first use; `closed`: the dates by which its ledger will be settled, as
-    written. Raises SeriesChanged."""
+    """The id of a series, created on first use; `closed`: the closed dates that its ledger will be settled by, as
+    written in the settings. Raises SeriesChanged."""
     found = registered(connection, series)
     if found is not None:
         return found.identity
@@ -102,8 +102,8 @@ def register(connection: sa.Connection, series: Series, closed: str = "") -> int
 
 
 # Unfilled gaps are disjoint, so the last one that starts before an instant is the only one that can
-# reach beyond it: two look-ups in the index `gap_missing` instead of all gaps since the beginning.
-# The coverage stands in the first row, which has no gap where there is none.
+# extend beyond it: two look-ups in the index `gap_missing` instead of all gaps since the beginning.
+# The first row holds the coverage; its gap columns are NULL where there is no gap.
 _KNOWN_AROUND = """
 SELECT CASE WHEN row_number() OVER (ORDER BY g.gap_start) = 1
     THEN s.synced * tstzmultirange(tstzrange(:start, :end)) END AS covered, g.*
@@ -129,7 +129,7 @@ def known(connection: sa.Connection, identity: int | None, window: TimeRange) ->
 
 
 def known_around(connection: sa.Connection, identity: int | None, window: TimeRange) -> Known:
-    """As `known`, with the nearest unfilled gap on either side: one that the window may come to touch."""
+    """As `known`, with the nearest unfilled gap on either side, which a new gap of the window may adjoin."""
     if identity is None:
         return Known(RangeSet(), ())
     rows = connection.execute(
@@ -178,7 +178,7 @@ class ListingKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Since when a provider has a symbol, by its claim or by observation; found out (or confirmed) when.
+    """When a provider listed a symbol, by its claim or by observation, and when that was found or confirmed.
 
     Instants in microseconds, `found_at` by the database's clock.
     """
@@ -189,7 +189,7 @@ class Listing:
 
 
 def listings(connection: sa.Connection, symbol: str) -> dict[str, Listing]:
-    """The listing of the symbol at each provider, as far as it was found out."""
+    """The known listings of the symbol, by provider."""
     table = schema.listing
     rows = connection.execute(sa.select(table).where(table.c.symbol == symbol))
     return {
@@ -201,7 +201,7 @@ def listings(connection: sa.Connection, symbol: str) -> dict[str, Listing]:
 def remember_listing(
     connection: sa.Connection, provider: str, symbol: str, listed_at: int, kind: ListingKind
 ) -> None:
-    """Keeps what was found out last: a claim can be corrected, to an earlier or a later time."""
+    """Records the latest finding: a claim can be corrected, to an earlier or a later time."""
     table = schema.listing
     found = {"listed_at": to_datetime(listed_at), "kind": kind.value, "found_at": sa.func.now()}
     connection.execute(
@@ -236,8 +236,8 @@ FROM pair p JOIN fks.series s ON s.id = p.id CROSS JOIN LATERAL (
 def oldest_by_provider(connection: sa.Connection, symbol: str) -> dict[str, dict[Timeframe, int]]:
     """The open of the oldest candle of the symbol that each provider delivered, by timeframe.
 
-    From the lineage: batches that changed something and were not undone. So it stands where the candle was
-    corrected by another provider since, or withdrawn.
+    From the lineage: batches that changed something and were not undone. It therefore still counts a candle that
+    another provider corrected since, or that was withdrawn.
     """
     rows = connection.execute(sa.text(_OLDEST), {"symbol": symbol})
     found: dict[str, dict[Timeframe, int]] = {}
@@ -249,8 +249,8 @@ def oldest_by_provider(connection: sa.Connection, symbol: str) -> dict[str, dict
 # Eligible providers ------------------------------------------------------------------------------------
 
 # The series whose set has changed, each under its lock (class 46137, see store/writer/lineage.py), so that no
-# commit is settling the ledger meanwhile. One that is locked just now keeps its recorded set, and is found
-# again by the next call. In a subquery of its own: a lock must not be taken for rows that are left out.
+# commit settles the ledger at the same time. One that is locked now keeps its recorded set, and the next call
+# finds it again. MATERIALIZED: a lock must not be taken for rows that the condition excludes.
 _CHANGED = """
 WITH changed AS MATERIALIZED (
     SELECT s.id FROM fks.series s
@@ -261,8 +261,8 @@ WITH changed AS MATERIALIZED (
 SELECT id FROM changed WHERE pg_try_advisory_xact_lock(46137, id)
 """
 
-# A provider reopens what it has not responded to and what rests on one response: all of it where it is
-# new; what was decided since it was last eligible where it was eligible before.
+# A newly eligible provider reopens the gaps that it has not responded to and that are based on a single response:
+# all of them if it was never eligible before, else those decided since it was last eligible.
 _REOPEN = """
 WITH wanted AS (
     SELECT s.id, s.symbol, s.timeframe, coalesce(s.eligible, '{}') AS before, s.eligible_until AS until,
@@ -299,13 +299,12 @@ SELECT w.symbol, w.timeframe, count(*) AS gaps FROM reopened r JOIN wanted w ON 
 def reopen(
     connection: sa.Connection, eligible: Mapping[Series, frozenset[str]], now: int
 ) -> dict[Series, int]:
-    """Opens the `no_trade` gaps that rest on one provider's response where another one became eligible.
+    """Reopens `no_trade` gaps that are based on one provider's response where another one became eligible.
 
-    `eligible`: the providers that can serve each series by the settings at `now`; they are recorded with it.
-    A provider that was eligible earlier reopens only what was decided while it was not. Nothing changes of a
-    series whose recorded set is the same, that is not stored, or that is being committed to just now (then
-    the next call finds it). Two statements, whatever the number of series. Returns the reopened gaps
-    per series, where there are any.
+    `eligible`: the eligible providers of each series by the settings at `now`; they are recorded with it.
+    A provider that was eligible earlier reopens only the gaps decided while it was not. A series is skipped if its
+    recorded set is the same, if it is not stored, or if a commit holds its lock (the next call finds it). Two
+    statements, whatever the number of series. Returns the number of reopened gaps per series that has any.
     """
     named: dict[str, Any] = {
         "symbols": [one.symbol for one in eligible],
@@ -322,7 +321,7 @@ def reopen(
 
 # Closed dates ------------------------------------------------------------------------------------------
 
-_CLOSED_OTHERWISE = """
+_OTHER_CLOSURES = """
 SELECT s.symbol, s.timeframe, s.id, s.eligible, s.closed FROM fks.series s
 JOIN unnest(CAST(:symbols AS text[]), CAST(:timeframes AS text[]), CAST(:closed AS text[]))
     AS w(symbol, timeframe, closed) ON w.symbol = s.symbol AND w.timeframe = s.timeframe
@@ -331,11 +330,11 @@ WHERE s.closed <> w.closed
 
 
 def closed_otherwise(connection: sa.Connection, closed: Mapping[Series, str]) -> dict[Series, Registered]:
-    """The stored series whose ledger was settled by other closed dates than these (as `domain.closures` writes
-    them): one statement, whatever the number of series."""
+    """The stored series whose ledger was settled by closed dates that differ from these (as `domain.closures` writes
+    them), in one statement."""
     by_name = {(one.symbol, one.timeframe.value): one for one in closed}
     rows = connection.execute(
-        sa.text(_CLOSED_OTHERWISE),
+        sa.text(_OTHER_CLOSURES),
         {
             "symbols": [one.symbol for one in closed],
             "timeframes": [one.timeframe.value for one in closed],
@@ -352,7 +351,7 @@ def closed_otherwise(connection: sa.Connection, closed: Mapping[Series, str]) ->
 
 
 def hold_lease(connection: sa.Connection, identity: int, owner: str, seconds: float) -> None:
-    """Says that `owner` is syncing the series for the next `seconds`, by the database's clock."""
+    """Acquires or renews the lease of `owner` on the series for `seconds`, by the database's clock."""
     connection.execute(
         sa.text(
             "INSERT INTO fks.lease (series_id, owner, expires_at)"
@@ -364,7 +363,7 @@ def hold_lease(connection: sa.Connection, identity: int, owner: str, seconds: fl
 
 
 def end_sync(connection: sa.Connection, identity: int, owner: str, error_message: str | None) -> None:
-    """Gives the lease back and keeps how the sync ended."""
+    """Releases the lease and records the outcome of the sync."""
     release_lease(connection, identity, owner)
     connection.execute(
         sa.text(
@@ -376,7 +375,7 @@ def end_sync(connection: sa.Connection, identity: int, owner: str, error_message
 
 
 def release_lease(connection: sa.Connection, identity: int, owner: str) -> None:
-    """Gives the lease back and leaves the status as it was; expired leases of the dead go with it."""
+    """Releases the lease without changing the status; also deletes the series' expired leases."""
     connection.execute(
         sa.text(
             "DELETE FROM fks.lease WHERE series_id = :id AND (owner = :owner OR expires_at < clock_timestamp())"

@@ -1,4 +1,4 @@
-"""What many series lack at the same time, and which outages were reported before."""
+"""Missing candles of many series over one window, and the gaps behind them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fks_backfill_dagster.store.sql import micros, series_of
 
 @dataclass(frozen=True, slots=True)
 class Absences:
-    """What is missing of many series, `no_trade` left out, and what was synced of them.
+    """The missing ranges (without `no_trade`) and the coverage of many series.
 
-    `gaps`: their ids, one per range of `missing`. Owners are indices into the series that were asked for.
+    `gaps`: gap ids, one per range of `missing`. Owners are indices into the requested series.
     """
 
     synced: Spans
@@ -68,14 +68,14 @@ def _spans(rows: Sequence[Sequence[int]], owners: Mapping[int, int]) -> Spans:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """The state of a gap, and who was asked about it."""
+    """The state of a gap, and the providers in its evidence."""
 
     status: GapStatus
     providers: tuple[str, ...]
 
 
 def told(database: Database, gaps: Sequence[int]) -> dict[int, Told]:
-    """What the ledger says of gaps, by id."""
+    """The ledger's state of gaps, by id."""
     with database.begin() as connection:
         rows = connection.execute(
             sa.text(

@@ -1,4 +1,4 @@
-"""What readers ask of the database: candles, status, gaps, lineage."""
+"""Read queries: candles, status, gaps, lineage."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from fks_backfill_dagster.store.sql import micros, table_of
 
 _COLUMNS = "ts, open, high, low, close, coalesce(volume, 'NaN')"
 
-# COPY of a hypertable itself would give no rows; of a query it does.
+# COPY of a hypertable returns no rows; COPY of a query does.
 _STORED = (
     "SELECT {columns} FROM {table} WHERE series_id = %(id)s AND ts >= %(start)s AND ts < %(end)s ORDER BY ts"
 )
 
-# About as many rows as one month of minutes: what is held in memory at a time.
+# About one month of 1m candles: the number of rows held in memory at a time.
 _ROWS_AT_ONCE = 45_000
 
 
@@ -51,7 +51,7 @@ class SyncStatus:
 
 @dataclass(frozen=True, slots=True)
 class BatchInfo:
-    """One row of lineage. `host` is empty and `instrument` None where they were not kept yet."""
+    """One row of lineage. `host` is empty and `instrument` None for batches from before they were recorded."""
 
     id: int
     symbol: str
@@ -75,7 +75,7 @@ class BatchInfo:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """How many of a window's candles a provider brought, and by which transport."""
+    """The number of a window's candles that a provider delivered by a transport."""
 
     provider: str
     transport: str
@@ -84,10 +84,10 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredOrigins:
-    """Where each stored candle of a window comes from: columns of one length, ascending by `ts`.
+    """The origin of each stored candle of a window: columns of one length, ascending by `ts`.
 
-    `provider`: str. `instrument`: str, or None where the lineage does not name it. `as_of`: how new its values
-    are, in microseconds: when its archive was published, else when it was requested.
+    `provider`: str. `instrument`: str, or None where the lineage does not name it. `as_of`: the age of its values,
+    in microseconds: when its archive was published, else when it was requested.
     """
 
     ts: Instants
@@ -103,16 +103,16 @@ class StoredOrigins:
 def read_candles(
     database: Database, series: Series, window: TimeRange, as_of: datetime | None = None
 ) -> Candles:
-    """The stored candles that open in `window`, ascending; with `as_of`, what was stored at that moment.
+    """The stored candles that open in `window`, ascending; with `as_of`, those stored at that moment.
 
-    Raises StoreError for an `as_of` in the future and for any on a standby, ValueError for one without a zone.
+    Raises StoreError for an `as_of` in the future and for any `as_of` on a standby, ValueError for one without a zone.
     """
     return Candles.concat(list(_blocks(database, series, [window], as_of)))
 
 
 @repeated
 def read_opens(database: Database, series: Series, opens: Instants) -> Candles:
-    """The stored candles among a few opens, ascending."""
+    """The stored candles at a few opens, ascending."""
     windows = [TimeRange(ts, ts + 1) for ts in opens.tolist()]
     return Candles.concat(list(_blocks(database, series, windows, None))) if windows else Candles.empty()
 
@@ -120,7 +120,7 @@ def read_opens(database: Database, series: Series, opens: Instants) -> Candles:
 def iterate_candles(
     database: Database, series: Series, window: TimeRange, as_of: datetime | None = None
 ) -> Iterator[Candles]:
-    """The same in ascending blocks of bounded size, however long the window."""
+    """As `read_candles`, in ascending blocks of bounded size."""
     step = max(_ROWS_AT_ONCE * series.timeframe.micros, MICROS_PER_DAY)
     starts = range(window.start, window.end, step)
     yield from _blocks(database, series, [TimeRange(s, min(s + step, window.end)) for s in starts], as_of)
@@ -159,7 +159,7 @@ def _blocks(
 
 @repeated
 def sync_status(database: Database, series: Series | None = None) -> list[SyncStatus]:
-    """The status of one series, or of all: by symbol, then by timeframe from the shortest."""
+    """The status of one series, or of all: by symbol, then by timeframe, shortest first."""
     where = " WHERE symbol = :symbol AND timeframe = :timeframe" if series else ""
     named = {"symbol": series.symbol, "timeframe": series.timeframe.value} if series else {}
     with database.begin() as connection:
@@ -214,7 +214,7 @@ def series_of_batch(database: Database, batch_id: int) -> Series | None:
 
 
 def origins(database: Database, series: Series, window: TimeRange) -> list[Origin]:
-    """Where the stored candles of `window` come from, the largest share first."""
+    """The origins of the stored candles of `window`, the largest share first."""
     with database.begin() as connection:
         identity = series_id(connection, series)
         rows = connection.execute(
@@ -261,6 +261,6 @@ def stored_origins(connection: sa.Connection, series: Series, window: TimeRange)
 
 @repeated
 def what_is_known(database: Database, series: Series, window: TimeRange) -> Known:
-    """Coverage (clipped to `window`) and unfilled gaps (not clipped); both empty where never synced."""
+    """Coverage (clipped to `window`) and unfilled gaps (not clipped); both empty for a series that was never synced."""
     with database.begin() as connection:
         return known(connection, series_id(connection, series), window)

@@ -1,10 +1,10 @@
-"""One limit per provider and account for all processes and machines, and the providers left alone.
+"""Rate limits and circuits per provider and account, shared by all processes and machines.
 
-Belongs here: the limiter and the circuit that are shared through the database, a look at both, and their reset
-by hand. The counting itself is the function `fks.pace_admit` (revision 0002), one round trip by the database's clock.
-Does not belong here: what the limits are (providers), when a provider has failed (pipeline).
+Belongs here: the limiter and the circuit that are shared through the database, their state, and their manual reset.
+The counting itself is the function `fks.pace_admit` (revision 0002), one round trip by the database's clock.
+Does not belong here: the limits themselves (providers), what counts as a failure (pipeline).
 
-A limit holds strictly in any window, as the provider counts: docs/adr/0010-rate-limit-in-sql.md.
+A limit holds strictly in every window, as the provider counts: docs/adr/0010-rate-limit-in-sql.md.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from fks_backfill_dagster.domain.rate_limits import LONGEST_WAIT, Pace, Rest, Tu
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import repeated
 
-# So many failures in a row, over all processes and each after its own retries, let a provider rest: for
+# After this many consecutive failures, over all processes and each after its own retries, the circuit opens: for
 # FIRST_REST seconds, and twice as long with every further failure, up to LONGEST_REST.
 FAILURES = 5
 FIRST_REST = 60
 LONGEST_REST = 3600
 
-# For so long a process remembers what the database told it to wait: not to the end, which may come sooner by hand.
+# How long a process caches a wait that the database returned: not to its end, because a manual reset may end it sooner.
 REMEMBERED_SECONDS = 5.0
 
 _ADMIT = sa.text(
     "SELECT wait_ms, closed, bound_by, admitted FROM fks.pace_admit(:provider, :account, :owner, :weight,"
     " CAST(:limits AS integer[]), CAST(:windows AS bigint[]), :longest)"
 )
-_OVER = sa.text("UPDATE fks.pacing_request SET over_at = clock_timestamp() WHERE number = :number")
+_RELEASE = sa.text("UPDATE fks.pacing_request SET over_at = clock_timestamp() WHERE number = :number")
 _PENALISE = sa.text(
     "INSERT INTO fks.pacing AS p (provider, account, closed_until)"
     " VALUES (:provider, :account, clock_timestamp() + :seconds * interval '1 second')"
     " ON CONFLICT (provider, account)"
     " DO UPDATE SET closed_until = greatest(p.closed_until, excluded.closed_until)"
 )
-# A table written before waits were bounded may hold a century. It is shortened in the table as soon as a request
-# meets it: shortened only where it is read, it would stay a day ahead permanently.
+# A row from before waits were bounded may hold a wait of a century. It is shortened in the table as soon as a request
+# reads it: shortened only on reading, it would stay a day ahead permanently.
 _SHORTEN = sa.text(
     """
     UPDATE fks.pacing p SET
@@ -67,9 +67,9 @@ _FAILED = sa.text(
     ON CONFLICT (provider, account) DO UPDATE SET
         failures = p.failures + 1,
         reason = excluded.reason,
-        resting_until = CASE WHEN p.failures + 1 >= :patience THEN clock_timestamp() + interval '1 second'
-            * least(CAST(:longest AS float8), :first * 2 ^ least(p.failures + 1 - :patience, 20)) END
-    -- Who failed while it rests had asked before: one failure, not one for each process.
+        resting_until = CASE WHEN p.failures + 1 >= :threshold THEN clock_timestamp() + interval '1 second'
+            * least(CAST(:longest AS float8), :first * 2 ^ least(p.failures + 1 - :threshold, 20)) END
+    -- A failure while the circuit is open comes from a request sent before: all processes count as one failure.
     WHERE coalesce(p.resting_until <= clock_timestamp(), true)
     RETURNING CAST(extract(epoch FROM p.resting_until - clock_timestamp()) AS float8), p.failures, p.reason
     """
@@ -83,7 +83,7 @@ _SUCCEEDED = sa.text(
     RETURNING before.resting_until IS NOT NULL
     """
 )
-_RESTING = sa.text(
+_COOL_DOWN = sa.text(
     "SELECT CAST(extract(epoch FROM resting_until - clock_timestamp()) AS float8), failures, reason"
     " FROM fks.pacing"
     " WHERE provider = :provider AND account = :account AND resting_until > clock_timestamp()"
@@ -101,9 +101,9 @@ _STATES = sa.text(
 class SharedLimiter:
     """A Limiter (providers/http/limiter.py) that all processes on this database share.
 
-    Processes take turns while they wait, whatever the number of their threads. A provider that is not
-    in `paces` has no limit and only obeys penalties. Every method may raise StoreError. A permit whose connection
-    was lost before it arrived counts as used until it expires.
+    Waiting processes get permits in turn, whatever the number of their threads. A provider that is not in `paces`
+    has no rate limit, only cool-downs. Every method may raise StoreError. A permit whose connection was lost before
+    it arrived counts as used until it expires.
     """
 
     def __init__(self, database: Database, paces: Mapping[str, Pace]) -> None:
@@ -111,15 +111,15 @@ class SharedLimiter:
         self._paces = dict(paces)
         self._owner = uuid.uuid4().hex
         self._lock = threading.Lock()
-        self._told: dict[str, tuple[float, Turn]] = {}  # when, and what
+        self._cached: dict[str, tuple[float, Turn]] = {}  # by provider: time of the response, response
 
     @repeated
     def admit(self, provider: str, weight: int) -> Turn:
-        if turn := self._as_told(provider):
+        if turn := self._cached_wait(provider):
             return turn
         pace = self._paces.get(provider, Pace())
         with self._database.autocommit() as connection:
-            asked = {
+            parameters = {
                 "provider": provider,
                 "account": pace.account,
                 "owner": self._owner,
@@ -128,23 +128,23 @@ class SharedLimiter:
                 "windows": [round(window.seconds * 1000) for window in pace.windows],
                 "longest": pace.longest * 1000,
             }
-            wait_ms, closed, bound_by, number = connection.execute(_ADMIT, asked).one()
+            wait_ms, closed, bound_by, number = connection.execute(_ADMIT, parameters).one()
             if not wait_ms:
                 return Turn(number=number)
             wait = wait_ms / 1000
             if closed and wait > LONGEST_WAIT:
                 _shorten(connection, provider, pace.account)
                 wait = LONGEST_WAIT
-        turn = Turn(wait, "told us to wait" if closed else pace.windows[bound_by - 1].reason)
+        turn = Turn(wait, "demanded by the provider: wait" if closed else pace.windows[bound_by - 1].reason)
         with self._lock:
-            self._told[provider] = (time.monotonic(), turn)
+            self._cached[provider] = (time.monotonic(), turn)
         return turn
 
     @repeated
     def over(self, turn: Turn) -> None:
         if turn.number:
             with self._database.autocommit() as connection:
-                connection.execute(_OVER, {"number": turn.number})
+                connection.execute(_RELEASE, {"number": turn.number})
 
     @repeated
     def penalise(self, provider: str, seconds: float) -> None:
@@ -153,12 +153,12 @@ class SharedLimiter:
             named = {"provider": provider, "account": account, "seconds": bounded_wait(seconds)}
             connection.execute(_PENALISE, named)
 
-    def _as_told(self, provider: str) -> Turn | None:
-        """What another thread was told a moment ago holds for this one too, so that the database is asked once."""
+    def _cached_wait(self, provider: str) -> Turn | None:
+        """A wait that another thread was given a moment ago: one query serves all threads."""
         with self._lock:
-            told_at, turn = self._told.get(provider, (0.0, Turn()))
-        ago = time.monotonic() - told_at
-        return replace(turn, wait=turn.wait - ago) if ago < min(turn.wait, REMEMBERED_SECONDS) else None
+            received_at, turn = self._cached.get(provider, (0.0, Turn()))
+        age = time.monotonic() - received_at
+        return replace(turn, wait=turn.wait - age) if age < min(turn.wait, REMEMBERED_SECONDS) else None
 
 
 class SharedCircuit:
@@ -171,7 +171,7 @@ class SharedCircuit:
     @repeated
     def closed_for(self, provider: str) -> Rest | None:
         with self._database.autocommit() as connection:
-            row = connection.execute(_RESTING, self._who(provider)).one_or_none()
+            row = connection.execute(_COOL_DOWN, self._account(provider)).one_or_none()
             if row is not None and row[0] > LONGEST_WAIT:
                 _shorten(connection, provider, self._accounts.get(provider, ""))
         return None if row is None else _rest(row[0], row[1], row[2])
@@ -181,26 +181,26 @@ class SharedCircuit:
         with self._database.autocommit() as connection:
             row = connection.execute(
                 _FAILED,
-                self._who(provider)
-                | {"reason": reason, "patience": FAILURES, "first": FIRST_REST, "longest": LONGEST_REST},
+                self._account(provider)
+                | {"reason": reason, "threshold": FAILURES, "first": FIRST_REST, "longest": LONGEST_REST},
             ).one_or_none()
         return None if row is None or row[0] is None else _rest(row[0], row[1], row[2])
 
     @repeated
     def succeeded(self, provider: str) -> bool:
         with self._database.autocommit() as connection:
-            return bool(connection.scalar(_SUCCEEDED, self._who(provider)))
+            return bool(connection.scalar(_SUCCEEDED, self._account(provider)))
 
-    def _who(self, provider: str) -> dict[str, object]:
+    def _account(self, provider: str) -> dict[str, object]:
         return {"provider": provider, "account": self._accounts.get(provider, "")}
 
 
 @dataclass(frozen=True, slots=True)
 class ProviderState:
-    """How one account stands with its provider now.
+    """The state of one account at its provider.
 
-    `told_to_wait`: seconds for which the provider wants no request. `rest`: set while it is left alone.
-    `failures`: in a row, up to now, with the `reason` of the last one.
+    `told_to_wait`: seconds left of the wait that the provider requested. `rest`: set while the circuit is open.
+    `failures`: consecutive ones up to now, with the `reason` of the last one.
     """
 
     provider: str
@@ -212,22 +212,22 @@ class ProviderState:
 
     @property
     def is_out(self) -> bool:
-        """Whether it is not asked now."""
+        """Whether it gets no requests now."""
         return self.rest is not None or self.told_to_wait is not None
 
 
 def provider_states(database: Database) -> list[ProviderState]:
-    """Every account that was ever told to wait or failed, by provider."""
+    """Every account with a recorded wait or failure, by provider."""
     with database.begin() as connection:
         rows = connection.execute(_STATES).all()
     return [_state(*row) for row in rows]
 
 
 def reset(database: Database, provider: str, account: str) -> ProviderState | None:
-    """Ends every wait of this account and forgets its failures; what it spent of its limits still counts.
+    """Ends every wait of this account and deletes its failures; its used permits still count.
 
-    Returns how it stood; None where there was nothing to end. Other processes notice with their next request,
-    those that are waiting after some seconds.
+    Returns its state before; None where there was nothing to reset. Other processes see the reset with their next
+    request, waiting ones after some seconds.
     """
     with database.begin() as connection:
         row = connection.execute(_RESET, {"provider": provider, "account": account}).one_or_none()
@@ -241,7 +241,7 @@ def _state(
     failures: int,
     reason: str | None,
     closed: float | None,
-    resting: float | None,
+    cool_down: float | None,
 ) -> ProviderState:
     return ProviderState(
         provider,
@@ -249,14 +249,14 @@ def _state(
         failures,
         reason,
         bounded_wait(closed) if closed is not None and closed > 0 else None,
-        _rest(resting, failures, reason) if resting is not None and resting > 0 else None,
+        _rest(cool_down, failures, reason) if cool_down is not None and cool_down > 0 else None,
     )
 
 
 def _rest(seconds: float, failures: int, reason: str | None) -> Rest:
-    return Rest(bounded_wait(seconds), f"it failed {failures} times in a row, at last: {reason}")
+    return Rest(bounded_wait(seconds), f"failed {failures} times in a row, last error: {reason}")
 
 
 def _shorten(connection: sa.Connection, provider: str, account: str) -> None:
-    """Cuts what was stored before waits were bounded to a day from now."""
+    """Shortens a wait that was stored before waits were bounded, to a day from now."""
     connection.execute(_SHORTEN, {"provider": provider, "account": account, "longest": LONGEST_WAIT})

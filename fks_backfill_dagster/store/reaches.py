@@ -1,4 +1,4 @@
-"""How far each series reaches: what a refresh has to fetch, and what freshness is computed from; a query or two."""
+"""The reach of each series in one or two queries: the input of a refresh and of freshness."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fks_backfill_dagster.store.sql import micros, series_of
 
 
 def synced_ends(database: Database, series: Sequence[Series]) -> dict[Series, int]:
-    """Up to where each series was ever synced; those that never were are left out."""
+    """The end of each series' coverage; series that were never synced are omitted."""
     with database.begin() as connection:
         owners = series_of(connection, series)
         rows = connection.execute(
@@ -36,10 +36,11 @@ def synced_ends(database: Database, series: Sequence[Series]) -> dict[Series, in
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """How far a series was synced, and what is missing up to there after its newest candle.
+    """The end of a series' coverage, and the gaps between its newest candle and that end.
 
-    `lacking_since` is where that begins, `absent_since` where it begins as far as nobody can fill it: a
-    part that somebody has not answered for breaks it off, as that may come. None: nothing of that kind.
+    `lacking_since`: the start of the first gap with missing candles. `absent_since`: the start of the trailing gaps
+    that no eligible provider can fill; an undecided gap breaks them off, because it may still be filled. None: no
+    such gap.
     """
 
     synced_end: int
@@ -48,7 +49,7 @@ class Reach:
 
 
 def reaches(database: Database, series: Sequence[Series]) -> dict[Series, Reach]:
-    """The reach of each series in one query; those that were never synced are left out."""
+    """The reach of each series in one query; series that were never synced are omitted."""
     with database.begin() as connection:
         owners = series_of(connection, series)
         rows = connection.execute(
@@ -76,9 +77,11 @@ def reaches(database: Database, series: Sequence[Series]) -> dict[Series, Reach]
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """The end of a series: its newest open (None: it has no candle), the hull of what was ever synced (None:
-    nothing was), and what the ledger has there: what was synced, where candles are absent for whatever reason,
-    and where nothing traded. These reach back as far as `tails` was requested to, and to the end."""
+    """The end of a series, from the start that `tails` was given on.
+
+    `newest`: the open of its newest candle. `synced`: the hull of its whole coverage. `covered`, `absent` (gaps of any
+    state) and `no_trade` are the ledger's ranges in the tail.
+    """
 
     newest: int | None = None
     synced: TimeRange | None = None
@@ -88,9 +91,9 @@ class Tail:
 
 
 MOST_TAIL_GAPS = 1000
-"""So many gaps of a series belong to its tail: the newest ones."""
+"""The number of gaps in a tail: the newest ones."""
 
-# The gap that reaches from before into what is wanted is found by a look-up of its own, as in store/ledger.py.
+# A separate look-up finds the gap that extends into the tail from before, as in store/ledger.py.
 _TAILS = f"""
 SELECT s.symbol, s.timeframe, {micros("st.newest")} AS newest,
     {micros("lower(st.synced)")} AS first, {micros("upper(st.synced)")} AS last,
@@ -113,9 +116,9 @@ LEFT JOIN LATERAL (
 
 
 def tails(database: Database, before: Mapping[Series, int]) -> dict[Series, Tail]:
-    """The tail of every series in one query, however many they are; `Tail()` for those never synced.
+    """The tail of every series in one query; `Tail()` for series that were never synced.
 
-    `before`: how far before its newest candle it begins, in microseconds.
+    `before`: how far before the newest candle the tail begins, in microseconds.
     """
     wanted = {(one.symbol, one.timeframe.value): one for one in before}
     with database.begin() as connection:
@@ -132,20 +135,20 @@ def tails(database: Database, before: Mapping[Series, int]) -> dict[Series, Tail
 
 def _tail(row: sa.Row[Any]) -> Tail:
     starts, ends = np.array(row.starts or (), dtype=np.int64), np.array(row.ends or (), dtype=np.int64)
-    quiet = np.array(row.no_trade or (), dtype=bool)
+    no_trade = np.array(row.no_trade or (), dtype=bool)
     return Tail(
         newest=row.newest,
         synced=None if row.first is None else TimeRange(row.first, row.last),
         covered=ledger.from_multirange(row.covered),
         absent=RangeSet.from_arrays(starts, ends),
-        no_trade=RangeSet.from_arrays(starts[quiet], ends[quiet]),
+        no_trade=RangeSet.from_arrays(starts[no_trade], ends[no_trade]),
     )
 
 
 def recent_missing(database: Database, windows: Mapping[Series, TimeRange]) -> dict[Series, int]:
-    """How many candles of each series that open in its window are missing within what was synced.
+    """The number of missing candles of each series that open in its window, within the coverage.
 
-    Explained ones count too, those in which nothing traded do not. One query for all series.
+    Explained ones count too, no-trade intervals do not. One query for all series.
     """
     found = dict.fromkeys(windows, 0)
     with database.begin() as connection:

@@ -1,7 +1,7 @@
-"""Readers: roles of the database that may read the views of the schema, and nothing else of it.
+"""Readers: database roles that may read the views of the schema, and nothing else of it.
 
-Belongs here: what a reader is granted, and that it keeps up with the schema. Does not belong here: passwords and
-who may log in, which are the administrator's; the roles of docs/operations.md that `db init` does not make.
+Belongs here: the privileges of a reader, and their extension to new views. Does not belong here: passwords and
+logins, which an administrator manages; the roles of docs/operations.md that `db init` does not create.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A role that reads the views. `made`: by this call. `granted`: what it was granted by this call."""
+    """A role that reads the views. `made`: whether this call created it. `granted`: the privileges it got now."""
 
     name: str
     made: bool
@@ -34,7 +34,7 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class _Grant:
-    """A privilege on one object, as GRANT and as the question whether a role has it."""
+    """A privilege on one object, as GRANT and as a check whether a role has it."""
 
     privilege: str
     kind: str
@@ -51,21 +51,21 @@ class _Grant:
         )
 
     def is_held(self, cursor: psycopg.Cursor[Any], role: str) -> bool:
-        # The name as SQL has it, for has_table_privilege takes it apart; the others take it as it is.
+        # has_table_privilege parses a quoted, qualified name; the others take the plain name.
         name = ".".join(f'"{part}"' for part in self.object) if self.kind == "TABLE" else self.object[0]
-        question = sql.SQL("SELECT {}(%s::name, %s::text, %s::text)").format(
+        check = sql.SQL("SELECT {}(%s::name, %s::text, %s::text)").format(
             sql.Identifier(f"has_{self.kind.lower()}_privilege")
         )
-        row = cursor.execute(question, (role, name, self.privilege)).fetchone()
+        row = cursor.execute(check, (role, name, self.privilege)).fetchone()
         return bool(row and row[0])
 
 
 def make_reader(database: Database, name: str) -> Reader:
-    """Grants `name` what a reader has; a second call changes nothing. A role that does not exist is made.
+    """Grants `name` the privileges of a reader, and creates the role if it does not exist. Idempotent.
 
-    It is made without LOGIN: whether by password, certificate or membership, how somebody logs in is not for this
-    program to decide, and no password passes through it. A role that exists keeps whatever else it has.
-    Raises StoreError for a superuser, and where this user may not make the role or grant it something.
+    A new role has no LOGIN: an administrator decides how it logs in (password, certificate, membership), and no
+    password passes through this program. An existing role keeps its other privileges.
+    Raises StoreError for a superuser, and where this user may not create the role or grant a privilege.
     """
     with database.begin() as connection, cursor_of(connection) as cursor:
         found = _role(cursor, name)
@@ -73,22 +73,22 @@ def make_reader(database: Database, name: str) -> Reader:
         is_super, can_log_in = found or _role(cursor, name) or (False, False)
         if is_super:
             raise StoreError(
-                f"{name} is a superuser of {database.where} and can do everything: name a role that is none."
+                f"{name} is a superuser of {database.where} and can do everything: name another role."
             )
         missing = [grant for grant in _grants(cursor) if not grant.is_held(cursor, name)]
         _grant(connection, missing, name)
-        left = [grant for grant in missing if not grant.is_held(cursor, name)]
-        if left:
-            statements = "; ".join(grant.statement(name).as_string(cursor) for grant in left)
+        refused = [grant for grant in missing if not grant.is_held(cursor, name)]
+        if refused:
+            statements = "; ".join(grant.statement(name).as_string(cursor) for grant in refused)
             raise StoreError(
-                f"The user of {database.where} may not grant all that a reader needs: let the owner of the database"
+                f"The user of {database.where} may not grant every privilege of a reader: let the owner of the database"
                 f" or of the schema {SCHEMA} run {statements}."
             )
         return Reader(name, made, can_log_in, tuple(grant.text for grant in missing))
 
 
 def readers(connection: sa.Connection) -> list[str]:
-    """The roles that were granted every view there is, apart from their owner; none where there are no views."""
+    """The roles with SELECT on every view, except their owner; empty where there are no views."""
     with cursor_of(connection) as cursor:
         cursor.execute(
             "SELECT r.rolname FROM pg_class c, aclexplode(c.relacl) a, pg_roles r"
@@ -104,7 +104,7 @@ def readers(connection: sa.Connection) -> list[str]:
 
 
 def grant_views(connection: sa.Connection, names: Iterable[str]) -> None:
-    """Grants these readers the views that they do not have yet."""
+    """Grants these readers the views that they cannot read yet."""
     with cursor_of(connection) as cursor:
         views = _views(cursor)
         for name in names:
@@ -112,12 +112,12 @@ def grant_views(connection: sa.Connection, names: Iterable[str]) -> None:
 
 
 def _role(cursor: psycopg.Cursor[Any], name: str) -> tuple[bool, bool] | None:
-    """Whether the role is a superuser and whether it can log in; None where there is no such role."""
+    """Whether the role is a superuser and whether it can log in; None for a nonexistent role."""
     return cursor.execute("SELECT rolsuper, rolcanlogin FROM pg_roles WHERE rolname = %s", (name,)).fetchone()
 
 
 def _make(connection: sa.Connection, database: Database, name: str) -> bool:
-    """False where somebody else made it at the same moment: roles belong to the server, not to the database."""
+    """False where another session created it at the same time: roles belong to the server, not to the database."""
     try:
         with connection.begin_nested(), cursor_of(connection) as cursor:
             cursor.execute(sql.SQL("CREATE ROLE {} NOLOGIN").format(sql.Identifier(name)))
@@ -127,14 +127,14 @@ def _make(connection: sa.Connection, database: Database, name: str) -> bool:
         with cursor_of(connection) as cursor:
             remedy = sql.SQL("CREATE ROLE {} NOLOGIN").format(sql.Identifier(name)).as_string(cursor)
         raise StoreError(
-            f"The user of {database.where} may not make the role {name}: let an administrator run {remedy}, and run"
+            f"The user of {database.where} may not create the role {name}: let an administrator run {remedy}, and run"
             " this command again."
         ) from None
     return True
 
 
 def _grants(cursor: psycopg.Cursor[Any]) -> list[_Grant]:
-    """What a reader has. CONNECT is everybody's as a rule, but for databases that are closed to the public."""
+    """The privileges of a reader. PUBLIC usually has CONNECT, except where it was revoked."""
     row = cursor.execute("SELECT current_database()").fetchone()
     assert row is not None
     return [
@@ -150,7 +150,7 @@ def _views(cursor: psycopg.Cursor[Any]) -> list[_Grant]:
 
 
 def _grant(connection: sa.Connection, grants: Sequence[_Grant], name: str) -> None:
-    """Grants what this user may grant: who may grant nothing gets an error of PostgreSQL, or only a warning."""
+    """Grants what this user may grant. Without the grant option, PostgreSQL raises an error or only warns."""
     for grant in grants:
         try:
             with connection.begin_nested(), cursor_of(connection) as cursor:

@@ -1,6 +1,6 @@
-"""Stored candles against the rules of `domain.quality`, in SQL: one pass per timeframe.
+"""Checks stored candles against the rules of `domain.quality`, in SQL: one pass per timeframe.
 
-Does not belong here: the repair of what is found.
+Does not belong here: the repair.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RULES = {
     "bad_volume": "volume < 0 OR volume >= 'Infinity'",
 }
 
-# What all of them together demand, in the fewest comparisons: every candle of a series is looked at.
+# All rules together, in the fewest comparisons: every candle of a series is checked.
 GOOD = (
     "low > 0 AND high < 'Infinity' AND open BETWEEN low AND high AND close BETWEEN low AND high"
     " AND (volume IS NULL OR (volume >= 0 AND volume < 'Infinity'))"
@@ -33,7 +33,7 @@ GOOD = (
 
 @dataclass(frozen=True, slots=True)
 class Sanity:
-    """How many stored candles there are, how many break each rule, how many any, and the first that does."""
+    """The number of stored candles, of those that break any rule and each rule, and the open of the first of them."""
 
     candles: int
     bad: int
@@ -42,10 +42,7 @@ class Sanity:
 
 
 def sanity(database: Database, series: Sequence[Series]) -> dict[Series, Sanity]:
-    """How many stored candles break the OHLC rules: one pass per timeframe, whatever the number of series.
-
-    Which rules, and where first, is counted for those series alone that have any.
-    """
+    """Counts the stored candles that break the OHLC rules: one pass per timeframe, whatever the number of series."""
     with database.begin() as connection:
         owners = series_of(connection, series)
         totals = connection.execute(
@@ -75,7 +72,7 @@ def _broken(connection: sa.Connection, timeframe: Timeframe, ids: Sequence[int])
 
 
 def bad_parts(database: Database, series: Sequence[Series], part: str) -> dict[Series, dict[str, int]]:
-    """How many candles break a rule, by the day on which their `part` ("month" or "year") begins."""
+    """The number of candles that break a rule, by the day on which their `part` ("month" or "year") begins."""
     found: dict[Series, dict[str, int]] = {one: {} for one in series}
     with database.begin() as connection:
         owners = series_of(connection, series)

@@ -1,20 +1,20 @@
-"""The tables, as SQLAlchemy sees them. The migrations make them; a test holds the two together.
+"""The tables as SQLAlchemy metadata. The migrations create them; a test compares the two.
 
-    series ─┬─ candles_<timeframe>   one table a timeframe: a chunk may grow with the timeframe
-            ├─ batch                 lineage: what one source brought in one commit
-            ├─ revision              what a candle was before it was changed or taken back
-            ├─ gap                   the ledger: every missing candle inside what was synced
-            ├─ sync_state            coverage and totals, kept in the writing transaction
-            ├─ lease                 who is syncing now
+    series ─┬─ candles_<timeframe>   one table per timeframe: chunk sizes differ by timeframe
+            ├─ batch                 lineage: what one source delivered in one commit
+            ├─ revision              values of a candle before it was changed or withdrawn
+            ├─ gap                   the ledger: every missing candle inside the coverage
+            ├─ sync_state            coverage and totals, updated in the writing transaction
+            ├─ lease                 running syncs
             └─ quarantine            rows that broke a rule, with the rule
-    listing                          since when a provider has a symbol
-    calendar                         the past sessions of the exchange calendars by which all this was filled
-    pacing                           accounts at providers: told to wait, failing, resting
-    ├─ pacing_request                requests under way
-    ├─ pacing_spent                  what was spent, by window
-    └─ pacing_queue                  processes that wait for their turn
+    listing                          when a provider listed a symbol
+    calendar                         past sessions of the exchange calendars that the database was filled with
+    pacing                           accounts at providers: cool-downs, failures, open circuits
+    ├─ pacing_request                requests in flight
+    ├─ pacing_spent                  used permits, by rate window
+    └─ pacing_queue                  processes waiting for a permit
 
-A candle points to its batch by a bare integer: a foreign key would cost a lookup a row.
+A candle refers to its batch by a plain integer: a foreign key would cost a look-up per row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fks_backfill_dagster.domain.timeframe import Timeframe
 
 SCHEMA = "fks"
 
-# The transport of the lineage row of a response that does not hold stored candles any more.
+# The transport of the lineage row of a response that no longer contains stored candles.
 WITHDRAWAL = "withdrawal"
 metadata = sa.MetaData(schema=SCHEMA)
 
@@ -52,10 +52,10 @@ series = sa.Table(
     sa.Column("asset_class", sa.Text, nullable=False),
     sa.Column("calendar", sa.Text, nullable=False),
     sa.Column("created_at", _instant, nullable=False, server_default=_now),
-    # The providers that can serve it, by name; NULL: not known yet. And until when others could.
+    # The eligible providers, by name (NULL: unknown yet), and when former ones ceased to be eligible.
     sa.Column("eligible", ARRAY(sa.Text)),
     sa.Column("eligible_until", JSONB, nullable=False, server_default=sa.text("'{}'")),
-    # The dates that the settings closed when the ledger was last settled by them, as domain.closures writes them.
+    # The closed dates that the ledger was last settled by, as domain.closures writes them.
     sa.Column("closed", sa.Text, nullable=False, server_default=sa.text("''")),
     sa.UniqueConstraint("symbol", "timeframe"),
 )
@@ -90,17 +90,17 @@ batch = sa.Table(
     sa.Column("inserted", sa.Integer, nullable=False),
     sa.Column("updated", sa.Integer, nullable=False),
     sa.Column("undoes", sa.Integer, sa.ForeignKey("fks.batch.id", ondelete="CASCADE")),
-    # Empty: from before hosts were kept.
+    # Empty: from before hosts were recorded.
     sa.Column("host", sa.Text, nullable=False, server_default=sa.text("''")),
     sa.Column("instrument", sa.Text),
     sa.Column("published_at", _instant),
-    # Of what it has inserted, in base units. NULL: not known, or no candle has a volume.
+    # The volume of its inserted candles, in base units. NULL: unknown, or no candle has a volume.
     sa.Column("volume_sum", sa.Double),
     sa.Index("batch_by_series", "series_id", "id"),
     sa.Index("batch_by_commit", "committed_at"),
-    # Without it every deletion of a batch would look through all of them for its undo.
+    # Without it every deletion of a batch would scan all batches for its undo.
     sa.Index("batch_by_undone", "undoes", postgresql_where=sa.text("undoes IS NOT NULL")),
-    # Which hosts there are, and how far back each provider goes: a few look-ups, not a scan.
+    # For the hosts in use and the oldest candle per provider: a few look-ups instead of a scan.
     sa.Index("batch_by_host", "provider", "host", postgresql_where=sa.text("undoes IS NULL")),
     sa.Index(
         "batch_by_oldest",
@@ -118,7 +118,7 @@ revision = sa.Table(
     sa.Column("ts", _instant, primary_key=True),
     sa.Column("replaced_by", sa.Integer, sa.ForeignKey("fks.batch.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("batch_id", sa.Integer, nullable=False),
-    # NULL: there was no candle before, or there is none after.
+    # NULL: there is no candle before or after the revision.
     *_prices(nullable=True),
     sa.Column("volume", sa.Double),
     sa.Column("open_after", sa.Double),
@@ -199,7 +199,7 @@ quarantine = sa.Table(
     sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
     _series_id(),
     sa.Column("ts", _instant, nullable=False),
-    # The row as it came: NULL stands for what was no number.
+    # The row as received; NULL for a value that was not a finite number.
     sa.Column("open", sa.Double),
     sa.Column("high", sa.Double),
     sa.Column("low", sa.Double),
@@ -241,11 +241,11 @@ calendar = sa.Table(
     "calendar",
     metadata,
     sa.Column("name", sa.Text, primary_key=True),
-    # The sessions dated before it: as domain.calendars packs them, and their digest.
+    # The sessions dated before it, as domain.calendars packs them, and their digest.
     sa.Column("until", sa.Date, nullable=False),
     sa.Column("digest", sa.Text, nullable=False),
     sa.Column("sessions", sa.LargeBinary, nullable=False),
-    # The version of exchange-calendars that gave them.
+    # The version of exchange-calendars that they come from.
     sa.Column("library", sa.Text, nullable=False),
     sa.Column("recorded_at", _instant, nullable=False, server_default=_now),
 )

@@ -1,11 +1,11 @@
-"""How every connection begins: with patience for a server that recovers, and with the settings that this program
+"""Opening a connection: waits for a server that is recovering, and sets the session settings that this program
 relies on, whatever the settings of the server, the database, the role or the URL.
 
 Belongs here: what holds for all connections, those of `database` (psycopg) and those of Dagster (psycopg2).
-Does not belong here: transactions (`database`), the sentences of errors (`errors`).
+Does not belong here: transactions (`database`), error messages (`errors`).
 
-The settings are SET, not sent as the startup parameter `options`: poolers refuse that one, or ignore it. So what a
-user puts into `options` is kept, for all that is not listed here.
+The settings are SET, not sent as the startup parameter `options`, which poolers refuse or ignore. The user's own
+`options` therefore stay in force, except for the settings listed here.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ ENCODING = "UTF8"
 
 PATIENCE_SECONDS = 60.0
 """How long a connection waits for a server that is starting, stopping or recovering, and for one that refuses
-connections though it had accepted some. A recovery after a crash takes seconds."""
+connections after it has accepted some. A recovery after a crash takes seconds."""
 
 _POLL_SECONDS = 0.25
 _PING_SECONDS = 2
 
-# What the code reads and writes depends on these. Isolation: a statement after a lock has to see what was committed
-# before it, on connections without a transaction, too.
+# The format of values read and written depends on these. Isolation: a statement after a lock has to see what was
+# committed before it, also on autocommit connections.
 _SETTINGS = {
     "timezone": "UTC",
     "datestyle": "ISO, MDY",
@@ -52,8 +52,8 @@ _SETTINGS = {
     "default_transaction_isolation": "read committed",
 }
 
-# A batch waits for another one on its series, an upgrade and an audit take as long as they take. A limit that is in
-# the URL is meant for this program, and stays.
+# Waiting for the lock of a series, an upgrade and an audit have no upper bound. A timeout in the URL is meant for
+# this program, and stays in force.
 _TIMEOUTS = {
     "statement_timeout": 15,
     "lock_timeout": 15,
@@ -61,19 +61,19 @@ _TIMEOUTS = {
     "idle_session_timeout": 15,
     "transaction_timeout": 17,
 }
-"""With the first version of PostgreSQL that has it, of those that this program works with."""
+"""Timeouts that a session switches off, by the first supported version of PostgreSQL that has them."""
 
 _LIBPQ = frozenset(option.keyword.decode() for option in pq.Conninfo.get_defaults())
 
-_ROUNDS = 5
+_SHARING_CHECKS = 5
 
 _log = logging.getLogger(__name__)
 
 
 def attach(engine: sa.Engine, place: Place, *, search_path: str, is_patient: bool = False) -> None:
-    """Every connection of this engine begins as this module has it.
+    """Makes this module open every connection of the engine. Connecting raises StoreError.
 
-    `is_patient`: also the first one waits for a server that refuses connections. Connecting raises StoreError.
+    `is_patient`: the first connection, too, waits for a server that refuses connections.
     """
     sa.event.listen(engine, "do_connect", _Sessions(place, search_path, is_patient).connect)
 
@@ -91,55 +91,57 @@ class _Sessions:
     def connect(
         self, dialect: sa.Dialect, _record: object, arguments: list[Any], named: dict[str, Any]
     ) -> Any:
-        """A connection of the driver, as SQLAlchemy's event `do_connect` has it."""
+        """The driver's connection: the handler of SQLAlchemy's event `do_connect`."""
         named["client_encoding"] = ENCODING
         errors = dialect.loaded_dbapi.Error
 
-        def one_more() -> Any:
+        def connect() -> Any:
             return dialect.connect(*arguments, **named)
 
         try:
-            raw = self._connected(one_more, errors, named)
+            raw = self._connect_with_retries(connect, errors, named)
         except errors as error:
-            self._is_patient = False  # whoever waits after this one waits for the same
+            self._is_patient = False  # later connections fail at once: waiting has failed already
             raise translate(error, self._place, connecting=True) from shown_cause(error, self._place)
         try:
-            self._prepare(raw, one_more)
+            self._prepare(raw, connect)
         except BaseException as error:
             raw.close()
             if isinstance(error, errors):
                 raise translate(error, self._place) from shown_cause(error, self._place)
             raise
-        self._is_patient = True  # it accepts connections: where it refuses one later, it is being restarted
+        self._is_patient = True  # it accepts connections: a later refusal means a restart
         return raw
 
     # waiting ------------------------------------------------------------------------------------------
 
-    def _connected(self, one: Callable[[], Any], errors: type[Exception], named: Mapping[str, Any]) -> Any:
-        waiting = Retrying(
+    def _connect_with_retries(
+        self, connect: Callable[[], Any], errors: type[Exception], named: Mapping[str, Any]
+    ) -> Any:
+        retrying = Retrying(
             retry=retry_if_exception(
-                lambda error: isinstance(error, errors) and self._is_passing(error, named)
+                lambda error: isinstance(error, errors) and self._is_transient(error, named)
             ),
             wait=wait_fixed(_POLL_SECONDS),
             stop=stop_after_delay(PATIENCE_SECONDS),
             before_sleep=self._report,
             reraise=True,
         )
-        return waiting(one)
+        return retrying(connect)
 
-    def _is_passing(self, error: Exception, named: Mapping[str, Any]) -> bool:
-        """Whether the server will accept connections in a moment, as far as can be seen.
+    def _is_transient(self, error: Exception, named: Mapping[str, Any]) -> bool:
+        """Whether the server is likely to accept connections soon.
 
-        Where the words of the error are not known (a server of another language), by libpq's own question, which knows
-        the SQLSTATE. It holds all threads up for as long as it takes, so it is asked last and briefly.
+        Where the text of the error is not recognized (lc_messages in another language), libpq's ping decides, which
+        sees the SQLSTATE. It blocks all threads, so it comes last and with a short timeout.
         """
         if state := state_of(error):
             return state == NOT_READY
         if isinstance(error, psycopg.errors.ConnectionTimeout):
             return False
         known = {name: value for name, value in named.items() if name in _LIBPQ}
-        answer = pq.PGconn.ping(make_conninfo("", **known | {"connect_timeout": _PING_SECONDS}).encode())
-        return answer == pq.Ping.REJECT or (answer == pq.Ping.NO_RESPONSE and self._is_patient)
+        ping = pq.PGconn.ping(make_conninfo("", **known | {"connect_timeout": _PING_SECONDS}).encode())
+        return ping == pq.Ping.REJECT or (ping == pq.Ping.NO_RESPONSE and self._is_patient)
 
     def _report(self, state: RetryCallState) -> None:
         if state.attempt_number == 1:
@@ -147,32 +149,32 @@ class _Sessions:
 
     # settings -----------------------------------------------------------------------------------------
 
-    def _prepare(self, raw: Any, one_more: Callable[[], Any]) -> None:
+    def _prepare(self, raw: Any, connect: Callable[[], Any]) -> None:
         raw.autocommit = True
         backend, encoding = _row(raw, "SELECT pg_backend_pid(), current_setting('server_encoding')")
         if encoding != ENCODING:
             raise UnsuitableServer(
-                f"{self._place} stores text as {encoding}, this program needs {ENCODING}: make another one with"
+                f"{self._place} stores text as {encoding}, this program needs {ENCODING}: create another one with"
                 f" CREATE DATABASE name TEMPLATE template0 ENCODING '{ENCODING}' LOCALE 'C', and name it in"
                 " FKS_DATABASE_URL."
             )
-        # A pooler answers with a number of its own when it is connected to.
+        # A pooler reports a pid of its own on connecting.
         if backend != raw.info.backend_pid:
-            self._refuse_shared_backends(raw, one_more)
+            self._refuse_shared_backends(raw, connect)
         settings = self._settings | dict.fromkeys(_timeouts(raw), "0")
         calls = ", ".join(f"set_config('{name}', '{value}', false)" for name, value in settings.items())
         _row(raw, f"SELECT {calls}")
         raw.autocommit = False
 
-    def _refuse_shared_backends(self, raw: Any, one_more: Callable[[], Any]) -> None:
+    def _refuse_shared_backends(self, raw: Any, connect: Callable[[], Any]) -> None:
         """Raises UnsuitableServer where a pooler gives one backend to several sessions in turn.
 
-        Before anything is set: it would be set for other clients.
+        Runs before any setting is set, which would otherwise apply to other clients.
         """
         with self._lock:
             if self._is_own_backend:
                 return
-            other = one_more()
+            other = connect()
             try:
                 other.autocommit = True
                 if _share_backends(raw, other):
@@ -183,14 +185,14 @@ class _Sessions:
 
 
 def _share_backends(one: Any, other: Any) -> bool:
-    """Whether what one session sets is seen by the other, or lost, while both are open."""
+    """Whether a setting of one session is visible in the other, or lost, while both are open."""
     mark = uuid.uuid4().hex
     seen = "SELECT current_setting('fks.session', true)"
     _row(one, f"SELECT set_config('fks.session', '{mark}', false)")
-    for _ in range(_ROUNDS):
+    for _ in range(_SHARING_CHECKS):
         if _row(other, seen) == (mark,) or _row(one, seen) != (mark,):
             return True
-    # While the other one is in a transaction, it keeps a backend for itself: there is no turn with luck.
+    # A session in a transaction keeps its backend: this makes the outcome deterministic.
     other.autocommit = False
     _row(other, seen)
     is_lost = _row(one, seen) != (mark,)
@@ -199,7 +201,7 @@ def _share_backends(one: Any, other: Any) -> bool:
 
 
 def _timeouts(raw: Any) -> list[str]:
-    """Those that are switched off in a session: all that its startup parameter `options` does not name."""
+    """The timeouts to switch off: all that the startup parameter `options` does not name."""
     info = raw.info  # of psycopg, or of psycopg2
     parameters = info.dsn_parameters if hasattr(info, "dsn_parameters") else info.get_parameters()
     given = parameters.get("options", "").replace("-", "_").lower()

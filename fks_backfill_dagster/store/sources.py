@@ -1,7 +1,7 @@
-"""Whose candles a database holds: of the providers' documented hosts, or of custom ones such as a simulator.
+"""The hosts that a database's candles come from: documented ones of the providers, or custom ones such as a simulator.
 
-Belongs here: which hosts the lineage names, and that both kinds do not mix. Does not belong here: which hosts are
-documented (`app`), and what an operator allows.
+Belongs here: the hosts in the lineage, and the check that both kinds do not mix. Does not belong here: which hosts
+are documented (`app`), and the setting that allows a mix.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import sqlalchemy as sa
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import MixedSources
 
-# From one pair to the next in the index `batch_by_host`: a few look-ups, however many batches there are. What
-# was undone does not count.
+# From one pair to the next in the index `batch_by_host`: a few look-ups, however many batches there are. Undone
+# batches do not count.
 _STANDING = "b.undoes IS NULL AND NOT EXISTS (SELECT FROM fks.batch u WHERE u.undoes = b.id)"
 _HOSTS = f"""
 WITH RECURSIVE pair AS (
@@ -31,19 +31,19 @@ SELECT provider, host FROM pair
 """
 
 UNKNOWN = ""
-"""The host of batches from before hosts were kept."""
+"""The host of batches from before hosts were recorded."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostInUse:
-    """Where a provider is requested by the settings: scheme, host and port; custom if not documented for it."""
+    """The host of a provider by the settings (scheme, host and port); custom if not documented for it."""
 
     host: str
     is_custom: bool
 
 
 def hosts(database: Database) -> dict[str, frozenset[str]]:
-    """The hosts that delivered to this database, by provider; UNKNOWN among them."""
+    """The hosts that delivered candles to this database, by provider; may include UNKNOWN."""
     with database.begin() as connection:
         rows = connection.execute(sa.text(_HOSTS)).all()
     return {
@@ -60,18 +60,18 @@ def check(
     """Raises MixedSources where a sync with these hosts would mix documented and custom ones.
 
     `in_use`: the providers that would be requested, by name. `is_documented` takes a provider and a host. All
-    custom hosts are one kind (a simulator takes a new port at each start); candles from before hosts were kept
-    count as neither. Settings that name both kinds (one provider behind a proxy) are a choice of their
-    own: they go on as they began, as long as each provider stays with its kind.
+    custom hosts are one kind (a simulator gets a new port at each start); candles from before hosts were recorded
+    count as neither. Settings that name both kinds (one provider behind a proxy) are allowed as long as each
+    provider stays with its kind.
     """
     custom: dict[str, str] = {}
     documented: dict[str, str] = {}
     for name, found in hosts(database).items():
-        strange = {host for host in found if host != UNKNOWN and not is_documented(name, host)}
-        if strange:
-            custom[name] = min(strange)
-        if real := found - strange - {UNKNOWN}:
-            documented[name] = max(real)
+        undocumented = {host for host in found if host != UNKNOWN and not is_documented(name, host)}
+        if undocumented:
+            custom[name] = min(undocumented)
+        if official := found - undocumented - {UNKNOWN}:
+            documented[name] = max(official)
     for name, used in in_use.items():
         if used.is_custom and (name in documented or (documented and not custom)):
             holder = name if name in documented else min(documented)

@@ -1,4 +1,4 @@
-"""Pieces of SQL that several modules share."""
+"""SQL fragments shared by several modules."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fks_backfill_dagster.domain.timeframe import Timeframe
 
 
 def table_of(timeframe: Timeframe) -> str:
-    """The table of the candles of this timeframe."""
+    """The candle table of this timeframe."""
     return f'fks."candles_{timeframe}"'
 
 
 def micros(expression: str) -> str:
-    """An instant as a whole number of microseconds, so that no datetime is made per row."""
+    """An instant as an integer of microseconds, to avoid a datetime per row."""
     return f"CAST(extract(epoch FROM {expression}) * 1000000 AS bigint)"
 
 
 def series_of(connection: sa.Connection, series: Sequence[Series]) -> dict[int, Series]:
-    """The series that were ever synced, by id."""
+    """The stored ones of `series`, by id."""
     wanted = {(one.symbol, one.timeframe.value): one for one in series}
     rows = connection.execute(
         sa.text(

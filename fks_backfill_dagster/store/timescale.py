@@ -1,8 +1,8 @@
-"""What TimescaleDB adds: hypertables and compression. The only difference between the two ways is this DDL.
+"""TimescaleDB: hypertables and compression. This DDL is the only difference from plain PostgreSQL.
 
-A chunk grows with its timeframe: daily candles in 30-day chunks took 77 bytes a row, in 5-year
-chunks 36, and read three times faster. Compression segments by series, so that a chunk of one
-series can be read, changed and kept in order alone.
+Chunks are longer for longer timeframes: daily candles took 77 bytes per row in 30-day chunks, 36 in 5-year
+chunks, and read three times faster. Compression segments by series, so that the rows of one series in a chunk
+can be read, changed and kept in order separately.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fks_backfill_dagster.store.sql import table_of
 
 _log = logging.getLogger(__name__)
 
-# About 45,000 candles a series and chunk for minutes, some thousands from an hour up.
+# About 45,000 candles per series and chunk for 1m, some thousands from 1h up.
 CHUNK_DAYS = {
     Timeframe.M1: 30,
     Timeframe.M5: 90,
@@ -30,13 +30,13 @@ CHUNK_DAYS = {
 
 
 def install(connection: sa.Connection) -> bool:
-    """Makes the extension if the server has it and this role may; whether it is there.
+    """Creates the extension if the server has it and this role may. Returns whether it is installed.
 
-    Where the server has it and it cannot be made, that is logged as a warning.
+    Logs a warning if the server has it and it cannot be created.
     """
     installed = "SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'timescaledb')"
-    # This setting exists where the library is preloaded. Where it is not, CREATE EXTENSION does not
-    # fail: it kills the session.
+    # This setting exists if the library is preloaded. If it is not, CREATE EXTENSION ends the session
+    # instead of failing.
     preloaded = "SELECT current_setting('timescaledb.disable_load', true) IS NOT NULL"
     if connection.scalar(sa.text(installed)):
         return True
@@ -48,7 +48,7 @@ def install(connection: sa.Connection) -> bool:
     except sa.exc.DBAPIError as error:  # not permitted: plain tables serve as well
         reason = " ".join(str(error.orig).split())
         _log.warning(
-            "TimescaleDB is loaded, and its extension could not be made here (%s): the tables are plain ones. Let an"
+            "TimescaleDB is loaded, but its extension could not be created (%s): the tables stay plain ones. Let an"
             " administrator run CREATE EXTENSION timescaledb in this database, then run `fks-backfill db upgrade`.",
             reason,
         )
@@ -57,10 +57,10 @@ def install(connection: sa.Connection) -> bool:
 
 
 def make_hypertables(connection: sa.Connection) -> None:
-    """Turns every candle table into a hypertable with a compression policy; twice does nothing.
+    """Turns every candle table into a hypertable with a compression policy. Idempotent.
 
-    The Apache-licensed build has no compression: hypertables are made all the same. The functions are named with the
-    schema of the extension, which need not be in the search_path.
+    The Apache-licensed build has no compression: there the hypertables have no policy. The functions are qualified
+    with the schema of the extension, which may be outside the search_path.
     """
     where = connection.scalar(
         sa.text("SELECT extnamespace::regnamespace::text FROM pg_extension WHERE extname = 'timescaledb'")
@@ -81,7 +81,7 @@ def make_hypertables(connection: sa.Connection) -> None:
                 " timescaledb.compress_segmentby = 'series_id', timescaledb.compress_orderby = 'ts')"
             )
         )
-        # Late enough that corrections of recent candles meet plain rows.
+        # Late enough that corrections of recent candles change uncompressed rows.
         connection.execute(
             sa.text(
                 f"SELECT {where}.add_compression_policy('{table}', INTERVAL '{2 * days} days', if_not_exists => true)"

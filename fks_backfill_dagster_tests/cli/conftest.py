@@ -1,4 +1,4 @@
-"""The command as a user has it: a database, a local market, settings of its own, real exit codes."""
+"""Fixtures of the command tests: a database, a local market, separate settings, real exit codes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ symbols:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind."""
+    """Exit code and output of a command."""
 
     exit_code: int
     stdout: str
@@ -57,7 +57,7 @@ Command = Callable[..., Outcome]
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Settings of the test's own, and none of the developer's; a database that nobody listens at."""
+    """Settings of the test alone, without the developer's; the database URL has no server."""
     for name in [n for n in os.environ if n.startswith("FKS_") or n.endswith(("_API_KEY", "_API_TOKEN"))]:
         monkeypatch.delenv(name)
     file = tmp_path / "backfill.yaml"
@@ -110,7 +110,7 @@ def fks(settings: Path) -> Command:
 
 
 def start(*arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    """The command in a process of its own, with the environment of the test."""
+    """Starts the command in a separate process, with the environment of the test."""
     return subprocess.Popen(
         [sys.executable, "-m", "fks_backfill_dagster", *arguments],
         env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
@@ -124,13 +124,13 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Waits for a condition."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it does not come true"
+        assert time.monotonic() < deadline, "the condition stays false"
         time.sleep(0.02)
 
 
 @pytest.fixture
 def process(settings: Path) -> Command:
-    """Runs the command in a process of its own."""
+    """Runs the command in a separate process."""
 
     def run(*arguments: str) -> Outcome:
         with start(*arguments) as running:

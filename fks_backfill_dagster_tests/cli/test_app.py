@@ -1,4 +1,4 @@
-"""What is made of the settings: providers, and the database with its schema."""
+"""`app`: providers and the database with its schema, built from the settings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LOCAL = "http://127.0.0.1:1/binance"
         (None, "null", None),
     ],
 )
-def test_archives_go_with_the_market_they_belong_to(
+def test_archives_belong_to_the_base_url_of_their_market(
     settings: Path,
     monkeypatch: pytest.MonkeyPatch,
     base_url: str | None,
@@ -147,11 +147,11 @@ def store(database: Database, host: str) -> None:
 def test_a_local_market_is_not_mixed_into_real_candles(
     settings: Path, database: Database, refuse: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The environment that `simulate` prints, in the shell of a real database; of any provider that has its key."""
+    """The environment that `simulate` prints, used with a real database: of any provider that has its key."""
     store(database, "https://api.binance.com")
     refuse()
     monkeypatch.setenv("FKS_PROVIDERS__POLYGON__BASE_URL", "http://127.0.0.1:1/polygon")
-    refuse()  # without its key it is not requested
+    refuse()  # it is not requested without its key
     monkeypatch.setenv("POLYGON_API_KEY", "any")
     with pytest.raises(MixedSources, match=r"request polygon from http://127.0.0.1:1: "):
         refuse()
@@ -176,7 +176,7 @@ def test_real_candles_are_not_mixed_into_a_local_market(
     refuse()
 
 
-def test_the_url_for_other_clients_names_no_driver(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_url_for_other_clients_has_no_driver(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FKS_DATABASE_URL", "postgresql+psycopg://me:hush@db/fks")
     loaded = load_settings()
     assert app.database_url(loaded) == "postgresql://me:hush@db/fks"
@@ -191,7 +191,7 @@ def test_the_url_for_other_clients_names_no_driver(settings: Path, monkeypatch: 
         ({"POLYGON_API_KEY": "any", "FKS_PROVIDERS__POLYGON__REQUESTS_PER_MINUTE": "100"}, "polygon", 0),
         ({"POLYGON_API_KEY": "any"}, "polygon, binance", 0),
         ({"POLYGON_API_KEY": "any", "FKS_PROVIDERS__BINANCE__ENABLED": "false"}, "polygon, binance", 29),
-        # A key that cannot be one keeps its provider out, and nothing else from being judged.
+        # An invalid key excludes its provider; the others are still evaluated.
         ({"POLYGON_API_KEY": "a key\twith blanks"}, "polygon, binance", 0),
     ],
 )

@@ -1,4 +1,4 @@
-"""`audit`: what it says, in JSON and in lines, and when it ends with 1."""
+"""`audit`: JSON, text output and exit codes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ DELETE = "DELETE FROM fks.\"candles_1h\" WHERE ts = '2024-01-20T12:00Z'"
 BREAK = "UPDATE fks.\"candles_1h\" SET high = low - 1 WHERE ts = '2024-01-21T12:00Z'"
 
 
-def test_nothing_is_wrong(fks: Command, synced: LocalMarket) -> None:
-    told = fks("audit", "--json")
-    assert told.exit_code == 0
-    assert told.json.pop("seconds") > 0
-    report = told.json
+def test_no_differences(fks: Command, synced: LocalMarket) -> None:
+    result = fks("audit", "--json")
+    assert result.exit_code == 0
+    assert result.json.pop("seconds") > 0
+    report = result.json
     report.pop("seconds")
     assert report == {
         "series": [
@@ -45,39 +45,39 @@ def test_nothing_is_wrong(fks: Command, synced: LocalMarket) -> None:
     assert lines[0].startswith("1 series, 740 candles: 0 differences, 0 repaired, in ")
 
 
-def test_what_was_repaired_is_told_and_no_failure(
+def test_repaired_differences_are_reported_and_exit_0(
     fks: Command, synced: LocalMarket, database: Database
 ) -> None:
     execute(database, DELETE)
-    looked = fks("audit", "BTC/USDT", "1h", "--no-repair", "--json")
-    assert looked.exit_code == 1
-    told = fks("audit", "BTC_USDT", "1h", "--json")
-    assert told.exit_code == 0
-    total, gap = told.json["series"][0]["differences"]
+    dry = fks("audit", "BTC/USDT", "1h", "--no-repair", "--json")
+    assert dry.exit_code == 1
+    result = fks("audit", "BTC_USDT", "1h", "--json")
+    assert result.exit_code == 0
+    total, gap = result.json["series"][0]["differences"]
     assert gap == {
         "kind": "unrecorded_gap",
         "start": "2024-01-20T12:00:00+00:00",
         "end": "2024-01-20T13:00:00+00:00",
         "recorded": 0,
         "actual": 1,
-        "message": "1 candle absent, and in no gap of the ledger",
+        "message": "1 candle absent without a gap in the ledger",
         "repaired": True,
     }
     assert (total["kind"], total["recorded"], total["actual"]) == ("total_candles", 740, 739)
-    assert (told.json["differences"], told.json["repaired"]) == (2, 2)
-    assert [d["repaired"] for d in looked.json["series"][0]["differences"]] == [False, False]
+    assert (result.json["differences"], result.json["repaired"]) == (2, 2)
+    assert [d["repaired"] for d in dry.json["series"][0]["differences"]] == [False, False]
     assert fks("audit", "--json").json["differences"] == 0
     assert [g["missing_candles"] for g in fks("gaps", "BTC/USDT", "1h", *JANUARY, "--json").json] == [4, 1]
 
 
-def test_what_is_left_ends_with_1(fks: Command, synced: LocalMarket, database: Database) -> None:
+def test_unrepaired_differences_exit_1(fks: Command, synced: LocalMarket, database: Database) -> None:
     execute(database, DELETE, BREAK)
-    told = fks("audit")
-    assert told.exit_code == 1
-    total, gap, rule, sums = told.stdout.splitlines()
-    assert total.endswith("the status says 740 candles, and there are 739 (repaired)")
+    result = fks("audit")
+    assert result.exit_code == 1
+    total, gap, rule, sums = result.stdout.splitlines()
+    assert total.endswith("the status records 740 candles instead of 739 (repaired)")
     assert gap == (
-        "BTC/USDT 1h: 2024-01-20 12:00 .. 2024-01-20 13:00: 1 candle absent, and in no gap of the ledger (repaired)"
+        "BTC/USDT 1h: 2024-01-20 12:00 .. 2024-01-20 13:00: 1 candle absent without a gap in the ledger (repaired)"
     )
     assert rule.startswith(
         "BTC/USDT 1h: 2024-01-21 12:00 .. 2024-01-21 13:00: 1 candle of batch 1 of binance"
@@ -90,7 +90,7 @@ def test_what_is_left_ends_with_1(fks: Command, synced: LocalMarket, database: D
     assert fks("audit").exit_code == 0
 
 
-def test_times_are_times(fks: Command, synced: LocalMarket, database: Database) -> None:
+def test_times_are_iso_8601(fks: Command, synced: LocalMarket, database: Database) -> None:
     execute(database, "UPDATE fks.sync_state SET oldest = NULL")
     (found,) = fks("audit", "--json").json["series"][0]["differences"]
     assert (found["kind"], found["recorded"], found["actual"]) == (
@@ -111,26 +111,26 @@ def test_series_that_are_no_longer_configured_are_audited_too(
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "stderr"),
     [
         ("audit ETH/USDT 1h", "ETH/USDT 1h: never synced, so there is nothing to audit.\n"),
         ("audit --all 1d", ""),
     ],
 )
-def test_what_was_never_synced_has_nothing_to_audit(
-    fks: Command, synced: LocalMarket, line: str, says: str
+def test_a_series_that_was_never_synced_is_not_audited(
+    fks: Command, synced: LocalMarket, line: str, stderr: str
 ) -> None:
-    told = fks(*line.split())
-    assert (told.exit_code, told.stderr) == (0, says)
-    assert told.stdout.startswith("0 series, 0 candles: 0 differences")
+    result = fks(*line.split())
+    assert (result.exit_code, result.stderr) == (0, stderr)
+    assert result.stdout.startswith("0 series, 0 candles: 0 differences")
 
 
-def test_a_calendar_that_nobody_has_is_told(fks: Command, synced: LocalMarket, database: Database) -> None:
+def test_an_unknown_calendar_is_reported(fks: Command, synced: LocalMarket, database: Database) -> None:
     execute(
         database,
         "INSERT INTO fks.series (symbol, timeframe, asset_class, calendar) VALUES ('X', '1d', 'stocks', 'XXXX')",
     )
-    told = fks("audit")
-    assert told.exit_code == 1
-    assert "X 1d: there is no exchange calendar 'XXXX'" in told.stdout
-    assert "2 series, 740 candles: 1 difference, 0 repaired" in told.stdout
+    result = fks("audit")
+    assert result.exit_code == 1
+    assert "X 1d: there is no exchange calendar 'XXXX'" in result.stdout
+    assert "2 series, 740 candles: 1 difference, 0 repaired" in result.stdout

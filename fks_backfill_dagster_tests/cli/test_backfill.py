@@ -1,4 +1,4 @@
-"""`backfill`: what comes in, what is told, which exit code."""
+"""`backfill`: stored candles, output and exit codes."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def span(start: str, end: str) -> TimeRange:
 
 
 def test_one_series_gives_one_object(fks: Command, world: LocalMarket, database: Database) -> None:
-    told = fks("backfill", "BTC_USDT", "1h", *JANUARY, "--json")
-    assert told.exit_code == 0
-    report = told.json
+    result = fks("backfill", "BTC_USDT", "1h", *JANUARY, "--json")
+    assert result.exit_code == 0
+    report = result.json
     assert set(report) == KEYS
     assert report["symbol"] == "BTC/USDT"
     assert (report["total_candles"], report["expected"], report["missing"]) == (744, 744, 0)
@@ -59,7 +59,7 @@ def test_one_series_gives_one_object(fks: Command, world: LocalMarket, database:
     assert queries.read_candles(database, BTC, window).equals(truth)
 
 
-def test_again_asks_for_nothing(fks: Command, world: LocalMarket) -> None:
+def test_a_second_run_requests_nothing(fks: Command, world: LocalMarket) -> None:
     fks("backfill", "BTC/USDT", "1h", *JANUARY)
     before = world.requests()
     again = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--json")
@@ -75,10 +75,10 @@ def test_times_have_zones_and_the_end_is_exclusive(fks: Command, world: LocalMar
 
 
 def test_without_times_from_the_configured_start_to_now(fks: Command, world: LocalMarket) -> None:
-    told = fks("backfill", "BTC/USDT", "1d", "--json")
+    result = fks("backfill", "BTC/USDT", "1d", "--json")
     days = (int(time.time()) - instant("2024-01-01") // 1_000_000) // 86_400
-    assert told.exit_code == 0
-    assert told.json["expected"] in (days, days + 1)  # midnight may pass meanwhile
+    assert result.exit_code == 0
+    assert result.json["expected"] in (days, days + 1)  # midnight may pass meanwhile
 
 
 def test_many_series_give_a_list(fks: Command, world: LocalMarket) -> None:
@@ -101,36 +101,36 @@ def test_many_series_give_a_list(fks: Command, world: LocalMarket) -> None:
 
 def test_a_series_that_fails_does_not_stop_the_others(fks: Command, world: LocalMarket) -> None:
     world.plant_fault("polygon", "status", symbol="X:BTCUSD", count=None, status=403)
-    told = fks("backfill", "*/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
-    assert told.exit_code == 1
-    assert [(r["symbol"], r["total_candles"], r["missing"]) for r in told.json] == [
+    result = fks("backfill", "*/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
+    assert result.exit_code == 1
+    assert [(r["symbol"], r["total_candles"], r["missing"]) for r in result.json] == [
         ("BTC/USDT", 0, 744),
         ("ETH/USDT", 744, 0),
     ]
-    assert [len(r["errors"]) for r in told.json] == [1, 0]
+    assert [len(r["errors"]) for r in result.json] == [1, 0]
 
 
-def test_the_next_provider_fills_what_the_first_lacks(fks: Command, world: LocalMarket) -> None:
+def test_the_next_provider_fills_what_the_first_is_missing(fks: Command, world: LocalMarket) -> None:
     world.plant_outage("binance", span("2024-01-10T05:00", "2024-01-10T09:00"))
-    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--json")
-    assert told.exit_code == 0
-    assert {name: tally["delivered"] for name, tally in told.json["providers"].items()} == {
+    result = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--json")
+    assert result.exit_code == 0
+    assert {name: tally["delivered"] for name, tally in result.json["providers"].items()} == {
         "binance": 740,
         "polygon": 4,
     }
 
 
-def test_what_stays_missing_is_exit_code_1_and_a_hint(fks: Command, world: LocalMarket) -> None:
+def test_missing_candles_exit_1_with_a_hint(fks: Command, world: LocalMarket) -> None:
     world.plant_outage("binance", span("2024-01-10T05:00", "2024-01-10T09:00"))
-    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance")
-    assert told.exit_code == 1
-    assert "740 of 744 candles stored" in told.stdout
-    assert "4 candles still missing; see `fks-backfill gaps BTC/USDT 1h`" in told.stderr
+    result = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance")
+    assert result.exit_code == 1
+    assert "740 of 744 candles stored" in result.stdout
+    assert "4 candles still missing; see `fks-backfill gaps BTC/USDT 1h`" in result.stderr
 
 
 def test_progress_is_plain_lines_on_stderr(fks: Command, world: LocalMarket) -> None:
-    told = fks("backfill", "BTC/USDT", "1h", "--start", "2024-01-01", "--end", "2024-03-01")
-    assert told.stderr.splitlines() == [
+    result = fks("backfill", "BTC/USDT", "1h", "--start", "2024-01-01", "--end", "2024-03-01")
+    assert result.stderr.splitlines() == [
         "BTC/USDT 1h: warning: coingecko is skipped: COINGECKO_API_KEY is not set",
         "BTC/USDT 1h: 1,440 candles to fetch in 2 batches from binance, polygon",
         "BTC/USDT 1h: 2024-01-01 .. 2024-02-01: 744 candles written from binance",
@@ -140,9 +140,9 @@ def test_progress_is_plain_lines_on_stderr(fks: Command, world: LocalMarket) -> 
 
 def test_refetch_corrects(fks: Command, world: LocalMarket, database: Database) -> None:
     fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon")
-    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance", "--refetch", "--json")
-    assert told.exit_code == 0
-    assert (told.json["total_batches"], told.json["total_candles"]) == (1, 744)
+    result = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance", "--refetch", "--json")
+    assert result.exit_code == 0
+    assert (result.json["total_batches"], result.json["total_candles"]) == (1, 744)
     window = span("2024-01-01", "2024-02-01")
     truth = world.truth("binance", "BTC/USDT", Timeframe.H1, window)
     assert queries.read_candles(database, BTC, window).equals(truth)
@@ -167,13 +167,13 @@ def test_a_refetch_from_another_symbol_names_the_option_that_forces_it(
     assert queries.read_candles(database, BTC, window).equals(ether)
 
 
-def test_force_is_for_a_refetch_alone(fks: Command) -> None:
+def test_force_needs_a_refetch(fks: Command) -> None:
     refused = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--force")
     assert refused.exit_code == 2
     assert "--refetch" in refused.stderr
 
 
-def test_the_report_says_what_was_withdrawn(fks: Command, world: LocalMarket) -> None:
+def test_the_report_counts_withdrawn_candles(fks: Command, world: LocalMarket) -> None:
     month = ("BTC/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
     report = fks("backfill", *month).json
     assert (report["no_trade"], report["outdated"], report["withdrawn"]) == (0, 0, 0)
@@ -182,16 +182,16 @@ def test_the_report_says_what_was_withdrawn(fks: Command, world: LocalMarket) ->
     world.plant_fault("polygon", "empty", count=None, only=gone)
     world.plant_fault("binance", "empty", count=None, only=gone)
     whole = ("BTC/USDT", "1h", *JANUARY, "--provider", "polygon", "--provider", "binance", "--json")
-    told = fks("backfill", *whole, "--refetch")
-    assert (told.exit_code, told.json["withdrawn"]) == (1, 2)
-    assert any("were removed" in warning for warning in told.json["warnings"])
-    assert "were removed" in told.stderr
+    result = fks("backfill", *whole, "--refetch")
+    assert (result.exit_code, result.json["withdrawn"]) == (1, 2)
+    assert any("were removed" in warning for warning in result.json["warnings"])
+    assert "were removed" in result.stderr
 
 
 def test_a_dry_run_fetches_nothing(fks: Command, world: LocalMarket, database: Database) -> None:
-    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--dry-run", "--json")
-    assert told.exit_code == 0
-    plan = told.json
+    result = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--dry-run", "--json")
+    assert result.exit_code == 0
+    plan = result.json
     assert (plan["expected"], plan["missing"], plan["total_batches"]) == (744, 744, 1)
     assert list(plan["providers"]) == ["binance", "polygon"]
     for estimate in plan["providers"].values():
@@ -203,42 +203,42 @@ def test_a_dry_run_fetches_nothing(fks: Command, world: LocalMarket, database: D
 
 
 def test_an_unknown_symbol_is_an_error_of_the_report(fks: Command, world: LocalMarket) -> None:
-    told = fks("backfill", "NOSUCH/COIN", "1h", *JANUARY, "--provider", "binance", "--json")
-    assert told.exit_code == 1
-    assert "NOSUCH" in " ".join(told.json["errors"])
-    assert told.json["total_candles"] == 0
-    assert "Error: NOSUCH/COIN 1h:" in told.stderr
+    result = fks("backfill", "NOSUCH/COIN", "1h", *JANUARY, "--provider", "binance", "--json")
+    assert result.exit_code == 1
+    assert "NOSUCH" in " ".join(result.json["errors"])
+    assert result.json["total_candles"] == 0
+    assert "Error: NOSUCH/COIN 1h:" in result.stderr
 
 
 def test_before_the_listing_nothing_is_expected(fks: Command, world: LocalMarket) -> None:
     window = ("--start", "2010-01-01", "--end", "2010-02-01")
-    told = fks("backfill", "BTC/USDT", "1h", *window, "--provider", "binance", "--json")
-    assert (told.exit_code, told.json["expected"]) == (0, 0)
-    assert "listed at" in told.stderr
+    result = fks("backfill", "BTC/USDT", "1h", *window, "--provider", "binance", "--json")
+    assert (result.exit_code, result.json["expected"]) == (0, 0)
+    assert "listed at" in result.stderr
 
 
-def test_a_provider_without_its_key_is_told(
+def test_a_provider_without_its_key_is_reported(
     fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("POLYGON_API_KEY")
-    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
-    assert told.exit_code == 1
-    assert "POLYGON_API_KEY is not set" in told.stderr
-    assert told.json["errors"]
+    result = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
+    assert result.exit_code == 1
+    assert "POLYGON_API_KEY is not set" in result.stderr
+    assert result.json["errors"]
 
 
 def test_an_absent_database_gives_a_report_too(fks: Command) -> None:
-    told = fks("backfill", "*/USDT", "1h", *JANUARY, "--json")
-    assert told.exit_code == 1
-    assert [set(report) for report in told.json] == [KEYS, KEYS]
-    assert all(report["expected"] is None and report["errors"] for report in told.json)
-    assert "secret" not in told.stdout + told.stderr
+    result = fks("backfill", "*/USDT", "1h", *JANUARY, "--json")
+    assert result.exit_code == 1
+    assert [set(report) for report in result.json] == [KEYS, KEYS]
+    assert all(report["expected"] is None and report["errors"] for report in result.json)
+    assert "secret" not in result.stdout + result.stderr
 
 
-def test_a_database_that_goes_away_is_told_with_what_was_done(
+def test_a_database_failure_is_reported_with_the_committed_counts(
     fks: Command, world: LocalMarket, database: Database
 ) -> None:
-    """The first month is committed, then the disk is full: the other series are not tried in vain."""
+    """The first month is committed, then the disk is full: the other series are not attempted."""
     with database.begin() as connection:
         connection.exec_driver_sql(
             "CREATE FUNCTION fks.refuse() RETURNS trigger LANGUAGE plpgsql AS"
@@ -248,16 +248,16 @@ def test_a_database_that_goes_away_is_told_with_what_was_done(
         connection.exec_driver_sql(
             'CREATE TRIGGER refuse BEFORE INSERT ON fks."candles_1h" FOR EACH ROW EXECUTE FUNCTION fks.refuse()'
         )
-    told = fks("backfill", "*/USDT", "1h", "--start", "2024-01-01", "--end", "2024-03-01", "--json")
-    assert told.exit_code == 1
-    broken, never_begun = told.json
+    result = fks("backfill", "*/USDT", "1h", "--start", "2024-01-01", "--end", "2024-03-01", "--json")
+    assert result.exit_code == 1
+    broken, not_started = result.json
     assert (broken["total_batches"], broken["successful_batches"], broken["total_candles"]) == (2, 1, 744)
-    assert (never_begun["total_batches"], never_begun["total_candles"]) == (0, 0)
-    for report in told.json:
+    assert (not_started["total_batches"], not_started["total_candles"]) == (0, 0)
+    for report in result.json:
         assert set(report) == KEYS
         assert (report["expected"], report["missing"]) == (None, None)
         assert "no room left" in report["errors"][0]
-    assert told.stderr.count("Error: ") == 1
+    assert result.stderr.count("Error: ") == 1
     status = fks("status", "BTC/USDT", "1h", "--json").json
     assert (status["total_candles"], status["status"]) == (744, "error")
 
@@ -271,8 +271,8 @@ def test_real_candles_and_their_outages(
         monkeypatch.setenv("FKS_PROVIDERS__BINANCE__BASE_URL", market.binance_url)
         monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ARCHIVE_URL", market.archive_url)
         window = ("--start", "2020-11-17", "--end", "2021-05-16")
-        told = fks("backfill", "BTC/USDT", "1h", *window, "--provider", "binance", "--json")
-    assert (told.exit_code, told.json["total_candles"], told.json["missing"]) == (1, 4308, 12)
+        result = fks("backfill", "BTC/USDT", "1h", *window, "--provider", "binance", "--json")
+    assert (result.exit_code, result.json["total_candles"], result.json["missing"]) == (1, 4308, 12)
     gaps = fks("gaps", "BTC/USDT", "1h", *window, "--json").json
     assert [(gap["start"][:13], gap["missing_candles"]) for gap in gaps] == [
         ("2020-11-30T06", 1),
@@ -294,7 +294,7 @@ def test_an_interrupted_backfill_keeps_what_was_committed(
 ) -> None:
     monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ARCHIVE_URL", "null")
     monkeypatch.setenv("FKS_MAX_CONCURRENT_REQUESTS", "1")
-    # The first months come, a later page hangs longer than anyone waits.
+    # The first months are fetched, a later page fails for longer than the test waits.
     hang = {"start": "2024-06-01T00:00:00+00:00", "end": "2024-07-01T00:00:00+00:00"}
     market.plant_fault("binance", "status", count=None, status=503, **hang)
     line = (
@@ -310,8 +310,8 @@ def test_an_interrupted_backfill_keeps_what_was_committed(
     )
     with start(*line, "--json") as running:
         assert running.stderr is not None
-        for told in running.stderr:
-            if "2024-03-01 .. 2024-04-01" in told:
+        for output in running.stderr:
+            if "2024-03-01 .. 2024-04-01" in output:
                 break
         began = time.monotonic()
         running.send_signal(signal.SIGINT)
@@ -319,7 +319,7 @@ def test_an_interrupted_backfill_keeps_what_was_committed(
     assert running.returncode == 130
     assert time.monotonic() - began < 20
     assert stdout == ""
-    assert "what was committed stays" in stderr
+    assert "committed batches stay" in stderr
     assert "Traceback" not in stderr
     market.clear_faults()
     status = fks("status", "BTC/USDT", "1h", "--json").json
@@ -330,18 +330,18 @@ def test_an_interrupted_backfill_keeps_what_was_committed(
     assert again.json["total_candles"] == 5856 - status["total_candles"]
 
 
-def test_a_warning_that_concerns_all_is_told_once(
+def test_a_warning_about_all_series_is_logged_once(
     fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("POLYGON_API_KEY")
     line = ("--all", "1h", "--start", "2024-01-01", "--end", "2024-01-02", "--json")
     for options in (["--dry-run"], []):
-        told = fks("backfill", *line, *options)
-        assert len(told.json) == 3
-        assert told.stderr.count("POLYGON_API_KEY is not set") == 1
+        result = fks("backfill", *line, *options)
+        assert len(result.json) == 3
+        assert result.stderr.count("POLYGON_API_KEY is not set") == 1
 
 
-def test_a_symbol_that_looks_mistyped_is_warned_of_before_it_is_made(
+def test_a_symbol_that_looks_mistyped_is_warned_of_before_it_is_created(
     fks: Command, world: LocalMarket, database: Database
 ) -> None:
     line = (
@@ -358,10 +358,10 @@ def test_a_symbol_that_looks_mistyped_is_warned_of_before_it_is_made(
     warning = "warning: BTC/USD is not configured, did you mean BTC/USDT?\n"
     dry = fks(*line, "--dry-run", "--json")
     assert (dry.exit_code, dry.stderr.count(warning)) == (0, 1)
-    told = fks(*line, "--json")
-    assert (told.exit_code, told.json["total_candles"]) == (0, 2), "it goes on, and says the same as before"
-    assert told.stderr.startswith(warning), "before anything is done"
-    assert warning not in fks(*line, "--json").stderr, "it is there now, so it was meant"
+    result = fks(*line, "--json")
+    assert (result.exit_code, result.json["total_candles"]) == (0, 2), "the warning does not stop it"
+    assert result.stderr.startswith(warning), "the warning comes first"
+    assert warning not in fks(*line, "--json").stderr, "a stored symbol is no typo"
     for other in ("DOGE/USDT", "BTC/USDT"):
         assert "did you mean" not in fks("backfill", other, *line[2:], "--dry-run").stderr
 
@@ -381,89 +381,95 @@ def statuses(fks: Command) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("kind", ["reset", "truncated", "html", "duplicated", "unsorted", "missing"])
-def test_what_is_healed_exits_0_and_tells_no_error(fks: Command, world: LocalMarket, kind: str) -> None:
+def test_a_fault_that_a_retry_heals_exits_0_without_an_error(
+    fks: Command, world: LocalMarket, kind: str
+) -> None:
     window = ("--start", "2024-01-01", "--end", "2024-01-02")
     fks("backfill", "BTC/USDT", "1h", *window)  # the listing time is known from here on
     world.plant_fault("binance", kind, count=1, path="/klines", **DAY)
     world.plant_fault("archive", "archive_404", count=None)
-    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance", "--json")
+    result = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance", "--json")
     assert next(one["hits"] for one in requests.get(f"{world.url}/sim/faults", timeout=5).json()) == 1
-    assert (told.exit_code, told.json["missing"], told.json["failed_batches"]) == (0, 0, 0)
-    assert told.json["errors"] == []
-    assert told.json["providers"]["binance"]["delivered"] == 720
+    assert (result.exit_code, result.json["missing"], result.json["failed_batches"]) == (0, 0, 0)
+    assert result.json["errors"] == []
+    assert result.json["providers"]["binance"]["delivered"] == 720
     assert statuses(fks) == {}
 
 
-def test_what_a_fallback_filled_exits_0_and_warns(fks: Command, world: LocalMarket) -> None:
+def test_a_range_that_a_fallback_filled_exits_0_with_a_warning(fks: Command, world: LocalMarket) -> None:
     world.plant_fault("binance", "status", count=None, status=403, path="/klines")
     world.plant_fault("archive", "archive_404", count=None)
-    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, *BOTH, "--json")
-    assert (told.exit_code, told.json["missing"], told.json["errors"]) == (0, 0, [])
-    providers = told.json["providers"]
+    result = fks("backfill", "BTC/USDT", "1h", *JANUARY, *BOTH, "--json")
+    assert (result.exit_code, result.json["missing"], result.json["errors"]) == (0, 0, [])
+    providers = result.json["providers"]
     assert (providers["binance"]["failed"], providers["polygon"]["delivered"]) == (744, 744)
-    assert "warning: binance: " in told.stderr
-    assert "403" in told.stderr
+    assert "warning: binance: " in result.stderr
+    assert "403" in result.stderr
     assert statuses(fks) == {}
 
 
-def test_what_nobody_answered_for_exits_1_and_stays_open(fks: Command, world: LocalMarket) -> None:
-    """It is told to wait for longer than anybody has the patience for."""
+def test_a_range_without_a_response_exits_1_and_stays_open(fks: Command, world: LocalMarket) -> None:
+    """The provider requests a wait that is longer than the maximum."""
     world.plant_fault("binance", "status", count=None, status=418, seconds=4000, path="/klines")
     world.plant_fault("archive", "archive_404", count=None)
-    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance", "--json")
-    assert told.exit_code == 1
-    assert (told.json["missing"], told.json["failed_batches"], told.json["total_batches"]) == (744, 1, 1)
-    assert told.json["errors"]
-    assert all("418" in error or "wait" in error for error in told.json["errors"])
-    assert f"Error: BTC/USDT 1h: {told.json['errors'][0]}" in told.stderr
-    assert "744 candles still missing" in told.stderr
+    result = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance", "--json")
+    assert result.exit_code == 1
+    assert (result.json["missing"], result.json["failed_batches"], result.json["total_batches"]) == (
+        744,
+        1,
+        1,
+    )
+    assert result.json["errors"]
+    assert all("418" in error or "wait" in error for error in result.json["errors"])
+    assert f"Error: BTC/USDT 1h: {result.json['errors'][0]}" in result.stderr
+    assert "744 candles still missing" in result.stderr
     assert statuses(fks) == {"open": 744}
     assert fks("status", "BTC/USDT", "1h", "--json").json["status"] == "error"
 
 
-def test_what_was_quarantined_exits_1_and_stays_open(
+def test_quarantined_candles_exit_1_and_stay_open(
     fks: Command, world: LocalMarket, database: Database
 ) -> None:
     world.plant_fault("binance", "nan", count=None, path="/klines", **DAY)
     world.plant_fault("archive", "archive_404", count=None)
-    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance", "--json")
-    assert (told.exit_code, told.json["missing"], told.json["failed_batches"]) == (1, 24, 0)
-    assert told.json["providers"]["binance"]["rejected"] == 24
-    assert "24 candles still missing; see `fks-backfill gaps BTC/USDT 1h`" in told.stderr
+    result = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance", "--json")
+    assert (result.exit_code, result.json["missing"], result.json["failed_batches"]) == (1, 24, 0)
+    assert result.json["providers"]["binance"]["rejected"] == 24
+    assert "24 candles still missing; see `fks-backfill gaps BTC/USDT 1h`" in result.stderr
     assert statuses(fks) == {"open": 24}
     with database.begin() as connection:
         rows = connection.exec_driver_sql("SELECT reason, count(*) FROM fks.quarantine GROUP BY 1").all()
     assert [tuple(row) for row in rows] == [("not_finite", 24)]
 
 
-def test_what_nobody_has_exits_1_and_is_explained(fks: Command, world: LocalMarket) -> None:
+def test_candles_that_no_provider_has_exit_1_and_are_explained(fks: Command, world: LocalMarket) -> None:
     for provider in ("binance", "polygon"):
         world.plant_outage(provider, span("2024-01-10", "2024-01-11"))
-    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, *BOTH, "--json")
-    assert (told.exit_code, told.json["missing"], told.json["errors"]) == (1, 24, [])
-    assert told.json["failed_batches"] == 0
+    result = fks("backfill", "BTC/USDT", "1h", *JANUARY, *BOTH, "--json")
+    assert (result.exit_code, result.json["missing"], result.json["errors"]) == (1, 24, [])
+    assert result.json["failed_batches"] == 0
 
 
-def test_what_did_not_trade_is_not_missing_and_exits_0(
+def test_no_trade_intervals_are_not_missing_and_exit_0(
     fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the responses of Polygon, which omits intervals without trades: single hours, here and there."""
+    """By the responses of Polygon, which omits intervals without trades: single scattered hours."""
     monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ENABLED", "false")
     for day in range(5, 29):
         world.plant_outage("polygon", span(f"2024-01-{day:02d}T07:00", f"2024-01-{day:02d}T08:00"))
-    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
-    assert (told.exit_code, told.json["missing"], told.json["expected"]) == (0, 0, 744)
+    result = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
+    assert (result.exit_code, result.json["missing"], result.json["expected"]) == (0, 0, 744)
     assert statuses(fks) == {"no_trade": 24}
-    words = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon").stdout
-    assert "720 of 744 candles stored, nothing traded in 24, 0 of them by this call" in words
+    stdout = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon").stdout
+    assert "720 of 744 candles stored, 24 no-trade, 0 of them by this call" in stdout
 
 
-def test_a_day_that_a_provider_lacks_is_missing_and_exits_1(
+def test_a_day_that_a_provider_omits_is_missing_and_exits_1(
     fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However it responds: hours are traded all around it."""
+    """A complete response is not enough: the hours around it traded."""
     monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ENABLED", "false")
     world.plant_outage("polygon", span("2024-01-10", "2024-01-11"))
-    told = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
-    assert (told.exit_code, told.json["missing"], told.json["expected"]) == (1, 24, 744)
+    result = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
+    assert (result.exit_code, result.json["missing"], result.json["expected"]) == (1, 24, 744)
     assert statuses(fks) == {"unavailable": 24}

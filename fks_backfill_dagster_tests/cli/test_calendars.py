@@ -1,4 +1,4 @@
-"""Closed dates and changed calendars as a user meets them: `backfill`, `status`, `gaps`, `series accept-calendar`."""
+"""Closed dates and changed calendars in the commands `backfill`, `status`, `gaps`, `series accept-calendar`."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def close(settings: Path, dates: str = "") -> None:
 
 @pytest.fixture
 def typhoon(world: LocalMarket, settings: Path) -> LocalMarket:
-    """Two days that no provider has and that the calendar calls sessions."""
+    """Two days that no provider has, and that are sessions of the calendar."""
     close(settings)
     for day in ("2024-03-08", "2024-03-13"):
         world.plant_outage("polygon", TimeRange(instant(day), instant(f"{day}T23:00")))
     return world
 
 
-def test_days_that_were_closed_on_short_notice(fks: Command, typhoon: LocalMarket, settings: Path) -> None:
+def test_days_closed_on_short_notice(fks: Command, typhoon: LocalMarket, settings: Path) -> None:
     assert fks("backfill", "AAPL", "1d", *MARCH).exit_code == 1
     assert fks("backfill", "AAPL", "1w", *MARCH).exit_code == 1
     assert [gap["status"] for gap in fks("gaps", "AAPL", "1d", "--json").json] == ["unavailable"] * 2
@@ -48,9 +48,9 @@ def test_days_that_were_closed_on_short_notice(fks: Command, typhoon: LocalMarke
 
     close(settings, "2024-03-08, 2024-03-13")
     typhoon.reset_requests()
-    told = fks("status", "AAPL", "1d", "--json")
-    assert "AAPL 1d: 2 closed dates added by the settings" in told.stderr
-    assert (told.json["stored"], told.json["coverage"]) == (18, 1.0)
+    result = fks("status", "AAPL", "1d", "--json")
+    assert "AAPL 1d: 2 closed dates added by the settings" in result.stderr
+    assert (result.json["stored"], result.json["coverage"]) == (18, 1.0)
     assert [gap["status"] for gap in fks("gaps", "AAPL", "1d", "--json").json] == ["no_trade"] * 2
     assert typhoon.requests() == 0
     done = fks("backfill", "AAPL", "1d", *MARCH, "--json")
@@ -59,22 +59,22 @@ def test_days_that_were_closed_on_short_notice(fks: Command, typhoon: LocalMarke
     assert (weeks.exit_code, weeks.json["total_candles"]) == (0, 2)
 
     close(settings, "2024-03-08")
-    told = fks("gaps", "AAPL", "1d", "--json")
-    assert "AAPL 1d: 1 closed date withdrawn by the settings" in told.stderr
-    assert [gap["status"] for gap in told.json] == ["no_trade", "unavailable"]
+    result = fks("gaps", "AAPL", "1d", "--json")
+    assert "AAPL 1d: 1 closed date withdrawn by the settings" in result.stderr
+    assert [gap["status"] for gap in result.json] == ["no_trade", "unavailable"]
 
 
-def test_a_calendar_that_changed_is_told_and_accepted(
+def test_a_changed_calendar_is_reported_and_accepted(
     fks: Command, world: LocalMarket, settings: Path, update: Update
 ) -> None:
     close(settings)
     update("XNYS", closed=["2024-03-13"])
     assert fks("backfill", "AAPL", "1d", *MARCH).exit_code == 0
     update("XNYS")
-    told = fks("status", "AAPL", "1d")
-    assert told.exit_code == 0
-    assert "XNYS has changed" in told.stderr
-    assert "2024-03-13 is a new session" in told.stderr
+    result = fks("status", "AAPL", "1d")
+    assert result.exit_code == 0
+    assert "XNYS has changed" in result.stderr
+    assert "2024-03-13 is a new session" in result.stderr
     again = fks("backfill", "AAPL", "1d", *MARCH)
     assert again.exit_code == 0
     assert "XNYS has changed" in again.stderr
@@ -93,7 +93,7 @@ def test_a_calendar_that_changed_is_told_and_accepted(
     assert fks("audit").exit_code == 0
 
 
-def test_a_session_that_is_gone_leaves_its_candle(
+def test_the_candle_of_a_removed_session_stays(
     fks: Command, world: LocalMarket, settings: Path, update: Update
 ) -> None:
     close(settings)

@@ -18,7 +18,7 @@ pytestmark = [
 
 @pytest.fixture
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three clusters: of a home that exists, of one that is gone, and of one that is not known."""
+    """Three clusters: of a home that exists, of one that is gone, and of an unknown one."""
     state = tmp_path / "state"
     monkeypatch.setattr(binaries, "ROOT_STATE", state)
     for name, home in {"kept": tmp_path, "orphan": tmp_path / "gone", "unknown": None}.items():
@@ -53,23 +53,25 @@ def test_a_list(fks: Command, state: Path, tmp_path: Path) -> None:
     assert all(one["size_bytes"] >= 3_000_000 for one in document)
 
 
-def test_orphans_are_removed_once_that_is_confirmed(fks: Command, state: Path) -> None:
-    refused = fks("db", "remove")  # nobody answers
+def test_orphans_are_removed_after_confirmation(fks: Command, state: Path) -> None:
+    refused = fks("db", "remove")  # no input
     assert refused.exit_code == 1
     assert "cluster-orphan" in refused.stderr
-    assert refused.stderr.splitlines()[-1] == "Error: Nothing was removed; --yes removes without asking."
+    assert (
+        refused.stderr.splitlines()[-1] == "Error: Nothing was removed; --yes removes without confirmation."
+    )
     assert left(state) == {"kept", "orphan", "unknown"}
     assert fks("db", "remove", "--yes").stdout == "Removed 1 cluster, 3 MB.\n"
     assert left(state) == {"kept", "unknown"}
     assert fks("db", "remove", "--yes").stdout == "There is no cluster whose home is gone.\n"
 
 
-def test_one_that_names_no_home_is_removed_by_its_name_alone(fks: Command, state: Path) -> None:
+def test_an_unknown_cluster_is_removed_by_name_only(fks: Command, state: Path) -> None:
     assert fks("db", "remove", "cluster-unknown", "--yes", "--json").json[0]["state"] == "unknown"
     assert left(state) == {"kept", "orphan"}
 
 
-def test_one_whose_home_exists_is_never_removed(fks: Command, state: Path) -> None:
+def test_a_cluster_whose_home_exists_is_never_removed(fks: Command, state: Path) -> None:
     refused = fks("db", "remove", str(state / "cluster-kept"), "--yes")
     assert (refused.exit_code, left(state)) == (1, {"kept", "orphan", "unknown"})
     assert "which exists" in refused.stderr

@@ -31,14 +31,14 @@ def configure(file: Path, *lines: str) -> None:
 
 
 def assets() -> set[str]:
-    """The series that Dagster is told of."""
+    """The series that are assets of Dagster."""
     specs = build_defs(settings=load_settings()).resolve_all_asset_specs()
     return {" ".join(spec.key.path[1:]) for spec in specs}
 
 
 @pytest.fixture
 def removed(settings: Path, fks: Command, world: LocalMarket) -> LocalMarket:
-    """BTC/USDT 1h with January, less four hours that nobody has; then taken out of the settings."""
+    """BTC/USDT 1h with January, less four hours that no provider has; then removed from the settings."""
     world.plant_outage("binance", TimeRange(instant("2024-01-10T05:00"), instant("2024-01-10T09:00")))
     fks("backfill", "BTC/USDT", "1h", *JANUARY, *ONLY)
     settings.write_text(CONFIG.replace(BTC_LINE, ""))
@@ -48,7 +48,7 @@ def removed(settings: Path, fks: Command, world: LocalMarket) -> LocalMarket:
 # Removed
 
 
-def test_what_was_stored_of_a_removed_symbol_stays_readable(
+def test_stored_candles_of_a_removed_symbol_stay_readable(
     fks: Command, removed: LocalMarket, database: Database, database_url: str, tmp_path: Path
 ) -> None:
     assert fks("status", "BTC/USDT", "1h", "--json").json["total_candles"] == 740
@@ -68,42 +68,44 @@ def test_a_removed_symbol_is_listed_as_not_configured(fks: Command, removed: Loc
     found = {(s["symbol"], s["timeframe"]): s for s in fks("series", "list", "--json").json}
     assert found["BTC/USDT", "1h"]["configured"] is False
     assert found["BTC/USDT", "1h"]["total_candles"] == 740
-    assert ("BTC/USDT", "1d") not in found, "nothing was stored of it, and nobody wants it"
+    assert ("BTC/USDT", "1d") not in found, "neither stored nor configured"
 
 
-def test_nobody_asks_for_a_removed_symbol(fks: Command, removed: LocalMarket) -> None:
+def test_a_removed_symbol_is_not_requested(fks: Command, removed: LocalMarket) -> None:
     done = fks("backfill", "--all", *FEBRUARY, *ONLY, "--json").json
     assert {d["symbol"] for d in done} == {"ETH/USDT", "SOL/BTC"}
     assert assets() == {"ETH_USDT 1h", "SOL_BTC 1h"}
 
 
-def test_the_last_symbol_may_go(settings: Path, fks: Command, removed: LocalMarket) -> None:
+def test_the_last_symbol_may_be_removed(settings: Path, fks: Command, removed: LocalMarket) -> None:
     settings.write_text("symbols: []\n")
     assert fks("status", "--json").json[0]["total_candles"] == 740
     assert fks("series", "list", "--json").json[0]["configured"] is False
     assert assets() == set()
 
 
-def test_added_again_it_goes_on_where_it_was(settings: Path, fks: Command, removed: LocalMarket) -> None:
+def test_a_symbol_added_again_continues_where_it_ended(
+    settings: Path, fks: Command, removed: LocalMarket
+) -> None:
     settings.write_text(CONFIG)
     assert "BTC_USDT 1h" in assets()
     removed.reset_requests()
     again = fks(
         "backfill", "BTC/USDT", "1h", "--start", "2024-01-01", "--end", "2024-03-01", *ONLY, "--json"
     ).json
-    assert again["total_candles"] == 29 * 24, "February, and nothing of January"
+    assert again["total_candles"] == 29 * 24, "February only"
     assert fks("status", "BTC/USDT", "1h", "--json").json["total_candles"] == 740 + 29 * 24
 
 
 # Added
 
 
-def test_an_added_symbol_has_not_started_and_is_wanted(
+def test_an_added_symbol_has_not_started_and_is_an_asset(
     settings: Path, fks: Command, world: LocalMarket
 ) -> None:
     settings.write_text(CONFIG + "  - {symbol: DOGE/USDT, asset_class: crypto, timeframes: [1h]}\n")
-    told = fks("status", "DOGE/USDT", "1h", "--json").json
-    assert told == {"symbol": "DOGE/USDT", "timeframe": "1h", "status": "not_started"}
+    result = fks("status", "DOGE/USDT", "1h", "--json").json
+    assert result == {"symbol": "DOGE/USDT", "timeframe": "1h", "status": "not_started"}
     found = {s["symbol"]: s for s in fks("series", "list", "--json").json}
     assert (found["DOGE/USDT"]["configured"], found["DOGE/USDT"]["total_candles"]) == (True, 0)
     assert "DOGE_USDT 1h" in assets()
@@ -117,7 +119,7 @@ def test_an_added_symbol_has_not_started_and_is_wanted(
 TOKYO = "symbol: '7203', asset_class: stocks, timeframes: [1d], calendar: XTKS"
 
 
-def test_another_calendar_for_what_is_stored_is_refused_before_anything_is_asked(
+def test_another_calendar_for_a_stored_series_is_refused_before_any_request(
     settings: Path, fks: Command, world: LocalMarket
 ) -> None:
     configure(settings, TOKYO, "symbol: ETH/USDT, asset_class: crypto, timeframes: [1d]")
@@ -130,20 +132,22 @@ def test_another_calendar_for_what_is_stored_is_refused_before_anything_is_asked
         "symbol: ETH/USDT, asset_class: crypto, timeframes: [1d]",
     )
     world.reset_requests()
-    told = fks("backfill", "7203", "1d", *FEBRUARY, *polygon)
-    assert told.exit_code == 1
-    assert "7203 1d is stored as stocks with the calendar XTKS" in told.stderr
-    assert "series remove 7203 1d --yes" in told.stderr
-    assert told.json["errors"][0] in told.stderr
+    result = fks("backfill", "7203", "1d", *FEBRUARY, *polygon)
+    assert result.exit_code == 1
+    assert "7203 1d is stored as stocks with the calendar XTKS" in result.stderr
+    assert "series remove 7203 1d --yes" in result.stderr
+    assert result.json["errors"][0] in result.stderr
     assert world.requests() == 0
     dry = fks("backfill", "7203", "1d", *FEBRUARY, "--dry-run")
     assert (dry.exit_code, world.requests()) == (1, 0)
     both = fks("backfill", "--all", "1d", *FEBRUARY, "--json")
-    assert [d["total_candles"] for d in both.json] == [0, 29], "the other series goes on"
+    assert [d["total_candles"] for d in both.json] == [0, 29], "the other series is synced"
     assert both.exit_code == 1
 
 
-def test_put_back_or_removed_it_goes_on(settings: Path, fks: Command, world: LocalMarket) -> None:
+def test_restoring_the_calendar_or_removing_the_series_resolves_it(
+    settings: Path, fks: Command, world: LocalMarket
+) -> None:
     polygon = ("--start", "2024-01-01", "--end", "2024-01-20", "--provider", "polygon", "--json")
     configure(settings, TOKYO)
     fks("backfill", "7203", "1d", *polygon)
@@ -154,7 +158,7 @@ def test_put_back_or_removed_it_goes_on(settings: Path, fks: Command, world: Loc
 
 
 def test_a_removed_stock_keeps_its_calendar(settings: Path, fks: Command, world: LocalMarket) -> None:
-    """Its name alone would make it one of New York."""
+    """By its name alone it would be inferred as a stock of New York."""
     window = ("--start", "2024-01-01", "--end", "2024-01-20")
     configure(settings, TOKYO)
     fks("backfill", "7203", "1d", *window, "--provider", "polygon")
@@ -166,10 +170,8 @@ def test_a_removed_stock_keeps_its_calendar(settings: Path, fks: Command, world:
     assert "calendar: XTKS" in further.stderr
 
 
-def test_a_name_that_means_something_else_by_itself_is_found(
-    settings: Path, fks: Command, world: LocalMarket
-) -> None:
-    """Not configured, BRK_B would be a pair of coins."""
+def test_a_stored_name_precedes_the_inferred_symbol(settings: Path, fks: Command, world: LocalMarket) -> None:
+    """Without the stored series BRK_B would be inferred as a crypto pair."""
     window = ("--start", "2024-01-01", "--end", "2024-01-20")
     configure(
         settings, "symbol: BRK_B, asset_class: stocks, timeframes: [1d], provider_symbols: {polygon: BRK.B}"
@@ -191,7 +193,7 @@ def test_a_name_that_means_something_else_by_itself_is_found(
 def test_nothing_is_expected_after_the_end(settings: Path, fks: Command, world: LocalMarket) -> None:
     ended = "symbol: LUNA/USDT, asset_class: crypto, timeframes: [1h], end: 2024-01-20T05:00"
     configure(settings, ended, "symbol: ETH/USDT, asset_class: crypto, timeframes: [1h]")
-    # As if trade had ended there: the market knows no candle from then on.
+    # As if trading had ended there: the market has no candle from then on.
     gone = TimeRange(instant("2024-01-20T05:00"), instant("2030-01-01"))
     world.plant_outage("binance", gone, "LUNAUSDT")
     done = fks("backfill", "LUNA/USDT", "1h", *ONLY, "--json")
@@ -200,11 +202,11 @@ def test_nothing_is_expected_after_the_end(settings: Path, fks: Command, world: 
     world.reset_requests()
     late = fks("backfill", "--all", "1h", *FEBRUARY, *ONLY, "--json")
     assert (late.exit_code, [d["total_candles"] for d in late.json]) == (0, [0, 29 * 24])
-    assert "LUNA/USDT 1h: nothing is expected of it from 2024-01-20T05:00:00+00:00 on" in late.stderr
+    assert "LUNA/USDT 1h: no candle is expected from 2024-01-20T05:00:00+00:00 on" in late.stderr
     assert "LUNA" not in str(world.journal()["last"])
 
 
-def test_an_end_that_is_set_later_takes_the_silence_out_of_the_gaps(
+def test_an_end_that_is_set_later_removes_the_gap_after_it(
     settings: Path, fks: Command, world: LocalMarket
 ) -> None:
     line = "symbol: LUNA/USDT, asset_class: crypto, timeframes: [1h]"
@@ -216,16 +218,18 @@ def test_an_end_that_is_set_later_takes_the_silence_out_of_the_gaps(
     assert fks("gaps", "LUNA/USDT", "1h", "--json").json == []
 
 
-def test_the_status_tells_who_is_silent(
+def test_the_status_reports_silent_series(
     settings: Path, fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = "symbol: LUNA/USDT, asset_class: crypto, timeframes: [1h], provider_priority: [binance]"
     configure(settings, line)
     world.plant_outage("binance", TimeRange(instant("2024-01-20T05:00"), instant("2030-01-01")), "LUNAUSDT")
     fks("backfill", "LUNA/USDT", "1h", "--start", "2024-01-01", "--end", "2024-02-01")
-    told = fks("status", "LUNA/USDT", "1h")
-    assert "LUNA/USDT 1h: silent since 2024-01-20 05:00: nobody has a newer candle." in told.stderr
-    assert "asks again after 2024-02-12 19:00;" in told.stderr  # twelve days short of five hours later
+    result = fks("status", "LUNA/USDT", "1h")
+    assert "LUNA/USDT 1h: silent since 2024-01-20 05:00: no provider has a newer candle." in result.stderr
+    assert (
+        "The next refresh is after 2024-02-12 19:00;" in result.stderr
+    )  # twelve days short of five hours later
     assert fks("status", "LUNA/USDT", "1h", "--json").stderr == ""
     configure(settings, line + ", end: 2024-01-20T05:00")
     assert fks("status").stderr == ""

@@ -1,7 +1,7 @@
-"""The contract as another program meets it: the command, the views, and a market that is not ours.
+"""The contract as seen by another program: the command, the views, and an independent market.
 
-Nothing of the project is called here but the command itself, in processes of their own. The market is
-a Binance of forty lines with values of its own, so that what is stored is compared with an independent
+Nothing of the project is called here but the command itself, in separate processes. The market is a
+Binance of forty lines with its own values, so that stored candles are compared with an independent
 truth, bit for bit.
 """
 
@@ -31,7 +31,7 @@ LISTED = int(datetime(2023, 12, 1, tzinfo=UTC).timestamp() * 1000)
 JANUARY = ("BTC/USDT", "1h", "--start", "2024-01-01", "--end", "2024-02-01")
 OPENS = range(int(datetime(2024, 1, 1, tzinfo=UTC).timestamp() * 1000), LISTED + 62 * 24 * HOUR, HOUR)
 OUTAGE = frozenset(OPENS[99:103])  # 2024-01-05 03:00 to 07:00
-KEY, PASSWORD = "k3y-that-nobody-sees", "pa55word-that-nobody-sees"
+KEY, PASSWORD = "k3y-that-stays-secret", "pa55word-that-stays-secret"
 
 Row = list[Any]
 Spoil = Callable[[list[Row]], list[Row]]
@@ -68,39 +68,39 @@ def candle(opened: int) -> tuple[float, float, float, float, float]:
     return low + 0.1, low + 0.7, low, low + 1 / 3, (opened // HOUR % 977) / 3
 
 
-def honest(rows: list[Row]) -> list[Row]:
+def unchanged(rows: list[Row]) -> list[Row]:
     return rows
 
 
 class Market(BaseHTTPRequestHandler):
-    """Klines as PROVIDERS' documentation has them; how it misbehaves is set on the class."""
+    """Klines as Binance documents them; faults are set on the class."""
 
-    spoil: Spoil = staticmethod(honest)  # type: ignore[assignment]
+    spoil: Spoil = staticmethod(unchanged)  # type: ignore[assignment]
     dated = True
     hangs = False
-    garbage: list[bytes] = []  # noqa: RUF012 - the answers before the first true one
+    garbage: list[bytes] = []  # noqa: RUF012 - the responses before the first valid one
     requests = 0
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         Market.requests += 1
-        asked = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
+        query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
         if Market.hangs:
             time.sleep(20)
-        if asked["symbol"] != "BTCUSDT":
-            return self.say(400, {"code": -1121, "msg": "Invalid symbol."})
-        step = {"1m": 60_000, "1h": HOUR}[asked["interval"]]
+        if query["symbol"] != "BTCUSDT":
+            return self.respond(400, {"code": -1121, "msg": "Invalid symbol."})
+        step = {"1m": 60_000, "1h": HOUR}[query["interval"]]
         now = int(time.time() * 1000)
-        first, last = max(int(asked["startTime"]), LISTED), min(now, int(asked.get("endTime", now)))
+        first, last = max(int(query["startTime"]), LISTED), min(now, int(query.get("endTime", now)))
         opens = range(-(-first // step) * step, last + 1, step)
-        rows = [self.row(t, step) for t in opens[: int(asked["limit"])] if t not in OUTAGE]
-        return self.say(200, type(self).spoil(rows))
+        rows = [self.row(t, step) for t in opens[: int(query["limit"])] if t not in OUTAGE]
+        return self.respond(200, type(self).spoil(rows))
 
     def row(self, opened: int, step: int) -> Row:
         prices = [repr(value) for value in candle(opened)]
         return [opened, *prices, opened + step - 1, "1.0", 5, "1.0", "1.0", "0"]
 
-    def say(self, status: int, document: object) -> None:
+    def respond(self, status: int, document: object) -> None:
         body = Market.garbage.pop() if Market.garbage else json.dumps(document).encode()
         self.send_response_only(status)
         if Market.dated:
@@ -144,13 +144,13 @@ def truth() -> dict[int, tuple[bytes, ...]]:
     return {t: tuple(struct.pack("d", v) for v in candle(t)) for t in OPENS if t not in OUTAGE}
 
 
-# What a market may look like ---------------------------------------------------------------------------
+# Unusual and faulty markets -----------------------------------------------------------------------------
 
 
 def test_a_month_from_first_to_last(
     market: type[Market], process: Command, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Backfill, again, gaps, status, undo, refill: with their keys, and with values to the last bit."""
+    """Backfill, gaps, status, undo, refill: JSON keys, and values to the last bit."""
     monkeypatch.setenv("POLYGON_API_KEY", KEY)
     monkeypatch.setattr(market, "garbage", [b"<html>down</html>", b"\x00\xff\x1b" * 99, b'{"rows": []}', b""])
     monkeypatch.setattr(market, "dated", False)
@@ -193,7 +193,7 @@ def test_a_month_from_first_to_last(
     ],
     ids=["off the grid", "high below low"],
 )
-def test_a_market_that_lies_and_then_does_not(
+def test_invalid_rows_are_rejected_and_replaced_later(
     market: type[Market],
     process: Command,
     database_url: str,
@@ -202,8 +202,8 @@ def test_a_market_that_lies_and_then_does_not(
     rejected: int,
 ) -> None:
     midnight = 24 * HOUR
-    with monkeypatch.context() as lying:
-        lying.setattr(
+    with monkeypatch.context() as faulty:
+        faulty.setattr(
             market,
             "spoil",
             staticmethod(lambda rows: [change(row) if row[0] % midnight == 0 else row for row in rows]),
@@ -217,13 +217,13 @@ def test_a_market_that_lies_and_then_does_not(
     assert stored(database_url) == truth()
 
 
-# A market that is not there ----------------------------------------------------------------------------
+# An unreachable market ----------------------------------------------------------------------------------
 
 
-def test_nobody_listens(
+def test_an_unreachable_market(
     settings: Path, database_url: str, monkeypatch: pytest.MonkeyPatch, process: Command
 ) -> None:
-    """Within seconds the user sees what is wrong and where, and within a minute it is over."""
+    """Within seconds the user sees the error and its place, and within a minute the command ends."""
     monkeypatch.setenv("FKS_DATABASE_URL", database_url)
     monkeypatch.setenv("FKS_PROVIDERS__BINANCE__BASE_URL", "http://127.0.0.1:1")
     began = time.monotonic()
@@ -232,7 +232,7 @@ def test_nobody_listens(
         first = running.stderr.readline()
         assert time.monotonic() - began < 10
         assert "http://127.0.0.1:1/api/v3/klines" in first
-        assert "correct providers.binance.base_url; trying again" in first
+        assert "correct providers.binance.base_url; retrying" in first
         stdout, _ = running.communicate(timeout=60)
     assert time.monotonic() - began < 40
     assert running.returncode == 1
@@ -253,16 +253,16 @@ def test_ctrl_c_while_the_market_hangs(
         stdout, stderr = running.communicate(timeout=15)
     assert time.monotonic() - began < 5
     assert (running.returncode, stdout) == (130, "")
-    assert "Interrupted: what was committed stays" in stderr
+    assert "Interrupted: committed batches stay" in stderr
     assert "Traceback" not in stderr
 
 
-# What is wrong on our side -----------------------------------------------------------------------------
+# Local errors -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.server
 @pytest.mark.parametrize(
-    ("variables", "code", "says"),
+    ("variables", "code", "phrases"),
     [
         ({"FKS_NOPE": "1", "FKS_BATCH_SIZE_DAYS": "x"}, 2, ["FKS_NOPE", "FKS_BATCH_SIZE_DAYS"]),
         ({"FKS_DATABASE_URL": f"postgresql://u:{PASSWORD}@127.0.0.1:1/x"}, 1, ["correct FKS_DATABASE_URL"]),
@@ -271,21 +271,21 @@ def test_ctrl_c_while_the_market_hangs(
     ],
     ids=["settings", "no database", "a bare @", "another database"],
 )
-def test_what_is_wrong_is_said_in_sentences(
+def test_local_errors_are_one_sentence_each(
     settings: Path,
     monkeypatch: pytest.MonkeyPatch,
     process: Command,
     variables: dict[str, str],
     code: int,
-    says: list[str],
+    phrases: list[str],
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    told = process("status", "--json")
-    assert (told.exit_code, told.stdout) == (code, "")
-    lines = told.stderr.splitlines()
+    result = process("status", "--json")
+    assert (result.exit_code, result.stdout) == (code, "")
+    lines = result.stderr.splitlines()
     assert len(lines) == len(variables)
     assert all(line.startswith("Error: ") for line in lines)
-    assert all(word in told.stderr for word in says)
-    assert PASSWORD not in told.stderr
-    assert os.environ["FKS_HOME"] not in told.stderr
+    assert all(phrase in result.stderr for phrase in phrases)
+    assert PASSWORD not in result.stderr
+    assert os.environ["FKS_HOME"] not in result.stderr

@@ -1,4 +1,4 @@
-"""`export` and `read_candles`: what is stored comes out again, bit for bit."""
+"""`export` and `read_candles` return the stored candles, bit for bit."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def store(database: Database, candles: Candles) -> None:
     window = TimeRange(int(candles.ts[0]), int(candles.ts[-1]) + 1)
     with database.begin() as connection:
         identity = register(connection, SERIES)
-    brought = delivered("oanda", "/v3", instant("2024-03-01"), candles)
-    commit_batch(database, SERIES, identity, BatchWrite(window, (brought,)), grid_of(SERIES))
+    delivery = delivered("oanda", "/v3", instant("2024-03-01"), candles)
+    commit_batch(database, SERIES, identity, BatchWrite(window, (delivery,)), grid_of(SERIES))
 
 
 @pytest.fixture
@@ -78,10 +78,10 @@ def from_csv(raw: bytes) -> Candles:
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.csv.gz", "OUT.CSV.GZ", "out.parquet"])
-def test_a_file_holds_what_is_stored(fks: Command, stored: Candles, tmp_path: Path, name: str) -> None:
-    told = fks("export", "EUR/USD", "1d", "-o", name, "--json")
-    assert told.exit_code == 0
-    assert told.json == {"symbol": "EUR/USD", "timeframe": "1d", "file": name, "candles": len(stored)}
+def test_a_file_holds_the_stored_candles(fks: Command, stored: Candles, tmp_path: Path, name: str) -> None:
+    result = fks("export", "EUR/USD", "1d", "-o", name, "--json")
+    assert result.exit_code == 0
+    assert result.json == {"symbol": "EUR/USD", "timeframe": "1d", "file": name, "candles": len(stored)}
     file = tmp_path / name
     if name == "out.parquet":
         found = as_candles(pq.read_table(file).to_pandas())
@@ -92,7 +92,7 @@ def test_a_file_holds_what_is_stored(fks: Command, stored: Candles, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
 
 
-def test_the_csv_is_the_canonical_one(fks: Command, stored: Candles, tmp_path: Path) -> None:
+def test_the_csv_format(fks: Command, stored: Candles, tmp_path: Path) -> None:
     fks("export", "EUR/USD", "1d", "-o", "out.csv")
     header, *rows = (tmp_path / "out.csv").read_text().splitlines()
     assert header == "ts,open,high,low,close,volume"
@@ -109,7 +109,7 @@ def test_parquet_has_time_zone_and_nulls(fks: Command, stored: Candles, tmp_path
     assert table["volume"].null_count == np.isnan(stored.volume).sum()
 
 
-def test_a_window_and_a_moment(fks: Command, stored: Candles, database: Database, tmp_path: Path) -> None:
+def test_a_window_and_as_of(fks: Command, stored: Candles, database: Database, tmp_path: Path) -> None:
     with database.begin() as connection:
         before = connection.exec_driver_sql("SELECT clock_timestamp()").scalar_one()
     changed = stored.take(slice(3, 4))
@@ -131,17 +131,17 @@ def test_nothing_to_export_makes_no_file(fks: Command, stored: Candles, tmp_path
         ("export", "EUR/USD", "1d", "--start", "2020-01-01", "--end", "2020-02-01", "-o", "none.csv"),
         ("export", "EUR/USD", "1d", "-o", "none.csv", "--as-of", "2020-01-01"),
     ):
-        told = fks(*line)
-        assert (told.exit_code, told.stdout) == (1, "")
-        assert "othing" in told.stderr
+        result = fks(*line)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert "othing" in result.stderr
         assert not (tmp_path / "none.csv").exists()
 
 
-def test_a_place_that_is_not_there(fks: Command, stored: Candles) -> None:
-    told = fks("export", "EUR/USD", "1d", "-o", "nowhere/out.csv")
-    assert (told.exit_code, told.stdout) == (1, "")
-    assert "nowhere/out.csv cannot be written" in told.stderr
-    assert told.stderr.count("\n") == 1
+def test_a_missing_folder(fks: Command, stored: Candles) -> None:
+    result = fks("export", "EUR/USD", "1d", "-o", "nowhere/out.csv")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "nowhere/out.csv cannot be written" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_the_file_has_the_mode_of_any_new_file(fks: Command, stored: Candles, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_the_file_has_the_mode_of_any_new_file(fks: Command, stored: Candles, tm
         try:
             (tmp_path / "plain").write_text("x")
             fks("export", "EUR/USD", "1d", "-o", "out.csv")
-            assert os.umask(mask) == mask, "the mask is as it was"
+            assert os.umask(mask) == mask, "the mask is restored"
         finally:
             os.umask(before)
         assert (tmp_path / "out.csv").stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -158,7 +158,7 @@ def test_the_file_has_the_mode_of_any_new_file(fks: Command, stored: Candles, tm
 
 
 def test_no_planted_link_is_followed(fks: Command, stored: Candles, tmp_path: Path) -> None:
-    """Who can write to the folder plants links by every name that can be foreseen, and one by the target's."""
+    """Links planted at every predictable name, and at the target's name."""
     precious = tmp_path / "precious"
     precious.write_text("untouched")
     for name in ("out.csv", f".out.csv.{os.getpid()}.part", f"out.csv.{os.getpid()}", "out.csv.part"):
@@ -169,10 +169,10 @@ def test_no_planted_link_is_followed(fks: Command, stored: Candles, tmp_path: Pa
     assert from_csv((tmp_path / "out.csv").read_bytes()).equals(stored)
 
 
-def test_what_is_written_while_the_name_is_replaced(
+def test_a_replaced_temporary_file_is_not_written_through(
     stored: Candles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody exchanges the unfinished file for a link: what follows goes into the file, not through the link."""
+    """The temporary file is replaced by a link: later blocks go into the file, not through the link."""
     precious = tmp_path / "precious"
     precious.write_text("untouched")
 
@@ -187,8 +187,8 @@ def test_what_is_written_while_the_name_is_replaced(
         assert precious.read_text() == "untouched"
 
 
-def test_a_signal_leaves_no_half_file(stored: Candles, tmp_path: Path, database: Database) -> None:
-    """It waits for the candles' table, which somebody holds, when the signal comes."""
+def test_a_signal_leaves_no_partial_file(stored: Candles, tmp_path: Path, database: Database) -> None:
+    """The signal arrives while the export waits for a lock on the candles' table."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         with database.begin() as connection:
             connection.exec_driver_sql("LOCK TABLE fks.candles_1d IN ACCESS EXCLUSIVE MODE")
@@ -204,7 +204,7 @@ def test_a_signal_leaves_no_half_file(stored: Candles, tmp_path: Path, database:
 # For programs
 
 
-def test_read_candles_gives_a_frame(stored: Candles) -> None:
+def test_read_candles_returns_a_frame(stored: Candles) -> None:
     frame = read_candles("EUR/USD", "1d")
     assert list(frame.columns) == COLUMNS
     assert set(frame.dtypes) == {np.dtype(np.float64)}
@@ -231,7 +231,7 @@ def test_read_candles_as_of_and_of_another_database(
     assert len(read_candles("EUR/USD", "1d", as_of="2020-01-01", url=database_url)) == 0
 
 
-def test_read_candles_of_what_is_not_there(stored: Candles) -> None:
+def test_read_candles_of_an_unknown_series(stored: Candles) -> None:
     with pytest.raises(UnknownSeries, match="Nothing is stored of BTC/USDT 1h"):
         read_candles("BTC/USDT", "1h")
     with pytest.raises(ValueError, match="1m 5m 15m"):
@@ -256,8 +256,8 @@ def test_a_long_export_is_written_in_blocks(
     candles = Candles(ts, price, price, price, price, np.ones(len(ts)))
     with database.begin() as connection:
         identity = register(connection, series)
-    brought = delivered("binance", "/api", window.end, candles)
-    commit_batch(database, series, identity, BatchWrite(window, (brought,)), grid_of(series))
+    delivery = delivered("binance", "/api", window.end, candles)
+    commit_batch(database, series, identity, BatchWrite(window, (delivery,)), grid_of(series))
     assert fks("export", "BTC/USDT", "1m", "-o", "a.parquet").exit_code == 0
     file = pq.ParquetFile(tmp_path / "a.parquet")
     assert file.num_row_groups > 1

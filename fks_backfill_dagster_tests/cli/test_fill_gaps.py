@@ -1,4 +1,4 @@
-"""`fill-gaps`: what is asked for, what is told, and the exit code."""
+"""`fill-gaps`: requests, output and exit codes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECOND = TimeRange(instant("2024-01-20T00:00"), instant("2024-01-20T02:00"))
 
 @pytest.fixture
 def holed(fks: Command, world: LocalMarket) -> LocalMarket:
-    """January 2024 of BTC/USDT 1h without four and without two hours, which Polygon was not asked for."""
+    """January 2024 of BTC/USDT 1h without four and without two hours, which were not requested from Polygon."""
     for window in (FIRST, SECOND):
         world.plant_outage("binance", window)
     fks("backfill", "BTC/USDT", "1h", *JANUARY, *ONLY)
@@ -56,26 +56,26 @@ def test_every_gap_is_filled_from_the_next_provider(fks: Command, holed: LocalMa
     assert "No gaps to fill." in fks("fill-gaps", "BTC/USDT", "1h").stdout
 
 
-def test_nothing_but_the_gaps_is_asked_for(fks: Command, holed: LocalMarket) -> None:
-    """Neither what closed since the last sync nor history that was never synced."""
+def test_only_the_gaps_are_requested(fks: Command, holed: LocalMarket) -> None:
+    """Neither candles closed since the last sync nor history that was never synced."""
     assert fks("fill-gaps").exit_code == 0
     status = fks("status", "BTC/USDT", "1h", "--json").json
     assert status["total_candles"] == 31 * 24
     assert status["newest_data"] == "2024-01-31T23:00:00+00:00"
 
 
-def test_a_gap_before_the_oldest_candle_is_filled_and_told(fks: Command, world: LocalMarket) -> None:
+def test_a_gap_before_the_oldest_candle_is_reported_and_filled(fks: Command, world: LocalMarket) -> None:
     world.plant_outage("binance", TimeRange(instant("2024-01-01"), instant("2024-01-03")))
     fks("backfill", "BTC/USDT", "1h", *JANUARY, *ONLY)
-    told = fks("gaps", "BTC/USDT", "1h", "--end", "2024-02-01")
-    assert "48 candles missing before its oldest one" in told.stderr
+    result = fks("gaps", "BTC/USDT", "1h", "--end", "2024-02-01")
+    assert "48 candles missing before the oldest stored one" in result.stderr
     done = fks("fill-gaps", "BTC/USDT", "1h", "--json")
     assert done.exit_code == 0
     assert [(gap["start"][:10], gap["candles_filled"]) for gap in done.json] == [("2024-01-01", 48)]
-    assert "before its oldest" not in fks("gaps", "BTC/USDT", "1h").stderr
+    assert "before the oldest" not in fks("gaps", "BTC/USDT", "1h").stderr
 
 
-def test_without_a_name_the_configured_ones_are_asked_for(
+def test_without_a_name_the_configured_series_are_requested(
     fks: Command, holed: LocalMarket, settings: Path
 ) -> None:
     settings.write_text(settings.read_text().replace("BTC/USDT", "LTC/USDT"))
@@ -83,7 +83,7 @@ def test_without_a_name_the_configured_ones_are_asked_for(
     assert len(fks("fill-gaps", "BTC/USDT", "1h", "--json").json) == 2
 
 
-def test_a_window_chooses_among_them(fks: Command, holed: LocalMarket) -> None:
+def test_a_window_selects_gaps(fks: Command, holed: LocalMarket) -> None:
     window = ("--start", "2024-01-10T06:00", "--end", "2024-01-15")
     [gap] = fks("fill-gaps", "BTC/USDT", "1h", *window, "--json").json
     assert (gap["start"][11:16], gap["candles_filled"]) == ("06:00", 3)
@@ -94,7 +94,7 @@ def test_a_window_chooses_among_them(fks: Command, holed: LocalMarket) -> None:
     ]
 
 
-def test_a_gap_that_is_filled_in_part_tells_so(fks: Command, holed: LocalMarket) -> None:
+def test_a_partly_filled_gap_is_reported_as_such(fks: Command, holed: LocalMarket) -> None:
     holed.plant_outage("polygon", TimeRange(FIRST.start, FIRST.start + 3600_000_000))
     done = fks("fill-gaps", "BTC/USDT", "1h", "--json")
     assert done.exit_code == 1
@@ -110,7 +110,7 @@ def test_a_gap_that_is_filled_in_part_tells_so(fks: Command, holed: LocalMarket)
     assert "binance: absent; polygon: absent" in table.stdout
 
 
-def test_a_person_asks_though_the_time_has_not_come(fks: Command, holed: LocalMarket) -> None:
+def test_the_command_ignores_the_back_off(fks: Command, holed: LocalMarket) -> None:
     holed.plant_outage("polygon", FIRST)
     assert fks("fill-gaps").exit_code == 1
     holed.clear_outages()
@@ -119,7 +119,7 @@ def test_a_person_asks_though_the_time_has_not_come(fks: Command, holed: LocalMa
     assert fks("gaps", "BTC/USDT", "1h", *JANUARY, "--json").json == []
 
 
-def test_a_provider_that_fails_is_told(
+def test_a_failing_provider_is_reported(
     fks: Command, holed: LocalMarket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FKS_PROVIDERS__POLYGON__BASE_URL", "http://127.0.0.1:1")
@@ -142,7 +142,7 @@ def test_wrong_arguments_are_usage_errors(fks: Command, holed: LocalMarket) -> N
     assert wrong.exit_code == 2
 
 
-def test_a_series_that_is_another_one_now_stops_no_other(
+def test_a_series_with_a_changed_definition_does_not_stop_the_others(
     fks: Command, holed: LocalMarket, database: Database
 ) -> None:
     fks("backfill", "ETH/USDT", "1h", *JANUARY, *ONLY)
@@ -153,14 +153,14 @@ def test_a_series_that_is_another_one_now_stops_no_other(
     assert [(gap["symbol"], gap["success"]) for gap in done.json] == [("ETH/USDT", True)] * 2
 
 
-def test_nothing_was_ever_synced(fks: Command, world: LocalMarket) -> None:
+def test_never_synced_series(fks: Command, world: LocalMarket) -> None:
     done = fks("fill-gaps", "--json")
     assert (done.exit_code, done.json) == (0, [])
     named = fks("fill-gaps", "BTC/USDT", "1h")
     assert "BTC/USDT 1h: never synced" in named.stderr
 
 
-def test_two_at_once_fill_it_once(fks: Command, holed: LocalMarket) -> None:
+def test_two_at_once_fill_a_gap_once(fks: Command, holed: LocalMarket) -> None:
     both = [start("fill-gaps", "BTC/USDT", "1h", "--json") for _ in range(2)]
     for one in both:
         one.communicate(timeout=120)

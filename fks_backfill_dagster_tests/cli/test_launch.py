@@ -1,4 +1,4 @@
-"""`launch` as far as no Dagster runs; with one it is tested beside the failed month."""
+"""`launch` without a running Dagster."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ MINUTES = Series("BTC/USDT", Timeframe.M1, AssetClass.CRYPTO)
     [
         ((), "give one SYMBOL or more, such as BTC/USDT, or --all"),
         (("BTC/USDT", "--all"), "give one SYMBOL or more, such as BTC/USDT, or --all"),
-        (("DOGE/USDT",), "'DOGE/USDT' is not configured, so Dagster does not have it; there are: BTC/USDT,"),
+        (
+            ("DOGE/USDT",),
+            "'DOGE/USDT' is not configured, so it is no asset in Dagster; configured: BTC/USDT,",
+        ),
         (("BTC/USDT", "--timeframe", "2m"), "'2m' is not a timeframe"),
         (("ETH/USDT", "--timeframe", "1d"), "they have 1h"),
         (("BTC/USDT", "--start", "2023-01-01", "--end", "2023-06-01"), "ends before"),
         (("BTC/USDT", "--start", "2024-06-01", "--end", "2024-01-01"), "lies after --end"),
     ],
 )
-def test_what_cannot_be_meant_is_a_usage_error(
-    fks: Command, arguments: tuple[str, ...], sentence: str
-) -> None:
+def test_invalid_arguments_are_usage_errors(fks: Command, arguments: tuple[str, ...], sentence: str) -> None:
     done = fks("launch", *arguments)
     assert done.exit_code == 2
     assert sentence in done.stderr
 
 
-def test_without_a_running_dagster_it_says_how_to_start_one(fks: Command) -> None:
+def test_without_a_running_dagster_the_error_names_the_command_that_starts_it(fks: Command) -> None:
     done = fks("launch", "btc_usdt", "--start", "2024-01-01", "--json")
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == "Error: Dagster is not up: start it with `fks-backfill up`, then launch again.\n"
@@ -57,7 +58,7 @@ def test_without_a_running_dagster_it_says_how_to_start_one(fks: Command) -> Non
         (Timeframe.H1, "2016-01-01", "2018-06-01", ("2017-01-01", "2018-01-01")),
     ],
 )
-def test_a_range_means_every_partition_that_it_reaches_into(
+def test_a_range_covers_every_partition_that_it_overlaps(
     timeframe: Timeframe, start: str, end: str, keys: tuple[str, ...]
 ) -> None:
     series = Series("BTC/USDT", timeframe, AssetClass.CRYPTO)
@@ -65,7 +66,7 @@ def test_a_range_means_every_partition_that_it_reaches_into(
 
 
 def test_a_range_begins_with_the_start_of_the_series() -> None:
-    """Before it nothing is expected; a start before history_start is one like any other."""
+    """Before it nothing is expected; a start before history_start is valid as well."""
     entry = SymbolSettings(asset_class=AssetClass.CRYPTO, symbol="BTC/USDT", timeframes=(Timeframe.M1,))
     for start, first in (("2016-11-20", "2016-11-01"), ("2023-02-28", "2023-02-01")):
         dated = entry.model_copy(update={"start": instant(start)})
@@ -82,7 +83,7 @@ OTHER = Series("ETH/USDT", Timeframe.M1, AssetClass.CRYPTO)
 QUARTER = ("2024-01-01", "2024-02-01", "2024-03-01")
 
 
-def test_it_counts_what_the_runs_have_materialized() -> None:
+def test_materialized_partitions_are_counted() -> None:
     wanted = Order(MINUTES, QUARTER)
     first = Run("a", "SUCCESS", (BTC,), ("2024-01-01", "2024-02-01"))
     rest = Run("b", "STARTED", (BTC,), ("2024-03-01", "2024-03-01"))
@@ -124,12 +125,12 @@ def test_a_run_whose_worker_was_lost_is_not_over_before_its_retry_is() -> None:
     [
         ("SUCCESS", (BTC, ETH), ()),
         ("STARTED", (BTC,), ()),
-        ("FAILURE", (BTC,), ()),  # by itself: it would fail again
-        ("FAILURE", (BTC, ETH), QUARTER[1:]),  # it could not load, or ended before it came to all
+        ("FAILURE", (BTC,), ()),  # alone in its run: it would fail again
+        ("FAILURE", (BTC, ETH), QUARTER[1:]),  # the run could not load, or ended early
         ("CANCELED", (BTC, ETH), QUARTER[1:]),  # by a daemon that fails such a backfill
     ],
 )
-def test_what_a_removed_symbol_has_cost_the_others_goes_on(
+def test_partitions_lost_with_a_removed_symbol_are_launched_again(
     status: str, assets: tuple[tuple[str, ...], ...], left: tuple[str, ...]
 ) -> None:
     kept, gone = Order(MINUTES, QUARTER), Order(OTHER, QUARTER)
@@ -139,32 +140,32 @@ def test_what_a_removed_symbol_has_cost_the_others_goes_on(
     assert [(one.series, one.keys) for one in found] == ([(MINUTES, left)] if left else [])
 
 
-def test_partitions_that_no_run_has_taken_go_on() -> None:
+def test_partitions_without_a_run_are_launched_again() -> None:
     kept, gone = Order(MINUTES, QUARTER), Order(OTHER, QUARTER)
     (found,) = _left([kept, gone], {gone}, [])
     assert found.keys == QUARTER
 
 
-def test_a_log_has_a_line_every_half_minute_and_not_one_a_second(
+def test_the_log_has_a_line_every_half_minute_at_least_and_not_every_second(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Looks a second apart, of which each may take a few seconds more; nothing changes for five minutes."""
+    """Polls a second apart, some of which take a few seconds more; nothing changes for five minutes."""
     clock = [1000.0]
     monkeypatch.setattr(lines.time, "monotonic", lambda: clock[0])
     show = lines._Lines(clock[0])
     printed = [clock[0]]
     seen = Seen(5, [Run("a", "STARTED", (BTC,), (QUARTER[0], QUARTER[-1]))], materialized=1)
-    for look in range(200):
+    for poll in range(200):
         show(seen)
         if capsys.readouterr().err:
             printed.append(clock[0])
-        clock[0] += 1 + 3 * (look % 7 == 0)
+        clock[0] += 1 + 3 * (poll % 7 == 0)
     waits = [later - earlier for earlier, later in pairwise([*printed, clock[0]])]
     assert max(waits) <= 30
     assert len(printed) < 20
     show(replace(seen, materialized=2))
     clock[0] += 1
     show(replace(seen, materialized=3))
-    assert len(capsys.readouterr().err.splitlines()) == 1, "changes are told every few seconds"
+    assert len(capsys.readouterr().err.splitlines()) == 1, "changes are logged every few seconds"
     show(replace(seen, materialized=5, settled=5, runs=[]))
     assert "5 of 5 partitions materialized" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`batches list`: the origin of every batch, without a provider being requested."""
+"""`batches list`: the origin of every batch, without any request."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_host_instrument_and_publication(shelf: Shelf, fks: Command) -> None:
     assert [row.split()[-1] for row in rows] == ["https://data.binance.vision", "http://127.0.0.1:8765"]
 
 
-def test_of_a_batch_from_before_hosts_were_kept(shelf: Shelf, fks: Command) -> None:
+def test_a_batch_from_before_hosts_were_recorded(shelf: Shelf, fks: Command) -> None:
     shelf.put(0, 5)
     execute(shelf.database, "UPDATE fks.batch SET host = DEFAULT, instrument = NULL")
     (found,) = fks("batches", "list", "--json").json

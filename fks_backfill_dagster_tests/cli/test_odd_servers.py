@@ -28,13 +28,12 @@ OUTAGE = TimeRange(instant("2024-01-02T05:00"), instant("2024-01-02T08:00"))
 
 @dataclass(frozen=True)
 class Odd:
-    """What is odd about a server.
+    """An unusual server.
 
-    creation: what follows CREATE DATABASE. server: statements in the server's own database, with {db} and {role};
-    database: in the new one. as_role: connected to as {role}, which may do nothing by itself. query: parameters
-    of the URL. before: what stands between; pooled: a pgbouncer
-    with this mode and settings. refusal: what `db init` answers, a part of it; None: it works.
-    is_short: among those of `make test`; the others are for `make test-slow`.
+    creation: the clauses of CREATE DATABASE. server: statements in the server's own database, with {db} and {role};
+    database: in the new one. as_role: connected to as {role}, which has no privileges of its own. query: parameters
+    of the URL. before: a proxy in front of it; pooled: a pgbouncer with this mode and settings. refusal: part of the
+    error of `db init`; None: it works. is_short: part of `make test`; the others are for `make test-slow`.
     """
 
     name: str
@@ -79,9 +78,7 @@ TABLE = (
     setting("transform_null_equals", "on"),
     setting("quote_all_identifiers", "on"),
     setting("array_nulls", "off"),
-    setting(
-        "timescaledb.disable_load", "'off'"
-    ),  # as where the library is loaded, and the extension is not there
+    setting("timescaledb.disable_load", "'off'"),  # as if the library is loaded without the extension
     Odd(
         "a role's settings",
         ("ALTER ROLE {role} SET datestyle = 'German'", *OWN_SCHEMAS),
@@ -101,23 +98,23 @@ TABLE = (
     Odd(
         "LATIN1",
         creation="TEMPLATE template0 ENCODING 'LATIN1' LOCALE_PROVIDER libc LOCALE 'C'",
-        refusal="stores text as LATIN1, this program needs UTF8: make another one with CREATE DATABASE",
+        refusal="stores text as LATIN1, this program needs UTF8: create another one with CREATE DATABASE",
         is_short=True,
     ),
     Odd(
         "SQL_ASCII",
         creation="TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE_PROVIDER libc LOCALE 'C'",
-        refusal="stores text as SQL_ASCII, this program needs UTF8: make another one with CREATE DATABASE",
+        refusal="stores text as SQL_ASCII, this program needs UTF8: create another one with CREATE DATABASE",
     ),
     Odd(
         "no right to make schemas",
         OWN_SCHEMAS,
         as_role=True,
         is_short=True,
-        refusal="may not make one: let an administrator run CREATE SCHEMA fks AUTHORIZATION",
+        refusal="may not create one: let an administrator run CREATE SCHEMA fks AUTHORIZATION",
     ),
     Odd(
-        "a schema of somebody else",
+        "a schema of another role",
         OWN_SCHEMAS,
         ("CREATE SCHEMA fks", "GRANT USAGE ON SCHEMA fks TO {role}"),
         as_role=True,
@@ -147,7 +144,7 @@ TABLE = (
     Odd(
         "a parameter of a driver",
         query=(("prepare_threshold", "0"),),
-        refusal="has the parameter prepare_threshold, which is one of a driver",
+        refusal="has the parameter prepare_threshold, which belongs to a driver",
     ),
     Odd(
         "options, and a pooler that refuses them",
@@ -176,7 +173,7 @@ TABLE = (
 
 @contextmanager
 def made(odd: Odd, server_url: str) -> Iterator[str]:
-    """The URL of such a database."""
+    """The URL of a new database of this kind."""
     names = {"db": f"fks_odd_{uuid.uuid4().hex[:12]}", "role": f"fks_odd_{uuid.uuid4().hex[:12]}"}
     parsed = sa.make_url(server_url).set(database=names["db"])
     owners = parsed.render_as_string(hide_password=False)
@@ -201,7 +198,7 @@ def made(odd: Odd, server_url: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A server that lets in every account of the machine: a pooler refuses to run as root."""
+    """A server open to every account of the machine: a pooler refuses to run as root."""
     with folder_for_servers() as folder:
         running = Cluster.make(folder / "a").start().ready()
         yield running
@@ -210,7 +207,7 @@ def cluster() -> Iterator[Cluster]:
 
 @contextmanager
 def reachable(odd: Odd, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of such a database, through the pooler if there is one."""
+    """The URL of a database of this kind, through the pooler if there is one."""
     if not odd.pooled:
         with made(odd, request.getfixturevalue("server_url")) as url:
             yield url
@@ -228,7 +225,7 @@ def reachable(odd: Odd, request: pytest.FixtureRequest) -> Iterator[str]:
     "odd",
     [pytest.param(odd, id=odd.name, marks=() if odd.is_short else pytest.mark.slow) for odd in TABLE],
 )
-def test_it_works_or_is_refused(
+def test_an_unusual_server_works_or_is_refused(
     odd: Odd,
     request: pytest.FixtureRequest,
     fks: Command,
@@ -236,20 +233,20 @@ def test_it_works_or_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if TIMESCALE_URL is not None and odd.as_role:
-        pytest.skip("the access rules of a server that is not ours stay as they are")
+        pytest.skip("the access rules of an external server are not changed")
     world.plant_outage("binance", OUTAGE)
     with reachable(odd, request) as url:
         monkeypatch.setenv("FKS_DATABASE_URL", url)
-        begun = fks("db", "init")
+        initialized = fks("db", "init")
         if odd.refusal is not None:
-            assert (begun.exit_code, begun.stdout) == (1, "") or begun.exit_code == 2
-            assert odd.refusal in begun.stderr
-            assert begun.stderr.count("\n") == 1
-            assert "pass-of-a-role" not in begun.stderr
+            assert (initialized.exit_code, initialized.stdout) == (1, "") or initialized.exit_code == 2
+            assert odd.refusal in initialized.stderr
+            assert initialized.stderr.count("\n") == 1
+            assert "pass-of-a-role" not in initialized.stderr
             return
-        assert begun.exit_code == 0, begun.stderr
-        brought = fks("backfill", "BTC/USDT", "1h", *TWO_DAYS, "--provider", "binance", "--json")
-        assert (brought.json["total_candles"], brought.json["missing"]) == (45, 3), brought.stderr
+        assert initialized.exit_code == 0, initialized.stderr
+        synced = fks("backfill", "BTC/USDT", "1h", *TWO_DAYS, "--provider", "binance", "--json")
+        assert (synced.json["total_candles"], synced.json["missing"]) == (45, 3), synced.stderr
         status = fks("status", "BTC/USDT", "1h", "--json")
         assert (status.json["status"], status.json["total_candles"]) == ("completed", 45)
         assert status.json["oldest_data"] == "2024-01-01T00:00:00+00:00"

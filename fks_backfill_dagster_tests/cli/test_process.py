@@ -1,4 +1,4 @@
-"""The command as a process: what it imports, what stands on stdout, its servers."""
+"""The command as a process: imports, stdout, servers."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ def test_help_imports_nothing_heavy() -> None:
     assert imported("backfill", "--help") & heavy == set()
 
 
-def test_questions_import_no_provider_and_no_dagster(world: LocalMarket) -> None:
+def test_reports_import_no_provider_and_no_dagster(world: LocalMarket) -> None:
     heavy = {"ccxt", "dagster", "pandas", "pyarrow", "requests", "rich"}
     assert imported("status") & heavy == set()
     assert imported("gaps", "BTC/USDT", "1h") & heavy == set()
 
 
-def test_stdout_is_the_document_alone(process: Command, world: LocalMarket) -> None:
-    told = process("backfill", "BTC/USDT", "1h", *JANUARY, "--json")
-    assert told.exit_code == 0
-    assert told.json["total_candles"] == 744
-    assert "744 candles to fetch" in told.stderr
+def test_stdout_holds_only_the_document(process: Command, world: LocalMarket) -> None:
+    result = process("backfill", "BTC/USDT", "1h", *JANUARY, "--json")
+    assert result.exit_code == 0
+    assert result.json["total_candles"] == 744
+    assert "744 candles to fetch" in result.stderr
     status = process("status", "BTC/USDT", "1h", "--json")
     assert (status.json["total_candles"], status.stderr) == (744, "")
 
@@ -71,7 +71,7 @@ def test_a_terminal_shows_a_bar(world: LocalMarket) -> None:
     with start(*line, stderr=theirs) as running:
         os.close(theirs)
         shown = b""
-        with suppress(OSError):  # how Linux says that nobody writes any more
+        with suppress(OSError):  # Linux reports the closed end as an error
             while more := os.read(ours, 65_536):
                 shown += more
         assert running.stdout is not None
@@ -107,7 +107,7 @@ def test_simulate_prints_settings_that_work(
 
 
 def exported(stdout: str) -> dict[str, str]:
-    """What a shell has in its environment once it has read the block."""
+    """The environment of a shell after it has evaluated the block."""
     script = f"{stdout}\nexec {sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))'"
     with subprocess.Popen(["/bin/sh", "-c", script], stdout=subprocess.PIPE, text=True) as shell:
         assert shell.stdout is not None
@@ -115,23 +115,23 @@ def exported(stdout: str) -> dict[str, str]:
     return found
 
 
-def test_the_environment_of_a_running_market_is_printed_without_one_more(
+def test_the_environment_of_a_running_market_is_printed_without_starting_another(
     fks: Command, market: LocalMarket, tmp_path: Path
 ) -> None:
     port = market.url.rpartition(":")[2]
-    told = fks("simulate", "--env", "--port", port)
-    assert (told.exit_code, told.stderr) == (0, "")
-    found = exported(told.stdout)
+    result = fks("simulate", "--env", "--port", port)
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = exported(result.stdout)
     assert found["FKS_PROVIDERS__OANDA__BASE_URL"] == market.oanda_url
     assert found["FKS_HOME"] == str(tmp_path / "home" / "sandbox")
-    assert "FKS_DATABASE_URL" not in found, "or it would win over the home"
+    assert "FKS_DATABASE_URL" not in found, "it would take precedence over the home"
     document = fks("simulate", "--env", "--port", port, "--json").json
     assert document["url"] == market.url
     assert document["unset"] == ["FKS_DATABASE_URL"]
     assert document["environment"].items() <= found.items()
 
 
-def test_a_home_of_its_own_is_not_nested_and_may_be_named(
+def test_the_sandbox_home_is_not_nested_and_can_be_chosen(
     fks: Command, market: LocalMarket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = ("simulate", "--env", "--port", market.url.rpartition(":")[2])
@@ -140,18 +140,18 @@ def test_a_home_of_its_own_is_not_nested_and_may_be_named(
     assert exported(fks(*line, "--home", "it's mine").stdout)["FKS_HOME"] == str(tmp_path / "it's mine")
 
 
-def test_the_environment_of_a_market_that_is_not_there_yet(fks: Command) -> None:
+def test_the_environment_of_a_market_that_does_not_run_yet(fks: Command) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    told = fks("simulate", "--env", "--port", str(port))
-    assert told.exit_code == 0
-    assert told.stderr.startswith(f"Nothing listens at http://127.0.0.1:{port} yet: start")
-    assert told.stderr.count("\n") == 1
-    assert exported(told.stdout)["FKS_PROVIDERS__POLYGON__BASE_URL"] == f"http://127.0.0.1:{port}/polygon"
+    result = fks("simulate", "--env", "--port", str(port))
+    assert result.exit_code == 0
+    assert result.stderr.startswith(f"Nothing listens at http://127.0.0.1:{port} yet: start")
+    assert result.stderr.count("\n") == 1
+    assert exported(result.stdout)["FKS_PROVIDERS__POLYGON__BASE_URL"] == f"http://127.0.0.1:{port}/polygon"
 
 
 class Another(BaseHTTPRequestHandler):
-    """A server that is no market."""
+    """A server that is not a market."""
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -162,20 +162,20 @@ class Another(BaseHTTPRequestHandler):
         pass
 
 
-def test_no_environment_leads_to_another_server(fks: Command) -> None:
+def test_no_environment_is_printed_for_another_server(fks: Command) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Another) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        told = fks("simulate", "--env", "--port", str(server.server_port))
+        result = fks("simulate", "--env", "--port", str(server.server_port))
         server.shutdown()
-    assert (told.exit_code, told.stdout) == (1, "")
-    assert "is no local market" in told.stderr
-    assert told.stderr.count("\n") == 1
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "is not a local market" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
-def test_what_a_pasted_block_writes_stays_out_of_the_real_database(
+def test_a_pasted_block_writes_nothing_into_the_real_database(
     process: Command, world: LocalMarket, database_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The shell has a real database set; the block of the market leads to an embedded one of its own."""
+    """The shell has a real database set; the block of the market selects a separate embedded one."""
     found = exported(process("simulate", "--env", "--port", world.url.rpartition(":")[2]).stdout)
     line = ("backfill", "BTC/USDT", "1h", *JANUARY, "--json")
     with monkeypatch.context() as shell:
@@ -194,8 +194,8 @@ def test_what_a_pasted_block_writes_stays_out_of_the_real_database(
     assert process("status", "BTC/USDT", "1h", "--json").json["status"] == "not_started"
 
 
-def test_a_market_that_others_reach_says_so(settings: Path) -> None:
-    """It listens everywhere; the settings that are printed lead to it on this machine."""
+def test_a_market_that_others_can_reach_logs_a_warning(settings: Path) -> None:
+    """It listens on all addresses; the printed settings use the loopback address."""
     with start("simulate", "--host", "0.0.0.0", "--port", "0", "--json") as running:
         assert running.stdout is not None
         document = json.loads("".join(iter(running.stdout.readline, "}\n")) + "}")
@@ -207,7 +207,7 @@ def test_a_market_that_others_reach_says_so(settings: Path) -> None:
 
 
 def test_no_key_is_printed_for_a_market_of_another_machine(fks: Command) -> None:
-    """The settings would refuse it. Who writes an address in this way has to write it in the usual one."""
+    """The settings would refuse it; an unusual notation of a loopback address counts as another machine."""
     document = fks("simulate", "--env", "--host", "127.1", "--port", "1", "--json").json
     assert document["environment"]["FKS_PROVIDERS__POLYGON__BASE_URL"] == "http://127.1:1/polygon"
     assert "POLYGON_API_KEY" not in document["environment"]
@@ -227,7 +227,7 @@ def test_a_halt_is_planted_from_the_start(settings: Path) -> None:
     assert (planted["kind"], planted["symbol"]) == ("halt", "BTCUSDT")
 
 
-def test_simulate_replays_and_stands_still(settings: Path, tmp_path: Path) -> None:
+def test_simulate_replays_with_a_fixed_clock(settings: Path, tmp_path: Path) -> None:
     (tmp_path / "candles" / "binance").mkdir(parents=True)
     file = tmp_path / "candles" / "binance" / "ABCUSDT-1h.csv"
     file.write_text("ts,open,high,low,close,volume\n2024-01-01T00:00:00Z,1,3,1,2.5,7\n")
@@ -243,22 +243,22 @@ def test_simulate_replays_and_stands_still(settings: Path, tmp_path: Path) -> No
     assert '"2.5' in body
 
 
-def test_a_port_in_use_is_told(fks: Command) -> None:
+def test_a_port_in_use_is_reported(fks: Command) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        told = fks("simulate", "--port", str(port))
-    assert (told.exit_code, told.stdout) == (1, "")
-    assert f"port {port}" in told.stderr
-    assert "in use" in told.stderr
-    assert told.stderr.count("\n") == 1
+        result = fks("simulate", "--port", str(port))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"port {port}" in result.stderr
+    assert "in use" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
-def test_a_replay_of_nonsense_is_told(fks: Command, tmp_path: Path) -> None:
+def test_an_invalid_replay_file_is_reported(fks: Command, tmp_path: Path) -> None:
     (tmp_path / "candles" / "binance").mkdir(parents=True)
     (tmp_path / "candles" / "binance" / "ABCUSDT-1h.csv").write_text("what,ever\n1,2\n")
-    told = fks("simulate", "--replay", "candles", "--port", "0")
-    assert (told.exit_code, told.stdout) == (1, "")
-    assert "ABCUSDT-1h.csv" in told.stderr
+    result = fks("simulate", "--replay", "candles", "--port", "0")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "ABCUSDT-1h.csv" in result.stderr
 
 
 # The database
@@ -285,33 +285,31 @@ def test_the_embedded_database_from_init_to_stop(process: Command, embedded: Emb
     assert embedded.status().running
     assert process("db", "stop", "--json").json == {"embedded": True, "stopped": True}
     assert not embedded.status().running
-    # A question starts it for as long as it takes.
+    # A report starts it temporarily.
     assert process("status", "BTC/USDT", "1h", "--json").exit_code == 0
 
 
-def test_a_database_of_ones_own(
-    fks: Command, empty_database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_external_database(fks: Command, empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FKS_DATABASE_URL", empty_database_url)
     assert fks("db", "url", "--json").json["url"].startswith("postgresql://")
     made = fks("db", "init", "--json")
     assert made.exit_code == 0
     assert fks("db", "init", "--json").json == made.json
     assert fks("db", "upgrade", "--json").json == made.json
-    told = fks("db", "stop")
-    assert told.exit_code == 0
-    assert "Nothing to stop" in told.stdout
+    result = fks("db", "stop")
+    assert result.exit_code == 0
+    assert "Nothing to stop" in result.stdout
 
 
 # Dagster's servers
 
 
-def test_up_tells_of_a_port_in_use(fks: Command, world: LocalMarket, settings: Path) -> None:
+def test_up_reports_a_port_in_use(fks: Command, world: LocalMarket, settings: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        told = fks("up", "--port", str(port))
-    assert (told.exit_code, told.stdout) == (1, "")
-    assert f"port {port}" in told.stderr
-    assert told.stderr.count("\n") == 1
+        result = fks("up", "--port", str(port))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"port {port}" in result.stderr
+    assert result.stderr.count("\n") == 1
     down = fks("down", "--json")
     assert (down.exit_code, down.json) == (0, {"stopped": []})

@@ -1,4 +1,4 @@
-"""`db init --reader`: what it prints, and what it refuses. What a reader may do: store/test_roles.py."""
+"""`db init --reader`: output and refusals. The privileges of a reader: store/test_roles.py."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def role(database_url: str, settings: object, monkeypatch: pytest.MonkeyPatch) -
                 connection.execute(sql.SQL(text).format(sql.Identifier(name)))
 
 
-def test_a_reader_is_made_once(fks: Command, role: str) -> None:
-    told = fks("db", "init", "--reader", role)
-    assert (told.exit_code, told.stderr) == (0, "")
-    first, second = told.stdout.splitlines()
+def test_a_reader_is_created_once(fks: Command, role: str) -> None:
+    result = fks("db", "init", "--reader", role)
+    assert (result.exit_code, result.stderr) == (0, "")
+    first, second = result.stdout.splitlines()
     assert "has the schema fks, revision" in first
     assert second == (
-        f"The role {role} was made and is granted USAGE on schema fks, SELECT on fks.corrections, SELECT on fks.gaps,"
-        " SELECT on fks.ohlcv, SELECT on fks.sync_status. It cannot log in: grant it to a role that can, or see"
-        " docs/operations.md, Roles."
+        f"The role {role} was created and is granted USAGE on schema fks, SELECT on fks.corrections,"
+        " SELECT on fks.gaps, SELECT on fks.ohlcv, SELECT on fks.sync_status. It cannot log in: grant it to a role"
+        " that can, or see docs/operations.md, Roles."
     )
     again = fks("db", "init", "--reader", role)
     assert again.stdout.splitlines()[1].startswith(
-        f"The role {role} was there and has everything that a reader needs. It cannot log in"
+        f"The role {role} exists and has all privileges of a reader. It cannot log in"
     )
 
 
@@ -52,29 +52,29 @@ def test_a_reader_as_json(fks: Command, role: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "x" * 64, "ü" * 32, "a\0b", "\udcff"])
-def test_what_cannot_be_a_name_is_refused(fks: Command, role: str, name: str) -> None:
-    told = fks("db", "init", "--reader", name)
-    assert (told.exit_code, told.stdout) == (2, "")
-    assert told.stderr.startswith(
+def test_an_invalid_name_is_refused(fks: Command, role: str, name: str) -> None:
+    result = fks("db", "init", "--reader", name)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(
         "Error: Invalid value for '--reader': a role's name has 1 to 63 bytes of UTF-8"
     )
-    assert told.stderr.count("\n") == 1
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_superuser_is_refused_in_one_sentence(fks: Command, role: str, database_url: str) -> None:
     with psycopg.connect(database_url) as connection:
         (user,) = connection.execute("SELECT current_user").fetchone() or ("",)
-    told = fks("db", "init", "--reader", user)
-    assert (told.exit_code, told.stdout) == (1, "")
-    assert told.stderr.startswith(f"Error: {user} is a superuser of postgresql://")
-    assert told.stderr.count("\n") == 1
+    result = fks("db", "init", "--reader", user)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"Error: {user} is a superuser of postgresql://")
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.server
-def test_a_failure_leaves_no_server_to_be_kept(
+def test_a_failure_leaves_no_server_running(
     fks: Command, settings: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The embedded one runs on after a `db init` that has worked, and only then."""
+    """The embedded server runs on only after a successful `db init`."""
     monkeypatch.delenv("FKS_DATABASE_URL")
     server = EmbeddedPostgres(tmp_path / "home")
     try:

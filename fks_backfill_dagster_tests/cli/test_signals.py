@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP end a command in the same way: a sentence, what was committed, 128 + n."""
+"""SIGINT, SIGTERM and SIGHUP end a command alike: one sentence, committed batches stay, exit code 128 + n."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ COMMAND = [sys.executable, "-m", "fks_backfill_dagster"]
 
 @pytest.fixture
 def hanging(world: LocalMarket, monkeypatch: pytest.MonkeyPatch) -> LocalMarket:
-    """A market whose Binance takes requests and does not answer."""
+    """A market whose Binance accepts requests and never responds."""
     monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ARCHIVE_URL", "null")
     world.plant_fault("binance", "hang", count=None, seconds=60)
     world.reset_requests()
     return world
 
 
-def asked(market: LocalMarket) -> None:
+def wait_for_request(market: LocalMarket) -> None:
     """Waits for the first request."""
     until(lambda: market.requests("binance") > 0)
 
@@ -48,13 +48,13 @@ def asked(market: LocalMarket) -> None:
 @ENDING
 def test_a_backfill(hanging: LocalMarket, number: int) -> None:
     with start(*BACKFILL) as running:
-        asked(hanging)
+        wait_for_request(hanging)
         began = time.monotonic()
         running.send_signal(number)
         stdout, stderr = running.communicate(timeout=30)
-    assert time.monotonic() - began < 20, "the market's answer is not waited for"
+    assert time.monotonic() - began < 20, "it does not wait for the response"
     assert (running.returncode, stdout) == (128 + number, "")
-    assert stderr.splitlines()[-1].startswith("Interrupted: what was committed stays")
+    assert stderr.splitlines()[-1].startswith("Interrupted: committed batches stay")
     assert "Traceback" not in stderr
 
 
@@ -68,11 +68,11 @@ def test_the_filling_of_gaps(
     world.plant_fault("binance", "hang", count=None, seconds=60)
     world.reset_requests()
     with start("fill-gaps", "BTC/USDT", "1h", "--json") as running:
-        asked(world)
+        wait_for_request(world)
         running.send_signal(number)
         stdout, stderr = running.communicate(timeout=30)
     assert (running.returncode, stdout) == (128 + number, "")
-    assert stderr.splitlines()[-1].startswith("Interrupted: what was committed stays")
+    assert stderr.splitlines()[-1].startswith("Interrupted: committed batches stay")
     assert "Traceback" not in stderr
 
 
@@ -94,7 +94,7 @@ def test_an_audit(fks: Command, world: LocalMarket, database: Database, number: 
 
 @pytest.mark.server
 @ENDING
-def test_a_market_ends_as_usual(settings: Path, number: int) -> None:
+def test_a_market_ends_normally(settings: Path, number: int) -> None:
     with start("simulate", "--port", "0", "--json") as running:
         assert running.stdout is not None
         assert "".join(iter(running.stdout.readline, "}\n"))
@@ -106,18 +106,18 @@ def test_a_market_ends_as_usual(settings: Path, number: int) -> None:
 
 
 @ENDING
-def test_the_watching_of_a_launch(capsys: pytest.CaptureFixture[str], number: int) -> None:
+def test_a_waiting_launch(capsys: pytest.CaptureFixture[str], number: int) -> None:
     ending = Signals()
     with (
         click.Context(launch.launch, obj=ending),
         ending.handled(),
         pytest.raises(click.exceptions.Exit) as caught,
-        launch._watched_only("http://127.0.0.1:3000/runs/b/abc"),
+        launch._stop_waiting_on_interrupt("http://127.0.0.1:3000/runs/b/abc"),
     ):
         signal.raise_signal(number)
     assert caught.value.exit_code == 128 + number
     assert capsys.readouterr().err == (
-        "Not watched any more. The backfill goes on; see or cancel it at http://127.0.0.1:3000/runs/b/abc\n"
+        "Stopped waiting. The backfill goes on; view or cancel it at http://127.0.0.1:3000/runs/b/abc\n"
     )
 
 
@@ -135,7 +135,7 @@ main(["demo"], prog_name="fks-backfill")
 
 @pytest.mark.server
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_demo_leaves_nothing_behind(settings: Path, tmp_path: Path, number: int) -> None:
+def test_a_demo_leaves_no_process_behind(settings: Path, tmp_path: Path, number: int) -> None:
     home = tmp_path / "demo"
     with subprocess.Popen(
         [sys.executable, "-c", _DEMO, str(home)],
@@ -171,7 +171,7 @@ def test_nohup(hanging: LocalMarket) -> None:
         stdin=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
     ) as running:
-        asked(hanging)
+        wait_for_request(hanging)
         running.send_signal(signal.SIGHUP)
         with pytest.raises(subprocess.TimeoutExpired):
             running.wait(1)
@@ -181,7 +181,7 @@ def test_nohup(hanging: LocalMarket) -> None:
 
 
 def test_a_job_in_the_background_ignores_ctrl_c(hanging: LocalMarket) -> None:
-    """A shell without job control starts it so: the Ctrl-C is meant for what runs in the foreground."""
+    """A shell without job control starts it this way: Ctrl-C is for the foreground process."""
     script = '"$@" & echo $!; wait'
     with subprocess.Popen(
         ["/bin/sh", "-c", script, "sh", *COMMAND, *BACKFILL],
@@ -192,13 +192,13 @@ def test_a_job_in_the_background_ignores_ctrl_c(hanging: LocalMarket) -> None:
     ) as shell:
         assert shell.stdout is not None
         job = int(shell.stdout.readline())
-        asked(hanging)
+        wait_for_request(hanging)
         os.kill(job, signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
             shell.wait(1)
         os.kill(job, signal.SIGTERM)
         _, stderr = shell.communicate(timeout=30)
-    assert "Interrupted: what was committed stays" in stderr
+    assert "Interrupted: committed batches stay" in stderr
 
 
 @pytest.mark.server
@@ -219,12 +219,12 @@ def test_a_market_in_the_background_ends(settings: Path) -> None:
     assert "Traceback" not in stderr
 
 
-@pytest.mark.parametrize("market_state", ["hangs", "is not reached"])
+@pytest.mark.parametrize("market_state", ["hangs", "is unreachable"])
 def test_a_terminal_that_is_closed(
     hanging: LocalMarket, monkeypatch: pytest.MonkeyPatch, market_state: str
 ) -> None:
-    """The kernel sends SIGHUP, and whatever is written from then on fails."""
-    if market_state == "is not reached":
+    """The kernel sends SIGHUP, and all later output fails."""
+    if market_state == "is unreachable":
         monkeypatch.setenv("FKS_PROVIDERS__BINANCE__BASE_URL", "http://127.0.0.1:1")
     ours, theirs = os.openpty()
 
@@ -242,9 +242,9 @@ def test_a_terminal_that_is_closed(
     ) as running:
         os.close(theirs)
         if market_state == "hangs":
-            asked(hanging)
+            wait_for_request(hanging)
         else:
-            os.read(ours, 1)  # the bar is there
+            os.read(ours, 1)  # the bar is shown
         os.close(ours)
         assert running.wait(60) == 128 + signal.SIGHUP
 
@@ -253,7 +253,7 @@ def test_a_terminal_that_is_closed(
 
 
 def test_the_first_signal_interrupts_and_so_does_every_ctrl_c() -> None:
-    """A terminal that is closed sends two of them; what the first has begun must end in order."""
+    """A terminal that is closed sends two of them; the cleanup after the first must finish."""
     ending, calls = Signals(), list[int]()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with ending.handled(), ending.first(lambda: calls.append(1)):
@@ -268,7 +268,7 @@ def test_the_first_signal_interrupts_and_so_does_every_ctrl_c() -> None:
     assert {number: signal.getsignal(number) for number in before} == before
 
 
-def test_what_is_ignored_stays_ignored() -> None:
+def test_ignored_signals_stay_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Signals().handled():

@@ -1,4 +1,4 @@
-"""`gaps`, `status`, `series`, `batches`: what is told, and what two of them take back."""
+"""`gaps`, `status`, `series`, `batches`: output, removal of a series, undo of a batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONLY = ("--provider", "binance")
 
 @pytest.fixture
 def synced(fks: Command, world: LocalMarket) -> LocalMarket:
-    """January 2024 of BTC/USDT 1h, with four hours that nobody has."""
+    """January 2024 of BTC/USDT 1h, with four hours that no provider has."""
     window = TimeRange(instant("2024-01-10T05:00"), instant("2024-01-10T09:00"))
     world.plant_outage("binance", window)
     fks("backfill", "BTC/USDT", "1h", *JANUARY, *ONLY)
@@ -37,9 +37,9 @@ def synced(fks: Command, world: LocalMarket) -> LocalMarket:
 
 
 def test_a_gap_has_the_keys_of_the_contract(fks: Command, synced: LocalMarket) -> None:
-    told = fks("gaps", "BTC/USDT", "1h", *JANUARY, "--json")
-    assert told.exit_code == 0
-    [gap] = told.json
+    result = fks("gaps", "BTC/USDT", "1h", *JANUARY, "--json")
+    assert result.exit_code == 0
+    [gap] = result.json
     evidence = gap.pop("evidence")
     assert gap == {
         "start": "2024-01-10T05:00:00+00:00",
@@ -48,37 +48,37 @@ def test_a_gap_has_the_keys_of_the_contract(fks: Command, synced: LocalMarket) -
         "missing_candles": 4,
         "status": "open",
     }
-    assert [(word["provider"], word["outcome"]) for word in evidence] == [("binance", "absent")]
+    assert [(one["provider"], one["outcome"]) for one in evidence] == [("binance", "absent")]
 
 
-def test_a_gap_is_clipped_to_the_window_and_counted_anew(fks: Command, synced: LocalMarket) -> None:
+def test_a_gap_is_clipped_to_the_window_and_recounted(fks: Command, synced: LocalMarket) -> None:
     window = ("--start", "2024-01-10T06:30", "--end", "2024-01-10T08:00")
     [gap] = fks("gaps", "BTC_USDT", "1h", *window, "--json").json
     assert (gap["start"][11:16], gap["end"][11:16], gap["missing_candles"]) == ("07:00", "08:00", 1)
     assert gap["duration_minutes"] == 60
 
 
-def test_what_closed_since_the_last_sync_is_an_open_gap(fks: Command, synced: LocalMarket) -> None:
+def test_candles_closed_since_the_last_sync_are_an_open_gap(fks: Command, synced: LocalMarket) -> None:
     hours = (int(time.time()) - instant("2024-02-01") // 1_000_000) // 3600
     known, tail = fks("gaps", "BTC/USDT", "1h", "--json").json
     assert known["missing_candles"] == 4
     assert (tail["start"], tail["status"]) == ("2024-02-01T00:00:00+00:00", "open")
     assert tail["missing_candles"] in (hours - 1, hours, hours + 1)  # grace, and the hour may turn
     assert tail["evidence"] == [
-        {"outcome": "not_asked", "detail": "after the end of what was synced, not asked yet"}
+        {"outcome": "not_asked", "detail": "after the end of the synced range, not requested yet"}
     ]
     [week] = fks("gaps", "BTC/USDT", "1h", "--start", "2024-02-05", "--end", "2024-02-12", "--json").json
     assert week["missing_candles"] == 168
 
 
-def test_history_that_was_never_synced_is_no_gap(fks: Command, synced: LocalMarket) -> None:
+def test_never_synced_history_is_not_a_gap(fks: Command, synced: LocalMarket) -> None:
     assert fks("gaps", "BTC/USDT", "1h", "--start", "2020-01-01", "--end", "2024-01-05", "--json").json == []
     never = fks("gaps", "ETH/USDT", "1h", "--json")
     assert (never.exit_code, never.json) == (0, [])
     assert "No gaps." in fks("gaps", "ETH/USDT", "1h").stderr
 
 
-def test_gaps_of_many_series_tell_whose_they_are(fks: Command, synced: LocalMarket) -> None:
+def test_gaps_of_many_series_name_their_series(fks: Command, synced: LocalMarket) -> None:
     fks("backfill", "ETH/USDT", "1h", *JANUARY, *ONLY)
     found = fks("gaps", "--all", "1h", *JANUARY, "--json").json
     assert [(gap["symbol"], gap["timeframe"]) for gap in found] == [("BTC/USDT", "1h"), ("ETH/USDT", "1h")]
@@ -99,14 +99,14 @@ def test_gaps_of_many_series_tell_whose_they_are(fks: Command, synced: LocalMark
     )
 
 
-def test_an_outage_of_the_venue_is_told_once(fks: Command, world: LocalMarket) -> None:
+def test_an_outage_of_the_venue_is_reported_once(fks: Command, world: LocalMarket) -> None:
     world.plant_outage("binance", TimeRange(instant("2024-01-10T05:00"), instant("2024-01-10T11:00")))
     for symbol in ("BTC/USDT", "ETH/USDT", "SOL/BTC"):
         fks("backfill", symbol, "1h", *JANUARY, *ONLY)
-    told = fks("gaps", "--all", "1h", *JANUARY, "--json")
-    assert len(told.json) == 3
-    line = "crypto: 2024-01-10 05:00 .. 11:00: 3 of 3 symbols lack 6 h; asked: binance\n"
-    assert told.stderr == line
+    result = fks("gaps", "--all", "1h", *JANUARY, "--json")
+    assert len(result.json) == 3
+    line = "crypto: 2024-01-10 05:00 .. 11:00: 3 of 3 symbols miss 6 h; requested: binance\n"
+    assert result.stderr == line
     assert fks("gaps", "*", "1h", *JANUARY).stderr == line
     assert fks("gaps", "BTC/USDT", "1h", *JANUARY).stderr == ""
 
@@ -115,9 +115,9 @@ def test_an_outage_of_the_venue_is_told_once(fks: Command, world: LocalMarket) -
 
 
 def test_status_of_one_series(fks: Command, synced: LocalMarket) -> None:
-    told = fks("status", "BTC/USDT", "1h", "--json")
-    status, hours = told.json, (int(time.time()) - instant("2024-02-01") // 1_000_000) // 3600
-    assert told.exit_code == 0
+    result = fks("status", "BTC/USDT", "1h", "--json")
+    status, hours = result.json, (int(time.time()) - instant("2024-02-01") // 1_000_000) // 3600
+    assert result.exit_code == 0
     assert list(status) == [
         "symbol",
         "timeframe",
@@ -152,10 +152,10 @@ def test_status_of_one_series(fks: Command, synced: LocalMarket) -> None:
     }
 
 
-def test_status_of_what_has_not_started(fks: Command, world: LocalMarket) -> None:
-    told = fks("status", "BTC/USDT", "1d", "--json")
-    assert told.exit_code == 0
-    assert told.json == {"symbol": "BTC/USDT", "timeframe": "1d", "status": "not_started"}
+def test_status_of_a_series_that_has_not_started(fks: Command, world: LocalMarket) -> None:
+    result = fks("status", "BTC/USDT", "1d", "--json")
+    assert result.exit_code == 0
+    assert result.json == {"symbol": "BTC/USDT", "timeframe": "1d", "status": "not_started"}
     assert fks("status", "BTC/USDT", "1d").stdout.splitlines()[1].split()[-1] == "not_started"
 
 
@@ -167,15 +167,15 @@ def test_status_of_what_has_not_started(fks: Command, world: LocalMarket) -> Non
         ("BTC/USDT", "5m", "BTC/USDT is configured with 1h 1d"),
     ],
 )
-def test_a_report_of_what_is_neither_configured_nor_stored(
+def test_a_report_of_a_series_that_is_neither_configured_nor_stored(
     fks: Command, world: LocalMarket, symbol: str, timeframe: str, hint: str
 ) -> None:
     for command, document in (
         ("status", {"symbol": symbol, "timeframe": timeframe, "status": "not_started"}),
         ("gaps", []),
     ):
-        told = fks(command, symbol, timeframe, "--json")
-        assert (told.exit_code, told.json) == (2, document)
+        result = fks(command, symbol, timeframe, "--json")
+        assert (result.exit_code, result.json) == (2, document)
         shown = fks(command, symbol, timeframe)
         assert (shown.exit_code, shown.stdout) == (2, "")
         assert shown.stderr.startswith(f"Error: {symbol} {timeframe} is neither configured nor stored")
@@ -183,7 +183,7 @@ def test_a_report_of_what_is_neither_configured_nor_stored(
         assert shown.stderr.count("\n") == 1
 
 
-def test_status_of_what_is_stored_and_not_configured(fks: Command, world: LocalMarket) -> None:
+def test_status_of_a_series_that_is_stored_and_not_configured(fks: Command, world: LocalMarket) -> None:
     fks("backfill", "DOGE/USDT", "1h", *JANUARY, *ONLY)
     assert fks("status", "DOGE/USDT", "1h", "--json").exit_code == 0
     assert fks("gaps", "DOGE/USDT", "1h", "--json").exit_code == 0
@@ -221,12 +221,12 @@ def test_status_of_all(fks: Command, synced: LocalMarket) -> None:
     assert "not_started" in lines[1]
 
 
-# Status --check: with a clock of its own, as candles of now close while a test runs
+# Status --check: with a fixed clock, because candles close while a test runs
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch, world: LocalMarket) -> Iterator[Callable[[str], None]]:
-    """Sets what the command and the market take for the present."""
+    """Sets the current time of the command and the market."""
 
     def at(moment: str) -> None:
         monkeypatch.setattr(app, "now", lambda: instant(moment))
@@ -239,11 +239,11 @@ def clock(monkeypatch: pytest.MonkeyPatch, world: LocalMarket) -> Iterator[Calla
 
 def backfill_all(fks: Command) -> None:
     for line in ("BTC/USDT 1h", "BTC/USDT 1d", "ETH/USDT 1h", "SOL/BTC 1h"):
-        told = fks("backfill", *line.split(), "--start", "2024-01-01", "--end", "2024-02-01", *ONLY)
-        assert told.exit_code == 0, told.stderr
+        result = fks("backfill", *line.split(), "--start", "2024-01-01", "--end", "2024-02-01", *ONLY)
+        assert result.exit_code == 0, result.stderr
 
 
-def test_a_check_is_quiet_where_all_is_well(fks: Command, clock: Callable[[str], None]) -> None:
+def test_a_check_without_problems_prints_nothing(fks: Command, clock: Callable[[str], None]) -> None:
     never = fks("status", "--check")
     assert never.exit_code == 1
     assert "ETH/USDT 1h: pending: never synced: no candle is stored" in never.stderr
@@ -253,7 +253,7 @@ def test_a_check_is_quiet_where_all_is_well(fks: Command, clock: Callable[[str],
     assert fks("status", "--check", "--json").json == fks("status", "--json").json
 
 
-def test_a_check_finds_what_is_stale(fks: Command, clock: Callable[[str], None]) -> None:
+def test_a_check_finds_stale_series(fks: Command, clock: Callable[[str], None]) -> None:
     backfill_all(fks)
     clock("2024-02-01T04:30")  # four hours: one allowed, three of margin
     assert fks("status", "--check").exit_code == 0
@@ -265,7 +265,7 @@ def test_a_check_finds_what_is_stale(fks: Command, clock: Callable[[str], None])
         for symbol in ("BTC/USDT", "ETH/USDT", "SOL/BTC")
     ]
     assert fks("status", "BTC/USDT", "1d", "--check").exit_code == 0, "no day has closed since"
-    assert fks("status").exit_code == 0, "a report, whatever it shows"
+    assert fks("status").exit_code == 0, "a report exits with 0"
     clock("2024-02-20T00:30")
     assert "BTC/USDT 1d: stale: 19 closed candles behind" in fks("status", "--check").stderr
 
@@ -289,12 +289,12 @@ def test_a_check_finds_open_gaps_and_errors(
     world.plant_fault("archive", "status", count=None, status=503, seconds=0)
     clock("2024-02-01T02:30")
     assert fks("backfill", "ETH/USDT", "1h", "--start", "2024-02-01", *ONLY).exit_code == 1
-    told = fks("status", "--check", "--json")
-    assert told.exit_code == 1
-    (line,) = told.stderr.splitlines()[-1:]
+    result = fks("status", "--check", "--json")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()[-1:]
     assert line.startswith("ETH/USDT 1h: error: binance: ")
     assert "1 open gap (2 candles missing)" in line
-    eth = next(one for one in told.json if one["symbol"] == "ETH/USDT")
+    eth = next(one for one in result.json if one["symbol"] == "ETH/USDT")
     assert (eth["status"], eth["lag"], eth["open_gaps"]) == ("error", 2, 1)
     assert "ETH/USDT 1h: error: binance: " in fks("status", "ETH/USDT", "1h").stderr
     world.clear_faults()
@@ -337,10 +337,10 @@ def test_series_list_has_configured_and_stored_ones(fks: Command, synced: LocalM
 
 def test_a_series_is_removed_only_with_yes(fks: Command, synced: LocalMarket) -> None:
     line = ("series", "remove", "BTC/USDT", "1h")
-    asked = fks(*line)
-    assert asked.exit_code == 2
-    assert "740 candles" in asked.stderr
-    assert "--yes" in asked.stderr
+    refused = fks(*line)
+    assert refused.exit_code == 2
+    assert "740 candles" in refused.stderr
+    assert "--yes" in refused.stderr
     assert fks("status", "BTC/USDT", "1h", "--json").json["total_candles"] == 740
     done = fks(*line, "--yes", "--json")
     assert (done.exit_code, done.json["candles_removed"]) == (0, 740)
@@ -356,10 +356,10 @@ def test_a_series_that_is_being_synced_is_not_removed(
     fks: Command, synced: LocalMarket, database: Database
 ) -> None:
     with database.begin() as connection:
-        hold_lease(connection, register(connection, BTC), "somebody", 60)
-    told = fks("series", "remove", "BTC/USDT", "1h", "--yes")
-    assert told.exit_code == 1
-    assert "being synced" in told.stderr
+        hold_lease(connection, register(connection, BTC), "another-process", 60)
+    result = fks("series", "remove", "BTC/USDT", "1h", "--yes")
+    assert result.exit_code == 1
+    assert "being synced" in result.stderr
     assert fks("status", "BTC/USDT", "1h", "--json").json["total_candles"] == 740
 
 
@@ -380,7 +380,7 @@ def test_providers_with_their_timeframes_and_keys(
     assert "POLYGON_API_KEY is not set" in fks("series", "providers").stdout
 
 
-def test_providers_at_an_address_that_is_no_default_one(fks: Command, world: LocalMarket) -> None:
+def test_providers_at_a_custom_address(fks: Command, world: LocalMarket) -> None:
     found = {row["provider"]: row["custom_address"] for row in fks("series", "providers", "--json").json}
     assert found == {
         "binance": f"{world.binance_url} (archives: {world.archive_url})",
@@ -396,10 +396,10 @@ def test_providers_at_an_address_that_is_no_default_one(fks: Command, world: Loc
     assert next(line for line in shown if line.startswith("yfinance")).endswith("  default")
 
 
-def test_providers_that_are_left_alone_or_told_us_to_wait(
+def test_providers_in_a_cool_down_or_a_requested_wait(
     fks: Command, world: LocalMarket, database_url: str
 ) -> None:
-    """Of the account of the settings: another key of the same provider says nothing."""
+    """Of the account of the settings only: another key of the same provider does not count."""
     settings = load_settings()
     options = app.enabled_options(settings)
     other = options | {"polygon": replace(options["polygon"], key="another")}
@@ -411,43 +411,45 @@ def test_providers_that_are_left_alone_or_told_us_to_wait(
         assert states["polygon"] == "ready"
         app.limiter_for(options, database).penalise("polygon", 90)
         states = {row["provider"]: row["state"] for row in fks("series", "providers", "--json").json}
-    assert re.fullmatch(r"told us to wait another (8\d|90) s", states["polygon"])
+    assert re.fullmatch(r"requested a wait of another (8\d|90) s", states["polygon"])
     assert re.fullmatch(
-        r"left alone for (5\d|60) s: it failed 5 times in a row, at last: binance: answered 503",
+        r"cool-down for another (5\d|60) s: failed 5 times in a row, last error: binance: answered 503",
         states["binance"],
     )
-    words = r"binance: left alone for \d+ s: it failed 5 times .*\npolygon: told us to wait another \d+ s\n"
+    lines = r"binance: cool-down for another \d+ s: failed 5 times .*\npolygon: requested a wait of another \d+ s\n"
     for names in (["BTC/USDT", "1h"], []):
-        told = fks("status", *names, "--json")
-        assert re.fullmatch(words, told.stderr)
-        assert told.json == fks("status", *names, "--json").json, "stdout is the document alone"
-    assert re.fullmatch(words, fks("status").stderr)
+        result = fks("status", *names, "--json")
+        assert re.fullmatch(lines, result.stderr)
+        assert result.json == fks("status", *names, "--json").json, "stdout holds only the document"
+    assert re.fullmatch(lines, fks("status").stderr)
 
 
-def test_a_wait_is_ended_by_hand(fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A market that names a century closes itself for a day; by hand it is open again, for other processes too."""
+def test_a_wait_is_ended_by_a_reset(
+    fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait of a century counts as a day; a reset ends it, for other processes, too."""
     monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ARCHIVE_URL", "null")
     world.plant_fault("binance", "status", count=1, status=429, seconds=3.2e9)
     line = ("backfill", "BTC/USDT", "1h", *JANUARY, *ONLY, "--json")
     assert fks(*line).exit_code == 1
     requests = world.requests()
     assert fks(*line).exit_code == 1
-    assert world.requests() == requests, "it is not asked"
-    assert re.search(r"binance: told us to wait another 86\d{3} s\n", fks("status").stderr)
-    told = fks("series", "providers", "--reset", "binance")
-    assert told.exit_code == 0
-    assert re.match(r"binance: ended the wait of another 86,\d{3} s that it asked for", told.stdout)
+    assert world.requests() == requests, "no request is sent"
+    assert re.search(r"binance: requested a wait of another 86\d{3} s\n", fks("status").stderr)
+    result = fks("series", "providers", "--reset", "binance")
+    assert result.exit_code == 0
+    assert re.match(r"binance: ended the wait of another 86,\d{3} s that it requested", result.stdout)
     assert fks(*line).exit_code == 0
 
 
-def test_a_process_that_waits_goes_on_once_the_wait_is_ended(
+def test_a_waiting_process_continues_after_a_reset(
     fks: Command, world: LocalMarket, database: Database
 ) -> None:
     options = app.enabled_options(load_settings())
     app.limiter_for(options, database).penalise("binance", 250)
     with start("backfill", "BTC/USDT", "1h", *JANUARY, *ONLY) as running:
         assert running.stderr is not None
-        assert any("told us to wait" in line for line in running.stderr)
+        assert any("demanded by the provider" in line for line in running.stderr)
         began = time.monotonic()
         assert fks("series", "providers", "--reset", "binance").exit_code == 0
         running.communicate(timeout=120)
@@ -455,7 +457,7 @@ def test_a_process_that_waits_goes_on_once_the_wait_is_ended(
     assert time.monotonic() - began < 100
 
 
-def test_a_cool_down_is_ended_by_hand(fks: Command, world: LocalMarket, database_url: str) -> None:
+def test_a_cool_down_is_ended_by_a_reset(fks: Command, world: LocalMarket, database_url: str) -> None:
     settings = load_settings()
     options = app.enabled_options(settings)
     reset = ("series", "providers", "--reset", "binance")
@@ -478,25 +480,23 @@ def test_a_cool_down_is_ended_by_hand(fks: Command, world: LocalMarket, database
         0,
     )
     assert 86_000 < archive["told_to_wait_seconds"] <= 86_400
-    assert shown == "binance: ended the count of its failures (2, the last one: binance: answered 502).\n"
-    assert fks(*reset).stdout == "binance: there is nothing to end: it is requested as usual.\n"
+    assert shown == "binance: ended the failure count (2, the last failure: binance: answered 502).\n"
+    assert fks(*reset).stdout == "binance: nothing to reset: it is requested as usual.\n"
     assert fks(*reset, "--json").json == {"provider": "binance", "ended": []}
 
 
-@pytest.mark.parametrize(("name", "says"), [("binanse", "did you mean binance?"), ("?", "known: binance ")])
-def test_a_provider_that_is_not_there_is_not_reset(
-    fks: Command, settings: Path, name: str, says: str
-) -> None:
-    told = fks("series", "providers", "--reset", name)
-    assert (told.exit_code, told.stdout) == (2, "")
-    assert f"{name!r} is not a provider" in told.stderr
-    assert says in told.stderr
+@pytest.mark.parametrize(("name", "hint"), [("binanse", "did you mean binance?"), ("?", "known: binance ")])
+def test_an_unknown_provider_is_not_reset(fks: Command, settings: Path, name: str, hint: str) -> None:
+    result = fks("series", "providers", "--reset", name)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{name!r} is not a provider" in result.stderr
+    assert hint in result.stderr
 
 
 # Batches
 
 
-def test_batches_tell_where_candles_come_from(fks: Command, synced: LocalMarket) -> None:
+def test_batches_name_the_origin_of_candles(fks: Command, synced: LocalMarket) -> None:
     fks("backfill", "ETH/USDT", "1h", *JANUARY, *ONLY)
     newest, oldest = fks("batches", "list", "--json").json
     assert (newest["symbol"], oldest["symbol"]) == ("ETH/USDT", "BTC/USDT")
@@ -507,7 +507,7 @@ def test_batches_tell_where_candles_come_from(fks: Command, synced: LocalMarket)
     assert oldest["source"] in fks("batches", "list").stdout
 
 
-def test_undo_takes_a_batch_back(fks: Command, synced: LocalMarket) -> None:
+def test_undo_of_a_batch(fks: Command, synced: LocalMarket) -> None:
     [batch] = fks("batches", "list", "--json").json
     done = fks("batches", "undo", str(batch["id"]), "--json")
     assert (done.exit_code, done.json["candles_taken_back"], done.json["missing"]) == (0, 740, 744)
@@ -522,24 +522,23 @@ def test_undo_takes_a_batch_back(fks: Command, synced: LocalMarket) -> None:
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "99999999999999999999"])
-def test_a_batch_that_cannot_be_is_wrong_usage(fks: Command, number: str) -> None:
-    told = fks("batches", "undo", "--", number)
-    assert (told.exit_code, told.stdout) == (2, "")
-    assert "is not in the range" in told.stderr
+def test_an_invalid_batch_id_is_a_usage_error(fks: Command, number: str) -> None:
+    result = fks("batches", "undo", "--", number)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "is not in the range" in result.stderr
 
 
-def test_gaps_of_what_was_never_synced(fks: Command, world: LocalMarket) -> None:
-    told = fks("gaps", "ETH/USDT", "1h", "--json")
-    assert (told.exit_code, told.json) == (0, [])
-    assert told.stderr == (
-        "ETH/USDT 1h: never synced, so no gap of it is known;"
-        " run `fks-backfill backfill ETH/USDT 1h` first.\n"
+def test_gaps_of_a_series_that_was_never_synced(fks: Command, world: LocalMarket) -> None:
+    result = fks("gaps", "ETH/USDT", "1h", "--json")
+    assert (result.exit_code, result.json) == (0, [])
+    assert result.stderr == (
+        "ETH/USDT 1h: never synced, so it has no known gaps; run `fks-backfill backfill ETH/USDT 1h` first.\n"
     )
 
 
-def test_the_depth_of_a_provider_is_told(fks: Command, world: LocalMarket) -> None:
+def test_the_depth_of_a_provider_is_listed(fks: Command, world: LocalMarket) -> None:
     rows = [row for row in fks("series", "providers", "--json").json if row["provider"] == "yfinance"]
     depths = {timeframe: row["depth_days"] for row in rows for timeframe in row["timeframes"]}
-    assert len(depths) == sum(len(row["timeframes"]) for row in rows), "each timeframe stands once"
+    assert len(depths) == sum(len(row["timeframes"]) for row in rows), "each timeframe is listed once"
     assert depths["1m"] < depths["5m"] < 100
     assert depths["1d"] is None

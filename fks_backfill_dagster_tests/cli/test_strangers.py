@@ -19,7 +19,7 @@ from fks_backfill_dagster_tests.accounts import IS_ROOT, as_stranger, give_to_st
 from fks_backfill_dagster_tests.cli.conftest import Command, Outcome
 
 PROGRAM = Path(sys.executable).with_name("fks-backfill")
-"""As installed: `python -m` would put the working folder on the path itself."""
+"""The installed one: `python -m` would add the working folder to the path."""
 
 MODULES = ("click", "dagster", "json", "psutil", "psycopg", "pydantic", "sqlalchemy", "sitecustomize", "yaml")
 
@@ -28,7 +28,7 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture
 def theirs(settings: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The working folder: another account's with a project and modules in it; not root: one that all may write."""
+    """The working folder, with a project and modules: another account's, or, not as root, writable for all."""
     folder = Path(tempfile.mkdtemp(prefix="fks-theirs-")).resolve()
     (folder / "config").mkdir()
     (folder / "config" / "backfill.yaml").write_text("batch_size_days: 3\n")
@@ -61,23 +61,23 @@ def program(settings: Path) -> Run:
 
 @pytest.mark.server
 @pytest.mark.parametrize("arguments", [["status"], ["up"], ["backfill", "BTC/USDT", "1h"], ["db", "url"]])
-def test_planted_settings_are_told_and_not_used(
+def test_planted_settings_are_reported_and_not_used(
     program: Run, theirs: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
     monkeypatch.delenv("FKS_CONFIG")
-    told = program(*arguments)
+    result = program(*arguments)
     file = theirs / "config" / "backfill.yaml"
-    assert (told.exit_code, told.stdout) == (2, "")
-    assert told.stderr.startswith(f"Error: {file}: is not used, because {theirs} ")
-    assert "set FKS_CONFIG" in told.stderr
-    assert told.stderr.count("\n") == 1
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"Error: {file}: is not used, because {theirs} ")
+    assert "set FKS_CONFIG" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.slow  # `host/test_processes.py` has the market and the guard
 def test_nothing_planted_is_imported_from_up_to_down(
     program: Run, theirs: Path, world: LocalMarket, settings: Path, tmp_path: Path
 ) -> None:
-    """All of it in a stranger's folder: one's own settings, the servers, a run of Dagster, the end."""
+    """In another account's folder, with own settings: servers, a run of Dagster, stop."""
     start = ("--start", "2024-01-01", "--end", "2024-02-01")
     try:
         up = program("up", "--port", str(free_port()))
@@ -96,7 +96,7 @@ def test_nothing_planted_is_imported_from_up_to_down(
 
 
 @pytest.mark.server
-def test_nothing_of_the_embedded_database_is_open(
+def test_no_file_of_the_embedded_database_is_open_to_others(
     program: Run, settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("FKS_DATABASE_URL")
@@ -110,7 +110,7 @@ def test_nothing_of_the_embedded_database_is_open(
 
 
 def _open_to_others(home: Path) -> list[Path]:
-    """What gives any right to the group or to others."""
+    """The files that grant any permission to the group or to others."""
     found = [path for path in (home, *home.rglob("*")) if not path.is_symlink()]
     return [path for path in found if path.stat().st_mode & 0o077]
 
@@ -138,11 +138,11 @@ def test_root_does_nothing_in_the_home_of_another_account(
     monkeypatch.setenv("FKS_HOME", str(home))
     monkeypatch.delenv("FKS_DATABASE_URL")
     before = sorted(home.rglob("*"))
-    told = fks(*arguments)
-    assert (told.exit_code, told.stdout) == (1, "")
-    assert f"{home} belongs to nobody" in told.stderr
-    assert "run this as that user" in told.stderr
-    assert told.stderr.count("\n") == 1
+    result = fks(*arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"{home} belongs to nobody" in result.stderr
+    assert "run this as that user" in result.stderr
+    assert result.stderr.count("\n") == 1
     assert (victim.read_text(), victim.stat().st_uid) == ("precious", 0)
     assert sorted(home.rglob("*")) == before
 
@@ -155,9 +155,9 @@ def test_a_link_in_the_place_of_the_home_is_not_followed(
     victim.mkdir(mode=0o755)
     (theirs / "home").symlink_to(victim)
     monkeypatch.setenv("FKS_HOME", str(theirs / "home"))  # the link is root's, the folder around it is not
-    told = fks("down")
-    assert (told.exit_code, told.stdout) == (1, "")
-    assert f"because {theirs} belongs to nobody" in told.stderr
+    result = fks("down")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"because {theirs} belongs to nobody" in result.stderr
     assert (list(victim.iterdir()), victim.stat().st_mode & 0o777) == ([], 0o755)
 
 
@@ -165,32 +165,30 @@ def test_a_link_in_the_place_of_the_home_is_not_followed(
 def test_links_planted_in_an_open_home_are_not_followed(
     fks: Command, world: LocalMarket, tmp_path: Path, name: str
 ) -> None:
-    """The home was open once, and is closed by now."""
+    """Links planted while the home was open are not followed once it is closed."""
     home, victim = tmp_path / "home", tmp_path / "victim"
     victim.write_text("precious")
     (home / name).parent.mkdir(parents=True)
     (home / name).symlink_to(victim)
     home.chmod(0o777)
-    told = fks("up", "--port", str(free_port()))
-    assert (told.exit_code, told.stdout) == (1, "")
-    assert f"{home} can be changed by other accounts (mode 0777)" in told.stderr
-    assert f"`chmod go-rwx {home}`" in told.stderr
-    assert told.stderr.count("\n") == 1
+    result = fks("up", "--port", str(free_port()))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"{home} can be changed by other accounts (mode 0777)" in result.stderr
+    assert f"`chmod go-rwx {home}`" in result.stderr
+    assert result.stderr.count("\n") == 1
     home.chmod(0o700)
     if name == "run/up.lock":
-        told = fks("down")
-        assert told.exit_code == 1
-        assert f"{home / name} is a link" in told.stderr
+        result = fks("down")
+        assert result.exit_code == 1
+        assert f"{home / name} is a link" in result.stderr
     assert victim.read_text() == "precious"
 
 
 @needs_root
-def test_another_account_reads_nothing_of_a_home(
-    process: Command, world: LocalMarket, tmp_path: Path
-) -> None:
+def test_another_account_cannot_read_a_home(process: Command, world: LocalMarket, tmp_path: Path) -> None:
     yard = Path(tempfile.mkdtemp(prefix="fks-")).resolve()
     yard.chmod(0o755)
-    os.environ["FKS_HOME"] = str(yard / "home")  # put back by the fixture that has set it
+    os.environ["FKS_HOME"] = str(yard / "home")  # restored by the fixture that has set it
     try:
         assert process("down").exit_code == 0
         for path in (yard / "home", yard / "home" / "run", yard / "home" / "run" / "up.lock"):

@@ -1,4 +1,4 @@
-"""What is wrong with a command line is told in one sentence, with the remedy, before anything is done."""
+"""An invalid command line is reported in one sentence, with the remedy, before anything is done."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def all_commands(group: click.Group = main, path: tuple[str, ...] = ()) -> Itera
 
 @pytest.mark.parametrize("path", list(all_commands()), ids=" ".join)
 def test_every_command_has_help_with_an_example(fks: Command, path: tuple[str, ...]) -> None:
-    told = fks(*path, "--help")
-    assert told.exit_code == 0
-    assert f"fks-backfill {' '.join(path)}" in told.stdout.partition("Example")[2]
+    result = fks(*path, "--help")
+    assert result.exit_code == 0
+    assert f"fks-backfill {' '.join(path)}" in result.stdout.partition("Example")[2]
 
 
-def test_the_commands_of_the_contract_are_there(fks: Command) -> None:
-    told = fks("--help").stdout
+def test_the_commands_of_the_contract_exist(fks: Command) -> None:
+    result = fks("--help").stdout
     for name in [
         "demo",
         "up",
@@ -43,7 +43,7 @@ def test_the_commands_of_the_contract_are_there(fks: Command) -> None:
         "export",
         "db",
     ]:
-        assert f"\n  {name} " in told
+        assert f"\n  {name} " in result
 
 
 @pytest.mark.parametrize(
@@ -76,34 +76,34 @@ def test_the_commands_of_the_contract_are_there(fks: Command) -> None:
     ],
 )
 def test_wrong_usage_is_one_sentence_and_exit_code_2(fks: Command, line: str, names: list[str]) -> None:
-    told = fks(*line.split(" "))
-    assert told.exit_code == 2
-    assert told.stdout == ""
-    assert told.stderr.startswith("Error: ")
-    assert told.stderr.count("\n") == 1
+    result = fks(*line.split(" "))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
     for name in names:
-        assert name in told.stderr
+        assert name in result.stderr
 
 
 def test_a_disabled_provider_cannot_be_named(fks: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ENABLED", "false")
-    told = fks("backfill", "BTC/USDT", "1h", "--provider", "binance")
-    assert (told.exit_code, told.stdout) == (2, "")
-    assert "providers.binance.enabled" in told.stderr
+    result = fks("backfill", "BTC/USDT", "1h", "--provider", "binance")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "providers.binance.enabled" in result.stderr
 
 
-def test_all_errors_of_the_settings_are_told_at_once(
+def test_all_errors_of_the_settings_are_reported_at_once(
     fks: Command, settings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings.write_text(
         "batch_size_days: 0\nsymbols:\n  - {symbol: BTC-USDT, asset_class: crypto, timeframes: [1h]}\n"
     )
     monkeypatch.setenv("FKS_BATCHSIZE", "3")
-    told = fks("status", "--json")
-    assert (told.exit_code, told.stdout) == (2, "")
-    assert [line.startswith("Error: ") for line in told.stderr.splitlines()] == [True] * 3
+    result = fks("status", "--json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert [line.startswith("Error: ") for line in result.stderr.splitlines()] == [True] * 3
     for place in ("batch_size_days", "symbols[0].symbol", "FKS_BATCHSIZE"):
-        assert place in told.stderr
+        assert place in result.stderr
 
 
 @pytest.mark.parametrize("url", ["mysql://root:hush@localhost/x", "nonsense", "postgresql://u:hush@h:port/x"])
@@ -111,25 +111,25 @@ def test_a_malformed_database_url_is_a_settings_error(
     fks: Command, monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
     monkeypatch.setenv("FKS_DATABASE_URL", url)
-    told = fks("status")
-    assert told.exit_code == 2
-    assert "FKS_DATABASE_URL" in told.stderr
-    assert "hush" not in told.stderr
+    result = fks("status")
+    assert result.exit_code == 2
+    assert "FKS_DATABASE_URL" in result.stderr
+    assert "hush" not in result.stderr
 
 
 @pytest.mark.parametrize(
     "line", ["status", "gaps BTC/USDT 1h", "audit", "batches list", "series list", "db init"]
 )
 def test_an_absent_database_is_one_sentence_without_the_password(fks: Command, line: str) -> None:
-    told = fks(*line.split(), "--json")
-    assert (told.exit_code, told.stdout) == (1, "")
-    assert told.stderr.startswith("Error: ")
-    assert told.stderr.count("\n") == 1
-    assert "FKS_DATABASE_URL" in told.stderr
-    assert "secret" not in told.stderr
+    result = fks(*line.split(), "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert "FKS_DATABASE_URL" in result.stderr
+    assert "secret" not in result.stderr
 
 
 def test_without_a_command_the_help_is_shown(fks: Command) -> None:
-    told = fks()
-    assert (told.exit_code, told.stdout) == (2, "")
-    assert "backfill" in told.stderr
+    result = fks()
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "backfill" in result.stderr

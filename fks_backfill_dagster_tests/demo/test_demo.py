@@ -1,4 +1,4 @@
-"""What the demo decides; that all of it works is what `make demo` shows."""
+"""Unit tests of the demo; `make demo` itself is the integration test."""
 
 from __future__ import annotations
 
@@ -34,18 +34,20 @@ def test_the_settings_of_the_first_run_are_kept(tmp_path: Path) -> None:
     assert path.read_text() == changed
 
 
-def test_its_home_is_below_the_usual_one_and_not_nested(
+def test_its_home_is_below_the_default_one_and_not_nested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("FKS_HOME", raising=False)
-    assert demo._usual_home() == CHECKOUT / ".fks" / "demo"
+    assert demo._default_home() == CHECKOUT / ".fks" / "demo"
     monkeypatch.setenv("FKS_HOME", str(tmp_path))
-    assert demo._usual_home() == tmp_path / "demo"
+    assert demo._default_home() == tmp_path / "demo"
     monkeypatch.setenv("FKS_HOME", str(tmp_path / "demo"))
-    assert demo._usual_home() == tmp_path / "demo"
+    assert demo._default_home() == tmp_path / "demo"
 
 
-def test_its_environment_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_environment_has_no_foreign_settings_and_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FKS_DATABASE_URL", "postgresql://real")
     monkeypatch.setenv("DAGSTER_HOME", "/real")
     monkeypatch.setenv("POLYGON_API_KEY", "a-real-key")
@@ -57,7 +59,7 @@ def test_its_environment_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(settings.series()) == 9
 
 
-def test_the_outages_are_what_the_market_understands(tmp_path: Path) -> None:
+def test_the_market_parses_the_outage_options(tmp_path: Path) -> None:
     made = demo.Demo(tmp_path, demo._write_settings(tmp_path), lambda text: None)
     for outage in made._outages():
         assert Outage.parse(outage.option).window == outage.window
@@ -66,5 +68,5 @@ def test_the_outages_are_what_the_market_understands(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("share", "shown"), [(1.0, "100 %"), (0.999999, "99.99 %"), (0.5, "50.00 %"), (0.0, "0.00 %")]
 )
-def test_nothing_is_rounded_up_to_whole(share: float, shown: str) -> None:
+def test_shares_are_not_rounded_up_to_100_percent(share: float, shown: str) -> None:
     assert demo._percent(share) == shown

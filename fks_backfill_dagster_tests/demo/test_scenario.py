@@ -1,6 +1,6 @@
-"""The market fails for one month of one symbol: exactly that partition is failed, and it alone is fetched again.
+"""The market fails for one month of one symbol: exactly that partition fails, and only it is fetched again.
 
-Through a real webserver, daemon and GraphQL, from a database without a schema to `launch`.
+With a real webserver, daemon and GraphQL, from a database without a schema to `launch`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def scene(empty_database_url: str, tmp_path: Path) -> Iterator[Scene]:
 
 
 def partitions(web: Webserver, asset: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """The newest materialization of every partition, as its page shows it."""
+    """The metadata of the newest materialization of each partition."""
     found = web.ask(
         "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {"
         " assetMaterializations(limit: 200) { partition metadataEntries { label"
@@ -51,14 +51,14 @@ def partitions(web: Webserver, asset: tuple[str, ...]) -> dict[str, dict[str, An
 
 
 def test_a_failed_month(scene: Scene) -> None:
-    # Exactly one of 72 is failed, and it says why.
+    # Exactly one of 72 partitions is failed, with its reason.
     failed = {one.series.symbol: list(keys) for one, keys in scene.first.failed.items()}
     assert failed == {symbol: [scene.failed] if symbol == FAILED_SYMBOL else [] for symbol in SYMBOLS}
     (reason,) = scene.first.reasons
     assert f"ETH/USDT 15m: 1 of {MONTHS} partitions ({scene.failed})" in reason
     assert "400" in reason
 
-    # Its neighbours are materialized, each with its own numbers.
+    # The others are materialized, each with its own counts.
     (eth,) = [one for one in scene.orders if one.series.symbol == FAILED_SYMBOL]
     shown = partitions(scene.web, eth.asset)
     assert set(shown) == set(eth.keys) - {scene.failed}
@@ -71,34 +71,34 @@ def test_a_failed_month(scene: Scene) -> None:
         assert (numbers["missing"], numbers["explained"], numbers["coverage"]) == (0, 0, 1.0)
         assert numbers["volume_sum"] > 0
 
-    # The checks have spoken although the run failed, and the compute log is short although it was long.
+    # The checks have results although the run failed, and its compute log is short.
     passed = {one.series.symbol: scene.web.check_outcomes(one.asset) for one in scene.orders}
     for symbol in SYMBOLS:
         outcomes = {outcome.name: outcome.passed for outcome in passed[symbol]}
         assert None not in outcomes.values()
-        # The history ends long ago, so nothing of it is fresh.
+        # The history ends long before now, so no series is fresh.
         assert outcomes["data_freshness"] is False
         assert symbol == FAILED_SYMBOL or (outcomes["completeness"] and outcomes["ohlc_sanity"])
     (run,) = scene.first.runs
-    told = compute_log(scene.web, run.id)
-    told = told[: next(n for n, line in enumerate(told) if "STEP_FAILURE" in line) + 1]
-    assert 4 <= len(told) <= 20
+    lines = compute_log(scene.web, run.id)
+    lines = lines[: next(n for n, line in enumerate(lines) if "STEP_FAILURE" in line) + 1]
+    assert 4 <= len(lines) <= 20
 
-    # Asked again as a whole after the recovery, it alone is fetched.
+    # A second backfill of all partitions after the recovery fetches only this one.
     done, fetched = scene.ask_again()
     assert done.succeeded
     assert not any(done.failed.values())
     (batch,) = fetched
     assert (batch.symbol, f"{batch.range_start:%Y-%m-%d}") == (FAILED_SYMBOL, scene.failed)
-    asked = [line["target"] for line in scene.market.journal()["last"]]
-    assert asked
-    # And beside it one stored candle on either side, which tell that it is the same market still.
-    month, beside = ([t for t in asked if ("-15m-" in t) == is_archive] for is_archive in (True, False))
+    requested = [line["target"] for line in scene.market.journal()["last"]]
+    assert requested
+    # In addition one stored candle on either side, to verify that the market is the same.
+    month, beside = ([t for t in requested if ("-15m-" in t) == is_archive] for is_archive in (True, False))
     assert month
     assert all("ETHUSDT-15m-" + scene.failed[:7] in target for target in month)
     assert [parse_qs(urlsplit(target).query)["symbol"] for target in beside] == [["ETHUSDT"]] * 2
 
-    # And by the command line, which finds nothing to fetch and says so with its exit code.
+    # By the command line: nothing is fetched, exit code 0.
     code, document = launched(scene, "BTC/USDT", "eth_usdt", "--start", scene.failed, "--end", eth.keys[-1])
     assert code == 0
     assert document["succeeded"] is True
@@ -108,11 +108,11 @@ def test_a_failed_month(scene: Scene) -> None:
     ]
     assert document["series"][0]["partitions"] == list(eth.keys[eth.keys.index(scene.failed) : -1])
     assert {run["status"] for run in document["runs"]} == {"SUCCESS"}
-    assert scene.market.requests() == len(asked)
+    assert scene.market.requests() == len(requested)
 
 
 def launched(scene: Scene, *arguments: str) -> tuple[int, Any]:
-    """`fks-backfill launch --json`, while the daemon starts: it then looks at once, and not in 30 s."""
+    """`fks-backfill launch --json` while the daemon starts: it polls at its start, then only every 30 s."""
     servers.stop_part(scene.settings, servers.DAEMON)
     starting = threading.Thread(
         target=servers.up,

@@ -1,4 +1,4 @@
-"""Small values for the tests of this layer."""
+"""Builders of values for the tests of this layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The past of an exchange calendar: kept, compared with another version of its library, and told apart by date."""
+"""Past sessions of an exchange calendar: stored form, and comparison with another version of the library."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TYPHOON = ("2023-09-01", "2023-09-08")
 
 
 @pytest.mark.parametrize("calendar", ["XHKG", "XNYS", "CMES", "24/7"])
-def test_what_is_kept_comes_back(calendar: str) -> None:
+def test_packing_is_reversible(calendar: str) -> None:
     past = past_sessions(calendar, UNTIL)
     packed = past.packed()
     assert np.array_equal(PastSessions.unpacked(packed).rows, past.rows)
@@ -38,14 +38,14 @@ def test_what_is_kept_comes_back(calendar: str) -> None:
     assert not compare(past, past)
 
 
-def test_nothing_is_kept_of_a_calendar_before_it_begins() -> None:
+def test_no_sessions_before_a_calendar_begins() -> None:
     past = past_sessions("XTKS", at("1970-01-01T00:00Z"))
     assert len(past.rows) == 0
     assert np.array_equal(PastSessions.unpacked(past.packed()).rows, past.rows)
 
 
 def test_only_the_past_is_compared(update: Update) -> None:
-    """A closure of the future changes nothing that was kept."""
+    """A future closure does not change the digest of the past."""
     before = digest_of("XHKG", UNTIL)
     update("XHKG", closed=["2024-06-17"])
     assert digest_of("XHKG", UNTIL) == before
@@ -68,7 +68,7 @@ def test_sessions_that_are_gone_new_and_shorter(update: Update) -> None:
         "2022-11-02 is a new session, 2023-09-01 and 2023-09-08 are no sessions any more,"
         " the hours of 2021-10-12 and 2023-07-18 have changed"
     )
-    # From the date, which names the candle of the day, to the close by either.
+    # From the date, which is the open of the day's candle, to the later close of the two versions.
     assert list(found.spans) == [
         TimeRange(at(f"{day}T00:00Z"), at(f"{day}T08:00Z"))
         for day in ("2021-10-12", "2022-11-02", "2023-07-18", "2023-09-01", "2023-09-08")

@@ -1,4 +1,4 @@
-"""Dates without trading: every candle of them, and none that holds a traded minute."""
+"""Closed dates: all of their candles, and no candle that contains a traded minute."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fks_backfill_dagster.domain.closures import (
     ClosureChange,
     closed_ranges,
     forex_holidays,
-    read,
-    written,
+    format_dates,
+    parse_dates,
 )
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
@@ -38,7 +38,7 @@ def series_of(market: tuple[AssetClass, str], timeframe: Timeframe) -> Series:
 
 @cache
 def sessions(calendar: str) -> tuple[np.ndarray, np.ndarray]:
-    """Dates and closes of the exchange's sessions, by its library."""
+    """Dates and closes of the exchange's sessions, from the calendar library."""
     import exchange_calendars
 
     schedule = exchange_calendars.get_calendar(calendar, start="2006-01-01", end="2027-12-31").schedule
@@ -74,7 +74,7 @@ def test_a_candle_is_closed_if_all_its_minutes_are_on_closed_dates(
     ranges = closed_ranges(series, closed)
     start = to_micros(datetime(begin.year, begin.month, begin.day, tzinfo=UTC))
     window = TimeRange(start - 10 * MICROS_PER_DAY, start + 50 * MICROS_PER_DAY)
-    # Quarters of an hour stand for minutes: every edge of trading here is one of theirs.
+    # Quarters of an hour represent minutes: every edge of trading here lies on one.
     parts = grid_of(series_of(market, Timeframe.M15)).opens(window)
     grid = grid_of(series)
     opens = grid.opens(TimeRange(window.start + 8 * MICROS_PER_DAY, window.end - 8 * MICROS_PER_DAY))
@@ -108,14 +108,14 @@ def test_stretches_begin_and_end_with_candles(
     last = grid.at(grid.rank(ranges.ends) - 1)
     assert grid.closes(last).tolist() == ranges.ends.tolist()
     days = [(begin + timedelta(days=n),) * 2 for n in range(more + 1)]
-    if timeframe not in (Timeframe.W1, Timeframe.H4):  # of which one may hold two days
+    if timeframe not in (Timeframe.W1, Timeframe.H4):  # one candle of these may contain two days
         each = RangeSet(part for day in days for part in closed_ranges(series, [day]))
         opens = grid.opens(TimeRange(at(f"{begin}T00:00Z"), at(f"{begin}T00:00Z") + 20 * MICROS_PER_DAY))
         assert each.contains(opens).tolist() == ranges.contains(opens).tolist()
 
 
 def test_a_typhoon_day_in_hong_kong() -> None:
-    """8 September 2023: both halves of the session, and the lunch between them."""
+    """8 September 2023: both halves of the session, and the lunch break."""
     of = [(date(2023, 9, 8), date(2023, 9, 8))]
     hong_kong = (STOCKS, "XHKG")
     assert list(closed_ranges(series_of(hong_kong, Timeframe.M1), of)) == [
@@ -134,7 +134,7 @@ def test_a_closed_forex_day_ends_at_five_in_new_york() -> None:
     of = [(date(2024, 7, 4), date(2024, 7, 4))]
     hours = closed_ranges(series_of((FOREX, ""), Timeframe.H1), of)
     assert list(hours) == [TimeRange(at("2024-07-03T21:00Z"), at("2024-07-04T21:00Z"))]
-    # 20:00 to 24:00 UTC holds the end of one day and the begin of the next, on either side.
+    # 20:00 to 24:00 UTC contains the end of one day and the start of the next, on either side.
     four = closed_ranges(series_of((FOREX, ""), Timeframe.H4), of)
     assert list(four) == [TimeRange(at("2024-07-04T00:00Z"), at("2024-07-04T20:00Z"))]
     monday = closed_ranges(series_of((FOREX, ""), Timeframe.H4), [(date(2024, 7, 1), date(2024, 7, 1))])
@@ -144,7 +144,7 @@ def test_a_closed_forex_day_ends_at_five_in_new_york() -> None:
 
 
 @pytest.mark.parametrize("market", MARKETS)
-def test_no_dates_close_nothing(market: tuple[AssetClass, str]) -> None:
+def test_no_dates_close_no_candle(market: tuple[AssetClass, str]) -> None:
     for timeframe in Timeframe:
         assert not closed_ranges(series_of(market, timeframe), [])
         assert not closed_ranges(series_of(market, timeframe), [(date(1960, 1, 1), date(1961, 1, 1))])
@@ -174,7 +174,7 @@ def test_forex_holidays_are_wall_time_of_new_york(minute: int, days: int) -> Non
 
 
 def test_the_holidays_of_two_years() -> None:
-    """The figure of the real OANDA hours of 2016 and 2017: five stretches touch them."""
+    """As in the real OANDA hours of 2016 and 2017: five holidays intersect them."""
     window = TimeRange(at("2016-01-01T00:00Z"), at("2018-01-01T00:00Z"))
     assert [f"{datetime.fromtimestamp(h.start / 1e6, UTC):%Y-%m-%d}" for h in forex_holidays(window)] == [
         "2015-12-31",
@@ -190,13 +190,13 @@ def test_the_holidays_of_two_years() -> None:
 
 def test_dates_as_text() -> None:
     one, stretch = (date(2023, 9, 1),) * 2, (date(2024, 11, 14), date(2024, 11, 15))
-    assert written([one, stretch]) == "2023-09-01 2024-11-14/2024-11-15"
-    assert read(written([one, stretch])) == [one, stretch]
-    assert (written([]), read("")) == ("", [])
+    assert format_dates([one, stretch]) == "2023-09-01 2024-11-14/2024-11-15"
+    assert parse_dates(format_dates([one, stretch])) == [one, stretch]
+    assert (format_dates([]), parse_dates("")) == ("", [])
 
 
-def test_what_other_closed_dates_change() -> None:
-    """Both halves of a day in Hong Kong, but of its week nothing: the other days were traded."""
+def test_the_effect_of_other_closed_dates() -> None:
+    """Both halves of a day in Hong Kong, but not its week: the other days have trades."""
     first, second = (date(2023, 9, 1),) * 2, (date(2023, 9, 8),) * 2
     hours = series_of((STOCKS, "XHKG"), Timeframe.H1)
     change = ClosureChange.of(hours, [first], [second])
@@ -206,6 +206,6 @@ def test_what_other_closed_dates_change() -> None:
     assert list(change.added) == [TimeRange(at("2023-09-08T00:00Z"), at("2023-09-08T08:00Z"))]
     week = ClosureChange.of(series_of((STOCKS, "XHKG"), Timeframe.W1), [], [first, second])
     assert (len(week.touched), len(week.added)) == (0, 2)
-    # A stretch that grows adds one date; the others stay as they were.
+    # A longer stretch adds one date and does not change the others.
     grown = ClosureChange.of(hours, [first], [(date(2023, 8, 31), date(2023, 9, 1))])
     assert (grown.dates, grown.withdrawn, len(grown.touched)) == (1, 0, 1)

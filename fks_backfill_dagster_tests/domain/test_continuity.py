@@ -24,10 +24,8 @@ def candles(opens: list[float], closes: list[float]) -> Candles:
     st.integers(3, 60),
     st.sets(st.integers(1, 59)),
 )
-def test_where_every_candle_begins_elsewhere_an_edge_shows_nothing(
-    ratio: float, n: int, borders: set[int]
-) -> None:
-    """Each closes at `ratio` times its open, and the next one begins at the same open."""
+def test_usual_steps_between_candles_are_no_jumps(ratio: float, n: int, borders: set[int]) -> None:
+    """Each candle closes at `ratio` times its open, and the next one has the same open."""
     block = candles([100.0] * n, [100.0 * ratio] * n)
     seams = np.array(sorted(at for at in borders if at < n), dtype=np.int64) * HOUR
     assert not doubtful(block, seams).any()
@@ -41,10 +39,10 @@ def test_another_level_is_seen_in_steady_candles(factor: float) -> None:
     block, seams = candles(prices, prices), np.array([10, 20], dtype=np.int64) * HOUR
     assert np.flatnonzero(foreign(block, seams)).tolist() == list(range(10, 20))
     assert np.flatnonzero(doubtful(block.take(slice(0, 20)), seams)).tolist() == list(range(10))
-    assert not foreign(block, seams + HOUR).any()  # a market that moves elsewhere than at the edges
+    assert not foreign(block, seams + HOUR).any()  # a move beside the edges is the market's
 
 
-def test_responses_contradict_only_about_candles_that_both_hold() -> None:
+def test_responses_contradict_only_in_common_candles() -> None:
     block = candles([100.0] * 20, [100.0] * 20)
     other = candles([130.0] * 20, [130.0] * 20)
     head, tail = slice(0, 12), slice(10, 20)

@@ -1,4 +1,4 @@
-"""Coarse candles against a slow obvious definition, and against real files."""
+"""Derived candles against a slow reference implementation, and against real files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fks_backfill_dagster_tests.domain.builders import at, candles, flat, grid, 
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 
-# What may be derived from what: (asset class, fine, coarse, calendar).
+# Valid derivations: (asset class, fine, coarse, calendar).
 PAIRS = [
     ("crypto", "1m", "5m", ""),
     ("crypto", "1h", "4h", ""),
@@ -46,28 +46,28 @@ MOMENTS = ["2015-03-06", "2015-11-20", "2015-12-21", "2001-09-07", "2016-10-28"]
 
 @dataclass(frozen=True)
 class Slow:
-    """What became of the candles of a window: the rows, and of each expected candle (parts, given, no-trade)."""
+    """The reference result for a window: the rows, and for each expected candle (parts, given, no-trade)."""
 
     rows: list[list[float]]
     counts: list[tuple[int, int, int, int]]
 
 
-def slowly(parts: Candles, fine: Grid, coarse: Grid, asked: TimeRange, no_trade: Instants) -> Slow:
-    """One candle after the other, one part after the other."""
-    everything = TimeRange(asked.start - 5 * MICROS_PER_WEEK, asked.end + 2 * MICROS_PER_WEEK)
+def slowly(parts: Candles, fine: Grid, coarse: Grid, requested: TimeRange, no_trade: Instants) -> Slow:
+    """The reference implementation: candle by candle, part by part."""
+    everything = TimeRange(requested.start - 5 * MICROS_PER_WEEK, requested.end + 2 * MICROS_PER_WEEK)
     opens = coarse.opens(everything)
     closes = coarse.closes(opens).tolist()
     given_rows = {row[0]: row for row in zip(*(c.tolist() for c in parts.columns()), strict=True)}
-    quiet = set(no_trade.tolist())
+    no_trade_opens = set(no_trade.tolist())
     found = Slow([], [])
     for (since, until), start in zip(pairwise(closes), opens.tolist()[1:], strict=True):
-        if not asked.contains(start):
+        if not requested.contains(start):
             continue
         wanted = fine.opens(TimeRange(since, until)).tolist()
         rows = [given_rows[ts] for ts in wanted if ts in given_rows]
-        silent = [ts for ts in wanted if ts not in given_rows and ts in quiet]
-        found.counts.append((start, len(wanted), len(rows), len(silent)))
-        if not rows or len(rows) + len(silent) < len(wanted):
+        explained = [ts for ts in wanted if ts not in given_rows and ts in no_trade_opens]
+        found.counts.append((start, len(wanted), len(rows), len(explained)))
+        if not rows or len(rows) + len(explained) < len(wanted):
             continue
         _, opened, high, low, closed, volume = map(list, zip(*rows, strict=True))
         found.rows.append([start, opened[0], max(high), min(low), closed[-1], math.fsum(volume)])
@@ -91,7 +91,7 @@ def random_parts(ts: np.ndarray, seed: int) -> Candles:
     explained=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 2**32),
 )
-def test_like_the_slow_definition(
+def test_against_the_slow_reference(
     pair: tuple[str, str, str, str],
     moment: str,
     hours: tuple[int, int],
@@ -102,35 +102,35 @@ def test_like_the_slow_definition(
     asset_class, small, large, calendar = pair
     fine, coarse = grid(asset_class, small, calendar), grid(asset_class, large, calendar)
     start = at(f"{moment}T00:00:00Z") + hours[0] * MICROS_PER_HOUR
-    asked = TimeRange(start, start + hours[1] * MICROS_PER_HOUR)
+    requested = TimeRange(start, start + hours[1] * MICROS_PER_HOUR)
     random = np.random.default_rng(seed)
-    ts = fine.opens(TimeRange(asked.start - 2 * MICROS_PER_WEEK, asked.end + 2 * MICROS_PER_WEEK))
+    ts = fine.opens(TimeRange(requested.start - 2 * MICROS_PER_WEEK, requested.end + 2 * MICROS_PER_WEEK))
     gone = random.random(len(ts)) < absent
-    # Some no-trade intervals were given all the same: a part that is there is there.
-    quiet = ts[(gone & (random.random(len(ts)) < explained)) | (random.random(len(ts)) < 0.01)]
+    # Some no-trade intervals have a part all the same: the part is used.
+    no_trade = ts[(gone & (random.random(len(ts)) < explained)) | (random.random(len(ts)) < 0.01)]
     parts = random_parts(ts[~gone], seed)
 
-    made = derive(parts, fine, coarse, asked, quiet)
+    made = derive(parts, fine, coarse, requested, no_trade)
 
-    slow = slowly(parts, fine, coarse, asked, quiet)
+    slow = slowly(parts, fine, coarse, requested, no_trade)
     rows = [list(row) for row in zip(*(column.tolist() for column in made.candles.columns()), strict=True)]
     assert rows == slow.rows
     counts = (made.opens, made.expected, made.present, made.no_trade)
     assert list(zip(*(one.tolist() for one in counts), strict=True)) == slow.counts
     assert made.opens[made.made].tolist() == [row[0] for row in slow.rows]
-    assert made.partial.tolist() == [0 < given < of - quiet for _, of, given, quiet in slow.counts]
+    assert made.partial.tolist() == [0 < given < of - without for _, of, given, without in slow.counts]
 
 
 @pytest.mark.parametrize(("asset_class", "small", "large", "calendar"), PAIRS)
 def test_the_span_of_the_parts_is_enough(asset_class: str, small: str, large: str, calendar: str) -> None:
     fine, coarse = grid(asset_class, small, calendar), grid(asset_class, large, calendar)
-    asked = window("2015-11-20T00:00:00Z", "2016-01-10T00:00:00Z")
-    span = parts_span(coarse, asked)
-    made = derive(flat(fine.opens(span)), fine, coarse, asked)
-    assert np.array_equal(made.candles.ts, coarse.opens(asked))
+    requested = window("2015-11-20T00:00:00Z", "2016-01-10T00:00:00Z")
+    span = parts_span(coarse, requested)
+    made = derive(flat(fine.opens(span)), fine, coarse, requested)
+    assert np.array_equal(made.candles.ts, coarse.opens(requested))
     assert len(made.candles) > 0
-    assert span.start >= asked.start - MICROS_PER_DAY
-    assert span.end <= asked.end + MICROS_PER_WEEK
+    assert span.start >= requested.start - MICROS_PER_DAY
+    assert span.end <= requested.end + MICROS_PER_WEEK
 
 
 def test_nothing_opens_in_the_window() -> None:
@@ -142,8 +142,8 @@ def test_nothing_opens_in_the_window() -> None:
 
 
 def test_a_sydney_day_begins_the_evening_before() -> None:
-    asked = window("2015-11-24T00:00:00Z", "2015-11-25T00:00:00Z")
-    assert parts_span(grid("stocks", "1d", "XASX"), asked).start <= at("2015-11-23T23:00:00Z")
+    requested = window("2015-11-24T00:00:00Z", "2015-11-25T00:00:00Z")
+    assert parts_span(grid("stocks", "1d", "XASX"), requested).start <= at("2015-11-23T23:00:00Z")
 
 
 H = MICROS_PER_HOUR
@@ -153,25 +153,25 @@ HOURS, FOURS = grid("crypto", "1h"), grid("crypto", "4h")
 
 
 @pytest.mark.parametrize(
-    ("absent", "quiet", "made"),
+    ("absent", "explained", "made"),
     [
         ((), (), [0, 4]),
         ((2,), (), [4]),
         ((0,), (), [4]),
         ((7,), (), [0]),
-        ((0,), (0,), [0, 4]),  # a no-trade interval at an edge is as good as one in the middle
+        ((0,), (0,), [0, 4]),  # a no-trade interval at an edge counts like one in the middle
         ((7,), (7,), [0, 4]),
         ((4, 5, 6), (4, 5, 6), [0, 4]),
         ((4, 5, 6), (4, 6), [0]),
         ((3, 4), (3,), [0]),
-        ((0, 1, 2, 3), (0, 1, 2, 3), [4]),  # of nothing nothing is made
+        ((0, 1, 2, 3), (0, 1, 2, 3), [4]),  # without parts there is no candle
     ],
 )
 def test_every_absent_part_must_be_a_no_trade_interval(
-    absent: tuple[int, ...], quiet: tuple[int, ...], made: list[int]
+    absent: tuple[int, ...], explained: tuple[int, ...], made: list[int]
 ) -> None:
     parts = candles(*(row for n, row in enumerate(SANE) if n not in absent))
-    derived = derive(parts, HOURS, FOURS, DAY, np.array([n * H for n in quiet], dtype=np.int64))
+    derived = derive(parts, HOURS, FOURS, DAY, np.array([n * H for n in explained], dtype=np.int64))
     assert (derived.candles.ts // H).tolist() == made
 
 
@@ -180,12 +180,12 @@ def test_parts_beside_the_window_are_not_counted() -> None:
     assert (derived.expected.tolist(), derived.present.tolist(), derived.no_trade.tolist()) == ([4], [4], [0])
 
 
-def test_parts_know_their_candle() -> None:
+def test_owners_of_parts() -> None:
     opens = FOURS.opens(DAY)
     assert owners(opens, FOURS, np.array([0, 3 * H, 4 * H, 7 * H + 7])).tolist() == [0, 0, 4 * H, 4 * H]
 
 
-def test_no_volume_makes_no_volume() -> None:
+def test_a_missing_volume_makes_the_sum_missing() -> None:
     parts = candles(*SANE[:7], (7 * H, 2.0, 3.0, 1.0, 2.0, math.nan))
     made = derive(parts, HOURS, FOURS, DAY).candles
     assert made.volume[0] == 4.0
@@ -193,25 +193,25 @@ def test_no_volume_makes_no_volume() -> None:
 
 
 def test_a_grid_that_does_not_divide() -> None:
-    asked = window("2015-11-24T00:00:00Z", "2015-11-25T00:00:00Z")
+    requested = window("2015-11-24T00:00:00Z", "2015-11-25T00:00:00Z")
     fours, days = grid("forex", "4h"), grid("forex", "1d")  # a forex day begins at 22:00 UTC in winter
     with pytest.raises(ValueError, match="does not divide"):
-        derive(flat(fours.opens(parts_span(days, asked))), fours, days, asked)
+        derive(flat(fours.opens(parts_span(days, requested))), fours, days, requested)
 
 
 def test_real_apple_days_from_hours() -> None:
     if not SHARED.exists():
-        pytest.skip("the real files are only there beside the shared folder")
+        pytest.skip("the folder with the real files does not exist")
     hours, days = (read_csv(SHARED / f"equity/AAPL-{timeframe}.csv.gz") for timeframe in ("1h", "1d"))
-    asked = window("2009-01-01T00:00:00Z", "2021-03-31T00:00:00Z")
+    requested = window("2009-01-01T00:00:00Z", "2021-03-31T00:00:00Z")
     fine, coarse = grid("stocks", "1h"), grid("stocks", "1d")
     hours = hours.take(fine.contains(hours.ts))  # as verified
-    lacking = missing_of(fine.opens(asked), hours.ts)
-    days = days.within(asked)
-    made = derive(hours, fine, coarse, asked, lacking).candles
+    lacking = missing_of(fine.opens(requested), hours.ts)
+    days = days.within(requested)
+    made = derive(hours, fine, coarse, requested, lacking).candles
     assert np.array_equal(made.ts, days.ts)
     assert np.mean(np.isclose(made.high, days.high, rtol=1e-3)) > 0.9
     assert np.mean(np.isclose(made.low, days.low, rtol=1e-3)) > 0.9
     # Without an explanation each absent hour costs its day.
-    whole = derive(hours, fine, coarse, asked)
+    whole = derive(hours, fine, coarse, requested)
     assert 0 < len(made) - len(whole.candles) == int(whole.partial.sum()) <= len(lacking)

@@ -1,4 +1,4 @@
-"""Lag in closed candles, how much of it is allowed, and the verdict."""
+"""Lag in closed candles, the allowed lag, and the verdict."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def assessed(
     quiet_tail: int = 0,
     end: int | None = None,
 ) -> Freshness:
-    """Of a series that was synced from 2020 up to `now` if nothing else is given."""
+    """The freshness of a series, by default synced from 2020 up to `now`."""
     moment = at(now)
     return assess(
         grid(asset_class, timeframe),
@@ -79,7 +79,7 @@ def test_crypto(timeframe: str, newest: str, now: str, lag: int, allowed: int, v
         ("stocks", "1m", "2024-03-08T20:59Z", "2024-03-11T13:30Z", 0, FRESH),
         ("stocks", "1m", "2024-03-08T20:59Z", "2024-03-11T13:48Z", 18, FRESH),
         ("stocks", "1m", "2024-03-08T20:59Z", "2024-03-11T13:49Z", 19, LATE),
-        # At night everything is due: the session ended hours ago.
+        # At night all candles are due: the session ended hours ago.
         ("stocks", "1m", "2024-03-08T20:56Z", "2024-03-09T02:00Z", 3, FRESH),
         ("stocks", "1m", "2024-03-08T20:55Z", "2024-03-09T02:00Z", 4, LATE),
         # Good Friday is no session, so four days later one is missing.
@@ -96,12 +96,12 @@ def test_closed_hours_are_no_lag(
 
 
 def test_a_publication_delay_is_allowed() -> None:
-    """An end-of-day plan gives the whole session late, and no more than that."""
+    """An end-of-day plan publishes the whole session late; more lag is not allowed."""
     late = assessed("stocks", "1m", "2024-03-08T20:59Z", "2024-03-11T20:30Z", publication=MICROS_PER_DAY)
     assert (late.lag, late.allowed, late.overdue, late.verdict) == (390, 390, 0, FRESH)
     later = assessed("stocks", "1m", "2024-03-08T20:59Z", "2024-03-12T15:00Z", publication=MICROS_PER_DAY)
     assert later.verdict is STALE
-    assert later.overdue == 75  # what had closed on Monday by 14:45
+    assert later.overdue == 75  # the candles that had closed on Monday by 14:45
 
 
 def test_a_quiet_tail_is_no_lag() -> None:
@@ -115,7 +115,7 @@ def test_from_its_end_on_nothing_is_expected() -> None:
     end, now = at("2024-03-01T00:00Z"), "2024-03-05T12:00Z"
     whole = assessed("crypto", "1h", "2024-02-29T23:00Z", now, end=end)
     assert (whole.lag, whole.verdict) == (0, FRESH)
-    # Synced up to its end: what is missing before is a gap, and no newer candle will come.
+    # Synced up to its end: candles missing before are a gap, and no newer candle is expected.
     gap = assessed("crypto", "1h", "2024-02-29T03:00Z", now, end=end)
     assert (gap.lag, gap.verdict) == (20, FRESH)
     halfway = assessed(
@@ -154,7 +154,7 @@ def test_a_series_without_a_candle_is_never_fresh() -> None:
 def test_the_verdict_follows_from_the_candles_that_are_overdue(
     asset_class: str, timeframe: str, now: int, behind: int, quiet: int, publication: int
 ) -> None:
-    """Counted one by one, whatever the calendar: a candle is overdue when it closed before the delay."""
+    """Counted one by one, for any calendar: a candle is overdue if it closed before the delay."""
     expected = grid(asset_class, timeframe)
     opens = expected.opens(TimeRange(now - 800 * MICROS_PER_DAY, now + 1))
     closed = opens[expected.closes(opens) <= now]
@@ -172,7 +172,7 @@ def test_the_verdict_follows_from_the_candles_that_are_overdue(
 @given(
     newest=st.integers(0, 400), now=st.integers(401, 500), warn=st.integers(0, 20), more=st.integers(0, 20)
 )
-def test_nothing_gets_fresher_by_waiting(newest: int, now: int, warn: int, more: int) -> None:
+def test_time_never_improves_the_verdict(newest: int, now: int, warn: int, more: int) -> None:
     order = [FRESH, LATE, STALE]
     thresholds = Thresholds(warn, warn + more)
 
@@ -202,5 +202,5 @@ def test_nothing_gets_fresher_by_waiting(newest: int, now: int, warn: int, more:
         ("forex", "1h", "2024-03-10T12:00Z", "2024-03-07T22:00Z"),
     ],
 )
-def test_what_is_recent(asset_class: str, timeframe: str, now: str, start: str) -> None:
+def test_start_of_the_recent_candles(asset_class: str, timeframe: str, now: str, start: str) -> None:
     assert recent_start(grid(asset_class, timeframe), at(now)) == at(start)

@@ -1,4 +1,4 @@
-"""The grid against written-down truth (data/grid), slow definitions, and real candles."""
+"""The grid against golden files (data/grid), slow reference implementations, and real candles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.calendars import past_sessions
-from fks_backfill_dagster.domain.grid import Grid, _intraday, _passed_over, grid_of
+from fks_backfill_dagster.domain.grid import Grid, _intraday, _is_ignored, grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import (
@@ -86,7 +86,7 @@ def near_new_york_weekend() -> st.SearchStrategy[int]:
 
 @given(grids_and_windows())
 @settings(max_examples=examples(150))
-def test_the_parts_agree(drawn: tuple[Grid, TimeRange, int]) -> None:
+def test_the_methods_of_a_grid_agree(drawn: tuple[Grid, TimeRange, int]) -> None:
     it, span, step = drawn
     opens = it.opens(span)
     assert opens.dtype == np.int64
@@ -112,7 +112,7 @@ def test_the_parts_agree(drawn: tuple[Grid, TimeRange, int]) -> None:
 
 @given(grids_and_windows())
 @settings(max_examples=examples(100))
-def test_a_cut_window_loses_nothing(drawn: tuple[Grid, TimeRange, int]) -> None:
+def test_the_halves_of_a_window_have_the_same_opens(drawn: tuple[Grid, TimeRange, int]) -> None:
     it, span, _ = drawn
     middle = (span.start + span.end) // 2
     halves = [it.opens(TimeRange(span.start, middle)), it.opens(TimeRange(middle, span.end))]
@@ -148,7 +148,7 @@ def test_empty_window(asset_class: str, timeframe: str, calendar: str) -> None:
 @given(st.integers(0, 78 * 52), st.sampled_from(INTRADAY))
 @settings(max_examples=examples(25))
 def test_forex_minute_by_minute(week: int, timeframe: Timeframe) -> None:
-    """Every minute of a week asked of the time zone database: in session or not."""
+    """Every minute of a week against the time zone database: in session or not."""
     start = datetime(1970, 1, 8, tzinfo=UTC) + timedelta(weeks=week)  # a Thursday
     minutes = [start + timedelta(minutes=n) for n in range(7 * 24 * 60)]
     trading = [to_micros(m) for m in minutes if forex_is_open(m)]
@@ -214,7 +214,7 @@ def test_stocks_against_the_calendars_own_minutes(calendar: str, timeframe: Time
     st.integers(0, 4),
 )
 def test_sessions_that_share_bars(parts: list[tuple[int, int]], timeframe: Timeframe, offset: int) -> None:
-    """Breaks shorter than a bar, sessions shorter than one, several in one: no real calendar has all."""
+    """Breaks shorter than a bar, sessions shorter than a bar, several in one bar: no real calendar has all of them."""
     edges = np.cumsum(np.array(parts).ravel()).reshape(-1, 2)
     starts, ends = edges[:, 0] * MICROS_PER_MINUTE, edges[:, 1] * MICROS_PER_MINUTE
     offsets = np.full_like(starts, offset * MICROS_PER_MINUTE)
@@ -244,7 +244,7 @@ def test_stock_days_and_weeks(calendar: str) -> None:
 # --- edges ---------------------------------------------------------------------------------------
 
 
-def test_on_clock_tells_a_foreign_hour_from_a_stray_row() -> None:
+def test_on_clock_distinguishes_a_foreign_hour_from_a_stray_row() -> None:
     it = grid("stocks", "1h")
     pre_market, holiday, stray = (
         at(t) for t in ("2024-01-03T10:00Z", "2024-12-25T15:00Z", "2024-01-03T15:07Z")
@@ -275,7 +275,7 @@ def test_on_clock_between_sessions(
     assert (it.contains(instants)[0], it.on_clock(instants)[0]) == (expected, on_clock)
 
 
-def test_closed_end_waits_over_the_weekend() -> None:
+def test_closed_end_over_a_weekend() -> None:
     it = grid("stocks", "1h")
     assert iso(it.closed_end(at("2024-01-05T20:59:59Z"))) == "2024-01-05T20:00:00+00:00"
     for now in ("2024-01-05T21:00Z", "2024-01-07T12:00Z", "2024-01-08T14:59Z"):
@@ -295,7 +295,7 @@ def test_nothing_is_expected_before_a_calendar_begins() -> None:
     assert grid("stocks", "1d").contains(np.array([first, before])).tolist() == [True, False]
 
 
-def test_a_calendar_that_ran_out_is_noticed() -> None:
+def test_an_exhausted_calendar_raises() -> None:
     for it, name in ((grid("stocks", "1h"), "XNYS"), (grid("forex", "1d"), "forex")):
         with pytest.raises(ValueError, match=rf"{name}.* known up to 20\d\d-.* upgrade exchange-calendars"):
             it.closed_end(at("2060-01-01T00:00Z"))
@@ -307,7 +307,7 @@ def test_unknown_calendar() -> None:
         grid_of(series)
 
 
-def test_grids_are_made_once() -> None:
+def test_grids_are_cached() -> None:
     one = Series("AAPL", Timeframe.H1, AssetClass.STOCKS)
     assert grid_of(one) is grid_of(Series("MSFT", Timeframe.H1, AssetClass.STOCKS))
     assert grid_of(one) is not grid_of(Series("MSFT", Timeframe.H1, AssetClass.STOCKS, "XLON"))
@@ -330,7 +330,7 @@ def test_ten_years_of_minutes_are_quick() -> None:
 
 
 def test_real_apple_days(shared_data: Callable[[str], Path]) -> None:
-    """5,849 sessions of 23 years, closures of 2001 and 2012 included: none too many, none too few."""
+    """Exactly 5,849 sessions of 23 years, closures of 2001 and 2012 included."""
     ts = read_csv(shared_data("equity/AAPL-1d.csv.gz")).ts
     assert len(ts) == 5_849
     expected = grid("stocks", "1d").opens(TimeRange(int(ts[0]), int(ts[-1]) + 1))
@@ -340,7 +340,7 @@ def test_real_apple_days(shared_data: Callable[[str], Path]) -> None:
 def test_real_euro_hours(shared_data: Callable[[str], Path]) -> None:
     """Twelve years with two clock changes each: no row outside the session.
 
-    What is absent in 2016 and 2017 are holidays and the provider's holes of the MANIFEST.
+    The absent hours of 2016 and 2017 are holidays and the provider's holes listed in the MANIFEST.
     """
     ts = read_csv(shared_data("forex/EURUSD-1h.csv.gz")).ts
     it, span = grid("forex", "1h"), window("2016-01-01T00:00Z", "2018-01-01T00:00Z")
@@ -361,7 +361,7 @@ def test_real_euro_hours(shared_data: Callable[[str], Path]) -> None:
 # --- every calendar of the library ---------------------------------------------------------------
 
 # Sessions from 1970 to 2025, their first and last date and the hours of trading in all of them, as
-# exchange-calendars 4.13.2 gives them with pandas 2.3.3. To be made anew with a new version of the library.
+# exchange-calendars 4.13.2 gives them with pandas 2.3.3. Regenerate them for a new version of the library.
 EVERY_CALENDAR = {
     row["calendar"]: row for row in csv.DictReader((GOLDEN / "calendars.csv").read_text().splitlines())
 }
@@ -391,10 +391,10 @@ def test_every_calendar_has_its_sessions(calendar: str) -> None:
     }
 
 
-def test_a_pandas_that_passes_over_a_calendars_weeks_is_noticed() -> None:
-    """From 3.1 on it calls another method than the one that such a calendar overrides."""
+def test_a_pandas_that_ignores_a_calendars_weeks_is_detected() -> None:
+    """From 3.1 on pandas calls another method than the one that such a calendar overrides."""
     first, last = "2024-01-01", "2024-01-31"
-    for calendar, is_passed_over in (("XBOM", True), ("XNYS", False), ("ASEX", False)):
+    for calendar, ignored in (("XBOM", True), ("XNYS", False), ("ASEX", False)):
         day = exchange_calendars.get_calendar(calendar, start=first, end=last).day
-        assert _passed_over(day, renamed=True) == is_passed_over
-        assert not _passed_over(day, renamed=False)
+        assert _is_ignored(day, renamed=True) == ignored
+        assert not _is_ignored(day, renamed=False)

@@ -1,4 +1,4 @@
-"""Outages of a venue against the slow obvious definition, and by hand."""
+"""Outages of a venue against a slow reference implementation, and by example."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fks_backfill_dagster_tests.examples import examples
 
 FRAMES = (Timeframe.M1, Timeframe.H1, Timeframe.D1)
 Ranges = list[tuple[int, int]]
-Entry = tuple[Series, Ranges, Ranges]  # what was synced of a series, what is missing of it
+Entry = tuple[Series, Ranges, Ranges]  # a series, its synced ranges, its missing ranges
 
 
 def crypto(symbol: str, timeframe: str = "1h") -> Series:
@@ -40,7 +40,7 @@ def found(*entries: Entry) -> tuple[VenueOutage, ...]:
     return recognise([e[0] for e in entries], spans([e[1] for e in entries]), spans([e[2] for e in entries]))
 
 
-# The slow definition: minute by minute, symbol by symbol --------------------------------------------------
+# The reference implementation: minute by minute, symbol by symbol -----------------------------------------
 
 MINUTES = 24
 
@@ -49,8 +49,8 @@ def covers(ranges: Ranges, minute: int) -> bool:
     return any(a <= minute * MICROS_PER_MINUTE < b for a, b in ranges)
 
 
-def said(entries: Sequence[Entry], minute: int, timeframe: Timeframe) -> tuple[set[str], set[str]]:
-    """The symbols that lack something at a minute, and those that were synced there, up to a timeframe."""
+def affected(entries: Sequence[Entry], minute: int, timeframe: Timeframe) -> tuple[set[str], set[str]]:
+    """The symbols that miss candles at a minute, and those that were synced there, up to a timeframe."""
     fine = [e for e in entries if e[0].timeframe.micros <= timeframe.micros]
     lacking = {one.symbol for one, _, missing in fine if covers(missing, minute)}
     return lacking, lacking | {one.symbol for one, synced, _ in fine if covers(synced, minute)}
@@ -65,13 +65,13 @@ def slowly(entries: Sequence[Entry]) -> tuple[VenueOutage, ...]:
             for timeframe in FRAMES:
                 if not any(e[0].timeframe is timeframe for e in mine):
                     continue
-                lacking, there = said(mine, minute, timeframe)
+                lacking, there = affected(mine, minute, timeframe)
                 if len(lacking) >= 3 and 2 * len(lacking) >= len(there):
                     level[minute] = timeframe
         for first in sorted(minute for minute in level if minute - 1 not in level):
             past = next(minute for minute in range(first, MINUTES + 1) if minute not in level)
             coarsest = max((level[m] for m in range(first, past)), key=lambda timeframe: timeframe.micros)
-            each = [said(mine, minute, coarsest) for minute in range(first, past)]
+            each = [affected(mine, minute, coarsest) for minute in range(first, past)]
             outages.append(
                 VenueOutage(
                     venue,
@@ -92,25 +92,25 @@ a_series = st.builds(
     Series,
     st.sampled_from("ABCDEFG"),
     st.sampled_from(FRAMES),
-    # A market that closes would join what its closed hours part: that has a case of its own.
+    # A market with closed hours would join outages across them, which has its own test.
     st.just(AssetClass.CRYPTO),
 )
 
 
 @given(st.lists(st.tuples(a_series, some_ranges, some_ranges), max_size=14, unique_by=lambda e: e[0]))
 @settings(max_examples=examples(300))
-def test_against_the_slow_definition(entries: list[Entry]) -> None:
-    entries = [*entries, (crypto("H", "1m"), [], [])]  # some minutes that are expected part the others
+def test_against_the_slow_reference(entries: list[Entry]) -> None:
+    entries = [*entries, (crypto("H", "1m"), [], [])]  # expected minutes, which separate the outages
     assert found(*entries) == slowly(entries)
 
 
-# By hand --------------------------------------------------------------------------------------------------
+# Examples -------------------------------------------------------------------------------------------------
 
 DAY = [(at("2020-02-19T00:00Z"), at("2020-02-20T00:00Z"))]
 HOLE = [(at("2020-02-19T11:00Z"), at("2020-02-19T17:00Z"))]
 
 
-def test_three_symbols_that_miss_the_same_hours_are_told_once() -> None:
+def test_three_symbols_that_miss_the_same_hours_are_one_outage() -> None:
     (outage,) = found(*((crypto(name), DAY, HOLE) for name in ("BTC", "ETH", "SOL")))
     assert outage == VenueOutage(
         "crypto",
@@ -138,7 +138,7 @@ def test_the_timeframes_of_a_symbol_count_once() -> None:
 
 
 def test_an_outage_seen_by_minutes_and_by_hours_is_one() -> None:
-    """It began at 10:52 and ended at 17:20: hours miss six candles, minutes tell the truth."""
+    """It began at 10:52 and ended at 17:20: hours miss six candles, minutes show the exact times."""
     minutes = [(at("2020-02-19T10:52Z"), at("2020-02-19T17:20Z"))]
     names = ("BTC", "ETH", "SOL")
     (outage,) = found(
@@ -149,7 +149,7 @@ def test_an_outage_seen_by_minutes_and_by_hours_is_one() -> None:
     assert outage.window == window("2020-02-19T10:52Z", "2020-02-19T17:20Z")
 
 
-def test_series_that_are_too_coarse_to_see_it_have_no_say() -> None:
+def test_series_that_are_too_coarse_for_an_outage_do_not_count() -> None:
     minutes = [(at("2020-02-19T11:00Z"), at("2020-02-19T11:40Z"))]
     by_minute: list[Entry] = [(crypto(f"M{n}", "1m"), DAY, minutes) for n in range(3)]
     by_day: list[Entry] = [(crypto(f"D{n}", "1d"), DAY, []) for n in range(20)]
@@ -157,15 +157,15 @@ def test_series_that_are_too_coarse_to_see_it_have_no_say() -> None:
     assert (outage.timeframe, outage.synced) == (Timeframe.M1, 3)
 
 
-def test_venues_are_told_apart() -> None:
+def test_venues_are_separate() -> None:
     stocks = [Series(n, Timeframe.H1, AssetClass.STOCKS, c) for n, c in (("A", "XNYS"), ("B", "XLON"))]
     assert [venue_of(one) for one in (*stocks, crypto("BTC"))] == ["XNYS", "XLON", "crypto"]
     mixed = [*stocks, crypto("BTC")]
     assert found(*((one, DAY, HOLE) for one in mixed)) == ()
 
 
-def test_an_outage_goes_on_over_a_night() -> None:
-    """Friday afternoon is explained by now, Monday morning is not: two gaps of each, one outage."""
+def test_an_outage_continues_over_closed_hours() -> None:
+    """Friday afternoon and Monday morning: two gaps of each series, one outage."""
     friday = (at("2024-01-05T19:00Z"), at("2024-01-05T21:00Z"))
     monday = (at("2024-01-08T14:00Z"), at("2024-01-08T16:00Z"))
     synced = [(at("2024-01-01T00:00Z"), at("2024-02-01T00:00Z"))]
@@ -177,13 +177,13 @@ def test_an_outage_goes_on_over_a_night() -> None:
     assert outage.window == TimeRange(friday[0], monday[1])
 
 
-def test_nothing_known_is_no_outage() -> None:
+def test_no_series_and_no_missing_candles_are_no_outage() -> None:
     assert found() == ()
     assert found(*((crypto(name), DAY, []) for name in ("BTC", "ETH", "SOL"))) == ()
 
 
 def test_four_thousand_series_with_a_hundred_thousand_gaps_take_a_second() -> None:
-    """500 symbols at 8 timeframes, 25 gaps each, most of them their own, some of them everybody's."""
+    """500 symbols at 8 timeframes with 25 gaps each, some of them common to all series."""
     draw = np.random.default_rng(7)
     series = [crypto(f"S{n}", frame) for n in range(500) for frame in Timeframe]
     start, years = at("2016-01-01T00:00Z"), 8 * 365 * MICROS_PER_DAY

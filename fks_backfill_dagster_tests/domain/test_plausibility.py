@@ -1,4 +1,4 @@
-"""The floor of plausibility against a slow definition, by kind, and at its price."""
+"""The plausibility check against a slow reference implementation, by kind, and its cost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def block(rows: list[Row]) -> Candles:
 
 
 def slowly(rows: list[Row]) -> list[bool]:
-    """One candle after the other, by the words of the rule."""
+    """The reference implementation: the rule, candle by candle."""
     found = []
     for index, row in enumerate(rows):
         around = rows[max(index - AROUND, 0) : index + AROUND + 1]
@@ -57,7 +57,7 @@ def rows_of(draw: st.DrawFn) -> list[Row]:
 
 @settings(max_examples=examples(300))
 @given(rows=rows_of())
-def test_like_the_slow_definition(rows: list[Row]) -> None:
+def test_against_the_slow_reference(rows: list[Row]) -> None:
     assert implausible(block(rows)).tolist() == slowly(rows)
 
 
@@ -83,7 +83,7 @@ def test_a_level_that_stays_for_two_candles(place: int) -> None:
     assert not implausible(block(rows)).any()
 
 
-def test_a_level_that_stays_for_good() -> None:
+def test_a_permanent_change_of_level() -> None:
     assert not implausible(block([*CALM, *[at(5.0)] * 12])).any()
 
 
@@ -95,20 +95,20 @@ def test_a_wick_alone(row: Row) -> None:
 
 
 @pytest.mark.parametrize("factor", [0.03, 0.5, 2.0, 20.0, 49.0])
-def test_what_markets_do_is_plausible(factor: float) -> None:
+def test_moves_below_the_factor_are_plausible(factor: float) -> None:
     rows = CALM.copy()
     rows[6] = at(500.0 * factor)
     assert not implausible(block(rows)).any()
 
 
-def test_nothing_around_shows_nothing() -> None:
+def test_a_single_candle_is_plausible() -> None:
     assert not implausible(block([])).any()
     assert not implausible(block([at(50_000.0)])).any()
 
 
 @pytest.mark.parametrize("growth", [1.0, 100.0], ids=["calm", "a century"])
 def test_half_a_million_candles(growth: float) -> None:
-    """Below 50 ms of processor time at its best, also where the whole block spans a factor of 100."""
+    """Best time below 50 ms of CPU, also if the whole block spans a factor of 100."""
     count = 500_000
     levels = np.exp(np.linspace(0, np.log(growth), count))
     candles = Candles(np.arange(count), levels, levels * 1.01, levels * 0.99, levels, levels)

@@ -21,7 +21,7 @@ MOMENTS = st.datetimes(
 )
 
 
-def test_names_are_what_users_write() -> None:
+def test_names() -> None:
     assert [str(t) for t in Timeframe] == ["1m", "5m", "15m", "30m", "1h", "4h", "1d", "1w"]
 
 

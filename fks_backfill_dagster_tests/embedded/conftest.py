@@ -1,4 +1,4 @@
-"""Homes for real servers, processes that use them, and the promise that none of them is left behind."""
+"""Homes for real servers, processes that use them, and their clean-up."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if "stay" in sys.argv:
 
 
 class Use:
-    """Another process that has started the server and holds it until it is ended or killed."""
+    """Another process that starts the server and uses it until it is ended or killed."""
 
     def __init__(self, home: Path) -> None:
         self.process = subprocess.Popen(
@@ -88,7 +88,7 @@ def gone(home: Path) -> bool:
 
 
 def quick_disk() -> str:
-    """Memory if there is room: processes are tested here, not disks."""
+    """A folder in memory if there is room: the tests are about processes, not disks."""
     memory = "/dev/shm"
     roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2_000_000_000
     return memory if roomy else tempfile.gettempdir()
@@ -109,7 +109,7 @@ def open_dir() -> Iterator[Path]:
 
 @pytest.fixture
 def fresh_home(open_dir: Path) -> Iterator[Path]:
-    """FKS_HOME of one test; whatever the test did, nothing of it runs afterwards."""
+    """FKS_HOME of one test; its processes are stopped afterwards in any case."""
     yield from cleaned(open_dir / ".fks")
 
 
@@ -134,7 +134,9 @@ def home(fresh_home: Path, seed: Path) -> Path:
 def cleaned(path: Path) -> Iterator[Path]:
     yield path
     EmbeddedPostgres(path).remove()
-    shutil.rmtree(path, ignore_errors=True)  # this process may still be a user: without a home there is none
+    shutil.rmtree(
+        path, ignore_errors=True
+    )  # this process may still use the server: deleting the home ends that
     assert until(lambda: gone(path)), f"left behind: {processes_of(path)}"
 
 

@@ -1,4 +1,4 @@
-"""Who may log in to the server: its owner and root, by the socket alone."""
+"""Access to the server: its owner and root, only by the socket."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def rows(url: str, query: str) -> list[tuple[object, ...]]:
         return connection.execute(query.encode()).fetchall()
 
 
-def test_a_new_cluster_lets_in_its_owner_alone(fresh_home: Path) -> None:
+def test_a_new_cluster_accepts_only_its_owner(fresh_home: Path) -> None:
     url = EmbeddedPostgres(fresh_home).start()
     assert rows(url, RULES) == [("local", "peer", None)]
     names = {"root", name_of(os.geteuid())}
@@ -51,7 +51,7 @@ def test_a_new_cluster_lets_in_its_owner_alone(fresh_home: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [OPEN_TO_ALL, "", "not a rule at all"])
-def test_a_cluster_of_an_earlier_version_is_mended_at_its_start(home: Path, before: str) -> None:
+def test_the_access_rules_of_an_earlier_version_are_replaced_at_a_start(home: Path, before: str) -> None:
     rules = home / "pg" / "pg_hba.conf"
     rules.write_text(before)
     assert rows(EmbeddedPostgres(home).start(), RULES) == [("local", "peer", None)]
@@ -61,7 +61,7 @@ def test_a_cluster_of_an_earlier_version_is_mended_at_its_start(home: Path, befo
 
 
 def test_the_owner_may_be_any_role(home: Path) -> None:
-    """As with a database of one's own: a reader is tried with its own name."""
+    """As with a user's own database: a reader is tested with its own name."""
     url = EmbeddedPostgres(home).start()
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("CREATE ROLE reader LOGIN")
@@ -69,7 +69,7 @@ def test_the_owner_may_be_any_role(home: Path) -> None:
 
 
 def connect_as(uid: int, url: str) -> subprocess.CompletedProcess[str]:
-    """A login by another user, in a child of this process: its Python need not be reachable for that user."""
+    """Logs in as another user in a forked child, so that the user need not be able to run our Python."""
     script = (
         "import os, sys, psycopg\n"
         "os.setgroups([]); os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))\n"
@@ -83,19 +83,19 @@ def connect_as(uid: int, url: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_root
-def test_a_stranger_is_refused_although_the_folder_stands_open(home: Path) -> None:
+def test_another_account_is_refused_even_with_an_open_folder(home: Path) -> None:
     url = EmbeddedPostgres(home).start()
-    stranger = pwd.getpwnam("nobody").pw_uid
-    assert "Permission denied" in connect_as(stranger, url).stdout
+    other = pwd.getpwnam("nobody").pw_uid
+    assert "Permission denied" in connect_as(other, url).stdout
     home.chmod(0o711)
     for path in (home / "pg-socket", home / "pg-socket" / ".s.PGSQL.5432"):
         path.chmod(0o777)
-    assert 'Peer authentication failed for user "fks"' in connect_as(stranger, url).stdout
+    assert 'Peer authentication failed for user "fks"' in connect_as(other, url).stdout
 
 
 @needs_root
-def test_the_owner_of_a_home_without_a_name_is_let_in(open_dir: Path, as_user: list[str]) -> None:
-    """In a container a user often has no entry in /etc/passwd, and PostgreSQL's list takes names alone."""
+def test_an_owner_without_a_name_is_accepted(open_dir: Path, as_user: list[str]) -> None:
+    """In a container a user often has no entry in /etc/passwd, and PostgreSQL's map accepts only names."""
     uid = 54321
     if name_of(uid) is not None:
         pytest.skip(f"here uid {uid} has a name")
@@ -117,9 +117,7 @@ def test_the_owner_of_a_home_without_a_name_is_let_in(open_dir: Path, as_user: l
 
 @needs_root
 @pytest.mark.parametrize("name", ["pg_hba.conf", "pg_ident.conf", "pg_hba.conf.new"])
-def test_root_writes_through_no_link_of_the_account_of_its_server(
-    home: Path, open_dir: Path, name: str
-) -> None:
+def test_root_follows_no_link_of_the_account_of_its_server(home: Path, open_dir: Path, name: str) -> None:
     precious = open_dir / "precious"
     precious.write_text("untouched")
     cluster = home / "pg"
@@ -127,8 +125,8 @@ def test_root_writes_through_no_link_of_the_account_of_its_server(
     (cluster / name).unlink(missing_ok=True)
     (cluster / name).symlink_to(precious)
     os.chown(cluster / name, owner.st_uid, owner.st_gid, follow_symlinks=False)
-    if name.endswith(".new"):  # not that account's to write
-        with pytest.raises(EmbeddedError, match=r"could not get its pg_hba\.conf"):
+    if name.endswith(".new"):  # that account may not write it
+        with pytest.raises(EmbeddedError, match=r"could not write its pg_hba\.conf"):
             EmbeddedPostgres(home).start()
     else:
         EmbeddedPostgres(home).start()

@@ -1,4 +1,4 @@
-"""Clusters of root outside of their homes: they name their home, and only those whose home is gone are removed."""
+"""Root's clusters outside of their homes: they name their home, and only those of deleted homes are removed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ needs_root = pytest.mark.skipif(not is_root(), reason="only root has clusters ou
 
 @pytest.fixture
 def state(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Instead of /var/lib/fks-backfill."""
+    """The replacement for /var/lib/fks-backfill."""
     for path in open_directory(quick_disk()):
         monkeypatch.setattr(binaries, "ROOT_STATE", path / "state")
         (path / "state").mkdir()
@@ -60,7 +60,7 @@ def test_a_cluster_names_its_home_and_is_removed_after_it(state: Path, closed_ho
     running = found(folder)
     assert (running.home, running.state) == (closed_home, State.RUNNING)
     assert running.size() > 5_000_000
-    with pytest.raises(EmbeddedError, match="runs: stop it"):
+    with pytest.raises(EmbeddedError, match="is running: stop it"):
         clusters.remove(running)
 
     postgres.stop()
@@ -72,7 +72,7 @@ def test_a_cluster_names_its_home_and_is_removed_after_it(state: Path, closed_ho
         clusters.remove(running)
     assert one(postgres.start()) == 1
 
-    shutil.rmtree(closed_home)  # its watchdog sees that, and stops the server
+    shutil.rmtree(closed_home)  # its watchdog notices, and stops the server
     assert until(lambda: found(folder).state is State.ORPHAN)
     clusters.remove(found(folder))
     assert clusters.elsewhere() == []
@@ -80,7 +80,7 @@ def test_a_cluster_names_its_home_and_is_removed_after_it(state: Path, closed_ho
 
 
 @needs_root
-def test_one_of_an_earlier_version_names_its_home_when_it_is_started(state: Path, closed_home: Path) -> None:
+def test_a_cluster_of_an_earlier_version_names_its_home_after_a_start(state: Path, closed_home: Path) -> None:
     postgres = EmbeddedPostgres(closed_home)
     postgres.start()
     postgres.stop()
@@ -93,7 +93,7 @@ def test_one_of_an_earlier_version_names_its_home_when_it_is_started(state: Path
 
 
 @needs_root
-def test_what_is_not_known_to_be_gone_is_in_use(state: Path, open_dir: Path) -> None:
+def test_a_home_that_cannot_be_checked_counts_as_in_use(state: Path, open_dir: Path) -> None:
     home = open_dir / "home"
     home.symlink_to(open_dir / "nowhere")  # such as a disk that is not mounted
     (open_dir / "file").write_text("")

@@ -1,4 +1,4 @@
-"""What can stand in the way of a start: each gives a server all the same, or one sentence with the remedy."""
+"""Obstacles to a start: each ends with a running server, or with one sentence that has the remedy."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fks_backfill_dagster_tests.embedded.conftest import Use, cleaned, is_root, 
 pytestmark = pytest.mark.server
 
 
-def test_an_initdb_that_was_killed_is_made_anew(fresh_home: Path, use: Callable[[], Use]) -> None:
+def test_a_killed_initdb_is_repeated(fresh_home: Path, use: Callable[[], Use]) -> None:
     victim = use()
     part = EmbeddedPostgres(fresh_home).status().data_dir.with_name("pg.new")
     assert until(lambda: (part / "PG_VERSION").exists())
-    victim.kill()  # its initdb goes on for a moment: the next start must neither trust nor disturb it
+    victim.kill()  # its initdb still runs for a moment: the next start must neither use nor disturb its files
     assert not EmbeddedPostgres(fresh_home).status().running
     postgres = EmbeddedPostgres(fresh_home)
     assert one(postgres.start()) == 1
@@ -41,7 +41,7 @@ def test_a_cluster_of_another_version_is_named(fresh_home: Path) -> None:
     assert (cluster / "PG_VERSION").read_text() == "16\n"
 
 
-def test_a_directory_that_is_no_cluster_is_left_alone(fresh_home: Path) -> None:
+def test_a_directory_that_is_not_a_cluster_is_kept(fresh_home: Path) -> None:
     (fresh_home / "pg").mkdir(parents=True)
     (fresh_home / "pg" / "letters.txt").write_text("dear")
     with pytest.raises(EmbeddedError, match="move it away"):
@@ -49,7 +49,7 @@ def test_a_directory_that_is_no_cluster_is_left_alone(fresh_home: Path) -> None:
     assert (fresh_home / "pg" / "letters.txt").read_text() == "dear"
 
 
-def test_a_setting_that_the_server_refuses_is_told(home: Path) -> None:
+def test_a_setting_that_the_server_refuses_is_reported(home: Path) -> None:
     postgres = EmbeddedPostgres(home)
     postgres.start()
     data_dir = postgres.status().data_dir
@@ -60,7 +60,7 @@ def test_a_setting_that_the_server_refuses_is_told(home: Path) -> None:
         postgres.start()
 
 
-def test_a_long_log_is_put_aside_at_a_start_only(home: Path) -> None:
+def test_a_long_log_is_rotated_only_at_a_start(home: Path) -> None:
     log = watchdog.Home(home).log
     log.parent.mkdir()
     log.write_bytes(b"x" * (ROTATE_BYTES + 1))
@@ -85,8 +85,8 @@ def test_a_long_home_has_its_socket_in_the_temporary_directory(open_dir: Path) -
 
         shutil.rmtree(sockets)
         sockets.mkdir()
-        sockets.chmod(0o777)  # as if a stranger had been there first
-        with pytest.raises(EmbeddedError, match="somebody else's"):
+        sockets.chmod(0o777)  # as if another account had created it first
+        with pytest.raises(EmbeddedError, match="belongs to another account"):
             postgres.start()
         assert sockets.exists()
 
@@ -97,7 +97,7 @@ def test_a_home_that_is_a_file(open_dir: Path) -> None:
         EmbeddedPostgres(open_dir / "file").start()
 
 
-def test_a_server_that_is_not_to_be_seen(fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invisible_server(fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "LINGER_SECONDS", 0.2)
     fresh_home.mkdir()
     held = open_file(watchdog.Home(fresh_home).server)
@@ -107,7 +107,7 @@ def test_a_server_that_is_not_to_be_seen(fresh_home: Path, monkeypatch: pytest.M
     os.close(held)
 
 
-def test_a_start_lock_that_is_never_given_back(fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_lock_that_is_never_released(fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "START_SECONDS", 0.2)
     fresh_home.mkdir()
     held = open_file(watchdog.Home(fresh_home).start)

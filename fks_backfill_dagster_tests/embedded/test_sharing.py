@@ -1,4 +1,4 @@
-"""Processes share one server; it ends with the last of them, however that one ends."""
+"""Processes share one server; it stops when the last of them ends, also after a kill -9."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def test_four_processes_make_one_server_at_the_same_time(fresh_home: Path, use: 
 
 
 @pytest.fixture
-def impatient(open_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
-    """What this process starts from now on is watched at another pace."""
+def fast_watchdog(open_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
+    """Sets the intervals of watchdogs that this process starts from now on."""
 
-    def pace(poll: float, grace: float) -> None:
+    def set_intervals(poll: float, grace: float) -> None:
         script = open_dir / "impatient.py"
         script.write_text(
             f"import sys; sys.path.insert(0, {str(Path(watchdog.__file__).parent)!r})\n"
@@ -92,13 +92,13 @@ def impatient(open_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[floa
         )
         monkeypatch.setattr(watchdog, "__file__", str(script))
 
-    return pace
+    return set_intervals
 
 
-def test_the_last_user_killed_takes_the_server_with_it(
-    home: Path, use: Callable[[], Use], impatient: Callable[[float, float], None]
+def test_the_server_stops_when_its_last_user_is_killed(
+    home: Path, use: Callable[[], Use], fast_watchdog: Callable[[float, float], None]
 ) -> None:
-    impatient(0.05, 0.2)
+    fast_watchdog(0.05, 0.2)
     postgres = EmbeddedPostgres(home)
     url = postgres.start()
     first, second = use(), use()
@@ -113,7 +113,7 @@ def test_the_last_user_killed_takes_the_server_with_it(
     assert until(lambda: gone(home))
 
 
-def test_a_forked_child_is_a_user_of_its_own(home: Path) -> None:
+def test_a_forked_child_counts_as_a_separate_user(home: Path) -> None:
     postgres = EmbeddedPostgres(home)
     postgres.start()
     child = subprocess.Popen(["sleep", "60"], pass_fds=[_use_of(postgres)])
@@ -124,8 +124,8 @@ def test_a_forked_child_is_a_user_of_its_own(home: Path) -> None:
     assert not postgres.status().in_use
 
 
-def test_what_is_kept_runs_until_stop(home: Path, impatient: Callable[[float, float], None]) -> None:
-    impatient(0.05, 0.1)
+def test_a_kept_server_runs_until_stop(home: Path, fast_watchdog: Callable[[float, float], None]) -> None:
+    fast_watchdog(0.05, 0.1)
     postgres = EmbeddedPostgres(home)
     url = postgres.start(keep=True)
     postgres.release()
@@ -140,16 +140,14 @@ def test_what_is_kept_runs_until_stop(home: Path, impatient: Callable[[float, fl
     assert until(lambda: gone(home))
 
 
-def test_whoever_captures_the_output_of_a_starter_does_not_wait_for_the_server(home: Path) -> None:
+def test_capturing_the_output_of_a_starter_does_not_wait_for_the_server(home: Path) -> None:
     command = [sys.executable, "-c", START, str(home), "keep"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=CHECKOUT, check=True)
     assert one(done.stdout.strip()) == 1
     assert EmbeddedPostgres(home).stop() is True
 
 
-def test_stop_stops_it_for_its_users_too_and_a_start_brings_it_back(
-    home: Path, use: Callable[[], Use]
-) -> None:
+def test_stop_stops_it_for_all_users_and_a_start_restarts_it(home: Path, use: Callable[[], Use]) -> None:
     url = use().url()
     postgres = EmbeddedPostgres(home)
     assert postgres.stop() is True
@@ -173,7 +171,7 @@ def test_a_killed_server_is_started_again_with_all_that_was_committed(home: Path
     assert one(url, "SELECT v FROM t") == 42
 
 
-def test_stale_files_with_a_reused_pid_do_not_hinder_a_start(home: Path) -> None:
+def test_stale_files_with_a_reused_pid_do_not_prevent_a_start(home: Path) -> None:
     postgres = EmbeddedPostgres(home)
     url = postgres.start()
     status = postgres.status()
@@ -185,7 +183,7 @@ def test_stale_files_with_a_reused_pid_do_not_hinder_a_start(home: Path) -> None
     for (
         path,
         text,
-    ) in left.items():  # as after a power cut, with the number now that of an unconcerned process
+    ) in left.items():  # as after a power cut, with a pid that now belongs to an unrelated process
         path.write_text(text.replace(str(status.pid), str(os.getpid()), 1))
         os.chown(path, status.data_dir.stat().st_uid, status.data_dir.stat().st_gid)
     assert not postgres.status().running
@@ -206,7 +204,7 @@ def test_a_killed_watchdog_is_replaced_at_the_next_use(home: Path, use: Callable
     assert until(lambda: gone(home), watchdog.IDLE_GRACE_SECONDS + 4)
 
 
-def test_a_home_that_was_deleted_takes_its_server_along(home: Path) -> None:
+def test_the_server_of_a_deleted_home_stops(home: Path) -> None:
     postgres = EmbeddedPostgres(home)
     postgres.start(keep=True)
     data_dir = postgres.status().data_dir
@@ -217,11 +215,11 @@ def test_a_home_that_was_deleted_takes_its_server_along(home: Path) -> None:
     assert data_dir.exists()
 
 
-def test_who_comes_while_it_is_being_stopped_waits_and_starts_it_again(
-    home: Path, impatient: Callable[[float, float], None]
+def test_a_start_during_a_stop_waits_and_starts_it_again(
+    home: Path, fast_watchdog: Callable[[float, float], None]
 ) -> None:
-    """With a watchdog that has no patience, nearly every round meets a server that is going down."""
-    impatient(0.002, 0.0)
+    """With a grace time of almost zero, the server is shutting down in nearly every round."""
+    fast_watchdog(0.002, 0.0)
     postgres, pids = EmbeddedPostgres(home), set()
     for round_ in range(20):
         url = postgres.start()

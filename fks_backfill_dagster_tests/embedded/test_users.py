@@ -57,7 +57,7 @@ def test_a_home_below_a_closed_directory(closed_home: Path) -> None:
 
 
 @needs_root
-def test_a_server_of_root_belongs_to_a_user_that_nobody_is(home: Path) -> None:
+def test_a_server_of_root_runs_as_an_unassigned_uid(home: Path) -> None:
     postgres = EmbeddedPostgres(home)
     postgres.start()
     uid = postgres.status().data_dir.stat().st_uid
@@ -75,19 +75,19 @@ def test_a_private_home_of_its_own_keeps_its_cluster(open_dir: Path) -> None:
         postgres = EmbeddedPostgres(home)
         assert one(postgres.start()) == 1
         assert postgres.status().data_dir == home / "pg"
-        # As root the server passes through it, by a group that no account is in.
+        # Root's server enters it by a group that no account is in.
         assert home.stat().st_mode & 0o777 == (0o710 if is_root() else 0o700)
         assert home.stat().st_gid == postgres.status().data_dir.stat().st_gid
 
 
 @needs_root
-def test_a_cluster_elsewhere_that_is_gone_is_not_silently_made_anew(closed_home: Path) -> None:
+def test_a_deleted_cluster_elsewhere_is_not_silently_recreated(closed_home: Path) -> None:
     postgres = EmbeddedPostgres(closed_home)
     postgres.start()
     postgres.stop()
     location = Home(closed_home).location
     shutil.rmtree(Home(closed_home).base)
-    with pytest.raises(EmbeddedError, match=f"delete {location} to begin anew"):
+    with pytest.raises(EmbeddedError, match=f"delete {location} to start empty"):
         postgres.start()
     location.unlink()
 
@@ -114,21 +114,21 @@ def test_binaries_that_the_account_cannot_reach_are_copied_once(
     assert sum(path.stat().st_size for path in copy.rglob("*") if path.is_file()) < 30_000_000
 
 
-def test_who_may_enter_what(open_dir: Path) -> None:
-    stranger = Account(60706, 60706)
+def test_traversal_by_modes(open_dir: Path) -> None:
+    other = Account(60706, 60706)
     inner = open_dir / "a" / "b"
     inner.mkdir(parents=True)
     (open_dir / "a").chmod(0o755)
     inner.chmod(0o755)
-    assert can_traverse(inner, stranger)
+    assert can_traverse(inner, other)
     (open_dir / "a").chmod(0o700)
-    assert not can_traverse(inner, stranger)
+    assert not can_traverse(inner, other)
     assert can_traverse(inner, Account(os.geteuid(), os.getegid()))
 
 
 @pytest.fixture
 def as_user(open_dir: Path) -> list[str]:
-    """The start of a command line that runs Python with our packages as a normal user."""
+    """The beginning of a command line that runs Python with our packages as a normal user."""
     if not is_root():
         return [sys.executable]
     entry = pwd.getpwnam("nobody")
@@ -147,7 +147,7 @@ def as_user(open_dir: Path) -> list[str]:
     return ["setpriv", *identity, "env", path, "PYTHONDONTWRITEBYTECODE=1", str(python)]
 
 
-def test_a_normal_user_has_a_server_of_his_own(open_dir: Path, as_user: list[str]) -> None:
+def test_a_normal_user_has_a_separate_server(open_dir: Path, as_user: list[str]) -> None:
     yard = open_dir / "yard"
     yard.mkdir(mode=0o700)
     if is_root():
@@ -161,7 +161,9 @@ def test_a_normal_user_has_a_server_of_his_own(open_dir: Path, as_user: list[str
         assert {path.stat().st_mode & 0o077 for path in (home, *home.rglob("*")) if not path.is_socket()} == {
             0
         }
-        if is_root():  # where another account can put links root touches nothing, not even to stop it
+        if (
+            is_root()
+        ):  # where another account can put links, root changes nothing, not even to stop the server
             postgres = EmbeddedPostgres(home)
             for method in (postgres.start, postgres.stop, postgres.remove, postgres.status):
                 with pytest.raises(
@@ -171,7 +173,7 @@ def test_a_normal_user_has_a_server_of_his_own(open_dir: Path, as_user: list[str
         assert one(url) == 1
         assert _run(as_user, home, "stop").stdout.strip() == "True"
         assert until(lambda: gone(home))  # noqa: B023 - called before the loop goes on
-        shutil.rmtree(yard)  # the clean-up does not touch it either
+        shutil.rmtree(yard)  # the clean-up, also run by root, would refuse it
 
 
 @needs_root
@@ -183,10 +185,10 @@ def test_a_cluster_of_another_account_is_refused(home: Path) -> None:
 
 
 @needs_root
-def test_a_link_that_lies_in_wait_for_the_settings_of_a_new_cluster_is_not_written(
+def test_a_planted_link_for_the_settings_of_a_new_cluster_is_not_followed(
     open_dir: Path, executable_dir: Path
 ) -> None:
-    """As if another process of the account that runs initdb had put it there."""
+    """As if another process of the account that runs initdb had created it."""
     victim = open_dir / "victim"
     victim.write_text("precious")
     initdb = executable_dir / "initdb"
@@ -194,14 +196,14 @@ def test_a_link_that_lies_in_wait_for_the_settings_of_a_new_cluster_is_not_writt
     initdb.chmod(0o755)
     lock = open_file(open_dir / "lock")
     account = account_for(open_dir / "pg")
-    with open_log(open_dir / "log") as log, pytest.raises(EmbeddedError, match="could not be made"):
+    with open_log(open_dir / "log") as log, pytest.raises(EmbeddedError, match="could not be created"):
         make_cluster(open_dir / "pg", executable_dir, account, log, lock)
     os.close(lock)
     assert victim.read_text() == "precious"
 
 
 @needs_root
-def test_a_tree_is_handed_over_without_what_its_links_lead_to(open_dir: Path) -> None:
+def test_a_change_of_owner_does_not_follow_links(open_dir: Path) -> None:
     tree, outside = open_dir / "tree", open_dir / "outside"
     for folder in (tree / "inner", outside):
         folder.mkdir(parents=True)
@@ -213,7 +215,7 @@ def test_a_tree_is_handed_over_without_what_its_links_lead_to(open_dir: Path) ->
 
 
 @needs_root
-def test_nobody_else_gets_to_the_cluster_of_root(home: Path) -> None:
+def test_other_accounts_cannot_reach_the_cluster_of_root(home: Path) -> None:
     postgres = EmbeddedPostgres(home)
     postgres.start()
     sockets, cluster = home / "pg-socket", postgres.status().data_dir

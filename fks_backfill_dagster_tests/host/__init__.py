@@ -1,1 +1,1 @@
-"""Dagster's processes on this machine: whole servers, killed, restarted and attacked."""
+"""Dagster's processes on this machine: real servers, killed, restarted and attacked."""

@@ -1,8 +1,7 @@
-"""A home with everything in it that `up` starts, for tests that look at it from outside.
+"""A home with all servers of `up`, for black-box tests.
 
-Database (the embedded one), webserver, daemon and market are real; a test waits with `until`, which on a
-timeout shows what Dagster said meanwhile. Settings have all automation off: a test switches on what it
-is about.
+The (embedded) database, webserver, daemon and market are real. A test waits with `until`, which shows Dagster's events
+on a timeout. The settings disable all automation; a test enables its subject.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ symbols:
 _SYMBOL = "  - {{symbol: {symbol}, asset_class: crypto, timeframes: [{timeframe}]}}\n"
 
 Messages = list[tuple[str, str]]
-"""Events of a run: type and message, in their order."""
+"""Events of a run: type and message, in order."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """What runs in one home. `web` answers once `up` has started it."""
+    """The servers of one home. `web` responds after `up`."""
 
     settings: Settings
     environment: Mapping[str, str]
@@ -54,7 +53,7 @@ class Site:
         return Webserver(f"http://{servers.HOST}:{self.port}", token_of(self.settings))
 
     def up(self, *parts: str) -> None:
-        """Starts what of these is not running; the database goes with its last user."""
+        """Starts those that do not run; the database ends with its last user."""
         servers.up(
             self.settings,
             port=self.port,
@@ -72,7 +71,7 @@ class Site:
     # --- over GraphQL ---
 
     def launch_job(self, name: str) -> str:
-        """A run of this job as its page launches it; its id."""
+        """Launches a run of this job, as its page does. Returns the id."""
         found = self.web.ask(
             "mutation($params: ExecutionParams!) { launchRun(executionParams: $params) { __typename"
             " ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }",
@@ -111,10 +110,10 @@ class Site:
     # --- waiting ---
 
     def until(self, true: Callable[[], bool], seconds: float = 90) -> None:
-        """Waits for it; what does not come fails with what the runs and the daemon have said."""
+        """Waits until the condition holds; fails with the events of the runs and the daemon's log."""
         deadline = time.monotonic() + seconds
         while not true():
-            assert time.monotonic() < deadline, f"not within {seconds} s:\n{self._told()}"
+            assert time.monotonic() < deadline, f"not within {seconds} s:\n{self._diagnosis()}"
             time.sleep(0.2)
 
     def until_ended(self, run: str, seconds: float = 90) -> str:
@@ -122,8 +121,8 @@ class Site:
         self.until(lambda: self.web.run(run).finished, seconds)
         return self.web.run(run).status
 
-    def _told(self) -> str:
-        """For whoever reads a failure: every run with its end, and the end of the daemon's log."""
+    def _diagnosis(self) -> str:
+        """For failure messages: every run with its last events, and the end of the daemon's log."""
         lines = []
         for run in self.runs():
             lines.append(f"{run['jobName']} {run['id']}: {run['status']} {json.dumps(run['tags'])}")
@@ -132,7 +131,7 @@ class Site:
 
 
 def compute_log(web: Webserver, run: str) -> list[str]:
-    """The lines that the page of a run's first compute log shows."""
+    """The lines of a run's first compute log, as shown on its page."""
     found = web.ask(
         "query($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events {"
         " ... on LogsCapturedEvent { logKey } } } } }",
@@ -150,7 +149,7 @@ def compute_log(web: Webserver, run: str) -> list[str]:
 def site(
     home: Path, market: LocalMarket, symbols: Sequence[str], timeframe: str, start: str
 ) -> Iterator[Site]:
-    """The site in `home`, nothing of it started; everything stops when the block ends, however it ends."""
+    """The site in `home`, without running servers; all servers are stopped when the block ends, even by a kill."""
     home.mkdir(parents=True)
     config = home / "backfill.yaml"
     listed = "".join(_SYMBOL.format(symbol=symbol, timeframe=timeframe) for symbol in symbols)
@@ -172,4 +171,4 @@ def site(
             yield Site(settings, environment, market, servers.free_port())
         finally:
             servers.down(settings, say=lambda text: None)
-            EmbeddedPostgres(home).remove()  # as root it may lie outside of the home
+            EmbeddedPostgres(home).remove()  # as root it may be outside the home

@@ -1,4 +1,4 @@
-"""The code server that webserver and daemon share: its forked workers obey, and it comes back when killed."""
+"""The code server that webserver and daemon share: termination of its forked workers, restart after a kill."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from fks_backfill_dagster_tests.host.test_servers import environment, free_port,
 __all__ = ["environment", "settings"]
 
 
-def answers(place: Path) -> bool:
+def listens(place: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(str(place)) == 0
 
 
 def template_processes(code: Background) -> list[psutil.Process]:
-    """Those of which the workers are forks."""
+    """The processes from which the workers are forked."""
     return [
         process for process in code.members() if "multiprocessing.forkserver" in " ".join(process.cmdline())
     ]
 
 
-def test_one_that_cannot_begin_ends(environment: Mapping[str, str], tmp_path: Path) -> None:
+def test_a_code_server_that_cannot_listen_ends(environment: Mapping[str, str], tmp_path: Path) -> None:
     place = tmp_path / "absent" / "code.sock"
     command = [sys.executable, "-m", "fks_backfill_dagster.host.forking_server", str(place)]
     done = subprocess.run(
@@ -48,7 +48,7 @@ def test_one_that_cannot_begin_ends(environment: Mapping[str, str], tmp_path: Pa
     assert str(place) in done.stderr
 
 
-def test_a_home_with_a_long_name_has_its_socket_elsewhere(tmp_path: Path) -> None:
+def test_a_home_with_a_long_path_has_its_socket_elsewhere(tmp_path: Path) -> None:
     near, far = tmp_path / "home", tmp_path / ("long" * 25) / "home"
     assert code_server.socket_of(near) == near / "run" / "code.sock"
     place = code_server.socket_of(far)
@@ -59,10 +59,10 @@ def test_a_home_with_a_long_name_has_its_socket_elsewhere(tmp_path: Path) -> Non
     place.parent.rmdir()
 
 
-def test_a_folder_that_strangers_can_write_takes_no_socket(tmp_path: Path) -> None:
+def test_a_folder_writable_by_other_accounts_is_rejected(tmp_path: Path) -> None:
     readable, writable = tmp_path / "readable", tmp_path / "writable"
     readable.mkdir()
-    code_server.make_folder(readable)  # ours: closed
+    code_server.make_folder(readable)  # ours: gets closed
     assert stat.S_IMODE(readable.stat().st_mode) == 0o700
     writable.mkdir()
     writable.chmod(0o777)
@@ -71,7 +71,7 @@ def test_a_folder_that_strangers_can_write_takes_no_socket(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="making a folder of another user needs root")
-def test_a_folder_of_somebody_else_takes_no_socket(tmp_path: Path) -> None:
+def test_a_folder_of_another_account_is_rejected(tmp_path: Path) -> None:
     theirs, link = tmp_path / "theirs", tmp_path / "link"
     theirs.mkdir(mode=0o700)
     os.chown(theirs, 65534, 65534)
@@ -88,7 +88,7 @@ def status_of(web: Webserver, run: str) -> str:
 
 
 def launch(web: Webserver, symbol: str = "BTC_USDT") -> str:
-    """A run of one partition of its 15m series."""
+    """Launches a run of one partition of the symbol's 15m series."""
     found = web.ask(
         "mutation($p: ExecutionParams!) { launchRun(executionParams: $p) { __typename"
         " ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }",
@@ -108,7 +108,7 @@ def launch(web: Webserver, symbol: str = "BTC_USDT") -> str:
     return str(found["run"]["runId"])
 
 
-def test_its_workers_are_forks_that_can_be_told_to_end(
+def test_workers_are_forks_that_can_be_terminated(
     settings: Settings, environment: Mapping[str, str], market: LocalMarket
 ) -> None:
     for provider in ("binance", "archive"):
@@ -118,27 +118,27 @@ def test_its_workers_are_forks_that_can_be_told_to_end(
     run = launch(web)
     until(
         lambda: market.requests() > 0
-    )  # it waits for an answer: an interruption before its step can get lost
+    )  # it waits for a response: an interruption before its step may get lost
     (template,) = (one for one in template_processes(code) if one.children())
     (worker,) = template.children()
     web.ask("mutation($id: String!) { terminateRun(runId: $id) { __typename } }", id=run)
     until(lambda: status_of(web, run) == "CANCELED")
     until(lambda: not lives(worker))
 
-    # kill -9 of the whole of it: it is started again, at the socket where the others look for it.
+    # kill -9 of all its processes: it is restarted at the same socket.
     market.clear_faults()
     others = [Background(settings.home, name).pid for name in (servers.WEBSERVER, servers.DAEMON)]
     before = code.pid
     for member in code.members():
         os.kill(member.pid, signal.SIGKILL)
     until(lambda: code.is_running() and code.pid != before)
-    until(lambda: len(template_processes(code)) == 1)  # the old one's is gone
+    until(lambda: len(template_processes(code)) == 1)  # that of the old one has ended
     assert [Background(settings.home, name).pid for name in (servers.WEBSERVER, servers.DAEMON)] == others
-    until(lambda: web.load_errors() == [] and answers(code_server.socket_of(settings.home)))
+    until(lambda: web.load_errors() == [] and listens(code_server.socket_of(settings.home)))
     again = launch(web)
     until(lambda: status_of(web, again) == "SUCCESS")
 
-    # "Reload definitions" in the UI reads the settings anew, and shows that they are wrong.
+    # "Reload definitions" in the UI reloads the settings and shows their errors.
     config = Path(environment["FKS_CONFIG"])
     before = config.read_text()
     config.write_text(before + "nonsense: 1\n")

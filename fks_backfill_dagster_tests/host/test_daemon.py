@@ -1,7 +1,7 @@
-"""What Dagster does by itself, done by a real daemon: nothing here calls a function of the definitions.
+"""Automation with a real daemon: no test calls a function of the definitions.
 
-One start of everything serves all tests of this file: the refresh is what they begin with, each then looks
-at its own part over GraphQL.
+The servers are started once for all tests of this file. They begin with a refresh; each test then verifies one aspect
+over GraphQL.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ BTC, ETH = ("ohlcv", "BTC_USDT", "15m"), ("ohlcv", "ETH_USDT", "15m")
 
 @dataclass(frozen=True)
 class Refreshed:
-    """A site whose daemon has met a tick that was due: BTC was synced until `cut`, ETH never.
+    """A site whose daemon has evaluated a due tick: BTC was synced until `cut`, ETH never.
 
-    `runs` are the tags of the runs that came of it by their ids, `targets` what the market was asked for.
+    `runs`: the tags of the resulting runs by id; `targets`: the requests to the market.
     """
 
     site: Site
@@ -89,7 +89,7 @@ def backfill(made: Site, symbol: str, start: str, end: str) -> None:
 
 
 def start_schedule(made: Site, name: str) -> None:
-    """As the switch in the UI does."""
+    """Starts it as the switch in the UI does."""
     found = made.web.ask(
         "mutation($selector: ScheduleSelector!) { startSchedule(scheduleSelector: $selector) {"
         " __typename ... on PythonError { message } } }",
@@ -99,10 +99,10 @@ def start_schedule(made: Site, name: str) -> None:
 
 
 def pretend_started_before(made: Site, ago: timedelta) -> None:
-    """Puts the start of every schedule back, so that a tick is due: one that no daemon has looked at yet.
+    """Moves the start of every schedule back, so that a tick is due that no daemon has evaluated.
 
-    A tick comes every quarter of an hour, and no test can wait for that. It is the state in which a daemon
-    finds its schedules after it was away, which is when it makes up for the last tick.
+    A test cannot wait a quarter of an hour for a tick. A daemon finds its schedules in this state after a downtime, and
+    then makes up for the last tick.
     """
     with pytest.MonkeyPatch.context() as patch:
         for name, value in made.environment.items():
@@ -132,27 +132,26 @@ def test_a_tick_requests_the_runs(refreshed: Refreshed) -> None:
         assert (tags["fks/refresh"], tags["dagster/priority"]) == ("15m", "10")
 
 
-def test_new_candles_are_in_the_database_and_only_they_were_asked_for(refreshed: Refreshed) -> None:
-    # 12 candles have closed since, and another may have until now. They are a request and a batch, unless a
-    # month has ended among them.
-    asked = [target for target in refreshed.targets if "BTCUSDT" in target]
-    assert len(asked) in (1, 2)
-    assert all("/api/v3/klines" in target for target in asked)
+def test_only_new_candles_are_requested_and_stored(refreshed: Refreshed) -> None:
+    # 12 candles have closed since, possibly 13. They are one request and one batch, unless a month ends among them.
+    requested = [target for target in refreshed.targets if "BTCUSDT" in target]
+    assert len(requested) in (1, 2)
+    assert all("/api/v3/klines" in target for target in requested)
     window = TimeRange(refreshed.cut, refreshed.cut + 12 * FRAME)
     with refreshed.site.database() as database:
         stored = read_candles(database, refreshed.site.settings.find_series("BTC/USDT", "15m"), window)
-        brought = [one for one in batches(database) if one.symbol == "BTC/USDT" and one.run_id]
+        new_batches = [one for one in batches(database) if one.symbol == "BTC/USDT" and one.run_id]
     truth = refreshed.site.market.truth("binance", "BTCUSDT", Timeframe.M15, window)
     assert len(stored) == 12
     assert all((ours == theirs).all() for ours, theirs in zip(stored.columns(), truth.columns(), strict=True))
-    assert {batch.run_id for batch in brought} == {refreshed.run_of(BTC)}
-    assert sum(batch.inserted for batch in brought) in (12, 13)
+    assert {batch.run_id for batch in new_batches} == {refreshed.run_of(BTC)}
+    assert sum(batch.inserted for batch in new_batches) in (12, 13)
 
 
-def test_what_was_refreshed_is_materialized(refreshed: Refreshed) -> None:
+def test_refreshed_series_are_materialized(refreshed: Refreshed) -> None:
     for path in (BTC, ETH):
         tags = refreshed.runs[refreshed.run_of(path)]
-        running = tags["dagster/asset_partition_range_end"]
+        current = tags["dagster/asset_partition_range_end"]
         shown = refreshed.site.asset(
             path,
             "assetPartitionStatuses { ... on TimePartitionStatuses { ranges { status startKey endKey } } }"
@@ -160,19 +159,19 @@ def test_what_was_refreshed_is_materialized(refreshed: Refreshed) -> None:
             " ... on IntMetadataEntry { intValue } ... on FloatMetadataEntry { floatValue } } }",
         )
         (last,) = shown["assetMaterializations"]
-        assert last["partition"] == running
+        assert last["partition"] == current
         numbers = {e["label"]: e.get("intValue", e.get("floatValue")) for e in last["metadataEntries"]}
         assert numbers["stored"] == numbers["expected"] > 0
         assert numbers["coverage"] == 1.0
-        (painted,) = shown["assetPartitionStatuses"]["ranges"]
-        assert painted == {
+        (status_range,) = shown["assetPartitionStatuses"]["ranges"]
+        assert status_range == {
             "status": "MATERIALIZED",
             "startKey": tags["dagster/asset_partition_range_start"],
-            "endKey": running,
+            "endKey": current,
         }
 
 
-def test_the_page_of_a_series_says_what_it_is(refreshed: Refreshed) -> None:
+def test_the_page_of_a_series_describes_it(refreshed: Refreshed) -> None:
     shown = refreshed.site.asset(
         BTC,
         "description groupName kinds pools tags { key value } jobNames"
@@ -207,8 +206,8 @@ def test_the_page_of_a_series_says_what_it_is(refreshed: Refreshed) -> None:
     assert all(checks.values())
 
 
-def test_a_refresh_says_what_it_did_and_checks_freshness_alone(refreshed: Refreshed) -> None:
-    """The page of its compute log shows the story, and only that: Dagster's events are elsewhere."""
+def test_a_refresh_logs_its_result_and_evaluates_freshness_only(refreshed: Refreshed) -> None:
+    """The page of its compute log shows the run log only, without Dagster's events."""
     run = refreshed.run_of(BTC)
     lines = compute_log(refreshed.site.web, run)
     assert len(lines) < 20
@@ -221,20 +220,20 @@ def test_a_refresh_says_what_it_did_and_checks_freshness_alone(refreshed: Refres
     ]
     assert "MaterializationEvent" in {kind for kind, _ in messages}
     evaluations = [text for kind, text in messages if kind == "AssetCheckEvaluationEvent"]
-    assert len(evaluations) == 1, "that of its series"
+    assert len(evaluations) == 1, "one per series"
     assert "'data_freshness' on 'ohlcv/BTC_USDT/15m' passed" in evaluations[0]
 
 
 @pytest.fixture(scope="module")
 def checked(refreshed: Refreshed) -> str:
-    """A run of all checks, as the page of its job launches it."""
+    """A run of all checks, as launched by the page of its job."""
     refreshed.site.market.reset_requests()
     run = refreshed.site.launch_job(CHECKS)
     assert refreshed.site.until_ended(run) == "SUCCESS"
     return run
 
 
-def test_checks_run_alone_and_ask_nobody(refreshed: Refreshed, checked: str) -> None:
+def test_checks_run_alone_without_requests(refreshed: Refreshed, checked: str) -> None:
     made = refreshed.site
     assert made.market.requests() == 0
     for path in (BTC, ETH):
@@ -245,7 +244,7 @@ def test_checks_run_alone_and_ask_nobody(refreshed: Refreshed, checked: str) -> 
     assert "MaterializationEvent" not in kinds
 
 
-def test_housekeeping_forgets_what_is_obsolete(refreshed: Refreshed, checked: str) -> None:
+def test_housekeeping_deletes_obsolete_runs(refreshed: Refreshed, checked: str) -> None:
     made = refreshed.site
     newer = made.launch_job(CHECKS)
     assert made.until_ended(newer) == "SUCCESS"
@@ -254,22 +253,22 @@ def test_housekeeping_forgets_what_is_obsolete(refreshed: Refreshed, checked: st
     run = made.launch_job(HOUSEKEEPING)
     assert made.until_ended(run) == "SUCCESS"
     assert {one["id"] for one in made.runs()} == {newer, run, *refreshed.runs}
-    (said,) = [text for kind, text in made.messages(run) if kind == "LogMessageEvent"]
-    assert re.match(r"1 runs are forgotten, \d+ events are left", said)
+    (line,) = [text for kind, text in made.messages(run) if kind == "LogMessageEvent"]
+    assert re.match(r"deleted 1 runs; \d+ events remain", line)
 
 
 _AGE = "UPDATE {schema}.runs SET update_timestamp = update_timestamp - interval '4 days'"
-"""All runs ended before `keep_runs_days`: no test waits three days for that."""
+"""Makes all runs older than `keep_runs_days`."""
 
-# What Dagster says by itself: of its first start on a new database, and of ticks missed while it was away.
+# Expected warnings: the first start on a new database, ticks missed during the downtime.
 _USUAL = re.compile("No cursor for event type|not trying to catch up")
 
 
-def test_nothing_warns_while_it_loads_and_works(refreshed: Refreshed, checked: str) -> None:
+def test_the_logs_contain_no_warnings(refreshed: Refreshed, checked: str) -> None:
     logs = {log.name: log.read_text() for log in (refreshed.site.settings.home / "logs").glob("*.log")}
     assert logs["webserver.log"]
     assert logs["daemon.log"]
-    del logs["postgresql.log"]  # Dagster meets what exists already now and then, and means to
+    del logs["postgresql.log"]  # Dagster causes and handles conflicts with existing rows
     lines = [line for text in logs.values() for line in text.splitlines()]
     bad = [line for line in lines if re.search("warn|deprecat|error|traceback", line, re.I)]
     assert [line for line in bad if not _USUAL.search(line)] == []

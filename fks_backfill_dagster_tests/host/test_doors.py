@@ -1,7 +1,7 @@
-"""What a page of another site, another account and a hostile run can do to the servers of `up`: nothing.
+"""Access to the servers of `up` by pages of other sites, other accounts and hostile runs: all of it is rejected.
 
-The truth of the matrix is written here once more, in the words of the rule: a request gets in only under a name
-of this server, from a page of it or from no page, as GET of a page or as POST of JSON to GraphQL.
+The test of the matrix states the rule independently: a request is accepted only with a host name of this server, from
+one of its pages or without an origin, as GET of a page or as POST of JSON to GraphQL.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ LAUNCH = (
     " ... on RunConfigValidationInvalid { errors { message } } ... on LaunchRunSuccess { run { runId } } } }"
 )
 
-# One address of every route of the webserver, as `build_routes` has them.
+# One path per route of the webserver (`build_routes`).
 ROUTES = (
     "/server_info",
     "/dagit_info",
@@ -84,8 +84,8 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Doors:
-    """A webserver of `up`, as something outside of the project reaches it."""
+class Access:
+    """A webserver of `up` and an independent client."""
 
     running: Servers
     site: Site
@@ -94,8 +94,8 @@ class Doors:
     def place(self) -> str:
         return urlsplit(self.running.url).netloc
 
-    def ask(self, method: str, path: str, body: str = "", **headers: str | None) -> Answer:
-        """A request with these headers; Host is the server's own unless it is given."""
+    def send(self, method: str, path: str, body: str = "", **headers: str | None) -> Answer:
+        """Sends a request with these headers; Host defaults to the server's own."""
         given = {name.replace("_", "-"): value for name, value in headers.items() if value is not None}
         connection = http.client.HTTPConnection(self.place, timeout=60)
         connection.request(method, path, body=body or None, headers={"Host": self.place} | given)
@@ -106,8 +106,8 @@ class Doors:
 
     @property
     def cookie(self) -> str:
-        """What a browser sends after a first visit."""
-        first = self.ask(
+        """The cookie of a browser after the login."""
+        first = self.send(
             "GET", urlsplit(self.running.web.visit).path + "?" + urlsplit(self.running.web.visit).query
         )
         assert (first.status, first.headers["location"]) == (303, "/")
@@ -124,8 +124,10 @@ KEY = "very-secret-key"
 
 
 @pytest.fixture(scope="module")
-def doors(running: LocalMarket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
-    with site(tmp_path_factory.mktemp("doors") / "home", running, ["BTC/USDT"], "15m", "2024-01-01") as plain:
+def access(running: LocalMarket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
+    with site(
+        tmp_path_factory.mktemp("access") / "home", running, ["BTC/USDT"], "15m", "2024-01-01"
+    ) as plain:
         made = changed(plain, FKS_WEBSERVER__LOGIN="true", POLYGON_API_KEY=KEY)
         up = servers.up(
             made.settings,
@@ -133,10 +135,10 @@ def doors(running: LocalMarket, tmp_path_factory: pytest.TempPathFactory) -> Ite
             parts=(WEBSERVER,),
             keep_database=False,
             environment=made.environment,
-            say=said.append,
+            say=output.append,
         )
         running.reset_requests()
-        yield Doors(up, made)
+        yield Access(up, made)
 
 
 def changed(plain: Site, **variables: str) -> Site:
@@ -145,37 +147,40 @@ def changed(plain: Site, **variables: str) -> Site:
     return replace(plain, settings=load_settings(environment, CHECKOUT), environment=environment)
 
 
-said: list[str] = []
-"""What `up` has printed."""
+output: list[str] = []
+"""The output of `up`."""
 
 
-def test_a_first_visit_and_what_follows(doors: Doors) -> None:
-    token = doors.running.token
+def test_login_by_url_cookie_and_bearer_token(access: Access) -> None:
+    token = access.running.token
     assert token is not None
-    assert any(f"{doors.running.url}/?token={token}" in line for line in said)
-    file = doors.site.settings.home / "run" / "token"
+    assert any(f"{access.running.url}/?token={token}" in line for line in output)
+    file = access.site.settings.home / "run" / "token"
     assert (file.read_text(), stat.S_IMODE(file.stat().st_mode)) == (token, 0o600)
 
-    own = f"http://{doors.place}"
-    page = doors.ask("GET", "/assets", Cookie=doors.cookie)
+    own = f"http://{access.place}"
+    page = access.send("GET", "/assets", Cookie=access.cookie)
     assert page.status == 200
     assert "<html" in page.body
     assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
-    query = doors.ask("POST", "/graphql", QUERY, Cookie=doors.cookie, Content_Type=JSON, Origin=own)
+    query = access.send("POST", "/graphql", QUERY, Cookie=access.cookie, Content_Type=JSON, Origin=own)
     assert (query.status, list(json.loads(query.body)["data"])) == (200, ["version"])
     assert (
-        doors.ask("POST", "/graphql", QUERY, Authorization=f"Bearer {token}", Content_Type=JSON).status == 200
+        access.send("POST", "/graphql", QUERY, Authorization=f"Bearer {token}", Content_Type=JSON).status
+        == 200
     )
     for path in ROUTES:
         for method in ("GET", "POST"):
-            without = doors.ask(method, path, QUERY if method == "POST" else "", Content_Type=JSON)
+            without = access.send(method, path, QUERY if method == "POST" else "", Content_Type=JSON)
             assert without.status in (401, 403, 405), (method, path)
             assert token not in without.body
     with pytest.raises(WrongToken):
-        Webserver(doors.running.url, "x" * 32).ask("{ version }")
+        Webserver(access.running.url, "x" * 32).ask("{ version }")
 
 
-def is_let_in(host: str, origin: str | None, method: str, content: str | None, path: str, place: str) -> bool:
+def is_accepted(
+    host: str, origin: str | None, method: str, content: str | None, path: str, place: str
+) -> bool:
     if host != place or origin not in (None, f"http://{place}") or path.startswith("/report_asset"):
         return False
     if path.startswith("/graphql"):
@@ -183,26 +188,26 @@ def is_let_in(host: str, origin: str | None, method: str, content: str | None, p
     return method == "GET"
 
 
-def test_the_matrix(doors: Doors) -> None:
-    """With the cookie of a visit, as a browser sends it from any page."""
-    place, cookie, runs = doors.place, doors.cookie, doors.runs()
+def test_the_access_matrix(access: Access) -> None:
+    """With the cookie of a login, which a browser sends from any page."""
+    place, cookie, runs = access.place, access.cookie, access.runs()
     hosts = (place, "evil.example", f"evil.example:{place.rpartition(':')[2]}")
     origins = (None, f"http://{place}", "http://evil.example", "http://127.0.0.1:1", "null")
     contents = (JSON, "text/plain", "application/x-www-form-urlencoded", None)
-    tried = 0
+    cases = 0
     for path, host, origin, method in itertools.product(ROUTES, hosts, origins, ("GET", "POST")):
         for content in contents if method == "POST" else (None,):
             body = QUERY if method == "POST" else ""
-            found = doors.ask(
+            found = access.send(
                 method, path, body, Host=host, Origin=origin, Content_Type=content, Cookie=cookie
             )
-            refused = found.status in (403, 405, 415, 421)
+            rejected = found.status in (403, 405, 415, 421)
             case = (method, path, host, origin, content, found.status, found.body[:80])
-            assert refused != is_let_in(host, origin, method, content, path, place), case
-            tried += 1
-    assert tried == len(ROUTES) * 3 * 5 * 5
-    assert doors.runs() == runs
-    assert doors.site.market.requests() == 0
+            assert rejected != is_accepted(host, origin, method, content, path, place), case
+            cases += 1
+    assert cases == len(ROUTES) * 3 * 5 * 5
+    assert access.runs() == runs
+    assert access.site.market.requests() == 0
 
 
 @pytest.mark.parametrize(
@@ -214,23 +219,23 @@ def test_the_matrix(doors: Doors) -> None:
         ("evil.example", "http://evil.example", "POST", JSON),
     ],
 )
-def test_another_page_launches_no_run(
-    doors: Doors, host: str | None, origin: str | None, method: str, content: str
+def test_a_page_of_another_site_cannot_launch_a_run(
+    access: Access, host: str | None, origin: str | None, method: str, content: str
 ) -> None:
     body = json.dumps({"query": LAUNCH, "variables": {"p": launch()}})
-    found = doors.ask(
-        method, "/graphql", body, Host=host, Origin=origin, Content_Type=content, Cookie=doors.cookie
+    found = access.send(
+        method, "/graphql", body, Host=host, Origin=origin, Content_Type=content, Cookie=access.cookie
     )
     assert found.status in (403, 415, 421)
-    by_address = doors.ask(
-        "GET", "/graphql?query=mutation%7B__typename%7D", Cookie=doors.cookie, Origin=origin
+    by_address = access.send(
+        "GET", "/graphql?query=mutation%7B__typename%7D", Cookie=access.cookie, Origin=origin
     )
     assert by_address.status in (403, 405)
-    assert doors.runs() == 0
+    assert access.runs() == 0
 
 
 def launch(**config: object) -> dict[str, object]:
-    """What the launchpad sends for one partition, with the configuration of its run."""
+    """The execution parameters of the launchpad for one partition, with a run configuration."""
     selector = {
         **REPOSITORY,
         "pipelineName": "ohlcv_months",
@@ -256,20 +261,20 @@ def launch(**config: object) -> dict[str, object]:
         ("io_manager", "base_dir", {"env": "POLYGON_API_KEY"}),
     ],
 )
-def test_a_run_with_another_resource_is_refused(
-    doors: Doors, resource: str, field: str, value: object
+def test_a_run_with_another_resource_is_rejected(
+    access: Access, resource: str, field: str, value: object
 ) -> None:
     config = {"resources": {resource: {"config": {field: value}}}}
-    web = doors.running.web
+    web = access.running.web
     found = web.ask(LAUNCH, p=launch(**config))["launchRun"]
     assert found["__typename"] == "RunConfigValidationInvalid"
     assert f'"{field}" at path root:resources:{resource}' in found["errors"][0]["message"]
     assert KEY not in str(found)
-    assert doors.runs() == 0
+    assert access.runs() == 0
 
 
-def test_without_a_login_the_guard_stays(doors: Doors) -> None:
-    open_rules = guarded_webserver.rules_of(changed(doors.site, FKS_WEBSERVER__LOGIN="false").settings, 3000)
+def test_without_a_login_the_guard_is_still_active(access: Access) -> None:
+    open_rules = guarded_webserver.rules_of(changed(access.site, FKS_WEBSERVER__LOGIN="false").settings, 3000)
     assert open_rules.token is None
     assert (open_rules.posts, open_rules.closed) == (("/graphql",), ("/report_asset",))
 
@@ -284,7 +289,7 @@ def test_without_a_login_the_guard_stays(doors: Doors) -> None:
         ({"FKS_API_TOKEN": "x" * 32, "FKS_WEBSERVER__LOGIN": "others"}, None),
     ],
 )
-def test_who_needs_no_token(tmp_path: Path, variables: dict[str, str], owner: int | None) -> None:
+def test_the_account_without_a_token(tmp_path: Path, variables: dict[str, str], owner: int | None) -> None:
     (tmp_path / "run").mkdir()
     settings = load_settings({"FKS_HOME": str(tmp_path), **variables}, tmp_path)
     assert make_token(settings) is not None
@@ -292,17 +297,17 @@ def test_who_needs_no_token(tmp_path: Path, variables: dict[str, str], owner: in
     assert (rules.token, rules.owner) == (token_of(settings), owner)
 
 
-def test_the_command_line_of_dagster_is_refused_such_a_run(doors: Doors, tmp_path: Path) -> None:
-    """`dagster job launch` looks at no configuration; the run fails before it asks anybody."""
+def test_the_command_line_of_dagster_cannot_launch_such_a_run(access: Access, tmp_path: Path) -> None:
+    """`dagster job launch` does not validate the configuration; the run fails before its first request."""
     config = tmp_path / "run.yaml"
     config.write_text("resources: {binance: {config: {base_url: 'http://127.0.0.1:9'}}}\n")
-    folder = servers.dagster_folder(doors.site.settings.home)
+    folder = servers.dagster_folder(access.site.settings.home)
     tags = json.dumps({"dagster/partition": "2024-01-01"})
     command = [sys.executable, "-m", "dagster", "job", "launch", "-w", str(folder / "workspace.yaml")]
     command += ["-j", "ohlcv_months", "-c", str(config), "--tags", tags]
     done = subprocess.run(
         command,
-        env={**doors.site.environment, "DAGSTER_HOME": str(folder)},
+        env={**access.site.environment, "DAGSTER_HOME": str(folder)},
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
@@ -310,11 +315,11 @@ def test_the_command_line_of_dagster_is_refused_such_a_run(doors: Doors, tmp_pat
     )
     assert done.returncode != 0
     assert 'unexpected config entry "base_url" at path root:resources:binance' in done.stderr + done.stdout
-    assert doors.site.market.requests() == 0
+    assert access.site.market.requests() == 0
 
 
-def test_only_the_webserver_listens_on_the_network(doors: Doors) -> None:
-    home = doors.site.settings.home
+def test_only_the_webserver_listens_on_the_network(access: Access) -> None:
+    home = access.site.settings.home
     members = [process for one in backgrounds(home) for process in one.members()]
     listening = {
         (place.laddr.ip, place.laddr.port)
@@ -323,22 +328,22 @@ def test_only_the_webserver_listens_on_the_network(doors: Doors) -> None:
         if place.status == psutil.CONN_LISTEN
     }
     assert len(members) > 2
-    assert listening == {("127.0.0.1", doors.site.port)}
+    assert listening == {("127.0.0.1", access.site.port)}
     folder = code_server.socket_of(home).parent
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-# What a page of another site can do without asking: forms, simple requests, sockets, frames, pictures.
+# Requests of a page of another site without a preflight: simple requests, sockets, frames, images.
 EVIL_PAGE = """<!doctype html><iframe id=frame src="{url}/"></iframe><img src="{url}/graphql?query=%7Bversion%7D">
 <script>
 const results = {{}};
 const body = JSON.stringify({body});
 const simple = (name, path, options) => fetch("{url}" + path, {{method: "POST", credentials: "include", ...options}})
-  .then(answer => results[name] = answer.type + " " + answer.status, error => results[name] = "refused");
+  .then(answer => results[name] = answer.type + " " + answer.status, error => results[name] = "rejected");
 const socket = new Promise(done => {{
   const opened = new WebSocket("{url}/graphql".replace("http", "ws"), "graphql-ws");
   opened.onopen = () => {{ results.socket = "opened"; done(); }};
-  opened.onerror = () => {{ results.socket = "refused"; done(); }};
+  opened.onerror = () => {{ results.socket = "rejected"; done(); }};
 }});
 Promise.all([
   simple("text", "/graphql", {{mode: "no-cors", headers: {{"Content-Type": "text/plain"}}, body}}),
@@ -352,8 +357,8 @@ Promise.all([
 @pytest.mark.skipif(
     not any(map(shutil.which, pictures.BROWSERS)), reason=f"no browser ({', '.join(pictures.BROWSERS)})"
 )
-def test_a_page_of_another_site_in_a_real_browser(doors: Doors) -> None:
-    web, runs = doors.running.web, doors.runs()
+def test_a_page_of_another_site_in_a_real_browser(access: Access) -> None:
+    web, runs = access.running.web, access.runs()
     body = {"query": LAUNCH, "variables": {"p": launch()}}
     page_of_others = EVIL_PAGE.format(url=web.url, body=json.dumps(body)).encode()
 
@@ -378,18 +383,18 @@ def test_a_page_of_another_site_in_a_real_browser(doors: Doors) -> None:
         )
         own = f"fetch('/graphql', {{method: 'POST', headers: {{'Content-Type': '{JSON}'}}, body: '{QUERY}'}})"
         page.value(f"{own}.then(answer => window.own = answer.status)")
-        until(lambda: page.value("window.own") == 200)  # the visit has left its cookie
+        until(lambda: page.value("window.own") == 200)  # the login has set its cookie
 
-        for host in ("127.0.0.1", "localhost"):  # of the same site, and of another one
+        for host in ("127.0.0.1", "localhost"):  # the same site, and another one
             page.call("Page.navigate", url=f"http://{host}:{other.server_port}/")
             until(lambda: page.value("Boolean(window.results)"))
             found = page.value("window.results")
-            assert found["socket"] == "refused"
-            assert found["json"] == "refused"  # the browser asks first, and gets no leave
+            assert found["socket"] == "rejected"
+            assert found["json"] == "rejected"  # the preflight request is rejected
             assert page.value("document.getElementById('frame').contentDocument") is None
         other.shutdown()
-    assert doors.runs() == runs
-    assert doors.site.market.requests() == 0
+    assert access.runs() == runs
+    assert access.site.market.requests() == 0
     asset = "{ assetChecksOrError { ... on AssetChecks { checks { executionForLatestMaterialization { status } } } } }"
     key = {"path": ["ohlcv", "BTC_USDT", "15m"]}
     shown = web.ask(
@@ -401,7 +406,7 @@ def test_a_page_of_another_site_in_a_real_browser(doors: Doors) -> None:
 
 @pytest.mark.slow
 def test_no_secret_is_found_anywhere(running: LocalMarket, tmp_path: Path) -> None:
-    """A secret in every variable that takes one; then everything that anybody can look at."""
+    """A secret in every variable that holds one; then all pages, logs, files and tables."""
     named = [*KEY_VARIABLES.values(), "FKS_API_TOKEN"]
     secrets = {name: f"hush-{name.lower().replace('_', '-')}-{'x' * 32}" for name in named}
     with site(tmp_path / "home", running, ["BTC/USDT"], "15m", "2024-01-01") as plain:
@@ -413,8 +418,8 @@ def test_no_secret_is_found_anywhere(running: LocalMarket, tmp_path: Path) -> No
         until(lambda: web.run(run).finished)
         assert web.run(run).status == "SUCCESS"
 
-        doors = Doors(Servers(web.url, made.settings.home / "logs", True, web.token), made)
-        seen = [doors.ask("GET", path, Authorization=f"Bearer {web.token}").body for path in ROUTES]
+        access = Access(Servers(web.url, made.settings.home / "logs", True, web.token), made)
+        seen = [access.send("GET", path, Authorization=f"Bearer {web.token}").body for path in ROUTES]
         answers = (web.ask(query, **({"run": run} if "$run" in query else {})) for query in EVERYTHING)
         seen += map(json.dumps, answers)
         seen += [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
@@ -446,14 +451,14 @@ EVERYTHING = (
     "query($run: ID!) { logsForRun(runId: $run) { ... on EventConnection { events { __typename"
     " ... on MessageEvent { message } } } } }",
 )
-"""What the pages of Dagster ask for that could hold settings."""
+"""Queries of Dagster's pages whose responses could contain settings."""
 
 
-def test_the_token_outlives_a_restart_and_another_one_is_told(doors: Doors) -> None:
-    site, quiet = doors.site, {"keep_database": False, "say": said.append, "parts": (WEBSERVER,)}
+def test_the_token_survives_a_restart_and_another_token_is_an_error(access: Access) -> None:
+    site, quiet = access.site, {"keep_database": False, "say": output.append, "parts": (WEBSERVER,)}
     servers.stop_part(site.settings, WEBSERVER)
     again = servers.up(site.settings, port=site.port, environment=site.environment, **quiet)
-    assert again.token == doors.running.token
+    assert again.token == access.running.token
     other = site.settings.model_copy(
         update={"api_token": load_settings({"FKS_API_TOKEN": "y" * 40}, CHECKOUT).api_token}
     )
@@ -461,5 +466,5 @@ def test_the_token_outlives_a_restart_and_another_one_is_told(doors: Doors) -> N
         ServersError, match="was started with another token: stop it with `fks-backfill down`"
     ):
         servers.up(other, port=site.port, environment=site.environment, **quiet)
-    with pytest.raises(SettingsError, match="FKS_API_TOKEN: it is to be 32 or more"):
+    with pytest.raises(SettingsError, match="FKS_API_TOKEN: must be 32 or more"):
         load_settings({"FKS_API_TOKEN": "y" * 31}, CHECKOUT)

@@ -1,6 +1,6 @@
-"""The keeper: what ends is started again, at growing distances, until it is given up; nothing after `stop`.
+"""The keeper: restarts with growing delays until a server is given up; no restart after `stop`.
 
-The servers here are small ones. With Dagster's own: test_servers.py (the daemon), test_kills.py (all of them).
+With small test servers. With Dagster's: test_servers.py (the daemon), test_kills.py (all of them).
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from fks_backfill_dagster.host.processes import KEEPER, MARK, Background, backgr
 from fks_backfill_dagster_tests.embedded.conftest import open_directory, quick_disk
 from fks_backfill_dagster_tests.host.test_processes import lives, until
 
-# A server with a worker, as the code server has them.
+# A server with a worker, like the code server.
 _SERVER = (
     "import subprocess, sys, time;"
     " subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); time.sleep(60)"
 )
-_HASTY = """
+_FAST_KEEPER = """
 import sys
 from pathlib import Path
 from fks_backfill_dagster.host import keeper
 keeper.MOST_ENDS = 3
-keeper.LOOK_SECONDS = keeper.LONGEST_SECONDS = 0.01
+keeper.POLL_SECONDS = keeper.LONGEST_SECONDS = 0.01
 keeper.Keeper(Path(sys.argv[1])).run()
 """
 
 
-# The rule
+# Back-off
 
 
-def test_the_distances_grow_and_end() -> None:
+def test_the_delays_grow_and_end() -> None:
     waits = [delay(ends) for ends in range(1, MOST_ENDS + 1)]
     assert waits[:8] == [0, 1, 2, 4, 8, 16, 32, 60]
     assert set(waits[8:-1]) == {60}
@@ -56,7 +56,7 @@ def test_the_distances_grow_and_end() -> None:
 
 
 class World:
-    """A server that runs or not, a clock, and what was done."""
+    """A simulated server and clock, with the starts and the log."""
 
     def __init__(self, begin: Callable[[], None] | None = None) -> None:
         self.now, self.runs, self.began = 1000.0, True, list[float]()
@@ -68,23 +68,23 @@ class World:
         self.runs = True
 
     def pass_seconds(self, seconds: float) -> None:
-        """Looks four times a second."""
+        """Checks four times a second."""
         for _ in range(round(seconds * 4)):
             self.now += 0.25
-            self.kept.look(self.now)
+            self.kept.check(self.now)
 
 
-def test_what_ends_is_started_at_once() -> None:
+def test_an_ended_server_is_restarted_immediately() -> None:
     world = World()
     world.pass_seconds(10)
     assert world.began == []
     world.runs = False
     world.pass_seconds(1)
     assert len(world.began) == 1
-    assert world.log == ["the server has ended; it is started again at once"]
+    assert world.log == ["the server has ended; restarting now"]
 
 
-def test_what_has_run_for_long_is_started_at_once_again() -> None:
+def test_a_server_that_ran_long_is_restarted_immediately_again() -> None:
     world = World()
     for _ in range(3 * MOST_ENDS):
         world.runs = False
@@ -93,7 +93,7 @@ def test_what_has_run_for_long_is_started_at_once_again() -> None:
     assert not world.kept.given_up
 
 
-def test_what_ends_again_and_again_is_given_up() -> None:
+def test_a_server_that_ends_repeatedly_is_given_up() -> None:
     world = World(begin=lambda: world.began.append(world.now))  # never comes up
     world.runs = False
     world.pass_seconds(3600)
@@ -101,9 +101,9 @@ def test_what_ends_again_and_again_is_given_up() -> None:
     assert len(world.began) == MOST_ENDS - 1
     apart = [round(later - earlier) for earlier, later in zip(world.began, world.began[1:], strict=False)]
     assert apart == sorted(apart)
-    assert world.log[-1] == f"the server has ended {MOST_ENDS} times in a row and is not started any more"
+    assert world.log[-1] == f"the server has ended {MOST_ENDS} times in a row and is no longer restarted"
 
-    world.runs = True  # a person has started it
+    world.runs = True  # restarted by an operator
     world.pass_seconds(STEADY_SECONDS + 1)
     world.runs = False
     world.pass_seconds(1)
@@ -135,7 +135,7 @@ def home() -> Iterator[Path]:
 def keep(
     home: Path, *codes: str, database: bool | None = None, keeper_code: str | None = None
 ) -> list[Background]:
-    """Servers of these programs and their keeper, as `up` starts them."""
+    """Starts servers with this code and their keeper, as `up` does."""
     parts = tuple(Part(f"server{n}", (sys.executable, "-c", code)) for n, code in enumerate(codes))
     for part in parts:
         part.start(home, Path.cwd(), os.environ)
@@ -158,7 +158,7 @@ def of_home(home: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.server
-def test_a_killed_server_is_back_and_what_it_left_behind_is_gone(home: Path) -> None:
+def test_a_killed_server_is_restarted_and_its_orphans_are_stopped(home: Path) -> None:
     first, second = keep(home, _SERVER, _SERVER)
     until(lambda: len(first.members()) == 2)
     before, pid, other = first.members(), first.pid, second.pid
@@ -168,17 +168,17 @@ def test_a_killed_server_is_back_and_what_it_left_behind_is_gone(home: Path) -> 
     assert not any(lives(process) for process in before)
     assert second.pid == other
 
-    # The whole group, as a machine without memory may do it.
+    # The whole group, as after a shortage of memory.
     until(lambda: len(first.members()) == 2)
     before, pid = first.members(), first.pid
     for process in before:
         process.kill()
     until(lambda: first.is_running() and first.pid != pid)
-    assert "the server0 has ended; it is started again at once" in Background(home, KEEPER).last_words()
+    assert "the server0 has ended; restarting now" in Background(home, KEEPER).last_words()
 
 
 @pytest.mark.server
-def test_a_killed_keeper_leaves_the_servers_and_the_next_one_takes_them_over(home: Path) -> None:
+def test_servers_survive_a_killed_keeper_and_the_next_one_takes_them_over(home: Path) -> None:
     (server,) = keep(home, _SERVER)
     process = Background(home, KEEPER)
     until(lambda: (home / "run" / "keeper.state").exists())
@@ -188,11 +188,8 @@ def test_a_killed_keeper_leaves_the_servers_and_the_next_one_takes_them_over(hom
     until(lambda: not process.is_running())
     pid = server.pid
     assert server.is_running()
-    (told,) = keeper.problems(home)
-    assert (
-        told
-        == "The keeper of the servers has ended, so none of them would be started again: run `fks-backfill up`."
-    )
+    (problem,) = keeper.problems(home)
+    assert problem == "The keeper has ended, so a server that ends is not restarted: run `fks-backfill up`."
 
     process.start(
         [sys.executable, "-P", "-m", keeper.__name__, str(home)],
@@ -208,40 +205,40 @@ def test_a_killed_keeper_leaves_the_servers_and_the_next_one_takes_them_over(hom
 
 @pytest.mark.server
 @pytest.mark.parametrize("late", [False, True])
-def test_nothing_comes_back_after_a_stop(home: Path, late: bool) -> None:
-    """Also while the keeper is about to start something again."""
+def test_no_server_is_restarted_after_a_stop(home: Path, late: bool) -> None:
+    """Even while the keeper is about to restart a server."""
     (server,) = keep(home, _SERVER)
     until(lambda: (home / "run" / "keeper.state").exists())
     pid = server.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     if late:
-        until(lambda: server.pid != pid)  # the record is gone, or another one
+        until(lambda: server.pid != pid)  # the record is removed or replaced
     stop_all(home)
     assert of_home(home) == []
     assert backgrounds(home) == []
 
 
 @pytest.mark.server
-def test_a_keeper_that_is_replaced_ends_by_itself(home: Path) -> None:
+def test_a_keeper_without_its_record_ends(home: Path) -> None:
     keep(home, _SERVER)
     process = Background(home, KEEPER)
     until(lambda: (home / "run" / "keeper.state").exists())
     (old,) = process.members()
-    process.record.unlink()  # as of a home that was deleted
+    process.record.unlink()  # as if the home was deleted
     until(lambda: not lives(old))
     assert Background(home, "server0").is_running()
 
 
 @pytest.mark.server
-def test_what_was_given_up_is_reported(home: Path) -> None:
-    keep(home, _SERVER, "", keeper_code=_HASTY)
+def test_a_given_up_server_is_reported(home: Path) -> None:
+    keep(home, _SERVER, "", keeper_code=_FAST_KEEPER)
     until(lambda: bool(keeper.problems(home)))
-    (told,) = keeper.problems(home)
+    (problem,) = keeper.problems(home)
     log = home / "logs" / "server1.log"
-    assert told.startswith("The server1 ended ")
-    assert told.endswith(
-        f"times in a row and is not started any more: see {log}, then run `fks-backfill up`."
+    assert problem.startswith("The server1 ended ")
+    assert problem.endswith(
+        f"times in a row and is no longer restarted: see {log}, then run `fks-backfill up`."
     )
     assert Background(home, "server0").is_running()
 
@@ -255,7 +252,7 @@ def one(url: str) -> bool:
 
 
 @pytest.mark.server
-def test_a_killed_database_is_back_and_a_stopped_one_is_not(home: Path) -> None:
+def test_a_killed_database_is_restarted_and_a_stopped_one_is_not(home: Path) -> None:
     postgres = EmbeddedPostgres(home)
     url = postgres.start(keep=True)
     postgres.release()
@@ -266,10 +263,10 @@ def test_a_killed_database_is_back_and_a_stopped_one_is_not(home: Path) -> None:
         os.kill(pid, signal.SIGKILL)
         until(lambda: postgres.status().pid not in (None, pid) and one(url))  # noqa: B023
     assert postgres.status().kept
-    assert f"the {DATABASE} has ended; it is started again" in Background(home, KEEPER).last_words()
+    assert f"the {DATABASE} has ended; restarting" in Background(home, KEEPER).last_words()
 
     assert postgres.stop()
-    # A server that is started again meanwhile shows that the keeper has looked.
+    # The restart of a server shows that the keeper has checked.
     server = Background(home, "server0")
     pid = server.pid
     os.kill(pid or 0, signal.SIGKILL)
@@ -281,7 +278,7 @@ def test_a_killed_database_is_back_and_a_stopped_one_is_not(home: Path) -> None:
 
 @pytest.mark.server
 def test_the_keeper_is_a_user_of_the_database(home: Path) -> None:
-    """Without `keep` it ends with its last user: not while a server is being started again."""
+    """Without `keep` it ends with its last user, but not during the restart of a server."""
     postgres = EmbeddedPostgres(home)
     postgres.start()
     keep(home, _SERVER, database=False)
@@ -294,8 +291,8 @@ def test_the_keeper_is_a_user_of_the_database(home: Path) -> None:
 
 
 @pytest.mark.server
-def test_a_keeper_weighs_little(home: Path) -> None:
-    """It lives as long as the servers: what is heavy is not imported."""
+def test_a_keeper_imports_no_heavy_modules(home: Path) -> None:
+    """It runs as long as the servers, so it must not import heavy modules."""
     keep(home, _SERVER)
     until(lambda: (home / "run" / "keeper.state").exists())
     (process,) = Background(home, KEEPER).members()

@@ -1,8 +1,7 @@
-"""kill -9 while a backfill runs: of the run's worker alone, of everything but the webserver, and of one server after
-the other.
+"""kill -9 during a backfill: of the run worker, of all processes except the webserver, and of the servers one by one.
 
-In most cases the market holds up the last month for longer than a test takes: the others are committed when the
-worker is killed, so a retry has that month to fetch and nothing else.
+In most cases the market delays the last month for longer than a test takes: the others are committed when the worker is
+killed, so a retry only has that month to fetch.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ MONTHS = ("2024-01-01", "2024-02-01", "2024-03-01", "2024-04-01", "2024-05-01", 
 HELD = MONTHS[-1]
 
 MONITORED_SECONDS = 45
-"""Run monitoring looks every 20 seconds, also right after the daemon's start; the rest is for busy machines."""
+"""Run monitoring polls every 20 seconds, first at the daemon's start; the rest allows for busy machines."""
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """The webserver alone: a daemon looks for backfills when it starts, and then every 30 s."""
+    """A running webserver without a daemon, which polls for backfills at its start and then every 30 s."""
     home = tmp_path_factory.mktemp("kills") / "home"
     with (
         LocalMarket(MarketConfig(limits=False)) as market,
@@ -66,8 +65,8 @@ class Held:
     def runs(self) -> list[Run]:
         return self.site.web.backfill(self.backfill)[1]
 
-    def brought_by(self) -> dict[str, str | None]:
-        """The months that are stored, each with the run that has brought it."""
+    def fetched_by(self) -> dict[str, str | None]:
+        """The stored months, each with the run that fetched it."""
         with self.site.database() as database:
             return {
                 f"{one.range_start:%Y-%m-%d}": one.run_id
@@ -75,20 +74,20 @@ class Held:
                 if one.symbol == self.symbol
             }
 
-    def lost_and_tried_again(self) -> None:
-        """The run fails and is retried once, by a run that asks for the month that was held and no other."""
+    def assert_lost_and_retried(self) -> None:
+        """The run fails and is retried once; the retry requests only the delayed month."""
         self.site.until(lambda: self.site.web.run(self.run).status == "FAILURE", MONITORED_SECONDS)
         self.site.until(lambda: len(self.runs()) == 2 and all(run.finished for run in self.runs()))
         (retry,) = [run for run in self.runs() if run.id != self.run]
         assert retry.status == "SUCCESS"
         assert self.site.run(retry.id)["parentRunId"] == self.run
-        assert self.brought_by() == dict.fromkeys(MONTHS, self.run) | {HELD: retry.id}
-        asked = [line["target"] for line in self.site.market.journal()["last"]]
-        months = [target for target in asked if "-15m-" in target]
+        assert self.fetched_by() == dict.fromkeys(MONTHS, self.run) | {HELD: retry.id}
+        requested = [line["target"] for line in self.site.market.journal()["last"]]
+        months = [target for target in requested if "-15m-" in target]
         assert months
         assert all(f"{self.symbol.replace('/', '')}-15m-{HELD[:7]}" in target for target in months)
-        # The stored candle before it, which tells that it is the same market still.
-        assert len(asked) - len(months) <= 1
+        # And the stored candle before it, to verify that the market is the same.
+        assert len(requested) - len(months) <= 1
         assert self.site.web.failed_partitions(asset_of(self.symbol), MONTHS) == []
 
 
@@ -114,13 +113,13 @@ def backfill_and_hold(made: Site, symbol: str) -> Held:
     (run,) = made.web.backfill(backfill)[1]
     made.until(lambda: len(pids_of(made, run.id)) == 1)
     held = Held(made, symbol, backfill, run.id, psutil.Process(*pids_of(made, run.id)))
-    made.until(lambda: set(held.brought_by()) == set(MONTHS) - {HELD})
+    made.until(lambda: set(held.fetched_by()) == set(MONTHS) - {HELD})
     assert made.web.run(run.id).status == "STARTED"
     return held
 
 
 def pids_of(made: Site, run: str) -> set[int]:
-    """The process that executes a run, as its events tell; empty before it has begun."""
+    """The process of a run according to its events; empty before its start."""
     return {int(found[1]) for _, text in made.messages(run) if (found := re.search(r"\(pid: (\d+)\)", text))}
 
 
@@ -133,30 +132,30 @@ def test_a_killed_worker(running: Site) -> None:
     held = backfill_and_hold(running, "BTC/USDT")
     held.worker.kill()
     recover(running)
-    held.lost_and_tried_again()
+    held.assert_lost_and_retried()
 
 
-def test_a_worker_killed_with_everything_but_the_webserver(running: Site) -> None:
-    """Nobody is left who could notice: it is the next daemon's to find out."""
+def test_a_worker_killed_with_all_processes_but_the_webserver(running: Site) -> None:
+    """No process is left to detect the loss; the next daemon does."""
     held = backfill_and_hold(running, "ETH/USDT")
     groups = [group for group in backgrounds(running.settings.home) if group.name != WEBSERVER]
-    groups.sort(key=lambda group: group.name != KEEPER)  # it would start the others again
+    groups.sort(key=lambda group: group.name != KEEPER)  # it would restart the others
     victims = [one for group in groups for one in sorted(group.members(), key=lambda one: one.pid)]
     assert held.worker in victims
-    for victim in victims:  # whoever started a process before the process
+    for victim in victims:  # parents before their children
         with suppress(psutil.NoSuchProcess):
             victim.kill()
     assert running.web.run(held.run).status == "STARTED"
     recover(running)
     running.up()
-    held.lost_and_tried_again()
+    held.assert_lost_and_retried()
 
 
-# On a busy machine Dagster's retry may look at the run between its event of failure and its status, and then
-# gives up ("a run that is not failed"): seen once.
+# On a busy machine Dagster's retry may read the run between its failure event and its failed status, and then gives up
+# ("a run that is not failed").
 @pytest.mark.slow
 def test_a_worker_whose_code_server_is_killed(running: Site) -> None:
-    """It is started again, without the worker, and the run as well."""
+    """The code server is restarted, its worker is stopped, and the run is retried."""
     held = backfill_and_hold(running, "SOL/USDT")
     (code,) = [group for group in backgrounds(running.settings.home) if group.name == CODE]
     before = code.pid
@@ -164,17 +163,17 @@ def test_a_worker_whose_code_server_is_killed(running: Site) -> None:
     psutil.Process(before).kill()
     recover(running)
     running.until(lambda: code.is_running() and code.pid != before)
-    held.lost_and_tried_again()
+    held.assert_lost_and_retried()
     assert running.web.load_errors() == []
 
 
-# One server after the other -----------------------------------------------------------------------------
+# The servers one by one -----------------------------------------------------------------------------------
 
 LONG = TimeRange(instant("2019-01-01"), instant("2024-01-01"))
 
 
 def postmaster(made: Site) -> int | None:
-    """Its pid, found without starting it."""
+    """The pid of the database server, without starting it."""
     return EmbeddedPostgres(made.settings.home).status().pid
 
 
@@ -190,8 +189,8 @@ def stored(made: Site) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_server_is_killed_while_a_backfill_runs(tmp_path: Path) -> None:
-    """It ends complete, and whoever watches it sees that; nothing is started by hand."""
+def test_every_server_is_killed_during_a_backfill(tmp_path: Path) -> None:
+    """The backfill completes without intervention, and `watch` reports it."""
     servers: dict[str, Callable[[Site], int | None]] = {"postmaster": postmaster}
     servers |= {name: partial(leader, name=name) for name in (WEBSERVER, DAEMON, CODE)}
     with (
@@ -211,7 +210,7 @@ def test_every_server_is_killed_while_a_backfill_runs(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
             deadline = time.monotonic() + 60
             while find(made) in (None, pid):
-                assert time.monotonic() < deadline, "it is not started again"
+                assert time.monotonic() < deadline, "not restarted"
                 time.sleep(0.1)
         assert not watched.done()
         assert watched.result(600).succeeded

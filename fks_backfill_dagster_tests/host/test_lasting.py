@@ -1,7 +1,7 @@
-"""A database that is away for a while: Dagster's own storage waits for it, and so does a run.
+"""A temporarily unavailable database: retries of Dagster's storage and of runs.
 
-With a real server that is stopped and started; a connection's own patience (`sessions`) is taken out, so that the
-callers see the server go. With the servers of `up`: test_kills.py.
+With a real server that is stopped and started. The retries of connections (`sessions`) are disabled, so that callers
+see the loss. With the servers of `up`: test_kills.py.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.host import lasting
 from fks_backfill_dagster.host.storage import DatabaseStorage, dagster_place
 from fks_backfill_dagster.orchestration import assets
-from fks_backfill_dagster.orchestration.assets import Outcome, Task, materialize_lasting
-from fks_backfill_dagster.orchestration.retrying import is_back, retried
+from fks_backfill_dagster.orchestration.assets import Outcome, Task, materialize_with_retries
+from fks_backfill_dagster.orchestration.retrying import retried, wait_until_available
 from fks_backfill_dagster.orchestration.run_log import Lines
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
@@ -39,34 +39,34 @@ from fks_backfill_dagster_tests.pipeline.conftest import make_context
 YEARS = TimeRange(instant("2022-01-01"), instant("2024-01-01"))
 
 
-# Which errors are waited for
+# Retried errors
 
 
-def test_a_call_is_made_again_until_the_database_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_is_retried_until_the_database_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lasting, "_PAUSE_SECONDS", 0.0)
-    answers: list[Exception | int] = [DatabaseUnavailable("away"), DatabaseUnavailable("away"), 7]
+    results: list[Exception | int] = [DatabaseUnavailable("away"), DatabaseUnavailable("away"), 7]
 
     def call(number: int, *, more: int) -> int:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer + number + more
+        result = results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result + number + more
 
-    assert lasting.lasting(call)(1, more=2) == 10
-    assert answers == []
+    assert lasting.with_retries(call)(1, more=2) == 10
+    assert results == []
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        UnsuitableServer("it will not suit in a minute either"),
+        UnsuitableServer("permanently unsuitable"),
         StoreError("a statement that is wrong"),
         ValueError("a value"),
         sa.exc.IntegrityError("INSERT", None, sqlite3.IntegrityError("a duplicate")),
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_any_other_error_is_raised_at_once(error: Exception) -> None:
+def test_any_other_error_is_raised_immediately(error: Exception) -> None:
     made = 0
 
     def call() -> None:
@@ -75,18 +75,18 @@ def test_any_other_error_is_raised_at_once(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)):
-        lasting.lasting(call)()
+        lasting.with_retries(call)()
     assert made == 1
 
 
-def test_it_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_are_limited_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lasting, "AWAY_SECONDS", -1.0)
 
     def call() -> None:
         raise DatabaseUnavailable("away")
 
     with pytest.raises(DatabaseUnavailable):
-        lasting.lasting(call)()
+        lasting.with_retries(call)()
 
 
 # With a server that is stopped and started
@@ -102,14 +102,14 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 
 
 @pytest.mark.server
-def test_a_call_of_dagsters_storage_waits(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+def test_calls_of_dagsters_storage_are_retried(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     storage = DatabaseStorage(dagster_place(cluster.url), makes_tables=True)
     storage.run_storage.set_cursor_values({"key": "before"})
     cluster.stop()
     with ThreadPoolExecutor(2) as pool, caplog.at_level(logging.WARNING, "dagster.storage"):
         writing = pool.submit(storage.run_storage.set_cursor_values, {"key": "after"})
         reading = pool.submit(storage.event_log_storage.get_maximum_record_id)
-        until(lambda: {"set_cursor_values", "get_maximum_record_id"} <= waiting_calls(caplog))
+        until(lambda: {"set_cursor_values", "get_maximum_record_id"} <= retried_calls(caplog))
         assert not writing.done()
         assert not reading.done()
         cluster.start()
@@ -118,20 +118,20 @@ def test_a_call_of_dagsters_storage_waits(cluster: Cluster, caplog: pytest.LogCa
     assert storage.run_storage.get_cursor_values({"key"}) == {"key": "after"}
 
 
-def waiting_calls(caplog: pytest.LogCaptureFixture) -> set[str]:
+def retried_calls(caplog: pytest.LogCaptureFixture) -> set[str]:
     found = [record.getMessage() for record in caplog.records if record.name == "dagster.storage"]
-    return {text.removeprefix("The database is away, ").split(" ")[0] for text in found}
+    return {text.removeprefix("The database is unavailable, ").split(" ")[0] for text in found}
 
 
 @pytest.mark.server
-def test_a_database_that_is_back(cluster: Cluster) -> None:
+def test_waiting_for_a_database(cluster: Cluster) -> None:
     database = Database(cluster.url)
     database.upgrade()
-    assert is_back(database)
+    assert wait_until_available(database)
     cluster.stop()
-    assert not is_back(database, seconds=0)
+    assert not wait_until_available(database, seconds=0)
     with ThreadPoolExecutor(1) as pool:
-        waited = pool.submit(is_back, database)
+        waited = pool.submit(wait_until_available, database)
         cluster.start()
         assert waited.result(60)
     database.dispose()
@@ -146,7 +146,7 @@ def test_a_database_that_is_back(cluster: Cluster) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_run_is_retried_only_where_the_database_is_away(
+def test_a_run_is_retried_only_after_a_loss_of_the_database(
     error: Exception, tags: dict[str, str], tmp_path: Path
 ) -> None:
     with DagsterInstance.local_temp(str(tmp_path)) as instance:
@@ -166,11 +166,11 @@ def test_a_series_continues_where_it_lost_the_database(cluster: Cluster) -> None
         database.upgrade()
         context = make_context(database, market.binance_url)
         with ThreadPoolExecutor(1) as pool:
-            running: Future[Outcome] = pool.submit(materialize_lasting, context, hours(), lines, False)
+            running: Future[Outcome] = pool.submit(materialize_with_retries, context, hours(), lines, False)
             until(lambda: bool(batches(database)) or running.done())
             assert not running.done()
             cluster.stop()
-            until(lambda: not is_back(database, seconds=0))
+            until(lambda: not wait_until_available(database, seconds=0))
             cluster.start()
             outcome = running.result(120)
         found = read_candles(database, hours().series, YEARS)
@@ -178,27 +178,27 @@ def test_a_series_continues_where_it_lost_the_database(cluster: Cluster) -> None
         database.dispose()
     lines.write(written)
     assert not outcome.failed
-    assert any("the database was away" in text for text in written.warnings)
+    assert any("lost the database" in text for text in written.warnings)
     assert all((ours == theirs).all() for ours, theirs in zip(found.columns(), truth.columns(), strict=True))
 
 
 def test_a_series_gives_up_when_the_database_is_lost_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = 0
 
-    def lose(*_: object) -> Outcome:
+    def fail(*_: object) -> Outcome:
         nonlocal lost
         lost += 1
         raise DatabaseUnavailable("away")
 
-    monkeypatch.setattr(assets, "materialize_series", lose)
-    monkeypatch.setattr(assets, "is_back", lambda database: True)
+    monkeypatch.setattr(assets, "materialize_series", fail)
+    monkeypatch.setattr(assets, "wait_until_available", lambda database: True)
     with pytest.raises(DatabaseUnavailable):
-        materialize_lasting(SimpleNamespace(database=None), hours(), Lines(), False)
+        materialize_with_retries(SimpleNamespace(database=None), hours(), Lines(), False)
     assert lost == assets.MOST_LOSSES + 1
 
 
 class Written:
-    """A log that keeps its warnings."""
+    """A log that records its warnings."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []

@@ -1,4 +1,4 @@
-"""Whether a run's worker still lives: asked of the code server that started it. test_kills.py kills some."""
+"""The health check of run workers. With killed workers: test_kills.py."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def status_of(tags: dict[str, str]) -> WorkerStatus:
     return WatchedRunLauncher().check_run_worker_health(run).status
 
 
-def test_nobody_at_its_address_means_gone(tmp_path: Path) -> None:
-    told = {"host": "localhost", "socket": str(tmp_path / "gone")}
-    assert status_of({GRPC_INFO_TAG: json.dumps(told)}) is WorkerStatus.NOT_FOUND
+def test_an_unreachable_code_server_means_a_lost_worker(tmp_path: Path) -> None:
+    address = {"host": "localhost", "socket": str(tmp_path / "gone")}
+    assert status_of({GRPC_INFO_TAG: json.dumps(address)}) is WorkerStatus.NOT_FOUND
 
 
 @pytest.mark.server
-def test_one_that_its_keeper_starts_again_is_waited_for(
+def test_a_run_counts_as_running_while_the_keeper_restarts_its_code_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(MARK, str(tmp_path))
@@ -40,7 +40,7 @@ def test_one_that_its_keeper_starts_again_is_waited_for(
     assert status_of(tags) is WorkerStatus.NOT_FOUND
 
 
-def test_a_run_that_no_code_server_launched_is_left_alone() -> None:
+def test_a_run_that_no_code_server_launched_is_skipped() -> None:
     assert status_of({}) is WorkerStatus.RUNNING
 
 
@@ -49,16 +49,16 @@ def test_a_run_that_no_code_server_launched_is_left_alone() -> None:
     [
         (DagsterRunStatus.STARTED, 1, "true"),
         (DagsterRunStatus.STARTED, 0, None),
-        (DagsterRunStatus.SUCCESS, 1, None),  # it has ended since run monitoring has listed it
+        (DagsterRunStatus.SUCCESS, 1, None),  # it ended after run monitoring listed it
     ],
 )
-def test_a_lost_run_is_known_to_be_tried_again_before_it_is_failed(
+def test_a_lost_run_is_tagged_for_its_retry_before_it_is_failed(
     tmp_path: Path, status: DagsterRunStatus, retries: int, tag: str | None
 ) -> None:
-    told = {GRPC_INFO_TAG: json.dumps({"host": "localhost", "socket": str(tmp_path / "gone")})}
+    tags = {GRPC_INFO_TAG: json.dumps({"host": "localhost", "socket": str(tmp_path / "gone")})}
     options = {"run_retries": {"enabled": True, "max_retries": retries}}
     with DagsterInstance.local_temp(str(tmp_path), overrides=options) as instance:
-        run = instance.add_run(DagsterRun(job_name="ohlcv_months", tags=told, status=status))
+        run = instance.add_run(DagsterRun(job_name="ohlcv_months", tags=tags, status=status))
         launcher = WatchedRunLauncher()
         launcher.register_instance(instance)
         assert launcher.check_run_worker_health(run).status is WorkerStatus.NOT_FOUND

@@ -1,7 +1,7 @@
-"""`launch` against a real webserver and daemon while settings change and a provider fails.
+"""`launch` with a real webserver and daemon while settings change and a provider fails.
 
-Everything is seen from outside: the command's exit code and documents, and Dagster over GraphQL. All of it is
-slow; `make test` has one launch with a failed month in test_scenario.py.
+Black-box tests: the command's exit code and documents, and Dagster over GraphQL. All of them are slow; `make test` has
+one launch with a failed month in test_scenario.py.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ NAMES = {"crypto": "binance", "stocks": "yfinance", "forex": "oanda"}
 
 
 @dataclass(frozen=True)
-class Desk:
-    """A site whose settings a test writes as it goes."""
+class EditableSite:
+    """A site whose settings change during a test."""
 
     made: Site
 
@@ -66,7 +66,7 @@ class Desk:
         ]
 
     def partitions(self, symbol: str, timeframe: str, status: str) -> int:
-        """How many partitions the asset's page shows with that status."""
+        """The number of partitions with that status on the asset's page."""
         shown = self.made.asset(
             ("ohlcv", symbol, timeframe),
             "partitionStats { numMaterialized numFailed numPartitions }",
@@ -75,7 +75,7 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+def editable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EditableSite]:
     home = tmp_path_factory.mktemp("launching") / "home"
     with (
         LocalMarket(MarketConfig(limits=False)) as market,
@@ -87,21 +87,23 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
             "FKS_PROVIDERS__OANDA__BASE_URL": market.oanda_url,
             "OANDA_API_TOKEN": "any",
         }
-        made = Desk(replace(plain, environment=environment, settings=load_settings(environment, CHECKOUT)))
+        made = EditableSite(
+            replace(plain, environment=environment, settings=load_settings(environment, CHECKOUT))
+        )
         yield made
 
 
-def fail(market: LocalMarket, symbol: str, start: str, end: str) -> None:
+def plant_hang(market: LocalMarket, symbol: str, start: str, end: str) -> None:
     for transport in ("binance", "archive"):
         market.plant_fault(transport, "hang", count=None, seconds=600, symbol=symbol, start=start, end=end)
 
 
 @pytest.mark.slow
-def test_stocks_and_forex_do_not_wait_for_crypto(desk: Desk) -> None:
-    """One month of one symbol hangs, so its runs last; those of the other classes are through meanwhile."""
-    made = desk.made
+def test_stocks_and_forex_do_not_wait_for_crypto(editable: EditableSite) -> None:
+    """One month of one crypto symbol hangs; runs of the other classes complete meanwhile."""
+    made = editable.made
     both = {"timeframes": ["15m", "1h"], "asset_class": "crypto"}
-    desk.write(
+    editable.write(
         [
             {"symbol": "BTC/USDT", **both},
             {"symbol": "ETH/USDT", **both},
@@ -111,30 +113,32 @@ def test_stocks_and_forex_do_not_wait_for_crypto(desk: Desk) -> None:
         history_start="2025-01-01",
     )
     made.up()
-    fail(made.market, "ETHUSDT", "2025-02-01", "2025-03-01")
-    with desk.launch("--all", "--json") as launch:
+    plant_hang(made.market, "ETHUSDT", "2025-02-01", "2025-03-01")
+    with editable.launch("--all", "--json") as launch:
         made.until(
             lambda: (
-                desk.partitions("SPY", "1d", "numMaterialized") > 0
-                and desk.partitions("EUR_USD", "15m", "numMaterialized") > 0
+                editable.partitions("SPY", "1d", "numMaterialized") > 0
+                and editable.partitions("EUR_USD", "15m", "numMaterialized") > 0
             ),
             150,
         )
-        crypto = [names for names in desk.runs_of("STARTED") if "ETH_USDT" in names]
-        assert crypto, "it still runs"
+        crypto = [names for names in editable.runs_of("STARTED") if "ETH_USDT" in names]
+        assert crypto, "the run of the hanging month continues"
         assert launch.poll() is None
         made.market.clear_faults()
-        out, said = launch.communicate(timeout=240)
+        out, messages = launch.communicate(timeout=240)
     document = json.loads(out)
     tags = {run["tags"].get(BACKFILL) for run in made.runs()}
     assert tags == {"crypto", "stocks", "forex"}
-    for names in desk.runs_of("SUCCESS") + desk.runs_of("FAILURE"):
+    for names in editable.runs_of("SUCCESS") + editable.runs_of("FAILURE"):
         assert len(names & {"SPY"}) + len(names & {"EUR_USD"}) + bool(names & {"BTC_USDT", "ETH_USDT"}) == 1
-    # What it counted at the end is what Dagster counts.
+    # Its final counts equal Dagster's.
     failed = sum(len(one["failed"]) for one in document["series"])
     total = sum(len(one["partitions"]) for one in document["series"])
     assert [
-        line for line in said.splitlines() if f"{total - failed} of {total} partitions materialized" in line
+        line
+        for line in messages.splitlines()
+        if f"{total - failed} of {total} partitions materialized" in line
     ]
     made.until(lambda: made.web.backfill_state(document["backfill"]).status.startswith("COMPLETED"))
     counts = made.web.ask(
@@ -149,22 +153,22 @@ def test_stocks_and_forex_do_not_wait_for_crypto(desk: Desk) -> None:
 
 
 @pytest.mark.slow
-def test_a_symbol_that_is_new_is_launched_at_once_and_settled_before_its_start(desk: Desk) -> None:
-    """Also a start before history_start, which the running definitions have no partition for."""
-    made = desk.made
+def test_a_new_symbol_is_launched_and_its_early_partitions_are_reported(editable: EditableSite) -> None:
+    """Includes a start before history_start, for which the running definitions have no partition."""
+    made = editable.made
     made.up()
-    desk.write(
+    editable.write(
         [
             {"symbol": "BTC/USDT", **CRYPTO, "start": "2024-11-10"},
             {"symbol": "SOL/USDT", **CRYPTO, "start": "2025-03-05"},
         ],
         history_start="2025-01-01",
     )
-    with desk.launch("--all", "--end", "2025-05-01", "--no-wait", "--json") as launch:
-        out, said = launch.communicate(timeout=120)
-    assert launch.returncode == 0, said
+    with editable.launch("--all", "--end", "2025-05-01", "--no-wait", "--json") as launch:
+        out, messages = launch.communicate(timeout=120)
+    assert launch.returncode == 0, messages
     document = json.loads(out)
-    assert "reloading" in said
+    assert "reloading" in messages
     assert [(one["symbol"], one["partitions"][0]) for one in document["series"]] == [
         ("BTC/USDT", "2024-11-01"),
         ("SOL/USDT", "2025-03-01"),
@@ -190,56 +194,56 @@ def test_a_symbol_that_is_new_is_launched_at_once_and_settled_before_its_start(d
 
 
 @pytest.mark.slow
-def test_a_symbol_taken_out_is_all_that_is_lost(desk: Desk) -> None:
-    """While runs of it go on and fail, and one waits that could not even be loaded without it."""
-    made = desk.made
+def test_a_removed_symbol_does_not_affect_the_others(editable: EditableSite) -> None:
+    """While some of its runs plant_hang, and a queued one could not be loaded without it."""
+    made = editable.made
     btc, eth = {"symbol": "BTC/USDT", **CRYPTO}, {"symbol": "ETH/USDT", **CRYPTO}
-    desk.write([btc, eth], history_start="2013-01-01")
+    editable.write([btc, eth], history_start="2013-01-01")
     made.up()
     for transport in ("binance", "archive"):
         made.market.plant_fault(transport, "status", count=None, status=503, symbol="ETHUSDT", seconds=0)
-    with desk.launch("--all", "--json") as launch:
+    with editable.launch("--all", "--json") as launch:
         both = frozenset({"BTC_USDT", "ETH_USDT"})
-        made.until(lambda: both in desk.runs_of("STARTED") and both in desk.runs_of("QUEUED"), 150)
-        desk.write([btc], history_start="2013-01-01")
+        made.until(lambda: both in editable.runs_of("STARTED") and both in editable.runs_of("QUEUED"), 150)
+        editable.write([btc], history_start="2013-01-01")
         assert made.web.reloaded() == []
-        out, said = launch.communicate(timeout=300)
+        out, messages = launch.communicate(timeout=300)
     document = json.loads(out)
-    assert launch.returncode == 0, said
+    assert launch.returncode == 0, messages
     assert document["succeeded"] is True
     kept, gone = document["series"]
     assert (kept["symbol"], kept["failed"], kept["removed"]) == ("BTC/USDT", [], False)
     assert (gone["symbol"], gone["removed"]) == ("ETH/USDT", True)
-    assert "fks-backfill launch ETH/USDT" in said.splitlines()[-1]
-    assert desk.runs_of("CANCELED") == []
-    assert desk.partitions("BTC_USDT", "15m", "numMaterialized") == len(kept["partitions"])
+    assert "fks-backfill launch ETH/USDT" in messages.splitlines()[-1]
+    assert editable.runs_of("CANCELED") == []
+    assert editable.partitions("BTC_USDT", "15m", "numMaterialized") == len(kept["partitions"])
     for identity in (document["backfill"], *document["followed_by"]):
         made.until(lambda one=identity: made.web.backfill_state(one).status.startswith("COMPLETED"))  # type: ignore[misc]
-    # The queued run went on without it.
-    assert frozenset({"BTC_USDT"}) in desk.runs_of("SUCCESS")
+    # The queued run was requested again without it.
+    assert frozenset({"BTC_USDT"}) in editable.runs_of("SUCCESS")
 
 
 @pytest.mark.slow
-def test_a_later_beginning_and_a_timeframe_taken_out_are_survived(desk: Desk) -> None:
-    """The same kind of change: what is not defined any more leaves, all else is run to its end."""
-    made = desk.made
+def test_a_later_start_and_a_removed_timeframe_do_not_affect_the_rest(editable: EditableSite) -> None:
+    """Undefined partitions and assets are removed from the backfill, all others complete."""
+    made = editable.made
     btc = {"symbol": "BTC/USDT", "asset_class": "crypto", "timeframes": ["15m", "5m"]}
-    desk.write([btc], history_start="2020-01-01")
+    editable.write([btc], history_start="2020-01-01")
     made.up()
     made.market.clear_faults()
-    for transport in ("binance", "archive"):  # its run lasts until the settings have changed
+    for transport in ("binance", "archive"):  # its run continues until the settings have changed
         made.market.plant_fault(transport, "drip", count=None, seconds=2, symbol="BTCUSDT")
-    with desk.launch("--all", "--end", "2024-03-01", "--json") as launch:
-        made.until(lambda: bool(desk.runs_of("STARTED")), 150)
-        desk.write([{**btc, "timeframes": ["15m"]}], history_start="2022-06-01")
+    with editable.launch("--all", "--end", "2024-03-01", "--json") as launch:
+        made.until(lambda: bool(editable.runs_of("STARTED")), 150)
+        editable.write([{**btc, "timeframes": ["15m"]}], history_start="2022-06-01")
         assert made.web.reloaded() == []
         made.market.clear_faults()
-        out, said = launch.communicate(timeout=300)
+        out, messages = launch.communicate(timeout=300)
     document = json.loads(out)
-    assert launch.returncode == 0, said
+    assert launch.returncode == 0, messages
     kept, gone = document["series"]
     assert (kept["timeframe"], kept["failed"], kept["removed"]) == ("15m", [], False)
     assert (gone["timeframe"], gone["removed"]) == ("5m", True)
-    assert "BTC/USDT 5m" in said.splitlines()[-1]
+    assert "BTC/USDT 5m" in messages.splitlines()[-1]
     made.until(lambda: made.web.backfill_state(document["backfill"]).status == "COMPLETED_SUCCESS")
-    assert desk.runs_of("CANCELED") == []
+    assert editable.runs_of("CANCELED") == []

@@ -1,8 +1,8 @@
-"""A provider that dies under a running `up`: 1m series are red soon enough, and green again by themselves.
+"""A provider that fails under a running `up`: 1m series become stale in time, and recover without intervention.
 
-Webserver, daemon, code server and workers are real, and what is asserted is asked from outside: over GraphQL, and of
-`fks-backfill status`. No test of every day can wait for two polling intervals; the short case begins as if they had
-passed (the last sync ended then, and a tick is due), the long one waits (`make test-slow`).
+Webserver, daemon, code server and workers are real; results are read over GraphQL and from `fks-backfill status`. The
+short case cannot wait for two polling intervals and begins as if they had passed (the last sync ended then, and a tick
+is due); the long one waits (`make test-slow`).
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ pytestmark = pytest.mark.server
 SYMBOLS = ("BTC/USDT", "ETH/USDT")
 POLLING = 15 * MICROS_PER_MINUTE
 RED_WITHIN = 2 * POLLING + 3 * MICROS_PER_MINUTE
-# What a refresh takes from its tick to its last event, retries of what a dead provider does not answer included.
-A_RUN = 2 * MICROS_PER_MINUTE
+# The time of a refresh from its tick to its last event, including retries of failed requests.
+RUN_TIME = 2 * MICROS_PER_MINUTE
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A site, and what it shows of its series."""
+    """A site, and the indicators of its series."""
 
     site: Site
 
@@ -73,7 +73,7 @@ class Watched:
         )
 
     def status(self) -> tuple[int, dict[str, dict[str, Any]]]:
-        """The exit code of `status --check`, and what it prints, by symbol."""
+        """The exit code of `status --check`, and its output by symbol."""
         done = self.run("status", "--check", "--json")
         return done.returncode, {one["symbol"]: one for one in json.loads(done.stdout)}
 
@@ -86,7 +86,7 @@ class Watched:
         return found
 
     def severities(self) -> set[tuple[bool, str]]:
-        """Of the last `data_freshness` of each series: whether it passed, and how bad it is if it did not."""
+        """Outcome and severity of the last `data_freshness` of each series."""
         found = set()
         for one in self.series:
             check = self.site.asset(
@@ -110,26 +110,26 @@ class Watched:
         )
 
     def ended(self) -> list[str]:
-        """How the refreshes ended, when none waits or runs: the newest first."""
+        """The final statuses of the refreshes, newest first; empty while one is queued or running."""
         runs = [run for run in self.site.runs() if "fks/refresh" in run["tags"]]
         states = [str(run["status"]) for run in runs]
         return states if set(states) <= {"SUCCESS", "FAILURE"} else []
 
     def green(self) -> bool:
-        """Whether nothing that shows data is red."""
+        """Whether all indicators pass."""
         return {passed for passed, _ in self.severities()} == {True} and self.status()[0] == 0
 
     def red(self) -> bool:
-        """Whether everything is."""
+        """Whether all indicators fail."""
         return {passed for passed, _ in self.severities()} == {False} and self.status()[0] == 1
 
-    def kill_provider(self) -> None:
-        """It answers nothing but 503."""
+    def fail_provider(self) -> None:
+        """From now on it returns 503 to all requests."""
         for name in ("binance", "archive"):
             self.site.market.plant_fault(name, "status", count=None, status=503, seconds=0)
 
     def matches_the_market(self, window: TimeRange) -> bool:
-        """Every candle of the window is stored, as the market has it."""
+        """Whether the stored candles of the window equal the market's."""
         with self.site.database() as database:
             for one in self.series:
                 stored = read_candles(database, one, window)
@@ -167,8 +167,8 @@ def backfilled(made: Watched, start: int, end: int) -> None:
 
 
 def make_a_tick_due(made: Site) -> None:
-    """Starts the daemon in the state of a quarter of an hour ago: what schedules and failed refreshes did since is
-    moved back by one polling interval, so that their last tick is due again, as the next one will be in time."""
+    """Restarts the daemon with the state of schedules and failed refreshes moved back by one polling interval, so that
+    a tick is due now instead of in a quarter of an hour."""
     stop([Background(made.settings.home, DAEMON)])
     with made.database() as database:
         execute(database, *_SYNCED_EARLIER)
@@ -183,7 +183,7 @@ def make_a_tick_due(made: Site) -> None:
     made.up()
 
 
-# No candle is stored behind the last gap, which ends where the series was synced to.
+# No candle is stored after the last gap, which ends where the coverage of the series ends.
 _SYNCED_EARLIER = (
     "UPDATE fks.gap g SET gap_end = gap_end - interval '15 minutes', missing_candles = missing_candles - 15,"
     " found_at = found_at - interval '15 minutes', next_attempt_at = next_attempt_at - interval '15 minutes'"
@@ -195,7 +195,7 @@ _SYNCED_EARLIER = (
 
 
 def _move_back(instance: DagsterInstance, by: timedelta) -> None:
-    """The ticks of the schedules, and what the runs know of theirs."""
+    """Moves back the ticks of the schedules and the tick times in the tags of their runs."""
     for state in instance.all_instigator_state():
         data = state.instigator_data
         if not isinstance(data, ScheduleInstigatorData):  # a sensor
@@ -212,19 +212,19 @@ def _move_back(instance: DagsterInstance, by: timedelta) -> None:
             instance.add_run_tags(run.run_id, {SCHEDULED_EXECUTION_TIME_TAG: moved})
 
 
-def test_a_provider_that_died_two_polling_intervals_ago(tmp_path: Path) -> None:
+def test_a_provider_that_failed_two_polling_intervals_ago(tmp_path: Path) -> None:
     with watched(tmp_path / "home") as made:
         made.site.up(WEBSERVER)
         cut = (now() - RED_WITHIN) // MICROS_PER_MINUTE * MICROS_PER_MINUTE
         backfilled(made, cut - 6 * MICROS_PER_HOUR, cut)
-        made.kill_provider()
+        made.fail_provider()
         start_schedule(made.site, "refresh_1m")
         make_a_tick_due(made.site)
         made.site.until(lambda: bool(made.ended()), 200)
 
         assert set(made.ended()) == {"FAILURE"}
         assert made.severities() == {(False, "ERROR")}
-        assert made.materializations() == 0, "its freshness policy ages"
+        assert made.materializations() == 0, "so that the freshness policy turns stale"
         code, found = made.status()
         assert code == 1
         for symbol in SYMBOLS:
@@ -252,9 +252,9 @@ def test_a_provider_that_died_two_polling_intervals_ago(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
-def test_a_provider_that_dies_in_real_time(tmp_path: Path) -> None:
-    """An hour: it dies, everything is red within two polling intervals and three candles, and green within one after
-    it has come back."""
+def test_a_provider_that_fails_in_real_time(tmp_path: Path) -> None:
+    """Takes an hour. All indicators fail within two polling intervals and three candles after the failure, and pass
+    within one interval after the recovery."""
     with watched(tmp_path / "home") as made:
         made.site.up(WEBSERVER)
         begin = now() // MICROS_PER_MINUTE * MICROS_PER_MINUTE - 6 * MICROS_PER_HOUR
@@ -264,13 +264,13 @@ def test_a_provider_that_dies_in_real_time(tmp_path: Path) -> None:
         made.site.until(lambda: made.ended()[:1] == ["SUCCESS"], 200)
         assert made.green()
 
-        died = now()
-        made.kill_provider()
-        made.site.until(made.red, (RED_WITHIN + A_RUN) / 1e6)
+        failed_at = now()
+        made.fail_provider()
+        made.site.until(made.red, (RED_WITHIN + RUN_TIME) / 1e6)
         assert not made.green()
 
         made.site.market.clear_faults()
-        made.site.until(made.green, (POLLING + A_RUN) / 1e6)
+        made.site.until(made.green, (POLLING + RUN_TIME) / 1e6)
         assert made.matches_the_market(
-            TimeRange(begin, died // MICROS_PER_MINUTE * MICROS_PER_MINUTE + POLLING)
+            TimeRange(begin, failed_at // MICROS_PER_MINUTE * MICROS_PER_MINUTE + POLLING)
         )

@@ -1,4 +1,4 @@
-"""Background processes: found again, stopped whole, and never confused with somebody else's."""
+"""Background processes: found by other processes, stopped with their children, not confused with foreign ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fks_backfill_dagster.settings.model import CHECKOUT
 
 pytestmark = pytest.mark.server
 
-# A leader with a child, as a webserver has its code server.
+# A leader with a child process.
 _LEADER = (
     "import subprocess, sys, time;"
     " subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); time.sleep(60)"
@@ -59,8 +59,8 @@ def test_another_process_finds_it(home: Path) -> None:
     assert (found.name, found.port, found.is_running()) == ("server", 4711, True)
 
 
-def test_it_is_found_from_the_first_moment(home: Path) -> None:
-    """The system shows a process without its environment at first: every fifth was taken for dead."""
+def test_it_is_found_immediately(home: Path) -> None:
+    """At first the system shows a process without its environment, so it could be taken for ended."""
     for number in range(40):
         process = Background(home, f"server{number}")
         process.start([sys.executable, "-c", _STUBBORN], cwd=home, environment=os.environ, port=0)
@@ -68,7 +68,7 @@ def test_it_is_found_from_the_first_moment(home: Path) -> None:
         process.members()[0].kill()
 
 
-def test_it_is_stopped_with_all_that_it_started(home: Path) -> None:
+def test_it_is_stopped_with_its_children(home: Path) -> None:
     process = started(home)
     members = process.members()
     assert stop([process]) == ["server"]
@@ -76,7 +76,7 @@ def test_it_is_stopped_with_all_that_it_started(home: Path) -> None:
     assert backgrounds(home) == []
 
 
-def test_what_a_killed_leader_left_behind_is_found_and_stopped(home: Path) -> None:
+def test_orphans_of_a_killed_leader_are_stopped(home: Path) -> None:
     process = started(home)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
@@ -86,35 +86,35 @@ def test_what_a_killed_leader_left_behind_is_found_and_stopped(home: Path) -> No
     assert not lives(orphan)
 
 
-def test_one_that_does_not_listen_is_killed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_ignores_sigterm_is_killed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "STOP_SECONDS", 0.3)
     process = started(home, _STUBBORN, members=1)
-    time.sleep(0.2)  # until it ignores the signal
+    time.sleep(0.2)  # wait until it ignores the signal
     stop([process])
     assert process.members() == []
 
 
-def test_a_pid_that_belongs_to_somebody_else_by_now_is_left_alone(home: Path) -> None:
+def test_a_reused_pid_is_not_signalled(home: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True
-    ) as stranger:
+    ) as foreign:
         process = Background(home, "server")
         process.record.parent.mkdir(parents=True)
-        process.record.write_text(json.dumps({"pid": stranger.pid, "port": 1}))
+        process.record.write_text(json.dumps({"pid": foreign.pid, "port": 1}))
         assert not process.is_running()
         assert stop([process]) == []
-        assert stranger.poll() is None
-        stranger.kill()
+        assert foreign.poll() is None
+        foreign.kill()
 
 
-def test_a_damaged_record_is_nobody(home: Path) -> None:
+def test_a_damaged_record_counts_as_not_running(home: Path) -> None:
     process = Background(home, "server")
     process.record.parent.mkdir(parents=True)
     process.record.write_text("{")
     assert (process.pid, process.is_running()) == (None, False)
 
 
-def test_what_it_and_its_children_write_is_for_us_alone(home: Path) -> None:
+def test_its_files_are_closed_to_other_accounts(home: Path) -> None:
     code = "import subprocess, sys; open('made', 'w'); subprocess.run(['mkdir', 'folder'])"
     process = Background(home / "home", "server")
     process.start([sys.executable, "-c", code], cwd=home, environment=os.environ, port=0)
@@ -140,8 +140,8 @@ stop([server])
 """
 
 
-def test_one_that_a_background_job_has_started_ends_by_signals(home: Path) -> None:
-    """A shell without job control starts it with SIGINT ignored, and children inherit that."""
+def test_a_process_started_by_a_background_job_ends_by_signals(home: Path) -> None:
+    """A shell without job control starts background jobs with SIGINT ignored, and children inherit that."""
     shown = (
         "import signal, time; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler);"
         " print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, flush=True); time.sleep(60)"
@@ -163,14 +163,14 @@ def test_a_log_that_is_a_link_is_not_written(home: Path) -> None:
 
 
 def plant(folder: Path, *names: str) -> None:
-    """Modules that leave a file `imported` beside them, and hide those of the same name."""
+    """Creates modules that shadow those of the same name and write a file `imported`."""
     for name in names:
         code = f"import pathlib; pathlib.Path({str(folder / 'imported')!r}).write_text({name!r})\n"
         (folder / f"{name}.py").write_text(code + "raise SystemExit('a planted module')\n")
 
 
 def test_a_process_and_its_children_import_nothing_from_their_working_folder(home: Path) -> None:
-    """The market of a demo, started as the demo does it, and a Python that it starts."""
+    """The market, started as by the demo, and a Python process that starts another one."""
     plant(home, "json", "yaml", "psutil", "click", "fks_backfill_dagster", "sitecustomize")
     market = Background(home, "market")
     command = [sys.executable, "-m", "fks_backfill_dagster", "simulate", "--port", "0"]
@@ -217,7 +217,7 @@ def demo(home: Path, how: str) -> subprocess.Popen[str]:
     )
 
 
-def test_the_guard_stops_everything_when_its_demo_is_killed(home: Path) -> None:
+def test_the_guard_stops_all_processes_when_its_demo_is_killed(home: Path) -> None:
     with demo(home, "killed") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
@@ -228,7 +228,7 @@ def test_the_guard_stops_everything_when_its_demo_is_killed(home: Path) -> None:
 
 
 @pytest.mark.parametrize(("how", "left"), [("ends", False), ("keep", True)])
-def test_the_guard_does_as_it_is_told_when_the_demo_ends(home: Path, how: str, left: bool) -> None:
+def test_the_guard_stops_or_keeps_the_servers_when_the_demo_ends(home: Path, how: str, left: bool) -> None:
     with demo(home, how) as process:
         assert process.wait(30) == 0
     assert Background(home, "server").is_running() is left

@@ -1,4 +1,4 @@
-"""A backfill whose assets are not all defined any more: a real instance, and a code location of its own."""
+"""Backfills with undefined assets or partitions, in a real instance with a separate code location."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Place:
             self.context.refresh_code_location("here")
 
     def backfill(self) -> PartitionBackfill:
-        """One of both assets over both months, as it is in the instance."""
+        """The stored backfill of both assets over both months; creates it."""
         found = self.instance.get_backfill(self.id)
         if found is None:
             span = PartitionsSelector(ranges=[PartitionRangeSelector(start=MONTHS[0], end=MONTHS[1])])
@@ -118,14 +118,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         instance_for_test() as instance,
         WorkspaceProcessContext(instance, target) as context,
     ):
-        # Of two texts of one length in one second Python would take the first one's bytecode.
+        # For two sources of one length within a second, Python would use the bytecode of the first one.
         patch.setattr(sys, "dont_write_bytecode", True)
         yield Place(file, instance, context)
 
 
 @pytest.fixture
 def place(served: Place, request: pytest.FixtureRequest) -> Iterator[Place]:
-    """Both assets are defined, and a backfill of the test's own is requested."""
+    """Both assets are defined, and a separate backfill is requested."""
     made = replace(served, id=request.node.name)
     made.define("a", "b")
     made.backfill()
@@ -133,21 +133,21 @@ def place(served: Place, request: pytest.FixtureRequest) -> Iterator[Place]:
     made.instance.update_backfill(made.backfill().with_status(BulkActionStatus.CANCELED))
 
 
-def test_what_is_removed_leaves_the_backfill(place: Place) -> None:
+def test_a_removed_asset_leaves_the_backfill(place: Place) -> None:
     place.define("a")
     release_removed(place.context, LOG)
     assert place.targeted() == {A}
     assert place.backfill().status is BulkActionStatus.REQUESTED
 
 
-def test_while_all_is_defined_nothing_changes(place: Place) -> None:
+def test_without_removed_assets_nothing_changes(place: Place) -> None:
     before = place.backfill()
     release_removed(place.context, LOG)
     assert place.backfill() == before
 
 
-def test_a_backfill_that_dagster_is_about_to_fail_for_it_goes_on(place: Place) -> None:
-    """The definitions change in the middle of a look: its runs are canceled at the next one, not yet."""
+def test_a_backfill_that_is_about_to_fail_for_a_removed_asset_continues(place: Place) -> None:
+    """The definitions change during an iteration of the daemon; runs would be canceled by the next one."""
     place.define("a")
     place.fail(CHANGED)
     release_removed(place.context, LOG)
@@ -157,7 +157,7 @@ def test_a_backfill_that_dagster_is_about_to_fail_for_it_goes_on(place: Place) -
 
 
 @pytest.mark.parametrize("error", ["CheckError", "DagsterBackfillFailedError"])
-def test_one_that_fails_for_something_else_is_left_to_fail(place: Place, error: str) -> None:
+def test_a_backfill_that_fails_for_another_reason_is_not_changed(place: Place, error: str) -> None:
     place.define("a")
     place.fail(SerializableErrorInfo("something else", [], error))
     before = place.backfill()
@@ -167,7 +167,9 @@ def test_one_that_fails_for_something_else_is_left_to_fail(place: Place, error: 
 
 @pytest.mark.parametrize("failing", [False, True])
 @pytest.mark.parametrize(("name", "begin"), [("c", MONTHS[0]), ("a", "2024-03-01")])
-def test_one_of_which_nothing_is_left_is_dagsters(place: Place, name: str, begin: str, failing: bool) -> None:
+def test_a_backfill_of_which_nothing_remains_is_not_changed(
+    place: Place, name: str, begin: str, failing: bool
+) -> None:
     place.define(name, begin=begin)
     if failing:
         place.fail(CHANGED)
@@ -176,11 +178,11 @@ def test_one_of_which_nothing_is_left_is_dagsters(place: Place, name: str, begin
     assert place.backfill() == before
 
 
-def test_partitions_of_a_later_beginning_leave_it_too(place: Place) -> None:
-    """Also of a run that has begun, whose range Dagster reads from its tags when it fails."""
+def test_partitions_before_a_later_start_leave_the_backfill(place: Place) -> None:
+    """Also in the tags of a started run, from which Dagster reads its range if it fails."""
     location = place.context.create_request_context().get_code_location("here")
     origin = location.get_repository("__repository__").get_full_job("__ASSET_JOB").get_remote_origin()
-    begun, queued, before = (
+    started, queued, before = (
         create_run_for_test(
             place.instance,
             tags={BACKFILL_ID_TAG: place.id, **span},
@@ -203,23 +205,23 @@ def test_partitions_of_a_later_beginning_leave_it_too(place: Place) -> None:
     assert dict(request.tags) == span
     runs = {run.run_id: run for run in place.instance.get_runs() if run.tags[BACKFILL_ID_TAG] == place.id}
     assert not {queued.run_id, before.run_id} & set(runs)
-    assert span.items() <= runs[begun.run_id].tags.items()
+    assert span.items() <= runs[started.run_id].tags.items()
 
 
 @pytest.mark.filterwarnings("ignore:Error loading repository location")
-def test_definitions_that_do_not_load_take_nothing_out(place: Place) -> None:
+def test_definitions_that_fail_to_load_change_nothing(place: Place) -> None:
     place.define("a", code="this is {names} no Python")
     before = place.backfill()
     release_removed(place.context, LOG)
     assert place.backfill() == before
 
 
-def test_a_queued_run_is_requested_again_without_it(place: Place) -> None:
-    """One that has begun has its definitions and goes on; one without it is as it was."""
+def test_a_queued_run_is_requested_again_without_the_removed_asset(place: Place) -> None:
+    """A started run continues with its loaded definitions; a run without the asset does not change."""
     keys = {BACKFILL_ID_TAG: place.id, **SPAN}
     location = place.context.create_request_context().get_code_location("here")
     origin = location.get_repository("__repository__").get_full_job("__ASSET_JOB").get_remote_origin()
-    queued, begun, other, own = (
+    queued, started, other, own = (
         create_run_for_test(
             place.instance,
             tags=keys,
@@ -244,7 +246,7 @@ def test_a_queued_run_is_requested_again_without_it(place: Place) -> None:
     place.define("a")
     release_removed(place.context, LOG)
     left = {run.run_id for run in place.instance.get_runs() if run.tags[BACKFILL_ID_TAG] == place.id}
-    assert left == {begun.run_id, other.run_id}
+    assert left == {started.run_id, other.run_id}
     assert not {queued.run_id, own.run_id} & left
     found = place.backfill()
     first, second = found.submitting_run_requests

@@ -1,4 +1,4 @@
-"""The real thing: webserver and daemon as `up` starts them, a backfill over GraphQL, kill -9, `down`."""
+"""Webserver and daemon as `up` starts them: a backfill over GraphQL, kill -9, `down`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MONTHS = ("2024-01-01", "2024-02-01")
 
 @pytest.fixture
 def environment(market: LocalMarket, empty_database_url: str, tmp_path: Path) -> dict[str, str]:
-    """Settings of the test's own, with the market for Binance and a database without a schema."""
+    """Separate settings, with the market for Binance and a database without a schema."""
     config = tmp_path / "backfill.yaml"
     config.write_text(CONFIG)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("FKS_", "DAGSTER_"))}
@@ -59,7 +59,7 @@ def environment(market: LocalMarket, empty_database_url: str, tmp_path: Path) ->
 
 @pytest.fixture
 def open_home() -> Iterator[Path]:
-    """A home for an embedded server: as root it could not enter one below pytest's own folder."""
+    """A home for an embedded server: as root it runs under another account, which cannot enter pytest's folder."""
     folder = Path(tempfile.mkdtemp(prefix="fks-")).resolve()
     folder.chmod(0o755)
     yield folder / ".fks"
@@ -89,7 +89,7 @@ def until(true: Callable[[], bool], seconds: float = 180) -> None:
 
 
 def shown(web: Webserver, symbol: str) -> dict[str, str]:
-    """The partitions of a 15m series as the asset page colours them."""
+    """The partition statuses of a 15m series on the asset page."""
     found = web.ask(
         "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {"
         " assetPartitionStatuses { ... on TimePartitionStatuses { ranges { status startKey endKey } } } } } }",
@@ -99,7 +99,7 @@ def shown(web: Webserver, symbol: str) -> dict[str, str]:
 
 
 def ended(web: Webserver, backfill: str, assets: int) -> list[Run]:
-    """The runs of a backfill when all its assets have had one."""
+    """Waits until all assets of a backfill have finished runs. Returns the runs."""
     runs: list[Run] = []
 
     def over() -> bool:
@@ -117,10 +117,10 @@ def test_from_up_to_down(
     empty_database_url: str,
     background_job: None,
 ) -> None:
-    said: list[str] = []
+    output: list[str] = []
     port = free_port()
-    # The daemon looks for backfills when it starts and then every 30 s: the test does not wait for that.
-    first = servers.up(settings, port=port, parts=(WEBSERVER,), environment=environment, say=said.append)
+    # Without the daemon, which polls for backfills at its start and then only every 30 s.
+    first = servers.up(settings, port=port, parts=(WEBSERVER,), environment=environment, say=output.append)
     web = first.web
     assert status(port) == 200, "a process of this account needs no token"
     if IS_ROOT:
@@ -137,26 +137,26 @@ def test_from_up_to_down(
             ("ohlcv", "BTC_USDT", "1h"): ("2024-01-01", "2024-01-01"),
         }
     )
-    with pytest.raises(ServersError, match=rf"Dagster is up at {first.url}, and goes on there, not at port"):
-        servers.up(settings, port=free_port(), environment=environment, say=said.append)
+    with pytest.raises(ServersError, match=rf"Dagster is already up at {first.url}, not at port"):
+        servers.up(settings, port=free_port(), environment=environment, say=output.append)
     assert {one.name for one in backgrounds(settings.home)} == {CODE, WEBSERVER, KEEPER}
-    second = servers.up(settings, environment=environment, say=said.append)
+    second = servers.up(settings, environment=environment, say=output.append)
     assert (second.url, second.started) == (first.url, True)
-    third = servers.up(settings, port=port, environment=environment, say=said.append)
+    third = servers.up(settings, port=port, environment=environment, say=output.append)
     assert (third.url, third.started) == (first.url, False)
-    assert said[-6] == "Dagster is up already."
-    assert f"  settings  {settings.config_file}" in said
+    assert output[-6] == "Dagster is already up."
+    assert f"  settings  {settings.config_file}" in output
 
-    # Assets of both grains, and exactly the month that nobody answered for is failed.
+    # Assets of both grains; exactly the month without a response is failed.
     runs = ended(web, backfill, assets=3)
     failed = [run for run in runs if run.status == "FAILURE"]
     assert [run.status for run in runs if run not in failed] == ["SUCCESS"]
-    (said_by_dagster,) = web.failures(failed[0].id)
-    assert "ETH/USDT 15m: 1 of 2 partitions (2024-02-01)" in said_by_dagster
+    (failure,) = web.failures(failed[0].id)
+    assert "ETH/USDT 15m: 1 of 2 partitions (2024-02-01)" in failure
     assert shown(web, "BTC_USDT") == dict.fromkeys(MONTHS, "MATERIALIZED")
     assert shown(web, "ETH_USDT") == {"2024-01-01": "MATERIALIZED", "2024-02-01": "FAILED"}
 
-    # What is stored is the market's truth, and the lineage names Dagster's runs.
+    # The stored candles equal the market's, and the lineage names Dagster's runs.
     database = Database(empty_database_url)
     january = TimeRange(instant("2024-01-01"), instant("2024-02-01"))
     stored = read_candles(database, settings.find_series("ETH/USDT", "15m"), january)
@@ -165,7 +165,7 @@ def test_from_up_to_down(
     assert {batch.run_id for batch in batches(database)} == {run.id for run in runs}
     database.dispose()
 
-    # The checks alone, without a request.
+    # Only the checks, without a request.
     market.reset_requests()
     checks = [
         (("ohlcv", symbol, "15m"), name)
@@ -179,7 +179,7 @@ def test_from_up_to_down(
     found = {o.name: o.passed for o in web.check_outcomes(("ohlcv", "BTC_USDT", "15m"))}
     assert found == {"ohlc_sanity": True, "completeness": True, "data_freshness": False}  # of January 2024
 
-    # kill -9 of one: it is started again; `down` leaves nothing of any.
+    # kill -9 of one server: it is restarted; `down` stops all processes.
     daemon = Background(settings.home, DAEMON)
     survivor, before = Background(settings.home, WEBSERVER).pid, daemon.pid
     assert before is not None
@@ -188,11 +188,11 @@ def test_from_up_to_down(
     assert Background(settings.home, WEBSERVER).pid == survivor
     groups = [Background(settings.home, name) for name in (KEEPER, CODE, DAEMON, WEBSERVER)]
     assert not any(ignored(group.pid) for group in groups)
-    assert servers.down(settings, say=said.append) == [CODE, DAEMON, WEBSERVER]
+    assert servers.down(settings, say=output.append) == [CODE, DAEMON, WEBSERVER]
     assert not any(group.members() for group in groups)
     assert not web.answers()
-    assert servers.down(settings, say=said.append) == []
-    assert said[-1] == "Nothing was running."
+    assert servers.down(settings, say=output.append) == []
+    assert output[-1] == "Nothing was running."
 
     logs = [path for path in settings.home.rglob("*") if path.suffix in (".log", ".out", ".err")]
     assert {path.stem for path in logs} >= {KEEPER, CODE, DAEMON, WEBSERVER}
@@ -200,7 +200,7 @@ def test_from_up_to_down(
 
 
 def ignored(pid: int | None) -> set[int]:
-    """Those of SIGINT and SIGTERM that a process ignores."""
+    """The signals among SIGINT and SIGTERM that a process ignores."""
     if sys.platform != "linux":
         return set()
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line[:7] == "SigIgn:"]
@@ -210,13 +210,13 @@ def ignored(pid: int | None) -> set[int]:
 
 @pytest.fixture
 def background_job() -> Iterator[None]:
-    """As a shell without job control starts a job in the background: Dagster would ignore SIGTERM as well."""
+    """SIGINT ignored, as in a background job of a shell without job control: Dagster would ignore SIGTERM too."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_port_in_use_is_named_and_nothing_is_left(
+def test_a_port_in_use_is_an_error_and_no_process_is_left(
     settings: Settings, environment: Mapping[str, str]
 ) -> None:
     with socket.socket() as other:
@@ -228,9 +228,7 @@ def test_a_port_in_use_is_named_and_nothing_is_left(
     assert backgrounds(settings.home) == []
 
 
-def test_the_dagster_yaml_of_the_project_wins_and_without_one_there_is_the_programs(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_the_dagster_yaml_of_the_project_replaces_the_shipped_one(settings: Settings, tmp_path: Path) -> None:
     elsewhere = settings.model_copy(update={"root": tmp_path})
     shipped = (CHECKOUT / "dagster.yaml").read_text()
     assert servers._project_file(elsewhere, "dagster.yaml") == shipped
@@ -238,7 +236,7 @@ def test_the_dagster_yaml_of_the_project_wins_and_without_one_there_is_the_progr
     assert servers._project_file(elsewhere, "dagster.yaml") == "nux: {enabled: true}\n"
 
 
-def test_a_folder_in_which_others_can_put_a_dagster_yaml_is_named(
+def test_a_folder_writable_by_other_accounts_is_an_error(
     settings: Settings, environment: Mapping[str, str], tmp_path: Path
 ) -> None:
     shared = tmp_path / "shared"
@@ -250,10 +248,8 @@ def test_a_folder_in_which_others_can_put_a_dagster_yaml_is_named(
     assert backgrounds(settings.home) == []
 
 
-def test_an_up_that_fails_leaves_no_embedded_database(
-    environment: Mapping[str, str], open_home: Path
-) -> None:
-    """One that ran before runs on, with and without a `db stop` that it waits for."""
+def test_a_failed_up_leaves_no_embedded_database(environment: Mapping[str, str], open_home: Path) -> None:
+    """A database that ran before continues, also one that runs until `db stop`."""
     own = {**environment, "FKS_HOME": str(open_home)}
     del own["FKS_DATABASE_URL"]
     settings = load_settings(own, CHECKOUT)
@@ -276,10 +272,10 @@ def test_an_up_that_fails_leaves_no_embedded_database(
 
 
 @pytest.mark.parametrize("name", ["dagster.yaml", ".env"])
-def test_what_dagster_is_told_by_another_account_is_not_taken(
+def test_files_writable_by_other_accounts_are_rejected(
     settings: Settings, environment: Mapping[str, str], tmp_path: Path, name: str
 ) -> None:
-    """The one names code that every server runs, the other sets variables for every run."""
+    """dagster.yaml names code for every server, .env sets variables for every run."""
     root = tmp_path / "project"
     root.mkdir()
     shutil.copy(CHECKOUT / "dagster.yaml", root)
@@ -291,7 +287,7 @@ def test_what_dagster_is_told_by_another_account_is_not_taken(
     assert backgrounds(settings.home) == []
 
 
-def test_a_server_that_ends_is_told_with_its_last_words(
+def test_a_server_that_ends_is_reported_with_the_end_of_its_log(
     settings: Settings, environment: Mapping[str, str]
 ) -> None:
     broken = {**environment, "FKS_BATCH_SIZE_DAY": "3"}
@@ -301,7 +297,7 @@ def test_a_server_that_ends_is_told_with_its_last_words(
 
 
 @pytest.mark.server
-def test_nobody_there_is_one_sentence() -> None:
+def test_an_unreachable_webserver_is_reported() -> None:
     url = f"http://{servers.HOST}:{free_port()}"
-    with pytest.raises(DagsterRefused, match=f"{url} does not answer"):
+    with pytest.raises(DagsterRefused, match=f"{url} is not reachable"):
         Webserver(url).ask("{ version }")

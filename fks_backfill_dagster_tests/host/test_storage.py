@@ -1,4 +1,4 @@
-"""Dagster's state in our database, as dagster.yaml has it."""
+"""Dagster's storage in the project's database, as configured by dagster.yaml."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.server
 
 @pytest.fixture
 def instance(empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DagsterInstance:
-    """As `dagster dev` makes it in the top folder."""
+    """The instance of `dagster dev` in the top folder."""
     for name in ("FKS_CONFIG", "DAGSTER_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FKS_DATABASE_URL", empty_database_url)
@@ -41,7 +41,7 @@ def instance(empty_database_url: str, tmp_path: Path, monkeypatch: pytest.Monkey
     return DagsterInstance.from_ref(InstanceRef.from_dir(str(tmp_path), config_dir=str(CHECKOUT)))
 
 
-def test_its_tables_are_in_a_schema_of_their_own(instance: DagsterInstance, empty_database_url: str) -> None:
+def test_its_tables_are_in_a_separate_schema(instance: DagsterInstance, empty_database_url: str) -> None:
     with instance:
         assert instance.get_runs() == []
         database = Database(empty_database_url)
@@ -52,7 +52,7 @@ def test_its_tables_are_in_a_schema_of_their_own(instance: DagsterInstance, empt
         database.dispose()
 
 
-def test_what_is_kept_is_there_for_the_next_process(instance: DagsterInstance, tmp_path: Path) -> None:
+def test_another_process_reads_the_stored_state(instance: DagsterInstance, tmp_path: Path) -> None:
     with instance:
         instance.run_storage.set_cursor_values({"who": "me"})
     with DagsterInstance.from_ref(InstanceRef.from_dir(str(tmp_path), config_dir=str(CHECKOUT))) as second:
@@ -66,15 +66,15 @@ def test_its_files_are_below_the_home(instance: DagsterInstance, tmp_path: Path)
         assert logs.startswith(str(tmp_path / "home" / "dagster" / "compute_logs"))
 
 
-def test_a_dagster_yaml_with_the_former_names_works(
+def test_a_dagster_yaml_with_alias_modules_works(
     empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FKS_DATABASE_URL", empty_database_url)
     monkeypatch.setenv("FKS_HOME", str(tmp_path / "home"))
     text = (CHECKOUT / "dagster.yaml").read_text()
-    former = text.replace("fks_backfill_dagster.host.", "fks_backfill_dagster.orchestration.")
-    assert former.count(".orchestration.") == 5
-    (tmp_path / "dagster.yaml").write_text(former)
+    aliased = text.replace("fks_backfill_dagster.host.", "fks_backfill_dagster.orchestration.")
+    assert aliased.count(".orchestration.") == 5
+    (tmp_path / "dagster.yaml").write_text(aliased)
     with DagsterInstance.from_ref(InstanceRef.from_dir(str(tmp_path))) as instance:
         assert instance.get_runs() == []
         assert type(instance.run_launcher).__module__ == "fks_backfill_dagster.host.launcher"
@@ -82,12 +82,12 @@ def test_a_dagster_yaml_with_the_former_names_works(
 
 
 def backend(instance: DagsterInstance) -> int:
-    """The process of the server that serves a query of the event log."""
+    """The backend pid of a query of the event log."""
     with instance.event_log_storage.index_connection() as connection:  # type: ignore[attr-defined]
         return int(connection.scalar(sa.text("SELECT pg_backend_pid()")))
 
 
-def test_connections_are_kept_for_the_whole_process(instance: DagsterInstance, tmp_path: Path) -> None:
+def test_connections_are_pooled_per_process(instance: DagsterInstance, tmp_path: Path) -> None:
     with instance:
         first = backend(instance)
         assert backend(instance) == first
@@ -97,9 +97,7 @@ def test_connections_are_kept_for_the_whole_process(instance: DagsterInstance, t
             assert backend(second) == first
 
 
-def test_a_server_that_was_restarted_meanwhile_is_connected_to_again(
-    instance: DagsterInstance, empty_database_url: str
-) -> None:
+def test_a_lost_connection_is_replaced(instance: DagsterInstance, empty_database_url: str) -> None:
     with instance:
         first = backend(instance)
         database = Database(empty_database_url)
@@ -111,7 +109,9 @@ def test_a_server_that_was_restarted_meanwhile_is_connected_to_again(
 def test_an_event_whose_connection_is_lost_is_stored(
     instance: DagsterInstance, empty_database_url: str
 ) -> None:
-    event = EventLogEntry(None, logging.INFO, "brought", "a-run", time.time(), step_key=None)
+    event = EventLogEntry(
+        None, logging.INFO, "stored after a lost connection", "a-run", time.time(), step_key=None
+    )
     with (
         instance,
         psycopg.connect(empty_database_url, autocommit=True) as holder,
@@ -129,38 +129,40 @@ def test_an_event_whose_connection_is_lost_is_stored(
         holder.execute("SELECT pg_terminate_backend(%s, 5000)", [waiting(holder)])
         holder.execute(f"SELECT pg_advisory_unlock({HELD})".encode())
         storing.result(30)
-        assert [stored.user_message for stored in instance.all_logs("a-run")] == ["brought"]
+        assert [stored.user_message for stored in instance.all_logs("a-run")] == [
+            "stored after a lost connection"
+        ]
 
 
-def test_what_a_run_prints_is_kept_without_a_process_for_it(instance: DagsterInstance) -> None:
+def test_the_output_of_a_run_is_captured_without_another_process(instance: DagsterInstance) -> None:
     with instance, instance.compute_log_manager.capture_logs(["a", "b"]):
-        sys.stdout.write("said in a run\n")
+        sys.stdout.write("printed by a run\n")
         assert [child for child in psutil.Process().children() if "tail" in child.name()] == []
     path = instance.compute_log_manager.get_captured_local_path(["a", "b"], "out")  # type: ignore[attr-defined]
-    assert Path(path).read_text() == "said in a run\n"
+    assert Path(path).read_text() == "printed by a run\n"
 
 
-def test_a_few_runs_go_side_by_side(instance: DagsterInstance) -> None:
+def test_the_concurrency_limits_of_runs(instance: DagsterInstance) -> None:
     with instance:
         assert isinstance(instance.run_coordinator, QueuedRunCoordinator)
         queue = instance.get_concurrency_config().run_queue_config
         assert queue is not None
         assert queue.max_concurrent_runs == 8
-        # Of a backfill two runs of each asset class; three classes leave places for others.
+        # Two backfill runs per asset class; with three classes, slots remain for other runs.
         assert queue.tag_concurrency_limits == [
             {"key": "fks/backfill", "value": {"applyLimitPerUniqueValue": True}, "limit": 2}
         ]
 
 
-def test_nothing_is_told_to_anybody(instance: DagsterInstance) -> None:
+def test_telemetry_is_disabled(instance: DagsterInstance) -> None:
     with instance:
         assert instance.telemetry_enabled is False
 
 
-def test_its_sessions_are_as_ours_but_for_the_schema(
+def test_its_sessions_have_our_settings_except_for_the_schema(
     empty_database_url: str,
 ) -> None:
-    """Its times are without a zone, by the clock of the session. Options of the URL are kept."""
+    """Dagster's timestamps have no zone and use that of the session. Options of the URL are kept."""
     name = sa.make_url(empty_database_url).database
     database = Database(empty_database_url)
     execute(database, f"ALTER DATABASE \"{name}\" SET timezone = 'Asia/Tokyo'")
@@ -181,7 +183,7 @@ def test_its_sessions_are_as_ours_but_for_the_schema(
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A server that lets in every account of the machine: a pooler refuses to run as root."""
+    """A server that accepts every account of the machine: a pooler does not run as root."""
     with folder_for_servers() as folder:
         running = Cluster.make(folder / "a").start().ready()
         yield running
@@ -189,10 +191,10 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.mark.parametrize(
-    "settings", [(), ("ignore_startup_parameters = options",)], ids=["refuses", "ignores"]
+    "settings", [(), ("ignore_startup_parameters = options",)], ids=["rejects", "ignores"]
 )
-def test_behind_a_pooler_its_tables_are_in_their_schema(cluster: Cluster, settings: tuple[str, ...]) -> None:
-    """Whether that refuses or drops what a client sends as options."""
+def test_its_schema_works_behind_a_pooler(cluster: Cluster, settings: tuple[str, ...]) -> None:
+    """For poolers that reject or drop the startup options of a client."""
     with pgbouncer(cluster, "session", *settings) as running, scratch_database(cluster.url, None) as url:
         storage = DatabaseStorage(dagster_place(running.url(url)), makes_tables=True)
         storage.run_storage.set_cursor_values({"who": "me"})
@@ -206,7 +208,7 @@ def test_behind_a_pooler_its_tables_are_in_their_schema(cluster: Cluster, settin
         database.dispose()
 
 
-def test_a_role_without_the_right_to_make_its_schema(empty_database_url: str) -> None:
+def test_a_role_without_the_right_to_create_its_schema(empty_database_url: str) -> None:
     with role(empty_database_url, "LOGIN PASSWORD 'any'") as name:
         limited = sa.make_url(empty_database_url).set(username=name, password="any")
         remedy = f'let an administrator run CREATE SCHEMA dagster AUTHORIZATION "{name}"'

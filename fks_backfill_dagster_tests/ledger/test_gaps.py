@@ -1,4 +1,4 @@
-"""Detection of gaps: by definition, by hand (data/gaps), and among real candles."""
+"""Gap detection: against a reference implementation, golden files (data/gaps), and real candles."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_no_gap() -> None:
     assert find_gaps(np.empty(0, dtype=np.int64), grid("crypto", "1m")) == ()
 
 
-def test_far_apart_minutes_cost_no_grid() -> None:
+def test_distant_minutes_do_not_build_a_grid() -> None:
     missing = np.array([at("1980-01-01T00:00Z"), at("2040-01-01T00:00Z")])
     gaps = find_gaps(missing, grid("crypto", "1m"))
     assert [gap.duration for gap in gaps] == [MICROS_PER_MINUTE] * 2
@@ -75,7 +75,7 @@ def test_far_apart_minutes_cost_no_grid() -> None:
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case["name"]) for case in CASES])
 def test_golden(case: dict[str, str]) -> None:
-    """A file tells what happened in order: candles that came, gaps that are to be found between them."""
+    """A file lists candles and the expected gaps between them, in order."""
     rows = list(csv.DictReader((GOLDEN / f"{case['name']}.csv").read_text().splitlines()))
     present = np.array([at(row["start"]) for row in rows if row["what"] == "candle"], dtype=np.int64)
     expected = tuple(
@@ -118,7 +118,7 @@ def test_real_apple_days_have_no_gap(shared_data: Callable[[str], Path]) -> None
     assert find_gaps(missing_of(it.opens(span), ts), it) == ()
 
 
-def test_real_apple_hours_lack_three(shared_data: Callable[[str], Path]) -> None:
+def test_real_apple_hours_miss_three(shared_data: Callable[[str], Path]) -> None:
     """Of 40,787 session hours. 47 rows of the file lie after the close of a half-day and fill nothing."""
     ts = read_csv(shared_data("equity/AAPL-1h.csv.gz")).ts
     it, span = grid("stocks", "1h"), window("1998-01-02T00:00Z", "2021-04-01T00:00Z")
@@ -130,8 +130,8 @@ def test_real_apple_hours_lack_three(shared_data: Callable[[str], Path]) -> None
     assert it.count(span) == len(ts) - 47 + 3
 
 
-def test_real_euro_hours_lack_holidays_and_holes(shared_data: Callable[[str], Path]) -> None:
-    """Twelve years. The holes of 2007, 2015 and October 2018 are as real, and not named in the MANIFEST."""
+def test_real_euro_hours_miss_holidays_and_holes(shared_data: Callable[[str], Path]) -> None:
+    """Twelve years. The holes of 2007, 2015 and October 2018 are real, too, but not listed in the MANIFEST."""
     ts = read_csv(shared_data("forex/EURUSD-1h.csv.gz")).ts
     it, span = grid("forex", "1h"), TimeRange(int(ts[0]), int(ts[-1]) + 1)
     gaps = found(ts, it, span)

@@ -1,4 +1,4 @@
-"""The one rule for no-trade intervals, against a slow definition, real files and its promises."""
+"""The rule for no-trade intervals, against a slow reference implementation, real files and its guarantees."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ MONTH = window("2024-03-01T00:00:00Z", "2024-04-01T00:00:00Z")
 NOWHERE = RangeSet()
 
 
-def judged(
+def no_trade_opens(
     opens: Instants, missing: Instants, of: Grid, covered: TimeRange, closed: RangeSet = NOWHERE
 ) -> Instants:
-    """The no-trade intervals where one provider confirms all that is missing."""
+    """The no-trade intervals if one provider confirms all missing candles."""
     return missing[no_trade(Absent.of(missing, missing), RangeSet([covered]), of, closed)]
 
 
 def slowly(absent: Absent, covered: TimeRange, of: Grid, closed: RangeSet) -> list[bool]:
-    """One run after the other, one candle after the other."""
+    """The reference implementation: run by run, candle by candle."""
     low, high = of.rank(np.array([covered.start, covered.end])).tolist()
     ranks = of.rank(absent.opens).tolist()
-    gone = set(ranks)
+    absent_ranks = set(ranks)
     shut = dict(zip(ranks, closed.contains(absent.opens).tolist(), strict=True))
     possible = dict(zip(ranks, (absent.confirmed | absent.decided).tolist(), strict=True))
     runs: list[list[int]] = []
@@ -50,35 +50,35 @@ def slowly(absent: Absent, covered: TimeRange, of: Grid, closed: RangeSet) -> li
     for run in runs:
         first, last, size = run[0], run[-1], length[run[0]]
         around = range(max(first - NEIGHBOURS, low), min(last + 1 + NEIGHBOURS, high))
-        stored = sum(r not in gone for r in around)
-        judges = [
+        stored = sum(r not in absent_ranks for r in around)
+        shorter = [
             other
             for other in candidates
             if other is not run
             and first - NEIGHBOURS <= other[0] < last + 1 + NEIGHBOURS
             and length[other[0]] < max(size, 2)
         ]
-        share = len(judges) / max(stored, 1)
-        longer = sum(length[other[0]] > 1 for other in judges)
-        on = min((longer + 5 * share) / (len(judges) + 5), 1.0)
+        share = len(shorter) / max(stored, 1)
+        longer = sum(length[other[0]] > 1 for other in shorter)
+        on = min((longer + 5 * share) / (len(shorter) + 5), 1.0)
         bracketed = first > low and last + 1 < high
         whole = bool(of.holds_session(np.array([first]), np.array([last]))[0])
-        able = bracketed and not whole
+        possible_run = bracketed and not whole
         fits[first] = (
-            able
+            possible_run
             and run in candidates
-            and len(judges) >= min(max(size, 1), 5)
-            and len(judges) * on ** max(size - 1, 0) >= 0.001,
-            able,
+            and len(shorter) >= min(max(size, 1), 5)
+            and len(shorter) * on ** max(size - 1, 0) >= 0.001,
+            possible_run,
         )
-    answers = []
+    mask = []
     for run in runs:
         for rank in run:
             index = ranks.index(rank)
-            fit, able = fits[run[0]]
-            says = shut[rank] or fit or (bool(absent.corroborated[index]) and able)
-            answers.append(bool(absent.decided[index]) or (bool(absent.confirmed[index]) and says))
-    return answers
+            fit, possible_run = fits[run[0]]
+            explained = shut[rank] or fit or (bool(absent.corroborated[index]) and possible_run)
+            mask.append(bool(absent.decided[index]) or (bool(absent.confirmed[index]) and explained))
+    return mask
 
 
 KINDS = [
@@ -99,7 +99,7 @@ KINDS = [
     holes=st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 60)), max_size=4),
     seed=st.integers(0, 2**32),
 )
-def test_like_the_slow_definition(
+def test_against_the_slow_reference(
     kind: tuple[str, str], days: int, share: float, holes: list[tuple[int, int]], seed: int
 ) -> None:
     of = grid(*kind)
@@ -107,10 +107,10 @@ def test_like_the_slow_definition(
     covered = TimeRange(MONTH.start, MONTH.start + length * MICROS_PER_DAY)
     opens = of.opens(covered)
     random = np.random.default_rng(seed)
-    gone = random.random(len(opens)) < share
+    is_absent = random.random(len(opens)) < share
     for start, size in holes:
-        gone[start % max(len(opens), 1) :][:size] = True
-    missing = opens[gone]
+        is_absent[start % max(len(opens), 1) :][:size] = True
+    missing = opens[is_absent]
     masks = random.random((3, len(missing))) < np.array([[0.9], [0.2], [0.05]])
     absent = Absent(missing, masks[0], masks[1], masks[2])
     closed = RangeSet([TimeRange(covered.start, covered.start + MICROS_PER_DAY)]) if seed % 2 else NOWHERE
@@ -126,13 +126,15 @@ def test_like_the_slow_definition(
     seed=st.integers(0, 2**32),
 )
 def test_an_outage_is_never_no_trade(share: float, start: int, size: int, seed: int) -> None:
-    """However thin the market, forty per cent of quiet minutes at most: half an hour in a row is an outage."""
+    """Half an hour in a row is an outage, also in a thin market with up to forty per cent of quiet minutes."""
     minutes = grid("crypto", "1m")
     covered = TimeRange(MONTH.start, MONTH.start + 5 * MICROS_PER_DAY)
     opens = minutes.opens(covered)
-    gone = np.random.default_rng(seed).random(len(opens)) < share
-    gone[start : start + size] = True
-    assert not np.isin(opens[start : start + size], judged(opens, opens[gone], minutes, covered)).any()
+    is_absent = np.random.default_rng(seed).random(len(opens)) < share
+    is_absent[start : start + size] = True
+    assert not np.isin(
+        opens[start : start + size], no_trade_opens(opens, opens[is_absent], minutes, covered)
+    ).any()
 
 
 @settings(max_examples=examples(30))
@@ -142,15 +144,15 @@ def test_random_quiet_minutes_are_no_trade(share: float, seed: int) -> None:
     opens = stocks.opens(MONTH)
     random = np.random.default_rng(seed)
     missing = opens[1:-1][random.random(len(opens) - 2) < share]
-    left = missing_of(missing, judged(opens, missing, stocks, MONTH))
-    # A run whose like chance brings once in a thousand neighbourhoods is left: one month in fifty has one.
+    left = missing_of(missing, no_trade_opens(opens, missing, stocks, MONTH))
+    # A run that is expected once in a thousand neighbourhoods remains missing: one month in fifty has one.
     assert len(find_gaps(left, stocks)) <= 3
 
 
 @settings(max_examples=examples(30))
 @given(cuts=st.lists(st.integers(1, 4000), max_size=6), seed=st.integers(0, 2**32))
-def test_what_is_beyond_the_neighbourhood_changes_nothing(cuts: list[int], seed: int) -> None:
-    """So the verdict depends on no batch: it is the same as soon as the neighbourhood is covered."""
+def test_candles_beyond_the_neighbourhood_change_nothing(cuts: list[int], seed: int) -> None:
+    """The decision does not depend on batches: it is the same as soon as the neighbourhood is covered."""
     minutes = grid("crypto", "1m")
     covered = TimeRange(MONTH.start, MONTH.start + 3 * MICROS_PER_DAY)
     opens = minutes.opens(covered)
@@ -172,7 +174,7 @@ def test_two_outages_do_not_explain_one_another() -> None:
     covered = TimeRange(MONTH.start, MONTH.start + 3 * MICROS_PER_DAY)
     opens = minutes.opens(covered)
     missing = np.concatenate([opens[1000:1040], opens[1200:1240], opens[1400:1450]])
-    assert len(judged(opens, missing, minutes, covered)) == 0
+    assert len(no_trade_opens(opens, missing, minutes, covered)) == 0
 
 
 def test_a_whole_session_is_never_no_trade_unless_the_exchange_was_closed() -> None:
@@ -201,7 +203,7 @@ def test_an_absence_at_the_edge_is_not_decided() -> None:
     covered = TimeRange(MONTH.start, MONTH.start + MICROS_PER_DAY)
     opens = minutes.opens(covered)
     missing = np.concatenate([opens[:2], opens[10:1400:5], opens[-1:]])
-    found = judged(opens, missing, minutes, covered)
+    found = no_trade_opens(opens, missing, minutes, covered)
     assert np.array_equal(found, missing[2:-1])
 
 
@@ -242,23 +244,23 @@ def tail_of(of: Grid, covered: TimeRange, length: int) -> TimeRange:
 def test_a_tail_is_quiet_if_it_may_become_a_no_trade_interval(
     kind: tuple[str, str], share: float, holes: list[tuple[int, int]], length: int, closed: bool, seed: int
 ) -> None:
-    """By the rule itself: some run that begins as the tail does would be one."""
+    """By the rule itself: some run that begins like the tail would be one."""
     of = grid(*kind)
     random = np.random.default_rng(seed)
     days = 1 if kind[1] == "1m" else 600 if kind[1] == "1d" else 60
     last = of.at(of.rank(np.array([MONTH.start + days * MICROS_PER_DAY])) - 1)
     covered = TimeRange(MONTH.start, int(last[0]) + 1)
     opens = of.opens(covered)
-    gone = random.random(len(opens)) < share
+    is_absent = random.random(len(opens)) < share
     for start, size in holes:
-        gone[start % len(opens) :][:size] = True
-    gone[-1] = False
-    missing = opens[gone]
+        is_absent[start % len(opens) :][:size] = True
+    is_absent[-1] = False
+    missing = opens[is_absent]
     masks = random.random((3, len(missing))) < np.array([[0.9], [0.2], [0.05]])
     absent = Absent(missing, masks[0], masks[1], masks[2])
     tail = tail_of(of, covered, length)
     shut = RangeSet()
-    if closed:  # a day of what is known, and what follows the newest candle for a quarter of a day
+    if closed:  # a day of the covered range, and a quarter of a day after the newest candle
         shut = RangeSet(
             [
                 TimeRange(covered.start, covered.start + MICROS_PER_DAY),
@@ -268,7 +270,7 @@ def test_a_tail_is_quiet_if_it_may_become_a_no_trade_interval(
     found = quiet_tail(absent, RangeSet([covered]), of, shut, tail)
     first, quiet = int(of.rank(np.array([tail.start]))[0]), int(shut.contains(of.opens(tail)).sum())
     beyond = int(of.rank(np.array([covered.end + MICROS_PER_DAY]))[0]) - first if closed else 0
-    # A longer run may hold closed candles that the tail does not: those are not asked for.
+    # A longer run may contain closed candles outside the tail, which are not expected.
     if closed and length < beyond:
         assert found >= quiet
         return
@@ -279,8 +281,8 @@ def test_a_tail_is_quiet_if_it_may_become_a_no_trade_interval(
     assert found == (length if may_become else quiet)
 
 
-def test_where_it_ends_that_a_tail_fits() -> None:
-    """Thirty per cent of quiet minutes: runs of up to six fit, and one longer does not."""
+def test_the_longest_tail_that_fits() -> None:
+    """Thirty per cent of quiet minutes: short runs fit, and longer ones do not."""
     minutes = grid("crypto", "1m")
     covered = TimeRange(MONTH.start, MONTH.start + MICROS_PER_DAY)
     opens = minutes.opens(covered)
@@ -339,7 +341,7 @@ def test_a_tail_that_holds_a_whole_session_is_not_quiet() -> None:
     assert quiet("2024-03-13T20:00:00Z", date) == 13
 
 
-def test_the_closed_part_of_a_tail_is_quiet_whatever_the_rest_is() -> None:
+def test_the_closed_part_of_a_tail_is_always_quiet() -> None:
     hours = grid("forex", "1h")
     covered = window("2024-12-16T00:00:00Z", "2024-12-24T22:00:00Z")
     nothing = Absent.of(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
@@ -353,21 +355,21 @@ def test_the_closed_part_of_a_tail_is_quiet_whatever_the_rest_is() -> None:
         assert quiet_tail(nothing, RangeSet([covered]), hours, holiday, tail) == quiet
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the real files are only there beside the shared folder")
+@pytest.mark.skipif(not SHARED.exists(), reason="the folder with the real files does not exist")
 class TestRealFiles:
     def test_ticks_of_euro_dollar(self) -> None:
         minutes = grid("forex", "1m")
         stored = read_csv(SHARED / "forex/EURUSD-1m.csv.gz").ts
         covered = TimeRange(int(stored[0]), int(stored[-1]) + 1)
         missing = missing_of(minutes.opens(covered), stored)
-        assert (len(missing), len(judged(stored, missing, minutes, covered))) == (474, 471)
+        assert (len(missing), len(no_trade_opens(stored, missing, minutes, covered))) == (474, 471)
 
     def test_hours_of_euro_dollar(self) -> None:
         hours = grid("forex", "1h")
         covered = window("2016-01-01T00:00:00Z", "2018-01-01T00:00:00Z")
         missing = missing_of(hours.opens(covered), read_csv(SHARED / "forex/EURUSD-1h.csv.gz").ts)
         assert len(missing) == 240
-        assert len(judged(missing, missing, hours, covered)) == 0
+        assert len(no_trade_opens(missing, missing, hours, covered)) == 0
 
     def test_an_afternoon_without_coinbase(self) -> None:
         minutes = grid("crypto", "1m")

@@ -1,4 +1,4 @@
-"""The comparison as a pure function: any stored candles against any tables, however wrong."""
+"""Reconciliation as a pure function: any stored candles against any tables, however wrong."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def opens_of(grid: Grid, timeframe: Timeframe) -> Instants:
 
 @st.composite
 def situations(draw: st.DrawFn) -> tuple[Series, Recorded, Seen, int]:
-    """Candles of which any are stored, any coverage, and rows that may say anything.
+    """Any stored candles, any coverage, and any rows.
 
     Edges are opens, or lie beside one: in a candle, or in a closed hour before it.
     """
@@ -77,7 +77,7 @@ def situations(draw: st.DrawFn) -> tuple[Series, Recorded, Seen, int]:
 
 
 def history_of(attempts: int) -> dict[str, Any]:
-    """Different in every row, so that it is seen which one is kept."""
+    """A history that identifies its row."""
     return {
         "attempts": attempts,
         "evidence": evidence_of(attempts),
@@ -91,7 +91,7 @@ def evidence_of(attempts: int) -> tuple[Evidence, ...]:
 
 
 def repaired(recorded: Recorded, found: SeriesAudit) -> Recorded:
-    """As the writer does it."""
+    """The repair as the writer does it."""
     kept = [g for g in recorded.gaps if g.start not in found.removed]
     gaps = sorted([*kept, *found.added], key=lambda g: g.start)
     assert len({g.start for g in gaps}) == len(gaps)
@@ -100,7 +100,7 @@ def repaired(recorded: Recorded, found: SeriesAudit) -> Recorded:
 
 @given(situations())
 @settings(max_examples=examples(150))
-def test_after_the_repair_nothing_is_wrong(situation: tuple[Series, Recorded, Seen, int]) -> None:
+def test_a_repair_leaves_no_difference(situation: tuple[Series, Recorded, Seen, int]) -> None:
     series, recorded, seen, closed_end = situation
     grid = grid_of(series)
     found = judge(series, grid, recorded, seen, closed_end)
@@ -114,7 +114,7 @@ def test_after_the_repair_nothing_is_wrong(situation: tuple[Series, Recorded, Se
 
 @given(situations())
 @settings(max_examples=examples(150))
-def test_the_ledger_is_what_its_definition_says(situation: tuple[Series, Recorded, Seen, int]) -> None:
+def test_the_ledger_matches_its_definition(situation: tuple[Series, Recorded, Seen, int]) -> None:
     series, recorded, seen, closed_end = situation
     grid = grid_of(series)
     found = judge(series, grid, recorded, seen, closed_end)
@@ -128,16 +128,16 @@ def test_the_ledger_is_what_its_definition_says(situation: tuple[Series, Recorde
     assert [g.missing for g in gaps] == [len(part) for part in spanned]
     assert all(g.start == part[0] for g, part in zip(gaps, spanned, strict=True))
     assert all(g.end == grid.closes(np.array(part))[-1] for g, part in zip(gaps, spanned, strict=True))
-    openly = [ts for g, part in zip(gaps, spanned, strict=True) if g.status == "open" for ts in part]
+    in_open_gaps = [ts for g, part in zip(gaps, spanned, strict=True) if g.status == "open" for ts in part]
     assert all(ts < closed_end for ts in absent)
     assert found.coverage.contains(np.array(stored, dtype=np.int64)).all()
     assert (found.missing, found.expected) == (len(absent), sum(grid.count(p) for p in found.coverage))
-    assert found.explained == len(absent) - len(openly)
+    assert found.explained == len(absent) - len(in_open_gaps)
 
 
 @given(situations())
 @settings(max_examples=examples(150))
-def test_nothing_is_explained_away_and_no_history_is_lost(
+def test_open_gaps_stay_open_and_history_is_kept(
     situation: tuple[Series, Recorded, Seen, int],
 ) -> None:
     series, recorded, seen, closed_end = situation
@@ -147,17 +147,17 @@ def test_nothing_is_explained_away_and_no_history_is_lost(
         assert gap.next_attempt_at in {None, *(g.next_attempt_at for g in recorded.gaps)}
         for ts in grid.opens(TimeRange(gap.start, gap.end)).tolist():
             before = [g for g in recorded.gaps if g.start <= ts < g.end]
-            openly = [g for g in before if g.status is GapStatus.OPEN]
-            if openly or not before:
+            in_open_gaps = [g for g in before if g.status is GapStatus.OPEN]
+            if in_open_gaps or not before:
                 assert gap.status is GapStatus.OPEN
-                for one in openly[:1]:
+                for one in in_open_gaps[:1]:
                     assert gap.attempts >= one.attempts
                     assert gap.found_at is not None
                     assert gap.found_at <= (one.found_at or 0)
                     assert one.next_attempt_at is None or (gap.next_attempt_at or 0) <= one.next_attempt_at
                 if not before and gap.attempts == 0:
                     assert (gap.evidence, gap.found_at, gap.next_attempt_at) == ((), None, None)
-                assert {e for g in openly[:1] for e in g.evidence} <= set(gap.evidence)
+                assert {e for g in in_open_gaps[:1] for e in g.evidence} <= set(gap.evidence)
             else:
                 assert replace(gap, start=0, end=0, missing=0) == replace(
                     before[0], start=0, end=0, missing=0
@@ -166,10 +166,10 @@ def test_nothing_is_explained_away_and_no_history_is_lost(
 
 @given(situations())
 @settings(max_examples=examples(150))
-def test_what_nobody_asked_for_does_not_become_a_gap(
+def test_history_that_was_never_requested_does_not_become_a_gap(
     situation: tuple[Series, Recorded, Seen, int],
 ) -> None:
-    """Except after the end of the coverage, up to a stored candle: from there on a series is kept up to date."""
+    """Except after the end of the coverage, up to a stored candle: the series is refreshed from that end."""
     series, recorded, seen, closed_end = situation
     grid = grid_of(series)
     found = judge(series, grid, recorded, seen, closed_end)

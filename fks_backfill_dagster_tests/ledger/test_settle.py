@@ -1,4 +1,4 @@
-"""The ledger of gaps against a slow one that keeps every candle by itself."""
+"""The gap ledger against a slow reference ledger that tracks every candle separately."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ CANDLES = 40
 FROM = at("2023-11-22T15:00Z")
 
 
-Asked = dict[str, tuple[int, bool]]
-"""When each provider responded last that it lacks a candle, and whether that is confirmed."""
+Responses = dict[str, tuple[int, bool]]
+"""When each provider last responded without a candle, and whether that is confirmed."""
 
 
 @dataclass
 class Hole:
-    """What the slow ledger knows of one missing candle."""
+    """The record of one missing candle in the slow ledger."""
 
     status: GapStatus
     attempts: int
-    asked: Asked
+    responses: Responses
     found_at: int
     due: int | None = None
 
     @property
-    def kin(self) -> tuple[GapStatus, frozenset[str]]:
+    def kind(self) -> tuple[GapStatus, frozenset[str]]:
         """Equal for neighbours that belong to one row."""
         tolerated = self.status == GapStatus.TOLERATED
-        sure = frozenset(name for name, (_, confirmed) in self.asked.items() if confirmed)
+        sure = frozenset(name for name, (_, confirmed) in self.responses.items() if confirmed)
         return (GapStatus.UNAVAILABLE if tolerated else self.status, sure)
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One window requested: the provider that responded (None: none was requested), and what is known besides.
+class Attempt:
+    """The request of one window: the provider that responded (None: none was requested), and the rules.
 
     `confirmed`: the candles whose absence it confirms.
     """
@@ -76,74 +76,74 @@ class Ask:
     now: int
 
     def requested(self, hole: Hole) -> bool:
-        return any(when == self.now for when, _ in hole.asked.values())
+        return any(when == self.now for when, _ in hole.responses.values())
 
     def state(self, hole: Hole) -> GapStatus:
-        """Of a candle that is no no-trade interval."""
-        exhausted = bool(self.eligible) and self.eligible <= set(hole.asked)
+        """The state of a candle that is not no-trade."""
+        exhausted = bool(self.eligible) and self.eligible <= set(hole.responses)
         return GapStatus.UNAVAILABLE if exhausted else GapStatus.OPEN
 
     def waits(self, hole: Hole) -> bool:
-        """A provider was requested: not for this, though its time had come, or not every provider."""
+        """Whether the hole still has to be requested: it is due, or not every provider was requested for it."""
         if self.provider is None or hole.status is GapStatus.NO_TRADE:
             return False
         if self.requested(hole):
-            return not self.eligible <= set(hole.asked)
+            return not self.eligible <= set(hole.responses)
         never = hole.status is GapStatus.OPEN and hole.due is None
-        return never or (hole.due or self.now + 1) <= self.now or not self.eligible <= set(hole.asked)
+        return never or (hole.due or self.now + 1) <= self.now or not self.eligible <= set(hole.responses)
 
 
 @dataclass
 class Slow:
-    """Every candle by itself: absent from `known` if never requested, None if stored, else a Hole."""
+    """The state of every candle: not in `known` if never requested, None if stored, else a Hole."""
 
     opens: list[int]
     grid: Grid
     known: dict[int, Hole | None] = field(default_factory=dict)
     cuts: set[int] = field(default_factory=set)
-    """Where a row begins though the hole before it is of its kind: one of them still waits to be requested."""
+    """Where a row begins although the hole before it is of its kind: one of them still has to be requested."""
 
-    def ask(self, ask: Ask) -> set[int]:
-        """Returns which holes were filled."""
+    def apply(self, attempt: Attempt) -> set[int]:
+        """Returns the filled holes."""
         filled: set[int] = set()
-        if not any(ask.window.contains(ts) for ts in self.opens):
+        if not any(attempt.window.contains(ts) for ts in self.opens):
             return filled
-        touched = {ts for ts in self.opens if ask.window.contains(ts)}
+        touched = {ts for ts in self.opens if attempt.window.contains(ts)}
         for run in self.runs():
-            if run[0] < ask.window.end and run[-1] + MICROS_PER_HOUR > ask.window.start:
+            if run[0] < attempt.window.end and run[-1] + MICROS_PER_HOUR > attempt.window.start:
                 touched.update(run)
         for ts in self.opens:
-            if not ask.window.contains(ts):
+            if not attempt.window.contains(ts):
                 continue
             hole = self.known.get(ts)
-            if ts in ask.delivered or (ts in self.known and hole is None):
+            if ts in attempt.delivered or (ts in self.known and hole is None):
                 if hole is not None:
                     filled.add(ts)
                 self.known[ts] = None
                 continue
-            hole = hole or Hole(GapStatus.OPEN, 0, {}, ask.now)
+            hole = hole or Hole(GapStatus.OPEN, 0, {}, attempt.now)
             self.known[ts] = hole
-            if ask.provider is not None:
-                asked = hole.asked | {ask.provider: (ask.now, ts in ask.confirmed)}
-                self.known[ts] = Hole(GapStatus.OPEN, hole.attempts + 1, asked, hole.found_at)
-                self.hole(ts).status = ask.state(self.hole(ts))
-        if ask.eligible:
-            touched |= self.decide(ask)
+            if attempt.provider is not None:
+                responses = hole.responses | {attempt.provider: (attempt.now, ts in attempt.confirmed)}
+                self.known[ts] = Hole(GapStatus.OPEN, hole.attempts + 1, responses, hole.found_at)
+                self.hole(ts).status = attempt.state(self.hole(ts))
+        if attempt.eligible:
+            touched |= self.decide(attempt)
         for before, ts in itertools.pairwise(self.opens):
             if touched & {before, ts}:
                 self.cuts.discard(ts)
                 left, right = self.known.get(before), self.known.get(ts)
-                if left and right and ask.waits(left) != ask.waits(right):
+                if left and right and attempt.waits(left) != attempt.waits(right):
                     self.cuts.add(ts)
         for run in self.runs():
-            self.settle(run, ask)
+            self.settle(run, attempt)
         return filled
 
-    def decide(self, ask: Ask) -> set[int]:
-        """Which holes are no-trade intervals, by the one rule (test_no_trade.py), of all that is known; the
-        candles of rows that have changed."""
+    def decide(self, attempt: Attempt) -> set[int]:
+        """Decides which of all holes are no-trade, by the rule (test_no_trade.py). Returns the candles of rows that
+        have changed."""
         holes = [ts for ts in self.opens if self.known.get(ts)]
-        sure = [sum(confirmed for _, confirmed in self.hole(ts).asked.values()) for ts in holes]
+        sure = [sum(confirmed for _, confirmed in self.hole(ts).responses.values()) for ts in holes]
         absent = Absent(
             np.array(holes, dtype=np.int64),
             np.array(sure, dtype=np.int64) > 0,
@@ -159,38 +159,38 @@ class Slow:
             if quiet:
                 hole.status, hole.due = GapStatus.NO_TRADE, None
             elif hole.status is GapStatus.NO_TRADE:
-                hole.status, hole.due = ask.state(hole), None
+                hole.status, hole.due = attempt.state(hole), None
         changed = [run for run in rows if [self.hole(ts).status for ts in run] != before[run[0]]]
         return {ts for run in changed for ts in run}
 
-    def settle(self, run: list[int], ask: Ask) -> None:
-        """One outage, one row: its candles share what is known, and its length decides what it is."""
+    def settle(self, run: list[int], attempt: Attempt) -> None:
+        """Merges an outage into one row: its candles get the same record, and its length decides the state."""
         holes = [self.hole(ts) for ts in run]
-        asked: Asked = {}
+        responses: Responses = {}
         for hole in holes:
-            for name, (when, confirmed) in hole.asked.items():
-                if when >= asked.get(name, (0, False))[0]:
-                    asked[name] = (when, confirmed)
+            for name, (when, confirmed) in hole.responses.items():
+                if when >= responses.get(name, (0, False))[0]:
+                    responses[name] = (when, confirmed)
         attempts = max(hole.attempts for hole in holes)
         found_at = min(h.found_at for h in holes)
         dues = [h.due for h in holes if h.due is not None and h.found_at == found_at]
         due = min(dues, default=None)
         status = holes[0].status
-        last = max((when for when, _ in asked.values()), default=0)
-        if status is not GapStatus.NO_TRADE and asked and last == ask.now:
-            rest = min(max(5 * MICROS_PER_MINUTE, ask.now - found_at), MICROS_PER_DAY)
+        last = max((when for when, _ in responses.values()), default=0)
+        if status is not GapStatus.NO_TRADE and responses and last == attempt.now:
+            delay = min(max(5 * MICROS_PER_MINUTE, attempt.now - found_at), MICROS_PER_DAY)
             short = False
             if status is not GapStatus.OPEN:
-                short = len(run) <= ask.tolerated
+                short = len(run) <= attempt.tolerated
                 status = GapStatus.TOLERATED if short else GapStatus.UNAVAILABLE
-                rest = min(max(MICROS_PER_HOUR, ask.now - found_at), 30 * MICROS_PER_DAY)
-            due = None if short else min(*dues, ask.now + rest) if dues else ask.now + rest
+                delay = min(max(MICROS_PER_HOUR, attempt.now - found_at), 30 * MICROS_PER_DAY)
+            due = None if short else min(*dues, attempt.now + delay) if dues else attempt.now + delay
         elif status is GapStatus.UNAVAILABLE and due is None:  # a no-trade interval until now
-            short = len(run) <= ask.tolerated
+            short = len(run) <= attempt.tolerated
             status = GapStatus.TOLERATED if short else status
             due = None if short else last + MICROS_PER_HOUR
         for hole in holes:
-            hole.status, hole.asked, hole.attempts, hole.due = status, asked, attempts, due
+            hole.status, hole.responses, hole.attempts, hole.due = status, responses, attempts, due
             hole.found_at = found_at
 
     def hole(self, ts: int) -> Hole:
@@ -205,20 +205,20 @@ class Slow:
             hole, last = self.known.get(ts), self.known.get(before)
             if hole is None:
                 continue
-            if last is None or last.kin != hole.kin or ts in self.cuts:
+            if last is None or last.kind != hole.kind or ts in self.cuts:
                 runs.append([])
             runs[-1].append(ts)
         return runs
 
 
-Row = tuple[int, int, int, GapStatus, int, Asked, int | None, int | None]
+Row = tuple[int, int, int, GapStatus, int, Responses, int | None, int | None]
 
 
 def slow_rows(slow: Slow, grid: Grid) -> list[Row]:
     rows: list[Row] = []
     for run in slow.runs():
         hole, end = slow.hole(run[0]), int(grid.closes(np.array(run[-1:]))[0])
-        numbers = (len(run), hole.status, hole.attempts, hole.asked, hole.found_at, hole.due)
+        numbers = (len(run), hole.status, hole.attempts, hole.responses, hole.found_at, hole.due)
         rows.append((run[0], end, *numbers))
     return rows
 
@@ -240,7 +240,7 @@ def rows_of(ledger: Sequence[LedgerGap]) -> list[Row]:
 
 
 def audited(ledger: Sequence[LedgerGap], synced: RangeSet, stored: list[int], grid: Grid) -> None:
-    """The audit, which knows nothing of settling, finds nothing."""
+    """The audit, which is independent of settlement, finds no difference."""
     ends = (stored[0], stored[-1]) if stored else (None, None)
     ranks = grid.rank(np.array(stored, dtype=np.int64))
     seen = Seen(len(stored), *ends, RangeSet.from_arrays(ranks, ranks + 1))
@@ -252,7 +252,7 @@ def audited(ledger: Sequence[LedgerGap], synced: RangeSet, stored: list[int], gr
 def responded(
     provider: str, now: int, missing: Instants, confirmed: Instants | None = None
 ) -> list[Response]:
-    """A provider lacks all that is missing, and confirms it of some."""
+    """Responses of a provider without any of the missing candles, some of them confirmed."""
     sure = np.empty(0, dtype=np.int64) if confirmed is None else confirmed
     return [
         Response(Evidence(provider, now, Outcome.ABSENT), np.setdiff1d(missing, sure)),
@@ -271,39 +271,39 @@ STEP = st.tuples(
     st.sampled_from(
         [frozenset(), frozenset({"binance"}), frozenset({"binance", "polygon"})]
     ),  # which are eligible
-    st.integers(0, 3),  # how many may be lacking
+    st.integers(0, 3),  # how many missing candles are tolerated
     st.sampled_from([1, 7, 61, 3_000, 90_000]).map(lambda n: n * MICROS_PER_MINUTE),  # how much later
 )
 
 
 @given(st.sampled_from([CRYPTO, STOCKS]), st.lists(STEP, min_size=1, max_size=8))
 @settings(max_examples=examples(300))
-def test_any_history_gives_the_slow_ledger(grid: Grid, steps: list[tuple[Any, ...]]) -> None:
+def test_any_history_matches_the_slow_ledger(grid: Grid, steps: list[tuple[Any, ...]]) -> None:
     opens = grid.opens(TimeRange(FROM, FROM + 60 * 24 * MICROS_PER_HOUR))[:CANDLES].tolist()
     edges = [*opens, opens[-1] + MICROS_PER_HOUR]
     slow = Slow(opens, grid)
     ledger: list[LedgerGap] = []
     synced = RangeSet()
     now = 0
-    for first, past, before, after, given_, provider, silent, eligible, tolerated, later in steps:
+    for first, past, before, after, given_, provider, confirmable, eligible, tolerated, later in steps:
         now += later
         start, end = sorted([edges[first] + before * HALF_HOUR, edges[past] + after * HALF_HOUR])
-        asked = TimeRange(*(min(max(edge, opens[0]), edges[-1]) for edge in (start, end)))
-        if not asked:
+        requested = TimeRange(*(min(max(edge, opens[0]), edges[-1]) for edge in (start, end)))
+        if not requested:
             continue
-        inside = [ts for ts in opens if asked.contains(ts)]
+        inside = [ts for ts in opens if requested.contains(ts)]
         delivered = {opens[n] for n in given_} & set(inside)
         absent = [ts for ts in inside if not (ts in slow.known and slow.known[ts] is None)]
         missing = np.array(sorted(set(absent) - delivered), dtype=np.int64)
         stored = np.array(sorted(delivered), dtype=np.int64)
-        sure = {opens[n] for n in silent}
+        sure = {opens[n] for n in confirmable}
         confirmed = np.array(sorted(sure & set(missing.tolist())), dtype=np.int64)
         rules = Rules(eligible=eligible, tolerated=tolerated)
 
         responses = responded(provider, now, missing, confirmed) if provider else []
-        change = settle(ledger, asked, missing, stored, responses, grid, synced, rules)
+        change = settle(ledger, requested, missing, stored, responses, grid, synced, rules)
 
-        filled_then = slow.ask(Ask(asked, delivered, provider, sure, eligible, tolerated, now))
+        filled_then = slow.apply(Attempt(requested, delivered, provider, sure, eligible, tolerated, now))
         assert len(set(change.removed)) == len(change.removed)
         assert set(change.removed) <= {g.start for g in ledger}
         added = [replace(g, found_at=now if g.found_at is None else g.found_at) for g in change.added]
@@ -312,14 +312,14 @@ def test_any_history_gives_the_slow_ledger(grid: Grid, steps: list[tuple[Any, ..
         ledger += [g for g in added if g.status != GapStatus.FILLED]
         ledger.sort(key=lambda g: g.start)
         assert rows_of(ledger) == slow_rows(slow, grid)
-        synced = synced | RangeSet([asked])
+        synced = synced | RangeSet([requested])
         audited(ledger, synced, [ts for ts in opens if ts in slow.known and slow.known[ts] is None], grid)
-        told = [ts for g in filled for ts in grid.opens(TimeRange(g.start, g.end)).tolist()]
-        assert sorted(told) == sorted(filled_then)
-        assert sum(g.missing for g in filled) == len(told)
+        reported = [ts for g in filled for ts in grid.opens(TimeRange(g.start, g.end)).tolist()]
+        assert sorted(reported) == sorted(filled_then)
+        assert sum(g.missing for g in filled) == len(reported)
 
 
-def test_an_outage_that_two_batches_saw_is_one_gap() -> None:
+def test_an_outage_across_two_batches_is_one_gap() -> None:
     """Its two sides lie on either side of a weekend."""
     hours = grid("stocks", "1h")
     friday, monday = (
@@ -335,17 +335,17 @@ def test_an_outage_that_two_batches_saw_is_one_gap() -> None:
     ]
 
 
-# When a gap is asked for again ---------------------------------------------------------------------------
+# Retries -------------------------------------------------------------------------------------------------
 
-EVERYBODY = Rules(eligible=frozenset({"binance"}))
+BINANCE = Rules(eligible=frozenset({"binance"}))
 
 
-def in_vain(ledger: Sequence[LedgerGap], asked: TimeRange, now: int) -> list[LedgerGap]:
-    """The rows after `asked` was asked for and nobody had it."""
+def after_failure(ledger: Sequence[LedgerGap], requested: TimeRange, now: int) -> list[LedgerGap]:
+    """The rows after a request of `requested` that returned no candle."""
     nothing = np.empty(0, dtype=np.int64)
-    missing = CRYPTO.opens(asked)
+    missing = CRYPTO.opens(requested)
     responses = responded("binance", now, missing)
-    change = settle(ledger, asked, missing, nothing, responses, CRYPTO, RangeSet([asked]), EVERYBODY)
+    change = settle(ledger, requested, missing, nothing, responses, CRYPTO, RangeSet([requested]), BINANCE)
     kept = [g for g in ledger if g.start not in change.removed]
     return sorted([*kept, *change.added], key=lambda g: g.start)
 
@@ -354,48 +354,50 @@ def hours(first: int, past: int) -> TimeRange:
     return TimeRange(FROM + first * MICROS_PER_HOUR, FROM + past * MICROS_PER_HOUR)
 
 
-def test_an_outage_that_goes_on_does_not_put_off_its_beginning() -> None:
-    """Each hour a candle more is missing; the gap that it lengthens is due when it was due before."""
-    ledger = in_vain([], hours(0, 6), FROM + 6 * MICROS_PER_HOUR)
-    ledger = in_vain(ledger, hours(0, 6), FROM + 16 * MICROS_PER_HOUR)
+def test_an_ongoing_outage_does_not_delay_its_first_part() -> None:
+    """Each hour one more candle is missing; the extended gap is due when it was due before."""
+    ledger = after_failure([], hours(0, 6), FROM + 6 * MICROS_PER_HOUR)
+    ledger = after_failure(ledger, hours(0, 6), FROM + 16 * MICROS_PER_HOUR)
     assert [g.next_attempt_at for g in ledger] == [FROM + 26 * MICROS_PER_HOUR]
     for hour in range(6, 15):
-        ledger = in_vain(ledger, hours(hour, hour + 1), FROM + (hour + 11) * MICROS_PER_HOUR)
+        ledger = after_failure(ledger, hours(hour, hour + 1), FROM + (hour + 11) * MICROS_PER_HOUR)
         assert [(g.missing, g.next_attempt_at) for g in ledger] == [(hour + 1, FROM + 26 * MICROS_PER_HOUR)]
-    ledger = in_vain(ledger, hours(0, 15), FROM + 26 * MICROS_PER_HOUR)
+    ledger = after_failure(ledger, hours(0, 15), FROM + 26 * MICROS_PER_HOUR)
     assert [(g.missing, g.next_attempt_at) for g in ledger] == [(15, FROM + 46 * MICROS_PER_HOUR)]
 
 
-def test_the_part_of_a_due_gap_that_was_not_asked_for_stays_due() -> None:
-    """One of two months; the other one's run comes later, or never."""
+def test_the_part_of_a_due_gap_that_was_not_requested_stays_due() -> None:
+    """One of two months; the other one is requested later, or never."""
     due = FROM + 7 * MICROS_PER_HOUR
-    ledger = in_vain([], hours(0, 6), due - MICROS_PER_HOUR)
+    ledger = after_failure([], hours(0, 6), due - MICROS_PER_HOUR)
     assert [g.next_attempt_at for g in ledger] == [due]
-    first, second = in_vain(ledger, hours(0, 2), due)
+    first, second = after_failure(ledger, hours(0, 2), due)
     assert (first.missing, first.next_attempt_at) == (2, due + MICROS_PER_HOUR)
     assert (second.missing, second.next_attempt_at) == (4, due)
-    (whole,) = in_vain([first, second], hours(2, 6), due + MICROS_PER_MINUTE)
+    (whole,) = after_failure([first, second], hours(2, 6), due + MICROS_PER_MINUTE)
     assert (whole.missing, whole.attempts) == (6, 2)
     assert whole.next_attempt_at == due + MICROS_PER_HOUR
 
 
 @pytest.mark.parametrize(
-    ("series", "asked"),
+    ("series", "requested"),
     [
         ("stocks", window("2024-01-06T00:00Z", "2024-01-07T00:00Z")),  # a weekend
         ("crypto", window("2024-01-06T01:10Z", "2024-01-06T01:50Z")),  # a part of an hour
     ],
 )
-def test_a_window_without_a_candle_changes_nothing(series: str, asked: TimeRange) -> None:
+def test_a_window_without_a_candle_changes_nothing(series: str, requested: TimeRange) -> None:
     hours, nothing = grid(series, "1h"), np.empty(0, dtype=np.int64)
     whole = window("2024-01-05T20:00Z", "2024-01-08T15:00Z")
     row = LedgerGap(whole.start, whole.end, hours.count(whole), GapStatus.NO_TRADE, 1)
     responses = responded("a", 1, nothing)
-    assert settle([row], asked, nothing, nothing, responses, hours, RangeSet([whole])) == Settlement((), ())
+    assert settle([row], requested, nothing, nothing, responses, hours, RangeSet([whole])) == Settlement(
+        (), ()
+    )
 
 
-def test_a_giant_gap_is_filled_month_by_month_in_no_time() -> None:
-    """Five million minutes; each settlement has to stay well below 50 ms."""
+def test_a_giant_gap_is_filled_month_by_month_quickly() -> None:
+    """Five million minutes; each settlement takes less than 50 ms."""
     minutes = grid("crypto", "1m")
     months = [at(f"{2015 + n // 12}-{n % 12 + 1:02}-01T00:00Z") for n in range(115)]
     whole = TimeRange(months[0], months[-1])
@@ -414,7 +416,7 @@ def test_a_giant_gap_is_filled_month_by_month_in_no_time() -> None:
 @pytest.mark.parametrize(
     ("outcome", "status"),
     [
-        (Outcome.REFUSED, GapStatus.NO_TRADE),  # the interval lies beyond its depth, say
+        (Outcome.REFUSED, GapStatus.NO_TRADE),  # for example beyond its depth
         (Outcome.ABSENT, GapStatus.UNAVAILABLE),
         (Outcome.ERROR, GapStatus.OPEN),
     ],
@@ -442,17 +444,17 @@ POLYGON = Rules(eligible=frozenset({"polygon"}))
 def settled(
     order: Sequence[TimeRange], missing: Instants, rules: Rules = POLYGON, ledger: Sequence[LedgerGap] = ()
 ) -> list[LedgerGap]:
-    """The ledger after these windows were requested of Polygon, which confirms all that is missing."""
+    """The ledger after requests of these windows to Polygon, which confirms all missing candles."""
     nothing, synced = np.empty(0, dtype=np.int64), RangeSet()
     rows = list(ledger)
-    for now, asked in enumerate(order):
-        mine = missing[(missing >= asked.start) & (missing < asked.end)]
+    for now, requested in enumerate(order):
+        mine = missing[(missing >= requested.start) & (missing < requested.end)]
         change = settle(
-            rows, asked, mine, nothing, responded("polygon", 1 + now, mine, mine), MINUTES, synced, rules
+            rows, requested, mine, nothing, responded("polygon", 1 + now, mine, mine), MINUTES, synced, rules
         )
         rows = [g for g in rows if g.start not in change.removed]
         rows = sorted([*rows, *change.added], key=lambda g: g.start)
-        synced = synced | RangeSet([asked])
+        synced = synced | RangeSet([requested])
     return rows
 
 
@@ -473,7 +475,7 @@ def opens_of(rows: Sequence[LedgerGap], status: GapStatus) -> list[int]:
 def test_neither_batches_nor_their_order_decide(
     share: float, hole: tuple[int, int], cuts: list[int], seed: int, shuffled: Any
 ) -> None:
-    """Any cut of a month into windows, requested in any order, ends with the same no-trade intervals."""
+    """Any division of a month into windows, requested in any order, gives the same no-trade intervals."""
     month = window("2024-03-01T00:00Z", "2024-04-01T00:00Z")
     opens = MINUTES.opens(month)
     gone = np.random.default_rng(seed).random(len(opens)) < share
@@ -501,7 +503,7 @@ def test_a_closed_day_explains_a_session_and_nothing_beside_it() -> None:
     assert [(g.missing, g.status) for g in rows] == [(390, GapStatus.NO_TRADE), (30, GapStatus.UNAVAILABLE)]
 
 
-def test_what_an_earlier_version_called_no_trade_stays_until_it_is_requested() -> None:
+def test_no_trade_of_an_earlier_version_stays_until_it_is_requested() -> None:
     month = window("2024-03-01T00:00Z", "2024-03-21T00:00Z")
     later = window("2024-03-21T00:00Z", "2024-04-01T00:00Z")
     opens = MINUTES.opens(month)

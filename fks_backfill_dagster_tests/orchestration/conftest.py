@@ -32,7 +32,7 @@ FRAMES = (Timeframe.M15, Timeframe.H1)
 
 
 def settings_of(*symbols: str, start: str = "2024-01-01", frames: Sequence[Timeframe] = FRAMES) -> Settings:
-    """Crypto symbols that only Binance is asked for, from `start` on."""
+    """Crypto symbols with Binance as their only provider, from `start` on."""
     return Settings(
         symbols=tuple(
             SymbolSettings(asset_class=AssetClass.CRYPTO, symbol=symbol, timeframes=tuple(frames))
@@ -60,7 +60,7 @@ class Project:
     def materialize(
         self, timeframe: str, first: str, last: str | None = None, *symbols: str
     ) -> ExecuteInProcessResult:
-        """A run over a range of partitions, as the UI launches one; all symbols unless some are named."""
+        """A run over a range of partitions, as launched by the UI; all symbols unless some are named."""
         names = symbols or self.settings.match_symbols()
         return self.definitions.resolve_implicit_global_asset_job_def().execute_in_process(
             instance=self.instance,
@@ -83,7 +83,7 @@ class Project:
 
 @pytest.fixture
 def resources(market: LocalMarket, database_url: str) -> dict[str, object]:
-    """The market's Binance, quick to give up, and the test's database."""
+    """The market's Binance with a short retry budget, and the test's database."""
     return {
         "timescaledb": TimescaleDB(url=database_url),
         "binance": ProviderResource(
@@ -102,7 +102,7 @@ MakeProject = Callable[..., Project]
 
 @pytest.fixture
 def project(resources: dict[str, object]) -> Iterator[MakeProject]:
-    """`project("BTC/USDT", ...)`: definitions over the market and the database, in an instance of their own."""
+    """`project("BTC/USDT", ...)`: definitions over the market and the database, in a separate instance."""
     with DagsterInstance.ephemeral() as instance:
 
         def make(*symbols: str, **options: object) -> Project:

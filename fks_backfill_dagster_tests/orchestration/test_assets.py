@@ -1,4 +1,4 @@
-"""Runs: what is stored, and the truth per partition that Dagster shows for it."""
+"""Runs: the stored candles, and what Dagster shows per partition."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def metadata_of(instance: DagsterInstance, key: AssetKey) -> dict[str, dict[str,
 
 
 def statuses(project: Project, key: AssetKey, *partitions: str) -> dict[str, str | None]:
-    """What the UI shows for partitions: MATERIALIZED, FAILED or None."""
+    """The status of partitions in the UI: MATERIALIZED, FAILED or None."""
     node = project.definitions.resolve_asset_graph().get(key)
     found = project.instance.get_status_by_partition(key, partitions, node.partitions_def)  # type: ignore[arg-type]
     assert found is not None
@@ -48,7 +48,7 @@ def statuses(project: Project, key: AssetKey, *partitions: str) -> dict[str, str
 
 
 def plant_failure(market: LocalMarket, symbol: str, start: str, end: str) -> None:
-    """Neither Binance's archives nor its REST have an answer for candles of that time."""
+    """Binance's archives and REST return 503 for candles of that range."""
     for provider in ("binance", "archive"):
         market.plant_fault(
             provider, "status", count=None, status=503, symbol=symbol, start=start, end=end, seconds=0
@@ -68,7 +68,7 @@ def test_a_range_of_partitions_is_stored_as_the_market_has_it(
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_every_partition_tells_its_own_numbers(project: MakeProject, market: LocalMarket) -> None:
+def test_each_partition_has_its_own_counts(project: MakeProject, market: LocalMarket) -> None:
     mine = project("BTC/USDT")
     market.plant_outage(
         "binance", TimeRange(instant("2024-02-10T03:00"), instant("2024-02-10T05:00")), "BTC/USDT"
@@ -85,11 +85,11 @@ def test_every_partition_tells_its_own_numbers(project: MakeProject, market: Loc
     assert february["coverage"] == 0.997126
     assert february["providers"] == {"binance": 2776}
     assert february["from_fallback"] == 0
-    gone = {"requests", "candles_per_second", "dagster/partition_row_count"}
-    assert not gone & set(february), "of the run, or said twice"
+    excluded = {"requests", "candles_per_second", "dagster/partition_row_count"}
+    assert not excluded & set(february), "per run, or redundant"
 
 
-def test_every_partition_tells_its_candles(
+def test_each_partition_describes_its_candles(
     project: MakeProject, market: LocalMarket, database: Database
 ) -> None:
     mine = project("BTC/USDT")
@@ -103,10 +103,10 @@ def test_every_partition_tells_its_candles(
     assert february["volume_sum"] == pytest.approx(truth.volume.sum(), rel=1e-9)
 
 
-def test_what_a_fallback_delivered_is_counted(
+def test_candles_of_a_fallback_are_counted(
     project: MakeProject, market: LocalMarket, resources: dict[str, Any]
 ) -> None:
-    """Of the first provider's outage, candles come from the second one; the other months have none of it."""
+    """Candles of the first provider's outage come from the second one; other months have none from it."""
     mine = project("BTC/USDT")
     entry = mine.settings.symbols[0].model_copy(update={"provider_priority": ("binance", "polygon")})
     mine = mine.with_symbols([entry], resources)
@@ -125,7 +125,7 @@ def test_what_a_fallback_delivered_is_counted(
 
 
 def observations(project: Project, key: AssetKey) -> dict[str, dict[str, Any]]:
-    """The metadata of the observations of every partition, and the sentence as `text`; one each."""
+    """The metadata of each partition's observation, and its description as `text`; one per partition."""
     found = [
         record.event_log_entry.asset_observation
         for record in project.instance.fetch_observations(key, limit=1000).records
@@ -139,7 +139,7 @@ def observations(project: Project, key: AssetKey) -> dict[str, dict[str, Any]]:
     return seen
 
 
-def test_a_failed_partition_says_why_and_when_it_is_requested_again(
+def test_a_failed_partition_has_an_observation_with_reason_and_next_attempt(
     project: MakeProject, market: LocalMarket, database: Database
 ) -> None:
     mine = project("BTC/USDT", "ETH/USDT")
@@ -162,7 +162,7 @@ def test_a_failed_partition_says_why_and_when_it_is_requested_again(
 def test_a_failed_partition_without_a_gap_has_no_next_attempt(
     project: MakeProject, resources: dict[str, Any]
 ) -> None:
-    """No provider serves it, so nothing is in the ledger."""
+    """No provider serves the series, so it has no gap in the ledger."""
     mine = project("BTC/USDT")
     entry = mine.settings.symbols[0].model_copy(update={"provider_priority": ("yfinance",)})
     mine = mine.with_symbols([entry], resources)
@@ -176,7 +176,7 @@ def test_a_failed_partition_without_a_gap_has_no_next_attempt(
 def test_a_start_before_history_start_is_fetched(
     project: MakeProject, resources: dict[str, Any], database: Database, market: LocalMarket
 ) -> None:
-    """Both grains begin at the earliest start that any symbol has; the others expect nothing there."""
+    """Both grains begin at the earliest start of all symbols; nothing is expected there of the other symbols."""
     mine = project("BTC/USDT", "ETH/USDT", start="2024-01-01")
     early = mine.settings.symbols[0].model_copy(update={"start": instant("2021-11-15")})
     mine = mine.with_symbols([early, mine.settings.symbols[1]], resources)
@@ -199,7 +199,7 @@ def test_the_lineage_names_the_run(project: MakeProject, database: Database) -> 
     assert {batch.run_id for batch in batches(database)} == {done.run_id}
 
 
-def test_a_month_that_nobody_answers_for_is_the_only_one_that_failed(
+def test_only_the_month_without_a_response_fails(
     project: MakeProject, market: LocalMarket, database: Database
 ) -> None:
     mine = project("BTC/USDT", "ETH/USDT")
@@ -214,11 +214,11 @@ def test_a_month_that_nobody_answers_for_is_the_only_one_that_failed(
         "2024-03-01": "MATERIALIZED",
     }
     (failure,) = [e for e in done.all_events if e.event_type is DagsterEventType.STEP_FAILURE]
-    said = failure.step_failure_data.error_display_string
-    assert "1 of 2 series" in said
-    assert "ETH/USDT 15m: 1 of 3 partitions (2024-02-01)" in said
-    assert "503" in said
-    # Recovered and asked again, it is the only one that fetches.
+    text = failure.step_failure_data.error_display_string
+    assert "1 of 2 series" in text
+    assert "ETH/USDT 15m: 1 of 3 partitions (2024-02-01)" in text
+    assert "503" in text
+    # After the recovery, a second run fetches only that month.
     market.clear_faults()
     before = batches(database)
     again = mine.materialize("15m", months[0], months[-1])
@@ -230,7 +230,7 @@ def test_a_month_that_nobody_answers_for_is_the_only_one_that_failed(
     assert all(first <= b.range_start <= b.range_end <= end for b in fetched)
 
 
-def test_candles_that_an_answer_lacks_are_a_gap_and_no_failure(
+def test_candles_missing_from_a_response_are_a_gap_and_no_failure(
     project: MakeProject, market: LocalMarket
 ) -> None:
     mine = project("BTC/USDT")
@@ -239,12 +239,12 @@ def test_candles_that_an_answer_lacks_are_a_gap_and_no_failure(
     assert done.success
     numbers = metadata_of(mine.instance, mine.key("BTC/USDT", "15m"))["2024-02-01"]
     assert (numbers["missing"], numbers["explained"], numbers["coverage"]) == (2784, 2784, 0)
-    # The only provider was asked, so the gap is explained, which is no open one.
+    # The only provider has responded, so the gap is explained.
     passed = {e.check_name: e.passed for e in done.get_asset_check_evaluations()}
     assert passed == {"ohlc_sanity": True, "completeness": True, "data_freshness": False}
 
 
-def test_a_provider_that_is_not_there_fails_every_partition(
+def test_without_an_eligible_provider_every_partition_fails(
     project: MakeProject, resources: dict[str, Any]
 ) -> None:
     mine = project("BTC/USDT")
@@ -282,7 +282,7 @@ def test_a_symbols_own_start_cuts_its_first_partition(
     assert {k: v["expected"] for k, v in found.items()} == {"2024-02-01": 0, "2024-03-01": 17 * 96}
 
 
-def test_what_lies_before_the_listing_is_not_expected(project: MakeProject, database: Database) -> None:
+def test_nothing_is_expected_before_the_listing(project: MakeProject, database: Database) -> None:
     mine = project("BTC/USDT", start="2017-01-01", frames=(Timeframe.D1,))
     assert mine.materialize("1d", "2017-01-01").success
     found = metadata_of(mine.instance, mine.key("BTC/USDT", "1d"))["2017-01-01"]
@@ -293,17 +293,17 @@ def test_what_lies_before_the_listing_is_not_expected(project: MakeProject, data
     )
 
 
-def test_the_running_partition_holds_what_has_closed(project: MakeProject) -> None:
+def test_the_current_partition_holds_closed_candles(project: MakeProject) -> None:
     mine = project("BTC/USDT")
     partitions = mine.definitions.resolve_asset_graph().get(mine.key("BTC/USDT", "1h")).partitions_def
     assert partitions is not None
-    running = partitions.get_partition_keys()[-1]
-    assert mine.materialize("1h", running).success
-    found = metadata_of(mine.instance, mine.key("BTC/USDT", "1h"))[running]
+    current = partitions.get_partition_keys()[-1]
+    assert mine.materialize("1h", current).success
+    found = metadata_of(mine.instance, mine.key("BTC/USDT", "1h"))[current]
     assert found["missing"] == 0
 
 
-def test_a_second_run_asks_for_nothing(project: MakeProject, market: LocalMarket) -> None:
+def test_a_second_run_requests_nothing(project: MakeProject, market: LocalMarket) -> None:
     mine = project("BTC/USDT")
     assert mine.materialize("15m", "2024-01-01", "2024-03-01").success
     market.reset_requests()
@@ -311,7 +311,7 @@ def test_a_second_run_asks_for_nothing(project: MakeProject, market: LocalMarket
     assert market.requests() == 0
 
 
-def test_a_run_is_told_in_a_few_lines(project: MakeProject) -> None:
+def test_a_run_logs_few_lines(project: MakeProject) -> None:
     mine = project("BTC/USDT")
     done = mine.materialize("15m", "2024-01-01", "2024-06-01")
     lines = [
@@ -321,26 +321,24 @@ def test_a_run_is_told_in_a_few_lines(project: MakeProject) -> None:
     ]
     assert "17,472 of 17,472 candles are missing" in lines[0]
     assert "17,472 candles stored" in lines[-1]
-    assert "0 of 17,472 expected are missing" in lines[-1]
+    assert "0 of 17,472 expected candles are missing" in lines[-1]
     assert len(lines) <= 13
 
 
-def test_the_run_log_names_every_address_that_is_no_default_one(
-    project: MakeProject, market: LocalMarket
-) -> None:
+def test_the_run_log_names_custom_provider_addresses(project: MakeProject, market: LocalMarket) -> None:
     mine = project("BTC/USDT")
     done = mine.materialize("15m", "2024-01-01")
-    told = [
+    logged = [
         entry.user_message
         for entry in mine.instance.all_logs(done.run_id)
-        if "Not the default addresses" in entry.user_message
+        if "Custom provider addresses" in entry.user_message
     ]
-    assert len(told) == 1
-    assert f"binance at {market.binance_url} (archives: {market.archive_url})" in told[0]
-    assert "yfinance" not in told[0]
+    assert len(logged) == 1
+    assert f"binance at {market.binance_url} (archives: {market.archive_url})" in logged[0]
+    assert "yfinance" not in logged[0]
 
 
-def test_a_database_that_is_gone_ends_the_run_with_its_sentence(
+def test_a_missing_database_fails_the_run_with_its_message(
     project: MakeProject, resources: dict[str, Any], database_url: str
 ) -> None:
     gone = TimescaleDB(url=database_url.replace("/fks_test_", "/gone_"))
@@ -349,12 +347,12 @@ def test_a_database_that_is_gone_ends_the_run_with_its_sentence(
     )
     done = mine.materialize("15m", "2024-01-01")
     assert not done.success
-    told = " ".join(str(entry) for entry in mine.instance.all_logs(done.run_id))
-    assert "does not exist. Create it, or correct FKS_DATABASE_URL." in told
+    logged = " ".join(str(entry) for entry in mine.instance.all_logs(done.run_id))
+    assert "does not exist. Create it, or correct FKS_DATABASE_URL." in logged
 
 
 def test_the_status_cache_agrees(project: MakeProject, market: LocalMarket) -> None:
-    """The asset page counts partitions by way of a cache of its own."""
+    """The asset page counts partitions in a separate cache."""
     mine = project("ETH/USDT")
     plant_failure(market, "ETHUSDT", "2024-02-01", "2024-03-01")
     mine.materialize("15m", "2024-01-01", "2024-03-01")

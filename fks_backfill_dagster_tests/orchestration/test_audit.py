@@ -1,4 +1,4 @@
-"""The audit in Dagster: what a run says and when it fails, and when the schedule asks for one."""
+"""The audit in Dagster: log and failures of a run, and the ticks of its schedule."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def sums(done: Any) -> dict[str, Any]:
 
 
 def observed(mine: Project, done: Any) -> dict[str, Any]:
-    """The metadata of the observations of a run, by asset; those of a failed run are in the instance alone."""
+    """The metadata of the observations of a run, by asset; those of a failed run are in the instance only."""
     records = mine.instance.all_logs(done.run_id, of_type=DagsterEventType.ASSET_OBSERVATION)
     found = [r.get_dagster_event().asset_observation_data.asset_observation for r in records]
     return {"/".join(one.asset_key.path): {k: v.value for k, v in one.metadata.items()} for one in found}
 
 
-def test_nothing_is_wrong(stored: Project) -> None:
+def test_an_audit_without_differences(stored: Project) -> None:
     done = audited(stored)
     assert done.success
     found = sums(done)
@@ -70,25 +70,25 @@ def test_nothing_is_wrong(stored: Project) -> None:
     assert (lines(stored, done, "warning"), observed(stored, done)) == ([], {})
 
 
-def test_what_was_repaired_is_a_warning_and_an_observation(stored: Project, database: Database) -> None:
+def test_a_repaired_difference_is_a_warning_and_an_observation(stored: Project, database: Database) -> None:
     execute(database, DELETE)
     done = audited(stored)
     assert done.success
     assert (sums(done)["differences"], sums(done)["repaired"]) == (2, 2)
     assert sorted(lines(stored, done, "warning")) == [
-        "BTC/USDT 15m: total_candles: the status says 2,976 candles, and there are 2,975 (repaired)",
-        "BTC/USDT 15m: unrecorded_gap: 1 candle absent, and in no gap of the ledger (repaired)",
+        "BTC/USDT 15m: total_candles: the status records 2,976 candles instead of 2,975 (repaired)",
+        "BTC/USDT 15m: unrecorded_gap: 1 candle absent without a gap in the ledger (repaired)",
     ]
     (key,) = observed(stored, done)
     assert key == "ohlcv/BTC_USDT/15m"
-    told = observed(stored, done)[key]
-    assert (told["missing"], told["left"]) == (1, 0)
-    assert [one["kind"] for one in told["differences"]] == ["total_candles", "unrecorded_gap"]
+    found = observed(stored, done)[key]
+    assert (found["missing"], found["left"]) == (1, 0)
+    assert [one["kind"] for one in found["differences"]] == ["total_candles", "unrecorded_gap"]
     again = audited(stored)
     assert (sums(again)["differences"], observed(stored, again)) == (0, {})
 
 
-def test_what_cannot_be_repaired_fails_the_run(stored: Project, database: Database) -> None:
+def test_an_unrepaired_difference_fails_the_run(stored: Project, database: Database) -> None:
     execute(database, DELETE, BREAK)
     done = audited(stored)
     assert not done.success
@@ -117,7 +117,7 @@ def test_a_series_that_was_removed_from_the_settings_is_audited(
     rest = stored.with_symbols(stored.settings.symbols[1:], resources)
     done = audited(rest)
     assert (sums(done)["series"], sums(done)["repaired"]) == (2, 2)
-    assert observed(stored, done) == {}, "it is no asset any more"
+    assert observed(stored, done) == {}, "it is no longer an asset"
 
 
 def test_the_log_of_a_run_is_short(stored: Project, database: Database) -> None:
@@ -126,12 +126,12 @@ def test_the_log_of_a_run_is_short(stored: Project, database: Database) -> None:
         'DELETE FROM fks."candles_15m" WHERE extract(hour FROM ts) = 5 AND extract(minute FROM ts) = 0',
     )
     done = audited(stored)
-    told = lines(stored, done, "warning")
-    assert len(told) == 21
-    assert told[-1] == f"and {2 * 31 + 2 - 20} more"
+    logged = lines(stored, done, "warning")
+    assert len(logged) == 21
+    assert logged[-1] == f"and {2 * 31 + 2 - 20} more"
 
 
-# When ---------------------------------------------------------------------------------------------------
+# Schedule -----------------------------------------------------------------------------------------------
 
 
 def test_a_run_takes_fifty_series_at_most(database: Database) -> None:
@@ -156,21 +156,23 @@ def test_a_run_takes_fifty_series_at_most(database: Database) -> None:
         (8760, "50 0 * * *"),
     ],
 )
-def test_the_looks(hours: int, cron: str) -> None:
+def test_the_cron_schedule(hours: int, cron: str) -> None:
     assert audit_cron(hours) == cron
 
 
 @given(st.integers(1, 8760), st.integers(0, 500_000))
-def test_of_so_many_hours_one_is_chosen_and_it_is_a_look(hours: int, first: int) -> None:
+def test_one_tick_per_interval_is_due(hours: int, first: int) -> None:
     epoch = datetime(1970, 1, 1, 0, 50, tzinfo=UTC)
     due = [n for n in range(first, first + hours) if is_audit_hour(epoch + timedelta(hours=n), hours)]
     assert len(due) == 1
     hour = (epoch + timedelta(hours=due[0])).hour
-    looks = audit_cron(hours).split()[1]
-    assert looks == "*" or (hour == 0 if looks == "0" else hour % int(looks.removeprefix("*/")) == 0)
+    hours_field = audit_cron(hours).split()[1]
+    assert hours_field == "*" or (
+        hour == 0 if hours_field == "0" else hour % int(hours_field.removeprefix("*/")) == 0
+    )
 
 
-def test_the_schedule_asks_once_an_interval(
+def test_the_schedule_requests_one_audit_per_interval(
     resources: dict[str, Any], database: Database, tmp_path: Path
 ) -> None:
     pretend_synced(database, "BTC/USDT", "1h", "2024-01-01", "2024-01-02")
@@ -180,16 +182,16 @@ def test_the_schedule_asks_once_an_interval(
     definitions = build_defs(settings=settings, resource_overrides=resources)
     midnight = datetime(2024, 3, 10, 0, 50, tzinfo=UTC)
     with DagsterInstance.local_temp(str(tmp_path)) as instance:
-        answers = [tick(definitions, resources, instance, midnight + timedelta(days=n)) for n in range(4)]
-        assert answers[:2] == answers[2:]
-        assert sorted(answers[:2]) == [(0, "an audit is due every 48 hours"), (1, "")]
-        due = midnight + timedelta(days=answers.index((1, "")))
+        ticks = [tick(definitions, resources, instance, midnight + timedelta(days=n)) for n in range(4)]
+        assert ticks[:2] == ticks[2:]
+        assert sorted(ticks[:2]) == [(0, "an audit is due every 48 hours"), (1, "")]
+        due = midnight + timedelta(days=ticks.index((1, "")))
         instance.create_run_for_job(definitions.resolve_job_def("audit"), status=DagsterRunStatus.STARTED)
-        waits = (0, "the audit before still waits or runs")
+        waits = (0, "the previous audit is still queued or running")
         assert tick(definitions, resources, instance, due) == waits
 
 
-def test_without_series_there_is_nothing_to_ask_for(resources: dict[str, Any], tmp_path: Path) -> None:
+def test_without_series_no_run_is_requested(resources: dict[str, Any], tmp_path: Path) -> None:
     definitions = build_defs(settings=settings_of("BTC/USDT"), resource_overrides=resources)
     with DagsterInstance.local_temp(str(tmp_path)) as instance:
         moment = datetime(2024, 3, 10, 0, 50, tzinfo=UTC)
@@ -199,7 +201,7 @@ def test_without_series_there_is_nothing_to_ask_for(resources: dict[str, Any], t
 def tick(
     definitions: Definitions, resources: dict[str, Any], instance: DagsterInstance, moment: datetime
 ) -> tuple[int, str]:
-    """How many runs a look asks for, or why none."""
+    """The number of requested runs of a tick, and the reason of a skip."""
     with build_schedule_context(
         instance=instance, scheduled_execution_time=moment, resources=resources
     ) as context:

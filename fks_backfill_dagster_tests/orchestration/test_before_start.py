@@ -1,4 +1,4 @@
-"""Partitions before a series' own start: reported once, without a run, and without making anything fresh."""
+"""Partitions before a series' own start: reported once, without a run, without an effect on freshness."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sensor_of(project: Project) -> SensorDefinition:
 
 
 def tick(project: Project, cursor: str | None = None) -> tuple[str | None, str]:
-    """The cursor after a tick, and what it says."""
+    """The cursor after a tick, and its skip message."""
     with build_sensor_context(instance=project.instance, cursor=cursor) as context:
         done = sensor_of(project).evaluate_tick(context)
     assert not done.run_requests
@@ -52,7 +52,7 @@ def tick(project: Project, cursor: str | None = None) -> tuple[str | None, str]:
 
 
 def reports(project: Project, key: AssetKey) -> list[tuple[str, str]]:
-    """Partition and sentence of every materialization without a run, oldest first."""
+    """Partition and description of each materialization without a run, oldest first."""
     found = project.instance.fetch_materializations(key, limit=1000, ascending=True).records
     return [
         (str(one.partition_key), str(one.asset_materialization.description))
@@ -69,10 +69,10 @@ def mine(project: MakeProject, resources: dict[str, Any]) -> Project:
     return base.with_symbols(entries, resources)
 
 
-def test_each_is_reported_once_and_no_other(mine: Project, market: LocalMarket) -> None:
+def test_each_early_partition_is_reported_once(mine: Project, market: LocalMarket) -> None:
     market.reset_requests()
-    cursor, said = tick(mine)
-    assert "9 partitions reported" in said, "ETH: 4 months and a year; SOL: 3 months and a year"
+    cursor, message = tick(mine)
+    assert "9 partitions reported" in message, "ETH: 4 months and a year; SOL: 3 months and a year"
     expected = {
         ("BTC/USDT", "15m"): [],
         ("ETH/USDT", "15m"): ["2023-10-01", "2023-11-01", "2023-12-01", "2024-01-01"],
@@ -91,40 +91,42 @@ def test_each_is_reported_once_and_no_other(mine: Project, market: LocalMarket) 
         "2024-01-01": "MATERIALIZED",
         "2024-02-01": None,
     }
-    for again in (cursor, None):  # the cursor saves the look, it does not carry the truth
-        _, said = tick(mine, again)
-        assert " 9 partitions" not in said
+    for again in (cursor, None):  # the cursor is only an optimization
+        _, message = tick(mine, again)
+        assert " 9 partitions" not in message
     assert len(reports(mine, key)) == 4
     assert market.requests() == 0
     assert mine.instance.get_runs() == []
 
 
-def test_a_symbol_that_is_new_is_reported_and_the_others_are_not_again(
+def test_partitions_of_a_new_symbol_are_reported_and_no_others_again(
     mine: Project, resources: dict[str, Any]
 ) -> None:
     cursor, _ = tick(mine)
     more = mine.with_symbols([*mine.settings.symbols, entry("ADA/USDT", "2023-12-31")], resources)
-    cursor, said = tick(more, cursor)
-    assert said.startswith("2 partitions reported"), "October and November; the year is its own"
+    cursor, message = tick(more, cursor)
+    assert message.startswith("2 partitions reported"), (
+        "October and November; December and the year contain its start"
+    )
     assert [key for key, _ in reports(more, more.key("ADA/USDT", "15m"))] == ["2023-10-01", "2023-11-01"]
     assert len(reports(more, more.key("SOL/USDT", "15m"))) == 3
-    # An earlier beginning makes earlier partitions: they alone are new.
+    # An earlier start adds earlier partitions: only these are reported.
     earlier = more.with_symbols([entry("BTC/USDT", "2023-08-01"), *more.settings.symbols[1:]], resources)
-    _, said = tick(earlier, cursor)
+    _, message = tick(earlier, cursor)
     assert [key for key, _ in reports(earlier, earlier.key("SOL/USDT", "15m"))][3:] == [
         "2023-08-01",
         "2023-09-01",
     ]
 
 
-def test_what_a_run_has_materialized_is_not_reported(mine: Project) -> None:
+def test_partitions_materialized_by_a_run_are_not_reported(mine: Project) -> None:
     assert mine.materialize("15m", "2023-11-01", "2023-11-01", "SOL/USDT").success
     tick(mine)
     assert [key for key, _ in reports(mine, mine.key("SOL/USDT", "15m"))] == ["2023-10-01", "2023-12-01"]
 
 
-def test_a_report_makes_nothing_fresh(mine: Project) -> None:
-    """The freshness policy goes by the time of the newest materialization of the asset."""
+def test_a_report_does_not_make_a_series_fresh(mine: Project) -> None:
+    """The freshness policy uses the time of the asset's newest materialization."""
     key = mine.key("ETH/USDT", "15m")
     tick(mine)
     never = mine.instance.get_latest_materialization_event(key)
@@ -146,9 +148,9 @@ def test_a_report_makes_nothing_fresh(mine: Project) -> None:
 def test_many_are_reported_over_several_ticks(mine: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(before_start, "MOST_REPORTS", 2)
     cursor, seen = None, []
-    while "every partition" not in (said := tick(mine, cursor)[1]):
+    while "every partition" not in (message := tick(mine, cursor)[1]):
         cursor, _ = tick(mine, cursor)
-        seen.append(said)
+        seen.append(message)
         assert len(seen) < 20
     assert (
         sum(len(reports(mine, mine.key(s, f))) for s in ("ETH/USDT", "SOL/USDT") for f in ("15m", "1h")) == 9

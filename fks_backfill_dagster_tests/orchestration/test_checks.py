@@ -1,4 +1,4 @@
-"""The checks: about whole series, in bulk, alone, and without fetching."""
+"""The checks: of whole series, in bulk, run alone, and without fetching."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["update"]
 
 
 def run_checks(project: Project, *checks: AssetCheckKey) -> ExecuteInProcessResult:
-    """The checks alone, as the UI's button does it."""
+    """Runs only the checks, as the button of the UI does."""
     from dagster import define_asset_job
 
     job = define_asset_job("alone", AssetSelection.checks(*checks))
@@ -108,7 +108,7 @@ def test_a_single_check_can_be_run(stored: Project) -> None:
     assert outcomes(done) == {("ETH_USDT", "ohlc_sanity"): True}
 
 
-def test_a_broken_candle_is_found_whichever_rule_it_breaks(stored: Project, database: Database) -> None:
+def test_an_invalid_candle_is_found_for_each_rule(stored: Project, database: Database) -> None:
     table, where = 'fks."candles_15m"', "series_id = (SELECT id FROM fks.series WHERE symbol = 'ETH/USDT')"
     execute(
         database,
@@ -151,15 +151,15 @@ def test_an_open_gap_of_any_month_fails_the_series_until_it_is_filled(
 
 
 def shown(project: Project) -> dict[tuple[str, str], AssetCheckEvaluation]:
-    """The newest evaluations, as the pages of the series show them."""
+    """The newest evaluations, as shown on the pages of the series."""
     storage = project.instance.event_log_storage
     latest = storage.get_latest_asset_check_execution_by_key(every(project))
     found = {(key.asset_key.path[1], key.name): record.evaluation for key, record in latest.items()}
     return {key: evaluation for key, evaluation in found.items() if evaluation is not None}
 
 
-def test_a_failed_run_has_checked_its_series_all_the_same(project: MakeProject, market: LocalMarket) -> None:
-    """Dagster skips the op of the checks then, and would show every series of the run as failed."""
+def test_a_failed_run_evaluates_its_checks(project: MakeProject, market: LocalMarket) -> None:
+    """Dagster skips the op of the checks after a failure and would show every series of the run as failed."""
     mine = project("BTC/USDT", "ETH/USDT")
     plant_failure(market, "ETHUSDT", "2024-02-01", "2024-03-01")
     assert not mine.materialize("15m", "2024-01-01", "2024-02-01").success
@@ -171,15 +171,15 @@ def test_a_failed_run_has_checked_its_series_all_the_same(project: MakeProject, 
         ("BTC_USDT", "data_freshness"): False,
         ("ETH_USDT", "data_freshness"): False,
     }
-    told = shown(mine)["ETH_USDT", "completeness"]
-    assert told.metadata["failed_partitions"].value == ["2024-02-01"]
-    assert told.severity is AssetCheckSeverity.WARN
+    evaluation = shown(mine)["ETH_USDT", "completeness"]
+    assert evaluation.metadata["failed_partitions"].value == ["2024-02-01"]
+    assert evaluation.severity is AssetCheckSeverity.WARN
 
 
-def test_a_run_without_checks_that_fails_checks_nothing(project: MakeProject, market: LocalMarket) -> None:
+def test_a_failed_run_without_checks_evaluates_none(project: MakeProject, market: LocalMarket) -> None:
     mine = project("BTC/USDT", "ETH/USDT")
     plant_failure(market, "BTCUSDT", "2024-01-01", "2024-02-01")
-    # As the run of a refresh is: of assets alone.
+    # Like the run of a refresh: assets without checks.
     job = mine.definitions.resolve_job_def("ohlcv_months").get_subset(
         asset_selection=frozenset(mine.key(symbol, "15m") for symbol in ("BTC/USDT", "ETH/USDT")),
         asset_check_selection=frozenset(),
@@ -190,7 +190,7 @@ def test_a_run_without_checks_that_fails_checks_nothing(project: MakeProject, ma
 
 
 def test_a_series_that_was_never_synced_is_pending(project: MakeProject) -> None:
-    """No gap and no broken candle; and not fresh, since no candle is."""
+    """No gap and no invalid candle; not fresh, because no candle is stored."""
     mine = project("BTC/USDT", "ETH/USDT")
     done = run_checks(mine, *every(mine))
     passed = {name: passed for (symbol, name), passed in outcomes(done).items() if symbol == "BTC_USDT"}
@@ -203,7 +203,7 @@ def test_a_series_that_was_never_synced_is_pending(project: MakeProject) -> None
     )
 
 
-# Sentences and tables ---------------------------------------------------------------------------------------
+# Descriptions and tables ---------------------------------------------------------------------------------------
 
 
 def descriptions(
@@ -215,22 +215,22 @@ def descriptions(
     }
 
 
-def test_every_result_is_one_sentence_the_good_ones_too(stored: Project, database: Database) -> None:
+def test_every_result_has_a_description_of_one_sentence(stored: Project, database: Database) -> None:
     execute(
         database,
         "UPDATE fks.\"candles_15m\" SET high = low - 1 WHERE ts = '2024-01-03T00:00Z'"
         " AND series_id = (SELECT id FROM fks.series WHERE symbol = 'ETH/USDT')",
     )
-    told = {key: text for key, (text, _) in descriptions(run_checks(stored, *every(stored))).items()}
-    assert told["BTC_USDT", "ohlc_sanity"] == "All 5,760 stored candles keep the rules."
-    assert told["ETH_USDT", "ohlc_sanity"] == "1 of 5,760 candles break a rule."
-    assert told["BTC_USDT", "completeness"] == "All 5,760 expected candles are stored."
+    texts = {key: text for key, (text, _) in descriptions(run_checks(stored, *every(stored))).items()}
+    assert texts["BTC_USDT", "ohlc_sanity"] == "All 5,760 stored candles are valid."
+    assert texts["ETH_USDT", "ohlc_sanity"] == "1 of 5,760 candles are invalid."
+    assert texts["BTC_USDT", "completeness"] == "All 5,760 expected candles are stored."
     newest = "allowed: the newest candle opens at 2024-02-29 23:45."
-    assert (told["BTC_USDT", "data_freshness"] or "").endswith(newest)
+    assert (texts["BTC_USDT", "data_freshness"] or "").endswith(newest)
 
 
 def test_gaps_are_a_table_open_ones_first_and_bounded(stored: Project, database: Database) -> None:
-    """In the order of their use, and no more of them than an event can hold."""
+    """Open gaps first, then the newest; at most MOST_GAPS."""
     series = "(SELECT id FROM fks.series WHERE symbol = 'BTC/USDT')"
     execute(
         database,
@@ -254,17 +254,17 @@ def test_gaps_are_a_table_open_ones_first_and_bounded(stored: Project, database:
         "evidence": "binance: absent",
     }
     assert [row["start"][-5:] for row in rows[:4]] == ["01:15", "00:15", "23:15", "22:15"]
-    told, severity = descriptions(done)["BTC_USDT", "completeness"]
-    assert told == "2 open gaps with 2 candles; 5,712 of 5,760 expected candles are stored."
+    text, severity = descriptions(done)["BTC_USDT", "completeness"]
+    assert text == "2 open gaps with 2 candles; 5,712 of 5,760 expected candles are stored."
     assert severity is AssetCheckSeverity.WARN
     assert metadata(done, "BTC_USDT", "completeness")["coverage"] == 0.991667
     assert "gaps" not in metadata(done, "ETH_USDT", "completeness")
 
 
-def test_recent_missing_candles_warn_though_they_are_explained(
+def test_explained_recent_candles_fail_the_check(
     project: MakeProject, market: LocalMarket, database: Database
 ) -> None:
-    """A provider that is up and lacks the last hours is asked once, then its gap is explained: not for the check."""
+    """The last hours are missing from a provider's responses: the gap is explained, but the check still fails."""
     present = now()
     market.plant_outage(
         "binance", TimeRange(present - 3 * MICROS_PER_HOUR, present + MICROS_PER_HOUR), "BTCUSDT"
@@ -279,10 +279,8 @@ def test_recent_missing_candles_warn_though_they_are_explained(
     assert outcomes(done)["ETH_USDT", "completeness"] is True
     found = metadata(done, "BTC_USDT", "completeness")
     assert found["recent_missing"] == found["missing"] == found["explained"] in (11, 12, 13)
-    assert "recent candles are missing, though that is explained" in str(
-        descriptions(done)["BTC_USDT", "completeness"]
-    )
-    # A day and more later the same gap is history, and explained is enough.
+    assert "recent candles are missing (explained)" in str(descriptions(done)["BTC_USDT", "completeness"])
+    # More than a day later the same gap is no longer recent.
     at = int(present + 2 * MICROS_PER_DAY)
     grid = grid_of(mine.series("BTC/USDT", "15m"))
     late = TimeRange(recent_start(grid, at), at)

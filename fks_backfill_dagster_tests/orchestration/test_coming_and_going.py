@@ -1,4 +1,4 @@
-"""Series that come, go, change or end, as Dagster meets them."""
+"""Series that are added, removed, changed, ended or delisted, in Dagster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fks_backfill_dagster.orchestration.assets import Task, materialize_series
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.groups import groups_of
 from fks_backfill_dagster.orchestration.run_config import RunKind
-from fks_backfill_dagster.orchestration.run_log import Lines, Story
+from fks_backfill_dagster.orchestration.run_log import Lines, SyncLogger
 from fks_backfill_dagster.orchestration.schedules import check_requests, refresh_requests
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
@@ -29,7 +29,7 @@ from fks_backfill_dagster_tests.pipeline.conftest import make_context
 from fks_backfill_dagster_tests.store.builders import execute
 
 
-def test_a_series_of_another_class_than_stored_fails_with_its_sentence_and_alone(
+def test_only_a_series_of_another_class_than_stored_fails(
     project: MakeProject, market: LocalMarket, database: Database
 ) -> None:
     mine = project("BTC/USDT", "ETH/USDT")
@@ -39,28 +39,28 @@ def test_a_series_of_another_class_than_stored_fails_with_its_sentence_and_alone
     assert not done.success
     assert statuses(mine, mine.key("ETH/USDT", "1h"), "2024-01-01") == {"2024-01-01": "MATERIALIZED"}
     assert statuses(mine, mine.key("BTC/USDT", "1h"), "2024-01-01") == {"2024-01-01": "FAILED"}
-    told = " ".join(str(entry) for entry in mine.instance.all_logs(done.run_id))
-    assert "BTC/USDT 1h is stored as forex, and is now asked for as crypto" in told
+    logged = " ".join(str(entry) for entry in mine.instance.all_logs(done.run_id))
+    assert "BTC/USDT 1h is stored as forex, and is now requested as crypto" in logged
 
 
 # Added, removed, ended
 
 
-def taken(settings: Settings, database: Database, at: str) -> set[str]:
-    """The symbols that a look at hours takes."""
+def refreshed(settings: Settings, database: Database, at: str) -> set[str]:
+    """The symbols that an hourly tick refreshes."""
     found = requests_at(settings, database, "1h", at)
     return {key.path[1] for request in found for key in request.asset_selection or ()}
 
 
-def test_a_look_takes_what_was_added_and_leaves_what_was_removed(database: Database) -> None:
+def test_a_tick_refreshes_added_series_and_skips_removed_ones(database: Database) -> None:
     for symbol in ("BTC/USDT", "ETH/USDT"):
         pretend_synced(database, symbol, "1h", "2024-01-01", "2024-03-10T11:00")
     for at in ("2024-03-10T12:05", "2024-03-11T00:05"):
-        assert taken(settings_of("BTC/USDT", "ETH/USDT"), database, at) == {"BTC_USDT", "ETH_USDT"}
-        assert taken(settings_of("BTC/USDT", "DOGE/USDT"), database, at) == {"BTC_USDT", "DOGE_USDT"}
+        assert refreshed(settings_of("BTC/USDT", "ETH/USDT"), database, at) == {"BTC_USDT", "ETH_USDT"}
+        assert refreshed(settings_of("BTC/USDT", "DOGE/USDT"), database, at) == {"BTC_USDT", "DOGE_USDT"}
 
 
-def test_the_checks_leave_what_was_removed(database: Database) -> None:
+def test_the_checks_skip_removed_series(database: Database) -> None:
     for symbol in ("BTC/USDT", "ETH/USDT"):
         pretend_synced(database, symbol, "1h", "2024-01-01", "2024-03-10T11:00")
     (request,) = check_requests(groups_of(settings_of("ETH/USDT")), database)
@@ -68,27 +68,27 @@ def test_the_checks_leave_what_was_removed(database: Database) -> None:
 
 
 def ended(symbol: str, end: str) -> Settings:
-    """BTC/USDT goes on, `symbol` does not."""
+    """Settings with BTC/USDT, and `symbol`, which ends."""
     settings = settings_of("BTC/USDT", symbol)
     last = settings.symbols[1].model_copy(update={"end": instant(end)})
     return settings.model_copy(update={"symbols": (settings.symbols[0], last)})
 
 
-def test_an_ended_symbol_is_asked_for_up_to_its_end_and_never_again(database: Database) -> None:
+def test_an_ended_symbol_is_requested_up_to_its_end_only(database: Database) -> None:
     settings = ended("LUNA/USDT", "2024-03-10T12:00")
     for symbol in ("BTC/USDT", "LUNA/USDT"):
         pretend_synced(database, symbol, "1h", "2024-01-01", "2024-03-10T11:00")
-    assert taken(settings, database, "2024-03-10T13:05") == {"BTC_USDT", "LUNA_USDT"}, "its last candle"
+    assert refreshed(settings, database, "2024-03-10T13:05") == {"BTC_USDT", "LUNA_USDT"}, "its last candle"
     execute(database, "UPDATE fks.sync_state SET synced = '{[2024-01-01Z, 2024-03-10 12:00Z)}'")
     for at in ("2024-03-10T13:05", "2024-03-11T00:05"):
-        assert taken(settings, database, at) == {"BTC_USDT"}
+        assert refreshed(settings, database, at) == {"BTC_USDT"}
 
 
-def test_one_that_ended_before_it_was_ever_synced_is_a_backfills(database: Database) -> None:
-    assert taken(ended("LUNA/USDT", "2022-05-13"), database, "2024-03-11T00:05") == {"BTC_USDT"}
+def test_a_never_synced_symbol_that_has_ended_is_not_refreshed(database: Database) -> None:
+    assert refreshed(ended("LUNA/USDT", "2022-05-13"), database, "2024-03-11T00:05") == {"BTC_USDT"}
 
 
-def test_what_has_ended_cannot_be_stale() -> None:
+def test_an_ended_symbol_has_no_freshness_policy() -> None:
     settings = ended("LUNA/USDT", "2024-03-10T12:00")
     specs = build_defs(settings=settings).resolve_all_asset_specs()
     fresh = {spec.key.path[1] for spec in specs if spec.freshness_policy is not None}
@@ -109,28 +109,30 @@ def test_a_partition_expects_nothing_after_the_end(
     }
 
 
-# Silence: a year of looks at a symbol that was delisted, with a clock that is moved ------------------------
+# Delisting: a year of ticks with a simulated clock ---------------------------------------------------------
 
 DELISTED, BACK = instant("2023-01-11"), instant("2024-01-20T09:00")
-SILENT = settings_of("LUNA/USDT", start="2023-01-01", frames=[Timeframe.H1])
+DELISTED_SETTINGS = settings_of("LUNA/USDT", start="2023-01-01", frames=[Timeframe.H1])
 
 
 class Year:
-    """Looks, and the runs that they ask for, without Dagster's own time."""
+    """Ticks and the runs that they request, with a simulated clock."""
 
     def __init__(self, market: LocalMarket, database: Database) -> None:
         self.market, self.database, self.now = market, database, instant("2023-01-10T00:05")
         self.context = replace(
-            make_context(database, market.binance_url), clock=lambda: self.now, priority=SILENT.priority
+            make_context(database, market.binance_url),
+            clock=lambda: self.now,
+            priority=DELISTED_SETTINGS.priority,
         )
-        self.series = SILENT.find_series("LUNA/USDT", "1h")
+        self.series = DELISTED_SETTINGS.find_series("LUNA/USDT", "1h")
         self.states: dict[str, PartState] = {}
 
-    def look(self) -> int:
-        """One look and its runs; the number of requests that the market met by it."""
-        (group,) = groups_of(SILENT)
+    def tick(self) -> int:
+        """One tick and its runs. Returns the number of requests to the market."""
+        (group,) = groups_of(DELISTED_SETTINGS)
         at = to_datetime(self.now)
-        requests = list(refresh_requests(Timeframe.H1, group.series, SILENT, self.database, at))
+        requests = list(refresh_requests(Timeframe.H1, group.series, DELISTED_SETTINGS, self.database, at))
         if not requests:
             return 0
         before = self.market.requests()
@@ -141,52 +143,52 @@ class Year:
             self.market.set_clock(self.now)
             outcome = materialize_series(
                 self.context,
-                Task(self.series, windows, SILENT, "run", run_kind=RunKind.REFRESH, reach=known),
-                Story(Lines(), False),
+                Task(self.series, windows, DELISTED_SETTINGS, "run", run_kind=RunKind.REFRESH, reach=known),
+                SyncLogger(Lines(), False),
             )
             assert not outcome.failed
             self.states.update(outcome.parts)
         return self.market.requests() - before
 
     def until(self, end: str) -> dict[int, int]:
-        """Looks every six hours; the days since the delisting at which requests were made, and how many."""
-        asked: dict[int, int] = {}
+        """A tick every six hours. Returns the number of requests by days since the delisting."""
+        requested: dict[int, int] = {}
         while self.now < instant(end):
-            if found := self.look():
+            if found := self.tick():
                 day = (self.now - DELISTED) // MICROS_PER_DAY
-                asked[day] = asked.get(day, 0) + found
+                requested[day] = requested.get(day, 0) + found
             self.now += 6 * MICROS_PER_HOUR
-        return asked
+        return requested
 
 
 def year_of(key: str) -> TimeRange:
     return TimeRange(instant(key), instant(f"{int(key[:4]) + 1}-01-01"))
 
 
-def test_a_delisted_symbol_is_asked_for_ever_less_and_found_when_it_is_back(
+def test_a_delisted_symbol_is_requested_less_and_less_until_it_returns(
     database: Database,
 ) -> None:
     with LocalMarket(MarketConfig(limits=False, now=DELISTED)) as market:
         market.plant_outage("binance", TimeRange(DELISTED, BACK), "LUNAUSDT")
         year = Year(market, database)
         week = year.until("2023-01-18T12:00")
-        # Binance is asked twice for what it seems not to have.
-        assert [week[day] for day in range(1, 7)] == [4 * 2] * 6, "until it is silent, at every look"
-        asked = year.until("2024-01-18")
-        assert set(asked.values()) == {2}
-        days = list(asked)
+        # Binance is requested twice for missing candles.
+        assert [week[day] for day in range(1, 7)] == [4 * 2] * 6, "at every tick for a week"
+        requested = year.until("2024-01-18")
+        assert set(requested.values()) == {2}
+        days = list(requested)
         assert [days[0] in (14, 15), days[1] in (29, 30), days[2] in (58, 59, 60)] == [True] * 3
         assert all(29 <= later - earlier <= 31 for earlier, later in pairwise(days[2:]))
-        assert len(asked) <= 14
-        # It stays visible. Each look of the refresh adds a part; the sensor, which is not here, makes them one.
+        assert len(requested) <= 14
+        # It stays visible. Each tick adds a part; the gap sensor, which does not run here, would merge them.
         gaps = ledger_gaps(database, year.series, TimeRange(DELISTED, year.now))
         assert (gaps[0].start, {gap.status for gap in gaps}) == (DELISTED, {GapStatus.UNAVAILABLE})
         assert all(one.end == other.start for one, other in pairwise(gaps))
         assert len(gaps) <= 14
         running = year.states["2024-01-01"]
-        assert (running.stored, running.expected) == (0, 16 * 24), "a daily look tells the truth"
+        assert (running.stored, running.expected) == (0, 16 * 24), "a daily tick updates the counts"
         back = year.until("2024-02-20")
         stored = read_candles(database, year.series, TimeRange(DELISTED, year.now))
         assert stored.ts[0] == BACK
         assert len(stored) == (year.now - 6 * MICROS_PER_HOUR - BACK) // MICROS_PER_HOUR
-        assert back[max(back)] == 4, "and it is asked for at every look again"
+        assert back[max(back)] == 4, "requested at every tick again"

@@ -1,4 +1,4 @@
-"""What Dagster is told: keys, groups, partitions, checks, resources; and how long that takes."""
+"""The definitions: keys, groups, partitions, checks, resources; and their load time."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_series_of_one_class_and_timeframe_share_an_op() -> None:
     }
 
 
-def test_a_backfill_run_holds_one_asset_class_and_nothing_warns_of_it() -> None:
+def test_a_backfill_run_holds_one_asset_class_and_loading_does_not_warn() -> None:
     """Dagster puts assets with the same partitions and policy into one run, whatever launched the backfill."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -90,7 +90,7 @@ def test_partitions_follow_the_timeframe() -> None:
     assert first == {"15m": "2024-05-01", "1h": "2024-01-01"}
 
 
-def test_every_series_has_both_checks_and_none_blocks() -> None:
+def test_every_series_has_all_checks_and_none_blocks() -> None:
     graph = build_defs(settings=MIXED).resolve_asset_graph()
     keys = {AssetKey(["ohlcv", *rest]) for rest in (("BTC_USDT", "1m"), ("BRK_B", "1d"))}
     for key in keys:
@@ -121,7 +121,7 @@ def test_a_resource_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     mine = Mine(where=EnvVar("MY_PLACE"))
     resources = build_defs(settings=MIXED, resource_overrides={"polygon": mine}).resources or {}
-    monkeypatch.setenv("MY_PLACE", "here")  # looked up when a run opens it
+    monkeypatch.setenv("MY_PLACE", "here")  # resolved when a run opens it
     with build_resources({"polygon": resources["polygon"]}) as opened:
         assert (opened.polygon.where, opened.polygon.answer) == ("here", 42)
     assert ended == ["opened", "closed"]
@@ -145,7 +145,7 @@ def _jobs() -> list[JobDefinition]:
 
 @pytest.mark.parametrize("job", _jobs(), ids=lambda job: job.name)
 def test_no_value_of_a_run_is_taken_from_the_environment(job: JobDefinition) -> None:
-    """A run with {"env": "POLYGON_API_KEY"} as a value would show the key, in an error or a path at least."""
+    """A run with {"env": "POLYGON_API_KEY"} as a value could show the key, for example in an error or a path."""
     schema = job.run_config_schema.run_config_schema_type
     kinds = {type(kind).__name__ for kind in schema.type_iterator()}
     assert "Shape" in kinds
@@ -167,11 +167,11 @@ def test_a_run_cannot_replace_a_resource(
 ) -> None:
     monkeypatch.setenv("POLYGON_API_KEY", "very-secret")
     job = build_defs(settings=MIXED).resolve_job_def("ohlcv_months")
-    with pytest.raises(DagsterInvalidConfigError) as refused:
+    with pytest.raises(DagsterInvalidConfigError) as rejected:
         job.execute_in_process(run_config={"resources": {name: {"config": config}}})
     (field,) = config
-    assert f'unexpected config entry "{field}" at path root:resources:{name}' in str(refused.value)
-    assert "very-secret" not in str(refused.value)
+    assert f'unexpected config entry "{field}" at path root:resources:{name}' in str(rejected.value)
+    assert "very-secret" not in str(rejected.value)
 
 
 _MEASURE = """
@@ -209,9 +209,9 @@ def measured() -> tuple[float, list[str], int, int]:
 def test_two_thousand_series_load_quickly(measured: tuple[float, list[str], int, int]) -> None:
     seconds, _, assets, checks = measured
     assert (assets, checks) == (2000, 6000)
-    assert seconds < 6  # of CPU: 1.7 when nothing else runs; the bound is for busy machines
+    assert seconds < 6  # CPU time: 1.7 s on an idle machine; the limit allows for other load
 
 
 @pytest.mark.server
-def test_definitions_import_nothing_heavy(measured: tuple[float, list[str], int, int]) -> None:
+def test_definitions_import_no_heavy_modules(measured: tuple[float, list[str], int, int]) -> None:
     assert measured[1] == []

@@ -1,4 +1,4 @@
-"""`dg` in the top folder: it finds the definitions, and has nothing to warn of."""
+"""`dg` in the top folder finds the definitions without warnings."""
 
 from __future__ import annotations
 

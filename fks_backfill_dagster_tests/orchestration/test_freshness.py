@@ -1,4 +1,4 @@
-"""Freshness in Dagster: what a refresh logs of its series, and what it does not show as materialized."""
+"""Freshness in Dagster: the evaluations and materializations of a refresh."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fks_backfill_dagster.domain.timeframe import (
 )
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.checks import evaluate
-from fks_backfill_dagster.orchestration.freshness import FRESHNESS, worth_an_event
+from fks_backfill_dagster.orchestration.freshness import FRESHNESS, events_to_log
 from fks_backfill_dagster.orchestration.groups import groups_of
 from fks_backfill_dagster.orchestration.resources import ProviderResource, TimescaleDB
 from fks_backfill_dagster.pipeline.coverage import coverage
@@ -51,7 +51,7 @@ QUARTER = 15 * MICROS_PER_MINUTE
 
 @pytest.fixture
 def kept(project: MakeProject) -> Project:
-    """Two series of 15m, stored up to now."""
+    """Two 15m series, stored up to now."""
     start = to_datetime(now() - 3 * MICROS_PER_DAY)
     mine = project(*SYMBOLS, start=f"{start:%Y-%m-01}")
     assert refresh(mine).success
@@ -59,7 +59,7 @@ def kept(project: MakeProject) -> Project:
 
 
 def refresh(project: Project, *symbols: str, frame: str = "15m") -> ExecuteInProcessResult:
-    """The run that a tick requests: of assets alone, without their checks, over the newest two partitions."""
+    """The run that a tick requests: assets without their checks, over the newest two partitions."""
     keys = frozenset(project.key(name, frame) for name in symbols or project.settings.match_symbols())
     job = project.definitions.resolve_job_def("ohlcv_months").get_subset(
         asset_selection=keys, asset_check_selection=frozenset()
@@ -76,7 +76,7 @@ def refresh(project: Project, *symbols: str, frame: str = "15m") -> ExecuteInPro
 
 
 def cut_back(database: Database, candles: int, *symbols: str) -> int:
-    """Takes the last candles of 15m away from what was synced, as if no refresh had come for so long; from when."""
+    """Removes the last 15m candles and their coverage, as if no refresh had run. Returns the new end."""
     cut = (now() // QUARTER - candles) * QUARTER
     moment = to_datetime(cut).isoformat()
     for symbol in symbols or SYMBOLS:
@@ -93,11 +93,11 @@ def cut_back(database: Database, candles: int, *symbols: str) -> int:
 
 
 def evaluations(project: Project, done: ExecuteInProcessResult) -> dict[str, AssetCheckEvaluation]:
-    """What Dagster's log has of the run; the result itself lacks what is logged before a failure."""
+    """The run's evaluations in Dagster's event log; the result object omits those before a failure."""
     logged = project.instance.all_logs(done.run_id, of_type=DagsterEventType.ASSET_CHECK_EVALUATION)
     found = [entry.dagster_event.asset_check_evaluation_data for entry in logged if entry.dagster_event]
     assert {one.check_name for one in found} <= {FRESHNESS}
-    assert len({one.asset_key for one in found}) == len(found), "one of each series"
+    assert len({one.asset_key for one in found}) == len(found), "one per series"
     return {one.asset_key.path[1]: one for one in found}
 
 
@@ -111,7 +111,7 @@ def outcome(evaluation: AssetCheckEvaluation) -> tuple[bool, AssetCheckSeverity 
     return evaluation.passed, None if evaluation.passed else evaluation.severity
 
 
-def test_a_refresh_tells_once_that_its_series_are_fresh(project: MakeProject, database: Database) -> None:
+def test_a_refresh_logs_once_that_its_series_are_fresh(project: MakeProject, database: Database) -> None:
     start = to_datetime(now() - 3 * MICROS_PER_DAY)
     mine = project(*SYMBOLS, start=f"{start:%Y-%m-01}")
     began = now()
@@ -124,13 +124,15 @@ def test_a_refresh_tells_once_that_its_series_are_fresh(project: MakeProject, da
     assert first["BTC_USDT"].metadata["lag"].value in (0, 1)
     again = refresh(mine)
     assert evaluations(mine, again) == {}, "nothing has changed, and the last one is not an hour old"
-    assert materialized(mine, again) == {"BTC_USDT", "ETH_USDT"}, "nothing was due: that is looked after"
+    assert materialized(mine, again) == {"BTC_USDT", "ETH_USDT"}, (
+        "no candle was due, so the series are materialized"
+    )
 
 
-def test_a_refresh_that_brings_nothing_though_candles_were_due_materializes_nothing(
+def test_a_refresh_without_due_candles_materializes_nothing(
     kept: Project, market: LocalMarket, database: Database
 ) -> None:
-    """A provider that responds without the candles: no error, and no error of the run."""
+    """The provider responds without the candles: no error, and the run succeeds."""
     cut = cut_back(database, 20, "BTC/USDT")
     market.plant_outage("binance", TimeRange(cut, now() + MICROS_PER_DAY), "BTCUSDT")
     done = refresh(kept)
@@ -142,19 +144,19 @@ def test_a_refresh_that_brings_nothing_though_candles_were_due_materializes_noth
     }
     assert found["BTC_USDT"].metadata["lag"].value in (19, 20, 21)  # as a quarter ends
     assert found["BTC_USDT"].metadata["allowed"].value == 1
-    # The result is the same at the next tick, and stands.
+    # The result is the same at the next tick and is not logged again.
     assert evaluations(kept, refresh(kept)) == {}
     market.clear_outages()
     execute(database, "UPDATE fks.gap SET next_attempt_at = '2024-01-01T00:00Z'")
-    healed = refresh(kept)
-    assert materialized(kept, healed) == {"BTC_USDT", "ETH_USDT"}
-    assert outcome(evaluations(kept, healed)["BTC_USDT"]) == (True, None)
+    recovered = refresh(kept)
+    assert materialized(kept, recovered) == {"BTC_USDT", "ETH_USDT"}
+    assert outcome(evaluations(kept, recovered)["BTC_USDT"]) == (True, None)
 
 
 @pytest.mark.parametrize(
     ("candles", "severity"), [(20, AssetCheckSeverity.ERROR), (7, AssetCheckSeverity.WARN)]
 )
-def test_a_refresh_that_fails_tells_what_is_stale(
+def test_a_failed_refresh_logs_stale_series(
     kept: Project, market: LocalMarket, database: Database, candles: int, severity: AssetCheckSeverity
 ) -> None:
     cut = cut_back(database, candles)
@@ -165,7 +167,7 @@ def test_a_refresh_that_fails_tells_what_is_stale(
         to_datetime(now() + MICROS_PER_DAY).isoformat(),
     )
     done = refresh(kept)
-    assert not done.success, "as it was: the run of a refresh that was not answered has failed"
+    assert not done.success, "the run of a refresh without a response fails"
     assert materialized(kept, done) == {"BTC_USDT"}
     assert {symbol: outcome(one) for symbol, one in evaluations(kept, done).items()} == {
         "ETH_USDT": (False, severity)
@@ -177,9 +179,7 @@ def test_a_refresh_that_fails_tells_what_is_stale(
     assert outcome(evaluations(kept, again)["ETH_USDT"]) == (True, None)
 
 
-def test_a_series_that_never_had_a_candle_is_not_shown_as_fresh(
-    project: MakeProject, market: LocalMarket
-) -> None:
+def test_a_series_without_any_candle_is_not_fresh(project: MakeProject, market: LocalMarket) -> None:
     start = to_datetime(now() - 3 * MICROS_PER_DAY)
     mine = project(*SYMBOLS, start=f"{start:%Y-%m-01}")
     market.plant_fault("binance", "status", count=None, status=503, seconds=0)
@@ -190,23 +190,23 @@ def test_a_series_that_never_had_a_candle_is_not_shown_as_fresh(
     assert {one.passed for one in evaluations(mine, done).values()} == {False}
 
 
-# Symbols that hardly anybody trades ------------------------------------------------------------------------
+# Rarely traded symbols --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def traded(database_url: str, tmp_path: Path) -> Iterator[Callable[[float, int], Project]]:
-    """`traded(share, silent)`: a 1m series of Polygon with trades in that share of the minutes, and none in the last
-    `silent` ones."""
+    """`traded(share, silent)`: a 1m series of Polygon with trades in that share of the minutes, without trades in the
+    last `silent` ones."""
     with ExitStack() as stack:
 
         def make(share: float, silent: int) -> Project:
             last = now() // MICROS_PER_MINUTE * MICROS_PER_MINUTE - (silent + 1) * MICROS_PER_MINUTE
             opens = np.arange(last - MICROS_PER_DAY, last + 1, MICROS_PER_MINUTE)
-            there = opens[
+            traded_opens = opens[
                 (np.random.default_rng(5).random(len(opens)) < share) | np.isin(opens, [opens[0], last])
             ]
             rows = "".join(
-                f"{to_datetime(ts):%Y-%m-%dT%H:%M:%SZ},100,101,99,100.5,3\n" for ts in there.tolist()
+                f"{to_datetime(ts):%Y-%m-%dT%H:%M:%SZ},100,101,99,100.5,3\n" for ts in traded_opens.tolist()
             )
             (tmp_path / "coinbase").mkdir()
             (tmp_path / "coinbase/THINUSD-1m.csv").write_text(f"ts,open,high,low,close,volume\n{rows}")
@@ -233,13 +233,13 @@ def traded(database_url: str, tmp_path: Path) -> Iterator[Callable[[float, int],
 
 
 @pytest.mark.parametrize(("share", "silent", "quiet"), [(0.2, 20, True), (0.995, 40, False)])
-def test_a_symbol_that_hardly_trades_is_fresh_without_a_new_candle(
+def test_a_rarely_traded_symbol_is_fresh_without_a_new_candle(
     traded: Callable[[float, int], Project], database: Database, share: float, silent: int, quiet: bool
 ) -> None:
     mine = traded(share, silent)
     series, key = mine.series("THIN/USD", "1m"), mine.key("THIN/USD", "1m")
     first = refresh(mine, frame="1m")
-    assert materialized(mine, first) == {"THIN_USD"}, "it has brought the candles of a day"
+    assert materialized(mine, first) == {"THIN_USD"}, "it has stored the candles of a day"
     found = evaluations(mine, first)["THIN_USD"]
     assert outcome(found) == ((True, None) if quiet else (False, AssetCheckSeverity.ERROR))
     lag = found.metadata["lag"].value
@@ -258,7 +258,7 @@ def test_a_symbol_that_hardly_trades_is_fresh_without_a_new_candle(
     assert (one.problem() is None) is quiet
 
 
-# What is worth an event -------------------------------------------------------------------------------------
+# Logged results ---------------------------------------------------------------------------------------------
 
 
 def result(passed: bool, severity: AssetCheckSeverity = AssetCheckSeverity.WARN) -> AssetCheckResult:
@@ -274,7 +274,7 @@ GOOD, LATE, STALE = result(True), result(False), result(False, AssetCheckSeverit
     [
         (GOOD, GOOD, 15, False),
         (GOOD, GOOD, 30, False),
-        (GOOD, GOOD, 45, True),  # at the next tick it would be older than an hour
+        (GOOD, GOOD, 45, True),  # it would be older than an hour at the next tick
         (GOOD, GOOD, 600, True),
         (GOOD, LATE, 1, True),
         (LATE, GOOD, 1, True),
@@ -282,34 +282,34 @@ GOOD, LATE, STALE = result(True), result(False), result(False, AssetCheckSeverit
         (LATE, STALE, 15, True),
         (STALE, LATE, 15, True),
         (STALE, STALE, 15, False),
-        (GOOD, GOOD, -60, True),  # a clock that was set back
+        (GOOD, GOOD, -60, True),  # the clock was set back
     ],
 )
-def test_what_changes_is_logged_and_each_result_once_an_hour(
+def test_changed_results_are_logged_and_each_result_once_an_hour(
     last: AssetCheckResult, next_: AssetCheckResult, minutes: int, logged: bool
 ) -> None:
     wanted = {KEY: Series("BTC/USDT", Timeframe.M15, AssetClass.CRYPTO)}
     with DagsterInstance.ephemeral() as instance:
-        (event,) = worth_an_event(instance, [last], wanted, now())
+        (event,) = events_to_log(instance, [last], wanted, now())
         instance.report_runless_asset_event(event)
-        found = worth_an_event(instance, [next_], wanted, now() + minutes * MICROS_PER_MINUTE)
+        found = events_to_log(instance, [next_], wanted, now() + minutes * MICROS_PER_MINUTE)
         assert bool(found) is logged
 
 
 def test_a_timeframe_that_is_polled_hourly_is_logged_at_every_tick() -> None:
     hourly = {KEY: Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)}
     with DagsterInstance.ephemeral() as instance:
-        (event,) = worth_an_event(instance, [GOOD], hourly, now())
+        (event,) = events_to_log(instance, [GOOD], hourly, now())
         instance.report_runless_asset_event(event)
-        assert worth_an_event(instance, [GOOD], hourly, now() + MICROS_PER_HOUR - MICROS_PER_MINUTE)
+        assert events_to_log(instance, [GOOD], hourly, now() + MICROS_PER_HOUR - MICROS_PER_MINUTE)
 
 
-def test_a_check_that_was_only_planned_says_nothing(kept: Project, database: Database) -> None:
-    """A run of checks that was killed leaves a plan without a result."""
+def test_a_planned_check_without_a_result_does_not_count(kept: Project, database: Database) -> None:
+    """A killed run of checks leaves a planned check without a result."""
     series = {kept.key("BTC/USDT", "15m"): kept.series("BTC/USDT", "15m")}
     key = AssetCheckKey(next(iter(series)), FRESHNESS)
     passed = AssetCheckResult(asset_key=key.asset_key, check_name=FRESHNESS, passed=True)
-    assert worth_an_event(kept.instance, [passed], series, now()) == []
+    assert events_to_log(kept.instance, [passed], series, now()) == []
     job = kept.definitions.resolve_job_def("ohlcv_checks").get_subset(asset_check_selection=frozenset([key]))
     kept.instance.create_run_for_job(job)
-    assert worth_an_event(kept.instance, [passed], series, now()) != []
+    assert events_to_log(kept.instance, [passed], series, now()) != []

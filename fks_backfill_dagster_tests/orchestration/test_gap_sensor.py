@@ -1,4 +1,4 @@
-"""The sensor that has gaps filled: what it asks for, what it leaves alone, and what its runs do."""
+"""The gap sensor: requested and skipped gaps, and its runs."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from fks_backfill_dagster_tests.orchestration.test_assets import metadata_of
 from fks_backfill_dagster_tests.store.builders import execute
 
 OUTAGE = TimeRange(instant("2024-01-10T05:00"), instant("2024-01-10T09:00"))
-EVER = TimeRange(instant("2023-01-01"), instant("2026-01-01"))
+ALL_TIME = TimeRange(instant("2023-01-01"), instant("2026-01-01"))
 
 
 @contextmanager
 def tick(project: Project, resources: dict[str, Any]) -> Iterator[tuple[list[RunRequest], str | None]]:
-    """A tick of the sensor: the runs that it asks for, or why it asks for none."""
+    """A tick of the sensor: the requested runs, or the reason of the skip."""
     sensor = project.definitions.resolve_sensor_def("fill_gaps")
     given = {name: project.definitions.resources[name] for name in sensor.required_resource_keys}  # type: ignore[index]
     with build_sensor_context(
@@ -51,23 +51,23 @@ def tick(project: Project, resources: dict[str, Any]) -> Iterator[tuple[list[Run
         yield list(done.run_requests or []), done.skip_message
 
 
-def asked(project: Project, resources: dict[str, Any]) -> list[RunRequest]:
+def requested_runs(project: Project, resources: dict[str, Any]) -> list[RunRequest]:
     with tick(project, resources) as (requests, _):
         return requests
 
 
-def why_not(project: Project, resources: dict[str, Any]) -> str | None:
+def skip_reason(project: Project, resources: dict[str, Any]) -> str | None:
     with tick(project, resources) as (requests, reason):
         assert not requests
         return reason
 
 
-def time_has_come(database: Database) -> None:
+def make_due(database: Database) -> None:
     execute(database, "UPDATE fks.gap SET next_attempt_at = now() WHERE next_attempt_at IS NOT NULL")
 
 
 def run(project: Project, request: RunRequest) -> bool:
-    """The run of a request, in this process, as the daemon would launch it."""
+    """Executes a request in this process, as the daemon would launch it."""
     job = project.definitions.resolve_job_def(str(request.job_name))
     return job.execute_in_process(
         instance=project.instance,
@@ -79,8 +79,8 @@ def run(project: Project, request: RunRequest) -> bool:
 
 
 @pytest.fixture
-def holed(project: MakeProject, market: LocalMarket) -> Project:
-    """January 2024 at 15m without four hours that Binance does not have, and nobody else is asked."""
+def with_gap(project: MakeProject, market: LocalMarket) -> Project:
+    """15m candles of January 2024 without four hours, which are missing at Binance, the only provider."""
     market.plant_outage("binance", OUTAGE)
     mine = project("BTC/USDT", "ETH/USDT")
     assert mine.materialize("15m", "2024-01-01").success
@@ -88,32 +88,32 @@ def holed(project: MakeProject, market: LocalMarket) -> Project:
     return mine
 
 
-def test_a_gap_is_asked_for_when_its_time_has_come(
-    holed: Project, resources: dict[str, Any], database: Database, market: LocalMarket
+def test_a_due_gap_is_requested(
+    with_gap: Project, resources: dict[str, Any], database: Database, market: LocalMarket
 ) -> None:
-    assert why_not(holed, resources) == "no gap is due"
-    time_has_come(database)
-    (request,) = asked(holed, resources)
+    assert skip_reason(with_gap, resources) == "no gap is due"
+    make_due(database)
+    (request,) = requested_runs(with_gap, resources)
     assert (request.job_name, request.partition_key) == ("ohlcv_months", "2024-01-01")
-    both = {holed.key(symbol, "15m") for symbol in ("BTC/USDT", "ETH/USDT")}
-    assert set(request.asset_selection or ()) == both, "found at the same time, in any order"
+    both = {with_gap.key(symbol, "15m") for symbol in ("BTC/USDT", "ETH/USDT")}
+    assert set(request.asset_selection or ()) == both, "both due, in any order"
     assert [str(key.name) for key in request.asset_check_keys or ()] == ["completeness"] * 2
     assert request.tags[cadence.PRIORITY] == cadence.LAST
-    assert request.run_key is None, "a key would make a second attempt look done"
+    assert request.run_key is None, "with a key a second attempt would be skipped"
 
     market.clear_outages()
-    assert run(holed, request)
+    assert run(with_gap, request)
     for symbol in ("BTC/USDT", "ETH/USDT"):
-        assert ledger_gaps(database, holed.series(symbol, "15m"), EVER) == ()
-        newest = metadata_of(holed.instance, holed.key(symbol, "15m"))["2024-01-01"]
+        assert ledger_gaps(database, with_gap.series(symbol, "15m"), ALL_TIME) == ()
+        newest = metadata_of(with_gap.instance, with_gap.key(symbol, "15m"))["2024-01-01"]
         assert (newest["missing"], newest["coverage"]) == (0, 1.0)
-    assert why_not(holed, resources) == "no gap is due"
+    assert skip_reason(with_gap, resources) == "no gap is due"
 
 
-def test_a_run_asks_for_the_gaps_alone(
+def test_a_run_requests_only_the_gaps(
     project: MakeProject, resources: dict[str, Any], database: Database, market: LocalMarket
 ) -> None:
-    """History that was never synced is pending, though it lies in the same partition."""
+    """History that was never synced stays pending, even in the same partition."""
     market.plant_outage("binance", OUTAGE)
     mine = project("BTC/USDT")
     series = mine.series("BTC/USDT", "15m")
@@ -125,98 +125,100 @@ def test_a_run_asks_for_the_gaps_alone(
         f"UPDATE fks.sync_state SET synced = synced * '{{[2024-01-01Z, {half}Z)}}'",
     )
     market.clear_outages()
-    time_has_come(database)
-    (request,) = asked(mine, resources)
+    make_due(database)
+    (request,) = requested_runs(mine, resources)
     assert run(mine, request)
-    assert len(read_candles(database, series, EVER)) == 15 * 96
-    assert ledger_gaps(database, series, EVER) == ()
+    assert len(read_candles(database, series, ALL_TIME)) == 15 * 96
+    assert ledger_gaps(database, series, ALL_TIME) == ()
 
 
-def test_what_nobody_can_fill_is_left_alone_for_longer_and_longer(
-    holed: Project, resources: dict[str, Any], database: Database, market: LocalMarket
+def test_a_gap_that_no_provider_can_fill_backs_off(
+    with_gap: Project, resources: dict[str, Any], database: Database, market: LocalMarket
 ) -> None:
-    time_has_come(database)
-    for request in asked(holed, resources):
-        assert run(holed, request)
+    make_due(database)
+    for request in requested_runs(with_gap, resources):
+        assert run(with_gap, request)
     requests = market.requests()
-    (gap,) = ledger_gaps(database, holed.series("BTC/USDT", "15m"), EVER)
+    (gap,) = ledger_gaps(database, with_gap.series("BTC/USDT", "15m"), ALL_TIME)
     assert (gap.status, gap.attempts) == (GapStatus.UNAVAILABLE, 2)
-    assert why_not(holed, resources) == "no gap is due"
+    assert skip_reason(with_gap, resources) == "no gap is due"
     assert market.requests() == requests
 
 
-def test_a_gap_is_never_asked_for_twice_at_a_time(
-    holed: Project, resources: dict[str, Any], database: Database
+def test_a_gap_is_not_requested_twice_at_a_time(
+    with_gap: Project, resources: dict[str, Any], database: Database
 ) -> None:
-    time_has_come(database)
-    (request,) = asked(holed, resources)
-    key = holed.key("BTC/USDT", "15m")
-    holed.instance.create_run_for_job(
-        holed.definitions.resolve_job_def("ohlcv_months"),
+    make_due(database)
+    (request,) = requested_runs(with_gap, resources)
+    key = with_gap.key("BTC/USDT", "15m")
+    with_gap.instance.create_run_for_job(
+        with_gap.definitions.resolve_job_def("ohlcv_months"),
         asset_selection=frozenset([key]),
         tags={**request.tags, "dagster/sensor_name": "fill_gaps", "dagster/partition": "2024-01-01"},
         status=DagsterRunStatus.STARTED,
     )
-    (request,) = asked(holed, resources)
-    assert request.asset_selection == [holed.key("ETH/USDT", "15m")]
+    (request,) = requested_runs(with_gap, resources)
+    assert request.asset_selection == [with_gap.key("ETH/USDT", "15m")]
 
 
-def test_a_run_that_broke_is_not_asked_for_again_at_once(
-    holed: Project, resources: dict[str, Any], database: Database
+def test_a_failed_run_is_not_requested_again_immediately(
+    with_gap: Project, resources: dict[str, Any], database: Database
 ) -> None:
-    """It ended before it could ask anybody, so the gap is still due."""
-    time_has_come(database)
-    (request,) = asked(holed, resources)
-    holed.instance.create_run_for_job(
-        holed.definitions.resolve_job_def("ohlcv_months"),
+    """It ended before its first request, so the gap is still due."""
+    make_due(database)
+    (request,) = requested_runs(with_gap, resources)
+    with_gap.instance.create_run_for_job(
+        with_gap.definitions.resolve_job_def("ohlcv_months"),
         asset_selection=frozenset(request.asset_selection or ()),
         tags={**request.tags, "dagster/sensor_name": "fill_gaps", "dagster/partition": "2024-01-01"},
         status=DagsterRunStatus.FAILURE,
     )
-    assert why_not(holed, resources) == "no gap is due"
+    assert skip_reason(with_gap, resources) == "no gap is due"
 
 
-def test_runs_that_wait_are_waited_for(holed: Project, resources: dict[str, Any], database: Database) -> None:
-    time_has_come(database)
+def test_unfinished_runs_are_limited(
+    with_gap: Project, resources: dict[str, Any], database: Database
+) -> None:
+    make_due(database)
     for _ in range(cadence.FILL_RUNS):
-        holed.instance.create_run_for_job(
-            holed.definitions.resolve_job_def("ohlcv_years"),
-            asset_selection=frozenset([holed.key("BTC/USDT", "1h")]),
+        with_gap.instance.create_run_for_job(
+            with_gap.definitions.resolve_job_def("ohlcv_years"),
+            asset_selection=frozenset([with_gap.key("BTC/USDT", "1h")]),
             tags={"dagster/sensor_name": "fill_gaps", "dagster/partition": "2024-01-01"},
             status=DagsterRunStatus.STARTED,
         )
-    assert why_not(holed, resources) == "10 runs that fill gaps wait or run already"
+    assert skip_reason(with_gap, resources) == "10 gap-filling runs are queued or running already"
 
 
-def test_a_series_that_is_in_no_settings_is_left_alone(
-    holed: Project, resources: dict[str, Any], database: Database
+def test_a_series_outside_the_settings_is_skipped(
+    with_gap: Project, resources: dict[str, Any], database: Database
 ) -> None:
-    time_has_come(database)
-    fewer = holed.with_symbols(holed.settings.symbols[:1], resources)
-    (request,) = asked(fewer, resources)
-    assert request.asset_selection == [holed.key("BTC/USDT", "15m")]
+    make_due(database)
+    fewer = with_gap.with_symbols(with_gap.settings.symbols[:1], resources)
+    (request,) = requested_runs(fewer, resources)
+    assert request.asset_selection == [with_gap.key("BTC/USDT", "15m")]
 
 
-def test_a_gap_before_the_first_partition_is_left_alone(
-    holed: Project, resources: dict[str, Any], database: Database
+def test_a_gap_before_the_first_partition_is_skipped(
+    with_gap: Project, resources: dict[str, Any], database: Database
 ) -> None:
-    """It was synced by hand; Dagster has no partition for it."""
-    time_has_come(database)
-    settings = holed.settings.model_copy(update={"history_start": instant("2024-02-01")})
-    later = Project(settings, build_defs(settings=settings, resource_overrides=resources), holed.instance)
-    assert why_not(later, resources) == "no gap is due"
+    """It was synced by the command line; Dagster has no partition for it."""
+    make_due(database)
+    settings = with_gap.settings.model_copy(update={"history_start": instant("2024-02-01")})
+    later = Project(settings, build_defs(settings=settings, resource_overrides=resources), with_gap.instance)
+    assert skip_reason(later, resources) == "no gap is due"
 
 
 # Bundles ----------------------------------------------------------------------------------------------
 
 
-def test_a_new_provider_reopens_what_rests_on_one_response(
+def test_a_new_provider_reopens_gaps_that_rely_on_one_response(
     project: MakeProject,
     resources: dict[str, Any],
     database: Database,
     market: LocalMarket,
 ) -> None:
-    """Single quarters that Polygon alone lacks did not trade, until Binance can be requested as well."""
+    """Single missing quarters of Polygon, the only provider, are no-trade until Binance is eligible too."""
     polygon = ProviderResource(provider="polygon", base_url=market.polygon_url)
     given = resources | {"polygon": polygon}
     alone = settings_of("BTC/USDT").model_copy(
@@ -232,15 +234,15 @@ def test_a_new_provider_reopens_what_rests_on_one_response(
         market.plant_outage("polygon", TimeRange(start, start + 900_000_000))
     assert mine.materialize("15m", "2024-01-01").success
     series = mine.series("BTC/USDT", "15m")
-    assert [(gap.start, gap.status) for gap in ledger_gaps(database, series, EVER)] == [
+    assert [(gap.start, gap.status) for gap in ledger_gaps(database, series, ALL_TIME)] == [
         (start, GapStatus.NO_TRADE) for start in quiet
     ]
-    assert why_not(mine, given) == "no gap is due"
+    assert skip_reason(mine, given) == "no gap is due"
     both = alone.model_copy(update={"provider_priority": ProviderPriority(crypto=("polygon", "binance"))})
     mine = replace(mine, settings=both, definitions=build_defs(settings=both, resource_overrides=given))
-    (request,) = asked(mine, given)
+    (request,) = requested_runs(mine, given)
     assert run(mine, request)
-    assert ledger_gaps(database, series, EVER) == ()
+    assert ledger_gaps(database, series, ALL_TIME) == ()
 
 
 def place(number: int, key: str, timeframe: Timeframe = Timeframe.M1) -> Place:
@@ -277,7 +279,7 @@ def test_months_and_years_are_different_runs() -> None:
 
 
 def test_asset_classes_are_different_runs() -> None:
-    """One class whose providers fail keeps no other one waiting."""
+    """A class whose providers fail must not delay another one."""
     series = (
         Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO),
         Series("AAPL", Timeframe.H1, AssetClass.STOCKS),
@@ -288,7 +290,7 @@ def test_asset_classes_are_different_runs() -> None:
     assert [symbols(some) for some in found.values()] == [["BTC/USDT"], ["AAPL", "MSFT"], ["EUR/USD"]]
 
 
-# The switch -------------------------------------------------------------------------------------------
+# Settings ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

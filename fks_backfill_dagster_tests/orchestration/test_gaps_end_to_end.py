@@ -1,6 +1,6 @@
-"""An outage from its discovery to its end, in a running Dagster: the sensor asks, nobody else does.
+"""An outage from its detection to its end in a running Dagster, filled by the gap sensor only.
 
-Real webserver, daemon, code server and workers, asked over GraphQL; a local market with two providers.
+Real webserver, daemon, code server and run workers, queried over GraphQL; a local market with two providers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ symbols:
 
 @dataclass(frozen=True)
 class World:
-    """A running Dagster over a market; January of two symbols was brought by Binance alone."""
+    """A running Dagster over a market; January of two symbols was fetched from Binance only."""
 
     settings: Settings
     market: LocalMarket
@@ -56,13 +56,13 @@ class World:
             return ledger_gaps(database, self.settings.find_series(symbol, "15m"), MONTH)
 
     def sources(self, symbol: str) -> dict[str, int]:
-        """The candles of the outage by who brought them."""
+        """The candles of the outage by provider."""
         with app.open_database(self.settings) as database:
             found = origins(database, self.settings.find_series(symbol, "15m"), OUTAGE)
         return {origin.provider: origin.candles for origin in found}
 
     def check(self, symbol: str) -> tuple[bool, dict[str, Any]] | None:
-        """Whether the completeness check passed last, and its numbers; None before its first time."""
+        """The last outcome of the completeness check and its numbers; None before the first evaluation."""
         asset = {"path": list(asset_path(self.settings.find_series(symbol, "15m")))}
         found = self.web.ask(
             "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {"
@@ -82,7 +82,7 @@ class World:
         return evaluation["success"], numbers
 
     def coverage(self, symbol: str) -> float | None:
-        """Of January, as its newest materialization tells."""
+        """The coverage of January in its newest materialization."""
         asset = {"path": list(asset_path(self.settings.find_series(symbol, "15m")))}
         found = self.web.ask(
             "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {"
@@ -96,7 +96,7 @@ class World:
         return values[0] if values else None
 
     def ticks(self) -> list[dict[str, Any]]:
-        """Of the sensor, newest first."""
+        """The ticks of the sensor, newest first."""
         selector = {**REPOSITORY, "sensorName": "fill_gaps"}
         found = self.web.ask(
             "query($selector: SensorSelector!) { sensorOrError(sensorSelector: $selector) { ... on Sensor {"
@@ -152,7 +152,7 @@ def world(empty_database_url: str, tmp_path: Path) -> Iterator[World]:
 
 
 def backfill(environment: dict[str, str]) -> None:
-    """By hand, from Binance alone."""
+    """By the command line, from Binance only."""
     for symbol in ("BTC/USDT", "ETH/USDT"):
         done = subprocess.run(
             [sys.executable, "-m", "fks_backfill_dagster", "backfill", symbol, "15m", *JANUARY],
@@ -175,7 +175,7 @@ def wait_for(world: World, what: str, true: Callable[[], object], seconds: float
 
 
 def test_an_outage_is_found_filled_or_explained(world: World) -> None:
-    # It shows in the UI: the check of the series fails, and tells how much is missing.
+    # The UI shows it: the check of the series fails, with the number of missing candles.
     checks = [
         (asset_path(world.settings.find_series(s, "15m")), "completeness") for s in ("BTC/USDT", "ETH/USDT")
     ]
@@ -186,7 +186,7 @@ def test_an_outage_is_found_filled_or_explained(world: World) -> None:
         assert not passed
         assert (numbers["open_gaps"], numbers["missing"]) == (1, 16)
 
-    # The sensor asks for it, and the daemon fills it from the second provider.
+    # The sensor requests it, and a run fills it from the second provider.
     before = world.market.requests()
     world.switch_on()
     wait_for(world, "the gap of BTC/USDT", lambda: not world.gaps("BTC/USDT"))
@@ -194,20 +194,20 @@ def test_an_outage_is_found_filled_or_explained(world: World) -> None:
     wait_for(world, "its check", lambda: (world.check("BTC/USDT") or (False,))[0])
     assert world.coverage("BTC/USDT") == 1.0
 
-    # What nobody has is explained, and left alone.
+    # A gap that no provider can fill is explained, and not requested again.
     wait_for(world, "the gap of ETH/USDT", lambda: world.gaps("ETH/USDT")[0].status is GapStatus.UNAVAILABLE)
     (gap,) = world.gaps("ETH/USDT")
-    assert {(word.provider, word.outcome) for word in gap.evidence} == {
+    assert {(one.provider, one.outcome) for one in gap.evidence} == {
         ("binance", "absent"),
         ("polygon", "absent"),
     }
     wait_for(world, "the check of ETH/USDT", lambda: (world.check("ETH/USDT") or (False,))[0])
-    asked = world.market.requests()
-    assert before < asked <= before + 12
+    after = world.market.requests()
+    assert before < after <= before + 12
     wait_for(world, "a tick after it", lambda: world.ticks()[0]["skipReason"] == "no gap is due")
-    assert world.market.requests() == asked
+    assert world.market.requests() == after
 
-    # All of it by one run of both series.
+    # One run for both series.
     runs = [run for tick in world.ticks() for run in tick["runIds"]]
     assert len(runs) == 1
     assert not [tick["error"] for tick in world.ticks() if tick["error"]]

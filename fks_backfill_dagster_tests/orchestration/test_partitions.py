@@ -1,4 +1,4 @@
-"""Time cut into months and years."""
+"""Monthly and yearly partitions."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def test_from_an_hour_up_they_are_years(timeframe: str) -> None:
     assert keys == ["2017-01-01", "2018-01-01", "2019-01-01"]
 
 
-def test_a_start_on_the_edge_begins_no_earlier() -> None:
+def test_a_start_on_a_partition_edge_is_kept() -> None:
     months = partitions_for(Timeframe.M1, moment("2024-03-01"))
     assert months.get_first_partition_key() == "2024-03-01"
 
 
-def test_the_windows_are_half_open_and_follow_each_other() -> None:
+def test_the_windows_are_half_open_and_contiguous() -> None:
     windows = windows_of(partitions_for(Timeframe.M1, LISTING), ["2024-02-01", "2024-03-01"])
     assert windows == {
         "2024-02-01": TimeRange(moment("2024-02-01"), moment("2024-03-01")),

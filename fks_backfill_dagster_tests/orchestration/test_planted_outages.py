@@ -1,9 +1,9 @@
-"""A planted outage of every provider, for every asset class and timeframe from 5m up: all that shows data is red
-while it lasts, soon enough, and green again by itself.
+"""A planted outage of every provider, for every asset class and timeframe from 5m up: every check and `status` fail
+in time while it lasts, and recover without intervention.
 
-The clocks are moved (pipeline/weeks.py); after every step all checks are evaluated as Dagster's ops do, and the
-coverage as `status --check` does. What is stored and what the ledger has is compared with the market. 1m in real time,
-through a running `up`: test_outage_of_minutes.py.
+The clocks are simulated (pipeline/weeks.py). After every step all checks are evaluated as in Dagster's ops, and the
+coverage as in `status --check`. Stored candles and ledger are compared with the market. 1m in real time, with a running
+`up`: host/test_outage_of_minutes.py.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from fks_backfill_dagster_tests.pipeline.weeks import Down, Outage, World
 
 QUARTER = 15 * MICROS_PER_MINUTE
 OFFSET = 2 * MICROS_PER_MINUTE
-"""Ticks come a little after candles have closed."""
+"""Ticks follow shortly after candles have closed."""
 
 PROVIDERS = {
     "BTC/USDT": ("binance", "polygon"),
@@ -53,8 +53,8 @@ CLASSES = {"BTC/USDT": "crypto", "AAPL": "stocks", "EUR/USD": "forex"}
 
 @dataclass(frozen=True)
 class Scenario:
-    """An outage of every provider of a symbol. `down`: they respond to no request; else they respond without the
-    candles of the window, then and later."""
+    """An outage of every provider of a symbol. `down`: they do not respond; otherwise they respond without the candles
+    of the window, during the outage and later."""
 
     symbol: str
     frames: tuple[str, ...]
@@ -81,9 +81,10 @@ def scenario(symbol: str, frames: str, start: str, end: str, kind: str, step: in
     )
 
 
-# The outages begin and end beside the clock, so that derived candles lose some of their parts only. Providers that make
-# a candle of the same parts and lack the same ones agree that nothing was traded in these, and the candle exists: so
-# these outages begin in the second quarter of a half hour, where Yahoo has the first one and Polygon has no part.
+# The outages do not start and end on candle boundaries, so that derived candles lose only some of their parts. If two
+# providers derive a candle from the same parts and the same ones are missing from both, they agree on no trade and the
+# candle exists. These outages therefore start in the second quarter of a half hour, where Yahoo has the first quarter
+# and Polygon has no part.
 MINUTES = "5m 15m 30m 1h"
 BITCOIN = ("BTC/USDT", MINUTES, "2024-03-12T04:50", "2024-03-12T12:20")
 APPLE = ("AAPL", MINUTES, "2024-03-12T14:50", "2024-03-13T16:10")
@@ -117,10 +118,10 @@ def running() -> Iterator[LocalMarket]:
 
 
 @dataclass
-class Faces:
-    """What everything that shows data showed, after every step.
+class Indicators:
+    """The results of all indicators (the checks and `status`) after every step.
 
-    `red`: by series and face (a check, or `status`) the moments at which it was; `seen`: all moments.
+    `red`: by series and indicator the times at which it failed; `seen`: all times.
     """
 
     database: Database
@@ -130,7 +131,7 @@ class Faces:
     seen: list[int] = field(default_factory=list)
     red: dict[tuple[Series, str], list[int]] = field(default_factory=dict)
 
-    def look(self, now: int) -> None:
+    def evaluate(self, now: int) -> None:
         self.monkeypatch.setattr(app, "now", lambda: now)
         self.seen.append(now)
         for group in groups_of(self.settings):
@@ -144,14 +145,14 @@ class Faces:
             if one.problem() is not None:
                 self._note(one.series, "status", now)
 
-    def _note(self, series: Series, face: str, now: int) -> None:
-        self.red.setdefault((series, face), []).append(now)
+    def _note(self, series: Series, indicator: str, now: int) -> None:
+        self.red.setdefault((series, indicator), []).append(now)
 
-    def of(self, series: Series, face: str) -> list[int]:
-        return self.red.get((series, face), [])
+    def of(self, series: Series, indicator: str) -> list[int]:
+        return self.red.get((series, indicator), [])
 
     def status_check(self) -> int:
-        """The exit code of `fks-backfill status --check`, now."""
+        """The current exit code of `fks-backfill status --check`."""
         with self.monkeypatch.context() as patch:
             for name in [n for n in os.environ if n.startswith("FKS_") or n in KEY_VARIABLES.values()]:
                 patch.delenv(name)
@@ -160,13 +161,13 @@ class Faces:
             return CliRunner().invoke(main, ["status", "--check"], catch_exceptions=False).exit_code
 
 
-def hit(scenario: Scenario, series: Series, closed_end: int) -> Instants:
-    """The candles that the outage leaves absent as long as it lasts, of those before `closed_end`."""
+def affected(scenario: Scenario, series: Series, closed_end: int) -> Instants:
+    """The candles before `closed_end` that are missing during the outage."""
     grid, window = grid_of(series), scenario.window
     opens = grid.opens(TimeRange(window.start - 2 * series.timeframe.micros - 4 * MICROS_PER_DAY, closed_end))
-    if not scenario.down:  # those of which a part lies in the window
+    if not scenario.down:  # candles that overlap the window
         return opens[(opens < window.end) & (grid.closes(opens) > window.start)]
-    # What had not closed at the last tick before it, by which a series was looked at.
+    # Candles that had not closed at the last tick before the outage.
     every = polling_interval(series.timeframe)
     tick = (window.start - OFFSET) // every * every + OFFSET
     return opens[opens >= grid.closed_end(tick - GRACE)]
@@ -175,7 +176,7 @@ def hit(scenario: Scenario, series: Series, closed_end: int) -> Instants:
 @pytest.mark.parametrize(
     "scenario", [*SHORT, *(pytest.param(one, marks=pytest.mark.slow) for one in LONG)], ids=str
 )
-def test_an_outage_is_seen_by_every_face(
+def test_every_indicator_shows_an_outage(
     scenario: Scenario,
     database: Database,
     database_url: str,
@@ -209,44 +210,44 @@ def test_an_outage_is_seen_by_every_face(
         outages=() if scenario.down else lacking,
         downs=down if scenario.down else (),
     )
-    faces = Faces(database, settings, environment, monkeypatch)
-    world.look = lambda: faces.look(world.now)
+    indicators = Indicators(database, settings, environment, monkeypatch)
+    world.look = lambda: indicators.evaluate(world.now)
     with closing(world):
         world.refresh(MICROS_PER_HOUR)
         world.run(window.start, step)
-        assert faces.red == {}, "all is well before"
-        assert faces.status_check() == 0
+        assert indicators.red == {}, "no indicator fails before the outage"
+        assert indicators.status_check() == 0
 
         world.run(window.end, step)
-        assert faces.status_check() == 1
+        assert indicators.status_check() == 1
         for one in series:
             grid = grid_of(one)
-            absent = hit(scenario, one, grid.closed_end(world.now - GRACE))
-            assert np.array_equal(absent_of(world, one), absent), "exactly what nobody gave"
+            absent = affected(scenario, one, grid.closed_end(world.now - GRACE))
+            assert np.array_equal(absent_of(world, one), absent), "exactly the candles of the outage"
             assert len(absent) > RECENT_CANDLES
             soon = int(grid.closes(absent[RECENT_CANDLES : RECENT_CANDLES + 1])[0])
             soon += 2 * polling_interval(one.timeframe)
-            for face in ("data_freshness", "status", "completeness"):
-                red = faces.of(one, face)
-                assert red, f"{one}: {face} never"
+            for indicator in ("data_freshness", "status", "completeness"):
+                red = indicators.of(one, indicator)
+                assert red, f"{one}: {indicator} never failed"
                 assert int(grid.closes(absent[:1])[0]) <= red[0] <= soon + OFFSET, (
-                    f"{one}: {face} at {iso(red[0])}"
+                    f"{one}: {indicator} at {iso(red[0])}"
                 )
-                late = [at for at in faces.seen if at >= soon + OFFSET]
-                assert set(late) <= set(red), f"{one}: {face} stays red"
+                late = [at for at in indicators.seen if at >= soon + OFFSET]
+                assert set(late) <= set(red), f"{one}: {indicator} must keep failing"
 
-        # How long it takes at most, by its timeframe, until all is green again, and stays so.
+        # The time limit, by timeframe, after which all indicators pass and keep passing.
         green = {one: green_by(scenario, one) for one in series}
         world.run(max(green.values()) + 2 * step + MICROS_PER_HOUR, step)
-        assert faces.status_check() == 0
+        assert indicators.status_check() == 0
         for one in series:
-            for face in ("data_freshness", "status", "completeness"):
-                assert max(faces.of(one, face)) <= green[one], (
-                    f"{one}: {face} until {iso(max(faces.of(one, face)))}"
+            for indicator in ("data_freshness", "status", "completeness"):
+                assert max(indicators.of(one, indicator)) <= green[one], (
+                    f"{one}: {indicator} until {iso(max(indicators.of(one, indicator)))}"
                 )
-            assert faces.of(one, "ohlc_sanity") == []
+            assert indicators.of(one, "ohlc_sanity") == []
             gaps = world.gaps(one)
-            absent = hit(scenario, one, window.end) if not scenario.down else np.empty(0, np.int64)
+            absent = affected(scenario, one, window.end) if not scenario.down else np.empty(0, np.int64)
             assert np.array_equal(absent_of(world, one), absent)
             assert {gap.status for gap in gaps} <= {
                 GapStatus.UNAVAILABLE,
@@ -258,7 +259,7 @@ def test_an_outage_is_seen_by_every_face(
 
 
 def absent_of(world: World, series: Series) -> Instants:
-    """What the ledger says is absent."""
+    """The candles in gaps of the ledger."""
     grid = grid_of(series)
     return np.concatenate(
         [np.empty(0, np.int64), *(grid.opens(TimeRange(gap.start, gap.end)) for gap in world.gaps(series))]
@@ -266,22 +267,22 @@ def absent_of(world: World, series: Series) -> Instants:
 
 
 def green_by(scenario: Scenario, series: Series) -> int:
-    """When a face may be red for the last time: until the next candle (or, of what failed, the next attempt) and two
-    polling intervals more; where candles stay absent, for as long again as they are recent."""
+    """The latest time at which an indicator may fail: the next candle (after failures: the next attempt) plus two
+    polling intervals; if candles stay missing, plus the time for which they are recent."""
     grid, end = grid_of(series), scenario.window.end
     after = grid.opens(TimeRange(end, end + 4 * series.timeframe.micros + 5 * MICROS_PER_DAY))
     polls = 2 * polling_interval(series.timeframe) + OFFSET
     if scenario.down:
         if (
             scenario.window.duration > SILENT_AFTER
-        ):  # more than a refresh takes in: its attempts are a day apart at most
+        ):  # longer than a refresh covers: attempts are at most a day apart
             return end + MICROS_PER_DAY + polls
         return min(int(grid.closes(after[:1])[0]), end + MICROS_PER_DAY) + polls
     recent = int(grid.closes(after[RECENT_CANDLES : RECENT_CANDLES + 1])[0])
     return max(recent, int(grid.closes(after[:1])[0]) + RECENT) + polls
 
 
-def test_every_class_and_timeframe_has_its_outage() -> None:
+def test_every_class_and_timeframe_has_an_outage() -> None:
     found = {(CLASSES[one.symbol], frame) for one in LONG for frame in one.frames}
     assert found == {
         (kind.value, frame) for kind in AssetClass for frame in ["5m", "15m", "30m", "1h", "4h", "1d", "1w"]

@@ -1,4 +1,4 @@
-"""The real Binance file through a partition backfill of the years 2020 and 2021."""
+"""A partition backfill of 2020 and 2021 from a file of real Binance candles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fks_backfill_dagster_tests.orchestration.conftest import Project, settings_
 WINDOW = TimeRange(instant("2020-11-17"), instant("2021-05-16"))
 
 
-def test_two_years_hold_the_files_candles_and_its_outages(
+def test_two_years_contain_the_candles_and_outages_of_the_file(
     database: Database, database_url: str, shared_data: Callable[[str], Path]
 ) -> None:
     file = shared_data("binance/BTCUSDT-1h.csv.gz")

@@ -1,4 +1,4 @@
-"""Old runs are forgotten, and nothing that is shown of partitions and checks changes by it."""
+"""Obsolete runs are deleted without a change of the status of partitions and checks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dagster import AssetCheckKey, DagsterInstance
 from dagster._core.instance.ref import InstanceRef
 
 from fks_backfill_dagster.orchestration.build import build_defs
-from fks_backfill_dagster.orchestration.run_retention import forget_before
+from fks_backfill_dagster.orchestration.run_retention import delete_runs_before
 from fks_backfill_dagster.settings.model import CHECKOUT
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store.dagster_schema import DAGSTER_SCHEMA, event_count
@@ -26,7 +26,7 @@ MONTHS = ("2024-01-01", "2024-02-01")
 def stored(
     database_url: str, resources: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Project]:
-    """Definitions in an instance as dagster.yaml has it: its tables are in the database."""
+    """Definitions in an instance configured by dagster.yaml, with its tables in the database."""
     monkeypatch.delenv("FKS_CONFIG", raising=False)
     monkeypatch.setenv("FKS_DATABASE_URL", database_url)
     monkeypatch.setenv("FKS_HOME", str(tmp_path / "home"))
@@ -35,38 +35,38 @@ def stored(
         yield Project(settings, build_defs(settings=settings, resource_overrides=resources), instance)
 
 
-def forget(project: Project, database: Database, hours: int = 0) -> int:
-    return forget_before(project.instance, database, datetime.now(UTC) - timedelta(hours=hours))
+def delete_obsolete(project: Project, database: Database, hours: int = 0) -> int:
+    return delete_runs_before(project.instance, database, datetime.now(UTC) - timedelta(hours=hours))
 
 
-def test_runs_that_later_ones_have_renewed_are_forgotten(stored: Project, database: Database) -> None:
+def test_runs_made_obsolete_by_later_ones_are_deleted(stored: Project, database: Database) -> None:
     for _ in range(3):
         assert stored.materialize("15m", *MONTHS).success
     last = stored.materialize("15m", MONTHS[1])
     key = stored.key("BTC/USDT", "15m")
     before, shown = event_count(database, DAGSTER_SCHEMA), statuses(stored, key, *MONTHS)
-    assert forget(stored, database, hours=1) == 0
-    assert forget(stored, database) == 2
+    assert delete_obsolete(stored, database, hours=1) == 0
+    assert delete_obsolete(stored, database) == 2
     assert event_count(database, DAGSTER_SCHEMA) < before * 0.6
     assert len(stored.instance.get_runs()) == 2
     assert statuses(stored, key, *MONTHS) == shown == dict.fromkeys(MONTHS, "MATERIALIZED")
     checked = AssetCheckKey(key, "completeness")
     latest = stored.instance.event_log_storage.get_latest_asset_check_execution_by_key([checked])[checked]
     assert latest.run_id == last.run_id
-    assert forget(stored, database) == 0
+    assert delete_obsolete(stored, database) == 0
 
 
 def test_a_failed_partition_stays_failed(stored: Project, market: LocalMarket, database: Database) -> None:
     assert stored.materialize("15m", MONTHS[0]).success
     plant_failure(market, "BTCUSDT", "2024-02-01", "2024-03-01")
     assert not stored.materialize("15m", *MONTHS).success
-    assert forget(stored, database) == 1
+    assert delete_obsolete(stored, database) == 1
     key = stored.key("BTC/USDT", "15m")
     assert statuses(stored, key, *MONTHS) == {MONTHS[0]: "MATERIALIZED", MONTHS[1]: "FAILED"}
 
 
-def test_the_job_says_what_it_did(stored: Project) -> None:
+def test_the_job_logs_its_result(stored: Project) -> None:
     done = stored.definitions.resolve_job_def("housekeeping").execute_in_process(instance=stored.instance)
     assert done.success
-    said = [entry.user_message for entry in stored.instance.all_logs(done.run_id)]
-    assert any("0 runs are forgotten" in line for line in said)
+    logged = [entry.user_message for entry in stored.instance.all_logs(done.run_id)]
+    assert any("deleted 0 runs" in line for line in logged)

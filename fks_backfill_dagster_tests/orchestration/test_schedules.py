@@ -1,4 +1,4 @@
-"""What Dagster does by itself: who is asked for at a look, and what such a run does."""
+"""The schedules: series refreshed by a tick, and the runs of a refresh."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def test_a_run_takes_fifty_series_at_most(database: Database) -> None:
     assert {request.tags[cadence.PRIORITY] for request in found} == {"10"}
 
 
-def test_the_asset_classes_are_refreshed_by_runs_of_their_own(database: Database) -> None:
-    """All of one timeframe and partition, and yet no run of one class waits for the providers of another."""
+def test_asset_classes_are_refreshed_by_separate_runs(database: Database) -> None:
+    """Even for one timeframe and partition, a run of one class must not wait for providers of another."""
     classes = {"BTC/USDT": AssetClass.CRYPTO, "AAPL": AssetClass.STOCKS, "EUR/USD": AssetClass.FOREX}
     classes |= {"ETH/USDT": AssetClass.CRYPTO}
     entries = [
@@ -88,7 +88,7 @@ def test_the_asset_classes_are_refreshed_by_runs_of_their_own(database: Database
     assert len({request.run_key for request in found}) == 3
 
 
-def test_only_what_has_something_new_is_asked_for(database: Database) -> None:
+def test_only_series_with_new_candles_are_refreshed(database: Database) -> None:
     settings = settings_of("BTC/USDT", "ETH/USDT")
     pretend_synced(database, "BTC/USDT", "1h", "2024-01-01", "2024-03-10T12:00")
     pretend_synced(database, "ETH/USDT", "1h", "2024-01-01", "2024-03-10T11:00")
@@ -99,7 +99,7 @@ def test_only_what_has_something_new_is_asked_for(database: Database) -> None:
     }
 
 
-def test_the_partition_before_is_covered_until_it_is_settled(database: Database) -> None:
+def test_the_previous_partition_is_included_until_it_is_settled(database: Database) -> None:
     settings = settings_of("BTC/USDT", "ETH/USDT")
     pretend_synced(database, "BTC/USDT", "15m", "2024-01-01", "2024-02-29T23:45")
     pretend_synced(database, "ETH/USDT", "15m", "2024-01-01", "2024-03-01T02:00")
@@ -109,7 +109,7 @@ def test_the_partition_before_is_covered_until_it_is_settled(database: Database)
     }
 
 
-def test_a_new_series_gets_the_running_partition_and_the_one_before(database: Database) -> None:
+def test_a_new_series_gets_the_current_and_the_previous_partition(database: Database) -> None:
     settings = settings_of("BTC/USDT", start="2020-01-01")
     assert list(spans(requests_at(settings, database, "15m", "2024-03-10T12:01"))) == [
         ("2024-02-01", "2024-03-01")
@@ -119,7 +119,7 @@ def test_a_new_series_gets_the_running_partition_and_the_one_before(database: Da
     ]
 
 
-def test_the_first_look_of_a_day_takes_all(database: Database) -> None:
+def test_the_first_tick_of_a_day_refreshes_all(database: Database) -> None:
     settings = settings_of("BTC/USDT")
     pretend_synced(database, "BTC/USDT", "1h", "2024-01-01", "2024-03-10T00:00")
     assert spans(requests_at(settings, database, "1h", "2024-03-10T00:05")) == {
@@ -127,7 +127,7 @@ def test_the_first_look_of_a_day_takes_all(database: Database) -> None:
     }
 
 
-def test_who_waits_is_not_asked_for_again(
+def test_a_series_with_an_unfinished_refresh_is_skipped(
     project: MakeProject, resources: dict[str, Any], tmp_path: Path
 ) -> None:
     mine = project("BTC/USDT", "ETH/USDT")
@@ -149,7 +149,7 @@ def test_who_waits_is_not_asked_for_again(
 
 
 def refresh(project: Project, database: Database, timeframe: str, at: int) -> bool:
-    """The runs that a look at `at` asks for, in this process; whether there were any."""
+    """Executes the runs that a tick at `at` requests, in this process. Returns whether there were any."""
     found = requests_at(project.settings, database, timeframe, to_datetime(at).isoformat()[:19])
     for request in found:
         done = project.definitions.resolve_implicit_global_asset_job_def().execute_in_process(
@@ -162,7 +162,7 @@ def refresh(project: Project, database: Database, timeframe: str, at: int) -> bo
     return bool(found)
 
 
-def test_a_refresh_fetches_what_is_new_and_nothing_else(
+def test_a_refresh_fetches_only_new_candles(
     project: MakeProject, market: LocalMarket, database: Database
 ) -> None:
     present = now()
@@ -174,7 +174,7 @@ def test_a_refresh_fetches_what_is_new_and_nothing_else(
     numbers = metadata_of(mine.instance, key)[running]
     assert numbers["missing"] == 0
     assert numbers["stored"] == numbers["expected"] > 0
-    # The last two hours are taken away from what was synced: only they are asked for again.
+    # The last two hours are removed from candles and coverage: only they are requested again.
     cut = (present // (900 * 10**6) - 8) * 900 * 10**6
     execute(
         database,
@@ -194,7 +194,7 @@ def test_a_refresh_fetches_what_is_new_and_nothing_else(
     assert statuses(mine, key, running) == {running: "MATERIALIZED"}
 
 
-def test_the_daily_checks_take_what_was_synced(database: Database) -> None:
+def test_the_daily_checks_cover_synced_series(database: Database) -> None:
     settings = settings_of("BTC/USDT", "ETH/USDT")
     pretend_synced(database, "ETH/USDT", "1h", "2024-01-01", "2024-03-10T12:00")
     (request,) = check_requests(groups_of(settings), database)
@@ -215,7 +215,7 @@ def running_schedules(settings: Settings) -> set[str]:
     }
 
 
-def test_all_of_it_is_on_by_default_and_each_part_can_be_switched_off() -> None:
+def test_all_schedules_run_by_default_and_each_can_be_switched_off() -> None:
     settings = settings_of("BTC/USDT")
     assert running_schedules(settings) == {
         "refresh_15m",
@@ -229,7 +229,7 @@ def test_all_of_it_is_on_by_default_and_each_part_can_be_switched_off() -> None:
 
 
 @pytest.mark.parametrize("frame", list(Timeframe))
-def test_a_series_that_is_kept_fresh_is_not_stale(frame: Timeframe) -> None:
+def test_a_refreshed_series_is_not_stale(frame: Timeframe) -> None:
     policy = cadence.freshness(settings_of("BTC/USDT").symbols[0].asset_class, frame)
     warn, fail = policy.warn_window, policy.fail_window  # type: ignore[attr-defined]
     assert cadence.interval(frame) < warn.to_timedelta() < fail.to_timedelta()

@@ -1,7 +1,7 @@
-"""The definitions as a whole, compared with a text: a change of anything that users see is a change of it.
+"""The definitions, compared with a snapshot of everything that users see.
 
-After a change that was meant: `FKS_TEST_WRITE=1 pytest fks_backfill_dagster_tests/orchestration/test_snapshot.py`,
-and read the difference.
+After an intended change: `FKS_TEST_WRITE=1 pytest fks_backfill_dagster_tests/orchestration/test_snapshot.py`,
+and review the difference.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ def lines(definitions: Definitions) -> Iterator[str]:
         yield f"  every {sensor.minimum_interval_seconds} s, {sensor.default_status.value}"
 
 
-def test_the_definitions_are_what_the_snapshot_says() -> None:
+def test_the_definitions_match_the_snapshot() -> None:
     found = "\n".join(lines(build_defs(settings=SETTINGS))) + "\n"
     if os.environ.get("FKS_TEST_WRITE"):
         SNAPSHOT.write_text(found, encoding="utf-8")
     assert found == SNAPSHOT.read_text(encoding="utf-8")
 
 
-def test_nothing_is_deprecated_and_nothing_warns_at_load() -> None:
+def test_loading_causes_no_warnings() -> None:
     code = (
         "from fks_backfill_dagster.orchestration.definitions import defs\n"
         "defs.get_repository_def().load_all_definitions()"

@@ -1,4 +1,4 @@
-"""A real database and a real local market for every test of the pipeline; the clock stands still."""
+"""A real database and a real local market for every test of the pipeline; the clock is fixed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_context(
     budget: float = 1.0,
     batch_size_days: int = 30,
 ) -> Context:
-    """Binance at `binance_url` (its archives only if given), Polygon beside it; the clock stands at `now`."""
+    """Binance at `binance_url` (its archives only if given) and Polygon; the clock is fixed at `now`."""
     pool = RequestPool(5)
     limiter = ProcessLimiter({})
     options = {

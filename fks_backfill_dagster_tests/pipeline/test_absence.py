@@ -1,4 +1,4 @@
-"""Which absent candles did not trade: the one rule, through real syncs, whatever the batches and the order."""
+"""No-trade intervals in real syncs: the rule is independent of batches and their order."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def opens_in(database: Database, series: Series, window: TimeRange, *states: Gap
 
 
 def halted(market: LocalMarket, series: Series, opens: Instants) -> None:
-    """No trade in these intervals; neighbours as one halt."""
+    """Plants halts (no trades) over these intervals, neighbours as one halt."""
     for part in RangeSet.from_arrays(opens, grid_of(series).closes(opens)):
         market.plant_halt(part, series.symbol)
 
@@ -109,7 +109,7 @@ def test_ninety_absent_sessions_are_never_no_trade(
     assert len(sessions) >= 90
     opens = grid_of(series).opens(window)
     outside = opens[((opens < hole.start) | (opens >= hole.end)) & (opens > opens[9]) & (opens < opens[-9])]
-    if timeframe != "1d":  # a thin market does not make them intervals without trades
+    if timeframe != "1d":  # a thin market does not make the absent sessions no-trade
         halted(market, series, outside[np.random.default_rng(1).random(len(outside)) < 0.03])
     market.plant_outage("polygon", hole)
     case = Case("polygon", "polygon", series, window)
@@ -126,7 +126,7 @@ def test_ninety_absent_sessions_are_never_no_trade(
 # Closed markets -------------------------------------------------------------------------------------------
 
 
-def test_holidays_of_forex_did_not_trade_and_an_outage_did(database: Database, tmp_path: Path) -> None:
+def test_holidays_of_forex_are_no_trade_and_an_outage_is_not(database: Database, tmp_path: Path) -> None:
     """Invented hours of a winter from one provider alone."""
     window = days("2016-12-01", "2017-02-01")
     opens = grid_of(EURO).opens(window)
@@ -157,15 +157,15 @@ def test_holidays_of_forex_did_not_trade_and_an_outage_did(database: Database, t
 def test_a_range_that_begins_or_ends_in_a_holiday(
     database: Database, tmp_path: Path, provider: str, window: TimeRange
 ) -> None:
-    """Or that lies in it: no candle of the response shows that it is complete."""
+    """Also one inside a holiday: no candle of the response shows that it is complete."""
     around = days("2015-12-01", "2017-02-01")
     opens = grid_of(EURO).opens(around)
     write_csv(tmp_path / "forex" / "EURUSD-1h.csv", invented(opens[~forex_holidays(around).contains(opens)]))
     with replay(database, tmp_path) as context:
         report = sync(context, EURO, window, [provider])
-    asked = grid_of(EURO).opens(window)
-    closed = int(forex_holidays(around).contains(asked).sum())
-    assert closed or not len(asked)
+    requested = grid_of(EURO).opens(window)
+    closed = int(forex_holidays(around).contains(requested).sum())
+    assert closed or not len(requested)
     assert (report.quiet, report.missing) == (closed, 0)
 
 
@@ -210,7 +210,7 @@ def test_a_date_that_the_settings_close(
     state = GapStatus.NO_TRADE if is_closed else GapStatus.UNAVAILABLE
     assert np.isin(lost, opens_in(database, series, window, state)).all()
     if is_closed:
-        assert report.missing <= 2  # the local market is quiet now and then
+        assert report.missing <= 2  # the local market has occasional no-trade intervals
 
 
 # A new key ------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ MARCH = days("2024-03-01", "2024-03-03")
 
 
 def thin(database: Database, market: LocalMarket) -> tuple[Context, Context]:
-    """Single minutes that Polygon alone lacks, and that so did not trade; and a context with Binance as well."""
+    """Single minutes that are no-trade by Polygon alone; returns contexts with Polygon, and with Binance as well."""
     case = Case("polygon", "polygon", MINUTES, MARCH)
     for start in QUIET:
         market.plant_outage("polygon", TimeRange(start, start + MICROS_PER_MINUTE))
@@ -231,11 +231,13 @@ def thin(database: Database, market: LocalMarket) -> tuple[Context, Context]:
     return alone, replace(both, priority=lambda series: ("polygon", "binance"))
 
 
-def test_a_new_provider_reopens_what_rests_on_one_response(database: Database, market: LocalMarket) -> None:
+def test_a_new_provider_reopens_gaps_explained_by_one_response(
+    database: Database, market: LocalMarket
+) -> None:
     alone, both = thin(database, market)
     market.reset_requests()
     assert sync(alone, MINUTES, MARCH, ["polygon"]).complete
-    assert market.requests() == 0, "nothing is new for the same providers"
+    assert market.requests() == 0, "nothing is requested from the same providers again"
     report = sync(both, MINUTES, MARCH, ["polygon", "binance"])
     assert (report.complete, report.quiet) == (True, 0)
     assert report.providers["binance"].delivered == len(QUIET)
@@ -249,9 +251,7 @@ def test_a_new_provider_reopens_it_for_fill_gaps(database: Database, market: Loc
     assert report.complete
 
 
-def test_what_a_provider_that_gives_every_interval_lacks_too_is_an_outage(
-    database: Database, market: LocalMarket
-) -> None:
+def test_an_absence_at_a_strict_provider_too_is_an_outage(database: Database, market: LocalMarket) -> None:
     _, both = thin(database, market)
     for start in QUIET:
         market.plant_outage("binance", TimeRange(start, start + MICROS_PER_MINUTE))
@@ -264,7 +264,7 @@ def test_what_a_provider_that_gives_every_interval_lacks_too_is_an_outage(
 
 
 def test_two_providers_that_omit_intervals_agree(database: Database, market: LocalMarket) -> None:
-    """A halt of twenty minutes fits no density; another complete response lacks it, too."""
+    """A halt of twenty minutes fits no density; a complete response of another provider corroborates it."""
     window = days("2024-06-03", "2024-06-12")
     halt = days("2024-06-05T15:00", "2024-06-05T15:20")
     series = Series("AAPL", Timeframe.M1, AssetClass.STOCKS)
@@ -295,7 +295,7 @@ def test_two_providers_that_omit_intervals_agree(database: Database, market: Loc
 def test_a_month_of_thin_minutes(
     database: Database, market: LocalMarket, provider: str, name: str, window: TimeRange
 ) -> None:
-    """One minute in forty is quiet, and hardly one of them is called missing."""
+    """One minute in forty has no trade, and almost none of them counts as missing."""
     case = Case(provider, name, SPY, window)
     context = replace(context_of(database, market, case), priority=lambda series: (provider,))
     report = sync(context, SPY, window, [provider])
@@ -304,6 +304,6 @@ def test_a_month_of_thin_minutes(
     assert report.quiet > 0.015 * report.expected
     gaps = queries.ledger_gaps(database, SPY, window)
     lengths = [gap.missing for gap in gaps if gap.status is not GapStatus.NO_TRADE]
-    # The local market pauses for a quarter of an hour now and then, which no density explains.
+    # The local market has occasional pauses of a quarter of an hour, which no density explains.
     assert len(lengths) <= 2
     assert all(length > 10 for length in lengths)

@@ -1,4 +1,4 @@
-"""A new version of the calendar library changes past sessions: reported, and settled when it is accepted."""
+"""A new version of the calendar library changes past sessions: reported, and settled once accepted."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ALL = GapStatus.OPEN, GapStatus.UNAVAILABLE, GapStatus.TOLERATED, GapStatus.NO_T
 
 
 def later(context: Context) -> Context:
-    """The same in a process of its own, some time after."""
+    """The same context in a later process."""
     return replace(context, calendars=CalendarWatch())
 
 
@@ -64,7 +64,7 @@ def test_an_update_that_changes_nothing_of_the_past_is_not_reported(
     assert calendar_changes(database, [DAYS]) == {}
 
 
-def test_a_change_of_what_was_never_synced_is_kept_in_silence(
+def test_a_change_of_unsynced_sessions_is_recorded_without_a_warning(
     database: Database, market: LocalMarket, update: Update
 ) -> None:
     context = market_of(database, market)
@@ -77,8 +77,8 @@ def test_a_change_of_what_was_never_synced_is_kept_in_silence(
     assert calendar_changes(database, [DAYS]) == {}
 
 
-def test_a_session_that_is_new(database: Database, market: LocalMarket, update: Update) -> None:
-    """Neither a gap nor a request before it is accepted; then a gap as any other."""
+def test_a_new_session(database: Database, market: LocalMarket, update: Update) -> None:
+    """Neither a gap nor a request before the change is accepted; then an ordinary gap."""
     context = market_of(database, market)
     update("XNYS", closed=[MIDWEEK])
     for series in (HOURS, DAYS, WEEKS):
@@ -90,7 +90,7 @@ def test_a_session_that_is_new(database: Database, market: LocalMarket, update: 
         report = sync(later(context), series, WINDOW, ["polygon"])
         (warning,) = report.warnings
         assert warning.startswith("the calendar XNYS has changed (exchange-calendars 4.")
-        assert f": {MIDWEEK} is a new session; gaps and candles are as before" in warning
+        assert f": {MIDWEEK} is a new session; gaps and candles are unchanged" in warning
         assert fill_gaps(later(context), series, ["polygon"]).gaps == ()
     assert market.requests() == 0
     report = audit(database, [HOURS, DAYS, WEEKS], lambda: NOW)
@@ -156,7 +156,7 @@ def test_another_process_accepts_first(database: Database, market: LocalMarket, 
         accept_calendar(database, change, NOW)
 
 
-def test_it_is_kept_once_a_day(database: Database) -> None:
+def test_a_calendar_is_recorded_once_a_day(database: Database) -> None:
     def kept() -> list[tuple[object, ...]]:
         with database.begin() as connection:
             rows = connection.exec_driver_sql("SELECT name, until::text, xmin::text FROM fks.calendar")

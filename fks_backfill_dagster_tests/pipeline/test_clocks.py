@@ -1,4 +1,4 @@
-"""A provider whose clock is not ours: no candle that has closed is called absent for it."""
+"""A provider with another clock: closed candles do not count as absent because of it."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES[:2], ids=str)
 @pytest.mark.parametrize("seconds", [20, 100])
-def test_what_is_not_closed_there_yet_is_requested_again(
+def test_candles_that_are_not_closed_there_yet_are_requested_again(
     database: Database, market: LocalMarket, case: Case, seconds: int
 ) -> None:
-    """The market's last candles are forming by its clock; they are neither absent nor tolerated."""
+    """The market's last candles are not closed by its clock; they are neither absent nor tolerated."""
     market.set_clock(NOW - 56 * MICROS_PER_SECOND - seconds * MICROS_PER_SECOND)
     context = replace(context_of(database, market, case), priority=lambda _: (case.provider,))
     late = 1 + (seconds - 1) // 60
@@ -89,7 +89,7 @@ def test_clocks_that_are_far_apart_decide_nothing(
 def test_a_range_before_both_clocks_does_not_depend_on_them(
     database: Database, market: LocalMarket, case: Case, apart: int
 ) -> None:
-    """As of a simulated market whose clock was moved on purpose."""
+    """For example of a simulated market with another time."""
     market.set_clock(NOW + apart)
     window = TimeRange(case.window.start - 60 * MICROS_PER_DAY, case.window.end - 60 * MICROS_PER_DAY)
     context = context_of(database, market, case)

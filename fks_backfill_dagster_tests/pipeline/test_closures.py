@@ -1,4 +1,4 @@
-"""Closed dates that are named after a day was requested in vain, and taken back: the ledger follows at once."""
+"""Closed dates that are added after a fruitless request, and withdrawn: the ledger is settled without a request."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rows(database: Database, series: Series, window: TimeRange) -> list[tuple[ob
 
 
 def without(market: LocalMarket, case: Case, context: Context, day: date = DAY) -> Instants:
-    """Plants an outage on that day; the candles that it takes."""
+    """Plants an outage on that day; returns the missing opens."""
     opens = grid_of(case.series).opens(case.window)
     lost = opens[closing(context, day).declared(case.series).contains(opens)]
     close = int(grid_of(case.series).closes(lost[-1:])[0])
@@ -61,11 +61,11 @@ def without(market: LocalMarket, case: Case, context: Context, day: date = DAY) 
         ("polygon", "polygon", APPLE),
         ("yfinance", "yahoo", replace(APPLE, timeframe=Timeframe.D1)),
         ("oanda", "oanda", Series("EUR/USD", Timeframe.H1, AssetClass.FOREX)),
-        # It gives every interval, traded or not: what it lacks is an outage, unless a person states otherwise.
+        # It gives every interval, traded or not: a missing one is an outage, unless the settings close the date.
         ("binance", "binance", Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)),
     ],
 )
-def test_a_date_that_is_named_later_and_taken_back(
+def test_a_date_that_is_closed_later_and_withdrawn(
     database: Database,
     market: LocalMarket,
     provider: str,
@@ -99,8 +99,8 @@ def test_a_date_that_is_named_later_and_taken_back(
     assert market.requests() == 0
 
 
-def test_a_sync_follows_too(database: Database, market: LocalMarket) -> None:
-    """Without a request for what is explained now."""
+def test_a_sync_settles_changed_closures(database: Database, market: LocalMarket) -> None:
+    """Without a request for the gap that is now explained."""
     case = Case("polygon", "polygon", APPLE, WINDOW)
     context = replace(context_of(database, market, case), priority=lambda series: ("polygon",))
     lost = without(market, case, context)
@@ -122,7 +122,7 @@ def test_a_failing_provider_explains_nothing(database: Database, market: LocalMa
     assert len(opens_in(database, APPLE, WINDOW, GapStatus.OPEN)) == grid_of(APPLE).count(WINDOW)
 
 
-def test_what_was_never_synced_stays_pending(database: Database, market: LocalMarket) -> None:
+def test_history_that_was_never_synced_stays_pending(database: Database, market: LocalMarket) -> None:
     case = Case("polygon", "polygon", APPLE, days("2024-02-01", "2024-03-01"))
     context = replace(context_of(database, market, case), priority=lambda series: ("polygon",))
     sync(context, APPLE, case.window, ["polygon"])
@@ -133,10 +133,10 @@ def test_what_was_never_synced_stays_pending(database: Database, market: LocalMa
 @pytest.mark.parametrize(
     ("one", "closed"), [(MADE[2], "2023-10-11"), (MADE[10], "2023-10-13"), (MADE[5], "2024-04-03")], ids=str
 )
-def test_the_week_over_a_date_that_is_named_later(
+def test_the_week_over_a_date_that_is_closed_later(
     database: Database, market: LocalMarket, one: Made, closed: str
 ) -> None:
-    """It was not made while the day was missing; named, it is due and made of its other days."""
+    """It is not derived while the day is missing; once the date is closed, it is due and derived from the others."""
     case, day = one.case, date.fromisoformat(closed)
     context = replace(context_of(database, market, case), priority=lambda series: (case.provider,))
     parts = grid_of(one.fine).opens(
@@ -157,12 +157,12 @@ def test_candles_of_a_closed_date_stay_and_are_reported(database: Database, mark
     stored = queries.read_candles(database, APPLE, WINDOW)
     report = sync(closing(context, DAY), APPLE, WINDOW, ["polygon"])
     (warning,) = report.warnings
-    assert warning.startswith("7 stored candles lie on dates that the settings close now, and stay: ")
+    assert warning.startswith("7 stored candles lie on dates that the settings now close, and are kept: ")
     assert sync(closing(context, DAY), APPLE, WINDOW, ["polygon"]).warnings == ()
     assert queries.read_candles(database, APPLE, WINDOW).equals(stored)
 
 
-def test_candles_that_come_of_a_closed_date_are_stored_and_reported(
+def test_candles_delivered_for_a_closed_date_are_stored_and_reported(
     database: Database, market: LocalMarket
 ) -> None:
     case = Case("polygon", "polygon", APPLE, WINDOW)
@@ -170,7 +170,7 @@ def test_candles_that_come_of_a_closed_date_are_stored_and_reported(
     report = sync(closing(context, DAY), APPLE, WINDOW, ["polygon"])
     assert report.complete
     (warning,) = report.warnings
-    assert warning.startswith("7 candles came of dates that the settings close, and are stored: ")
+    assert warning.startswith("7 candles were delivered for dates that the settings close, and are stored: ")
 
 
 @contextmanager

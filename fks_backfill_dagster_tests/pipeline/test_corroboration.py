@@ -1,4 +1,4 @@
-"""What one provider lacks corroborates what another one lacks, unless that one's own candles refute it."""
+"""Corroboration: absences at one provider corroborate those of another, unless its own candles refute them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ WINDOW = days("2024-06-02", "2024-06-14")
         ("EUR/USD", "1w", ("oanda", "polygon"), ("2024-06-11T03:20", "2024-06-12T13:10")),
     ],
 )
-def test_a_candle_of_which_one_provider_has_parts_is_not_made_of_them(
+def test_a_candle_is_not_derived_from_incomplete_parts(
     both: Context,
     market: LocalMarket,
     symbol: str,
@@ -64,8 +64,8 @@ def test_a_candle_of_which_one_provider_has_parts_is_not_made_of_them(
     providers: tuple[str, ...],
     hole: tuple[str, str],
 ) -> None:
-    """All of them had one outage, which begins or ends in the middle of a candle. The one that gives the candle itself
-    lacks it: that is no second voice for the parts which the other one lacks of it, since it has the rest."""
+    """All providers had the same outage, which begins or ends inside a candle. One of them has the candle natively and
+    lacks it: that does not corroborate the other one's missing parts, since the other one has the remaining parts."""
     series = Series(symbol, Timeframe(timeframe), AssetClass.STOCKS if symbol == "AAPL" else AssetClass.FOREX)
     missing = days(*hole)
     for name in providers:

@@ -1,4 +1,4 @@
-"""Derived candles end to end: none of partial parts, whoever derives and wherever parts are absent."""
+"""Derived candles end to end: none from incomplete parts, for every provider and position of missing parts."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from fks_backfill_dagster_tests.pipeline.test_sync import days
 
 @dataclass(frozen=True)
 class Made:
-    """A series that a provider derives from `parts`. `hole`: so many parts in a row are more than chance
-    brings, where the market has quiet ones."""
+    """A series that a provider derives from `parts`. `hole`: the number of missing parts in a row that is too large
+    for a no-trade interval in a market that has some."""
 
     case: Case
     parts: Timeframe
@@ -40,8 +40,8 @@ class Made:
         return Series(series.symbol, self.parts, series.asset_class, series.calendar)
 
     def parts_of(self, candle: int) -> Instants:
-        """The opens of the parts of a candle: the first one after the middle of the window with as many parts
-        as any, or one after it."""
+        """The opens of the parts of a candle: of the first one after the middle of the window with the full number of
+        parts, or of one after it."""
         coarse, fine = grid_of(self.case.series), grid_of(self.fine)
         opens = coarse.opens(self.case.window)
         ends = fine.rank(coarse.closes(opens))
@@ -92,7 +92,7 @@ MADE = [
 
 
 def evidence(database: Database, case: Case) -> dict[int, list[str]]:
-    """What the first provider responded about each missing candle."""
+    """The details of the responses about each missing candle."""
     grid = grid_of(case.series)
     return {
         ts: [item.detail for item in gap.evidence]
@@ -102,7 +102,7 @@ def evidence(database: Database, case: Case) -> dict[int, list[str]]:
 
 
 def touched(one: Made, holes: RangeSet) -> Instants:
-    """The candles of the window of which a part lies in the holes."""
+    """The candles of the window with a part in the holes."""
     coarse, fine = grid_of(one.case.series), grid_of(one.fine)
     opens = coarse.opens(one.case.window)
     parts = np.concatenate([fine.opens(hole) for hole in holes])
@@ -112,7 +112,9 @@ def touched(one: Made, holes: RangeSet) -> Instants:
 
 @pytest.mark.parametrize("place", ["middle", "first", "last", "all but one", "over an edge"])
 @pytest.mark.parametrize("one", MADE, ids=str)
-def test_no_candle_of_partial_parts(database: Database, market: LocalMarket, one: Made, place: str) -> None:
+def test_no_candle_from_incomplete_parts(
+    database: Database, market: LocalMarket, one: Made, place: str
+) -> None:
     case, parts, hole = one.case, one.parts_of(0), one.hole
     middle = (len(parts) - hole) // 2
     holes = {
@@ -128,13 +130,13 @@ def test_no_candle_of_partial_parts(database: Database, market: LocalMarket, one
     stored = accounted_for(database, case, truth, report)
     absent = touched(one, RangeSet([one.covering(holes)]))
     assert not np.isin(absent, stored.ts).any()
-    assert len(stored) >= 0.95 * len(truth), "and hardly anything else is"
+    assert len(stored) >= 0.95 * len(truth), "almost all other candles are stored"
     assert not report.complete
-    said = evidence(database, case)
+    details = evidence(database, case)
     given = len(parts) - int(np.isin(parts, holes).sum())
     if given and place != "over an edge":  # two neighbours are one gap
-        assert said[int(absent[0])] == [f"derived from {given} of {len(parts)} parts"]
-    assert all(text.startswith("derived from ") for ts in absent.tolist() for text in said[ts])
+        assert details[int(absent[0])] == [f"derived from {given} of {len(parts)} parts"]
+    assert all(text.startswith("derived from ") for ts in absent.tolist() for text in details[ts])
     gaps = queries.ledger_gaps(database, case.series, case.window)
     assert not any(
         gap.status is GapStatus.NO_TRADE and gap.start <= ts < gap.end
@@ -158,14 +160,14 @@ def test_no_candle_of_partial_parts(database: Database, market: LocalMarket, one
     ],
     ids=str,
 )
-def test_a_second_provider_fills_what_the_first_one_has_parts_of(
+def test_a_second_provider_fills_candles_with_incomplete_parts(
     database: Database, market: LocalMarket, one: Made, second: str
 ) -> None:
     case, parts = one.case, one.parts_of(0)
     other = Case(second, {"yfinance": "yahoo"}.get(second, second), case.series, case.window)
     market.plant_outage(case.market, one.covering(parts[1:]))
     window = case.window
-    if second == "yfinance" and case.series.timeframe is not Timeframe.W1:  # reaches back 60 days
+    if second == "yfinance" and case.series.timeframe is not Timeframe.W1:  # its depth is 60 days
         window = days("2024-05-01", "2024-06-01")
         market.clear_outages()
         one = Made(Case(case.provider, case.market, case.series, window), one.parts, one.hole)
@@ -179,17 +181,15 @@ def test_a_second_provider_fills_what_the_first_one_has_parts_of(
 
 
 @pytest.mark.parametrize("one", [one for one in MADE if one.case.provider != "coingecko"], ids=str)
-def test_parts_in_which_nothing_traded_give_the_candle(
-    database: Database, market: LocalMarket, one: Made
-) -> None:
-    """A trading halt is a run that no density explains: a second complete response corroborates it."""
+def test_no_trade_parts_do_not_prevent_the_candle(database: Database, market: LocalMarket, one: Made) -> None:
+    """A trading halt in a market with other no-trade intervals."""
     case, parts = one.case, one.parts_of(0)
     if one.parts is Timeframe.D1:
-        pytest.skip("a whole session or day is no interval without trades")
+        pytest.skip("a whole session or day is never no-trade")
     middle = len(parts) // 2
     halted = parts[middle : middle + 1]
     market.plant_halt(one.covering(halted))
-    # The same market is quiet elsewhere, too.
+    # The same market has no-trade intervals elsewhere, too.
     opens = grid_of(one.fine).opens(case.window)
     for at in opens[5 :: max(len(opens) // 40, 7)].tolist():
         market.plant_halt(TimeRange(at, at + one.parts.micros))
@@ -200,10 +200,8 @@ def test_parts_in_which_nothing_traded_give_the_candle(
     assert len(stored) >= 0.97 * len(truth)
 
 
-def test_parts_of_a_provider_that_gives_every_interval_are_never_no_trade(
-    database: Database, market: LocalMarket
-) -> None:
-    """CoinGecko lacks nothing for want of trades: scattered absent half hours are an outage each."""
+def test_parts_of_a_strict_provider_are_never_no_trade(database: Database, market: LocalMarket) -> None:
+    """CoinGecko gives intervals without trades, too: each scattered absent half hour is an outage."""
     case = MADE[14].case
     halves = grid_of(MADE[14].fine).opens(case.window)[4:36:5]
     for at in halves.tolist():
@@ -237,10 +235,10 @@ def test_a_bad_part_leaves_its_candle_absent(
 
 @pytest.mark.parametrize("size", [1, 7, 30, 365])
 @pytest.mark.parametrize("one", [MADE[0], MADE[3], MADE[11]], ids=str)
-def test_the_size_of_batches_decides_nothing(
+def test_derived_candles_are_independent_of_the_batch_size(
     database: Database, market: LocalMarket, one: Made, size: int
 ) -> None:
-    """Thinly traded: one part in twelve is absent, alone or in pairs, and one stretch is an outage."""
+    """A thin market: one part in twelve is absent, alone or in pairs, and one longer run is an outage."""
     case, random = one.case, np.random.default_rng(7)
     opens = grid_of(one.fine).opens(case.window)
     quiet = random.random(len(opens)) < 1 / 12
@@ -267,8 +265,8 @@ def _all_parts_quiet(one: Made, candle: int, quiet: Instants) -> bool:
     return bool(np.isin(parts, quiet).all())
 
 
-def test_a_bad_part_of_the_neighbourhood_is_nobodys(database: Database, market: LocalMarket) -> None:
-    """The second request reaches far beyond the window: what is bad there belongs to none of its candles."""
+def test_a_bad_part_of_the_neighbourhood_is_ignored(database: Database, market: LocalMarket) -> None:
+    """The second request extends far beyond the window: bad rows there belong to none of its candles."""
     case = MADE[4].case
     window = TimeRange(case.window.end - 7 * MICROS_PER_DAY, case.window.end)
     narrow = Case(case.provider, case.market, case.series, window)
@@ -280,7 +278,7 @@ def test_a_bad_part_of_the_neighbourhood_is_nobodys(database: Database, market: 
     report = sync(context_of(database, market, narrow), case.series, window, ["polygon"])
     assert accounted_for(database, narrow, truth, report).equals(truth)
     assert quarantined(database) == {}
-    assert {item for said in evidence(database, narrow).values() for item in said} == {
+    assert {item for details in evidence(database, narrow).values() for item in details} == {
         "derived from 22 of 24 parts"
     }
 
@@ -292,7 +290,7 @@ def test_a_bad_part_of_the_neighbourhood_is_nobodys(database: Database, market: 
 def test_a_closed_date_in_a_week(
     database: Database, market: LocalMarket, one: Made, closed: str, is_closed: bool
 ) -> None:
-    """The week is made of its other days, if the settings say that one was closed."""
+    """The week is derived from its other days if the settings close one."""
     case, day = one.case, date.fromisoformat(closed)
     parts = grid_of(one.fine).opens(days(closed, closed + "T21:00"))
     if one.parts is Timeframe.H1:  # the forex day ends at 17:00 New York

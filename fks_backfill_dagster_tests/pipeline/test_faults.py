@@ -1,6 +1,6 @@
-"""Each fault by each provider that can have it: what is stored is true, what is not is accounted for.
+"""Each fault of each provider: stored candles are correct, missing ones are accounted for.
 
-Binance has finer cases in test_sync.py as well, and cli/test_backfill.py says which exit code comes of it.
+test_sync.py has more detailed cases of Binance, cli/test_backfill.py the exit codes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def days(start: str, end: str) -> TimeRange:
 
 @dataclass(frozen=True)
 class Case:
-    """A series that a provider serves; `market` is what the local market calls the provider."""
+    """A series that a provider serves; `market` is the provider's name in the local market."""
 
     provider: str
     market: str
@@ -76,11 +76,11 @@ CASES = [
 
 @dataclass(frozen=True)
 class Fault:
-    """What the market is told, and what becomes of it when it never ends.
+    """A planted fault, and its effect if it never ends.
 
-    unanswered: nobody answers, so nothing is stored and every candle is an open gap. rejected: these
-    reasons stand in the quarantine. lacking: rows are absent from an answer that looks whole. Neither:
-    it is healed, and nothing is missing.
+    unanswered: no response, so nothing is stored and every candle is an open gap. rejected: the reasons in the
+    quarantine. lacking: rows are absent from a response that looks complete. None of them: the fault is repaired,
+    and nothing is missing.
     """
 
     name: str
@@ -130,7 +130,7 @@ def context_of(
     timeout: float = 5.0,
     archives: bool = False,
 ) -> Context:
-    """The providers of the cases at the local market, with little patience."""
+    """The providers of the cases at the local market, with short timeouts and retry budgets."""
     options = {
         one.provider: resolve_options(
             one.provider,
@@ -149,7 +149,7 @@ def context_of(
 
 
 def hits(market: LocalMarket) -> int:
-    """How many requests the planted faults have hit."""
+    """The number of requests that the planted faults affected."""
     planted: list[dict[str, int]] = requests.get(f"{market.url}/sim/faults", timeout=5).json()
     return sum(one["hits"] for one in planted)
 
@@ -162,18 +162,18 @@ def quarantined(database: Database) -> dict[str, int]:
 
 
 def accounted_for(database: Database, case: Case, truth: Candles, report: SyncReport) -> Candles:
-    """What is stored: nothing but the truth, and the report and the ledger tell what is not."""
+    """The stored candles, checked: they equal the truth, and the report and the ledger account for the others."""
     stored = queries.read_candles(database, case.series, case.window)
     kept = truth.take(np.isin(truth.ts, stored.ts))
     assert np.array_equal(stored.ts, kept.ts)
     for name in PRICES:
-        assert np.array_equal(getattr(stored, name), getattr(kept, name)), "what is stored is the truth"
+        assert np.array_equal(getattr(stored, name), getattr(kept, name)), "stored candles equal the truth"
     gaps = queries.ledger_gaps(database, case.series, case.window)
     quiet = sum(gap.missing for gap in gaps if gap.status is GapStatus.NO_TRADE)
     absent = sum(gap.missing for gap in gaps if gap.status is not GapStatus.NO_TRADE)
     assert (report.stored, report.quiet, report.missing) == (len(stored), quiet, absent)
-    assert report.expected == len(stored) + quiet + absent, "what is not stored is in the ledger"
-    assert all(gap.evidence for gap in gaps), "with what was said"
+    assert report.expected == len(stored) + quiet + absent, "candles that are not stored are in the ledger"
+    assert all(gap.evidence for gap in gaps), "every gap has evidence"
     assert report.complete == (absent == 0 and not report.errors)
     part = part_states(database, case.series, {"": case.window})[""]
     assert (part.stored, part.quiet, part.missing) == (len(stored), quiet, absent)
@@ -190,23 +190,23 @@ def test_a_fault_is_never_stored_and_never_hidden(
     context = context_of(database, market, case, timeout=0.2 if fault.name in ("hang", "slow-drip") else 5)
     market.plant_fault(case.market, count=None, **fault.options)
     report = sync(context, case.series, case.window, [case.provider])
-    assert hits(market), "it was met"
+    assert hits(market), "the fault had an effect"
     stored = accounted_for(database, case, truth, report)
     gaps = queries.ledger_gaps(database, case.series, case.window)
     if fault.unanswered:
         assert (report.failed_batches, report.stored) == (report.total_batches, 0)
         assert len(report.errors) >= 1
         assert all(case.provider in error for error in report.errors)
-        # Alpha Vantage says of a function that the key does not cover what it says of asking too fast.
+        # Alpha Vantage responds to a rate limit as to a function that the key does not cover.
         unclear = (case.provider, fault.name) == ("alphavantage", "429-storm")
         assert {gap.status for gap in gaps} == {GapStatus.UNAVAILABLE if unclear else GapStatus.OPEN}
-        assert {word.outcome for gap in gaps for word in gap.evidence} == {"refused" if unclear else "error"}
+        assert {item.outcome for gap in gaps for item in gap.evidence} == {"refused" if unclear else "error"}
     elif fault.rejected and not report.errors:
         assert set(quarantined(database)) == fault.rejected
         assert len(stored) > 0
-        # What the second request does not heal is an open gap, with the reason.
+        # Candles that the second request does not repair are an open gap, with the reason.
         if len(stored) < len(truth):
-            assert any(word.outcome == "rejected" for gap in gaps for word in gap.evidence)
+            assert any(item.outcome == "rejected" for gap in gaps for item in gap.evidence)
             assert GapStatus.OPEN in {gap.status for gap in gaps}
     elif fault.lacking and not report.errors:
         assert report.failed_batches == 0
@@ -214,7 +214,7 @@ def test_a_fault_is_never_stored_and_never_hidden(
     else:
         assert stored.equals(truth) or report.errors
     market.clear_faults()
-    # A gap in which nothing traded, by a word that looked whole, is not asked for again by itself.
+    # A gap that is no-trade by a response that looked complete is not retried automatically.
     healed = sync(
         context_of(database, market, case),
         case.series,
@@ -224,10 +224,10 @@ def test_a_fault_is_never_stored_and_never_hidden(
         scope=Scope.EVERYTHING if fault.lacking else Scope.MISSING,
     )
     assert (healed.failed_batches, healed.errors) == (0, ())
-    assert accounted_for(database, case, truth, healed).equals(truth), "and once it is over, all of it"
+    assert accounted_for(database, case, truth, healed).equals(truth), "without the fault all of it is stored"
 
 
-# Of Binance's archives: whatever is wrong with them, the day files and REST have it.
+# Of Binance's archives: for any fault the daily files and REST have the candles.
 ARCHIVE_FAULTS = [
     *(fault for fault in FAULTS if fault.name not in ("empty-page", "short-page", "missing-inner-rows")),
     Fault("zip-without-rows", {"kind": "empty"}),
@@ -242,7 +242,7 @@ MAY = Case("binance", "binance", replace(BITCOIN, timeframe=Timeframe.M15), days
 
 @pytest.mark.parametrize("path", ["/monthly/", ".zip"], ids=["of-months", "of-all"])
 @pytest.mark.parametrize("fault", ARCHIVE_FAULTS, ids=str)
-def test_a_fault_of_an_archive_is_made_good(
+def test_a_fault_of_an_archive_is_repaired(
     database: Database, market: LocalMarket, fault: Fault, path: str
 ) -> None:
     truth = market.truth("binance", "BTC/USDT", Timeframe.M15, MAY.window)
@@ -251,7 +251,7 @@ def test_a_fault_of_an_archive_is_made_good(
     report = sync(
         context_of(database, market, MAY, timeout=timeout, archives=True), MAY.series, MAY.window, ["binance"]
     )
-    assert hits(market), "it was met"
+    assert hits(market), "the fault had an effect"
     assert accounted_for(database, MAY, truth, report).equals(truth)
     assert (report.complete, report.failed_batches) == (True, 0)
 
@@ -273,7 +273,7 @@ BESIDE = days("2024-06-06", "2024-06-08")
 def test_another_symbols_candles_beside_stored_ones_are_quarantined(
     database: Database, market: LocalMarket, case: Case
 ) -> None:
-    """Of a first provider whose stored neighbours are asked for anyway."""
+    """Of a first provider: its stored neighbours are requested, too."""
     before = replace(case, window=BESIDE)
     sync(context_of(database, market, before), before.series, before.window, [case.provider])
     after = replace(case, window=TimeRange(BESIDE.end, case.window.end))
@@ -302,10 +302,10 @@ def test_another_symbols_candles_beside_stored_ones_are_quarantined(
     ],
     ids=lambda case: str(case),
 )
-def test_another_symbols_candles_fill_no_gap(
+def test_candles_of_another_symbol_fill_no_gap(
     database: Database, market: LocalMarket, first: Case, second: Case
 ) -> None:
-    """Of a fallback: it is compared with what stands beside the gap."""
+    """Of a fallback: it is compared with the candles beside the gap."""
     hole = days("2024-06-11", "2024-06-11").start
     market.plant_outage(first.market, TimeRange(hole + 12 * HOUR, hole + 20 * HOUR))
     market.plant_fault(second.market, "other_symbol", count=None)
@@ -326,10 +326,10 @@ def test_another_symbols_candles_fill_no_gap(
 
 
 @pytest.mark.parametrize("times", [1, None], ids=["once", "always"])
-def test_candles_that_are_skipped_between_two_pages_are_in_the_ledger(
+def test_candles_missing_between_two_pages_are_in_the_ledger(
     database: Database, market: LocalMarket, times: int | None
 ) -> None:
-    """5,000 candles a page: the last ones of the first and the first ones of the second are left out."""
+    """5,000 candles per page: the last ones of the first page and the first ones of the second are missing."""
     case = Case("oanda", "oanda", replace(EURO, timeframe=Timeframe.M1), days("2024-06-03", "2024-06-08"))
     truth = market.truth("oanda", "EUR/USD", Timeframe.M1, case.window)
     edge = case.window.start + PAGE_SIZE * 60_000_000
@@ -340,14 +340,14 @@ def test_candles_that_are_skipped_between_two_pages_are_in_the_ledger(
     stored = accounted_for(database, case, truth, report)
     lost = truth.ts[~np.isin(truth.ts, stored.ts)]
     if times == 1:
-        assert len(lost) == 0, "what a page lacks is asked for a second time"
+        assert len(lost) == 0, "missing candles of a page are requested a second time"
     else:
         assert len(lost) > 15
         gaps = queries.ledger_gaps(database, case.series, case.window)
         assert all(any(gap.start <= ts < gap.end for gap in gaps) for ts in lost.tolist())
 
 
-def test_what_lies_beyond_the_depth_of_all_is_explained_without_a_request(
+def test_candles_beyond_the_depth_of_all_providers_are_explained_without_a_request(
     database: Database, market: LocalMarket
 ) -> None:
     case = Case("yfinance", "yahoo", APPLE, days("2023-06-12", "2023-06-15"))
@@ -361,7 +361,7 @@ def test_what_lies_beyond_the_depth_of_all_is_explained_without_a_request(
     assert (gap.status, gap.missing) == (GapStatus.UNAVAILABLE, report.expected)
 
 
-def test_a_free_key_brings_what_it_covers_however_much_older_was_asked_first(
+def test_a_free_key_delivers_its_range_after_a_refusal_of_older_batches(
     database: Database, market: LocalMarket
 ) -> None:
     """Alpha Vantage gives a free key the last 100 days; the batches of four years come before them."""
@@ -379,7 +379,7 @@ def test_a_free_key_brings_what_it_covers_however_much_older_was_asked_first(
     assert stored.equals(truth.take(slice(-100, None)))
     assert report.failed_batches == 0
     assert any("the last 100 days only" in warning for warning in report.warnings)
-    assert market.requests() == 2, "the history was refused, the last days were given"
+    assert market.requests() == 2, "one for the history, refused, and one for the last days"
     gaps = queries.ledger_gaps(database, case.series, case.window)
     assert sum(gap.missing for gap in gaps) == report.missing == report.expected - 100
     assert all("the last 100 days only" in gap.evidence[0].detail for gap in gaps)

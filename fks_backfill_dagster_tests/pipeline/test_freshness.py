@@ -1,4 +1,4 @@
-"""Freshness of stored series, with a market whose clock stands at 12:34:56."""
+"""Freshness of stored series, with a market whose clock is fixed at 12:34:56."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def verdicts(context: Context, rule: Rule = RULE, now: int = NOW) -> dict[str, t
     return {str(one): (state.freshness.verdict.value, state.freshness.lag) for one, state in found.items()}
 
 
-def test_a_series_is_fresh_after_its_sync_and_stale_when_nothing_comes(context: Context) -> None:
+def test_a_series_is_fresh_after_its_sync_and_stale_without_new_candles(context: Context) -> None:
     assert set(verdicts(context).values()) == {("pending", None)}
     for series in (*QUARTERS, *HOURS):
         sync(context, series, DAY, ["binance"])
     assert set(verdicts(context).values()) == {("fresh", 0)}
-    # No refresh at all, as with a dead daemon: nothing is in the ledger, and the lag is seen all the same.
+    # Without a refresh (a dead daemon) the ledger has no gap, and the lag is still visible.
     later = verdicts(context, now=NOW + 3 * MICROS_PER_HOUR)
     assert {later["BTC/USDT 15m"], later["BTC/USDT 1h"]} == {("stale", 12), ("fresh", 3)}
     loose = Rule(Thresholds(20, 30))
@@ -72,7 +72,7 @@ def test_a_series_in_an_outage_of_its_venue_is_late_from_its_first_overdue_candl
     assert (state.freshness.lag, state.freshness.allowed, state.freshness.verdict) == (2, 1, Verdict.LATE)
     assert str(state) == (
         "2 closed candles behind, 1 allowed: the newest candle opens at 2024-06-15 09:00;"
-        " outage of crypto: 3 of 3 symbols lack candles"
+        " outage of crypto: 3 of 3 symbols miss candles"
     )
     assert found[QUARTERS[0]].freshness.verdict is Verdict.LATE
     assert verdicts(context, Rule())["BTC/USDT 1h"] == ("fresh", 2), (
@@ -90,7 +90,7 @@ def test_a_symbol_that_lags_alone_is_in_no_outage(context: Context, market: Loca
     assert found[QUARTERS[0]].freshness.verdict is Verdict.LATE
 
 
-def test_an_outage_that_is_over_makes_nothing_late(context: Context, market: LocalMarket) -> None:
+def test_a_past_outage_makes_no_series_late(context: Context, market: LocalMarket) -> None:
     market.plant_outage("binance", TimeRange(instant("2024-06-15T05:00"), TEN))
     for series in (*QUARTERS, *HOURS):
         sync(context, series, DAY, ["binance"])
@@ -100,7 +100,7 @@ def test_an_outage_that_is_over_makes_nothing_late(context: Context, market: Loc
     }
 
 
-def test_what_did_not_trade_at_the_end_is_no_lag(context: Context, market: LocalMarket) -> None:
+def test_no_trade_intervals_at_the_end_are_no_lag(context: Context, market: LocalMarket) -> None:
     market.plant_outage("binance", TimeRange(TEN, NOW + MICROS_PER_HOUR), "ETHUSDT")
     series = QUARTERS[1]
     sync(context, series, DAY, ["binance"])
@@ -118,10 +118,10 @@ def test_nothing_is_expected_of_a_symbol_after_its_end(context: Context, market:
     ended = Rule(end_of=lambda series: instant("2024-06-15T12:00"))
     state = freshness(context.database, [QUARTERS[1]], NOW, ended)[QUARTERS[1]]
     assert state.freshness.fresh
-    assert str(state) == "nothing is expected any more: the newest candle opens at 2024-06-15 09:45"
+    assert str(state) == "no further candle is expected: the newest candle opens at 2024-06-15 09:45"
 
 
-# A market in which hardly anybody trades ------------------------------------------------------------------
+# A thin market --------------------------------------------------------------------------------------------
 
 THIN = Series("THIN/USD", Timeframe.M1, AssetClass.CRYPTO)
 BEGIN, LAST = instant("2024-06-14T00:00"), instant("2024-06-15T10:00")
@@ -131,7 +131,8 @@ BEGIN, LAST = instant("2024-06-14T00:00"), instant("2024-06-15T10:00")
 def trading(
     database: Database, folder: Path, share: float
 ) -> Iterator[tuple[Context, Callable[[int], None]]]:
-    """A market with trades in `share` of the minutes up to LAST, and none after it; and what moves its clock."""
+    """A market with trades in `share` of the minutes up to LAST and none after it; yields the context, and a function
+    that moves the clock."""
     opens = np.arange(BEGIN, LAST + 1, MICROS_PER_MINUTE)
     traded = opens[(np.random.default_rng(5).random(len(opens)) < share) | np.isin(opens, [BEGIN, LAST])]
     rows = "".join(f"{to_datetime(ts):%Y-%m-%dT%H:%M:%SZ},100,101,99,100.5,3\n" for ts in traded.tolist())
@@ -157,7 +158,7 @@ def trading(
 
 
 def refreshed(context: Context) -> Assessment:
-    """What a refresh does, and the freshness after it."""
+    """Runs a refresh and returns the freshness after it."""
     now, grid = context.clock(), grid_of(THIN)
     window = refresh_range(reaches(context.database, [THIN]).get(THIN), grid, THIN.timeframe, BEGIN, now)
     sync(context, THIN, window, ("polygon",))
@@ -169,7 +170,7 @@ def state(context: Context) -> str:
 
 
 def test_a_tail_that_fits_the_density_of_trades_is_no_lag(database: Database, tmp_path: Path) -> None:
-    """Trades in one of seven minutes: half an hour without one is nothing, and three hours are an outage."""
+    """Trades in one of seven minutes: half an hour without one is no lag, and three hours are an outage."""
     with trading(database, tmp_path, 0.15) as (context, move):
         for minutes in (2, 17, 32, 47):
             move(LAST + minutes * MICROS_PER_MINUTE)
@@ -187,7 +188,7 @@ def test_a_tail_that_fits_the_density_of_trades_is_no_lag(database: Database, tm
         assert behind(context.database, THIN, LAST + 91 * MICROS_PER_MINUTE, context.closed) == 90
 
 
-def test_the_provider_of_a_liquid_symbol_is_dead(database: Database, tmp_path: Path) -> None:
+def test_a_liquid_symbol_of_a_dead_provider_is_stale(database: Database, tmp_path: Path) -> None:
     with trading(database, tmp_path, 0.999) as (context, move):
         verdicts, states = [], []
         for minutes in (2, 17, 32, 47, 62, 77):
@@ -200,8 +201,8 @@ def test_the_provider_of_a_liquid_symbol_is_dead(database: Database, tmp_path: P
         assert states[-1] == "error"
 
 
-def test_what_a_closed_market_lacks_is_no_lag(context: Context, market: LocalMarket) -> None:
-    """A date of the settings, before anything of it is in the ledger; what lacks beside it is lag."""
+def test_candles_of_a_closed_market_are_no_lag(context: Context, market: LocalMarket) -> None:
+    """A closed date of the settings that is not in the ledger yet; candles missing beside it are lag."""
     series = HOURS[0]
     sync(context, series, DAY, ["binance"])
     date = closed_ranges(series, [(day := to_datetime(NOW).date(), day)])
@@ -221,10 +222,10 @@ def test_what_a_closed_market_lacks_is_no_lag(context: Context, market: LocalMar
         ({"coingecko": "k", "polygon": "k"}, ("polygon", "coingecko"), 35 * MICROS_PER_MINUTE),
         ({"polygon": "k"}, ("polygon", "coingecko", "oanda"), 29 * MICROS_PER_HOUR),
         ({}, ("coingecko",), 0),
-        ({}, ("nobody",), 0),
+        ({}, ("unknown",), 0),
     ],
 )
-def test_the_delay_is_that_of_the_quickest_provider_that_can_be_requested(
+def test_the_delay_is_that_of_the_fastest_eligible_provider(
     keys: dict[str, str], priority: tuple[str, ...], delay: int
 ) -> None:
     pool = RequestPool(1)

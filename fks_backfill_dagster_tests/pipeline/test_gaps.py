@@ -1,4 +1,4 @@
-"""A gap within a window: the clipped row against a slow obvious definition."""
+"""A gap within a window: the clipped row against a slow reference implementation."""
 
 from __future__ import annotations
 

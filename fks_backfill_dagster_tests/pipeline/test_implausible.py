@@ -1,4 +1,4 @@
-"""Candles a factor of 50 from those around them: where they lie, and what a second provider responds."""
+"""Candles a factor of 50 from those around them: by position, and by the response of a second provider."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def synced(context: Context, *priority: str, window: TimeRange = SPRING, **optio
 
 
 def differing(database: Database, window: TimeRange = SPRING) -> dict[int, Prices | None]:
-    """What is stored and is not what the market did; None where nothing is."""
+    """The stored candles that differ from the market by open; None for one that is not stored."""
     stored = queries.read_candles(database, BITCOIN, window)
     truth = traded(np.arange(window.start, window.end, HOUR))
     held = truth.take(np.isin(truth.ts, stored.ts))
@@ -78,7 +78,7 @@ KINDS = {
 }
 
 
-SECONDS = ["none", "agrees", "disagrees", "lacks it", "is broken"]
+SECONDS = ["none", "agrees", "disagrees", "misses it", "is broken"]
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_a_single_candle(
     odd = market.binance.prices[ts] = KINDS[kind](ts)
     if second == "agrees":
         market.polygon.prices[ts] = odd
-    if second == "lacks it":
-        market.polygon.lacks.add(ts)
+    if second == "misses it":
+        market.polygon.missing.add(ts)
     market.polygon.broken = second == "is broken"
     report = synced(context, "binance", *([] if second == "none" else ["polygon"]))
     expected = {"agrees": {ts: odd}, "disagrees": {}}.get(second, {ts: None})
@@ -122,7 +122,7 @@ def test_a_single_candle(
 def test_a_level_that_stays_is_stored(
     database: Database, market: TwoMarkets, context: Context, place: int, length: int, size: int
 ) -> None:
-    """For two candles or more, wherever batches and responses end."""
+    """For two candles or more, independent of the edges of batches and responses."""
     opens = [APRIL + (place + n) * HOUR for n in range(length)]
     market.binance.prices |= {ts: level(100, ts) for ts in opens}
     report = synced(replace(context, batch_size_days=size))
@@ -130,7 +130,9 @@ def test_a_level_that_stays_is_stored(
     assert (report.complete, quarantined(database)) == (True, {})
 
 
-def test_a_level_that_stays_for_good(database: Database, market: TwoMarkets, context: Context) -> None:
+def test_a_permanent_change_of_level_is_stored(
+    database: Database, market: TwoMarkets, context: Context
+) -> None:
     """From the last candle of a span on."""
     opens = range(APRIL - HOUR, SPRING.end, HOUR)
     market.binance.prices |= {ts: level(0.001, ts) for ts in opens}
@@ -139,7 +141,7 @@ def test_a_level_that_stays_for_good(database: Database, market: TwoMarkets, con
     assert (report.complete, quarantined(database)) == (True, {})
 
 
-# A candle at a time ---------------------------------------------------------------------------------------
+# Single candles -------------------------------------------------------------------------------------------
 
 
 def refresh(context: Context, *priority: str, until: int) -> SyncReport:
@@ -157,7 +159,7 @@ def test_the_newest_candle_is_compared_with_the_stored_ones(
     refresh(context, *priority, until=APRIL + HOUR)
     assert differing(database, TimeRange(SPRING.start, APRIL + HOUR)) == {APRIL: None}
     assert quarantined(database) == {"implausible": 1}
-    # It stays: both are stored, as soon as there are two.
+    # The level lasts: both are stored as soon as there are two.
     quotes.prices[APRIL + HOUR] = level(factor, APRIL + HOUR)
     refresh(context, *priority, until=APRIL + 2 * HOUR)
     window = TimeRange(SPRING.start, APRIL + 2 * HOUR)
@@ -179,9 +181,9 @@ def test_the_newest_candle_with_a_second_opinion(
 def test_a_gap_in_the_middle_is_compared_with_what_is_stored_around_it(
     database: Database, market: TwoMarkets, context: Context
 ) -> None:
-    market.binance.lacks.add(APRIL)
+    market.binance.missing.add(APRIL)
     synced(context)
-    market.binance.lacks.clear()
+    market.binance.missing.clear()
     market.binance.prices[APRIL] = level(100, APRIL)
     synced(context, recheck=True)
     assert differing(database) == {APRIL: None}
@@ -192,7 +194,7 @@ def test_a_gap_in_the_middle_is_compared_with_what_is_stored_around_it(
 
 
 @pytest.mark.parametrize("second", ["none", "agrees", "disagrees"])
-def test_a_refetch_that_brings_an_implausible_candle(
+def test_a_refetch_with_an_implausible_candle(
     database: Database, market: TwoMarkets, context: Context, second: str
 ) -> None:
     synced(context)
@@ -207,7 +209,7 @@ def test_a_refetch_that_brings_an_implausible_candle(
     assert report.complete
 
 
-def test_a_refetch_leaves_an_implausible_candle_that_was_confirmed(
+def test_a_refetch_keeps_a_confirmed_implausible_candle(
     database: Database, market: TwoMarkets, context: Context
 ) -> None:
     odd = market.binance.prices[APRIL] = market.polygon.prices[APRIL] = level(100, APRIL)
@@ -215,5 +217,5 @@ def test_a_refetch_leaves_an_implausible_candle_that_was_confirmed(
     report = synced(context, scope=Scope.EVERYTHING)
     assert differing(database) == {APRIL: odd}
     assert (report.total_candles, quarantined(database)) == (0, {})
-    # The candle is the first of its batch: a jump in from the batch before is reported, nothing else.
+    # The candle is the first of its batch: only the jump from the batch before is reported.
     assert [one for one in report.warnings if "with a jump of 20 % or more" not in one] == []

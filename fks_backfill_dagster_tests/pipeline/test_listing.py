@@ -1,4 +1,4 @@
-"""Since when a symbol exists: claims that are late, refuted, corrected, or in the future; silent providers."""
+"""Listing times: claims that are late, refuted, corrected, or in the future; silent providers."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ TRUTH = traded(Timeframe.D1, days("2021-01-01", "2024-06-15"))
 
 @dataclass
 class Days:
-    """Days of a stock as Yahoo, which names a first trade, and as Polygon, which does not; each has them from
-    a date on."""
+    """Days of a stock at Yahoo, which reports a first trade, and at Polygon, which does not; each has them from its
+    own date on."""
 
     claim: str = "2021-01-04"
     yahoo: str = "2021-01-04"
@@ -67,14 +67,14 @@ class Days:
     def _polygon(self, asked: Asked) -> Said:
         *_, ticker, _, _, _, first, last = asked.path.split("/")
         stamps = np.array([new_york_midnight(ts) for ts in TRUTH.ts.tolist()])
-        asked_for = (
+        requested = (
             (stamps >= int(first) * 1000) & (stamps <= int(last) * 1000) & (TRUTH.ts >= us(self.polygon))
         )
         rows = [
             {"t": at // 1000, "o": o, "h": h, "l": low, "c": c, "v": v}
             for at, (_, o, h, low, c, v) in zip(
-                stamps[asked_for].tolist(),
-                zip(*(column.tolist() for column in TRUTH.take(asked_for).columns()), strict=True),
+                stamps[requested].tolist(),
+                zip(*(column.tolist() for column in TRUTH.take(requested).columns()), strict=True),
                 strict=True,
             )
         ]
@@ -111,7 +111,7 @@ def context(database: Database, server: Server) -> Context:
 def synced(
     context: Context, *priority: str, window: TimeRange = WINTER, series: Series = DAILY
 ) -> SyncReport:
-    """As the command does: what a person wants."""
+    """A sync like that of the command (`recheck`)."""
     return sync(context, series, window, priority, recheck=True)
 
 
@@ -142,18 +142,18 @@ def test_nothing_is_expected_before_a_true_claim(database: Database, market: Day
 def test_a_late_claim_is_refuted_by_its_own_rows(
     database: Database, market: Days, context: Context, claim: str
 ) -> None:
-    """Also where it names the first day of a month."""
+    """Also if it is the first day of a month."""
     market.claim = claim
     report = synced(context, "yfinance")
     assert np.array_equal(stored(database), sessions("2024-01-01"))
     assert (report.complete, report.expected, report.listing) == (True, len(sessions("2024-01-01")), None)
     if claim > "2024-01-02":
-        assert any("refute" in warning for warning in report.warnings)
+        assert any("its claim is ignored" in warning for warning in report.warnings)
     again = synced(context, "yfinance")
     assert (again.expected, again.complete, again.total_candles) == (report.expected, True, 0)
     if claim == "2024-01-02":  # no stored row refutes it
         return
-    # Where its rows begin is not known yet: earlier ranges are requested, by Dagster's partitions, too.
+    # The beginning of its rows is not known yet: earlier ranges are requested, for example by partitions.
     earlier = sync(context, DAILY, days("2022-01-01", "2023-01-01"), ["yfinance"])
     assert (earlier.complete, earlier.expected) == (True, len(sessions("2022-01-01", "2023-01-01")))
 
@@ -170,10 +170,8 @@ def test_a_late_claim_does_not_limit_the_others(
     assert report.listing is None
 
 
-def test_what_begins_before_the_plan_of_a_refuted_claim(
-    database: Database, market: Days, context: Context
-) -> None:
-    """The rows begin in the middle of the range: before them nothing is expected."""
+def test_rows_that_begin_before_a_refuted_claim(database: Database, market: Days, context: Context) -> None:
+    """The rows begin inside the range: nothing is expected before them."""
     market.claim, market.yahoo = "2024-03-14", "2024-01-22"
     report = synced(context, "yfinance")
     assert np.array_equal(stored(database), sessions("2024-01-22"))
@@ -222,7 +220,7 @@ def test_a_first_claim_is_refuted_by_rows_that_were_stored_without_one(
 def test_a_claim_in_the_future_that_was_kept_is_no_claim_either(
     database: Database, market: Days, context: Context
 ) -> None:
-    """As an earlier version wrote it."""
+    """As written by an earlier version."""
     with database.begin() as connection:
         ledger.remember_listing(connection, "yfinance", "AAPL", us("2024-12-02"), ListingKind.CLAIM)
     report = sync(context, DAILY, WINTER, ["yfinance"])
@@ -235,7 +233,7 @@ def test_a_claim_in_the_future_that_was_kept_is_no_claim_either(
 
 @pytest.mark.parametrize("polygon", ["2024-02-14", "2024-03-14", "2024-06-01"])
 @pytest.mark.parametrize("priority", [("yfinance", "polygon"), ("polygon", "yfinance")], ids=str)
-def test_a_silent_provider_is_requested_for_what_lies_before_a_claim_once(
+def test_a_silent_provider_is_requested_once_for_the_time_before_a_claim(
     database: Database,
     market: Days,
     context: Context,
@@ -257,11 +255,11 @@ def test_a_silent_provider_is_requested_for_what_lies_before_a_claim_once(
 
 
 @pytest.mark.parametrize("priority", [("yfinance", "polygon"), ("polygon", "yfinance")], ids=str)
-def test_a_silent_provider_that_fails_is_not_taken_to_have_nothing(
+def test_a_failure_of_a_silent_provider_is_no_observation(
     database: Database, market: Days, context: Context, priority: tuple[str, str]
 ) -> None:
     market.claim = market.yahoo = "2024-02-14"
-    market.polygon_fails = 1  # the request of what lies before; the next ones are responded to
+    market.polygon_fails = 1  # the request for the time before the claim; the next ones succeed
     context = replace(context, max_concurrent_requests=1)
     report = synced(context, *priority)
     assert not report.complete
@@ -286,7 +284,7 @@ def test_a_range_before_any_listing(database: Database, market: Days, context: C
 @pytest.mark.parametrize("order", [(WEEKLY, DAILY), (DAILY, WEEKLY)], ids=["1w first", "1d first"])
 @pytest.mark.parametrize("listed", ["2024-02-14", "2024-02-02", "2024-03-01"])
 @pytest.mark.parametrize("priority", [("yfinance",), ("polygon",), ("polygon", "yfinance")], ids=str)
-def test_a_second_timeframe_loses_and_invents_nothing(
+def test_a_second_timeframe_has_the_same_beginning(
     database: Database,
     market: Days,
     context: Context,
@@ -298,9 +296,9 @@ def test_a_second_timeframe_loses_and_invents_nothing(
     reports = {one: synced(context, *priority, series=one) for one in order}
     assert np.array_equal(stored(database, DAILY), sessions(listed))
     assert stored(database, WEEKLY).min() >= us(listed) - 7 * MICROS_PER_DAY
-    if priority != ("polygon",):  # alone and silent it leaves what lies before as gaps
+    if priority != ("polygon",):  # without any claim the time before the listing is a gap
         assert (reports[DAILY].complete, reports[DAILY].expected) == (True, len(sessions(listed)))
-        assert reports[WEEKLY].missing <= 1  # the week in which it was listed has parts only
+        assert reports[WEEKLY].missing <= 1  # the week of the listing is incomplete
         again = {one: synced(context, *priority, series=one) for one in order}
         assert again[DAILY].expected == reports[DAILY].expected
         assert again[DAILY].requests == 0
@@ -311,7 +309,7 @@ def test_a_second_timeframe_loses_and_invents_nothing(
 def test_the_candle_that_contains_the_listing(
     database: Database, listed: str, order: tuple[str, str]
 ) -> None:
-    """A week that opens in the month before, and a minute."""
+    """For example a week that opens in the month before, and a minute."""
     window = days("2023-06-20", "2023-08-08")
     with serve(SmallBinance(listed=us(listed))) as server:
         context = make_context(database, server.url)
@@ -323,7 +321,7 @@ def test_the_candle_that_contains_the_listing(
             grid = grid_of(series)
             begins = grid.previous_open(us(listed) + 1)
             assert begins is not None
-            # This market has no candle that opens before the listing.
+            # This market may have no candle that opens before the listing.
             assert found.ts[0] in (begins, grid.next_open(us(listed))), first
             assert report.complete == (found.ts[0] == begins)
 
@@ -333,7 +331,7 @@ def test_the_candle_that_contains_the_listing(
 
 @pytest.mark.parametrize("with_listing", ["2024-02-14T06:00", "2024-02-01T00:00"])
 def test_an_archive_from_before_the_listing_is_kept(database: Database, with_listing: str) -> None:
-    """REST begins with the listing; the archives of the months hold what was traded before."""
+    """REST begins with the listing; the monthly archives contain earlier candles."""
     quarters = Series("BTC/USDT", Timeframe.M15, AssetClass.CRYPTO)
     market, early = SmallBinance(listed=us("2024-01-10T00:00")), us(with_listing)
 

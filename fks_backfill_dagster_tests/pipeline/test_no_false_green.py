@@ -1,7 +1,6 @@
-"""What is reported as good is good: glitches, pages of another symbol, refetches, implausible candles.
+"""No false success: glitches, pages of another symbol, refetches, implausible candles, for every provider.
 
-For every provider. What is stored is the truth of the market, and what is not stored is a gap, a row in the
-quarantine, or a refusal.
+Stored candles equal the market's truth; a candle that is not stored is a gap, a row in the quarantine, or a refusal.
 """
 
 from __future__ import annotations
@@ -127,11 +126,11 @@ def synced(context: Context, case: Case, *others: str, **options: object) -> Syn
     return sync(context, case.series, case.window, [case.provider, *others], **options)  # type: ignore[arg-type]
 
 
-# Rows that an answer lacks ----------------------------------------------------------------------------------
+# Missing rows of a response ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("long", LONG, ids=str)
-def test_forty_rows_that_one_answer_lacks_are_requested_again(
+def test_forty_rows_missing_in_one_response_are_requested_again(
     database: Database, market: LocalMarket, long: Long
 ) -> None:
     case, truth = long.case, truth_of(market, long.case)
@@ -142,8 +141,10 @@ def test_forty_rows_that_one_answer_lacks_are_requested_again(
 
 
 @pytest.mark.parametrize("long", LONG, ids=str)
-def test_forty_rows_that_no_answer_has_are_a_gap(database: Database, market: LocalMarket, long: Long) -> None:
-    """And no interval in which nothing traded: there are trades all around."""
+def test_forty_rows_missing_in_all_responses_are_a_gap(
+    database: Database, market: LocalMarket, long: Long
+) -> None:
+    """It is not no-trade: there are trades all around."""
     case, truth = long.case, truth_of(market, long.case)
     market.plant_fault(case.market, "empty", count=None, only=long.hole)
     report = synced(context_of(database, market, case), case)
@@ -172,7 +173,7 @@ def test_a_response_of_another_symbol_is_never_stored(
     assert hits(market) == 1
     stored = accounted_for(database, case, truth, report)
     assert len(stored) == len(truth) or not report.complete
-    if nth == 2:  # in the middle: it is seen, and the second request heals it
+    if nth == 2:  # in the middle: it is detected, and the second request repairs it
         assert stored.equals(truth)
 
 
@@ -180,7 +181,7 @@ def test_a_response_of_another_symbol_is_never_stored(
 def test_a_first_response_of_another_symbol_is_never_stored(
     database: Database, market: LocalMarket, long: Long
 ) -> None:
-    """It begins the range, so that only its end shows a jump."""
+    """It is at the start of the range, so that only its end has a jump."""
     case, truth = long.case, truth_of(market, long.case)
     grid = grid_of(case.series)
     first = grid.next_open(case.window.start)
@@ -193,10 +194,10 @@ def test_a_first_response_of_another_symbol_is_never_stored(
 
 
 @pytest.mark.parametrize("long", LONG, ids=str)
-def test_responses_of_another_symbol_that_go_on_are_never_stored(
+def test_persistent_responses_of_another_symbol_are_never_stored(
     database: Database, market: LocalMarket, long: Long
 ) -> None:
-    """Whatever touches the middle of the range is answered for another symbol."""
+    """All responses that intersect the middle of the range are of another symbol."""
     case, truth = long.case, truth_of(market, long.case)
     market.plant_fault(case.market, "other_symbol", count=None, window=long.hole, other=long.other)
     report = synced(context_of(database, market, case), case)
@@ -256,7 +257,7 @@ def test_a_refetch_from_another_symbol_changes_nothing(
     assert any("--force" in error for error in report.errors)
 
 
-def test_a_forced_refetch_writes_what_differs(database: Database, market: LocalMarket) -> None:
+def test_a_forced_refetch_writes_differing_candles(database: Database, market: LocalMarket) -> None:
     case = LONG[0].case
     synced(context_of(database, market, case), case)
     market.plant_fault(case.market, "other_symbol", count=None, other=ETHER)
@@ -266,10 +267,10 @@ def test_a_forced_refetch_writes_what_differs(database: Database, market: LocalM
     assert (report.total_candles, report.errors) == (len(other), ())
 
 
-def test_a_second_provider_that_agrees_with_the_new_values_lets_them_in(
+def test_new_values_that_a_second_provider_confirms_are_written(
     database: Database, market: LocalMarket
 ) -> None:
-    """What is stored came from another symbol; the refetch brings what both providers have."""
+    """The stored candles are of another symbol; the refetch writes the candles that both providers have."""
     case, second = REFETCHED[0][0].case, REFETCHED[0][1]
     market.plant_fault("binance", "other_symbol", count=None, other=ETHER)
     synced(context_of(database, market, case), case)
@@ -296,7 +297,7 @@ def test_a_small_correction_needs_no_second_provider(database: Database, market:
 def test_a_small_wrong_correction_contradicts_the_stored_candles_beside_it(
     database: Database, market: LocalMarket
 ) -> None:
-    """Twelve candles of another symbol are no five per cent: the stored neighbours show what they are."""
+    """Twelve candles of another symbol are less than five per cent: the stored neighbours reveal them."""
     case, small = LONG[0].case, days("2024-03-10", "2024-03-10T12:00")
     synced(context_of(database, market, case), case)
     held = queries.read_candles(database, case.series, case.window)
@@ -306,7 +307,7 @@ def test_a_small_wrong_correction_contradicts_the_stored_candles_beside_it(
     assert queries.read_candles(database, case.series, case.window).equals(held)
 
 
-def test_a_refetch_that_gets_nothing_keeps_what_is_stored_and_says_so(
+def test_a_refetch_without_rows_keeps_stored_candles_and_warns(
     database: Database, market: LocalMarket
 ) -> None:
     case = Case("binance", "binance", crypto("1h"), days("2024-03-01", "2024-04-01"))
@@ -322,7 +323,7 @@ GONE = days("2024-03-10", "2024-03-10T03:00")
 
 
 @pytest.mark.parametrize("provider", ["binance", "polygon"])
-def test_a_candle_that_its_provider_does_not_return_any_more_becomes_a_gap(
+def test_a_candle_that_its_provider_no_longer_returns_becomes_a_gap(
     database: Database, market: LocalMarket, provider: str
 ) -> None:
     case = Case(provider, provider, crypto("1h"), days("2024-03-01", "2024-04-01"))
@@ -356,7 +357,7 @@ def test_a_candle_that_another_provider_has_stays(database: Database, market: Lo
 def test_a_call_that_is_limited_to_one_provider_removes_nothing(
     database: Database, market: LocalMarket, second_has_it: bool
 ) -> None:
-    """Another eligible provider may have the candle, and was not requested."""
+    """Another eligible provider that was not requested may have the candle."""
     case = Case("polygon", "polygon", crypto("1h"), days("2024-03-01", "2024-04-01"))
     second = Case("binance", "binance", case.series, case.window)
     context = replace(
@@ -375,10 +376,10 @@ def test_a_call_that_is_limited_to_one_provider_removes_nothing(
 
 
 @pytest.mark.parametrize("state", [GapStatus.NO_TRADE, GapStatus.UNAVAILABLE])
-def test_a_refetch_requests_what_is_absent_of_the_others_as_well(
+def test_a_refetch_requests_absent_candles_from_other_providers(
     database: Database, market: LocalMarket, state: GapStatus
 ) -> None:
-    """Also what did not trade by the first provider's responses, and what no provider had."""
+    """Also no-trade intervals by the first provider's responses, and unavailable candles."""
     case = Case("polygon", "polygon", crypto("1m"), days("2024-03-01", "2024-03-03"))
     second = Case("binance", "binance", case.series, case.window)
     length = 1 if state is GapStatus.NO_TRADE else 30
@@ -399,9 +400,7 @@ def test_a_refetch_requests_what_is_absent_of_the_others_as_well(
     assert report.complete
 
 
-def test_candles_of_another_provider_stay_though_the_first_one_lacks_them(
-    database: Database, market: LocalMarket
-) -> None:
+def test_candles_of_another_provider_stay_in_a_refetch(database: Database, market: LocalMarket) -> None:
     case = Case("binance", "binance", crypto("1h"), days("2024-03-01", "2024-04-01"))
     second = Case("polygon", "polygon", case.series, case.window)
     market.plant_outage("binance", GONE)
@@ -413,7 +412,7 @@ def test_candles_of_another_provider_stay_though_the_first_one_lacks_them(
     assert queries.read_candles(database, case.series, case.window).equals(held)
 
 
-def test_quarantine_tells_why(database: Database, market: LocalMarket) -> None:
+def test_the_reasons_in_the_quarantine(database: Database, market: LocalMarket) -> None:
     long = LONG[0]
     market.plant_fault("binance", "other_symbol", count=None, window=long.hole, other=long.other)
     synced(context_of(database, market, long.case), long.case)

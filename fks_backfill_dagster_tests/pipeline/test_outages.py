@@ -1,4 +1,4 @@
-"""An outage of a whole venue, from the market to the one value that tells of it."""
+"""An outage of a whole venue, from the market to its report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DOWN = TimeRange(instant("2024-01-10T10:45"), instant("2024-01-10T17:15"))
 
 @pytest.fixture
 def synced(context: Context, market: LocalMarket) -> Context:
-    """January of three symbols; the exchange was down in DOWN, and ETH lacks two more hours of its own."""
+    """January of three symbols; the exchange was down in DOWN, and ETH misses two more hours."""
     market.plant_halt(DOWN, provider="binance")
     market.plant_outage("binance", TimeRange(instant("2024-01-20"), instant("2024-01-20T02:00")), "ETHUSDT")
     for series in SERIES:
@@ -38,20 +38,20 @@ def synced(context: Context, market: LocalMarket) -> Context:
     return context
 
 
-def test_it_is_told_once(synced: Context) -> None:
+def test_an_outage_is_reported_once(synced: Context) -> None:
     (outage,) = find_outages(synced.database, SERIES, SYNCED)
     assert outage == Outage(
         venue="crypto",
         window=DOWN,
         symbols=("BTC/USDT", "ETH/USDT", "SOL/USDT"),
         synced=3,
-        missing=3 * (26 + 6),  # quarters of an hour, and the hours that had not one of them
+        missing=3 * (26 + 6),  # quarters of an hour, and hours without any of them
         statuses=(GapStatus.UNAVAILABLE,),
         providers=("binance",),
     )
 
 
-def test_it_is_cut_to_the_window_that_is_asked_about(synced: Context) -> None:
+def test_an_outage_is_cut_to_the_window(synced: Context) -> None:
     window = TimeRange(instant("2024-01-10T12:00"), instant("2024-01-10T13:00"))
     (outage,) = find_outages(synced.database, SERIES, window)
     assert (outage.window, outage.missing) == (window, 3 * (4 + 1))
@@ -60,11 +60,11 @@ def test_it_is_cut_to_the_window_that_is_asked_about(synced: Context) -> None:
     )
 
 
-def test_what_was_never_synced_is_no_outage(database: Database) -> None:
+def test_history_that_was_never_synced_is_no_outage(database: Database) -> None:
     assert find_outages(database, SERIES, SYNCED) == ()
 
 
-def test_nothing_is_missing_of_a_symbol_that_has_ended(synced: Context) -> None:
+def test_no_candle_is_missing_after_the_end_of_a_symbol(synced: Context) -> None:
     ends = {series: DOWN.start for series in SERIES if series.symbol == "SOL/USDT"}
     assert find_outages(synced.database, SERIES, SYNCED, ends.get) == ()
     ends = {series: instant("2024-01-10T12:00") for series in ends}
@@ -73,7 +73,7 @@ def test_nothing_is_missing_of_a_symbol_that_has_ended(synced: Context) -> None:
     assert outage.missing == 3 * (5 + 1)
 
 
-def test_a_quiet_interval_is_none(synced: Context) -> None:
+def test_a_no_trade_interval_is_no_outage(synced: Context) -> None:
     execute(synced.database, "UPDATE fks.gap SET status = 'no_trade'")
     assert find_outages(synced.database, SERIES, SYNCED) == ()
 
@@ -81,7 +81,7 @@ def test_a_quiet_interval_is_none(synced: Context) -> None:
 def test_the_outages_of_binance(
     database: Database, shared_data: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The real hours that its BTC/USDT lacks, and two symbols that lack the same, as they did."""
+    """The real hours that its BTC/USDT misses, and two symbols that miss the same, as in reality."""
     file = shared_data("binance/BTCUSDT-1h.csv.gz")
     (tmp_path / "binance").mkdir()
     for name in ("BTC", "ETH", "SOL"):
@@ -104,7 +104,7 @@ def test_the_outages_of_binance(
 
 
 def test_a_ledger_of_a_hundred_thousand_gaps_is_read_in_seconds(database: Database) -> None:
-    """4,000 series with 25 gaps each, one of them everybody's."""
+    """4,000 series with 25 gaps each, one of them common to all."""
     series = [Series(f"S{n}/USDT", frame, AssetClass.CRYPTO) for n in range(500) for frame in Timeframe]
     rows = ", ".join(f"('{one.symbol}', '{one.timeframe}', 'crypto', 'XNYS')" for one in series)
     execute(

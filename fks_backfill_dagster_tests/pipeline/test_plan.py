@@ -1,4 +1,4 @@
-"""Plans against what is wanted candle by candle."""
+"""Plans against the wanted candles, one by one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ JANUARY = window("2024-01-01T00:00Z", "2024-02-01T00:00Z")
 
 @dataclass(frozen=True)
 class Case:
-    """A series of which some candles are stored, and which of the others a plan has to ask for."""
+    """A series with some stored candles, and the missing ones that a plan has to request."""
 
     series: Series
     window: TimeRange
@@ -88,7 +88,7 @@ def opens_of(batches: Sequence[Batch], grid: Grid) -> list[int]:
 
 @given(cases(), st.integers(1, 400))
 @settings(deadline=None)
-def test_the_batches_hold_exactly_what_is_wanted(case: Case, days: int) -> None:
+def test_the_batches_contain_exactly_the_wanted_candles(case: Case, days: int) -> None:
     plan = plan_of(case, days)
     assert opens_of(plan.batches, case.grid) == case.wanted  # each once, ascending
     assert plan.missing == len(case.wanted)
@@ -104,7 +104,7 @@ def test_the_batches_hold_exactly_what_is_wanted(case: Case, days: int) -> None:
 
 @given(cases(), st.integers(1, 400))
 @settings(deadline=None)
-def test_a_refetch_takes_all_and_still_tells_what_is_missing(case: Case, days: int) -> None:
+def test_a_refetch_requests_everything_and_counts_the_missing(case: Case, days: int) -> None:
     plan = plan_of(case, days, Scope.EVERYTHING)
     assert opens_of(plan.batches, case.grid) == case.grid.opens(case.window).tolist()
     assert plan.missing == len(case.wanted)
@@ -138,7 +138,7 @@ def test_shorter_batches_are_cells_of_days(case: Case, days: int) -> None:
     batches = plan_of(case, days).batches
     if not batches:
         return
-    # Cells begin on the first day on which anything may be wanted, candle or not.
+    # Cells begin on the first day on which something may be wanted, with or without a candle.
     first = case.known.missing(case.window).hull.start // MICROS_PER_DAY
     cells = [
         {(edge // MICROS_PER_DAY - first) // days for edge in (b.window.start, b.window.end - 1)}
@@ -170,7 +170,7 @@ def test_a_weekend_needs_no_batch() -> None:
     assert (plan.expected, plan.missing, plan.batches) == (0, 0, ())
 
 
-def test_what_is_stored_between_two_wanted_parts_is_not_asked_for() -> None:
+def test_stored_candles_between_two_wanted_parts_are_not_requested() -> None:
     day = MICROS_PER_DAY
     synced = RangeSet([TimeRange(JANUARY.start + 10 * day, JANUARY.start + 20 * day)])
     plan = make_plan(CRYPTO_1D, JANUARY, Known(synced, ()), grid_of(CRYPTO_1D), batch_size_days=30)
@@ -180,8 +180,8 @@ def test_what_is_stored_between_two_wanted_parts_is_not_asked_for() -> None:
     assert batch.candles == 21
 
 
-def test_a_ragged_decade_is_planned_in_a_moment() -> None:
-    """50,000 open gaps, cut into days: the cost must not be their product."""
+def test_a_decade_with_many_gaps_is_planned_quickly() -> None:
+    """50,000 open gaps, cut into days: the cost is not proportional to gaps times days."""
     decade = window("2014-01-01T00:00Z", "2024-01-01T00:00Z")
     series = Series("BTC/USDT", Timeframe.M1, AssetClass.CRYPTO)
     grid = grid_of(series)
@@ -195,7 +195,7 @@ def test_a_ragged_decade_is_planned_in_a_moment() -> None:
     assert len(plan.batches) == 3652
 
 
-# What can exist at all ------------------------------------------------------------------------------------
+# Expected candles -----------------------------------------------------------------------------------------
 
 
 @given(
@@ -209,14 +209,14 @@ def test_a_ragged_decade_is_planned_in_a_moment() -> None:
 def test_only_listed_and_closed_candles_are_expected(
     series: Series, start: int, length: int, listed: int | None, now: int
 ) -> None:
-    """Every argument is in minutes from a moment in 2023; against the definition, candle by candle."""
+    """Every argument is in minutes from an instant in 2023; against the definition, candle by candle."""
     grid, origin = grid_of(series), at("2023-10-20T07:00Z")
-    asked = TimeRange(origin + start * MICROS_PER_MINUTE, origin + (start + length) * MICROS_PER_MINUTE)
+    requested = TimeRange(origin + start * MICROS_PER_MINUTE, origin + (start + length) * MICROS_PER_MINUTE)
     listed_at = None if listed is None else origin + listed * MICROS_PER_MINUTE
     moment = origin + now * MICROS_PER_MINUTE
-    found = closed_window(asked, grid, moment, listed_at)
-    assert asked.start <= found.start <= found.end <= asked.end
-    opens = grid.opens(asked)
+    found = closed_window(requested, grid, moment, listed_at)
+    assert requested.start <= found.start <= found.end <= requested.end
+    opens = grid.opens(requested)
     closes = grid.closes(opens)
     can_exist = closes <= moment - GRACE
     if listed_at is not None:
@@ -226,16 +226,16 @@ def test_only_listed_and_closed_candles_are_expected(
 
 def test_the_day_of_the_listing_is_part_of_it() -> None:
     """Binance began on 2017-08-17 at 04:00, and its candle of that day opens at 00:00."""
-    asked = window("2017-01-01T00:00Z", "2018-01-01T00:00Z")
-    found = closed_window(asked, grid_of(CRYPTO_1D), at("2024-01-01T00:00Z"), at("2017-08-17T04:00Z"))
+    requested = window("2017-01-01T00:00Z", "2018-01-01T00:00Z")
+    found = closed_window(requested, grid_of(CRYPTO_1D), at("2024-01-01T00:00Z"), at("2017-08-17T04:00Z"))
     assert found == window("2017-08-17T00:00Z", "2018-01-01T00:00Z")
 
 
 def test_a_candle_exists_when_the_grace_is_over() -> None:
-    asked, grid = window("2024-01-01T00:00Z", "2024-01-01T12:00Z"), grid_of(CRYPTO_1H)
+    requested, grid = window("2024-01-01T00:00Z", "2024-01-01T12:00Z"), grid_of(CRYPTO_1H)
     close = at("2024-01-01T05:00Z")
-    assert closed_window(asked, grid, close + GRACE - 1, None).end == at("2024-01-01T04:00Z")
-    assert closed_window(asked, grid, close + GRACE, None).end == close
+    assert closed_window(requested, grid, close + GRACE - 1, None).end == at("2024-01-01T04:00Z")
+    assert closed_window(requested, grid, close + GRACE, None).end == close
 
 
 def test_listed_after_the_range() -> None:

@@ -1,4 +1,4 @@
-"""Monthly archive, daily archive and REST disagree: which value is stored does not depend on the range."""
+"""Monthly archive, daily archive and REST disagree: the stored value does not depend on the range."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ LATER = NOW + 30 * MICROS_PER_DAY
 
 @dataclass
 class Publications:
-    """Binance whose files give other closes for ten minutes than REST does: the monthly one 5, the daily one
-    3 too much. `modified`: when it says that they were made; no entry: it does not say."""
+    """A Binance whose files have other closes than REST for ten minutes: the monthly file is 5 cents too high, the
+    daily one 3. `modified`: their `Last-Modified`; no entry: no header."""
 
     modified: dict[str, int] = field(default_factory=dict)
     wrong: dict[str, float] = field(default_factory=lambda: {"monthly": 0.05, "daily": 0.03})
@@ -81,13 +81,13 @@ def server(market: Publications) -> Iterator[Server]:
 
 
 @dataclass
-class Desk:
-    """A user of one database, who may do without the archives."""
+class Syncer:
+    """Syncs into one database, with or without the archives."""
 
     database: Database
     server: Server
 
-    def bring(
+    def run(
         self, window: TimeRange, *, archives: bool = True, refetch: bool = True, now: int = NOW
     ) -> SyncReport:
         url = self.server.url
@@ -98,7 +98,7 @@ class Desk:
         return report
 
     def error(self) -> float:
-        """By how much the stored closes of the ten minutes are too high; all of them by the same."""
+        """The error of the stored closes of the ten minutes, the same for all of them."""
         stored = queries.read_candles(self.database, MINUTES, WRONG)
         difference = np.round(stored.close - candles_at(stored.ts, "BTCUSDT").close, 6)
         assert len(set(difference.tolist())) == 1
@@ -106,24 +106,24 @@ class Desk:
 
 
 @pytest.fixture
-def desk(database: Database, server: Server) -> Desk:
-    return Desk(database, server)
+def syncer(database: Database, server: Server) -> Syncer:
+    return Syncer(database, server)
 
 
-def test_the_files_are_what_they_are_said_to_be(desk: Desk) -> None:
-    """Each of the three ways brings its own value, where nothing is stored yet."""
-    assert (desk.bring(MARCH).total_candles, desk.error()) == (44_640, 0.05)
-    desk.bring(DAY, archives=False)
-    assert desk.error() == 0.0
+def test_each_source_has_its_own_value(syncer: Syncer) -> None:
+    """Each of the three sources has its own value if nothing is stored yet."""
+    assert (syncer.run(MARCH).total_candles, syncer.error()) == (44_640, 0.05)
+    syncer.run(DAY, archives=False)
+    assert syncer.error() == 0.0
 
 
-@pytest.mark.parametrize("said", [False, True], ids=["without a header", "with a header"])
+@pytest.mark.parametrize("dated", [False, True], ids=["without a header", "with a header"])
 @pytest.mark.parametrize("order", list(itertools.permutations(["month", "day", "rest"])), ids="-".join)
 def test_the_newest_publication_wins_in_every_order(
-    desk: Desk, market: Publications, order: tuple[str, ...], said: bool
+    syncer: Syncer, market: Publications, order: tuple[str, ...], dated: bool
 ) -> None:
-    """REST is as new as its request. Once it was asked, no archive brings its value back."""
-    if said:
+    """REST is as new as its request: after a REST request an archive does not replace its value."""
+    if dated:
         market.modified = {
             "monthly": days("2024-04-03", "2024-04-03").start,
             "daily": DAY.end + MICROS_PER_DAY,
@@ -131,59 +131,57 @@ def test_the_newest_publication_wins_in_every_order(
     windows = {"month": (MARCH, True), "day": (DAY, True), "rest": (DAY, False)}
     for name in order:
         window, archives = windows[name]
-        desk.bring(window, archives=archives)
-    assert desk.error() == 0.0
-    again = desk.bring(MARCH)
-    assert (desk.error(), again.total_candles) == (0.0, 0)
+        syncer.run(window, archives=archives)
+    assert syncer.error() == 0.0
+    again = syncer.run(MARCH)
+    assert (syncer.error(), again.total_candles) == (0.0, 0)
     assert again.outdated == 10
     assert any("older publication" in warning for warning in again.warnings)
 
 
-def test_an_archive_that_was_made_again_later_replaces_what_the_api_gave(
-    desk: Desk, market: Publications
-) -> None:
-    desk.bring(DAY, archives=False)
+def test_a_republished_archive_replaces_the_values_of_the_api(syncer: Syncer, market: Publications) -> None:
+    syncer.run(DAY, archives=False)
     market.modified = {"monthly": NOW + 10 * MICROS_PER_DAY}
-    report = desk.bring(MARCH, now=LATER)
-    assert (desk.error(), report.outdated) == (0.05, 0)
-    # And once the API is requested again, it is newer.
-    desk.bring(DAY, archives=False, now=LATER + MICROS_PER_DAY)
-    assert desk.error() == 0.0
-    assert desk.bring(MARCH, now=LATER + 2 * MICROS_PER_DAY).outdated == 10
+    report = syncer.run(MARCH, now=LATER)
+    assert (syncer.error(), report.outdated) == (0.05, 0)
+    # A later API request is newer again.
+    syncer.run(DAY, archives=False, now=LATER + MICROS_PER_DAY)
+    assert syncer.error() == 0.0
+    assert syncer.run(MARCH, now=LATER + 2 * MICROS_PER_DAY).outdated == 10
 
 
-def test_a_longer_range_is_no_other_value(desk: Desk) -> None:
-    """Of one archive and of another: what the newer one gave stays."""
-    desk.bring(DAY, archives=False)
+def test_the_range_does_not_change_the_value(syncer: Syncer) -> None:
+    """Also with other archives: the value of the newest publication stays."""
+    syncer.run(DAY, archives=False)
     for window in (days("2024-03-20", "2024-03-25"), days("2024-02-01", "2024-05-01"), MARCH):
-        report = desk.bring(window)
-        assert desk.error() == 0.0
+        report = syncer.run(window)
+        assert syncer.error() == 0.0
         assert report.outdated in (0, 10)
-    assert desk.bring(days("2024-02-01", "2024-05-01"), refetch=False).requests == 0
+    assert syncer.run(days("2024-02-01", "2024-05-01"), refetch=False).requests == 0
 
 
-def test_disagreement_costs_no_request(desk: Desk, market: Publications) -> None:
-    desk.bring(DAY, archives=False)
-    with_it = desk.bring(MARCH).requests
+def test_disagreement_costs_no_request(syncer: Syncer, market: Publications) -> None:
+    syncer.run(DAY, archives=False)
+    with_it = syncer.run(MARCH).requests
     market.wrong = {}
-    assert desk.bring(MARCH).requests == with_it
+    assert syncer.run(MARCH).requests == with_it
 
 
-@pytest.mark.parametrize("said", [False, True], ids=["without a header", "with a header"])
+@pytest.mark.parametrize("dated", [False, True], ids=["without a header", "with a header"])
 def test_files_alone_give_one_value_in_either_order(
-    database: Database, server: Server, market: Publications, said: bool
+    database: Database, server: Server, market: Publications, dated: bool
 ) -> None:
-    """A few days come from daily files, the month from its own. Without a header the daily one is right."""
+    """A few days come from daily files, the month from its own. Without a header the daily file takes precedence."""
     few = days("2024-03-20", "2024-03-24")
-    if said:
+    if dated:
         market.modified = {
             "monthly": days("2024-05-01", "2024-05-01").start,
             "daily": DAY.end + MICROS_PER_DAY,
         }
-    desk = Desk(database, server)
-    desk.bring(few)
-    assert desk.error() == 0.03
-    desk.bring(MARCH)
-    assert desk.error() == (0.05 if said else 0.03)
-    desk.bring(few)
-    assert desk.error() == (0.05 if said else 0.03)
+    syncer = Syncer(database, server)
+    syncer.run(few)
+    assert syncer.error() == 0.03
+    syncer.run(MARCH)
+    assert syncer.error() == (0.05 if dated else 0.03)
+    syncer.run(few)
+    assert syncer.error() == (0.05 if dated else 0.03)

@@ -37,7 +37,7 @@ def days(start: str, end: str) -> TimeRange:
     )
 
 
-# In which the file's prices change; each new share of its day against one old one.
+# The dates on which the file's prices change; the number of new shares for one old share.
 APPLES_SPLITS = (
     Split("AAPL", date(2000, 6, 21), 2),
     Split("AAPL", date(2005, 2, 28), 2),
@@ -48,7 +48,7 @@ APPLES_SPLITS = (
 
 @contextmanager
 def replay(database: Database, folder: Path, splits: Sequence[Split] = ()) -> Iterator[Context]:
-    """A context whose providers all ask the replayed market."""
+    """A context whose providers all use the replayed market."""
     config = MarketConfig(limits=False, replay=folder, splits=tuple(splits), single_precision=True)
     with LocalMarket(config) as market:
         pool = RequestPool(5)
@@ -75,7 +75,7 @@ def rows_of(file: Path, window: TimeRange) -> Candles:
 
 
 def invented(opens: Instants) -> Candles:
-    """Prices with two decimals that depend on nothing but the open."""
+    """Prices with two decimals that depend only on the open."""
     low = 100 + opens // Timeframe.H1.micros % 97 / 100
     return Candles(opens, low + 1, low + 3.25, low, low + 2.5, 1000.0 + opens // Timeframe.H1.micros % 89)
 
@@ -91,7 +91,7 @@ def write_csv(file: Path, candles: Candles) -> None:
 def test_outage_hours_of_binance_filled_from_the_second_provider(
     database: Database, shared_data: SharedData, tmp_path: Path
 ) -> None:
-    """The second market is made from the first: its hours of the outages lie between their neighbours."""
+    """The second market is derived from the first: its prices during the outages repeat the last close."""
     file = shared_data("binance/BTCUSDT-1h.csv.gz")
     (tmp_path / "binance").mkdir()
     (tmp_path / "binance" / file.name).write_bytes(file.read_bytes())
@@ -127,7 +127,7 @@ def test_outage_hours_of_binance_filled_from_the_second_provider(
         for ts in outages
         if [o.provider for o in queries.origins(database, series, TimeRange(ts, ts + 1))] == ["polygon"]
     ]
-    assert from_polygon == outages, "lineage says which candles"
+    assert from_polygon == outages, "the lineage identifies the candles"
 
 
 def test_aapl_hours_are_the_files_rows_inside_the_calendar(
@@ -154,10 +154,10 @@ def test_aapl_hours_are_the_files_rows_inside_the_calendar(
 def test_aapl_days_are_the_files_rows_inside_the_calendar(
     database: Database, shared_data: SharedData, provider: str
 ) -> None:
-    """All 23 years of it, four splits among them: what Yahoo adjusts by them is stored as it was traded.
+    """All 23 years, with four splits: prices that Yahoo adjusts are stored as traded.
 
-    Polygon's days are made of its half hours, of regular sessions only, which is another figure than
-    the file's on 23 half-days before 2009.
+    Polygon's days are derived from half hours of regular sessions only, which differ from the file on 23 half-days
+    before 2009.
     """
     file = shared_data("equity/AAPL-1d.csv.gz")
     series, window = Series("AAPL", Timeframe.D1, AssetClass.STOCKS), days("1998-01-02", "2021-04-01")
@@ -171,31 +171,33 @@ def test_aapl_days_are_the_files_rows_inside_the_calendar(
     assert queries.ledger_gaps(database, series, window) == ()
 
 
-def test_hours_of_an_invented_stock_lack_what_its_file_lacks(database: Database, tmp_path: Path) -> None:
-    """The same without the real file: Thanksgiving, a half-day with a row after its close, absent hours."""
+def test_hours_of_an_invented_stock_miss_the_candles_missing_in_its_file(
+    database: Database, tmp_path: Path
+) -> None:
+    """As above without the real file: Thanksgiving, a half-day with a row after its close, absent hours."""
     series, window = Series("AAPL", Timeframe.H1, AssetClass.STOCKS), days("2013-11-25", "2013-12-03")
     opens = grid_of(series).opens(window)
     lacking = opens[[10, 17, 18]]
     late = days("2013-11-29T18:00", "2013-11-29T18:00").start
     assert (opens == late - Timeframe.H1.micros).any()
     assert not (opens == late).any()
-    told = np.sort(np.append(np.setdiff1d(opens, lacking), late))
-    write_csv(tmp_path / "equity" / "AAPL-1h.csv", invented(told))
+    in_file = np.sort(np.append(np.setdiff1d(opens, lacking), late))
+    write_csv(tmp_path / "equity" / "AAPL-1h.csv", invented(in_file))
     with replay(database, tmp_path) as context:
         report = sync(context, series, window, ["polygon"])
     assert queries.read_candles(database, series, window).equals(invented(np.setdiff1d(opens, lacking)))
     gaps = queries.ledger_gaps(database, series, window)
     assert [(gap.start, gap.missing) for gap in gaps] == [(lacking[0], 1), (lacking[1], 2)]
-    # Polygon leaves out half hours without a trade, but a stock that trades in every other one has none.
+    # Polygon omits half hours without trades, but a stock that trades in all the others has none.
     assert {gap.status for gap in gaps} == {GapStatus.UNAVAILABLE}
     assert (report.expected, report.stored, report.quiet, report.missing) == (32, 29, 0, 3)
 
 
 @pytest.mark.parametrize("provider", ["yfinance", "alphavantage"])
-def test_days_of_an_invented_stock_lack_what_its_file_lacks(
+def test_days_of_an_invented_stock_miss_the_candles_missing_in_its_file(
     database: Database, tmp_path: Path, provider: str
 ) -> None:
-    """Across a split 7:1, with a day on a holiday that is none of the calendar, and one absent day."""
+    """Across a split 7:1, with a holiday and one absent day."""
     series, window = Series("AAPL", Timeframe.D1, AssetClass.STOCKS), days("2014-05-19", "2014-06-21")
     opens = grid_of(series).opens(window)
     memorial_day = days("2014-05-26", "2014-05-26").start
@@ -208,7 +210,7 @@ def test_days_of_an_invented_stock_lack_what_its_file_lacks(
     assert not report.complete
     (gap,) = queries.ledger_gaps(database, series, window)
     assert (gap.start, gap.missing, report.missing) == (opens[12], 1, 1)
-    assert [(word.provider, word.outcome) for word in gap.evidence] == [(provider, "absent")]
+    assert [(item.provider, item.outcome) for item in gap.evidence] == [(provider, "absent")]
 
 
 def test_euro_hours_are_the_files_rows_and_its_holes_are_explained(
@@ -230,7 +232,7 @@ def test_euro_hours_are_the_files_rows_and_its_holes_are_explained(
     assert sum(gap.missing for gap in gaps) == report.expected - len(stored)
     hole = days("2016-12-12", "2016-12-12").start  # the provider had nothing for a week
     assert any(gap.start <= hole < gap.end and gap.missing > 24 for gap in gaps)
-    # Its holidays did not trade, by one provider alone; the week and the night that it lacks are missing.
+    # Its holidays are no-trade by one provider alone; the absent week and night are missing.
     assert (report.quiet, report.missing) == (100, 140)
     counted = {state: sum(gap.missing for gap in gaps if gap.status is state) for state in GapStatus}
     assert (counted[GapStatus.NO_TRADE], counted[GapStatus.UNAVAILABLE]) == (100, 140)

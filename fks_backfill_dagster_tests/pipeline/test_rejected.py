@@ -1,4 +1,4 @@
-"""Rows that break a rule each time they come: their gap is explained, and nothing else is by them."""
+"""Rows that break a rule in every response: only their gap is explained by them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def ledger(database: Database, case: Case) -> list[LedgerGap]:
 
 @pytest.mark.parametrize("case", CASES[:2], ids=NAMES[:2])
 def test_rows_off_the_minute_beside_an_outage(database: Database, market: LocalMarket, case: Case) -> None:
-    """As Binance has them since 2018-02-09: an outage, then hours of minutes that begin seven seconds late."""
+    """As at Binance on 2018-02-09: an outage, then hours of minutes that begin seven seconds late."""
     market.plant_outage(case.market, OUTAGE)
     planted(market, case, "off_grid", ROWS)
     context = context_with(database, market, case)
@@ -68,13 +68,13 @@ def test_rows_off_the_minute_beside_an_outage(database: Database, market: LocalM
     (evidence,) = late.evidence
     assert (evidence.outcome, evidence.repeated) == ("absent", True)
     assert "rows quarantined, the same as before" in evidence.detail
-    assert late.next_attempt_at is not None, "it is requested again, ever more rarely"
+    assert late.next_attempt_at is not None, "it is retried with back-off"
     assert report.missing == 840
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_other_rows_than_before_explain_nothing(database: Database, market: LocalMarket, case: Case) -> None:
-    """A response of garbage passes."""
+def test_changed_rows_explain_no_gap(database: Database, market: LocalMarket, case: Case) -> None:
+    """A garbled response is temporary."""
     context = context_with(database, market, case)
     for kind in ("negative", "high_below_low"):
         planted(market, case, kind, ROWS)
@@ -86,7 +86,7 @@ def test_other_rows_than_before_explain_nothing(database: Database, market: Loca
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_a_short_gap_with_rows_is_not_tolerated(database: Database, market: LocalMarket, case: Case) -> None:
-    """It is requested again on schedule: the rows may be mended one day."""
+    """It is requested again with back-off: the rows may be corrected later."""
     context = replace(context_with(database, market, case), max_gap_minutes=10_000)
     planted(market, case, "negative", TimeRange(ROWS.start, ROWS.start + 2 * MICROS_PER_MINUTE))
     for status in (GapStatus.OPEN, GapStatus.UNAVAILABLE, GapStatus.UNAVAILABLE):
@@ -96,8 +96,8 @@ def test_a_short_gap_with_rows_is_not_tolerated(database: Database, market: Loca
     assert sync(context, case.series, case.window, [case.provider], recheck=True).missing == 0
 
 
-def test_an_interval_with_rows_is_no_no_trade_interval(database: Database, market: LocalMarket) -> None:
-    """The row of one provider is bad, another one that omits intervals without trades does not have it."""
+def test_an_interval_with_rejected_rows_is_not_no_trade(database: Database, market: LocalMarket) -> None:
+    """The row of one provider is invalid; another one, which omits intervals without trades, does not have it."""
     apple = Series("AAPL", Timeframe.M1, AssetClass.STOCKS)
     polygon, yahoo = Case("polygon", "polygon", apple, DAY), Case("yfinance", "yahoo", apple, DAY)
     quiet = market.truth("polygon", "AAPL", Timeframe.M1, DAY).ts

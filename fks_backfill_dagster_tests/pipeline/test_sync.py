@@ -1,4 +1,4 @@
-"""sync from end to end: a real market over HTTP, a real database, and the market's truth to compare with."""
+"""sync from end to end: a local market over HTTP, a real database, and the market's truth for comparison."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def status_of(database: Database, series: Series) -> queries.SyncStatus:
     return status
 
 
-# The way it should go ------------------------------------------------------------------------------------
+# Success -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("timeframe", list(Timeframe))
@@ -73,7 +73,7 @@ def test_every_timeframe_is_the_markets_truth(
     holds_the_truth(database, market, series, window)
 
 
-def test_the_same_again_asks_nobody_and_writes_nothing(
+def test_a_repeated_sync_requests_and_writes_nothing(
     context: Context, database: Database, market: LocalMarket
 ) -> None:
     window = days("2024-01-01", "2024-03-01")
@@ -100,7 +100,7 @@ def test_archives_are_named_with_their_checksum(
     assert january.inserted == 31 * 1440
 
 
-def test_only_what_is_missing_is_fetched(context: Context, database: Database, market: LocalMarket) -> None:
+def test_only_missing_candles_are_fetched(context: Context, database: Database, market: LocalMarket) -> None:
     sync(context, HOURS, days("2024-02-01", "2024-03-01"), ["binance"])
     report = sync(context, HOURS, days("2024-01-01", "2024-04-01"), ["binance"])
     assert report.providers["binance"].asked == 62 * 24
@@ -116,7 +116,7 @@ def test_only_closed_candles_are_stored(context: Context, database: Database, ma
     assert report.missing == 0
 
 
-def test_a_candle_within_the_grace_waits(database: Database, market: LocalMarket) -> None:
+def test_a_candle_within_the_grace_is_not_fetched(database: Database, market: LocalMarket) -> None:
     closed = datetime(2024, 6, 15, 12, 0, 3, tzinfo=UTC)
     now = int(closed.timestamp() * 1e6)
     market.set_clock(now)
@@ -158,10 +158,10 @@ def test_nothing_is_expected_before_listing(database: Database) -> None:
         assert status_of(database, HOURS).oldest_data_time == listed.replace(minute=0)
         market.reset_requests()
         sync(context, HOURS, days("2020-03-05", "2020-03-06"), ["binance"])
-        assert market.requests() == 1, "the listing time is found once and kept"
+        assert market.requests() == 1, "the listing time is requested once and stored"
 
 
-def test_a_range_in_the_future_asks_nobody(context: Context, market: LocalMarket) -> None:
+def test_a_range_in_the_future_sends_no_request(context: Context, market: LocalMarket) -> None:
     report = sync(context, HOURS, days("2024-07-01", "2024-08-01"), ["binance"])
     assert (report.expected, report.total_batches) == (0, 0)
     assert "no candle of it is closed yet" in report.warnings[0]
@@ -170,7 +170,7 @@ def test_a_range_in_the_future_asks_nobody(context: Context, market: LocalMarket
 # Fallback per candle, and the ledger -----------------------------------------------------------------------
 
 
-def test_what_one_provider_lacks_the_next_one_fills(
+def test_the_next_provider_fills_missing_candles(
     context: Context, database: Database, market: LocalMarket
 ) -> None:
     window = days("2024-01-01", "2024-02-01")
@@ -186,7 +186,7 @@ def test_what_one_provider_lacks_the_next_one_fills(
     assert inside == {"polygon": 105}
 
 
-def test_what_nobody_has_is_a_gap_with_its_evidence(
+def test_candles_that_no_provider_has_are_a_gap_with_evidence(
     context: Context, database: Database, market: LocalMarket
 ) -> None:
     window = days("2024-01-01", "2024-03-01")
@@ -200,9 +200,9 @@ def test_what_nobody_has_is_a_gap_with_its_evidence(
     assert not report.complete
     (gap,) = queries.ledger_gaps(database, MINUTES, window)
     assert (gap.start, gap.end, gap.missing) == (across_batches.start, across_batches.end, 210)
-    assert gap.status is GapStatus.UNAVAILABLE, "all were asked, nobody has it"
+    assert gap.status is GapStatus.UNAVAILABLE, "all providers have responded, none has it"
     assert gap.next_attempt_at == NOW + MICROS_PER_HOUR
-    assert [(word.provider, word.outcome) for word in gap.evidence] == [
+    assert [(item.provider, item.outcome) for item in gap.evidence] == [
         ("binance", "absent"),
         ("polygon", "absent"),
     ]
@@ -212,10 +212,10 @@ def test_what_nobody_has_is_a_gap_with_its_evidence(
     market.clear_outages()
     market.reset_requests()
     assert sync(context, MINUTES, window, BOTH).missing == 210
-    assert market.requests() == 0, "a gap that nobody can fill is left alone until it is due"
+    assert market.requests() == 0, "an unavailable gap is not requested until it is due"
     healed = sync(context, MINUTES, window, BOTH, recheck=True)
     assert (healed.total_candles, healed.missing, healed.complete) == (210, 0, True)
-    assert market.requests() <= 2, "only the gap was asked for"
+    assert market.requests() <= 2, "only the gap was requested"
     assert queries.ledger_gaps(database, MINUTES, window) == ()
     holds_the_truth(database, market, MINUTES, window)
 
@@ -232,7 +232,7 @@ def test_a_missing_key_skips_the_provider_with_one_warning(database: Database, m
 def test_filling_gaps_leaves_the_history_between_them_pending(
     context: Context, database: Database, market: LocalMarket
 ) -> None:
-    """Two gaps of one month, and days between them that nobody ever asked for."""
+    """Two gaps of one month, and days between them that were never requested."""
     early, late = days("2024-01-01", "2024-01-03"), days("2024-01-20", "2024-01-22")
     for provider in BOTH:
         for window in (early, late):
@@ -244,13 +244,13 @@ def test_filling_gaps_leaves_the_history_between_them_pending(
     report = sync(context, HOURS, month, BOTH, scope=Scope.GAPS, recheck=True)
     assert report.total_candles == 12
     known = queries.what_is_known(database, HOURS, month)
-    assert (list(known.synced), known.gaps) == ([early, late], ()), "what was never synced is nobody's gap"
+    assert (list(known.synced), known.gaps) == ([early, late], ()), "history that was never synced is pending"
 
 
-# Explained: quiet, tolerated, out of depth, another market -----------------------------------------------
+# Explained: no-trade, tolerated, out of depth, another market --------------------------------------------
 
 
-def test_a_short_gap_is_tolerated_once_all_were_asked(
+def test_a_short_gap_is_tolerated_once_all_have_responded(
     context: Context, database: Database, market: LocalMarket
 ) -> None:
     window = days("2024-01-01", "2024-01-02")
@@ -270,17 +270,17 @@ def test_a_call_limited_to_one_provider_explains_nothing_for_the_others(
     outage = TimeRange.of(datetime(2024, 1, 1, 3, tzinfo=UTC), datetime(2024, 1, 1, 4, tzinfo=UTC))
     for provider in BOTH:
         market.plant_outage(provider, outage)
-    everybody = replace(context, priority=lambda series: BOTH)
-    sync(everybody, MINUTES, window, ["binance"])
+    both = replace(context, priority=lambda series: BOTH)
+    sync(both, MINUTES, window, ["binance"])
     (gap,) = queries.ledger_gaps(database, MINUTES, window)
     assert gap.status is GapStatus.OPEN
-    sync(everybody, MINUTES, window, ["polygon"])
+    sync(both, MINUTES, window, ["polygon"])
     (gap,) = queries.ledger_gaps(database, MINUTES, window)
-    assert gap.status is GapStatus.UNAVAILABLE, "now both were heard"
+    assert gap.status is GapStatus.UNAVAILABLE, "now both have responded"
 
 
-def test_what_was_quiet_is_no_gap(context: Context, database: Database, market: LocalMarket) -> None:
-    """Polygon leaves out what did not trade: single minutes, as it happens in a thin market."""
+def test_no_trade_intervals_are_explained(context: Context, database: Database, market: LocalMarket) -> None:
+    """Polygon omits minutes without trades, single ones, as in a thin market."""
     window = days("2024-01-01", "2024-01-03")
     quiet = [window.start + minute * 60_000_000 for minute in range(100, 2800, 130)]
     for start in quiet:
@@ -292,10 +292,10 @@ def test_what_was_quiet_is_no_gap(context: Context, database: Database, market: 
     assert (report.missing, report.quiet, report.complete) == (0, len(quiet), True)
 
 
-def test_what_looks_quiet_while_the_other_one_does_not_answer_stays_open(
+def test_absences_stay_open_while_a_strict_provider_does_not_respond(
     context: Context, database: Database, market: LocalMarket
 ) -> None:
-    """Polygon had an outage, Binance is down: it may have what Polygon left out between two bars."""
+    """Polygon had an outage, Binance is down: it may have the candles that Polygon omits."""
     window = days("2024-01-01", "2024-01-03")
     outage = TimeRange.of(datetime(2024, 1, 1, 3, tzinfo=UTC), datetime(2024, 1, 1, 4, tzinfo=UTC))
     market.plant_outage("polygon", outage)
@@ -309,7 +309,7 @@ def test_what_looks_quiet_while_the_other_one_does_not_answer_stays_open(
     holds_the_truth(database, market, MINUTES, window)
 
 
-def test_an_outage_of_a_provider_that_gives_every_interval_is_not_quiet(
+def test_an_outage_of_a_strict_provider_is_not_no_trade(
     context: Context, database: Database, market: LocalMarket
 ) -> None:
     window = days("2024-01-01", "2024-01-03")
@@ -321,7 +321,7 @@ def test_an_outage_of_a_provider_that_gives_every_interval_is_not_quiet(
     assert gap.status is GapStatus.UNAVAILABLE
 
 
-def test_a_new_key_reopens_what_nobody_had(database: Database, market: LocalMarket) -> None:
+def test_a_new_key_reopens_an_unavailable_gap(database: Database, market: LocalMarket) -> None:
     window = days("2024-01-01", "2024-01-03")
     outage = TimeRange.of(datetime(2024, 1, 1, 3, tzinfo=UTC), datetime(2024, 1, 1, 4, tzinfo=UTC))
     market.plant_outage("binance", outage)
@@ -343,7 +343,7 @@ def test_candles_of_another_market_are_not_spliced_in(database: Database) -> Non
         assert report.providers["polygon"].rejected == 60
         assert any("splice" in message for message in report.warnings)
         again = sync(make_context(database, market.binance_url), MINUTES, window, BOTH, recheck=True)
-        assert again.missing == 60, "also when the neighbours are stored and not just fetched"
+        assert again.missing == 60, "also if the neighbours were stored before"
         (gap,) = queries.ledger_gaps(database, MINUTES, window)
         assert gap.status is GapStatus.UNAVAILABLE
         assert gap.evidence[-1].detail == "it quotes another market"
@@ -355,7 +355,7 @@ def test_candles_of_another_market_are_not_spliced_in(database: Database) -> Non
 # Corrections --------------------------------------------------------------------------------------------
 
 
-def test_refetch_corrects_and_keeps_what_was(database: Database, market: LocalMarket) -> None:
+def test_a_refetch_corrects_and_keeps_revisions(database: Database, market: LocalMarket) -> None:
     window = days("2024-01-01", "2024-01-08")
     with LocalMarket(MarketConfig(limits=False, now=NOW, seed=2)) as elsewhere:
         sync(make_context(database, elsewhere.binance_url), HOURS, window, ["binance"])
@@ -364,7 +364,7 @@ def test_refetch_corrects_and_keeps_what_was(database: Database, market: LocalMa
     assert sync(context, HOURS, window, ["binance"]).total_candles == 0
     held_then = datetime.now(UTC)
     report = sync(context, HOURS, window, ["binance"], scope=Scope.EVERYTHING)
-    assert (report.total_candles, report.complete) == (0, False), "all of it differs: refused"
+    assert (report.total_candles, report.complete) == (0, False), "refused, since all candles differ"
     report = sync(context, HOURS, window, ["binance"], scope=Scope.EVERYTHING, force=True)
     assert report.total_candles == 168
     holds_the_truth(database, market, HOURS, window)
@@ -373,15 +373,15 @@ def test_refetch_corrects_and_keeps_what_was(database: Database, market: LocalMa
     assert (again.total_candles, again.total_batches) == (0, 1)
 
 
-# The market fails ------------------------------------------------------------------------------------------
+# Failures --------------------------------------------------------------------------------------------------
 
 
-def test_a_market_that_does_not_answer(database: Database) -> None:
+def test_an_unreachable_market(database: Database) -> None:
     context = make_context(database, "http://127.0.0.1:9/binance")
     window = days("2024-01-01", "2024-06-01")
     began = time.monotonic()
     report = sync(context, HOURS, window, ["binance"])
-    assert time.monotonic() - began < 30, "nobody waits for every batch's retries"
+    assert time.monotonic() - began < 30, "without the retries of every batch"
     assert (report.failed_batches, report.total_batches) == (5, 5)
     assert report.missing == report.expected == 152 * 24
     assert len(report.errors) >= 1
@@ -395,7 +395,7 @@ def test_a_market_that_does_not_answer(database: Database) -> None:
     assert gap.evidence[0].outcome == "error"
 
 
-def test_after_the_market_has_come_back_nothing_is_missing(
+def test_nothing_is_missing_after_the_market_has_recovered(
     database: Database, market: LocalMarket, context: Context
 ) -> None:
     window = days("2024-01-01", "2024-04-01")
@@ -406,10 +406,10 @@ def test_after_the_market_has_come_back_nothing_is_missing(
     holds_the_truth(database, market, HOURS, window)
 
 
-def test_a_sync_that_finds_all_there_is_a_success(
+def test_a_sync_with_all_candles_stored_is_a_success(
     database: Database, market: LocalMarket, context: Context
 ) -> None:
-    """After a failure, or a kill -9 between the last batch and the end: nothing is left to fetch."""
+    """After a failure, or a kill -9 between the last batch and the end: all candles are stored."""
     january = days("2024-01-01", "2024-02-01")
     sync(context, HOURS, january, ["binance"])
     sync(
@@ -426,21 +426,21 @@ def test_a_sync_that_finds_all_there_is_a_success(
     assert status_of(database, HOURS).error_message is None
 
 
-def test_nobody_to_ask_says_why(database: Database, market: LocalMarket) -> None:
+def test_without_a_provider_the_error_has_the_reason(database: Database, market: LocalMarket) -> None:
     context = make_context(database, market.binance_url, key=None)
     report = sync(context, HOURS, days("2024-01-01", "2024-02-01"), ["polygon"])
     assert report.errors == ("polygon is skipped: POLYGON_API_KEY is not set",)
     assert report.failed_batches == report.total_batches == 1
 
 
-def test_a_dry_run_tells_that_the_market_does_not_answer(database: Database) -> None:
+def test_a_dry_run_warns_about_an_unreachable_market(database: Database) -> None:
     context = make_context(database, "http://127.0.0.1:9/binance")
     found = dry_run(context, HOURS, days("2024-01-01", "2024-02-01"), ["binance"])
     (warning,) = found.warnings
     assert "correct providers.binance.base_url" in warning
 
 
-def test_a_failing_month_leaves_its_neighbours_alone(database: Database, market: LocalMarket) -> None:
+def test_a_failing_month_does_not_affect_its_neighbours(database: Database, market: LocalMarket) -> None:
     market.plant_fault(
         "binance", "status", count=None, status=500, start="2024-02-02T00:00:00", end="2024-02-27T00:00:00"
     )
@@ -456,11 +456,13 @@ def test_a_failing_month_leaves_its_neighbours_alone(database: Database, market:
     market.clear_faults()
     again = sync(context, MINUTES, window, ["binance"])
     assert again.complete
-    assert again.providers["binance"].asked == 29 * 1440, "only the failed month was asked for again"
+    assert again.providers["binance"].asked == 29 * 1440, "only the failed month was requested again"
 
 
-def test_a_refusal_of_one_month_leaves_its_neighbours_alone(database: Database, market: LocalMarket) -> None:
-    """A permanent error may concern one range only, as Polygon's of today's data does."""
+def test_a_refusal_of_one_month_does_not_affect_its_neighbours(
+    database: Database, market: LocalMarket
+) -> None:
+    """A permanent error may concern one range only, for example today's data at Polygon."""
     market.plant_fault(
         "binance", "status", count=None, status=403, start="2024-02-02T00:00:00", end="2024-02-27T00:00:00"
     )
@@ -471,36 +473,36 @@ def test_a_refusal_of_one_month_leaves_its_neighbours_alone(database: Database, 
     holds_the_truth(database, market, HOURS, days("2024-03-01", "2024-05-01"))
 
 
-def test_every_failed_batch_says_why(database: Database) -> None:
+def test_every_failed_batch_has_an_error(database: Database) -> None:
     events: list[SyncEvent] = []
     context = make_context(database, "http://127.0.0.1:9/binance")
     sync(context, HOURS, days("2024-01-01", "2024-06-01"), ["binance"], listen=events.append)
-    told = [event.error for event in events if isinstance(event, BatchDone)]
-    assert len(told) == 5
-    assert all(error and error.startswith("binance: ") for error in told)
+    errors = [event.error for event in events if isinstance(event, BatchDone)]
+    assert len(errors) == 5
+    assert all(error and error.startswith("binance: ") for error in errors)
 
 
-@pytest.mark.parametrize("asked", [["binance"], BOTH], ids="+".join)
+@pytest.mark.parametrize("priority", [["binance"], BOTH], ids="+".join)
 @pytest.mark.parametrize("is_listing_known", [True, False])
-def test_a_symbol_that_nobody_knows_any_more_is_explained(
-    context: Context, database: Database, market: LocalMarket, asked: list[str], is_listing_known: bool
+def test_a_symbol_that_no_provider_knows_any_more_is_explained(
+    context: Context, database: Database, market: LocalMarket, priority: list[str], is_listing_known: bool
 ) -> None:
-    """Providers forget the delisted. Asked for ever, each look would be a failure."""
-    context = replace(context, priority=lambda series: asked)
-    assert sync(context, HOURS, days("2024-01-01", "2024-01-02"), asked).complete
+    """Providers remove delisted symbols. Without an explanation every later sync would fail."""
+    context = replace(context, priority=lambda series: priority)
+    assert sync(context, HOURS, days("2024-01-01", "2024-01-02"), priority).complete
     if not is_listing_known:
         execute(database, "DELETE FROM fks.listing")
     gone = replace(HOURS, provider_symbols=(("binance", "NOPEUSDT"), ("polygon", "X:NOPEUSD")))
-    report = sync(context, gone, days("2024-01-01", "2024-01-03"), asked)
+    report = sync(context, gone, days("2024-01-01", "2024-01-03"), priority)
     assert (report.missing, report.total_batches) == (24, 1)
     (gap,) = queries.ledger_gaps(database, HOURS, days("2024-01-01", "2024-01-04"))
     assert (gap.status, gap.missing) == (GapStatus.UNAVAILABLE, 24)
-    assert {word.provider for word in gap.evidence} == set(asked)
+    assert {item.provider for item in gap.evidence} == set(priority)
     assert gap.evidence[0].outcome == "refused"
     market.reset_requests()
-    again = sync(context, gone, days("2024-01-01", "2024-01-03"), asked)
+    again = sync(context, gone, days("2024-01-01", "2024-01-03"), priority)
     assert (again.total_batches, again.errors) == (0, ())
-    assert market.requests() <= 1, "at most since when it has it"
+    assert market.requests() <= 1, "at most the listing time"
 
 
 @pytest.mark.parametrize("archives", [True, False])
@@ -524,7 +526,7 @@ def test_another_symbols_candles_beside_stored_ones_are_no_continuation(
     ("status", "explained"),
     [(400, False), (401, False), (403, True), (451, False)],  # 403: the plan does not cover it
 )
-def test_what_a_person_mends_explains_no_gap(
+def test_errors_that_the_operator_corrects_explain_no_gap(
     context: Context, database: Database, market: LocalMarket, status: int, explained: bool
 ) -> None:
     window = days("2024-01-01", "2024-01-02")
@@ -546,20 +548,20 @@ def test_an_unknown_symbol_leaves_no_trace(context: Context, database: Database)
     assert queries.stored_series(database) == []
 
 
-def test_that_one_of_several_does_not_know_the_symbol_is_told(context: Context, database: Database) -> None:
-    """Polygon answers 200 without rows for a symbol that nobody has."""
+def test_one_provider_that_does_not_know_the_symbol_is_a_warning(
+    context: Context, database: Database
+) -> None:
+    """Polygon responds with 200 and no rows to an unknown symbol."""
     series = Series("NOPE/USDT", Timeframe.H1, AssetClass.CRYPTO)
     events: list[SyncEvent] = []
     report = sync(context, series, days("2024-01-01", "2024-02-01"), BOTH, listen=events.append)
     assert not report.complete
-    (told,) = [event.message for event in events if isinstance(event, Warned)]
-    assert "NOPE" in told
-    assert report.warnings == (told,)
+    (warning,) = [event.message for event in events if isinstance(event, Warned)]
+    assert "NOPE" in warning
+    assert report.warnings == (warning,)
 
 
-def test_an_error_that_another_provider_made_good_is_a_warning(
-    database: Database, market: LocalMarket
-) -> None:
+def test_an_error_is_a_warning_if_another_provider_delivers(database: Database, market: LocalMarket) -> None:
     market.plant_fault("binance", "html", count=None)
     context = make_context(database, market.binance_url)
     window = days("2024-01-01", "2024-01-03")
@@ -571,7 +573,7 @@ def test_an_error_that_another_provider_made_good_is_a_warning(
     holds_the_truth(database, market, HOURS, window)
 
 
-# Every kind of lie, in a page of REST. What is stored is true; what is not stored is accounted for.
+# Every kind of fault in a page of REST. Stored candles are correct; missing ones are accounted for.
 PAGE_FAULTS = [
     "status",
     "reset",
@@ -592,7 +594,7 @@ PAGE_FAULTS = [
 
 @pytest.mark.parametrize("times", [1, None], ids=["once", "always"])
 @pytest.mark.parametrize("kind", PAGE_FAULTS)
-def test_a_lying_page_is_never_stored(
+def test_a_faulty_page_is_never_stored(
     database: Database, market: LocalMarket, kind: str, times: int | None
 ) -> None:
     window = days("2024-01-01", "2024-01-05")
@@ -602,9 +604,9 @@ def test_a_lying_page_is_never_stored(
     stored = queries.read_candles(database, MINUTES, window)
     truth = market.truth("binance", "BTC/USDT", Timeframe.M1, window)
     kept = np.isin(truth.ts, stored.ts)
-    assert stored.equals(truth.take(kept)), "what is stored is the truth"
+    assert stored.equals(truth.take(kept)), "stored candles equal the truth"
     ledger = sum(gap.missing for gap in queries.ledger_gaps(database, MINUTES, window))
-    assert report.missing == ledger == len(truth) - len(stored), "what is not stored is in the ledger"
+    assert report.missing == ledger == len(truth) - len(stored), "missing candles are in the ledger"
     assert report.complete == (report.missing == 0)
     market.clear_faults()
     assert sync(
@@ -626,7 +628,7 @@ ARCHIVE_FAULTS = [
 
 
 @pytest.mark.parametrize("kind", ARCHIVE_FAULTS)
-def test_a_bad_archive_is_passed_over(
+def test_a_bad_archive_is_skipped(
     context: Context, database: Database, market: LocalMarket, kind: str
 ) -> None:
     window = days("2024-01-01", "2024-02-01")
@@ -677,7 +679,7 @@ def test_kill_9_in_the_middle_then_the_same_command(
     process.communicate()
     before = queries.batches(database, MINUTES)
     assert 3 <= len(before) < 12, "it was killed in the middle"
-    assert status_of(database, MINUTES).status == "syncing", "the lease lives until it expires"
+    assert status_of(database, MINUTES).status == "syncing", "the lease has not expired yet"
     done = sum(batch.inserted for batch in before)
 
     market.reset_requests()
@@ -685,7 +687,7 @@ def test_kill_9_in_the_middle_then_the_same_command(
     report = sync(context, MINUTES, window, ["binance"])
     assert report.complete
     assert report.total_candles == 365 * 1440 - done
-    assert report.providers["binance"].asked == 365 * 1440 - done, "nothing committed was asked for again"
+    assert report.providers["binance"].asked == 365 * 1440 - done, "no committed candle was requested again"
     archives_left = 12 - len(before)
     assert market.requests("archive") <= 2 * archives_left
     holds_the_truth(database, market, MINUTES, window)
@@ -695,8 +697,8 @@ def test_two_processes_at_once(database: Database, database_url: str, market: Lo
     window = days("2023-06-01", "2024-01-01")
     processes = [start_backfill(database_url, market, window) for _ in range(2)]
     for process in processes:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
     holds_the_truth(database, market, MINUTES, window)
     status = status_of(database, MINUTES)
     assert (status.status, status.total_candles, status.open_gaps) == ("completed", 214 * 1440, 0)
@@ -731,16 +733,16 @@ def test_an_interrupted_sync_keeps_what_was_committed(database: Database, market
     fetchers = [thread for thread in threading.enumerate() if thread.name.startswith("fetch")]
     for thread in fetchers:
         thread.join(timeout=30)
-        assert not thread.is_alive(), "no fetcher goes on"
+        assert not thread.is_alive(), "no fetcher continues"
 
 
-@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
 def test_an_interruption_leaves_the_status_as_it_was(
-    database: Database, market: LocalMarket, torn: bool
+    database: Database, market: LocalMarket, wrapped: bool
 ) -> None:
-    """Also where the database or a provider reports it in words of its own."""
+    """Also if the database or a provider raises its own error for it."""
 
-    def tear(event: SyncEvent) -> None:
+    def raise_wrapped(event: SyncEvent) -> None:
         if isinstance(event, BatchDone):
             try:
                 raise KeyboardInterrupt
@@ -748,8 +750,8 @@ def test_an_interruption_leaves_the_status_as_it_was(
                 raise StoreError("the connection is lost") from cause
 
     context = make_context(database, market.binance_url)
-    listener = tear if torn else interrupt
-    error = StoreError if torn else KeyboardInterrupt
+    listener = raise_wrapped if wrapped else interrupt
+    error = StoreError if wrapped else KeyboardInterrupt
     assert sync(context, HOURS, days("2024-01-01", "2024-01-02"), ["binance"]).complete
     before = status_of(database, HOURS)
     with pytest.raises(error):
@@ -761,7 +763,7 @@ def test_an_interruption_leaves_the_status_as_it_was(
         before.last_sync_time,
     )
     assert after.total_candles > before.total_candles
-    # And the error of a former sync stays.
+    # The error of an earlier sync stays, too.
     market.plant_fault("binance", "status", count=None, status=503, seconds=0)
     broken = make_context(database, market.binance_url, budget=0.1)
     sync(broken, HOURS, days("2024-05-01", "2024-05-02"), ["binance"])
@@ -793,7 +795,7 @@ def test_an_error_that_is_no_interruption_is_recorded(database: Database, market
 # A range without a candle ------------------------------------------------------------------------------------
 
 
-def test_a_sync_that_found_no_candle_at_all_has_failed(context: Context, market: LocalMarket) -> None:
+def test_a_sync_without_any_candle_has_failed(context: Context, market: LocalMarket) -> None:
     window = days("2024-03-01", "2024-03-03")
     market.plant_outage("binance", window)
     market.plant_outage("polygon", window)
@@ -805,11 +807,11 @@ def test_a_sync_that_found_no_candle_at_all_has_failed(context: Context, market:
     report = sync(context, HOURS, window, BOTH)
     assert (report.missing, report.failed_batches) == (48, 0)
     assert state() == ("error", "no provider has any of 48 candles")
-    sync(context, HOURS, window, BOTH)  # asks for nothing, as nothing is due: it is still without a candle
+    sync(context, HOURS, window, BOTH)  # without a request, since no gap is due: there is still no candle
     assert state() == ("error", "no provider has any of 48 candles")
     sync(context, HOURS, days("2024-02-28", "2024-03-03"), BOTH)
     assert state() == ("completed", None)
-    # Its gap is explained: to request it alone and in vain takes nothing from the series.
+    # Its gap is explained: a fruitless request of it alone does not change the status.
     sync(context, HOURS, window, BOTH, scope=Scope.GAPS, recheck=True)
     assert state() == ("completed", None)
     sync(context, HOURS, days("2024-03-02", "2024-03-02"), BOTH)  # an empty range
@@ -822,10 +824,10 @@ def test_a_sync_that_found_no_candle_at_all_has_failed(context: Context, market:
     assert state() == ("completed", None)
 
 
-# What is told -----------------------------------------------------------------------------------------------
+# Events -----------------------------------------------------------------------------------------------------
 
 
-def test_events_tell_the_story(context: Context) -> None:
+def test_events_of_a_sync(context: Context) -> None:
     events: list[SyncEvent] = []
     report = sync(context, HOURS, days("2024-01-01", "2024-04-01"), ["binance"], listen=events.append)
     assert isinstance(events[0], Planned)
@@ -899,33 +901,31 @@ def test_real_outages_of_binance_are_the_gaps(database: Database, shared_data: C
 # The circuit -----------------------------------------------------------------------------------------------
 
 
-def test_a_provider_that_fails_again_and_again_is_left_alone_by_all(
+def test_the_circuit_opens_for_all_processes_after_repeated_failures(
     database: Database, market: LocalMarket
 ) -> None:
     options = {"binance": resolve_options("binance", base_url="http://127.0.0.1:9/binance")}
     circuit = SharedCircuit(database, paces(options))
     broken = replace(make_context(database, "http://127.0.0.1:9/binance"), circuit=circuit)
-    heard: list[str] = []
+    warnings: list[str] = []
 
-    def hear(event: SyncEvent) -> None:
+    def collect(event: SyncEvent) -> None:
         if isinstance(event, Warned):
-            heard.append(event.message)
+            warnings.append(event.message)
 
     for _ in range(3):
-        sync(broken, HOURS, days("2024-01-01", "2024-04-01"), ["binance"], recheck=True, listen=hear)
-    opened = [message for message in heard if "from now on left alone for 60 s" in message]
-    assert len(opened) == 1, "told once, by the sync in which it happened"
-    assert opened[0].startswith("binance: from now on left alone for 60 s: it failed 5 times in a row")
+        sync(broken, HOURS, days("2024-01-01", "2024-04-01"), ["binance"], recheck=True, listen=collect)
+    opened = [message for message in warnings if "not requested for 60 s" in message]
+    assert len(opened) == 1, "reported once, by the sync in which it happened"
+    assert opened[0].startswith("binance: not requested for 60 s: failed 5 times in a row")
     market.reset_requests()
     healed = replace(make_context(database, market.binance_url, batch_size_days=2), circuit=circuit)
-    left_alone = sync(healed, HOURS, days("2024-01-01", "2024-04-01"), ["binance"])
-    assert "left alone for another" in left_alone.errors[0]
-    assert len(left_alone.errors) == 1, "in the same words for all spans"
+    scheduled = sync(healed, HOURS, days("2024-01-01", "2024-04-01"), ["binance"])
+    assert "not requested for another" in scheduled.errors[0]
+    assert len(scheduled.errors) == 1, "the same text for all spans"
     assert market.requests() <= 1, "the listing time at most"
-    heard.clear()
-    by_a_person = sync(
-        healed, HOURS, days("2024-01-01", "2024-04-01"), ["binance"], recheck=True, listen=hear
-    )
-    assert by_a_person.complete, "a person who asks wants an answer now"
+    warnings.clear()
+    manual = sync(healed, HOURS, days("2024-01-01", "2024-04-01"), ["binance"], recheck=True, listen=collect)
+    assert manual.complete, "a manual request ignores the cool-down"
     assert circuit.closed_for("binance") is None
-    assert heard == ["binance: it answers again, and is no longer left alone"]
+    assert warnings == ["binance: it responds again; its cool-down has ended"]

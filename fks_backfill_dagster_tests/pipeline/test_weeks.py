@@ -1,7 +1,7 @@
-"""Weeks of operation: every gap ends filled or explained, and what nobody has costs ever fewer requests.
+"""Weeks of operation: every gap is filled or explained, and unavailable gaps are requested with back-off.
 
-The clocks of the program and of the market are moved, hour by hour; outages, late candles, providers that
-fail and recover and a key that comes later are real to everything below (weeks.py).
+The clocks of the program and of the market are moved hour by hour; outages, late candles, providers that fail and
+recover, and a key that is added later are simulated (weeks.py).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def span(start: str, end: str) -> TimeRange:
 
 @pytest.fixture
 def quick(database: Database) -> Database:
-    """Nobody pulls the plug in these weeks, so no commit waits for the disk."""
+    """A database without synchronous commits: these tests have no crash."""
     with database.autocommit() as connection:
         connection.exec_driver_sql(f'ALTER DATABASE "{database.url.database}" SET synchronous_commit = off')
     database.dispose()
@@ -78,8 +78,8 @@ def hours(duration: int) -> float:
 
 # Three weeks around the turn of a year -----------------------------------------------------------------
 
-HELPED = Outage(BITCOIN, span("2023-12-19T05:00", "2023-12-19T11:00"), ("binance",))
-NOBODYS = Outage(BITCOIN, span("2023-12-20T02:00", "2023-12-20T08:00"), CRYPTO)
+AT_BINANCE_ONLY = Outage(BITCOIN, span("2023-12-19T05:00", "2023-12-19T11:00"), ("binance",))
+UNAVAILABLE_EVERYWHERE = Outage(BITCOIN, span("2023-12-20T02:00", "2023-12-20T08:00"), CRYPTO)
 LATE = Outage(
     BITCOIN, span("2023-12-21T10:00", "2023-12-21T15:00"), CRYPTO, published=instant("2023-12-25T10:00")
 )
@@ -100,15 +100,15 @@ LONG = [
         ETHER, span("2023-12-20T00:00", "2023-12-26T00:00"), CRYPTO, published=instant("2023-12-27T00:00")
     ),
 ]
-# It holds a whole session, so that two providers that lack it do not make it an interval without trades.
+# It contains a whole session, so that it is not no-trade although two providers lack it.
 OVER_CHRISTMAS = Outage(APPLE, span("2023-12-22T19:00", "2023-12-26T21:00"), STOCKS[:2])
-A_SESSIONS_MIDDLE = Outage(APPLE, span("2024-01-04T15:00", "2024-01-04T17:00"), STOCKS)
+INSIDE_A_SESSION = Outage(APPLE, span("2024-01-04T15:00", "2024-01-04T17:00"), STOCKS)
 OVER_A_WEEKEND = Outage(EURO, span("2023-12-29T16:00", "2024-01-01T04:00"), ("oanda",))
 OF_BOTH = Outage(EURO, span("2024-01-04T08:00", "2024-01-04T16:00"), FOREX)
 
 OUTAGES = [
-    HELPED,
-    NOBODYS,
+    AT_BINANCE_ONLY,
+    UNAVAILABLE_EVERYWHERE,
     LATE,
     SOON,
     WHILE_POLYGON_IS_DOWN,
@@ -117,13 +117,13 @@ OUTAGES = [
     NEW_YEAR,
     *LONG,
     OVER_CHRISTMAS,
-    A_SESSIONS_MIDDLE,
+    INSIDE_A_SESSION,
     OVER_A_WEEKEND,
     OF_BOTH,
 ]
 DOWNS = [
     Down("polygon", span("2023-12-22T06:00", "2023-12-24T06:00")),
-    # What Polygon lacks of Christmas nobody else can be asked for, until the new key comes.
+    # No other provider can be requested for Polygon's outage over Christmas until the new key is added.
     Down("yfinance", span("2023-12-22T18:00", "2024-01-03T18:00")),
     Down("binance", span("2023-12-28T06:00", "2023-12-28T18:00")),
     Down("binance", span("2024-01-05T00:00", "2024-01-05T06:00")),
@@ -131,25 +131,27 @@ DOWNS = [
 ]
 
 
-def test_every_gap_ends_filled_or_explained(quick: Database, market: LocalMarket) -> None:
+def test_every_gap_is_filled_or_explained(quick: Database, market: LocalMarket) -> None:
     series = {BITCOIN: CRYPTO, ETHER: CRYPTO, APPLE: STOCKS, EURO: FOREX}
     with closing(World(quick, market, series, SINCE, BEGIN, KEYS, OUTAGES, DOWNS)) as world:
         world.run(END)
 
-        # What can be had is stored; the rest is explained, in the words of all who can be asked.
+        # Available candles are stored; the others are explained by the responses of all eligible providers.
         assert {one: len(world.lacking(one)) for one in series} == dict.fromkeys(series, 0)
         assert {one: [(gap.missing, gap.status) for gap in world.gaps(one)] for one in series} == {
             BITCOIN: [(6, GapStatus.UNAVAILABLE), (6, GapStatus.UNAVAILABLE)],
             ETHER: [],
-            APPLE: [(2, GapStatus.NO_TRADE)],  # of three that leave intervals without trades out
-            EURO: [(2, GapStatus.NO_TRADE)],  # of two that leave quiet intervals out
+            APPLE: [(2, GapStatus.NO_TRADE)],  # three providers omit intervals without trades
+            EURO: [(2, GapStatus.NO_TRADE)],  # two providers omit intervals without trades
         }
         for one, providers in series.items():
-            assert [gap.heard() for gap in world.gaps(one)] == [frozenset(providers)] * len(world.gaps(one))
+            assert [gap.declined() for gap in world.gaps(one)] == [frozenset(providers)] * len(
+                world.gaps(one)
+            )
 
-        # The next one fills what the first lacks, as soon as it can be asked.
+        # The next provider fills the gaps of the first, as soon as it can be requested.
         for outage, provider in (
-            (HELPED, "polygon"),
+            (AT_BINANCE_ONLY, "polygon"),
             (WHILE_POLYGON_IS_DOWN, "polygon"),
             (WHILE_BINANCE_IS_DOWN, "binance"),
             (OVER_CHRISTMAS, "alphavantage"),
@@ -157,24 +159,24 @@ def test_every_gap_ends_filled_or_explained(quick: Database, market: LocalMarket
         ):
             found = queries.origins(quick, outage.series, outage.window)
             assert [origin.provider for origin in found] == [provider]
-        assert hours(world.filled_at(HELPED) - HELPED.window.end) < 1
+        assert hours(world.filled_at(AT_BINANCE_ONLY) - AT_BINANCE_ONLY.window.end) < 1
         assert hours(world.filled_at(OVER_CHRISTMAS) - NEW_KEY) < 1
 
-        # What comes late is stored after at most as long again as it was known.
+        # Late candles are stored after a delay of at most the age of their gap.
         for late in (LATE, SOON, NEW_YEAR, *LONG):
             assert late.published is not None
             known_for = late.published - late.window.start
             assert 0 <= world.filled_at(late) - late.published <= known_for + MICROS_PER_HOUR
 
-        # What nobody has was asked for while the refresh reached it, and then ever less.
-        asked = [one.at for one in world.requests_for(BITCOIN, NOBODYS.window)]
-        doublings = math.log2(hours(END - NOBODYS.window.start))
+        # Unavailable candles were requested while they were in the range of the refresh, and then with back-off.
+        times = [one.at for one in world.requests_for(BITCOIN, UNAVAILABLE_EVERYWHERE.window)]
+        doublings = math.log2(hours(END - UNAVAILABLE_EVERYWHERE.window.start))
         assert world.gaps(BITCOIN)[0].attempts <= doublings + 5
-        assert len(set(asked)) <= NOBODYS.window.duration // MICROS_PER_HOUR + doublings + 3
-        half = (NOBODYS.window.start + END) // 2
-        assert len({at for at in asked if at > half}) <= 1
+        assert len(set(times)) <= UNAVAILABLE_EVERYWHERE.window.duration // MICROS_PER_HOUR + doublings + 3
+        half = (UNAVAILABLE_EVERYWHERE.window.start + END) // 2
+        assert len({at for at in times if at > half}) <= 1
 
-        # A quiet hour later nobody is asked, and no clock but the moved one was looked at.
+        # Without a due gap no provider is requested, and only the simulated clock was used.
         before = world.requests
         world.run(world.now + 2 * MICROS_PER_HOUR, refreshing=False)
         assert world.requests == before
@@ -183,11 +185,13 @@ def test_every_gap_ends_filled_or_explained(quick: Database, market: LocalMarket
         ]
 
 
-def test_the_requests_for_what_nobody_has_grow_like_the_logarithm_of_time(
+def test_requests_for_an_unavailable_gap_grow_with_the_logarithm_of_time(
     quick: Database, market: LocalMarket
 ) -> None:
-    with closing(World(quick, market, {BITCOIN: CRYPTO}, SINCE, BEGIN, KEYS, [NOBODYS])) as world:
-        world.run(NOBODYS.window.end + MICROS_PER_DAY)
+    with closing(
+        World(quick, market, {BITCOIN: CRYPTO}, SINCE, BEGIN, KEYS, [UNAVAILABLE_EVERYWHERE])
+    ) as world:
+        world.run(UNAVAILABLE_EVERYWHERE.window.end + MICROS_PER_DAY)
         begun, (gap,) = world.now, world.gaps(BITCOIN)
         assert gap.found_at is not None
         world.asked.clear()
@@ -195,10 +199,12 @@ def test_the_requests_for_what_nobody_has_grow_like_the_logarithm_of_time(
         ages = sorted({one.at - gap.found_at for one in world.asked})
         assert 5 <= len(ages) <= 1 + math.log2((world.now - gap.found_at) / (begun - gap.found_at))
         assert all(later >= 2 * earlier for earlier, later in itertools.pairwise(ages))
-        assert len(world.asked) <= 4 * len(ages), "Binance looks beyond an empty page, Polygon is asked twice"
+        assert len(world.asked) <= 4 * len(ages), (
+            "Binance requests beyond an empty page, Polygon is requested twice"
+        )
 
 
-def test_a_candle_that_one_can_live_with_is_asked_for_once(quick: Database, market: LocalMarket) -> None:
+def test_a_tolerated_candle_is_requested_once(quick: Database, market: LocalMarket) -> None:
     solana = Series("SOL/USDT", Timeframe.M5, AssetClass.CRYPTO)
     outage = Outage(solana, span("2023-12-18T03:00", "2023-12-18T03:05"), CRYPTO)
     with closing(
@@ -209,14 +215,14 @@ def test_a_candle_that_one_can_live_with_is_asked_for_once(quick: Database, mark
         assert {one.at for one in world.requests_for(solana, outage.window)} == {instant("2023-12-18T03:17")}
 
 
-# Whatever happens ------------------------------------------------------------------------------------------
+# Random events ---------------------------------------------------------------------------------------------
 
 
 HALF_HOURS, TURN = Series("BTC/USDT", Timeframe.M30, AssetClass.CRYPTO), instant("2023-12-30")
 
 
 def events(seed: int) -> tuple[list[Outage], list[Down]]:
-    """Outages that begin within four days, half of them of both and half of all late; and who is down."""
+    """Outages that begin within four days, half of them at both providers and some published late; and downtimes."""
     draw = random.Random(seed)
 
     def window() -> TimeRange:
@@ -233,7 +239,7 @@ def events(seed: int) -> tuple[list[Outage], list[Down]]:
 
 
 @pytest.mark.parametrize("seed", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 8))])
-def test_whatever_happens_nothing_stays_open(quick: Database, market: LocalMarket, seed: int) -> None:
+def test_no_gap_stays_open_after_random_events(quick: Database, market: LocalMarket, seed: int) -> None:
     outages, downs = events(seed)
     series, begin = {HALF_HOURS: CRYPTO}, TURN + 2 * MICROS_PER_MINUTE
     with closing(World(quick, market, series, SINCE, begin, KEYS, outages, downs)) as world:

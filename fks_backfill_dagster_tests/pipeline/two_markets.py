@@ -1,6 +1,6 @@
-"""One market as Binance and Polygon give it, candle by candle to script on: hours and minutes of BTC.
+"""One market in the wire formats of Binance and Polygon, scriptable per candle: hours and minutes of BTC.
 
-Belongs here: honest wire formats of the two over the same candles, and what a test changes of either.
+Belongs here: correct wire formats of both over the same candles, and the changes that a test makes to either.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from fks_backfill_dagster_tests.providers.scripted import Asked, Said, json_said
 
 @dataclass
 class Quotes:
-    """What one provider gives that the market did not do. `prices`: (open, high, low, close) by open."""
+    """The deviations of one provider from the market. `prices`: (open, high, low, close) by open."""
 
     prices: dict[int, tuple[float, float, float, float]] = field(default_factory=dict)
-    lacks: set[int] = field(default_factory=set)
+    missing: set[int] = field(default_factory=set)
     broken: bool = False
 
 
 @dataclass
 class TwoMarkets:
-    """Every hour (or whatever is asked for) from `listed` on until `now`."""
+    """Every candle of the requested timeframe from `listed` to `now`."""
 
     now: int
     listed: int = 0
@@ -60,7 +60,7 @@ class TwoMarkets:
         step = timeframe.micros
         start, end = -(-max(start, self.listed) // step) * step, min(end, self.now)
         opens = np.arange(start, max(end, start), step, dtype=np.int64)
-        opens = opens[~np.isin(opens, list(quotes.lacks))] if quotes.lacks else opens
+        opens = opens[~np.isin(opens, list(quotes.missing))] if quotes.missing else opens
         found = traded(opens)
         for ts, prices in quotes.prices.items():
             for column, price in zip(found.columns()[1:5], prices, strict=True):
@@ -69,7 +69,7 @@ class TwoMarkets:
 
 
 def traded(opens: Instants) -> Candles:
-    """What the market did: about 500, and neither provider moves from it."""
+    """The market's candles, at about 500."""
     low = 499.0 + opens // 3_600_000_000 % 7 / 8
     return Candles(opens, low + 1, low + 2, low, low + 1.5, 3.0 + low * 0)
 

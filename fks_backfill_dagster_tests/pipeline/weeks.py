@@ -1,11 +1,11 @@
-"""Weeks of operation in seconds: a clock that is moved, and at every step what Dagster's schedules and sensor do.
+"""Weeks of operation in seconds: a simulated clock, and at every step the actions of Dagster's schedules and sensor.
 
 A `World` is a real database and a real local market with several providers. `run` moves both clocks; a step
-looks for closed candles (a refresh, at the polling interval of each timeframe) and for gaps that are due
-(filling), by the functions that schedules and sensor call, and compares all that is stored with the market once
-a day. What looks at the database after every step (checks, `status`) is passed in.
+refreshes series with closed candles (at the polling interval of each timeframe) and fills due gaps, by the
+functions that schedules and sensor call, and compares all stored candles with the market once a day. A check to
+run after every step (checks, `status`) is passed in.
 
-Does not belong here: what happens in these weeks, and what is asserted of it (test_weeks.py).
+Does not belong here: the events of these weeks, and the assertions (test_weeks.py).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PLACES_A_STEP = 10
 
 @dataclass(frozen=True)
 class Down:
-    """A provider answers every request with 503."""
+    """A provider responds to every request with 503."""
 
     provider: str
     window: TimeRange
@@ -53,7 +53,7 @@ class Down:
 
 @dataclass(frozen=True)
 class Outage:
-    """What some providers have no candles of; `published`: when they have them after all."""
+    """A range that some providers have no candles of; `published`: when they publish them after all."""
 
     series: Series
     window: TimeRange
@@ -63,7 +63,7 @@ class Outage:
 
 @dataclass(frozen=True)
 class Request:
-    """One line of the market's journal that asked for candles of a crypto pair; `at` is the moved clock."""
+    """A request for candles of a crypto pair in the market's journal; `at` is the simulated clock."""
 
     at: int
     provider: str
@@ -73,10 +73,10 @@ class Request:
 
 @dataclass
 class World:
-    """The series with their providers in order of priority, kept since `since`.
+    """The series with their providers in order of priority, maintained since `since`.
 
-    `keys`: who has one, and from when on. Everything that happens is given beforehand. `requests`: how
-    many came to the market; `asked`: those for candles of crypto pairs. `look`: is called after every step.
+    `keys`: the providers with a key, and from when on. All events are given beforehand. `requests`: the number of
+    requests to the market; `asked`: those for candles of crypto pairs. `look`: called after every step.
     """
 
     database: Database
@@ -102,11 +102,11 @@ class World:
                 self.market.plant_outage(provider, one.window, one.series.symbol, published=one.published)
 
     def run(self, until: int, step: int = MICROS_PER_HOUR, *, refreshing: bool = True) -> None:
-        """Up to, not including, `until`."""
+        """Runs steps up to, not including, `until`."""
         while self.now + step < until:
             self.now += step
             self.market.set_clock(self.now)
-            self._let_happen()
+            self._apply_events()
             if refreshing:
                 self.refresh(step)
             self.fill()
@@ -120,10 +120,10 @@ class World:
         self._threads.shutdown()
         self._pool.close()
 
-    # What a step does -------------------------------------------------------------------------------------
+    # Steps ------------------------------------------------------------------------------------------------
 
     def refresh(self, step: int) -> None:
-        """As the schedules and the op of a refresh, which takes a few series at once."""
+        """Like the schedules and the op of a refresh, with a few series at once."""
         known = reaches(self.database, list(self.series))
         polled = [
             one
@@ -132,11 +132,11 @@ class World:
         ]
         due = [one for one in polled if is_due(known.get(one), grid_of(one), self.now)]
 
-        def bring(one: Series) -> None:
+        def refresh_one(one: Series) -> None:
             window = refresh_range(known.get(one), grid_of(one), one.timeframe, self.since, self.now)
             sync(self.context, one, window, self.series[one], listen=self._watch)
 
-        list(self._threads.map(bring, due))
+        list(self._threads.map(refresh_one, due))
 
     def due(self) -> list[Place]:
         wanted = {
@@ -146,7 +146,7 @@ class World:
         return due_places(self.database, wanted, self.now, PLACES_A_STEP)
 
     def fill(self) -> None:
-        """As the sensor and the op of a filling: the gaps of one partition of one series at a time."""
+        """Like the sensor and the op of gap filling: the gaps of one partition of one series at a time."""
         for place in self.due():
             window = _partition(place)
             window = TimeRange(max(window.start, self.since), window.end)
@@ -160,14 +160,14 @@ class World:
             )
 
     def _watch(self, event: SyncEvent) -> None:
-        """Nothing that is stored is asked for."""
+        """Asserts that no stored candle is requested."""
         if isinstance(event, Planned):
             stored = queries.read_candles(self.database, event.series, event.plan.window).ts
             again = stored[event.plan.missing_ranges.contains(stored)]
-            assert not len(again), f"{event.series}: {len(again)} stored candles are asked for again"
+            assert not len(again), f"{event.series}: {len(again)} stored candles are requested again"
 
-    def _let_happen(self) -> None:
-        """Who is down from now on, or up again; who has a key from now on."""
+    def _apply_events(self) -> None:
+        """Applies changes of provider faults and keys."""
         down = frozenset(one.provider for one in self.downs if one.window.contains(self.now))
         if down != self._down:
             self.market.clear_faults()
@@ -186,8 +186,8 @@ class World:
         came = journal["total"] - self.requests
         self.requests = journal["total"]
         assert came <= len(journal["last"]), "the market keeps the last thousand"
-        news = journal["last"][len(journal["last"]) - came :]
-        found = (_request(self.now, one["provider"], one["target"]) for one in news)
+        fresh = journal["last"][len(journal["last"]) - came :]
+        found = (_request(self.now, one["provider"], one["target"]) for one in fresh)
         self.asked += [one for one in found if one is not None]
 
     def _context(self) -> Context:
@@ -208,21 +208,21 @@ class World:
         )
         return build(name, options, self._pool, ProcessLimiter({}), lambda: self.now)
 
-    # What there is to see -----------------------------------------------------------------------------------
+    # State --------------------------------------------------------------------------------------------------
 
     def gaps(self, series: Series) -> tuple[LedgerGap, ...]:
         return queries.ledger_gaps(self.database, series, TimeRange(self.since, self.now))
 
     def compare(self, series: Series, step: int) -> None:
-        """Every expected candle is stored, or in exactly one gap; what is stored is what the market gave;
-        and no gap lacks what could be had for longer than it had been known then, and a step."""
+        """Asserts that every expected candle is stored or in exactly one gap, that stored candles equal the market's,
+        and that no available candle stays missing for longer than the age of its gap at that time, plus a step."""
         (reach,) = reaches(self.database, [series]).values()
         window = TimeRange(self.since, reach.synced_end)
         expected = grid_of(series).opens(window)
         stored = queries.read_candles(self.database, series, window)
         truth = self.truth(series, window)
         given = truth.take(np.isin(truth.ts, stored.ts))
-        assert _same(stored, given), f"{series}: not what the market gave"
+        assert _same(stored, given), f"{series}: stored candles differ from the market's"
         gaps = self.gaps(series)
         lacking = [grid_of(series).opens(TimeRange(gap.start, gap.end)) for gap in gaps]
         assert [len(opens) for opens in lacking] == [gap.missing for gap in gaps]
@@ -231,21 +231,21 @@ class World:
         for gap, opens in zip(gaps, lacking, strict=True):
             assert gap.found_at is not None
             assert gap.found_at <= self.now, "known by another clock"
-            had = opens[np.isin(opens, truth.ts)]
-            if len(had):
-                since = max(self._fillable_since(series, had), gap.found_at)
-                patience = max(MICROS_PER_HOUR, since - gap.found_at) + step
-                assert self.now <= since + patience, f"{series}: could be had since {iso(since)}: {gap}"
+            available = opens[np.isin(opens, truth.ts)]
+            if len(available):
+                since = max(self._fillable_since(series, available), gap.found_at)
+                limit = max(MICROS_PER_HOUR, since - gap.found_at) + step
+                assert self.now <= since + limit, f"{series}: available since {iso(since)}: {gap}"
 
     def lacking(self, series: Series) -> Instants:
-        """What somebody has by now and is not stored."""
+        """The candles that a provider has by now and that are not stored."""
         window = TimeRange(self.since, self.now)
         return missing_of(
             self.truth(series, window).ts, queries.read_candles(self.database, series, window).ts
         )
 
     def _fillable_since(self, series: Series, opens: Instants) -> int:
-        """Since when nothing stands in the way of the last of `opens`: published, and nobody down."""
+        """The time since which the last of `opens` can be fetched: published, no provider down, keys present."""
         late = [
             one.published
             for one in self.outages
@@ -262,7 +262,7 @@ class World:
         return max(at for at in (int(opens[-1]), *late, *downs, *keys) if at <= self.now)
 
     def truth(self, series: Series, window: TimeRange) -> Candles:
-        """What those who can be asked have of a series by now; all of them quote one market."""
+        """The candles that the eligible providers have of a series by now; all of them quote the same market."""
         names = able(self.context, series)
         both = Candles.concat(
             [self.market.truth(name, series.symbol, series.timeframe, window) for name in names]
@@ -271,7 +271,7 @@ class World:
         return both.take(first)
 
     def filled_at(self, outage: Outage) -> int:
-        """When the last candle of it was fetched."""
+        """When the last candle of the outage was fetched."""
         fetched = [
             to_micros(one.fetched_at)
             for one in queries.batches(self.database, outage.series)
@@ -281,7 +281,7 @@ class World:
         return max(fetched)
 
     def requests_for(self, series: Series, window: TimeRange) -> list[Request]:
-        """The requests that reached into `window`, of a crypto pair."""
+        """The requests of a crypto pair that intersect `window`."""
         symbols = (series.symbol.replace("/", ""), f"X:{series.symbol.replace('/', '').removesuffix('T')}")
         return [one for one in self.asked if one.symbol in symbols and one.window.intersect(window)]
 
@@ -308,7 +308,7 @@ def _request(at: int, provider: str, target: str) -> Request | None:
     url = urlsplit(target)
     if provider == "binance" and url.path.endswith("/klines"):
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
-        if "endTime" not in query:  # since when it has the symbol
+        if "endTime" not in query:  # a request for the listing time
             return None
         edges = TimeRange(int(query["startTime"]) * 1000, int(query["endTime"]) * 1000 + 1)
         return Request(at, provider, query["symbol"], edges)

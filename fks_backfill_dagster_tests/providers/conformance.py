@@ -1,9 +1,9 @@
-"""What every provider must do, as a test class: the contract of `providers/base.py`, executable.
+"""The contract of `providers/base.py` as an executable test class for every provider.
 
-A provider's test module subclasses `ProviderConformance`, says how to reach it, and answers as the
-provider would; docs/adding-a-provider.md shows how. pytest does not collect this module itself.
+A provider's test module subclasses `ProviderConformance` and simulates the provider's responses;
+docs/adding-a-provider.md shows how. pytest does not collect this module itself.
 
-Belongs here: what holds for all providers. Does not belong here: a wire format.
+Belongs here: requirements of all providers. Does not belong here: a wire format.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from fks_backfill_dagster_tests.providers.scripted import Asked, Said, Server, j
 
 KEY = "sEcReT+key/with=odd&signs"
 
-# Waiting times and dates as a broken or hostile server writes them.
+# Waiting times and dates as a broken or hostile server may send them.
 ABSURD = {
     "a century": "3153600000",
     "digits": "9" * 400,
@@ -78,27 +78,27 @@ ABSURD = {
 
 
 class ProviderConformance:
-    """Subclasses say who is tested and give an honest market; `make` is the fixture of conftest.py.
+    """Subclasses define the tested provider and its honest market; `make` is the fixture of conftest.py.
 
     name: as in the registry.
-    symbols: one symbol it has for each asset class of its capabilities.
+    symbols: one available symbol for each asset class of the capabilities.
     now: the provider's clock, in microseconds. Windows must lie before it.
-    quick: more options of `make`; the pace is off already.
-    tells_unknown: False for a provider that answers an unknown symbol as if it were an empty window.
+    quick: further options of `make`; the rate limit is already off.
+    reports_unknown: False for a provider whose response for an unknown symbol looks like an empty window.
     """
 
     name: ClassVar[str]
     symbols: ClassVar[Mapping[AssetClass, str]]
     now: ClassVar[int] = us("2024-06-05T12:07")
     quick: ClassVar[Mapping[str, object]] = {}
-    tells_unknown: ClassVar[bool] = True
+    reports_unknown: ClassVar[bool] = True
 
     def market(self, asked: Asked) -> Said:
-        """The honest answer, with every candle of every window of `window`."""
+        """The honest response, with every candle of every window of `window`."""
         raise NotImplementedError
 
     def unknown(self, asked: Asked) -> Said:
-        """The answer for a symbol that the provider does not know."""
+        """The response for an unknown symbol."""
         raise NotImplementedError
 
     def window(self, series: Series) -> TimeRange:
@@ -121,23 +121,23 @@ class ProviderConformance:
         return self.name in KEY_VARIABLES
 
     def paged(self) -> tuple[Series, TimeRange] | None:
-        """A native series, and a window of whole candles that takes three responses or more to answer.
+        """A native series, and a window of whole candles that takes three responses or more.
 
-        None where one response answers any window. Together with it `disguised` is needed.
+        None if one response covers any window. Otherwise `disguised` is required too.
         """
         raise NotImplementedError
 
     def disguised(self, asked: Asked) -> Said:
-        """What `market` would answer for another symbol, made to look like the answer for this one."""
+        """The response of `market` for another symbol, modified to look like the one for this symbol."""
         raise NotImplementedError
 
     def series(self, provider: Provider) -> list[Series]:
-        """One series for everything that `fetch` gives: the native ones."""
+        """One series for each native asset class and timeframe, which `fetch` serves."""
         can = provider.capabilities
         return [series for series in self.declared(provider) if can.parts(series) is series.timeframe]
 
     def declared(self, provider: Provider) -> list[Series]:
-        """One series for everything that it declares, native or derived."""
+        """One series for each declared asset class and timeframe, native or derived."""
         return [
             Series(self.symbols[asset_class], timeframe, asset_class)
             for asset_class, timeframes in provider.capabilities.timeframes.items()
@@ -145,18 +145,18 @@ class ProviderConformance:
         ]
 
     @contextmanager
-    def asking(
+    def connected(
         self, provider: Callable[..., Provider], answer: Callable[[Asked], Said], **given: object
     ) -> Iterator[tuple[Provider, Series, Server]]:
-        """A provider against a server with that answer, and a series to ask for."""
+        """A provider connected to a server with these responses, and a series to request."""
         with serve(answer) as server:
             made = provider(server.url, **given)
             yield made, self.series(made)[0], server
 
-    # --- what it says of itself ---
+    # --- capabilities and estimates ---
 
     def test_capabilities_are_consistent(self, provider: Callable[..., Provider]) -> None:
-        with self.asking(provider, self.market) as (made, _, server):
+        with self.connected(provider, self.market) as (made, _, server):
             can = made.capabilities
             assert made.name == self.name
             assert set(can.timeframes) == set(self.symbols)
@@ -166,11 +166,11 @@ class ProviderConformance:
             assert all(depth > timeframe.micros for timeframe, depth in can.depth.items())
             assert can.needs_key == KEY_VARIABLES.get(self.name)
             assert 0 <= can.publication_delay < 2 * MICROS_PER_DAY, "microseconds"
-            assert server.requests == [], "to say what it can, it asks nobody"
+            assert server.requests == [], "capabilities need no request"
 
     def test_parts_of_derived_timeframes(self, provider: Callable[..., Provider]) -> None:
-        """What is derived is declared with native parts of the same asset class that make it up completely."""
-        with self.asking(provider, self.market) as (made, _, _):
+        """Derived timeframes are declared with native parts of the same asset class that cover them completely."""
+        with self.connected(provider, self.market) as (made, _, _):
             can, native = made.capabilities, self.series(made)
             assert set(can.derived) <= set(can.timeframes)
             assert all(set(parts) <= can.timeframes[at] for at, parts in can.derived.items())
@@ -183,18 +183,18 @@ class ProviderConformance:
                 assert np.array_equal(found.candles.ts, coarse.opens(window)), series
                 assert len(found.candles), series
 
-    def test_estimates_without_asking(self, provider: Callable[..., Provider]) -> None:
-        with self.asking(provider, self.market) as (made, _, server):
+    def test_estimates_without_requests(self, provider: Callable[..., Provider]) -> None:
+        with self.connected(provider, self.market) as (made, _, server):
             for series in self.series(made):
                 estimate = made.estimate(series, self.window(series))
                 assert estimate.requests > 0, series
                 assert estimate.seconds > 0, series
             assert server.requests == []
 
-    # --- honest answers ---
+    # --- honest responses ---
 
-    def test_gives_what_it_declares(self, provider: Callable[..., Provider]) -> None:
-        with self.asking(provider, self.market) as (made, _, server):
+    def test_declared_timeframes_are_complete(self, provider: Callable[..., Provider]) -> None:
+        with self.connected(provider, self.market) as (made, _, server):
             for series in self.series(made):
                 window, before = self.window(series), len(server.requests)
                 answer = made.fetch(series, window)
@@ -206,15 +206,15 @@ class ProviderConformance:
                 good = Candles.concat([verdict.good for verdict in verdicts]).sorted()
                 assert np.array_equal(good.ts, grid_of(series).opens(window)), series
                 assert len(good) > 1, series
-                # A provider with volumes may lack them for a whole asset class, never for single candles.
+                # A provider with volumes may have none for a whole asset class, but not for single candles.
                 absent = np.isnan(good.volume)
                 assert absent.all() if not made.capabilities.has_volume else absent.all() == absent.any(), (
                     series
                 )
                 assert answer.requests == len(server.requests) - before, series
 
-    def test_declines_what_it_does_not_declare(self, provider: Callable[..., Provider]) -> None:
-        with self.asking(provider, self.market) as (made, _, server):
+    def test_undeclared_timeframes_are_declined(self, provider: Callable[..., Provider]) -> None:
+        with self.connected(provider, self.market) as (made, _, server):
             for asset_class, timeframes in made.capabilities.timeframes.items():
                 for timeframe in set(Timeframe) - timeframes:
                     series = Series(self.symbols[asset_class], timeframe, asset_class)
@@ -223,7 +223,7 @@ class ProviderConformance:
             assert server.requests == []
 
     def test_derived_timeframes_are_not_fetched(self, provider: Callable[..., Provider]) -> None:
-        with self.asking(provider, self.market) as (made, _, server):
+        with self.connected(provider, self.market) as (made, _, server):
             for series in self.declared(made):
                 parts = made.capabilities.parts(series)
                 if parts is not series.timeframe:
@@ -232,8 +232,8 @@ class ProviderConformance:
             assert server.requests == []
 
     def test_the_origin_is_complete(self, provider: Callable[..., Provider]) -> None:
-        """Who gave the candles, for which instrument, from which host, and when they were requested."""
-        with self.asking(provider, self.market) as (made, _, server):
+        """The provider, instrument, host and request time of the candles."""
+        with self.connected(provider, self.market) as (made, _, server):
             for series in self.series(made):
                 before = len(server.requests)
                 deliveries = made.fetch(series, self.window(series)).deliveries
@@ -252,47 +252,47 @@ class ProviderConformance:
     def test_a_response_of_another_instrument_begins_and_ends_at_seams(
         self, provider: Callable[..., Provider]
     ) -> None:
-        """Whichever response it is. A provider whose pages overlap notices it, for the others the caller can."""
+        """For every response. A provider with overlapping pages detects it, for the others the caller can."""
         if (paged := self.paged()) is None:
-            pytest.skip("one response answers any window")
-        with self.asking(provider, self.market) as (made, _, server):
+            pytest.skip("one response covers any window")
+        with self.connected(provider, self.market) as (made, _, server):
             (honest,) = made.fetch(*paged).deliveries
-            questions = [(asked.path, asked.query) for asked in server.requests]
-        assert len(questions) >= 3
-        assert 0 < len(honest.seams) < len(questions)
+            requested = [(asked.path, asked.query) for asked in server.requests]
+        assert len(requested) >= 3
+        assert 0 < len(honest.seams) < len(requested)
         assert (np.diff(honest.seams) > 0).all()
         assert np.isin(honest.seams, honest.candles.ts[1:]).all()
         edges = [0, *np.searchsorted(honest.candles.ts, honest.seams).tolist(), len(honest.candles)]
-        noticed = 0
-        for question in questions:
+        detected = 0
+        for target in requested:
 
-            def one_lies(asked: Asked, question: object = question) -> Said:
-                lies = (asked.path, asked.query) == question
-                return self.disguised(asked) if lies else self.market(asked)
+            def one_disguised(asked: Asked, target: object = target) -> Said:
+                matches = (asked.path, asked.query) == target
+                return self.disguised(asked) if matches else self.market(asked)
 
-            with self.asking(provider, one_lies) as (made, _, _):
+            with self.connected(provider, one_disguised) as (made, _, _):
                 try:
-                    (spoiled,) = made.fetch(*paged).deliveries
+                    (result,) = made.fetch(*paged).deliveries
                 except BadAnswer:
-                    noticed += 1
+                    detected += 1
                     continue
-            assert np.array_equal(spoiled.candles.ts, honest.candles.ts)
-            assert np.array_equal(spoiled.seams, honest.seams)
-            (strange,) = np.nonzero(spoiled.candles.close != honest.candles.close)
-            assert 0 < len(strange) < len(honest.candles), question
-            assert len(strange) == strange[-1] + 1 - strange[0]
-            assert {int(strange[0]), int(strange[-1]) + 1} <= set(edges)
-        assert noticed in (0, len(questions))
+            assert np.array_equal(result.candles.ts, honest.candles.ts)
+            assert np.array_equal(result.seams, honest.seams)
+            (different,) = np.nonzero(result.candles.close != honest.candles.close)
+            assert 0 < len(different) < len(honest.candles), target
+            assert len(different) == different[-1] + 1 - different[0]
+            assert {int(different[0]), int(different[-1]) + 1} <= set(edges)
+        assert detected in (0, len(requested))
 
-    def test_an_empty_window_asks_nobody(self, provider: Callable[..., Provider]) -> None:
-        with self.asking(provider, self.market) as (made, _, server):
+    def test_an_empty_window_sends_no_request(self, provider: Callable[..., Provider]) -> None:
+        with self.connected(provider, self.market) as (made, _, server):
             for series in self.series(made):
                 start = self.window(series).start
                 assert made.fetch(series, TimeRange(start, start)) == Answer(()), series
             assert server.requests == []
 
-    def test_many_threads_get_the_same(self, provider: Callable[..., Provider]) -> None:
-        with self.asking(provider, self.market) as (made, series, _):
+    def test_concurrent_fetches_agree(self, provider: Callable[..., Provider]) -> None:
+        with self.connected(provider, self.market) as (made, series, _):
             window = self.window(series)
 
             def fetched(_: int) -> Candles:
@@ -307,16 +307,16 @@ class ProviderConformance:
     # --- refusals ---
 
     def test_an_unknown_symbol(self, provider: Callable[..., Provider]) -> None:
-        with self.asking(provider, self.unknown) as (made, _, _):
+        with self.connected(provider, self.unknown) as (made, _, _):
             for series in self.series(made):
-                if self.tells_unknown:
+                if self.reports_unknown:
                     with pytest.raises(UnknownSymbol):
                         made.fetch(series, self.window(series))
                 else:
                     assert made.fetch(series, self.window(series)).deliveries == ()
 
     def test_a_missing_key(self, provider: Callable[..., Provider]) -> None:
-        with self.asking(provider, self.market, key=None) as (made, series, server):
+        with self.connected(provider, self.market, key=None) as (made, series, server):
             variable = made.capabilities.needs_key
             assert made.missing_key() == variable
             if variable is not None:
@@ -352,25 +352,25 @@ class ProviderConformance:
         self.fails(provider, half, BadAnswer)
 
     @pytest.mark.parametrize("status", [500, 502, 503, 504])
-    def test_server_errors_may_pass(self, provider: Callable[..., Provider], status: int) -> None:
+    def test_server_errors_are_transient(self, provider: Callable[..., Provider], status: int) -> None:
         error = self.fails(provider, lambda _: Said(b"<html>Bad gateway</html>", status), TransientError)
         assert not isinstance(error, RateLimited | BadAnswer)
 
     @pytest.mark.parametrize("failure", [Said(b"", 502), Said(b"<html>")], ids=["502", "html"])
-    def test_what_may_pass_is_asked_again(self, provider: Callable[..., Provider], failure: Said) -> None:
-        with self.asking(provider, lambda _: failure, retry_budget_seconds=0.8) as (made, series, server):
+    def test_transient_errors_are_retried(self, provider: Callable[..., Provider], failure: Said) -> None:
+        with self.connected(provider, lambda _: failure, retry_budget_seconds=0.8) as (made, series, server):
             with pytest.raises(TransientError):
                 made.fetch(series, self.window(series))
-            questions = [(asked.path, tuple(asked.query.items())) for asked in server.requests]
-            assert len(set(questions)) < len(questions)
+            requested = [(asked.path, tuple(asked.query.items())) for asked in server.requests]
+            assert len(set(requested)) < len(requested)
 
-    def test_a_limit_is_told_in_seconds(self, provider: Callable[..., Provider]) -> None:
+    def test_a_rate_limit_has_a_wait_in_seconds(self, provider: Callable[..., Provider]) -> None:
         limited = json_said({"error": "slow down"}, 429, {"Retry-After": "3600"})
-        with self.asking(provider, lambda _: limited) as (made, series, _):
+        with self.connected(provider, lambda _: limited) as (made, series, _):
             began = time.monotonic()
             with pytest.raises(RateLimited) as caught:
                 made.fetch(series, self.window(series))
-            assert time.monotonic() - began < 5, "an hour is not waited for"
+            assert time.monotonic() - began < 5, "it does not wait for an hour"
         assert caught.value.retry_after == pytest.approx(3600, abs=10)
 
     @pytest.mark.parametrize("named", ABSURD.values(), ids=ABSURD.keys())
@@ -389,31 +389,33 @@ class ProviderConformance:
             honest = self.market(asked)
             return replace(honest, headers={**honest.headers, "Date": _on_the_wire(named)})
 
-        with self.asking(provider, dated) as (made, series, _):
+        with self.connected(provider, dated) as (made, series, _):
             window = self.window(series)
             rows = Candles.concat([d.candles for d in made.fetch(series, window).deliveries])
             good = verify(rows, window, grid_of(series), window.end).good.ts
-            # What is no date counts as none. "0001" is 2001 to the standard library: nothing has closed yet.
+            # An invalid date is ignored. The standard library reads "0001" as 2001: nothing has closed yet.
             assert np.array_equal(good, grid_of(series).opens(window)) or (len(good) == 0 and "0001" in named)
 
     @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
-    def test_an_answer_is_refused_by_its_size(self, provider: Callable[..., Provider], packed: bool) -> None:
-        """63 MB of empty lists are 2 GB once they are parsed."""
+    def test_a_too_large_response_is_rejected(self, provider: Callable[..., Provider], packed: bool) -> None:
+        """63 MB of empty lists take 2 GB when parsed."""
         body = b"[" + b"[]," * (MAX_JSON_BYTES // 3) + b"[]]"
         headers = {"Content-Type": "application/json"} | ({"Content-Encoding": "gzip"} if packed else {})
-        said = Said(gzip.compress(body, 1) if packed else body, headers=headers)
-        error = self.fails(provider, lambda _: said, BadAnswer)
-        assert str(error).endswith("answered more than 16,777,216 bytes, which is too large to be an answer")
+        response = Said(gzip.compress(body, 1) if packed else body, headers=headers)
+        error = self.fails(provider, lambda _: response, BadAnswer)
+        assert str(error).endswith(
+            "returned more than 16,777,216 bytes, which is too large for a valid response"
+        )
 
-    def test_a_refusal_is_not_asked_again(self, provider: Callable[..., Provider]) -> None:
+    def test_a_refusal_is_not_retried(self, provider: Callable[..., Provider]) -> None:
         for status in (401, 403):
-            with self.asking(provider, lambda _, s=status: json_said({}, s)) as (made, series, server):
+            with self.connected(provider, lambda _, s=status: json_said({}, s)) as (made, series, server):
                 with pytest.raises(PermanentError):
                     made.fetch(series, self.window(series))
-                questions = [(asked.path, tuple(asked.query.items())) for asked in server.requests]
-                assert len(set(questions)) == len(questions) > 0
+                requested = [(asked.path, tuple(asked.query.items())) for asked in server.requests]
+                assert len(set(requested)) == len(requested) > 0
 
-    def test_a_silent_server(self, provider: Callable[..., Provider]) -> None:
+    def test_a_response_timeout(self, provider: Callable[..., Provider]) -> None:
         slow = Said(b"[]", delay=0.6)
         self.fails(provider, lambda _: slow, TransientError, timeout_seconds=0.2)
 
@@ -424,25 +426,25 @@ class ProviderConformance:
 
         self.fails(provider, cut, TransientError)
 
-    def test_nobody_there(self, provider: Callable[..., Provider]) -> None:
+    def test_connection_refused(self, provider: Callable[..., Provider]) -> None:
         made = provider("http://127.0.0.1:1")
         series = self.series(made)[0]
         with pytest.raises(TransientError):
             made.fetch(series, self.window(series))
 
-    def test_an_error_has_its_number_of_requests(self, provider: Callable[..., Provider]) -> None:
-        with self.asking(provider, lambda _: Said(b"", 502), retry_budget_seconds=0.4) as (
+    def test_an_error_carries_its_request_count(self, provider: Callable[..., Provider]) -> None:
+        with self.connected(provider, lambda _: Said(b"", 502), retry_budget_seconds=0.4) as (
             made,
             series,
             server,
         ):
             with pytest.raises(TransientError) as caught:
                 made.fetch(series, self.window(series))
-            time.sleep(0.1)  # for what was on its way
+            time.sleep(0.1)  # for requests in flight
             assert caught.value.requests == len(server.requests) > 1
 
-    def test_the_same_answer_again_and_again_has_an_end(self, provider: Callable[..., Provider]) -> None:
-        """Whatever is requested: paging without progress."""
+    def test_repeated_responses_end(self, provider: Callable[..., Provider]) -> None:
+        """The same response to every request: paging without progress."""
         first: list[Said] = []
 
         def stuck(asked: Asked) -> Said:
@@ -450,14 +452,14 @@ class ProviderConformance:
                 first.append(self.market(asked))
             return first[0]
 
-        with self.asking(provider, stuck) as (made, series, server):
+        with self.connected(provider, stuck) as (made, series, server):
             asked, window = self.paged() or (series, self.window(series))
             with suppress(ProviderError):
                 made.fetch(asked, window)
             assert len(server.requests) <= 10 + 10 * made.estimate(asked, window).requests
 
     def test_numbers_of_any_size(self, provider: Callable[..., Provider]) -> None:
-        """Each number of an honest answer in turn is one that neither a double nor 64 bits hold."""
+        """Replaces some numbers of an honest response by ones that fit neither a double nor 64 bits."""
 
         def changed(asked: Asked, written: bytes, place: int) -> Said:
             honest = self.market(asked)
@@ -470,20 +472,20 @@ class ProviderConformance:
         huge = (b"9007199254740993", b"18446744073709551616", b"-9223372036854775809", b"1" * 400, b"1e400")
         for written, place in itertools.product(huge, range(4)):
             answer = functools.partial(changed, written=written, place=place)
-            with self.asking(provider, answer) as (made, series, _), suppress(ProviderError):
+            with self.connected(provider, answer) as (made, series, _), suppress(ProviderError):
                 window = self.window(series)
                 rows = Candles.concat([d.candles for d in made.fetch(series, window).deliveries])
                 good = verify(rows, window, grid_of(series), window.end).good
                 assert np.isin(good.ts, grid_of(series).opens(window)).all()
                 assert not any((np.abs(column) == 2.0**53).any() for column in good.columns()[1:])
 
-    def test_one_failure_heals(self, provider: Callable[..., Provider]) -> None:
+    def test_one_failure_is_repaired(self, provider: Callable[..., Provider]) -> None:
         failures = [Said(b"<html>", 502)]
 
         def once(asked: Asked) -> Said:
             return failures.pop() if failures else self.market(asked)
 
-        with self.asking(provider, once, retry_budget_seconds=5.0) as (made, series, _):
+        with self.connected(provider, once, retry_budget_seconds=5.0) as (made, series, _):
             window = self.window(series)
             answer = made.fetch(series, window)
             rows = Candles.concat([delivery.candles for delivery in answer.deliveries])
@@ -495,54 +497,54 @@ class ProviderConformance:
 
     @pytest.mark.parametrize("status", [200, 400, 401, 403, 404, 429, 500])
     @pytest.mark.parametrize("shape", ["error", "page"])
-    def test_an_echoed_key_is_blanked(
+    def test_an_echoed_key_is_redacted(
         self, provider: Callable[..., Provider], status: int, shape: str
     ) -> None:
-        words = ("error", "message", "msg", "errorMessage", "Information", "Error Message", "status")
+        fields = ("error", "message", "msg", "errorMessage", "Information", "Error Message", "status")
         text = f"we have detected your API key as {KEY}"
-        echo = orjson.dumps(dict.fromkeys(words, text)) if shape == "error" else text.encode()
+        echo = orjson.dumps(dict.fromkeys(fields, text)) if shape == "error" else text.encode()
         if not self.needs_key:
-            pytest.skip("a keyless provider has nothing to blank")
+            pytest.skip("a keyless provider has nothing to redact")
         with (
-            self.asking(provider, lambda _: Said(echo, status)) as (made, series, _),
+            self.connected(provider, lambda _: Said(echo, status)) as (made, series, _),
             pytest.raises(ProviderError) as caught,
         ):
             made.fetch(series, self.window(series))
-        told = "".join(traceback.format_exception(caught.value)) + repr(caught.value)
-        assert KEY not in told
+        texts = "".join(traceback.format_exception(caught.value)) + repr(caught.value)
+        assert KEY not in texts
 
     def test_the_origin_holds_no_key(self, provider: Callable[..., Provider]) -> None:
         if not self.needs_key:
             pytest.skip("a keyless provider has nothing to hide")
-        with self.asking(provider, self.market) as (made, _, _):
+        with self.connected(provider, self.market) as (made, _, _):
             for series in self.series(made):
                 answer = made.fetch(series, self.window(series))
                 assert answer.deliveries, series
                 assert KEY not in repr(answer.warnings)
                 for delivery in answer.deliveries:
-                    assert "sEcReT" not in repr(delivery.origin), "not in any quoting either"
+                    assert "sEcReT" not in repr(delivery.origin), "nor in a quoted form"
 
     @pytest.mark.parametrize("malformed", [False, True], ids=["every request", "malformed header"])
     def test_no_log_holds_the_key(
         self, provider: Callable[..., Provider], malformed: bool, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Of a program that logs everything. The server sends the request back where urllib3 quotes the answer."""
+        """Of a program that logs everything. The server echoes the request where urllib3 quotes the response."""
         if not self.needs_key:
             pytest.skip("a keyless provider has nothing to hide")
 
         def echoing(asked: Asked) -> Said:
-            told = f"1\r\nno header: {asked.query} {asked.headers}" if malformed else "1"
+            value = f"1\r\nno header: {asked.query} {asked.headers}" if malformed else "1"
             honest = self.market(asked)
-            return replace(honest, headers={**honest.headers, "X": told})
+            return replace(honest, headers={**honest.headers, "X": value})
 
         caplog.set_level(logging.DEBUG)
-        with self.asking(provider, echoing) as (made, series, _):
+        with self.connected(provider, echoing) as (made, series, _):
             made.fetch(series, self.window(series))
         assert '"GET /' in caplog.text
         assert not malformed or "Failed to parse headers" in caplog.text
-        assert "sEcReT" not in caplog.text, "not in any quoting either"
+        assert "sEcReT" not in caplog.text, "nor in a quoted form"
         assert "***" in caplog.text or not malformed
-        assert all(record.exc_info is None for record in caplog.records), "a handler may format it by itself"
+        assert all(record.exc_info is None for record in caplog.records), "a handler may format it itself"
 
     def test_no_output_holds_the_key(
         self,
@@ -550,16 +552,16 @@ class ProviderConformance:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        """Somebody makes http.client print all requests, as the documentation of requests advises."""
+        """The application makes http.client print all requests, as the documentation of requests advises."""
         if not self.needs_key:
             pytest.skip("a keyless provider has nothing to hide")
         monkeypatch.setattr(http.client.HTTPConnection, "debuglevel", 1)
-        with self.asking(provider, self.market) as (made, series, server):
+        with self.connected(provider, self.market) as (made, series, server):
             made.fetch(series, self.window(series))
             assert "sEcReT" not in capsys.readouterr().out
-            with suppress(requests.RequestException):  # the market knows no such path
+            with suppress(requests.RequestException):  # the market has no such path
                 requests.get(f"{server.url}/other", timeout=5)
-            assert "/other" in capsys.readouterr().out, "what others send is printed"
+            assert "/other" in capsys.readouterr().out, "requests of other connections are printed"
 
     # --- shared by the tests above ---
 
@@ -570,9 +572,9 @@ class ProviderConformance:
         kind: type[TransientError],
         **given: object,
     ) -> ProviderError:
-        """The error of a fetch that gets that answer, which is of that kind."""
+        """The error of a fetch with this response, after checking its type."""
         with (
-            self.asking(provider, answer, **given) as (made, series, _),
+            self.connected(provider, answer, **given) as (made, series, _),
             pytest.raises(kind) as caught,
         ):
             made.fetch(series, self.window(series))
@@ -580,5 +582,5 @@ class ProviderConformance:
 
 
 def _on_the_wire(text: str) -> str:
-    """A header's value, as http.server encodes it (Latin-1), with these bytes in UTF-8."""
+    """A header value that http.server, which encodes Latin-1, sends as UTF-8."""
     return text.encode().decode("latin-1")

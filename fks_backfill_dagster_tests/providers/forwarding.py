@@ -1,6 +1,6 @@
-"""A proxy on loopback: forwards GET and CONNECT, whatever the host, to one server.
+"""A proxy on loopback: forwards GET and CONNECT for any host to one server.
 
-A name that no resolver knows is reached through it only, so a test sees which way a request took.
+An unresolvable host name is reachable only through the proxy, so a test can detect the route of a request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 
 class Proxy:
-    """What a test sees: its address, and the request lines that came (`GET http://host/x`, `CONNECT host:443`)."""
+    """The address of the proxy, and the received request lines (`GET http://host/x`, `CONNECT host:443`)."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -26,9 +26,9 @@ class Proxy:
 
 @contextmanager
 def forwarding(target: str, *, refuse: int | None = None, user: str | None = None) -> Iterator[Proxy]:
-    """A proxy before the server at the URL `target`.
+    """A proxy for the server at the URL `target`.
 
-    refuse: the status of all its answers. user: `name:password`, without which it answers 407.
+    refuse: the status of all responses. user: the required `name:password`; otherwise the status is 407.
     """
     address = urlsplit(target)
     assert address.hostname is not None
@@ -54,7 +54,7 @@ def forwarding(target: str, *, refuse: int | None = None, user: str | None = Non
                 return
             url = urlsplit(self.path)
             there = http.client.HTTPConnection(address.hostname or "", address.port, timeout=10)
-            there.set_debuglevel(0)  # what the client prints is tested, not what this one does
+            there.set_debuglevel(0)  # only the output of the tested client matters
             there.request("GET", f"{url.path}?{url.query}", headers=dict(self.headers))
             answer = there.getresponse()
             body = answer.read()
@@ -79,13 +79,13 @@ def forwarding(target: str, *, refuse: int | None = None, user: str | None = Non
             return True
 
         def log_message(self, *_: object) -> None:
-            """Quiet."""
+            """No log."""
 
     class Loopback(ThreadingHTTPServer):
         daemon_threads = True
 
         def handle_error(self, *_: object) -> None:
-            """A client that goes away is part of the tests."""
+            """Disconnecting clients are part of the tests."""
 
     httpd = Loopback(("127.0.0.1", 0), Handler)
     proxy = Proxy(httpd.server_address[1])
@@ -100,7 +100,7 @@ def forwarding(target: str, *, refuse: int | None = None, user: str | None = Non
 
 
 def _pump(source: socket.socket, sink: socket.socket) -> None:
-    """Passes bytes on until one side ends."""
+    """Forwards bytes until one side closes."""
     with suppress(OSError):
         while data := source.recv(65536):
             sink.sendall(data)

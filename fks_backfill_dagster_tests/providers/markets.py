@@ -1,7 +1,7 @@
-"""Small honest OANDA, Alpha Vantage, CoinGecko and Polygon to script on; SmallBinance is in scripted.py.
+"""Minimal honest versions of OANDA, Alpha Vantage, CoinGecko and Polygon; SmallBinance is in scripted.py.
 
-Each has every candle of the expected grid. Prices depend on the open and the symbol only (`candles_at`),
-coarser bars aggregate from finer ones in plain Python: slow, obvious, and no code of the project's.
+Each has every candle of the expected grid. Prices depend on the open and the symbol only (`candles_at`); coarser bars
+are aggregated from finer ones in plain Python: slow, obvious, and independent of the tested code.
 
 Belongs here: honest wire formats. Does not belong here: faults; each test plants its own.
 """
@@ -46,7 +46,7 @@ def aggregate(parts: list[tuple[int, Bar]], bucket: Callable[[int], int]) -> lis
 
 
 def candles_of(bars: list[tuple[int, Bar]], *, volume: bool = True) -> Candles:
-    """The same as a block, as a provider with or without volumes should give it."""
+    """The bars as Candles, as expected from a provider with or without volumes."""
     ts = np.array([at for at, _ in bars], dtype=np.int64)
     table = np.array([values for _, values in bars], dtype=np.float64).reshape(-1, 5).T.copy()
     if not volume:
@@ -68,11 +68,11 @@ _LENGTHS = {
 
 @dataclass
 class SmallOanda:
-    """`lacks` are the opens (of any granularity) that it leaves out; `change` may replace an answer."""
+    """missing: the opens (of any granularity) to omit. change: may replace a response."""
 
     now: int
     token: str
-    lacks: frozenset[int] = frozenset()
+    missing: frozenset[int] = frozenset()
     change: Callable[[Asked, Said], Said] = lambda _, honest: honest
 
     def __call__(self, asked: Asked) -> Said:
@@ -107,7 +107,7 @@ class SmallOanda:
                 "mid": dict(zip("ohlc", map(str, bar), strict=False)),
             }
             for at, bar in bars
-            if at not in self.lacks
+            if at not in self.missing
         ]
         return json_said({"instrument": instrument, "granularity": query["granularity"], "candles": rows})
 
@@ -154,7 +154,7 @@ def aligned(at: int, query: Asked | dict[str, str]) -> int:
 
 @dataclass
 class SmallAlphaVantage:
-    """`stamps` is open or close; `free` keys have compact days only."""
+    """stamps: open or close. free: the key has compact days only."""
 
     now: int
     stamps: str = "open"

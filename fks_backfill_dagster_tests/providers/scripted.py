@@ -1,6 +1,6 @@
-"""A loopback HTTP server whose answers a test writes, and a small Binance to script on top of it.
+"""A loopback HTTP server with scripted responses, and a minimal Binance for it.
 
-Belongs here: sockets, recording of requests, honest klines and archives to begin from.
+Belongs here: sockets, recording of requests, honest klines and archives.
 Does not belong here: faults; each test plants its own.
 """
 
@@ -30,7 +30,7 @@ from fks_backfill_dagster.domain.timeframe import Timeframe
 
 @dataclass(frozen=True)
 class Asked:
-    """One request as it arrived."""
+    """A received request."""
 
     path: str
     query: Mapping[str, str]
@@ -40,7 +40,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Said:
-    """One answer. `cut` drops the connection after that many bytes; `delay` holds the answer up."""
+    """A response. cut: closes the connection after that many bytes. delay: seconds before the response."""
 
     body: bytes = b""
     status: int = 200
@@ -50,7 +50,7 @@ class Said:
 
 
 class Server:
-    """What the test sees: `url`, and every request that came."""
+    """The running server: its `url`, and every received request."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -62,7 +62,7 @@ class Server:
 
 @contextmanager
 def serve(answer: Callable[[Asked], Said], tls: ssl.SSLContext | None = None) -> Iterator[Server]:
-    """`tls`: with it the server speaks HTTPS."""
+    """A running server. tls: serves HTTPS."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -77,33 +77,35 @@ def serve(answer: Callable[[Asked], Said], tls: ssl.SSLContext | None = None) ->
                 server.in_flight += 1
                 server.most_in_flight = max(server.most_in_flight, server.in_flight)
             try:
-                self._say(answer(asked))
+                self._send(answer(asked))
             finally:
                 with server.lock:
                     server.in_flight -= 1
 
-        def _say(self, said: Said) -> None:
-            time.sleep(said.delay)
-            self.send_response_only(said.status)
-            if "Date" not in said.headers:
+        def _send(self, response: Said) -> None:
+            time.sleep(response.delay)
+            self.send_response_only(response.status)
+            if "Date" not in response.headers:
                 self.send_header("Date", self.date_time_string())
-            self.send_header("Content-Length", str(len(said.body)))  # first: what follows may be malformed
-            for name, value in said.headers.items():
+            self.send_header(
+                "Content-Length", str(len(response.body))
+            )  # first: later headers may be malformed
+            for name, value in response.headers.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(said.body[: said.cut])
-            if said.cut is not None:
+            self.wfile.write(response.body[: response.cut])
+            if response.cut is not None:
                 self.close_connection = True
 
         def log_message(self, *_: object) -> None:
-            """Quiet."""
+            """No log."""
 
     class Loopback(ThreadingHTTPServer):
         daemon_threads = True
         request_queue_size = 64
 
         def handle_error(self, *_: object) -> None:
-            """A client that goes away is part of the tests."""
+            """Disconnecting clients are part of the tests."""
 
     httpd = Loopback(("127.0.0.1", 0), Handler)
     if tls is not None:
@@ -134,15 +136,15 @@ NO_OUTAGE = RangeSet()
 class SmallBinance:
     """Honest klines and archives of every symbol; prices depend on the open and the symbol only.
 
-    `rest` and `archive` may replace an answer: they get the request and the honest answer. `outage`
-    is what nobody has, `unpublished` are the archive paths (parts of them) that are not there.
+    rest, archive: may replace a response; called with the request and the honest response. outage: candles that neither
+    REST nor archives have. unpublished: parts of the archive paths that return 404.
     """
 
     outage: RangeSet = NO_OUTAGE
     listed: int = 0
     header: bool = False
     unpublished: tuple[str, ...] = ()
-    archive_lacks: RangeSet = NO_OUTAGE
+    archive_missing: RangeSet = NO_OUTAGE
     rest: Callable[[Asked, Said], Said] = lambda _, honest: honest
     archive: Callable[[Asked, Said], Said] = lambda _, honest: honest
 
@@ -173,8 +175,8 @@ class SmallBinance:
         *_, symbol, interval, name = path.removesuffix(".CHECKSUM").split("/")
         stem = name.removesuffix(".zip")
         period = _period(stem.removeprefix(f"{symbol}-{interval}-"))
-        lacks = self.outage | self.archive_lacks | RangeSet([TimeRange(0, self.listed)])
-        zipped = _archive_of(symbol, Timeframe(interval), period, lacks, self.header, stem)
+        missing = self.outage | self.archive_missing | RangeSet([TimeRange(0, self.listed)])
+        zipped = _archive_of(symbol, Timeframe(interval), period, missing, self.header, stem)
         return checksum_of(zipped, f"{stem}.zip") if path.endswith(".CHECKSUM") else Said(zipped)
 
 
@@ -183,14 +185,14 @@ _built: dict[Hashable, bytes] = {}
 
 
 def _archive_of(
-    symbol: str, timeframe: Timeframe, period: TimeRange, lacks: RangeSet, header: bool, stem: str
+    symbol: str, timeframe: Timeframe, period: TimeRange, missing: RangeSet, header: bool, stem: str
 ) -> bytes:
-    """An honest file, made once: a month of minutes takes a while in plain Python."""
-    key = (symbol, timeframe, period, lacks, header, stem)
+    """An honest file, built once: a month of minutes takes a while in plain Python."""
+    key = (symbol, timeframe, period, missing, header, stem)
     with _building:
         if key not in _built:
             opens = grid_of(crypto(timeframe)).opens(period)
-            candles = candles_at(opens[~lacks.contains(opens)], symbol)
+            candles = candles_at(opens[~missing.contains(opens)], symbol)
             _built[key] = zipped_csv(csv_of(candles, timeframe, header=header), stem)
         return _built[key]
 
@@ -225,7 +227,7 @@ def csv_of(candles: Candles, timeframe: Timeframe, *, header: bool = False) -> b
 
 
 def zipped_csv(text: bytes, stem: str) -> bytes:
-    """The same bytes for the same text, whenever it is made."""
+    """Deterministic: the same text gives the same bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         entry = zipfile.ZipInfo(f"{stem}.csv", date_time=(2024, 1, 1, 0, 0, 0))

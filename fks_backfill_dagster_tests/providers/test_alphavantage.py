@@ -1,4 +1,4 @@
-"""Alpha Vantage's stocks: stamps, months, the regular session, and answers that all have status 200."""
+"""Alpha Vantage's stocks: stamps, months, the regular session, and responses that all have status 200."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ pytestmark = pytest.mark.server
 WIRE = Path(__file__).resolve().parents[1] / "data/wire/errors.jsonl"
 SHARED_WIRE = Path(__file__).resolve().parents[2] / "../shared/wire/errors.jsonl"
 NOW = us("2024-06-05T16:10")
-# With the half-day of 2023-11-24 and the end of summer time; with its beginning.
+# NOVEMBER contains the half-day of 2023-11-24 and the end of daylight saving time, MARCH its beginning.
 NOVEMBER, MARCH = span("2023-11-01", "2023-12-01"), span("2024-03-01", "2024-04-01")
 
 
@@ -99,7 +99,9 @@ class TestHonest:
             assert answer.deliveries[0].origin.transport is Transport.REST
 
     @pytest.mark.parametrize(("timeframe", "parts"), DERIVED.items())
-    def test_what_is_derived_is_declined(self, make: Make, timeframe: Timeframe, parts: Timeframe) -> None:
+    def test_derived_timeframes_are_declined(
+        self, make: Make, timeframe: Timeframe, parts: Timeframe
+    ) -> None:
         assert AlphaVantage.capabilities.parts(stock(timeframe)) is parts
         with pytest.raises(PermanentError, match=f"its {timeframe} candles are derived from {parts}"):
             fetch(make, SmallAlphaVantage(NOW), MARCH, timeframe)
@@ -109,7 +111,7 @@ class TestHonest:
         expected = [us("2024-02-01T14:30"), us("2024-03-01T14:30"), us("2024-04-01T13:30")]
         assert answer.deliveries[0].seams.tolist() == expected
 
-    def test_what_is_asked(self, make: Make) -> None:
+    def test_requests(self, make: Make) -> None:
         answer, server = fetch(make, SmallAlphaVantage(NOW), span("2023-12-20", "2024-02-05"), Timeframe.M5)
         assert [asked.query["month"] for asked in server.requests] == ["2023-12", "2024-01", "2024-02"]
         assert server.requests[0].query == {
@@ -150,7 +152,9 @@ class TestHonest:
             with pytest.raises(NotEntitled, match="premium"):
                 fetch(make, market, NOVEMBER, timeframe)
 
-    def test_a_free_key_is_told_the_last_hundred_days_and_refused_the_history_once(self, make: Make) -> None:
+    def test_a_free_key_covers_the_last_hundred_days_and_is_refused_the_history_once(
+        self, make: Make
+    ) -> None:
         with serve(SmallAlphaVantage(NOW, free=True)) as server:
             provider = make("alphavantage", server.url, key=KEY, clock=lambda: NOW, requests_per_minute=99)
             for window in (NOVEMBER, span("2010-01-01", "2024-05-30")):
@@ -172,16 +176,16 @@ class TestStamps:
         for stamps in (opens, opens + timeframe.micros):
             assert np.array_equal(to_opens(stamps, grid, timeframe.micros), opens)
 
-    def test_doubt(self) -> None:
+    def test_ambiguous_stamps(self) -> None:
         grid, step = grid_of(stock()), Timeframe.M30.micros
         opens = grid.opens(span("2024-03-04", "2024-03-05"))
         assert to_opens(opens[1:], grid, step) is None  # neither 09:30 nor 16:00
         assert to_opens(np.append(opens, opens[-1] + step), grid, step) is None  # both
         assert len(to_opens(opens[:0], grid, step)) == 0
 
-    def test_doubt_is_refused_with_its_reason(self, make: Make) -> None:
+    def test_ambiguous_stamps_are_rejected_with_the_reason(self, make: Make) -> None:
         def with_pre_market(_: Asked, honest: Said) -> Said:
-            """Extended hours in spite of what was asked: 16:00 is there, and so is 09:30."""
+            """Extended hours despite the request: both 16:00 and 09:30 are stamped."""
             document = orjson.loads(honest.body)
             table = document["Time Series (30min)"]
             some = next(iter(table.values()))
@@ -191,11 +195,11 @@ class TestStamps:
             }
             return json_said(document)
 
-        with pytest.raises(PermanentError, match="cannot be told") as caught:
+        with pytest.raises(PermanentError, match="the stamps may be opens or closes") as caught:
             fetch(make, SmallAlphaVantage(NOW, change=with_pre_market), MARCH)
         assert "2024-03" in str(caught.value)
 
-    def test_a_stray_bar_after_a_half_day_is_no_doubt(self, make: Make) -> None:
+    def test_a_stray_bar_after_a_half_day_is_not_ambiguous(self, make: Make) -> None:
         def stray(_: Asked, honest: Said) -> Said:
             document = orjson.loads(honest.body)
             table = document["Time Series (30min)"]
@@ -208,7 +212,7 @@ class TestStamps:
 
 
 class TestBeforeListing:
-    def test_a_month_that_it_refuses_is_empty_where_another_is_not(self, make: Make) -> None:
+    def test_a_refused_month_is_empty_if_another_one_has_bars(self, make: Make) -> None:
         def listed_in_december(asked: Asked, honest: Said) -> Said:
             refused = asked.query.get("month") == "2023-11"
             return json_said({"Error Message": "Invalid API call. Please retry"}) if refused else honest
@@ -218,7 +222,9 @@ class TestBeforeListing:
         assert of(answer).equals(truth(Timeframe.M30, span("2023-12-01", "2024-01-01")))
         answer, server = fetch(make, market, NOVEMBER)
         assert answer.deliveries == ()
-        assert server.requests[-1].query["function"] == "TIME_SERIES_DAILY", "the symbol is known by its days"
+        assert server.requests[-1].query["function"] == "TIME_SERIES_DAILY", (
+            "the days show that the symbol exists"
+        )
 
 
 def series_of(**about: str) -> dict[str, Any]:
@@ -227,7 +233,7 @@ def series_of(**about: str) -> dict[str, Any]:
     return {"Meta Data": meta, "Time Series (30min)": {"2024-03-06 09:30:00": cells}}
 
 
-class TestLies:
+class TestInvalidResponses:
     @pytest.mark.parametrize(
         "answer",
         [
@@ -241,22 +247,22 @@ class TestLies:
             {**series_of(), "Time Series (30min)": {"soon": {}}},
             {**series_of(), "Time Series (30min)": {"2024-03-06 09:30:00": None}} | {"Meta Data": []},
             {**series_of(), "Time Series (30min)": {"2024-03-06 09:30:00": {"1. open": "dear"}}},
-            {**series_of(), "Time Series (30min)": {"2024-03-10 02:30:00": {}}},  # never was
-            {**series_of(), "Time Series (30min)": {"2024-11-03 01:30:00": {}}},  # was twice
+            {**series_of(), "Time Series (30min)": {"2024-03-10 02:30:00": {}}},  # nonexistent
+            {**series_of(), "Time Series (30min)": {"2024-11-03 01:30:00": {}}},  # ambiguous
         ],
     )
     def test_garbage(self, make: Make, answer: dict[str, Any]) -> None:
         with pytest.raises(BadAnswer):
             fetch(make, lambda _: json_said(answer), MARCH, retry_budget_seconds=0.0)
 
-    def test_is_not_asked_for_ever(self, make: Make) -> None:
+    def test_attempts_are_limited(self, make: Make) -> None:
         with serve(lambda _: Said(b"<html>")) as server:
             provider = make("alphavantage", server.url, key=KEY, retry_budget_seconds=60.0)
             with pytest.raises(BadAnswer):
                 provider.fetch(stock(), MARCH)
             assert len(server.requests) == ATTEMPTS
 
-    def test_an_absent_price_or_volume_is_not_hidden(self, make: Make) -> None:
+    def test_a_missing_price_or_volume_is_visible(self, make: Make) -> None:
         def spoil(_: Asked, honest: Said) -> Said:
             document = orjson.loads(honest.body)
             document["Time Series (30min)"]["2024-03-06 09:30:00"] |= {"2. high": None, "5. volume": None}
@@ -279,7 +285,7 @@ class TestErrors:
     }
 
     @pytest.mark.parametrize("path", [WIRE, SHARED_WIRE], ids=["own", "shared"])
-    def test_recorded_answers(self, make: Make, path: Path) -> None:
+    def test_recorded_responses(self, make: Make, path: Path) -> None:
         if not path.exists():
             pytest.skip(f"{path.name} is only there beside the shared folder")
         lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
@@ -305,12 +311,12 @@ class TestErrors:
             fetch(make, lambda _: json_said({"Information": text}), MARCH)
         assert KEY not in str(caught.value)
 
-    def test_premium_in_the_words_of_the_burst(self, make: Make) -> None:
+    def test_premium_with_the_text_of_the_burst_limit(self, make: Make) -> None:
         text = "Please consider spreading out your free API requests more sparingly (1 request per second)."
         with serve(lambda _: json_said({"Information": text})) as server:
             given = {"key": KEY, "clock": lambda: NOW, "longest_wait_seconds": 10.0}
             provider = make("alphavantage", server.url, requests_per_minute=10**6, **given)
-            with pytest.raises(NotEntitled, match="without the right"):
+            with pytest.raises(NotEntitled, match="does not cover it"):
                 provider.fetch(stock(), MARCH)
             assert len(server.requests) == ATTEMPTS
 
@@ -327,8 +333,8 @@ def test_symbols(make: Make) -> None:
     assert symbol_of(named) == "VOD.LON"
 
 
-def test_a_request_is_a_month_whatever_the_timeframe() -> None:
-    """Pages of more would be many requests, and a daily budget that ends within one would lose them all."""
+def test_a_request_is_a_month_for_every_timeframe() -> None:
+    """Larger pages would be many requests, all lost if the daily budget ends within a page."""
     page = AlphaVantage.capabilities.page
     frames = (Timeframe.M1, Timeframe.M5, Timeframe.M15, Timeframe.M30, Timeframe.H1)
     assert [page(frame) for frame in frames] == [23 * bars for bars in (390, 78, 26, 13, 7)]

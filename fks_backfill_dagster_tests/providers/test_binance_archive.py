@@ -1,4 +1,4 @@
-"""Archives: which files, their verification, and what serves where they fail."""
+"""Archives: selection of files, verification, and the fallback to REST."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def fetch(
     with serve(market) as server:
         provider = make("binance", server.url, archive_url=server.url, **given)
         answer = provider.fetch(crypto(timeframe), window)
-    assert of(answer).equals(market.truth(crypto(timeframe), window)), "whatever serves it, it is the truth"
+    assert of(answer).equals(market.truth(crypto(timeframe), window)), "the truth from any source"
     assert answer.requests == len(server.requests)
     return answer, server
 
 
 def kinds(server: Server) -> list[str]:
-    """What was asked: monthly, daily, rest; each file once, without its checksum."""
+    """The requests: monthly, daily, rest; each file once, without its checksum."""
     names = []
     for asked in server.requests:
         if asked.path.endswith(".zip"):
@@ -81,18 +81,20 @@ class TestChoice:
         self,
         window: TimeRange,
         timeframe: Timeframe = Timeframe.M1,
-        asked: tuple[Fetched, ...] = (),
+        fetched: tuple[Fetched, ...] = (),
         now: int = now,
     ) -> list[str]:
-        return [file.stem[11:] for file in choose_files("BTCUSDT", timeframe, RangeSet([window]), asked, now)]
+        return [
+            file.stem[11:] for file in choose_files("BTCUSDT", timeframe, RangeSet([window]), fetched, now)
+        ]
 
     def test_whole_months(self) -> None:
         assert self.chosen(span("2023-12-01", "2024-02-01")) == ["2023-12", "2024-01"]
 
-    def test_most_of_a_month_is_worth_it_some_days_are_not(self) -> None:
+    def test_most_of_a_month_uses_the_monthly_file(self) -> None:
         assert self.chosen(span("2024-01-10", "2024-02-03")) == ["2024-01", "2024-02-01", "2024-02-02"]
 
-    def test_a_part_of_a_day_is_for_rest(self) -> None:
+    def test_a_part_of_a_day_uses_rest(self) -> None:
         assert self.chosen(span("2024-01-10T12:00", "2024-01-11T16:00")) == []
         assert self.chosen(span("2024-01-10T06:00", "2024-01-11T16:00")) == ["2024-01-10"]
 
@@ -131,7 +133,7 @@ class TestChoice:
         assert april.published(us("2024-04-01"))
         assert not april.published(us("2024-03-31T23:59"))
 
-    def test_days_are_published_when_they_are_over(self) -> None:
+    def test_days_are_published_after_their_end(self) -> None:
         assert self.chosen(span("2024-01-08", "2024-01-11"), now=us("2024-01-10T07:00")) == [
             "2024-01-08",
             "2024-01-09",
@@ -139,10 +141,10 @@ class TestChoice:
 
     def test_without_a_monthly_file_the_newest_day_decides(self) -> None:
         month = Fetched(ArchiveFile("BTCUSDT", Timeframe.M1, JANUARY, monthly=True), Outcome.ABSENT)
-        assert self.chosen(JANUARY, asked=(month,)) == ["2024-01-31"]
+        assert self.chosen(JANUARY, fetched=(month,)) == ["2024-01-31"]
         last = ArchiveFile("BTCUSDT", Timeframe.M1, span("2024-01-31", "2024-02-01"), monthly=False)
-        assert self.chosen(JANUARY, asked=(month, Fetched(last, Outcome.ABSENT))) == []
-        rest = self.chosen(JANUARY, asked=(month, Fetched(last, Outcome.FAILED)))
+        assert self.chosen(JANUARY, fetched=(month, Fetched(last, Outcome.ABSENT))) == []
+        rest = self.chosen(JANUARY, fetched=(month, Fetched(last, Outcome.FAILED)))
         assert rest == [f"2024-01-{day:02}" for day in range(1, 31)]
 
     def test_paths(self) -> None:
@@ -180,31 +182,31 @@ class TestHonest:
             candles
         )
 
-    def test_a_lacking_stretch_comes_from_rest(self, make: Make) -> None:
+    def test_a_missing_stretch_is_fetched_from_rest(self, make: Make) -> None:
         six_hours = RangeSet([span("2024-01-05T01:00", "2024-01-05T07:00")])
-        answer, server = fetch(make, SmallBinance(archive_lacks=six_hours), JANUARY)
+        answer, server = fetch(make, SmallBinance(archive_missing=six_hours), JANUARY)
         assert kinds(server) == ["monthly", "rest"]
         assert [len(d.candles) for d in answer.deliveries] == [44_640 - 360, 360]
 
-    def test_a_lacking_day_comes_from_its_daily_file(self, make: Make) -> None:
+    def test_a_missing_day_is_fetched_from_its_daily_file(self, make: Make) -> None:
         day = span("2024-01-05", "2024-01-06")
 
         def archive(asked: Asked, honest: Said) -> Said:
-            return SmallBinance(archive_lacks=RangeSet([day]))(asked) if "monthly" in asked.path else honest
+            return SmallBinance(archive_missing=RangeSet([day]))(asked) if "monthly" in asked.path else honest
 
         answer, server = fetch(make, SmallBinance(archive=archive), JANUARY)
         assert kinds(server) == ["monthly", "daily"]
         assert [len(d.candles) for d in answer.deliveries] == [44_640 - 1440, 1440]
         assert len({d.origin.sha256 for d in answer.deliveries}) == 2
 
-    def test_outages_cost_one_request_for_all_that_are_close(self, make: Make) -> None:
+    def test_close_outages_share_one_request(self, make: Make) -> None:
         outage = RangeSet(
             [span("2024-01-05T03:00", "2024-01-05T03:07"), span("2024-01-05T09:00", "2024-01-05T09:01")]
         )
         _, server = fetch(make, SmallBinance(outage=outage), JANUARY)
         assert kinds(server) == ["monthly", "rest"]
 
-    def test_monthly_not_there_yet(self, make: Make) -> None:
+    def test_monthly_file_not_published_yet(self, make: Make) -> None:
         window = span("2024-01-01", "2024-01-31T12:00")
         answer, server = fetch(make, SmallBinance(unpublished=("/monthly/",)), window)
         assert kinds(server) == ["monthly"] + ["daily"] * 30 + ["rest"]
@@ -215,7 +217,7 @@ class TestHonest:
         assert kinds(server) == ["monthly", "daily"] + ["rest"] * 45
         assert answer.warnings == ()
 
-    def test_before_the_listing_little_is_asked(self, make: Make) -> None:
+    def test_few_requests_before_the_listing(self, make: Make) -> None:
         _, server = fetch(
             make, SmallBinance(listed=us("2024-02-01"), unpublished=("2023", "2024-01")), JANUARY
         )
@@ -227,7 +229,7 @@ class TestHonest:
             make("binance", server.url).fetch(crypto(), span("2024-01-05", "2024-01-06"))
             assert kinds(server) == ["rest", "rest"]
 
-    def test_the_clock_decides_what_can_be_there(self, make: Make) -> None:
+    def test_the_clock_decides_which_files_are_published(self, make: Make) -> None:
         window = span("2024-01-05", "2024-01-07")
         _, server = fetch(make, SmallBinance(), window, clock=lambda: us("2024-01-06T20:00") + MICROS_PER_DAY)
         assert kinds(server) == ["daily", "daily"]
@@ -238,7 +240,7 @@ class TestHonest:
             provider.fetch(crypto(), window)
         assert kinds(server) == ["daily", "rest", "rest"]
 
-    def test_bad_rows_are_delivered_and_asked_for_elsewhere(self, make: Make) -> None:
+    def test_bad_rows_are_delivered_and_fetched_from_rest(self, make: Make) -> None:
         day = span("2024-01-05", "2024-01-06")
         market = SmallBinance()
         truth = market.truth(crypto(), day)
@@ -254,7 +256,7 @@ class TestHonest:
         with serve(market) as server:
             answer = make("binance", server.url, archive_url=server.url).fetch(crypto(), day)
         archived, rest = answer.deliveries
-        assert len(archived.candles) == 1440, "both bad rows are there, to be quarantined"
+        assert len(archived.candles) == 1440, "both bad rows are delivered, to be quarantined"
         assert np.isnan(archived.candles.close).sum() == 1
         assert rest.candles.ts.tolist() == truth.ts[[7, 9]].tolist()
 
@@ -266,7 +268,7 @@ class TestHonest:
 
 
 class TestBeforeTheListing:
-    """REST names the first candle it has; an archive may hold older ones, and they are given."""
+    """An archive may contain candles from before the first candle of REST; they are delivered."""
 
     def test_rows_of_an_archive_from_before_the_listing_of_rest(self, make: Make) -> None:
         listed = us("2024-01-20")
@@ -282,7 +284,7 @@ class TestBeforeTheListing:
 
 
 class TestPublished:
-    """How new an archive is: as its Last-Modified, or without one as the day after its period."""
+    """The publication time of an archive: its Last-Modified, otherwise derived from its period."""
 
     MONTH = ArchiveFile("BTCUSDT", Timeframe.M1, JANUARY, monthly=True)
     DAY = ArchiveFile("BTCUSDT", Timeframe.M1, span("2024-01-05", "2024-01-06"), monthly=False)
@@ -307,7 +309,7 @@ class TestPublished:
         ],
     )
     def test_without_one_or_with_a_broken_one(self, headers: dict[str, str]) -> None:
-        """A month may be older than the file of any of its days: it counts as published after its first."""
+        """A monthly file may be older than a daily file of the month: it counts as published after the first day."""
         assert published_at(self.DAY, headers) == us("2024-01-06")
         assert published_at(self.MONTH, headers) == us("2024-01-02")
 
@@ -315,7 +317,10 @@ class TestPublished:
         ("header", "published"),
         [
             ("Tue, 06 Feb 2024 09:10:11 GMT", "2024-02-06T09:10:11"),
-            ("Tue, 06 Feb 2091 09:10:11 GMT", "2024-03-01"),  # its clock is ahead: no newer than the request
+            (
+                "Tue, 06 Feb 2091 09:10:11 GMT",
+                "2024-03-01",
+            ),  # its clock is ahead: limited to the request time
             ("soon", "2024-01-02"),
             (None, "2024-01-02"),
         ],
@@ -328,10 +333,10 @@ class TestPublished:
         assert (origin.published_at, origin.requested_at) == (us(published), us("2024-03-01"))
         assert (origin.as_of, origin.host, origin.instrument) == (us(published), server.url, "BTCUSDT")
 
-    def test_rest_is_as_new_as_its_request(self, make: Make) -> None:
+    def test_rest_is_dated_by_its_request(self, make: Make) -> None:
         now = us("2024-03-01T12:00")
         six_hours = RangeSet([span("2024-01-05T01:00", "2024-01-05T07:00")])
-        answer, _ = fetch(make, SmallBinance(archive_lacks=six_hours), JANUARY, clock=lambda: now)
+        answer, _ = fetch(make, SmallBinance(archive_missing=six_hours), JANUARY, clock=lambda: now)
         archive, rest = (delivery.origin for delivery in answer.deliveries)
         assert (rest.published_at, rest.as_of) == (None, now)
         assert archive.as_of < rest.as_of
@@ -343,7 +348,7 @@ def other_member(zipped: bytes) -> bytes:
 
 
 def with_own_checksum(change: Callable[[bytes], bytes]) -> Callable[[Asked, Said], Said]:
-    """A changed file whose checksum is right, so that the zip itself must be looked at."""
+    """A changed file with a valid checksum, so that the zip itself must be checked."""
 
     def archive(asked: Asked, honest: Said) -> Said:
         name = asked.path.rsplit("/", 1)[1].removesuffix(".CHECKSUM")
@@ -372,27 +377,27 @@ class TestFailing:
         ("archive", "text"),
         [
             (bad_checksum, "does not have the SHA-256"),
-            (no_checksum, "has no checksum of its own"),
-            (with_own_checksum(lambda zipped: b"PK garbage"), "is no archive of BTCUSDT-1m-2024-01-05"),
-            (with_own_checksum(lambda z: z[:200] + bytes(16) + z[216:]), "is no archive of"),
-            (with_own_checksum(lambda z: z[: len(z) // 2]), "is no archive of"),
-            (with_own_checksum(other_member), "it holds ETHUSDT"),
-            (with_own_checksum(csv_only(b"")), "is no archive of"),
-            (with_own_checksum(csv_only(b"<html>\n")), "is no archive of"),
-            (with_own_checksum(csv_only(b"1704412800000,1,2,3\n")), "is no archive of"),
-            (with_own_checksum(csv_only(b"1704412800000,a,2,1,1,1,1,1,1,1,1,0\n")), "is no archive of"),
+            (no_checksum, "has no matching checksum file"),
+            (with_own_checksum(lambda zipped: b"PK garbage"), "is not an archive of BTCUSDT-1m-2024-01-05"),
+            (with_own_checksum(lambda z: z[:200] + bytes(16) + z[216:]), "is not an archive of"),
+            (with_own_checksum(lambda z: z[: len(z) // 2]), "is not an archive of"),
+            (with_own_checksum(other_member), "it contains ETHUSDT"),
+            (with_own_checksum(csv_only(b"")), "is not an archive of"),
+            (with_own_checksum(csv_only(b"<html>\n")), "is not an archive of"),
+            (with_own_checksum(csv_only(b"1704412800000,1,2,3\n")), "is not an archive of"),
+            (with_own_checksum(csv_only(b"1704412800000,a,2,1,1,1,1,1,1,1,1,0\n")), "is not an archive of"),
         ],
     )
-    def test_is_tried_twice_then_passed_over(
+    def test_is_tried_twice_then_skipped(
         self, make: Make, archive: Callable[[Asked, Said], Said], text: str
     ) -> None:
         answer, server = fetch(make, SmallBinance(archive=archive), self.DAY)
         assert kinds(server) == ["daily", "daily", "rest", "rest"]
         (warning,) = answer.warnings
         assert text in warning
-        assert "passed over" in warning
+        assert "skipped" in warning
 
-    def test_a_passing_failure_is_mended(self, make: Make) -> None:
+    def test_a_transient_failure_is_retried(self, make: Make) -> None:
         failures = [bad_checksum]
 
         def archive(asked: Asked, honest: Said) -> Said:
@@ -404,7 +409,7 @@ class TestFailing:
         assert kinds(server) == ["daily", "daily"]
         assert answer.warnings == ()
 
-    def test_a_bomb(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_zip_bomb(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(binance_archive, "MAX_UNZIPPED", 10_000)
         file = ArchiveFile("BTCUSDT", Timeframe.M1, self.DAY, monthly=False)
         zipped = zipped_csv(b"0" * 20_000, file.stem)
@@ -414,7 +419,7 @@ class TestFailing:
     def test_another_files_checksum(self) -> None:
         file = ArchiveFile("BTCUSDT", Timeframe.M1, self.DAY, monthly=False)
         zipped = zipped_csv(b"1,2\n", file.stem)
-        with pytest.raises(BadAnswer, match="no checksum of its own"):
+        with pytest.raises(BadAnswer, match="no matching checksum file"):
             read_archive(file, zipped, checksum_of(zipped, "ETHUSDT-1m-2024-01-05.zip").body, "http://h")
 
     def test_rows_of_another_period_are_left_out(self) -> None:
@@ -425,30 +430,30 @@ class TestFailing:
         assert got.equals(candles_at(opens[2:-1], "BTCUSDT"))
 
     @pytest.mark.parametrize("status", [500, 403, 429])
-    def test_a_host_that_refuses_is_left_alone(self, make: Make, status: int) -> None:
+    def test_a_failing_host_has_a_cool_down(self, make: Make, status: int) -> None:
         market = SmallBinance(archive=lambda *_: Said(b"no", status))
         with serve(market) as server:
             provider = make("binance", server.url, archive_url=server.url)
             first, second = provider.fetch(crypto(), self.DAY), provider.fetch(crypto(), self.DAY)
         (warning,) = first.warnings
-        assert "the archives are left alone for 5 minutes" in warning
+        assert "cool-down of the archives for 5 minutes" in warning
         assert second.warnings == ()
         assert kinds(server).count("daily") <= 2
         for answer in (first, second):
             assert of(answer).equals(market.truth(crypto(), self.DAY))
 
-    def test_a_host_that_is_not_there(self, make: Make) -> None:
+    def test_an_unreachable_host(self, make: Make) -> None:
         with serve(lambda _: Said()) as gone:
-            nobody = gone.url
+            unreachable = gone.url
         with serve(SmallBinance()) as server:
-            provider = make("binance", server.url, archive_url=nobody, retry_budget_seconds=60.0)
+            provider = make("binance", server.url, archive_url=unreachable, retry_budget_seconds=60.0)
             began = time.monotonic()
             answer = provider.fetch(crypto(), JANUARY)
             assert time.monotonic() - began < 45
         assert len(of(answer)) == 44_640
         assert len(answer.warnings) == 1
 
-    def test_a_host_that_hangs_costs_its_timeout_once(self, make: Make) -> None:
+    def test_an_unresponsive_host_costs_its_timeout_once(self, make: Make) -> None:
         with serve(SmallBinance(archive=lambda _, honest: Said(honest.body, delay=1.0))) as server:
             provider = make(
                 "binance", server.url, archive_url=server.url, timeout_seconds=0.5, retry_budget_seconds=60.0

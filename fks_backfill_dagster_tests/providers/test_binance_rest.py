@@ -1,4 +1,4 @@
-"""Klines: pages and their overlap, what is no answer, limits and errors."""
+"""Klines: pages and their overlap, invalid responses, limits and errors."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def of(answer: Answer) -> Candles:
     return Candles.concat([delivery.candles for delivery in answer.deliveries])
 
 
-def spoil(said: Said, change: Any) -> Said:
-    """The honest answer with its rows changed by `change(rows) -> rows`."""
-    return json_said(change(orjson.loads(said.body)))
+def spoil(response: Said, change: Any) -> Said:
+    """The honest response with its rows changed by `change(rows) -> rows`."""
+    return json_said(change(orjson.loads(response.body)))
 
 
 @given(st.integers(0, 12_000), st.integers(2, 1000))
@@ -88,7 +88,7 @@ class TestHonest:
         assert all(asked.path == "/api/v3/klines" for asked in server.requests)
         assert all(int(asked.query["limit"]) <= 1000 for asked in server.requests)
 
-    def test_delivery_tells_its_origin(self, make: Make) -> None:
+    def test_a_delivery_has_its_origin(self, make: Make) -> None:
         with serve(SmallBinance()) as server:
             (delivery,) = make("binance", server.url).fetch(crypto(), WINDOW).deliveries
         assert delivery.origin.transport is Transport.REST
@@ -98,15 +98,15 @@ class TestHonest:
         )
 
     def test_seams_are_first_rows_of_responses(self, make: Make) -> None:
-        """Pages share a candle, which is the earlier one's; a second look that brings something has its own."""
-        healed = Once(lambda said: rows_of(said)[:300] + rows_of(said)[310:])
-        for market, lacking in ((SmallBinance(), []), (SmallBinance(rest=healed), [1299, 1309])):
+        """A candle shared by pages belongs to the earlier one; a second request that returns rows has its own seams."""
+        shortened = Once(lambda response: rows_of(response)[:300] + rows_of(response)[310:])
+        for market, missing in ((SmallBinance(), []), (SmallBinance(rest=shortened), [1299, 1309])):
             with serve(market) as server:
                 (delivery,) = make("binance", server.url).fetch(crypto(), WINDOW).deliveries
             minutes = ((delivery.seams - WINDOW.start) // MICROS_PER_MINUTE).tolist()
-            assert minutes == sorted([1000, 1999, *lacking])
+            assert minutes == sorted([1000, 1999, *missing])
 
-    def test_an_outage_is_asked_for_twice_and_stays_absent(self, make: Make) -> None:
+    def test_an_outage_is_requested_twice_and_stays_absent(self, make: Make) -> None:
         market = SmallBinance(outage=RangeSet([span("2024-03-01T03:00", "2024-03-01T04:10")]))
         with serve(market) as server:
             answer = make("binance", server.url).fetch(crypto(), WINDOW)
@@ -121,11 +121,11 @@ class TestHonest:
         assert of(answer).equals(market.truth(crypto(), window))
         assert answer.requests <= len(page_ranges(window, MICROS_PER_MINUTE)) + 2
 
-    def test_nothing_there(self, make: Make) -> None:
+    def test_no_candles(self, make: Make) -> None:
         with serve(SmallBinance(listed=us("2025-01-01"))) as server:
             assert make("binance", server.url).fetch(crypto(), WINDOW).deliveries == ()
 
-    def test_empty_and_future_windows_ask_nobody(self, make: Make) -> None:
+    def test_empty_and_future_windows_send_no_request(self, make: Make) -> None:
         with serve(SmallBinance()) as server:
             provider = make("binance", server.url)
             assert provider.fetch(crypto(), TimeRange(WINDOW.start, WINDOW.start)) == Answer(())
@@ -172,14 +172,14 @@ class TestHonest:
     def test_estimate(self, make: Make) -> None:
         with serve(SmallBinance()) as server:
             provider = make("binance", server.url)
-            asked = provider.fetch(crypto(), WINDOW).requests
+            requests = provider.fetch(crypto(), WINDOW).requests
             estimate = provider.estimate(crypto(), WINDOW)
-            assert estimate.requests == asked
-            assert estimate.seconds == pytest.approx(asked * 60 / 3000)
+            assert estimate.requests == requests
+            assert estimate.seconds == pytest.approx(requests * 60 / 3000)
 
 
 class Once:
-    """Spoils the first page that begins at an instant, a number of times."""
+    """Changes the page that begins at an instant, a number of times."""
 
     def __init__(self, change: Any, times: int = 1, start: str = "2024-03-01T16:39") -> None:
         self.change, self.times, self.start = change, times, us(start) // 1000
@@ -192,39 +192,39 @@ class Once:
         return honest
 
 
-def rows_of(said: Said) -> list[list[Any]]:
-    rows: list[list[Any]] = orjson.loads(said.body)
+def rows_of(response: Said) -> list[list[Any]]:
+    rows: list[list[Any]] = orjson.loads(response.body)
     return rows
 
 
-HEALED = {
-    "html": lambda said: Said(b"<html>maintenance</html>", 200, {"Content-Type": "text/html"}),
-    "truncated json": lambda said: Said(said.body[:-300], 200, {"Content-Type": "application/json"}),
-    "cut connection": lambda said: Said(said.body, cut=2000),
-    "nothing at all": lambda said: Said(b"", cut=0),
-    "empty page": lambda said: [],
-    "short page": lambda said: rows_of(said)[:500],
-    "inner rows missing": lambda said: rows_of(said)[:300] + rows_of(said)[310:],
-    "rows of NaN": lambda said: [[r[0], *["NaN"] * 5, *r[6:]] for r in rows_of(said)],
-    "null cells": lambda said: [[r[0], *[None] * 5, *r[6:]] for r in rows_of(said)],
-    "eleven columns": lambda said: [r[:11] for r in rows_of(said)],
-    "objects": lambda said: [{"openTime": r[0]} for r in rows_of(said)],
-    "nulls": lambda said: [None for _ in rows_of(said)],
-    "descending": lambda said: rows_of(said)[::-1],
-    "other times": lambda said: [[r[0] + 86_400_000 * 9, *r[1:]] for r in rows_of(said)],
-    "no times": lambda said: [[None, *r[1:]] for r in rows_of(said)],
-    "an object": lambda said: {"rows": []},
-    "server error": lambda said: Said(b"oops", 502),
-    "overload": lambda said: json_said({"code": -1008, "msg": "overloaded"}, 503),
-    "bad gzip": lambda said: Said(b"not gzip", 200, {"Content-Encoding": "gzip"}),
-    "another symbol": lambda said: [[r[0], *["7.0"] * 5, *r[6:]] for r in rows_of(said)],
+REPAIRED = {
+    "html": lambda response: Said(b"<html>maintenance</html>", 200, {"Content-Type": "text/html"}),
+    "truncated json": lambda response: Said(response.body[:-300], 200, {"Content-Type": "application/json"}),
+    "cut connection": lambda response: Said(response.body, cut=2000),
+    "nothing at all": lambda response: Said(b"", cut=0),
+    "empty page": lambda response: [],
+    "short page": lambda response: rows_of(response)[:500],
+    "inner rows missing": lambda response: rows_of(response)[:300] + rows_of(response)[310:],
+    "rows of NaN": lambda response: [[r[0], *["NaN"] * 5, *r[6:]] for r in rows_of(response)],
+    "null cells": lambda response: [[r[0], *[None] * 5, *r[6:]] for r in rows_of(response)],
+    "eleven columns": lambda response: [r[:11] for r in rows_of(response)],
+    "objects": lambda response: [{"openTime": r[0]} for r in rows_of(response)],
+    "nulls": lambda response: [None for _ in rows_of(response)],
+    "descending": lambda response: rows_of(response)[::-1],
+    "other times": lambda response: [[r[0] + 86_400_000 * 9, *r[1:]] for r in rows_of(response)],
+    "no times": lambda response: [[None, *r[1:]] for r in rows_of(response)],
+    "an object": lambda response: {"rows": []},
+    "server error": lambda response: Said(b"oops", 502),
+    "overload": lambda response: json_said({"code": -1008, "msg": "overloaded"}, 503),
+    "bad gzip": lambda response: Said(b"not gzip", 200, {"Content-Encoding": "gzip"}),
+    "another symbol": lambda response: [[r[0], *["7.0"] * 5, *r[6:]] for r in rows_of(response)],
 }
 
 
-class TestLies:
-    @pytest.mark.parametrize("name", HEALED)
-    def test_a_spoiled_page_is_asked_again(self, make: Make, name: str) -> None:
-        market = SmallBinance(rest=Once(HEALED[name]))
+class TestInvalidResponses:
+    @pytest.mark.parametrize("name", REPAIRED)
+    def test_an_invalid_page_is_requested_again(self, make: Make, name: str) -> None:
+        market = SmallBinance(rest=Once(REPAIRED[name]))
         with serve(market) as server:
             answer = make("binance", server.url).fetch(crypto(), WINDOW)
         got = of(answer)
@@ -234,35 +234,35 @@ class TestLies:
 
     @pytest.mark.parametrize("name", ["html", "truncated json", "eleven columns", "other times", "an object"])
     def test_persistent_garbage_is_a_bad_answer(self, make: Make, name: str) -> None:
-        with serve(SmallBinance(rest=Once(HEALED[name], times=-1))) as server:
+        with serve(SmallBinance(rest=Once(REPAIRED[name], times=-1))) as server:
             provider = make("binance", server.url, retry_budget_seconds=0.6)
-            with pytest.raises(BadAnswer, match="/api/v3/klines answered"):
+            with pytest.raises(BadAnswer, match="/api/v3/klines returned"):
                 provider.fetch(crypto(), WINDOW)
 
-    def test_another_market_in_the_second_look(self, make: Make) -> None:
-        """What is lacking is asked for together with candles that are there, which differ then."""
-        looks: list[Asked] = []
+    def test_another_market_in_the_second_request(self, make: Make) -> None:
+        """A second request for missing candles includes known candles, which then differ."""
+        seen: list[Asked] = []
 
         def rest(asked: Asked, honest: Said) -> Said:
-            looks.append(asked)
+            seen.append(asked)
             rows = rows_of(honest)
-            if len(looks) == 1:
+            if len(seen) == 1:
                 return json_said([row for row in rows if row[0] // 60_000 % 60 not in (7, 40)])
             return json_said([[row[0], *["7.0"] * 5, *row[6:]] for row in rows])
 
         window = span("2024-03-01", "2024-03-01T10:00")
         with serve(SmallBinance(rest=rest)) as server, pytest.raises(BadAnswer, match="another market"):
             make("binance", server.url).fetch(crypto(), window)
-        assert len(looks) == 2
+        assert len(seen) == 2
 
-    def test_persistent_pages_of_another_market_are_refused(self, make: Make) -> None:
-        market = SmallBinance(rest=Once(HEALED["another symbol"], times=-1))
+    def test_persistent_pages_of_another_market_are_rejected(self, make: Make) -> None:
+        market = SmallBinance(rest=Once(REPAIRED["another symbol"], times=-1))
         with serve(market) as server, pytest.raises(BadAnswer, match="another market"):
             make("binance", server.url).fetch(crypto(), WINDOW)
 
-    def test_off_grid_rows_are_passed_on_beside_the_true_ones(self, make: Make) -> None:
-        def shift(said: Said) -> Any:
-            return [[r[0] + (7000 if 10 <= i < 20 else 0), *r[1:]] for i, r in enumerate(rows_of(said))]
+    def test_off_grid_rows_are_delivered_with_the_true_ones(self, make: Make) -> None:
+        def shift(response: Said) -> Any:
+            return [[r[0] + (7000 if 10 <= i < 20 else 0), *r[1:]] for i, r in enumerate(rows_of(response))]
 
         market = SmallBinance(rest=Once(shift))
         with serve(market) as server:
@@ -271,20 +271,20 @@ class TestLies:
         assert got.take(on_grid).equals(market.truth(crypto(), WINDOW))
         assert (~on_grid).sum() == 10
 
-    def test_a_bad_row_that_comes_twice_is_one_row(self, make: Make) -> None:
-        def spoiled(said: Said) -> Any:
-            return [[r[0], "NaN" if r[0] % 3_600_000 == 0 else r[1], *r[2:]] for r in rows_of(said)]
+    def test_a_bad_row_in_both_responses_is_delivered_once(self, make: Make) -> None:
+        def spoiled(response: Said) -> Any:
+            return [[r[0], "NaN" if r[0] % 3_600_000 == 0 else r[1], *r[2:]] for r in rows_of(response)]
 
         market = SmallBinance(rest=lambda _, honest: json_said(spoiled(honest)))
         window = span("2024-03-01", "2024-03-01T10:00")
         with serve(market) as server:
             answer = make("binance", server.url).fetch(crypto(), window)
-        assert answer.requests == 2, "what is lacking is asked for twice"
+        assert answer.requests == 2, "missing candles are requested twice"
         got = of(answer)
         assert np.isnan(got.open).sum() == 10
         assert len(got) == 600
 
-    def test_a_mirror_that_runs_on_behind_the_end(self, make: Make) -> None:
+    def test_a_mirror_that_continues_after_the_end(self, make: Make) -> None:
         def endless(asked: Asked, honest: Said) -> Said:
             opens = np.arange(int(asked.query["startTime"]), us("2024-04-01") // 1000, 60_000)[:1000] * 1000
             return json_said(klines(candles_at(opens, asked.query["symbol"]), Timeframe.M1))
@@ -296,19 +296,19 @@ class TestLies:
 
     @pytest.mark.parametrize("body", [b'"\\ud800"', b"[" * 100_000, b"\x00\xff" * 500, b"NaN", b"[[NaN]]"])
     def test_odd_garbage_is_a_bad_answer(self, make: Make, body: bytes) -> None:
-        said = Said(body, 200, {"Content-Type": "application/json"})
-        with serve(lambda _: said) as server, pytest.raises(BadAnswer, match="/api/v3/klines") as told:
+        response = Said(body, 200, {"Content-Type": "application/json"})
+        with serve(lambda _: response) as server, pytest.raises(BadAnswer, match="/api/v3/klines") as caught:
             make("binance", server.url, retry_budget_seconds=0.2).fetch(crypto(), WINDOW)
-        assert str(told.value).isprintable()
+        assert str(caught.value).isprintable()
 
-    def test_cells_that_are_no_numbers_become_rejectable(self) -> None:
+    def test_invalid_cells_become_rejectable(self) -> None:
         window = span("2024-03-01", "2024-03-01T00:04")
         rows = klines(candles_at(np.arange(window.start, window.end, MICROS_PER_MINUTE), "X"), Timeframe.M1)
         rows[0][1], rows[1][2], rows[2][5] = "abc", [], "abc"
         got = read_page(rows, window, window.end, "place").candles
         assert np.isnan(got.open[0])
         assert np.isnan(got.high[1])
-        assert np.isinf(got.volume[2]), "a volume of NaN would pass as a source without volumes"
+        assert np.isinf(got.volume[2]), "NaN would mean a source without volumes"
         assert np.isfinite(np.stack(got.columns()[1:])[:, 3]).all()
 
     @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=5, max_size=5))
@@ -329,7 +329,7 @@ class TestLimits:
         assert answer.requests == 2
 
     @pytest.mark.parametrize("header", [{"Retry-After": "120"}, {}])
-    def test_a_ban_is_told_at_once_and_obeyed(self, make: Make, header: dict[str, str]) -> None:
+    def test_a_ban_is_raised_immediately_and_respected(self, make: Make, header: dict[str, str]) -> None:
         until = time.time_ns() // 1_000_000 + 120_000
         body = {"code": -1003, "msg": f"Way too much request weight used; IP banned until {until}. Please."}
         with serve(lambda _: json_said(body, 418, header)) as server:
@@ -342,7 +342,7 @@ class TestLimits:
             assert len(server.requests) == 1
             assert time.monotonic() - began < 60
 
-    def test_nearly_spent_weight_ends_the_asking_for_this_minute(self, make: Make) -> None:
+    def test_nearly_used_up_weight_pauses_until_the_next_minute(self, make: Make) -> None:
         def answer(_: Asked, honest: Said) -> Said:
             return Said(honest.body, 200, {"X-MBX-USED-WEIGHT-1M": "5800"})
 
@@ -357,18 +357,18 @@ class TestLimits:
 
     @pytest.mark.parametrize("until", ["4102444800000", "9" * 400, "1" * 14, "0", "\u0669" * 13, "-1", "nan"])
     def test_a_ban_is_over_after_a_day(self, make: Make, until: str) -> None:
-        """2100, and what is no time at all."""
+        """The year 2100, and invalid times."""
         body = {"code": -1003, "msg": f"Way too much request weight used; IP banned until {until}. Please."}
         with serve(lambda _: json_said(body, 418)) as server:
             provider = make("binance", server.url, retry_budget_seconds=0.0)
             with pytest.raises(RateLimited) as caught:
                 provider.fetch(crypto(Timeframe.D1), WINDOW)
-        told = caught.value.retry_after
-        assert told in (None, 0, LONGEST_WAIT)
-        assert (told == LONGEST_WAIT) == (until in ("4102444800000", "9" * 400, "1" * 14))
+        wait = caught.value.retry_after
+        assert wait in (None, 0, LONGEST_WAIT)
+        assert (wait == LONGEST_WAIT) == (until in ("4102444800000", "9" * 400, "1" * 14))
 
     @pytest.mark.parametrize("used", ["9" * 400, "9" * 20_000, "\u0669" * 5, "-1", "1e300", "nan"])
-    def test_a_weight_that_is_none(self, make: Make, used: str) -> None:
+    def test_an_invalid_weight(self, make: Make, used: str) -> None:
         def answer(_: Asked, honest: Said) -> Said:
             headers = {"X-MBX-USED-WEIGHT-1M": used.encode().decode("latin-1")}
             return Said(honest.body, 200, headers)
@@ -377,7 +377,7 @@ class TestLimits:
             provider = make("binance", server.url, retry_budget_seconds=0.0, longest_wait_seconds=0.0)
             assert len(of(provider.fetch(crypto(Timeframe.D1), WINDOW))) == 2
 
-    def test_own_pace_replaces_the_default(self, make: Make) -> None:
+    def test_a_configured_limit_replaces_the_default(self, make: Make) -> None:
         def answer(_: Asked, honest: Said) -> Said:
             return Said(honest.body, 200, {"X-MBX-USED-WEIGHT-1M": "90000"})
 
@@ -392,12 +392,12 @@ class TestErrors:
     def test_unknown_symbol(self, make: Make) -> None:
         with serve(lambda _: json_said({"code": -1121, "msg": "Invalid symbol."}, 400)) as server:
             provider = make("binance", server.url)
-            for ask in (lambda: provider.fetch(crypto(), WINDOW), lambda: provider.listed_at(crypto())):
+            for request in (lambda: provider.fetch(crypto(), WINDOW), lambda: provider.listed_at(crypto())):
                 with pytest.raises(UnknownSymbol, match=r"no symbol BTCUSDT.*provider_symbols"):
-                    ask()
+                    request()
 
     @pytest.mark.parametrize(
-        ("status", "text"), [(403, "firewall"), (451, "country"), (404, "answered 404"), (301, "base_url")]
+        ("status", "text"), [(403, "firewall"), (451, "country"), (404, "returned 404"), (301, "base_url")]
     )
     def test_permanent_for_this_run(self, make: Make, status: int, text: str) -> None:
         with serve(lambda _: Said(b"<html>no</html>", status)) as server:
@@ -411,20 +411,20 @@ class TestErrors:
                 make("binance", server.url).fetch(crypto(Timeframe.D1), WINDOW)
             assert len(server.requests) == 1
 
-    def test_nobody_answers(self, make: Make) -> None:
+    def test_connection_refused(self, make: Make) -> None:
         with serve(lambda _: Said()) as server:
             url = server.url
         with pytest.raises(TransientError, match=r"no connection .*refused"):
             make("binance", url, retry_budget_seconds=0.3).fetch(crypto(Timeframe.D1), WINDOW)
 
-    def test_a_market_that_hangs(self, make: Make) -> None:
+    def test_a_response_timeout(self, make: Make) -> None:
         with serve(lambda _: Said(b"[]", delay=0.6)) as server:
             provider = make("binance", server.url, timeout_seconds=0.2, retry_budget_seconds=0.3)
             with pytest.raises(TransientError, match="in time"):
                 provider.fetch(crypto(Timeframe.D1), WINDOW)
 
     @pytest.mark.parametrize("path", [WIRE, SHARED_WIRE], ids=["own", "shared"])
-    def test_recorded_answers(self, path: Path) -> None:
+    def test_recorded_responses(self, path: Path) -> None:
         if not path.exists():
             pytest.skip(f"{path.name} is only there beside the shared folder")
         expected: dict[str, type[ProviderError]] = {

@@ -1,4 +1,4 @@
-"""CoinGecko's OHLC: close stamps, automatic granularity, what a demo and a paid key can."""
+"""CoinGecko's OHLC: close stamps, automatic granularity, demo and paid keys."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class TestDemo:
         ("timeframe", "first", "end"),
         [("30m", "2024-06-04T12:30", "2024-06-05T12:00"), ("4h", "2024-05-06T16:00", "2024-06-05T12:00")],
     )
-    def test_all_that_it_has(self, make: Make, timeframe: str, first: str, end: str) -> None:
+    def test_the_whole_depth(self, make: Make, timeframe: str, first: str, end: str) -> None:
         answer, server = fetch(make, SmallCoinGecko(NOW), LATELY, Timeframe(timeframe))
         assert of(answer).equals(truth(Timeframe(timeframe), span(first, end)))
         assert answer.requests == len(server.requests) == 1
@@ -95,7 +95,7 @@ class TestDemo:
         assert (delivery.origin.transport, delivery.origin.instrument) == (Transport.REST, "bitcoin")
         assert delivery.seams.tolist() == []
 
-    def test_what_is_derived_is_declined(self, make: Make) -> None:
+    def test_derived_timeframes_are_declined(self, make: Make) -> None:
         check_declined(make, "http://127.0.0.1:1", {"1h": "30m", "1d": "4h", "1w": "4h"})
 
     @pytest.mark.parametrize(("back", "days"), [(1, "7"), (7, "7"), (8, "14"), (15, "30"), (35, "30")])
@@ -108,12 +108,12 @@ class TestDemo:
         assert asked.headers["x-cg-demo-api-key"] == KEY
         assert answer.deliveries[0].origin.source == f"{asked.path}?vs_currency=usd&days={days}"
 
-    def test_beyond_its_depth_it_asks_nobody(self, make: Make) -> None:
+    def test_no_request_beyond_the_depth(self, make: Make) -> None:
         answer, server = fetch(make, SmallCoinGecko(NOW), span("2024-01-01", "2024-02-01"))
         assert (answer, server.requests) == (Answer(()), [])
 
-    def test_a_first_row_that_lost_its_beginning_while_waiting(self, make: Make) -> None:
-        """Asked for at once the row would be whole; the answer came a minute later."""
+    def test_a_first_row_that_is_incomplete_after_a_wait(self, make: Make) -> None:
+        """At the time of the request the row was whole; the response is a minute later."""
         edge = us("2024-05-06T12:00")
         early = edge + 30 * MICROS_PER_DAY - 10_000_000
         clock = iter([early])
@@ -137,7 +137,7 @@ class TestDemo:
 
 @pytest.fixture
 def pro_host(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A name as the paid host has it, which leads to loopback."""
+    """A host name like that of the paid API, resolved to loopback."""
     real = socket.getaddrinfo
 
     def resolve(host: str, *rest: Any, **more: Any) -> Any:
@@ -160,19 +160,19 @@ class TestPaid:
         starts = sorted(int(asked.query["from"]) * 10**6 for asked in server.requests)
         assert answer.deliveries[0].seams.tolist() == starts[1:]
 
-    def test_what_is_derived_is_declined(self, make: Make) -> None:
+    def test_derived_timeframes_are_declined(self, make: Make) -> None:
         check_declined(make, "http://pro-api.example:1", {"4h": "1h", "1w": "1d"})
 
     @pytest.mark.parametrize("which", range(4))
     @pytest.mark.parametrize("times", [1, 99])
     def test_a_page_of_another_coin(self, make: Make, pro_host: str, which: int, times: int) -> None:
-        """Its answers name no coin, but neighbouring ranges overlap: once it heals, always it is refused."""
-        window, lies = span("2024-01-01", "2024-04-15"), [times]
+        """Responses contain no coin, but neighbouring ranges overlap: repaired if once, rejected if always."""
+        window, remaining = span("2024-01-01", "2024-04-15"), [times]
         start = str((window.start + which * 742 * Timeframe.H1.micros) // 10**6)
 
         def answer(asked: Asked) -> Said:
-            if asked.query["from"] == start and lies[0]:
-                lies[0] -= 1
+            if asked.query["from"] == start and remaining[0]:
+                remaining[0] -= 1
                 asked = replace(asked, path=asked.path.replace("bitcoin", "ethereum"))
             return SmallCoinGecko(NOW)(asked)
 
@@ -198,16 +198,16 @@ class TestPaid:
         assert {at.value: depth // MICROS_PER_DAY for at, depth in can.depth.items()} == {"30m": 1}
 
 
-class TestLies:
+class TestInvalidResponses:
     def test_another_granularity(self, make: Make) -> None:
-        """Four days fit the grid of 4h: such rows would be stored as something they are not."""
+        """Four days fit the grid of 4h: such rows would be stored as 4h candles."""
         day = us("2024-05-10") // 1000
         coarse = [[day + i * 4 * 86_400_000, 1.0, 2.0, 0.5, 1.0] for i in range(5)]
         for rows in (coarse, [[day + i * 1_800_000, 1.0, 2.0, 0.5, 1.0] for i in range(9)]):
             with pytest.raises(BadAnswer, match="240 minutes apart"):
                 fetch(make, lambda _, r=rows: json_said(r), LATELY, retry_budget_seconds=0.0)
         alone, _ = fetch(make, lambda _: json_said(coarse[:1]), LATELY)
-        assert alone.deliveries == (), "one row does not tell its granularity"
+        assert alone.deliveries == (), "the granularity of a single row is unknown"
 
     @pytest.mark.parametrize(
         "rows",
@@ -227,13 +227,13 @@ class TestLies:
         with pytest.raises(BadAnswer):
             fetch(make, lambda _: json_said(rows), LATELY, retry_budget_seconds=0.0)
 
-    def test_an_absent_price_becomes_nan(self) -> None:
+    def test_a_missing_price_becomes_nan(self) -> None:
         got = read_rows([[14_400_000, 1, None, 1, 1], [28_800_000, 1, 2, 1, 1]], 14_400_000_000, "here")
         assert got.ts.tolist() == [0, 14_400_000_000]
         assert np.isnan(got.high).tolist() == [True, False]
         assert np.isnan(got.volume).all()
 
-    def test_holes_and_repetitions_are_no_other_granularity(self) -> None:
+    def test_holes_and_repetitions_do_not_change_the_granularity(self) -> None:
         hour, hours = 3_600_000_000, [4, 8, 8, 12, 24, 28, 31, 32]
         rows = [[at * 3_600_000, 1, 2, 1, 1] for at in reversed(hours)]
         opens = read_rows(rows, 4 * hour, "here").ts
@@ -243,7 +243,7 @@ class TestLies:
         assert not is_spaced(opens, hour)
 
     def test_a_closed_and_a_forming_row(self, make: Make, pro_host: str) -> None:
-        """Two rows, minutes apart: the forming one is stamped now and says nothing of granularity."""
+        """Two rows, minutes apart: the forming one is stamped now and does not show the granularity."""
         closed = us("2024-06-05T12:00")
         rows = [[closed // 1000, 1, 2, 1, 1], [NOW // 1000, 1, 2, 1, 1]]
         window = TimeRange(closed - Timeframe.H1.micros, closed)
@@ -253,7 +253,7 @@ class TestLies:
 
 class TestErrors:
     @pytest.mark.parametrize("path", [WIRE, SHARED_WIRE], ids=["own", "shared"])
-    def test_recorded_answers(self, make: Make, path: Path) -> None:
+    def test_recorded_responses(self, make: Make, path: Path) -> None:
         if not path.exists():
             pytest.skip(f"{path.name} is only there beside the shared folder")
         expected: dict[str, tuple[type[ProviderError], str]] = {
@@ -265,11 +265,11 @@ class TestErrors:
         lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
         cases = {case["case"]: case for case in lines if case["provider"] == "coingecko"}
         assert set(cases) == set(expected)
-        for name, (kind, words) in expected.items():
-            # A recording has the same under status 200.
+        for name, (kind, text) in expected.items():
+            # A recording has the same body with status 200.
             for status in (cases[name]["status"], 200):
                 answer = json_said(cases[name]["body"], status, cases[name].get("headers"))
-                with pytest.raises(kind, match=words) as caught:
+                with pytest.raises(kind, match=text) as caught:
                     fetch(make, lambda _, a=answer: a, LATELY, retry_budget_seconds=0.0)
                 assert type(caught.value) is kind
                 if kind is RateLimited:
@@ -303,6 +303,6 @@ class TestSymbols:
     def test_currencies(self, symbol: str, currency: str) -> None:
         assert currency_of(crypto(symbol=symbol)) == currency
 
-    def test_no_pair(self) -> None:
-        with pytest.raises(UnknownSymbol, match="no pair"):
+    def test_not_a_pair(self) -> None:
+        with pytest.raises(UnknownSymbol, match="not a pair"):
             currency_of(crypto(symbol="BTC"))

@@ -1,4 +1,4 @@
-"""Every provider against the contract of all of them; Yahoo's stands in test_yfinance.py, beside its market."""
+"""The contract of all providers; Yahoo's test is in test_yfinance.py, next to its market."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from fks_backfill_dagster_tests.providers.scripted import Asked, Said, SmallBina
 pytestmark = pytest.mark.server
 
 
-def relabelled(said: Said, theirs: str, ours: str) -> Said:
-    """An answer for one symbol that names another one."""
-    return replace(said, body=said.body.replace(theirs.encode(), ours.encode()))
+def relabelled(response: Said, theirs: str, ours: str) -> Said:
+    """A response with another symbol name."""
+    return replace(response, body=response.body.replace(theirs.encode(), ours.encode()))
 
 
 BINANCE, OANDA = SmallBinance(), SmallOanda(ProviderConformance.now, KEY)
@@ -63,7 +63,7 @@ class TestPolygon(ProviderConformance):
         AssetClass.STOCKS: "AAPL",
         AssetClass.FOREX: "EUR/USD",
     }
-    tells_unknown = False
+    reports_unknown = False
 
     def market(self, asked: Asked) -> Said:
         return small_polygon(asked)
@@ -138,7 +138,7 @@ class TestCoinGecko(ProviderConformance):
         return COINGECKO(asked)
 
     def paged(self) -> None:
-        """Of a demo key; the ranges of a paid one are in test_coingecko.py."""
+        """None for a demo key; test_coingecko.py tests the ranges of a paid key."""
 
     def unknown(self, asked: Asked) -> Said:
         return json_said({"error": "coin not found"}, 404)

@@ -1,4 +1,4 @@
-"""Limits, retries and the meaning of answers, over real sockets."""
+"""Rate limits, retries and errors, over real sockets."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from fks_backfill_dagster.providers.base import (
 from fks_backfill_dagster.providers.http.client import HttpClient
 from fks_backfill_dagster.providers.http.errors import (
     Unreachable,
+    excerpt,
     retry_after,
-    said_in,
     server_time,
     status_error,
 )
@@ -55,13 +55,13 @@ def client_of(pool: RequestPool, url: str, **options: object) -> HttpClient:
     return HttpClient("p", ProviderOptions(url, **given), pool, ProcessLimiter({}))  # type: ignore[arg-type]
 
 
-def nobody() -> str:
-    """An address at which nobody listens (any more)."""
+def unused_address() -> str:
+    """The address of a stopped server."""
     with serve(lambda _: Said()) as server:
         return server.url
 
 
-def asking(client: HttpClient, url: str) -> Callable[[], bytes]:
+def request_to(client: HttpClient, url: str) -> Callable[[], bytes]:
     def attempt() -> bytes:
         reply = client.exchange(url)
         if reply.status != 200:
@@ -72,47 +72,47 @@ def asking(client: HttpClient, url: str) -> Callable[[], bytes]:
 
 
 class TestRetries:
-    def test_waits_as_long_as_told(self, pool: RequestPool) -> None:
+    def test_waits_as_long_as_demanded(self, pool: RequestPool) -> None:
         answers = [Said(b"slow down", 429, {"Retry-After": "0.4"}), Said(b"good")]
         with serve(lambda _: answers.pop(0)) as server:
             tally = Tally()
             client = client_of(pool, server.url)
-            assert client.run(asking(client, server.url), tally) == b"good"
+            assert client.run(request_to(client, server.url), tally) == b"good"
             first, second = server.requests
         assert second.at - first.at >= 0.39
         assert tally.count == 2
 
-    def test_told_to_wait_beyond_the_budget_raises_at_once(self, pool: RequestPool) -> None:
+    def test_a_demanded_wait_beyond_the_budget_raises_immediately(self, pool: RequestPool) -> None:
         with serve(lambda _: Said(b"banned", 418, {"Retry-After": "3600"})) as server:
             client = client_of(pool, server.url)
             began = time.monotonic()
             with pytest.raises(RateLimited) as caught:
-                client.run(asking(client, server.url), Tally())
+                client.run(request_to(client, server.url), Tally())
             with pytest.raises(RateLimited, match="wait another"):
-                client.run(asking(client, server.url), Tally())
+                client.run(request_to(client, server.url), Tally())
             assert time.monotonic() - began < 30
             assert caught.value.retry_after == 3600
-            assert len(server.requests) == 1, "nobody asks during a ban"
+            assert len(server.requests) == 1, "no requests during a ban"
 
     def test_a_penalty_holds_for_every_thread(self, pool: RequestPool) -> None:
         answers = [Said(status=429, headers={"Retry-After": "0.5"})]
         with serve(lambda _: answers.pop() if answers else Said(b"good")) as server:
             client = client_of(pool, server.url)
-            ask = asking(client, server.url)
-            thread = threading.Thread(target=client.run, args=(ask, Tally()))
+            attempt = request_to(client, server.url)
+            thread = threading.Thread(target=client.run, args=(attempt, Tally()))
             thread.start()
             while answers:
                 time.sleep(0.01)
             time.sleep(0.1)
-            client.run(ask, Tally())
+            client.run(attempt, Tally())
             thread.join()
             times = [asked.at for asked in server.requests]
         assert len(times) == 3
         assert min(times[1:]) - times[0] >= 0.45
 
     @pytest.mark.parametrize("status", [429, 503])
-    def test_a_date_to_wait_for_holds_for_every_client(self, pool: RequestPool, status: int) -> None:
-        """As edge servers send it; clients of one limiter are what processes are to the shared one."""
+    def test_a_retry_after_date_holds_for_every_client(self, pool: RequestPool, status: int) -> None:
+        """As edge servers send it. Clients of one limiter correspond to processes of the shared one."""
         until = int(time.time()) + 2
         named = format_datetime(datetime.fromtimestamp(until, UTC), usegmt=True)
         answers = [Said(b"slow down", status, {"Retry-After": named})]
@@ -128,7 +128,8 @@ class TestRetries:
             for one in clients:
                 one.limiter = limiter
             threads = [
-                threading.Thread(target=one.run, args=(asking(one, server.url), Tally())) for one in clients
+                threading.Thread(target=one.run, args=(request_to(one, server.url), Tally()))
+                for one in clients
             ]
             threads[0].start()
             while answers:
@@ -142,20 +143,20 @@ class TestRetries:
         assert len(arrived) == 4
         assert min(arrived[1:]) >= until
 
-    def test_a_date_that_is_past_is_no_wait(self, pool: RequestPool) -> None:
+    def test_a_past_retry_after_date_is_no_wait(self, pool: RequestPool) -> None:
         answers = [Said(b"", 429, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), Said(b"good")]
         with serve(lambda _: answers.pop(0)) as server:
             client = client_of(pool, server.url)
             began = time.monotonic()
-            assert client.run(asking(client, server.url), Tally()) == b"good"
+            assert client.run(request_to(client, server.url), Tally()) == b"good"
             assert time.monotonic() - began < 1.5
 
     def test_gives_up_within_the_budget(self, pool: RequestPool) -> None:
         with serve(lambda _: Said(b"<html>down", 503)) as server:
             client = client_of(pool, server.url)
             began = time.monotonic()
-            with pytest.raises(TransientError, match="answered 503: an HTML page"):
-                client.run(asking(client, server.url), Tally())
+            with pytest.raises(TransientError, match="returned 503: an HTML page"):
+                client.run(request_to(client, server.url), Tally())
             assert time.monotonic() - began < 30
             assert len(server.requests) >= 2
 
@@ -163,7 +164,7 @@ class TestRetries:
         with serve(lambda _: Said(b"no", 451)) as server:
             client = client_of(pool, server.url)
             with pytest.raises(PermanentError, match="country"):
-                client.run(asking(client, server.url), Tally())
+                client.run(request_to(client, server.url), Tally())
             assert len(server.requests) == 1
 
     def test_interruption_ends_a_wait(self) -> None:
@@ -173,81 +174,81 @@ class TestRetries:
             threading.Timer(0.2, pool.close).start()
             began = time.monotonic()
             with pytest.raises(Cancelled):
-                client.run(asking(client, server.url), Tally())
+                client.run(request_to(client, server.url), Tally())
             assert time.monotonic() - began < 20
 
 
-class TestPatience:
-    """What the user is told while nothing seems to happen, and for how long nothing does."""
+class TestWaits:
+    """Reports of long waits, and the length of waits."""
 
-    def test_a_long_wait_is_told_once(self) -> None:
-        told: list[str] = []
-        pool = RequestPool(1, tell=told.append)
+    def test_a_long_wait_is_reported_once(self) -> None:
+        reported: list[str] = []
+        pool = RequestPool(1, on_wait=reported.append)
         with serve(lambda _: Said(b"<html>down", 503)) as server:
             client = client_of(pool, server.url, retry_budget_seconds=5.0)
             with pytest.raises(TransientError):
-                client.run(asking(client, server.url), Tally())
+                client.run(request_to(client, server.url), Tally())
         pool.close()
-        assert len(told) == 1
-        assert told[0].startswith(f"p: {server.url} answered 503: an HTML page; trying again in ")
+        assert len(reported) == 1
+        assert reported[0].startswith(f"p: {server.url} returned 503: an HTML page; retrying in ")
 
-    def test_what_passes_at_once_is_not_told(self) -> None:
-        told: list[str] = []
-        pool = RequestPool(1, tell=told.append)
+    def test_short_waits_are_not_reported(self) -> None:
+        reported: list[str] = []
+        pool = RequestPool(1, on_wait=reported.append)
         answers = [Said(b"down", 503), Said(b"down", 503), Said(b"good")]
         with serve(lambda _: answers.pop(0)) as server:
             client = client_of(pool, server.url)
-            assert client.run(asking(client, server.url), Tally()) == b"good"
+            assert client.run(request_to(client, server.url), Tally()) == b"good"
         pool.close()
-        assert told == []
+        assert reported == []
 
-    def test_a_wait_that_was_asked_for_is_told(self) -> None:
-        told: list[str] = []
-        pool = RequestPool(1, tell=told.append)
+    def test_a_demanded_wait_is_reported(self) -> None:
+        reported: list[str] = []
+        pool = RequestPool(1, on_wait=reported.append)
         answers = [Said(b"slow down", 429, {"Retry-After": "2.2"}), Said(b"good")]
         with serve(lambda _: answers.pop(0)) as server:
             client = client_of(pool, server.url, longest_wait_seconds=9.0)
-            client.run(asking(client, server.url), Tally())
+            client.run(request_to(client, server.url), Tally())
         pool.close()
-        assert len(told) == 1
-        assert "answered 429: slow down; trying again in 2 s" in told[0]
+        assert len(reported) == 1
+        assert "returned 429: slow down; retrying in 2 s" in reported[0]
 
-    def test_what_cannot_be_reached_is_tried_once_until_it_answers(self, pool: RequestPool) -> None:
-        url = nobody()
+    def test_an_unreachable_server_is_tried_once_until_it_responds(self, pool: RequestPool) -> None:
+        url = unused_address()
         client, tally = client_of(pool, url), Tally()
         with pytest.raises(Unreachable):
-            client.run(asking(client, url), tally)
+            client.run(request_to(client, url), tally)
         assert tally.count > 1
         before = tally.count
         for _ in range(3):
             with pytest.raises(Unreachable):
-                client.run(asking(client, url), tally)
+                client.run(request_to(client, url), tally)
         assert tally.count == before + 3
         answers = [Said(b"here again"), Said(b"oops", 502), Said(b"good")]
         with serve(lambda _: answers.pop(0)) as server:
             for expected in (b"here again", b"good"):
-                assert client.run(asking(client, server.url), Tally()) == expected
+                assert client.run(request_to(client, server.url), Tally()) == expected
 
 
 @pytest.mark.parametrize(
-    ("url", "says"),
+    ("url", "text"),
     [
         ("http://no-such-host.invalid/x", "the host no-such-host.invalid is unknown): check the network"),
-        ("", "no connection (refused): start what should listen there"),
+        ("", "no connection (refused): start the server"),
     ],
     ids=["unknown host", "refused"],
 )
 @pytest.mark.parametrize("setting", [None, "providers.q.archive_url"])
-def test_who_cannot_be_reached_is_told_with_the_remedy(
-    pool: RequestPool, url: str, says: str, setting: str | None
+def test_an_unreachable_server_is_reported_with_the_remedy(
+    pool: RequestPool, url: str, text: str, setting: str | None
 ) -> None:
-    url = url or f"{nobody()}/x"
+    url = url or f"{unused_address()}/x"
     client = client_of(pool, url)
     client.setting = setting
     with pytest.raises(Unreachable) as caught:
         client.exchange(url)
     assert str(caught.value).startswith(f"p: {url}: ")
-    assert says in str(caught.value)
+    assert text in str(caught.value)
     assert str(caught.value).endswith(f", or correct {setting or 'providers.p.base_url'}")
 
 
@@ -255,37 +256,37 @@ def test_who_cannot_be_reached_is_told_with_the_remedy(
     "body",
     [bytes(range(256)) * 4, b"\x00" * 100, "\ud7ff\ue000\U000f0000".encode() * 50, b"\x1b]0;title\x07" * 20],
 )
-def test_what_is_no_text_is_not_quoted(body: bytes) -> None:
-    assert said_in(body) == f"{len(body)} bytes that are no text"
+def test_binary_bodies_are_not_quoted(body: bytes) -> None:
+    assert excerpt(body) == f"{len(body)} bytes that are not text"
 
 
-def test_no_error_holds_what_cannot_be_printed() -> None:
-    """A database takes no NUL, and a terminal obeys an escape."""
+def test_errors_are_printable() -> None:
+    """A database rejects NUL, and a terminal executes escape sequences."""
     error = status_error("p", 400, {}, b"a long sentence with \x00 and \x1b[2J in it, and more", "http://h/x")
     assert str(error).isprintable()
     assert "sentence with ? and ?[2J in it" in str(error)
 
 
 class TestExchange:
-    def test_a_cut_body_is_no_answer(self, pool: RequestPool) -> None:
+    def test_a_truncated_body_is_retried(self, pool: RequestPool) -> None:
         answers = [Said(b"x" * 1000, cut=500), Said(b"whole")]
         with serve(lambda _: answers.pop(0)) as server:
             client = client_of(pool, server.url)
-            assert client.run(asking(client, server.url), Tally()) == b"whole"
+            assert client.run(request_to(client, server.url), Tally()) == b"whole"
 
     def test_too_large(self, pool: RequestPool) -> None:
         with serve(lambda _: Said(b"x" * 5000)) as server:
             client = client_of(pool, server.url)
-            with pytest.raises(BadAnswer, match="answered more than 1,000 bytes, which is too large"):
+            with pytest.raises(BadAnswer, match="returned more than 1,000 bytes, which is too large"):
                 client.exchange(server.url, max_bytes=1000)
 
-    def test_no_answer_in_time(self, pool: RequestPool) -> None:
+    def test_response_timeout(self, pool: RequestPool) -> None:
         with serve(lambda _: Said(b"late", delay=0.8)) as server:
             client = client_of(pool, server.url, timeout_seconds=0.2)
-            with pytest.raises(Unreachable, match="did not answer in time"):
+            with pytest.raises(Unreachable, match="did not respond in time"):
                 client.exchange(server.url)
 
-    def test_nobody_there_and_no_key_in_the_text(self, pool: RequestPool) -> None:
+    def test_connection_refused_and_no_key_in_the_text(self, pool: RequestPool) -> None:
         with serve(lambda _: Said()) as server:
             url = server.url
         client = client_of(pool, url)
@@ -294,7 +295,7 @@ class TestExchange:
         assert KEY not in str(caught.value)
         assert caught.value.__cause__ is None
 
-    def test_an_echoed_key_is_blanked(self, pool: RequestPool) -> None:
+    def test_an_echoed_key_is_redacted(self, pool: RequestPool) -> None:
         with serve(lambda _: Said(f"your key {KEY} is wrong".encode(), 401)) as server:
             client = client_of(pool, server.url)
             error = client.failure(client.exchange(server.url))
@@ -362,7 +363,7 @@ def test_retry_after(value: str, seconds: float | None) -> None:
     assert retry_after({"Retry-After": value, "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}) == seconds
 
 
-def test_a_date_to_wait_for_is_taken_by_our_clock_where_the_server_tells_none() -> None:
+def test_a_retry_after_date_is_relative_to_our_clock_without_a_server_date() -> None:
     until = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
     assert retry_after({"Retry-After": until}) == pytest.approx(60, abs=5)
 
@@ -377,14 +378,14 @@ def test_no_header_is_an_error(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("named", "heeded"),
+    ("named", "bounded"),
     [(3.0, 3.0), (1e300, LONGEST_WAIT), (math.inf, LONGEST_WAIT), (math.nan, 0.0), (-5.0, 0.0)],
 )
-def test_a_wait_is_a_day_at_most(named: float, heeded: float) -> None:
-    assert TransientError("p", "slow down", named).retry_after == heeded
+def test_a_wait_is_a_day_at_most(named: float, bounded: float) -> None:
+    assert TransientError("p", "slow down", named).retry_after == bounded
     limiter = ProcessLimiter({})
     limiter.penalise("p", named)
-    assert limiter.admit("p", 1).wait == pytest.approx(heeded, abs=1)
+    assert limiter.admit("p", 1).wait == pytest.approx(bounded, abs=1)
 
 
 @given(st.text(min_size=4), st.text(), st.text())
@@ -395,7 +396,7 @@ def test_redact_leaves_no_key(key: str, before: str, after: str) -> None:
 
 @pytest.mark.parametrize("key", ["", "  ", "with blank", "line\nbreak", "naïve"])
 def test_keys_that_cannot_be_sent_are_refused_without_being_quoted(key: str) -> None:
-    with pytest.raises(WrongKey, match="THE_KEY is no key") as caught:
+    with pytest.raises(WrongKey, match="THE_KEY is not a valid key") as caught:
         usable_key("p", key, "THE_KEY")
     assert not key.strip() or key not in str(caught.value)
 
@@ -417,10 +418,10 @@ class TestLimiter:
     def test_weights(self) -> None:
         limiter = limiter_of(Window(4, 60))
         assert [limiter.admit("p", 2).wait > 0 for _ in range(3)] == [False, False, True]
-        assert limiter_of(Window(4, 60)).admit("p", 9).wait == 0, "heavier than the limit: alone"
+        assert limiter_of(Window(4, 60)).admit("p", 9).wait == 0, "heavier than the limit: sent alone"
 
-    def test_what_is_under_way_counts_as_the_newest(self) -> None:
-        """It may reach the provider at the very end."""
+    def test_a_request_in_flight_counts_as_the_newest(self) -> None:
+        """It may reach the provider only at its end."""
         limiter = limiter_of(Window(1, 0.2))
         turn = limiter.admit("p", 1)
         time.sleep(0.25)
@@ -440,46 +441,46 @@ class TestLimiter:
     def test_providers_do_not_wait_for_each_other(self) -> None:
         limiter = limiter_of(Window(1))
         limiter.penalise("slow", 60)
-        assert limiter.admit("slow", 1).reason == "told us to wait"
+        assert limiter.admit("slow", 1).reason == "demanded by the provider: wait"
         assert limiter.admit("p", 1).wait == 0
 
-    def test_the_pace_holds_on_the_wire_and_eats_no_budget(self, pool: RequestPool) -> None:
+    def test_the_rate_limit_holds_on_the_wire_and_uses_no_retry_budget(self, pool: RequestPool) -> None:
         with serve(lambda _: Said(b"ok")) as server:
             client = client_of(pool, server.url, longest_wait_seconds=0.0)
             client.limiter = limiter_of(Window(5, 0.3))
-            pool.map("lane", lambda _: client.run(asking(client, server.url), Tally()), range(20))
+            pool.map("lane", lambda _: client.run(request_to(client, server.url), Tally()), range(20))
             times = sorted(asked.at for asked in server.requests)
         assert len(times) == 20
         assert all(later - early > 0.3 for early, later in zip(times, times[5:], strict=False))
 
-    def test_a_spent_budget_is_not_waited_for(self, pool: RequestPool) -> None:
+    def test_a_used_up_budget_is_not_waited_for(self, pool: RequestPool) -> None:
         with serve(lambda _: Said(b"ok")) as server:
             client = client_of(pool, server.url)
             client.limiter = limiter_of(Window(1, 86400))
-            client.run(asking(client, server.url), Tally())
+            client.run(request_to(client, server.url), Tally())
             with pytest.raises(
                 RateLimited, match="1 requests in 24 hours are used up: wait another 86"
-            ) as told:
-                client.run(asking(client, server.url), Tally())
+            ) as caught:
+                client.run(request_to(client, server.url), Tally())
             assert len(server.requests) == 1
-        assert told.value.retry_after is not None
+        assert caught.value.retry_after is not None
 
-    def test_nobody_holds_a_slot_while_waiting(self) -> None:
+    def test_a_waiting_request_holds_no_slot(self) -> None:
         pool = RequestPool(1)
         with serve(lambda _: Said(b"ok")) as server:
             slow, quick = client_of(pool, server.url, longest_wait_seconds=9.0), client_of(pool, server.url)
             slow.limiter.penalise("p", 1.5)
-            thread = threading.Thread(target=slow.run, args=(asking(slow, server.url), Tally()))
+            thread = threading.Thread(target=slow.run, args=(request_to(slow, server.url), Tally()))
             thread.start()
-            quick.run(asking(quick, server.url), Tally())
-            assert thread.is_alive(), "it still waits"
+            quick.run(request_to(quick, server.url), Tally())
+            assert thread.is_alive(), "still waiting"
             thread.join()
         pool.close()
 
 
 class TestPool:
-    def test_closing_ends_those_who_wait_for_what_has_not_begun(self) -> None:
-        """Ctrl-C in the middle of a download: the items in the queue never start, and nobody waits for them."""
+    def test_closing_ends_waits_for_queued_items(self) -> None:
+        """Ctrl-C during a download: queued items never start, and no caller waits for them."""
         pool = RequestPool(1)
         ended: list[BaseException] = []
 
@@ -498,7 +499,7 @@ class TestPool:
             thread.join(timeout=5)
         assert len(ended) == 3
 
-    def test_after_an_interruption_nobody_waits_for_a_market_that_hangs(self) -> None:
+    def test_closing_does_not_wait_for_an_unresponsive_server(self) -> None:
         pool = RequestPool(1)
         with serve(lambda _: Said(b"late", delay=2.0)) as server:
             client = client_of(pool, server.url, timeout_seconds=10.0)
@@ -520,8 +521,8 @@ class TestPool:
 
             def many(index: int) -> list[bytes]:
                 client = clients[index]
-                ask = asking(client, server.url)
-                return pool.map(f"lane{index}", lambda _: client.run(ask, Tally()), range(10))
+                attempt = request_to(client, server.url)
+                return pool.map(f"lane{index}", lambda _: client.run(attempt, Tally()), range(10))
 
             threads = [threading.Thread(target=many, args=(i % 4,)) for i in range(8)]
             for thread in threads:
@@ -540,7 +541,7 @@ class TestPool:
 
         assert pool.map("lane", late_first, range(20)) == [index * index for index in range(20)]
 
-    def test_the_first_error_cancels_what_has_not_begun(self, pool: RequestPool) -> None:
+    def test_the_first_error_cancels_queued_items(self, pool: RequestPool) -> None:
         begun: list[int] = []
 
         def fail(index: int) -> None:
@@ -558,14 +559,14 @@ class TestPool:
 
 
 def test_a_failed_fetch_sends_nothing_more(pool: RequestPool) -> None:
-    """The others of its pages are in the middle of their retries."""
+    """Its other pages are being retried at that time."""
     with serve(lambda asked: Said(b"no", 404 if asked.path == "/0" else 503)) as server:
         client = client_of(pool, server.url, retry_budget_seconds=60.0)
 
         def request(page: int) -> bytes:
             while page == 0 and len(server.requests) < 6:
                 time.sleep(0.005)
-            return client.run(asking(client, f"{server.url}/{page}"), tally)
+            return client.run(request_to(client, f"{server.url}/{page}"), tally)
 
         with pytest.raises(PermanentError) as caught, counted() as tally:
             pool.map("lane", request, range(4))
@@ -573,18 +574,18 @@ def test_a_failed_fetch_sends_nothing_more(pool: RequestPool) -> None:
         assert caught.value.requests == tally.count == len(server.requests)
 
 
-def test_answers_are_counted(pool: RequestPool) -> None:
+def test_requests_are_counted(pool: RequestPool) -> None:
     def answer(asked: Asked) -> Said:
         return Said(b"ok")
 
     with serve(answer) as server:
         client, tally = client_of(pool, server.url), Tally()
-        pool.map("lane", lambda _: client.run(asking(client, server.url), tally), range(25))
+        pool.map("lane", lambda _: client.run(request_to(client, server.url), tally), range(25))
         assert tally.count == len(server.requests) == 25
 
 
-def test_one_key_does_not_keep_another_one_in_the_logs(caplog: pytest.LogCaptureFixture) -> None:
-    """Several keys of a process, one of them a part of the other, and what is no key."""
+def test_overlapping_keys_are_redacted(caplog: pytest.LogCaptureFixture) -> None:
+    """Several keys of a process, one of them part of another, and one too short to be a key."""
     caplog.set_level(logging.DEBUG)
     for key in ("k", "abcdef", "xxabcdefyy"):
         keep_out_of_logs(key)

@@ -1,4 +1,4 @@
-"""The providers against the local market: whatever it does once, what comes out is its truth."""
+"""The providers against the local market: after any single fault, the result is the truth."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def market(running: LocalMarket) -> Iterator[LocalMarket]:
 
 
 def good(answer: Answer, series: Series, window: TimeRange) -> Candles:
-    """What the pipeline would store of an answer."""
+    """The rows that the pipeline would store."""
     rows = Candles.concat([delivery.candles for delivery in answer.deliveries])
     return verify(rows, window, grid_of(series), window.end).good
 

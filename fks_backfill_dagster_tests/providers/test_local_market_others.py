@@ -1,4 +1,4 @@
-"""OANDA, Alpha Vantage and CoinGecko against the local market: out comes its truth."""
+"""OANDA, Alpha Vantage and CoinGecko against the local market: the result is the truth."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SYMBOLS = {
     "alphavantage": ("AAPL", AssetClass.STOCKS),
     "coingecko": ("BTC/USD", AssetClass.CRYPTO),
 }
-# Over the end of summer time, and for CoinGecko the days that a demo key can see.
+# Across the end of daylight saving time; for CoinGecko the days that a demo key covers.
 AUTUMN, MONTH = span("2024-10-27", "2024-11-10"), TimeRange(NOW - 30 * MICROS_PER_DAY, NOW)
 EVERYTHING = [  # that is native
     *(("oanda", timeframe) for timeframe in Timeframe),
@@ -71,13 +71,13 @@ def window_of(name: str, timeframe: Timeframe) -> TimeRange:
 
 
 def good(answer: Answer, series: Series, window: TimeRange) -> Candles:
-    """What the pipeline would store."""
+    """The rows that the pipeline would store."""
     rows = Candles.concat([delivery.candles for delivery in answer.deliveries])
     return verify(rows, window, grid_of(series), window.end).good
 
 
 def without_volume(name: str, candles: Candles) -> Candles:
-    """As the provider gives it."""
+    """The candles as the provider returns them."""
     if name == "alphavantage":
         return candles
     return Candles(*candles.columns()[:5], np.full(len(candles), np.nan))
@@ -112,7 +112,7 @@ def test_one_fault(make: Make, market: LocalMarket, name: str, kind: str) -> Non
 @pytest.mark.parametrize(
     "kind", ["empty", "short", "missing", "nan", "negative", "high_below_low", "off_grid"]
 )
-def test_rows_that_oanda_loses_once_are_asked_for_again(make: Make, market: LocalMarket, kind: str) -> None:
+def test_rows_missing_once_at_oanda_are_requested_again(make: Make, market: LocalMarket, kind: str) -> None:
     market.plant_fault("oanda", kind, count=1)
     series = series_of("oanda", Timeframe.H1)
     got = good(provider(make, market, "oanda").fetch(series, AUTUMN), series, AUTUMN)
@@ -154,7 +154,7 @@ def test_a_free_key_of_alpha_vantage(make: Make) -> None:
 @pytest.mark.server
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the recorded candles are not beside the checkout")
 def test_euro_hours_as_recorded(make: Make) -> None:
-    """What OANDA really gave over two years, holes included: out comes the file, and nothing else."""
+    """Two recorded years of OANDA, with holes: the result is exactly the file."""
     window, now = span("2016-01-03T22:00", "2017-12-29T22:00"), us("2019-01-05")
     with LocalMarket(MarketConfig(limits=False, replay=SHARED, now=now)) as market:
         series = series_of("oanda", Timeframe.H1)

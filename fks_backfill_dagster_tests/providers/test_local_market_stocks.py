@@ -1,4 +1,4 @@
-"""Yahoo and Polygon against the local market, for stocks and currencies: out comes its truth."""
+"""Yahoo and Polygon against the local market, for stocks and currencies: the result is the truth."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPLITS = (Split("AAPL", date(2020, 8, 31), 4),)
 NOW = us("2020-09-11T12:00")
 ACROSS = span("2020-08-24", "2020-09-10")  # the split, and Labour Day on the 7th
 MINUTES = ("1m", "5m", "15m")
-APPLE = [  # what is native
+APPLE = [  # native timeframes
     *(("yfinance", Timeframe(name)) for name in (*MINUTES, "1d")),
     *(("polygon", Timeframe(name)) for name in (*MINUTES, "30m", "1d")),
 ]
@@ -59,7 +59,7 @@ def stock(timeframe: Timeframe) -> Series:
 
 
 def good(answer: Answer, series: Series, window: TimeRange) -> Candles:
-    """What the pipeline would store."""
+    """The rows that the pipeline would store."""
     rows = Candles.concat([delivery.candles for delivery in answer.deliveries])
     return verify(rows, window, grid_of(series), window.end).good
 
@@ -78,12 +78,14 @@ def test_apple_across_its_split(make: Make, market: LocalMarket, name: str, time
     assert np.array_equal(got.ts, truth.ts)
     for price in PRICES:
         assert np.array_equal(getattr(got, price), getattr(truth, price))
-    np.testing.assert_allclose(got.volume, truth.volume, atol=30, rtol=0)  # Yahoo's are whole shares of today
+    np.testing.assert_allclose(
+        got.volume, truth.volume, atol=30, rtol=0
+    )  # Yahoo's volumes are whole shares of today
 
 
 @pytest.mark.parametrize(("name", "timeframe"), APPLE)
 @pytest.mark.parametrize("now", ["2020-09-09T15:07:31", "2020-09-09T20:10:00"])
-def test_nothing_that_is_forming(
+def test_no_forming_candles(
     make: Make, market: LocalMarket, name: str, timeframe: Timeframe, now: str
 ) -> None:
     market.set_clock(us(now))
@@ -121,7 +123,7 @@ def test_polygon_crypto(make: Make, market: LocalMarket, timeframe: Timeframe) -
 
 @pytest.mark.parametrize("name", ["yfinance", "polygon"])
 @pytest.mark.parametrize("kind", ["html", "truncated", "reset", "nan", "unsorted", "duplicated"])
-def test_one_fault_that_leaves_no_trace(make: Make, market: LocalMarket, name: str, kind: str) -> None:
+def test_one_fault_changes_no_values(make: Make, market: LocalMarket, name: str, kind: str) -> None:
     theirs = "yahoo" if name == "yfinance" else name
     market.plant_fault(theirs, kind, count=1)
     series = stock(Timeframe.M15)
@@ -137,11 +139,11 @@ def test_one_fault_that_leaves_no_trace(make: Make, market: LocalMarket, name: s
 
 
 def test_yahoo_symbols(make: Make, market: LocalMarket) -> None:
-    asked = Series("NOPE", Timeframe.D1, AssetClass.STOCKS)
+    unknown = Series("NOPE", Timeframe.D1, AssetClass.STOCKS)
     with pytest.raises(UnknownSymbol):
-        provider(make, market, "yfinance").fetch(asked, ACROSS)
+        provider(make, market, "yfinance").fetch(unknown, ACROSS)
     with pytest.raises(UnknownSymbol):
-        provider(make, market, "yfinance").listed_at(asked)
+        provider(make, market, "yfinance").listed_at(unknown)
     listed = provider(make, market, "yfinance").listed_at(stock(Timeframe.D1))
     assert listed is not None
     assert listed < ACROSS.start

@@ -1,4 +1,4 @@
-"""Proxies and certificates of the environment, with a real proxy and a real TLS server on loopback."""
+"""Proxies and certificates from the environment, with a real proxy and a real TLS server on loopback."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fks_backfill_dagster_tests.providers.scripted import Said, SmallBinance, cr
 
 pytestmark = pytest.mark.server
 
-# No resolver knows it: what comes from there came through the proxy.
+# Unresolvable: responses from this host came through the proxy.
 HOST = "market.example"
 VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
@@ -51,9 +51,9 @@ def client(pool: RequestPool) -> HttpClient:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for HOST that signs itself, and its key beside it."""
+    """A self-signed certificate for HOST, with its key in the same folder."""
     if shutil.which("openssl") is None:
-        pytest.skip("the openssl command makes the certificate")
+        pytest.skip("needs the openssl command to create the certificate")
     folder = tmp_path_factory.mktemp("tls")
     names = f"subjectAltName=DNS:{HOST},IP:127.0.0.1"
     usage = "keyUsage=critical,digitalSignature,keyCertSign"
@@ -71,13 +71,13 @@ def tls(certificate: Path) -> ssl.SSLContext:
     return context
 
 
-def nowhere() -> str:
-    """The address of a proxy that has ended."""
+def stopped_proxy() -> str:
+    """The address of a stopped proxy."""
     with forwarding("http://127.0.0.1:1") as proxy:
         return proxy.url
 
 
-# Which way ---------------------------------------------------------------------------------------------
+# Routes ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
@@ -85,7 +85,7 @@ def test_a_request_goes_through_the_proxy(
     client: HttpClient, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     with serve(lambda _: Said(b"good")) as server, forwarding(server.url) as proxy:
-        # An address without a scheme is one of HTTP, as curl reads it.
+        # An address without a scheme is HTTP, as for curl.
         monkeypatch.setenv(variable, f"127.0.0.1:{proxy.port}")
         assert client.exchange(f"http://{HOST}/x", {"a": "1"}).body == b"good"
         assert proxy.requests == [f"GET http://{HOST}/x?a=1"]
@@ -93,7 +93,7 @@ def test_a_request_goes_through_the_proxy(
 
 
 @pytest.mark.parametrize("variable", BUNDLES)
-def test_https_goes_through_a_tunnel_and_trusts_what_the_environment_names(
+def test_https_uses_a_tunnel_and_the_certificates_of_the_environment(
     client: HttpClient,
     monkeypatch: pytest.MonkeyPatch,
     tls: ssl.SSLContext,
@@ -107,7 +107,9 @@ def test_https_goes_through_a_tunnel_and_trusts_what_the_environment_names(
         assert proxy.requests == [f"CONNECT {HOST}:443"], "the proxy sees neither the path nor the key"
 
 
-def test_an_unknown_certificate_is_refused_with_the_remedy(client: HttpClient, tls: ssl.SSLContext) -> None:
+def test_an_untrusted_certificate_is_rejected_with_the_remedy(
+    client: HttpClient, tls: ssl.SSLContext
+) -> None:
     with serve(lambda _: Said(b"good"), tls) as server, pytest.raises(PermanentError) as caught:
         client.exchange(f"{server.url}/x")
     assert "its certificate is not trusted (self-signed certificate" in str(caught.value)
@@ -123,12 +125,12 @@ def test_a_file_without_certificates_is_named(
     if content is not None:
         file.write_text(content)
     monkeypatch.setenv(variable, str(file))
-    with pytest.raises(PermanentError, match=f"{variable} names {file}, which holds no certificates"):
+    with pytest.raises(PermanentError, match=f"{variable} is {file}, which contains no certificates"):
         client.exchange("https://127.0.0.1:1/x")
 
 
 @pytest.mark.parametrize("named", [HOST, "*", f"other.example, {HOST}", ".example"])
-def test_what_no_proxy_names_is_requested_directly(
+def test_hosts_in_no_proxy_are_requested_directly(
     client: HttpClient, monkeypatch: pytest.MonkeyPatch, named: str
 ) -> None:
     with serve(lambda _: Said(b"good")) as server, forwarding(server.url) as proxy:
@@ -146,7 +148,7 @@ def test_loopback_is_never_requested_through_a_proxy(
     with serve(lambda _: Said(b"good")) as server, forwarding(server.url) as proxy:
         for variable in ("HTTP_PROXY", "ALL_PROXY"):
             monkeypatch.setenv(variable, proxy.url)
-        with suppress(Unreachable):  # the server listens on 127.0.0.1 alone
+        with suppress(Unreachable):  # the server listens on 127.0.0.1 only
             client.exchange(server.url.replace("127.0.0.1", host))
         assert proxy.requests == []
 
@@ -162,7 +164,7 @@ def test_netrc_does_not_replace_the_key(
         assert server.requests[0].headers["Authorization"] == f"Bearer {KEY}"
 
 
-def test_klines_and_archives_go_the_same_way(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_klines_and_archives_use_the_same_route(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """ccxt sends the klines."""
     window, url = span("2024-01-05", "2024-01-07T03:00"), f"http://{HOST}"
     market = SmallBinance()
@@ -177,34 +179,34 @@ def test_klines_and_archives_go_the_same_way(make: Make, monkeypatch: pytest.Mon
         assert len(proxy.requests) == len(server.requests) == answer.requests
 
 
-# Refusals ----------------------------------------------------------------------------------------------
+# Proxy errors ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("status", "kind", "says"),
+    ("status", "kind", "text"),
     [
-        (407, PermanentError, "wants a user and a password: name them in that variable"),
+        (407, PermanentError, "requires a user and a password: set them in that variable"),
         (
             403,
             PermanentError,
-            f"refuses connections to {HOST}: have it allow them, or name {HOST} in NO_PROXY",
+            f"refuses connections to {HOST}: allow them in the proxy, or add {HOST} to NO_PROXY",
         ),
-        (502, TransientError, f"does not reach {HOST} (it answered 502"),
+        (502, TransientError, f"cannot reach {HOST} (it returned 502"),
     ],
 )
 def test_a_refusal_names_the_proxy_and_its_variable(
-    client: HttpClient, monkeypatch: pytest.MonkeyPatch, status: int, kind: type[ProviderError], says: str
+    client: HttpClient, monkeypatch: pytest.MonkeyPatch, status: int, kind: type[ProviderError], text: str
 ) -> None:
     with forwarding("http://127.0.0.1:1", refuse=status) as proxy:
         monkeypatch.setenv("https_proxy", f"http://user:pa55w0rd@127.0.0.1:{proxy.port}")
         with pytest.raises(kind) as caught:
             client.exchange(f"https://{HOST}/x")
-    assert f"the proxy {proxy.url} (https_proxy) {says}" in str(caught.value)
+    assert f"the proxy {proxy.url} (https_proxy) {text}" in str(caught.value)
     assert "pa55w0rd" not in str(caught.value)
 
 
-def test_a_proxy_that_is_not_there(client: HttpClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = nowhere()
+def test_an_unreachable_proxy(client: HttpClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = stopped_proxy()
     for scheme, variable in (("http", "HTTP_PROXY"), ("https", "HTTPS_PROXY")):
         monkeypatch.setenv(variable, url)
         with pytest.raises(Unreachable) as caught:
@@ -214,7 +216,7 @@ def test_a_proxy_that_is_not_there(client: HttpClient, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("named", ["socks5://127.0.0.1:1", "http://", "http://:0"])
-def test_what_is_no_proxy(client: HttpClient, monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+def test_an_invalid_proxy(client: HttpClient, monkeypatch: pytest.MonkeyPatch, named: str) -> None:
     monkeypatch.setenv("ALL_PROXY", named)
     with pytest.raises(ProviderError, match=r"the proxy .*\(ALL_PROXY\)"):
         client.exchange(f"https://{HOST}/x")
@@ -226,7 +228,7 @@ def test_the_password_is_sent_to_the_proxy_and_in_no_text(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Also where somebody makes http.client print all requests."""
+    """Also if the application makes http.client print all requests."""
     caplog.set_level(logging.DEBUG)
     monkeypatch.setattr(http.client.HTTPConnection, "debuglevel", 1)
     with serve(lambda _: Said(b"good")) as server, forwarding(server.url, user="me:pa55/w0rd") as proxy:
@@ -239,7 +241,7 @@ def test_the_password_is_sent_to_the_proxy_and_in_no_text(
         with pytest.raises(PermanentError) as caught:
             client.exchange(f"https://{HOST}/x")
     assert isinstance(error, PermanentError)
-    told = f"{error}{caught.value}{caplog.text}{capsys.readouterr()}"
-    assert "wants a user and a password" in told
+    texts = f"{error}{caught.value}{caplog.text}{capsys.readouterr()}"
+    assert "requires a user and a password" in texts
     for secret in ("w0rd", "wr0ng", "bWU6", KEY):  # bWU6: "me:" in base 64
-        assert secret not in told
+        assert secret not in texts

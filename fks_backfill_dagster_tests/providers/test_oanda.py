@@ -1,4 +1,4 @@
-"""OANDA's forex candles: alignment through summer time, pages, the complete flag, and its answers."""
+"""OANDA's forex candles: alignment with daylight saving time, pages, the complete flag, and errors."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def fetch(
 
 
 def truth(timeframe: Timeframe, window: TimeRange) -> Candles:
-    """Of the hours that lie between a candle's open and its close; minutes have no parts here."""
+    """Candles from 4h up are aggregated from the hours between open and close; finer ones are given."""
     opens = grid_of(forex(timeframe)).opens(window)
     if timeframe.minutes <= 60:
         return candles_of(bars_of(candles_at(opens, "EUR_USD")), volume=False)
@@ -88,7 +88,7 @@ def truth(timeframe: Timeframe, window: TimeRange) -> Candles:
 class TestHonest:
     @pytest.mark.parametrize("timeframe", list(Timeframe))
     @pytest.mark.parametrize("window", [SPRING, AUTUMN], ids=["spring", "autumn"])
-    def test_all_timeframes_through_summer_time(
+    def test_all_timeframes_across_daylight_saving_time(
         self, make: Make, timeframe: Timeframe, window: TimeRange
     ) -> None:
         if timeframe.minutes < 30:
@@ -104,7 +104,7 @@ class TestHonest:
             opens = of(fetch(make, SmallOanda(NOW, KEY), window, Timeframe.H4)[0]).ts
             assert set((opens // MICROS_PER_HOUR % 24).tolist()) == {0, 4, 8, 12, 16, 20}
 
-    def test_what_is_asked(self, make: Make) -> None:
+    def test_requests(self, make: Make) -> None:
         expected = {
             Timeframe.H1: {"granularity": "H1"},
             Timeframe.H4: {"granularity": "H4", "dailyAlignment": "0", "alignmentTimezone": "UTC"},
@@ -146,7 +146,7 @@ class TestHonest:
         assert of(answer).equals(truth(Timeframe.H1, window))
         assert len(of(answer)) == 3
 
-    def test_a_weekend_asks_nobody(self, make: Make) -> None:
+    def test_a_weekend_sends_no_request(self, make: Make) -> None:
         answer, server = fetch(make, SmallOanda(NOW, KEY), span("2024-05-11", "2024-05-12"))
         assert (answer, server.requests) == (Answer(()), [])
 
@@ -177,7 +177,7 @@ class TestHonest:
             with pytest.raises(UnknownSymbol):
                 provider.listed_at(forex(symbol="EUR/XXX"))
 
-    def test_every_new_connection_waits_for_its_turn(self, make: Make) -> None:
+    def test_new_connections_are_spaced(self, make: Make) -> None:
         def slow(_: Asked, honest: Said) -> Said:
             return Said(honest.body, honest.status, honest.headers, delay=0.3)
 
@@ -189,38 +189,38 @@ class TestHonest:
 
 
 class TestAnotherInstrument:
-    """A page of another pair that names the right one: pages share a candle, which differs."""
+    """A page of another pair under the requested name: pages share a candle, which differs."""
 
     WINDOW = span("2024-05-06", "2024-05-18")  # four pages of minutes
 
-    def lying(self, times: int) -> Callable[[Asked], Said]:
-        lies = [times]
+    def disguised(self, times: int) -> Callable[[Asked], Said]:
+        remaining = [times]
 
         def answer(asked: Asked) -> Said:
-            if asked.query["from"] == "2024-05-06T00:00:00Z" and lies[0]:
-                lies[0] -= 1
+            if asked.query["from"] == "2024-05-06T00:00:00Z" and remaining[0]:
+                remaining[0] -= 1
                 other = SmallOanda(NOW, KEY)(replace(asked, path=asked.path.replace("EUR_USD", "USD_JPY")))
                 return replace(other, body=other.body.replace(b"USD_JPY", b"EUR_USD"))
             return SmallOanda(NOW, KEY)(asked)
 
         return answer
 
-    def test_once_heals(self, make: Make) -> None:
-        answer, server = fetch(make, self.lying(1), self.WINDOW, Timeframe.M1)
+    def test_once_is_repaired(self, make: Make) -> None:
+        answer, server = fetch(make, self.disguised(1), self.WINDOW, Timeframe.M1)
         assert of(answer).equals(truth(Timeframe.M1, self.WINDOW))
         assert len(server.requests) == 4 + 2
 
-    def test_always_is_refused(self, make: Make) -> None:
+    def test_always_is_rejected(self, make: Make) -> None:
         with pytest.raises(BadAnswer, match="another instrument"):
-            fetch(make, self.lying(99), self.WINDOW, Timeframe.M1)
+            fetch(make, self.disguised(99), self.WINDOW, Timeframe.M1)
 
-    def test_in_the_second_look(self, make: Make) -> None:
-        """What is requested again comes with the candles between, which are there already."""
-        looks = iter([False, True])
+    def test_in_the_second_request(self, make: Make) -> None:
+        """The second request includes known candles in between."""
+        disguise = iter([False, True])
         holes = frozenset({us("2024-05-07T03:00"), us("2024-05-08T03:00")})
 
         def answer(asked: Asked) -> Said:
-            if next(looks):
+            if next(disguise):
                 other = SmallOanda(NOW, KEY)(replace(asked, path=asked.path.replace("EUR_USD", "USD_JPY")))
                 return replace(other, body=other.body.replace(b"USD_JPY", b"EUR_USD"))
             return SmallOanda(NOW, KEY, holes)(asked)
@@ -238,18 +238,18 @@ class TestAnotherInstrument:
         )
 
 
-class TestAbsent:
-    quiet = frozenset({us("2024-05-07T03:00"), us("2024-05-08T23:00")})
+class TestMissing:
+    missing = frozenset({us("2024-05-07T03:00"), us("2024-05-08T23:00")})
 
-    def test_a_quiet_interval_is_asked_for_twice(self, make: Make) -> None:
-        answer, server = fetch(make, SmallOanda(NOW, KEY, self.quiet), WEEK)
+    def test_a_missing_interval_is_requested_twice(self, make: Make) -> None:
+        answer, server = fetch(make, SmallOanda(NOW, KEY, self.missing), WEEK)
         whole = truth(Timeframe.H1, WEEK)
-        assert of(answer).equals(whole.take(~np.isin(whole.ts, list(self.quiet))))
+        assert of(answer).equals(whole.take(~np.isin(whole.ts, list(self.missing))))
         assert len(server.requests) == 2
-        assert answer.deliveries[0].seams.tolist() == [], "the second look brought no row"
+        assert answer.deliveries[0].seams.tolist() == [], "the second response has no rows"
 
     @pytest.mark.parametrize("kept", [0, 1, 60])
-    def test_a_short_page_heals(self, make: Make, kept: int) -> None:
+    def test_a_short_page_is_repaired(self, make: Make, kept: int) -> None:
         answers = iter([kept, 10**6])
 
         def short(_: Asked, honest: Said) -> Said:
@@ -261,7 +261,7 @@ class TestAbsent:
         assert of(answer).equals(truth(Timeframe.H1, WEEK))
         assert len(server.requests) == 2
 
-    def test_a_bad_row_heals_and_is_delivered_too(self, make: Make) -> None:
+    def test_a_bad_row_is_repaired_and_delivered_too(self, make: Make) -> None:
         first = iter([True])
 
         def spoil(_: Asked, honest: Said) -> Said:
@@ -285,7 +285,7 @@ def document(*rows: object, **changes: Any) -> dict[str, Any]:
     return {"instrument": "EUR_USD", "granularity": "H1", "candles": list(rows), **changes}
 
 
-class TestLies:
+class TestInvalidResponses:
     @pytest.mark.parametrize(
         "answer",
         [
@@ -309,7 +309,7 @@ class TestLies:
 
 class TestErrors:
     @pytest.mark.parametrize("path", [WIRE, SHARED_WIRE], ids=["own", "shared"])
-    def test_recorded_answers(self, make: Make, path: Path) -> None:
+    def test_recorded_responses(self, make: Make, path: Path) -> None:
         if not path.exists():
             pytest.skip(f"{path.name} is only there beside the shared folder")
         expected: dict[str, tuple[type[ProviderError], str]] = {
@@ -322,9 +322,9 @@ class TestErrors:
         lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
         cases = {case["case"]: case for case in lines if case["provider"] == "oanda"}
         assert set(cases) == set(expected)
-        for name, (kind, words) in expected.items():
+        for name, (kind, text) in expected.items():
             answer = json_said(cases[name]["body"], cases[name]["status"])
-            with pytest.raises(kind, match=words) as caught:
+            with pytest.raises(kind, match=text) as caught:
                 fetch(make, lambda _, a=answer: a, WEEK)
             assert type(caught.value) is kind
 

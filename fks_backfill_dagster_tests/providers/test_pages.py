@@ -1,4 +1,4 @@
-"""Responses put together: where each begins, and what their overlaps tell."""
+"""Concatenated responses: seams, overlaps and progress."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TestJoined:
         assert seams(page(1, 2, 5, 6), page(3, 4)) == [3, 5]
 
     @given(st.lists(st.sets(st.integers(0, 40)), max_size=5))
-    def test_between_two_seams_all_is_of_one_response(self, minutes: list[set[int]]) -> None:
+    def test_between_two_seams_all_rows_are_of_one_response(self, minutes: list[set[int]]) -> None:
         pages = [page(*sorted(some), symbol=str(at)) for at, some in enumerate(minutes)]
         rows, found = joined(pages)
         assert len(rows) == sum(map(len, pages))
@@ -51,33 +51,33 @@ class TestJoined:
 
 class TestAgreeing:
     def requests(self, *answers: Sequence[Candles]) -> tuple[list[Candles] | None, list[list[int]]]:
-        """What comes of these answers to the first and the second look, and what was requested."""
-        asked: list[list[int]] = []
+        """The result for these responses to the first and the second request, and the requested pages."""
+        requested: list[list[int]] = []
 
         def request(some: Sequence[int]) -> Sequence[Candles]:
-            asked.append(list(some))
-            return answers[len(asked) - 1]
+            requested.append(list(some))
+            return answers[len(requested) - 1]
 
-        return agreeing(range(len(answers[0])), request), asked
+        return agreeing(range(len(answers[0])), request), requested
 
     def test_pages_that_agree_are_requested_once(self) -> None:
-        found, asked = self.requests([page(1, 2, 3), page(3, 4), page(5)])
-        assert asked == [[0, 1, 2]]
+        found, requested = self.requests([page(1, 2, 3), page(3, 4), page(5)])
+        assert requested == [[0, 1, 2]]
         assert found is not None
         assert len(found) == 3
 
     def test_neighbours_that_differ_are_requested_once_more(self) -> None:
         first = [page(1, 2), page(2, 3, symbol="ETH"), page(4)]
-        found, asked = self.requests(first, [page(1, 2), page(2, 3)])
-        assert asked == [[0, 1, 2], [0, 1]]
+        found, requested = self.requests(first, [page(1, 2), page(2, 3)])
+        assert requested == [[0, 1, 2], [0, 1]]
         assert found is not None
         assert joined(found)[0].equals(joined([page(1, 2), page(2, 3), page(4)])[0])
 
-    def test_and_then_given_up(self) -> None:
+    def test_neighbours_that_still_differ_are_rejected(self) -> None:
         first = [page(1, 2), page(2, 3, symbol="ETH")]
         assert self.requests(first, first)[0] is None
 
-    def test_absent_values_are_the_same_value(self) -> None:
+    def test_missing_values_are_equal(self) -> None:
         one, other = page(1, 2), page(2, 3)
         one.volume[:] = other.volume[:] = np.nan
         assert contradicting([one, other]) == []
@@ -90,7 +90,7 @@ def chain(candles: int = 100, page_size: int = 50) -> Chain:
 class TestChain:
     def test_honest_pages_of_any_size(self) -> None:
         for size in (1, 7, 50, 100):
-            # Small pages are as honest, while they are not many.
+            # Small pages are legitimate too, if there are few.
             made = chain(100 if size > 1 else 10)
             for first in range(0, made.candles, size):
                 assert not made.is_done(page(*range(first, min(first + size, made.candles))).ts)
@@ -101,7 +101,7 @@ class TestChain:
         assert made.is_done(page(99, 100).ts)
 
     @pytest.mark.parametrize("again", [page(0, 1, 2), page(1, 2), page(2), page()], ids=len)
-    def test_pages_without_a_newer_bar_are_refused_after_a_few(self, again: Candles) -> None:
+    def test_a_few_pages_without_a_newer_bar_are_accepted(self, again: Candles) -> None:
         made = chain()
         made.is_done(page(0, 1, 2).ts)
         for _ in range(3):
@@ -117,15 +117,15 @@ class TestChain:
                 made.is_done(page().ts)
         assert made.pages == 20
 
-    def test_as_many_pages_as_the_range_can_need(self) -> None:
+    def test_the_number_of_pages_is_limited_by_the_range(self) -> None:
         made = chain(100)
         for minute in range(20):
             made.is_done(page(minute).ts)
         with pytest.raises(BadAnswer, match="21 pages had 21 bars, for a range of at most 100"):
             made.is_done(page(20).ts)
 
-    def test_as_many_rows_as_the_range_can_hold(self) -> None:
-        """Each page repeats all before it, and has a newer bar."""
+    def test_the_number_of_rows_is_limited_by_the_range(self) -> None:
+        """Each page repeats all previous bars and has a newer one."""
         made = chain(100, 50)
         for minute in range(50, 55):
             made.is_done(page(*range(minute)).ts)

@@ -1,4 +1,4 @@
-"""Polygon's aggregates: tickers, pages, what is derived, the key, and what its answers mean."""
+"""Polygon's aggregates: tickers, pages, derived timeframes, the key, and errors."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def always(answer: Said) -> Callable[[Asked], Said]:
 
 
 class SmallPolygon:
-    """Honest minutes from 30 before to 30 after what was asked, in pages of 50 bars."""
+    """Honest minutes from 30 before to 30 after the requested range, in pages of 50 bars."""
 
     page = 50
 
@@ -97,7 +97,7 @@ class SmallPolygon:
 
 
 class TestHonest:
-    def test_follows_its_pages_and_keeps_to_the_window(self, make: Make) -> None:
+    def test_pages_are_followed_within_the_window(self, make: Make) -> None:
         market = SmallPolygon()
         with serve(market) as server:
             market.url = server.url
@@ -109,11 +109,11 @@ class TestHonest:
         assert first.query == {"adjusted": "false", "sort": "asc", "limit": "50000"}
         assert {asked.headers["Authorization"] for asked in server.requests} == {f"Bearer {KEY}"}
         assert KEY not in answer.deliveries[0].origin.source
-        # Pages of 50 from half an hour before the window on: the first one brings 20 minutes of it.
+        # Pages of 50 bars, starting half an hour before the window: the first one has 20 minutes of it.
         assert ((answer.deliveries[0].seams - WINDOW.start) // 60_000_000).tolist() == [20, 70]
 
     @pytest.mark.parametrize("status", ["OK", "DELAYED"])
-    def test_nothing_there(self, make: Make, status: str) -> None:
+    def test_no_bars(self, make: Make, status: str) -> None:
         empty = {
             "ticker": "X:BTCUSD",
             "queryCount": 0,
@@ -125,7 +125,7 @@ class TestHonest:
             answer = make("polygon", server.url, key=KEY).fetch(crypto(), WINDOW)
         assert (answer.deliveries, answer.requests) == ((), 1)
 
-    def test_an_absent_price_becomes_nan(self, make: Make) -> None:
+    def test_a_missing_price_becomes_nan(self, make: Make) -> None:
         row = {"t": WINDOW.start // 1000, "o": 1, "h": 2, "l": 1, "v": 3}
         with serve(lambda _: json_said(document([row]))) as server:
             got = of(make("polygon", server.url, key=KEY).fetch(crypto(), WINDOW))
@@ -186,9 +186,9 @@ def series(asset_class: AssetClass, timeframe: Timeframe) -> Series:
 
 @dataclass
 class WholeMarket:
-    """Bars on all clock intervals, session or not; days of stocks at 00:00 New York, weekends too.
+    """Bars on all clock intervals, also outside the session; days of stocks at 00:00 New York, weekends too.
 
-    Bars outside the session are told by a wild high. `stamp` may move the stamps of days.
+    Bars outside the session are marked by a high of 9999. stamp: may move the stamps of days.
     """
 
     of: Series
@@ -218,7 +218,7 @@ class WholeMarket:
 _NAMES = {timeframe.micros: timeframe.value for timeframe in Timeframe}
 CRYPTO, STOCKS, FOREX = AssetClass
 HALF_DAY = span("2015-12-21", "2015-12-29")  # the 24th ends at 13:00 New York, the 25th is a holiday
-SPRING = span("2015-03-02", "2015-03-16")  # summer time from the 8th on
+SPRING = span("2015-03-02", "2015-03-16")  # daylight saving time from the 8th on
 
 
 DERIVED = [
@@ -235,7 +235,7 @@ DERIVED = [
 
 class TestNative:
     @pytest.mark.parametrize(("asset_class", "timeframe", "parts"), DERIVED)
-    def test_what_is_derived_is_declined(
+    def test_derived_timeframes_are_declined(
         self, make: Make, asset_class: AssetClass, timeframe: str, parts: str
     ) -> None:
         provider, asked = (
@@ -246,7 +246,7 @@ class TestNative:
         with pytest.raises(PermanentError, match=f"its {timeframe} candles are derived from {parts}"):
             provider.fetch(asked, HALF_DAY)
 
-    def test_all_else_is_native(self, make: Make) -> None:
+    def test_other_timeframes_are_native(self, make: Make) -> None:
         can = make("polygon", "http://127.0.0.1:1", key=KEY).capabilities
         derived = {(asset_class, Timeframe(name)) for asset_class, name, _ in DERIVED}
         for asset_class, timeframes in can.timeframes.items():
@@ -335,8 +335,8 @@ class TestDaysOfStocks:
         assert len(good) > 2900
 
     @pytest.mark.parametrize("hours", [-1, 1, 9.5, -4, -5])
-    def test_of_another_stamp_are_not_moved(self, make: Make, hours: float) -> None:
-        """-4 and -5 hours are 00:00 UTC of the date, which would read as our own stamp."""
+    def test_with_another_stamp_are_not_moved(self, make: Make, hours: float) -> None:
+        """-4 and -5 hours are 00:00 UTC of the date, which is the stamp of our grid."""
         market = WholeMarket(self.days, stamp=lambda at: new_york_midnight(at) + int(hours * MICROS_PER_HOUR))
         with serve(market) as server:
             answer = make("polygon", server.url, key=KEY).fetch(self.days, HALF_DAY)
@@ -360,14 +360,14 @@ class TestDaysOfStocks:
         inside = got.take(grid_of(self.days).contains(got.ts))
         assert inside.ts[-1] == us(last)
 
-    def test_a_window_without_a_date_asks_nobody(self, make: Make) -> None:
+    def test_a_window_without_a_date_sends_no_request(self, make: Make) -> None:
         provider = make("polygon", "http://127.0.0.1:1", key=KEY)
         assert provider.fetch(self.days, span("2015-12-21T00:01", "2015-12-21T23:00")) == Answer(())
 
     @pytest.mark.parametrize(
         "window", [span("2015-12-21", "2015-12-21T00:01"), span("2015-12-20T12:00", "2015-12-22")]
     )
-    def test_a_part_of_a_day_brings_the_day(self, make: Make, window: TimeRange) -> None:
+    def test_a_part_of_a_day_returns_the_day(self, make: Make, window: TimeRange) -> None:
         with serve(WholeMarket(self.days)) as server:
             got = of(make("polygon", server.url, key=KEY).fetch(self.days, window))
         assert got.ts.tolist() == [us("2015-12-21")]
@@ -377,7 +377,7 @@ class TestEndOfDayPlan:
     NOW = us("2015-12-23T19:00")
 
     def fetch(self, make: Make, timeframe: str, window: TimeRange) -> tuple[Answer, list[Asked]]:
-        """From a plan that refuses whatever touches the 23rd in New York."""
+        """From a plan that refuses every range that includes the 23rd in New York."""
         asked = series(STOCKS, Timeframe(timeframe))
         message = "Attempted to request today's data before end of day. Please upgrade your plan"
         refused = json_said({"status": "NOT_AUTHORIZED", "message": message}, 403)
@@ -387,7 +387,7 @@ class TestEndOfDayPlan:
             return provider.fetch(asked, window), server.requests
 
     @pytest.mark.parametrize("timeframe", ["5m", "30m", "1d"])
-    def test_gives_the_days_before(self, make: Make, timeframe: str) -> None:
+    def test_returns_the_days_before(self, make: Make, timeframe: str) -> None:
         window = span("2015-12-21", "2015-12-24")
         answer, requests = self.fetch(make, timeframe, window)
         asked = series(STOCKS, Timeframe(timeframe))
@@ -396,7 +396,7 @@ class TestEndOfDayPlan:
         assert answer.requests == len(requests) == 2
         assert "2015-12-23T00:00:00+00:00" in answer.warnings[0]
 
-    def test_is_not_refused_for_the_margin(self, make: Make) -> None:
+    def test_no_refusal_for_the_margin(self, make: Make) -> None:
         answer, requests = self.fetch(make, "1d", span("2015-12-21", "2015-12-23"))
         assert (len(of(answer)), len(requests), answer.warnings) == (2, 1, ())
 
@@ -405,11 +405,11 @@ class TestEndOfDayPlan:
             self.fetch(make, "5m", span("2015-12-23", "2015-12-24"))
 
 
-class TestPlanOfSomeYears:
+class TestLimitedPlan:
     NOW = us("2015-12-23T19:00")
     EDGE = us("2013-12-23")
 
-    def test_tells_its_edge_once(self, make: Make) -> None:
+    def test_the_edge_is_searched_once(self, make: Make) -> None:
         asked = series(STOCKS, Timeframe.M5)
         message = "Your plan doesn't include this data timeframe. Please upgrade your plan"
         refused = json_said({"status": "NOT_AUTHORIZED", "message": message}, 403)
@@ -419,17 +419,17 @@ class TestPlanOfSomeYears:
             with pytest.raises(TooOld, match=r"nothing before 2013-12-23") as caught:
                 provider.fetch(asked, span("2005-01-03", "2005-02-03"))
             assert caught.value.since == self.EDGE
-            assert 10 < len(server.requests) < 16, "halving"
+            assert 10 < len(server.requests) < 16, "bisection"
             before = len(server.requests)
             with pytest.raises(TooOld):
                 provider.fetch(series(STOCKS, Timeframe.D1), span("2013-01-03", "2014-02-03"))
-            assert len(server.requests) == before, "known by now, for every stock"
+            assert len(server.requests) == before, "the edge is known for every stock"
             inside = TimeRange(self.EDGE, us("2013-12-28"))
             good = verify(of(provider.fetch(asked, inside)), inside, grid_of(asked), inside.end).good
             assert np.array_equal(good.ts, grid_of(asked).opens(inside))
             assert len(server.requests) == before + 1
 
-    def test_a_plan_without_any_of_it_is_no_matter_of_age(self, make: Make) -> None:
+    def test_a_plan_without_any_data_is_not_too_old(self, make: Make) -> None:
         refused = json_said(
             {"status": "NOT_AUTHORIZED", "message": "You are not entitled to this data."}, 403
         )
@@ -483,7 +483,7 @@ class TestKey:
             "//evil.example:443/x",
         ],
     )
-    def test_is_not_sent_to_what_looks_like_the_configured_host(self, elsewhere: str) -> None:
+    def test_is_not_sent_to_a_similar_host(self, elsewhere: str) -> None:
         provider = build("polygon", resolve_options("polygon", key=KEY), RequestPool(1), ProcessLimiter({}))
         assert isinstance(provider, Polygon)
         try:
@@ -497,9 +497,9 @@ class TestKey:
         with serve(market) as server:
             answer = make("polygon", server.url, key=KEY, requests_per_minute=1000).fetch(crypto(), WINDOW)
         assert of(answer).equals(candles_at(np.arange(WINDOW.start, WINDOW.end, 60_000_000), "X:BTCUSD"))
-        assert market.url == "", "its next_url begins with the path"
+        assert market.url == "", "the next_url is relative"
 
-    def test_echoed_keys_are_blanked(self, make: Make) -> None:
+    def test_echoed_keys_are_redacted(self, make: Make) -> None:
         for status in (200, 401, 500):
             answer = json_said({"status": "ERROR", "error": f"bad {KEY}"}, status)
             with serve(always(answer)) as server:
@@ -512,7 +512,7 @@ class TestKey:
             assert KEY not in repr(caught.value)
 
 
-class TestLies:
+class TestInvalidResponses:
     @pytest.mark.parametrize(
         "answer",
         [
@@ -534,11 +534,11 @@ class TestLies:
             )
             with pytest.raises(BadAnswer):
                 provider.fetch(crypto(), WINDOW)
-            assert len(server.requests) > 1, "garbage may pass: it is asked again"
+            assert len(server.requests) > 1, "invalid responses are retried"
 
     @pytest.mark.parametrize("cursor", ["1", None], ids=["a circle", "another address every time"])
     def test_pages_without_an_end(self, make: Make, cursor: str | None) -> None:
-        """Bars that were there already (polygon-io issue 289)."""
+        """Repeated bars (polygon-io issue 289)."""
         rows = bars(candles_at(np.arange(WINDOW.start, WINDOW.start + 600_000_000, 60_000_000), "X"))
 
         def same(asked: Asked) -> Said:
@@ -552,7 +552,7 @@ class TestLies:
             assert caught.value.requests == len(server.requests) == 5
 
     def test_an_empty_page_in_between(self, make: Make) -> None:
-        """Of pages that are empty by themselves each still leads to the next."""
+        """Empty pages are followed too."""
         rows = bars(candles_at(np.array([WINDOW.start, WINDOW.start + 60_000_000]), "X:BTCUSD"))
 
         def gappy(asked: Asked) -> Said:
@@ -566,13 +566,13 @@ class TestLies:
         assert len(got) == 2
 
     @pytest.mark.parametrize("following", ["http://127.0.0.1:x/", "http://[::1", 7, ["x"]], ids=str)
-    def test_a_next_page_that_is_no_address(self, make: Make, following: object) -> None:
+    def test_an_invalid_next_page(self, make: Make, following: object) -> None:
         rows = bars(candles_at(np.array([WINDOW.start]), "X"))
         with serve(lambda _: json_said(document(rows, next_url=following))) as server:
             provider = make(
                 "polygon", server.url, key=KEY, requests_per_minute=1000, retry_budget_seconds=0.0
             )
-            with pytest.raises(BadAnswer, match=r"no address|newer bar|answered"):
+            with pytest.raises(BadAnswer, match=r"not an address|newer bar|returned"):
                 provider.fetch(crypto(), WINDOW)
             assert {asked.headers["Authorization"] for asked in server.requests} == {f"Bearer {KEY}"}
 
@@ -587,7 +587,7 @@ class TestNumbers:
             (10**30, Reason.BAD_VOLUME),
         ],
     )
-    def test_a_volume_that_no_double_holds_costs_one_row(
+    def test_a_volume_that_does_not_fit_a_double_rejects_one_row(
         self, make: Make, volume: int, reason: Reason | None
     ) -> None:
         rows = bars(candles_at(np.arange(WINDOW.start, WINDOW.start + 600_000_000, 60_000_000), "X:BTCUSD"))
@@ -605,8 +605,8 @@ class TestNumbers:
             assert int(got.volume[3]) == volume
 
     @pytest.mark.parametrize("stamp", [WINDOW.start // 1000 + 2**61, -(2**61), 2**63, 10**30, 2**53 + 1])
-    def test_a_time_that_is_no_date_does_not_wrap_around(self, make: Make, stamp: int) -> None:
-        """2^61 milliseconds are a multiple of 2^64 microseconds: the product is the right one."""
+    def test_an_invalid_time_does_not_wrap_around(self, make: Make, stamp: int) -> None:
+        """1000 x 2^61 is a multiple of 2^64: a wrapped product would be a valid time."""
         rows = bars(candles_at(np.array([WINDOW.start]), "X:BTCUSD"))
         body = orjson.dumps(document(rows)).replace(b'"t":%d' % rows[0]["t"], b'"t":%d' % stamp)
         with serve(lambda _: Said(body)) as server:
@@ -626,7 +626,7 @@ class TestErrors:
             assert server.requests[1].at - server.requests[0].at >= 0.38
 
     @pytest.mark.parametrize("path", [WIRE, SHARED_WIRE], ids=["own", "shared"])
-    def test_recorded_answers(self, make: Make, path: Path) -> None:
+    def test_recorded_responses(self, make: Make, path: Path) -> None:
         if not path.exists():
             pytest.skip(f"{path.name} is only there beside the shared folder")
         expected: dict[str, type[ProviderError]] = {
@@ -641,7 +641,7 @@ class TestErrors:
         cases = {case["case"]: case for case in lines if case["provider"] == "massive"}
         assert set(cases) == {*expected, "bad ticker / no data"}
         for name, kind in expected.items():
-            # Some fixtures claim that the same bodies come with status 200.
+            # Some fixtures have the same bodies with status 200.
             for status in (cases[name]["status"], 200):
                 self._raises(make, kind, json_said(cases[name]["body"], status))
         nothing = {**cases["bad ticker / no data"]["body"], "ticker": "X:BTCUSD"}
@@ -657,9 +657,9 @@ class TestErrors:
                 provider.fetch(crypto(), WINDOW)
             assert type(caught.value) is kind
 
-    def test_an_unclear_refusal_may_pass(self, make: Make) -> None:
+    def test_an_unclear_refusal_is_transient(self, make: Make) -> None:
         self._raises(make, TransientError, json_said({"status": "ERROR", "error": "internal"}))
 
-    def test_empty_windows_ask_nobody(self, make: Make) -> None:
+    def test_empty_windows_send_no_request(self, make: Make) -> None:
         provider = make("polygon", "http://127.0.0.1:1", key=KEY)
         assert provider.fetch(crypto(), TimeRange(us("2024-01-01"), us("2024-01-01"))) == Answer(())

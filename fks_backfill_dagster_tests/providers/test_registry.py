@@ -1,4 +1,4 @@
-"""Names, defaults, and the rule that keeps a local market apart from the real archives."""
+"""Names, defaults, accounts, and the separation of a local market from the real archives."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def test_a_key_is_not_printed() -> None:
 
 
 @pytest.mark.server
-def test_ccxt_is_imported_by_those_who_ask_only() -> None:
-    """It takes longer to import than everything else together."""
+def test_ccxt_is_imported_only_for_requests() -> None:
+    """Its import takes longer than all others together."""
     code = "import sys, fks_backfill_dagster.providers.registry; sys.exit('ccxt' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-class TestPaces:
+class TestRateLimits:
     def windows(self, name: str, **given: Any) -> tuple[Window, ...]:
         return paces({name: resolve_options(name, **given)})[name].windows
 
@@ -75,17 +75,17 @@ class TestPaces:
             ("oanda", (Window(100, 1),)),
         ],
     )
-    def test_what_their_documentation_says(self, name: str, expected: tuple[Window, ...]) -> None:
+    def test_documented_limits(self, name: str, expected: tuple[Window, ...]) -> None:
         assert self.windows(name) == expected
 
-    def test_nobody_is_asked_without_a_limit(self) -> None:
+    def test_every_provider_has_a_limit(self) -> None:
         assert all(self.windows(name) for name in BUILT)
 
-    def test_a_configured_pace_replaces_all_of_it(self) -> None:
+    def test_a_configured_limit_replaces_all_windows(self) -> None:
         assert self.windows("alphavantage", requests_per_minute=75) == (Window(75, 60),)
         assert self.windows("binance", requests_per_minute=100) == (Window(200, 60),)
 
-    def test_an_account_is_a_market_and_a_key_and_tells_neither(self) -> None:
+    def test_an_account_identifies_a_market_and_a_key_and_reveals_neither(self) -> None:
         def account(**given: Any) -> str:
             return paces({"polygon": resolve_options("polygon", **given)})["polygon"].account
 
@@ -94,7 +94,7 @@ class TestPaces:
         assert account(key="k") == accounts[1]
         assert all(re.fullmatch("[0-9a-f]{16}", one) for one in accounts)
 
-    def test_archives_hear_penalties_of_their_own_host(self) -> None:
+    def test_archives_have_the_account_of_their_host(self) -> None:
         one = paces({"binance": resolve_options("binance")})["binance-archive"]
         other = paces({"binance": resolve_options("binance", archive_url="http://h")})["binance-archive"]
         assert one.windows == other.windows == ()

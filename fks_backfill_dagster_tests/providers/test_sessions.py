@@ -1,4 +1,4 @@
-"""Stamps of day bars: which session they name, in any zone, and that no bar is moved by a day silently."""
+"""Stamps of daily bars: their session, in any zone, and that no bar is moved by a day silently."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXCHANGES = {
     "XASX": "Australia/Sydney",
     "XNZE": "Pacific/Auckland",
 }
-# Two changes of summer time where there is one, half-days, Christmas.
+# Both changes of daylight saving time where it exists, half-days, Christmas.
 YEAR = span("2018-01-01", "2019-01-15")
 
 
@@ -46,7 +46,7 @@ def dates_of(calendar: str) -> np.ndarray:
 
 
 def local(dates: np.ndarray, clock: str, zone: str, days: int = 0) -> np.ndarray:
-    """The instant of a wall clock time on each date, `days` later; the hour that is skipped moves on."""
+    """The instant of a wall clock time on each date, `days` later; a skipped hour moves forward."""
     wall = pd.DatetimeIndex((dates + days * MICROS_PER_DAY).view("datetime64[us]")) + pd.Timedelta(
         f"{clock}:00"
     )
@@ -83,8 +83,8 @@ class TestEveryZone:
         assert not grid_of(days_of(calendar)).on_clock(moved).any()
         assert np.array_equal(moved, stamps)
 
-    def test_utc_midnight_is_a_date_where_it_lies_in_it_only(self, calendar: str, zone: str) -> None:
-        """West of Greenwich it is the evening before, hours after the close: neither day can be meant for sure."""
+    def test_utc_midnight_is_a_date_only_if_it_lies_in_it(self, calendar: str, zone: str) -> None:
+        """West of Greenwich it is the previous evening, hours after the close: the day is ambiguous."""
         dates = dates_of(calendar)
         moved = session_dates(dates, days_of(calendar), ZoneInfo(zone))
         west = zone.startswith("America")
@@ -92,8 +92,8 @@ class TestEveryZone:
         assert np.array_equal(moved[known], dates[known])
         assert known.all() or (west and not grid_of(days_of(calendar)).on_clock(moved[~known]).any())
 
-    def test_what_is_off_is_quarantined(self, calendar: str, zone: str) -> None:
-        """00:00 UTC of a day without a session is dropped by the rules for rows: so it is no stamp to keep."""
+    def test_bars_off_the_grid_are_quarantined(self, calendar: str, zone: str) -> None:
+        """Rows at 00:00 UTC of a day without a session would be dropped, so that stamp is not kept."""
         grid = grid_of(days_of(calendar))
         sundays = dates_of(calendar)[:1] - dates_of(calendar)[:1] % (7 * MICROS_PER_DAY) + 3 * MICROS_PER_DAY
         moved = session_dates(sundays, days_of(calendar), ZoneInfo(zone))
@@ -104,7 +104,7 @@ class TestEveryZone:
 
 @given(st.sampled_from(list(EXCHANGES)), st.integers(YEAR.start // 1000, YEAR.end // 1000))
 def test_no_bar_is_moved_by_a_day(calendar: str, millis: int) -> None:
-    """For any stamp: its session is of its local date, or of the next one from 22:00 on, or it is off the grid."""
+    """For any stamp: the session is that of its local date, from 22:00 of the next one, or it is off the grid."""
     zone, series = ZoneInfo(EXCHANGES[calendar]), days_of(calendar)
     stamp = np.array([millis * 1000])
     (moved,) = session_dates(stamp, series, zone)
@@ -117,7 +117,7 @@ def test_no_bar_is_moved_by_a_day(calendar: str, millis: int) -> None:
 
 
 class TestLastTrade:
-    def test_a_last_trade_late_at_night_is_of_its_day(self) -> None:
+    def test_a_last_trade_late_at_night_belongs_to_its_day(self) -> None:
         """An exchange with trading after hours: the newest bar is stamped with its last trade."""
         stamps, zone = np.array([us("2018-03-06T04:30")]), ZoneInfo("America/New_York")  # Monday 23:30
         assert session_dates(stamps, days_of("XNYS"), zone).tolist() == [us("2018-03-06")]
@@ -132,7 +132,7 @@ class TestLastTrade:
 class TestMidnight:
     zone = ZoneInfo("America/New_York")
 
-    def test_only_midnight_names_a_date(self) -> None:
+    def test_only_midnight_is_a_date(self) -> None:
         dates = dates_of("XNYS")
         at_midnight = local(dates, "00:00", "America/New_York")
         assert np.array_equal(midnight_dates(at_midnight, days_of("XNYS"), self.zone), dates)
@@ -142,6 +142,6 @@ class TestMidnight:
             assert not grid_of(days_of("XNYS")).on_clock(moved).any(), clock
             assert np.isin(moved - stamps, [0, 1]).all()
 
-    def test_a_holiday_is_no_date(self) -> None:
+    def test_a_holiday_is_not_a_date(self) -> None:
         stamps = local(np.array([us("2018-12-25"), us("2018-03-04")]), "00:00", "America/New_York")
         assert np.array_equal(midnight_dates(stamps, days_of("XNYS"), self.zone), stamps)

@@ -1,4 +1,4 @@
-"""Undoing splits: what comes out is the price that was traded, or it is declined."""
+"""Undoing split adjustment: the result is the traded price, or it is declined."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ CLEAR = [2.0, 3.0, 4.0, 7.0, 10.0, 0.5, 0.1, 1 / 20, 1 / 190]
 
 @dataclass
 class History:
-    """A true history of days, and how a provider gives it.
+    """A true history of days, and the version of the provider.
 
-    nights: the logarithms of the moves from close to open. splits: (first day with the new shares, ratio,
-    whether it is applied to what lies before). edge: (day, index of a split): before that day the split's
-    application is the other way round.
+    nights: the logarithms of the moves from close to open. splits: (first day with the new shares, ratio, whether it is
+    applied to earlier prices). edge: (day, index of a split): before that day the split is applied the opposite way.
     """
 
     nights: list[float]
@@ -76,7 +75,7 @@ class History:
         return as_traded(self.given, self.days, self.split_dates, self.ratios)
 
     def check(self, traded: Traded) -> None:
-        """Everything that is certain is true; a bar without one of its prices is for the quarantine."""
+        """All certain prices are true; bars with a missing price are excluded (quarantined later)."""
         prices = np.stack(self.given.columns()[1:5])
         whole = (np.isfinite(prices) & (prices > 0)).all(axis=0)
         kept = np.flatnonzero(whole & (np.arange(len(whole)) >= traded.first))
@@ -115,8 +114,8 @@ def histories(
     )
     edge = None
     if edges and splits and not cents and draw(st.booleans()):
-        # Not on the night of a split: that would read as another ratio of this one. Nor where ticks may decide:
-        # single bars are in whole ticks by accident.
+        # Not on the night of a split: that would look like another ratio of it. Nor where ticks may decide: single
+        # bars are in whole ticks by chance.
         day = draw(st.integers(0, n).filter(lambda day: day not in days))
         edge = (day, draw(st.integers(0, len(splits) - 1)))
     return History(nights, splits, edge, level, cents, float32)
@@ -125,13 +124,13 @@ def histories(
 class TestAny:
     @settings(max_examples=examples(400))
     @given(histories())
-    def test_what_is_given_is_true(self, history: History) -> None:
-        """Any splits, any of them not applied, or to a part only: a market that moves less than 20 % a night."""
+    def test_certain_prices_are_true(self, history: History) -> None:
+        """Any splits, applied, not applied or applied to a part: a market that moves less than 20 % overnight."""
         history.check(history.read())
 
     @settings(max_examples=examples(150))
     @given(histories(ratios=CLEAR, wild=0.05, edges=False, apart=3))
-    def test_and_a_clear_split_is_decided(self, history: History) -> None:
+    def test_a_clear_split_is_decided(self, history: History) -> None:
         traded = history.read()
         assert (traded.first, traded.doubt) == (0, "")
         history.check(traded)
@@ -162,13 +161,13 @@ class TestKinds:
 
     @pytest.mark.parametrize("day", [0, 60])
     def test_before_the_first_bar_or_after_the_last(self, day: int) -> None:
-        """Nothing lies before the one; the other has not opened yet, and no price shows what Yahoo did."""
+        """Nothing precedes the first; after the last bar no open shows whether the split is applied."""
         history = History(quiet(60), [(day, 4.0, True)])
         traded = history.read()
         assert traded.first == day
         history.check(traded)
 
-    def test_after_the_last_bar_the_ticks_decide(self) -> None:
+    def test_ticks_decide_after_the_last_bar(self) -> None:
         history = History(quiet(60), [(60, 4.0, True)], cents=True)
         traded = history.read()
         assert traded.first == 0
@@ -192,15 +191,15 @@ class TestKinds:
         assert "2015-03-06" in traded.doubt
         history.check(traded)
 
-    def test_a_step_beside_the_named_day(self) -> None:
-        """The split is named a day early: what the provider means is not known."""
+    def test_a_step_next_to_the_listed_day(self) -> None:
+        """The split is listed a day early: its real day is unknown."""
         history = History(quiet(100), [(50, 4.0, False)])
         history.split_dates = history.split_dates - MICROS_PER_DAY
         traded = history.read()
-        assert traded.first == 50, "the named day may hold old shares too"
+        assert traded.first == 50, "the listed day may contain old shares too"
         assert "split of 4:1 on 2015-02-23" in traded.doubt
 
-    def test_a_crash_on_another_day_is_no_split(self) -> None:
+    def test_a_crash_on_another_day_is_not_a_split(self) -> None:
         nights = quiet(200)
         nights[20] = -0.3
         history = History(nights, [(150, 4.0, True)])
@@ -210,7 +209,7 @@ class TestKinds:
 
     @pytest.mark.parametrize("ratio", [1.05, 1.046, 1.281, 1.1])
     @pytest.mark.parametrize("is_applied", [True, False])
-    def test_small_ratios_are_read_from_the_ticks(self, ratio: float, is_applied: bool) -> None:
+    def test_small_ratios_are_decided_by_ticks(self, ratio: float, is_applied: bool) -> None:
         history = History(quiet(100), [(40, ratio, is_applied)], cents=True, level=120.0)
         traded = history.read()
         assert traded.first == 0
@@ -225,10 +224,10 @@ class TestKinds:
     def test_a_part_only_of_a_small_ratio(self) -> None:
         history = History(quiet(200), [(150, 1.05, True)], edge=(60, 0), cents=True, level=120.0)
         traded = history.read()
-        assert 60 <= traded.first <= 66, "a bar may be in whole cents by accident"
+        assert 60 <= traded.first <= 66, "a bar may be in whole cents by chance"
         history.check(traded)
 
-    def test_a_dividend_of_shares_before_a_split(self) -> None:
+    def test_a_stock_dividend_before_a_split(self) -> None:
         history = History(quiet(100), [(40, 1.05, True), (70, 2.0, True)], cents=True, level=120.0)
         traded = history.read()
         assert traded.first == 0
@@ -254,7 +253,7 @@ class TestKinds:
         assert traded.first == 0
         np.testing.assert_allclose(traded.bars.close, history.true.close[kept], rtol=1e-6)
 
-    def test_after_months_without_a_bar_nothing_is_shown(self) -> None:
+    def test_undecided_after_months_without_a_bar(self) -> None:
         history = History(quiet(60), [(30, 4.0, True)])
         kept = np.delete(np.arange(60), np.arange(20, 40))
         traded = as_traded(history.given.take(kept), history.days[kept], history.split_dates, history.ratios)
@@ -278,7 +277,7 @@ SHARED = Path(__file__).resolve().parents[2] / "../shared"
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real candles are not beside the checkout")
 @pytest.mark.parametrize("applied", list(product([True, False], repeat=4)))
 def test_apple_since_1998(applied: tuple[bool, ...]) -> None:
-    """Four splits and a night of -45 % that looks like one: all is decided, whichever of them are applied."""
+    """Four splits and a night of -45 % that looks like one: all are decided, for any combination applied."""
     true = read_csv(SHARED / "data/equity/AAPL-1d.csv.gz")
     dates = np.array([us(text) for text in ("2000-06-21", "2005-02-28", "2014-06-09", "2020-08-31")])
     ratios = np.array([2.0, 2.0, 7.0, 4.0])
@@ -296,9 +295,9 @@ LABELLED = SHARED / "wire/recordings/labelled-errors"
 @pytest.mark.skipif(not LABELLED.is_dir(), reason="the labelled series are not beside the checkout")
 @pytest.mark.parametrize("name", ["4063-T", "ALPHA-PA", "CNE-L", "LA-V", "MOB-ST", "SPM-MI"])
 def test_real_series_with_labelled_errors(name: str) -> None:
-    """Series of Yahoo in which single bars, or all of a part, are not adjusted by a split, or are twice.
+    """Series of Yahoo in which single bars, or all of a part, are adjusted twice or not at all.
 
-    The label is the series as it should be adjusted. Nothing is given that differs from it.
+    The label is the correctly adjusted series. No delivered candle differs from it.
     """
     (bad, splits), (label, _) = (
         read_frame(LABELLED / f"{name}-1d-bad-stock-split{end}.csv") for end in ("", "-fixed")
@@ -309,7 +308,7 @@ def test_real_series_with_labelled_errors(name: str) -> None:
     true = label.close * np.array([np.prod(ratios[dates > at]) for at in label.ts.tolist()])
     assert np.array_equal(bad.ts, label.ts)
     np.testing.assert_allclose(traded.bars.close[traded.first :], true[traded.first :], rtol=1e-5)
-    assert traded.first < len(bad), "what comes after it all is given"
+    assert traded.first < len(bad), "later candles are delivered"
 
 
 def read_frame(path: Path) -> tuple[Candles, tuple[np.ndarray, np.ndarray]]:

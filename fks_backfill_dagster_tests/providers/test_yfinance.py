@@ -1,4 +1,4 @@
-"""Yahoo's charts: un-adjusting, stamps, the bars it lacks, its depth, and what its answers mean."""
+"""Yahoo's charts: split adjustment, stamps, missing bars, depth, and errors."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def stock(timeframe: Timeframe, symbol: str = "AAPL") -> Series:
 
 
 def traded(timeframe: Timeframe, window: TimeRange) -> Candles:
-    """The truth: sane candles at all expected opens, prices in cents."""
+    """The truth: valid candles at all expected opens, prices in cents."""
     made = candles_at(grid_of(stock(timeframe)).opens(window), "AAPL")
     cents = {price: np.round(getattr(made, price) * 1.37, 2) for price in PRICES}
     return replace(made, **cents, volume=np.rint(made.volume * 7 * 28 * 400))
 
 
 def with_splits(candles: Candles, splits: Mapping[int, tuple[int, int]]) -> Candles:
-    """The same market with these splits: before each of them old shares were traded."""
+    """The same market with these splits: prices before each split are of old shares."""
     old = np.ones(len(candles))
     for at, (new, shares) in splits.items():
         old[candles.ts < at // MICROS_PER_DAY * MICROS_PER_DAY] *= new / shares
@@ -82,7 +82,7 @@ def session_opens(days: Candles) -> np.ndarray:
 
 
 def chart(bars: Candles, interval: str, symbol: str = "AAPL", **meta: Any) -> dict[str, Any]:
-    """An answer without events. NaN becomes null."""
+    """A response without events. NaN becomes null."""
     quote = {
         name: [None if np.isnan(value) else value for value in getattr(bars, name).tolist()]
         for name in (*PRICES, "volume")
@@ -110,7 +110,7 @@ def failed(code: str, description: str, status: int) -> Said:
 
 @dataclass
 class SmallYahoo:
-    """Adjusts an honest truth by its splits but the `unapplied` ones, and refuses what lies too far back."""
+    """Adjusts the truth by its splits except the `unapplied` ones, and refuses ranges beyond the depth."""
 
     truth: Mapping[str, Candles]
     now: int
@@ -206,7 +206,7 @@ class TestSplits:
         with serve(SmallYahoo({"1d": truth}, now, APPLE_SPLITS, float32)) as server:
             answer = make("yfinance", server.url, **clock_at(now)).fetch(stock(Timeframe.D1), window)
             assert len(server.requests) == answer.requests == 1
-            assert int(server.requests[0].query["period2"]) * SECOND == now, "later splits are asked for"
+            assert int(server.requests[0].query["period2"]) * SECOND == now, "later splits are requested"
         assert of(answer).equals(truth.within(window))
         assert answer.deliveries[0].origin.transport is Transport.REST
 
@@ -248,7 +248,7 @@ class TestSplits:
 
     @pytest.mark.parametrize("kind", [Timeframe.D1, Timeframe.M15, Timeframe.M5])
     @pytest.mark.parametrize("ratio", [(7, 1), (1, 10), (1, 190)])
-    def test_a_split_that_is_named_but_not_applied(
+    def test_a_split_that_is_listed_but_not_applied(
         self, make: Make, kind: Timeframe, ratio: tuple[int, int]
     ) -> None:
         now, window, at = us("2014-06-20T20:30"), span("2014-05-28", "2014-06-14"), us("2014-06-09T13:30")
@@ -259,7 +259,7 @@ class TestSplits:
         assert of(answer).equals(truth.within(window))
 
     def test_the_case_of_a_canadian_share(self, make: Make) -> None:
-        """1:190 on 2024-03-22, named and not applied; prices as a chart had them (yfinance 2002)."""
+        """1:190 on 2024-03-22, listed but not applied; prices of a real chart (yfinance issue 2002)."""
         days = [18, 19, 20, 21, 22, 25, 26, 27]
         close = [0.021, 0.02, 0.021, 0.019, 2.51, 1.96, 1.75, 1.57]
         open_ = [0.022, 0.021, 0.024, 0.021, 2.5, 2.31, 1.96, 1.75]
@@ -277,12 +277,12 @@ class TestSplits:
         assert got.volume.tolist() == bars.volume.tolist()
         assert got.ts.tolist() == [us(f"2024-03-{day}") for day in days]
 
-    def test_what_the_prices_do_not_decide_is_declined(self, make: Make) -> None:
-        """A split of today before any trade: what lies before it may be adjusted or not."""
+    def test_candles_before_an_undecided_split_are_declined(self, make: Make) -> None:
+        """A split of today before any trade: earlier prices may be adjusted or not."""
         now, at = us("2014-06-09T13:31"), us("2014-06-09T13:30")
         truth = with_splits(traded(Timeframe.D1, span("2014-05-01", "2014-06-20")), {at: (2, 1)})
         for price in PRICES:
-            getattr(truth, price)[:] = getattr(truth, price) + 0.0037  # in no whole cents, which would decide
+            getattr(truth, price)[:] = getattr(truth, price) + 0.0037  # off whole cents, which would decide
         market = SmallYahoo({"1d": truth.take(truth.ts < us("2014-06-09"))}, now, {at: (2, 1)})
         with serve(market) as server:
             provider = make("yfinance", server.url, **clock_at(now))
@@ -292,7 +292,7 @@ class TestSplits:
             newer = provider.fetch(stock(Timeframe.D1), TimeRange(caught.value.since, us("2014-06-10")))
             assert newer.deliveries == ()
 
-    def test_what_lies_after_an_undecided_split_is_given(self, make: Make) -> None:
+    def test_candles_after_an_undecided_split_are_delivered(self, make: Make) -> None:
         now, at = us("2014-07-20T12:00"), us("2014-06-09T13:30")
         truth = with_splits(traded(Timeframe.D1, span("2014-05-01", "2014-07-18")), {at: (105, 100)})
         for price in PRICES:
@@ -322,17 +322,17 @@ class TestSplits:
 
 
 class TestNative:
-    """What is derived is not fetched: the pipeline makes it of what is."""
+    """Only native timeframes are fetched; the pipeline derives the others."""
 
     @pytest.mark.parametrize(("name", "parts"), [("30m", "15m"), ("1h", "15m"), ("4h", "15m"), ("1w", "1d")])
-    def test_what_is_derived_is_declined(self, make: Make, name: str, parts: str) -> None:
+    def test_derived_timeframes_are_declined(self, make: Make, name: str, parts: str) -> None:
         provider = make("yfinance", "http://127.0.0.1:1", **clock_at(us("2015-12-31T12:00")))
         assert provider.capabilities.parts(stock(Timeframe(name))) is Timeframe(parts)
         with pytest.raises(PermanentError, match=f"its {name} candles are derived from {parts}"):
             provider.fetch(stock(Timeframe(name)), span("2015-12-21", "2015-12-29"))
 
     @pytest.mark.parametrize("name", ["1m", "5m", "15m", "1d"])
-    def test_what_is_native_is_given(self, make: Make, name: str) -> None:
+    def test_native_timeframes_are_delivered(self, make: Make, name: str) -> None:
         now, window, series = us("2015-12-31T12:00"), span("2015-12-21", "2015-12-30"), stock(Timeframe(name))
         truth = traded(Timeframe(name), TimeRange(window.start, now))
         with serve(SmallYahoo({name: truth}, now)) as server:
@@ -347,7 +347,7 @@ class TestNative:
         )
         assert f"interval={name}" in origin.source
 
-    def test_nulls_are_absent(self, make: Make) -> None:
+    def test_null_bars_are_left_out(self, make: Make) -> None:
         now, window = us("2015-12-31T12:00"), span("2015-12-22", "2015-12-23")
         truth = traded(Timeframe.M15, window)
         hole = truth.ts == us("2015-12-22T16:15")
@@ -359,7 +359,7 @@ class TestNative:
 
 class TestBars:
     def test_forming_and_live_bars(self, make: Make) -> None:
-        """At 15:07 the bars of 15:05 and of the last trade are no candles yet."""
+        """At 15:07 the bars of 15:05 and of the last trade are not closed."""
         now, window = us("2015-12-22T15:07"), span("2015-12-22", "2015-12-23")
         truth = traded(Timeframe.M5, window)
         live = candles_at(np.array([us("2015-12-22T15:06:41")]), "AAPL")
@@ -385,7 +385,7 @@ class TestBars:
         assert got.equals(bars.take(slice(0, -1)))
 
     @pytest.mark.parametrize(("now", "last"), [("20:30", "2015-12-22"), ("19:30", "2015-12-21")])
-    def test_a_day_that_is_there_twice(self, make: Make, now: str, last: str) -> None:
+    def test_a_day_with_two_bars(self, make: Make, now: str, last: str) -> None:
         at, window = us(f"2015-12-22T{now}") + MICROS_PER_HOUR, span("2015-12-14", "2015-12-24")
         truth = traded(Timeframe.D1, span("2015-12-14", "2015-12-23"))
         stamped = replace(truth, ts=session_opens(truth))
@@ -396,7 +396,7 @@ class TestBars:
             got = of(make("yfinance", server.url, **clock_at(at)).fetch(stock(Timeframe.D1), window))
         assert got.equals(truth.within(TimeRange(window.start, us(last) + 1)))
 
-    def test_a_single_null_is_for_the_quarantine(self, make: Make) -> None:
+    def test_a_bar_with_a_single_null_is_rejected(self, make: Make) -> None:
         now, window = us("2015-12-31T12:00"), span("2015-12-14", "2015-12-16")
         truth = traded(Timeframe.D1, window)
         truth.close[0] = np.nan
@@ -422,7 +422,7 @@ class TestBars:
 
 
 class TestSessions:
-    """Days stamped at the open, at midnight, or an hour before it, and what fits no session."""
+    """Days stamped at the open, at midnight, or an hour before it, and bars that fit no session."""
 
     def days(self, make: Make, stamps: list[str], calendar: str, zone: str, **meta: Any) -> Candles:
         bars = candles_at(np.array([us(stamp) for stamp in stamps]), "X")
@@ -465,7 +465,7 @@ class TestDepth:
     NOW = us("2015-12-31T12:00")
 
     @pytest.mark.parametrize(("interval", "days"), [("1m", 30), ("5m", 60), ("15m", 60)])
-    def test_asks_for_what_there_is(self, make: Make, interval: str, days: int) -> None:
+    def test_requests_are_limited_to_the_depth(self, make: Make, interval: str, days: int) -> None:
         timeframe, window = Timeframe(interval), span("2015-09-01", "2015-12-30")
         truth = traded(timeframe, window)
         with serve(SmallYahoo({interval: truth}, self.NOW)) as server:
@@ -476,7 +476,7 @@ class TestDepth:
         assert 0 < reach - (self.NOW - days * MICROS_PER_DAY) <= MICROS_PER_HOUR
         assert got.equals(truth.take(truth.ts >= reach))
 
-    def test_beyond_it_nobody_is_asked(self, make: Make) -> None:
+    def test_no_request_beyond_the_depth(self, make: Make) -> None:
         provider = make("yfinance", "http://127.0.0.1:1", **clock_at(self.NOW))
         for timeframe in (Timeframe.M1, Timeframe.M15):
             assert provider.fetch(stock(timeframe), span("2015-09-01", "2015-09-30")) == Answer(())
@@ -495,7 +495,7 @@ class TestDepth:
             )
 
 
-class TestAsking:
+class TestRequests:
     def test_pages_have_seams(self, make: Make) -> None:
         now, window = us("2015-12-31T12:00"), span("2015-12-02", "2015-12-31")
         truth = traded(Timeframe.M1, window)
@@ -522,11 +522,11 @@ class TestAsking:
         days = traded(Timeframe.D1, span("2015-12-14", "2015-12-15"))
         claims = [(345479400, us("1980-12-12T14:30")), (None, None)]
         claims += [(us("2015-12-14T14:30") // SECOND, us("2015-12-14T14:30"))]  # the day of its first bar
-        claims += [(us("2015-12-16T14:30") // SECOND, None)]  # refuted by the bar of the 14th
-        for known, told in claims:
+        claims += [(us("2015-12-16T14:30") // SECOND, None)]  # contradicted by the bar of the 14th
+        for known, expected in claims:
             answer = json_said(chart(days, "1d", firstTradeDate=known))
             with serve(always(answer)) as server:
-                assert make("yfinance", server.url).listed_at(stock(Timeframe.H1)) == told
+                assert make("yfinance", server.url).listed_at(stock(Timeframe.H1)) == expected
                 assert server.requests[0].query["interval"] == "1d"
 
     @pytest.mark.parametrize(
@@ -555,10 +555,10 @@ def split_of(**split: Any) -> Said:
     return broken(events={"splits": {"1": {"date": 1450103400, "numerator": 4, "denominator": 1, **split}}})
 
 
-class TestAnswers:
+class TestResponses:
     NOW = us("2015-12-31T12:00")
 
-    def ask(self, make: Make, answer: Said) -> Candles:
+    def fetch(self, make: Make, answer: Said) -> Candles:
         with serve(lambda _: answer) as server:
             provider = make("yfinance", server.url, **clock_at(self.NOW), retry_budget_seconds=0.0)
             return of(provider.fetch(stock(Timeframe.D1), WINDOW))
@@ -588,7 +588,7 @@ class TestAnswers:
     )
     def test_garbage(self, make: Make, answer: Said) -> None:
         with pytest.raises(BadAnswer, match="/v8/finance/chart/AAPL"):
-            self.ask(make, answer)
+            self.fetch(make, answer)
 
     @pytest.mark.parametrize(
         "answer",
@@ -597,8 +597,8 @@ class TestAnswers:
             failed("Bad Request", "Data doesn't exist for startDate = 1, endDate = 2", 400),
         ],
     )
-    def test_nothing_there(self, make: Make, answer: Said) -> None:
-        assert len(self.ask(make, answer)) == 0
+    def test_no_bars(self, make: Make, answer: Said) -> None:
+        assert len(self.fetch(make, answer)) == 0
 
     @pytest.mark.parametrize(
         ("answer", "kind"),
@@ -615,11 +615,11 @@ class TestAnswers:
     )
     def test_errors(self, make: Make, answer: Said, kind: type[ProviderError]) -> None:
         with pytest.raises(kind) as caught:
-            self.ask(make, answer)
+            self.fetch(make, answer)
         assert type(caught.value) is kind
 
     @pytest.mark.parametrize("path", [DATA / "wire/errors.jsonl", SHARED / "wire/errors.jsonl"])
-    def test_recorded_answers(self, make: Make, path: Path) -> None:
+    def test_recorded_responses(self, make: Make, path: Path) -> None:
         if not path.exists():
             pytest.skip(f"{path.name} is only there beside the shared folder")
         expected: dict[str, type[ProviderError]] = {
@@ -635,5 +635,5 @@ class TestAnswers:
             case = cases[name]
             body = orjson.dumps(case["body"]) if "body" in case else case["body_text"].encode()
             with pytest.raises(kind) as caught:
-                self.ask(make, Said(body, case["status"]))
+                self.fetch(make, Said(body, case["status"]))
             assert type(caught.value) is kind

@@ -1,4 +1,4 @@
-"""A local market of the whole module, its clock standing on 2025-03-20T12:34:56Z."""
+"""A local market per module, with its clock fixed at 2025-03-20T12:34:56Z."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def running() -> Iterator[LocalMarket]:
 
 @pytest.fixture
 def market(running: LocalMarket) -> LocalMarket:
-    """The same server, with nothing left of the test before."""
+    """The module's server, reset to its initial state."""
     running.clear_faults()
     running.clear_outages()
     running.set_clock(NOW)

@@ -1,4 +1,4 @@
-"""What an outage takes and a halt leaves: on every wire, in the truth, and by the rule alone."""
+"""Effects of outages and halts: the rule, every wire format, the truth."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, MICROS_PER_MINUTE, Timeframe
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster.simulator.absence import lacking
+from fks_backfill_dagster.simulator.absence import missing_rows
 from fks_backfill_dagster.simulator.config import Absence, Outage, instant
 from fks_backfill_dagster.simulator.frames import local_dates
 from fks_backfill_dagster_tests.simulator.wire import (
@@ -52,14 +52,14 @@ def ranges(pairs: list[tuple[int, int]], unit: int) -> RangeSet:
     RANGES,
     st.none() | RANGES,
 )
-def test_a_row_is_lacking_if_it_holds_a_trading_minute_of_the_outage(
+def test_a_row_is_missing_if_it_contains_a_trading_minute_of_the_outage(
     lengths: list[tuple[int, int]], outage: list[tuple[int, int]], hours: list[tuple[int, int]] | None
 ) -> None:
-    """Outages begin at any second (`unit` is one), rows and trading hours at whole minutes."""
+    """Outages begin at any second, rows and trading hours at whole minutes."""
     edges = np.cumsum(lengths).reshape(-1, 2) * MICROS_PER_MINUTE
     lost = ranges(outage, MICROS_PER_MINUTE // 60)
     trading = None if hours is None else ranges([(a // 60, b // 60 + 1) for a, b in hours], MICROS_PER_MINUTE)
-    found = lacking(edges[:, 0], edges[:, 1], lost, trading)
+    found = missing_rows(edges[:, 0], edges[:, 1], lost, trading)
     for (start, end), taken in zip(edges.tolist(), found.tolist(), strict=True):
         minutes = np.arange(start, end, MICROS_PER_MINUTE)
         out = lost.contains(minutes)
@@ -67,12 +67,12 @@ def test_a_row_is_lacking_if_it_holds_a_trading_minute_of_the_outage(
         assert taken == (bool(counts.any()) or bool(out.all()))
 
 
-# --- every wire ---
+# --- every wire format ---
 
 
 @dataclass(frozen=True)
 class Wire:
-    """One way to one timeframe of one provider: what it serves of `window` by the open of its bars."""
+    """One route to one timeframe of a provider; `served` returns its bars of `window` by open time."""
 
     provider: str
     symbol: str
@@ -119,16 +119,16 @@ def intraday(market: LocalMarket, of: TimeRange) -> Candles:
 
 
 def oanda(granularity: str) -> Callable[[LocalMarket, TimeRange], Candles]:
-    """The first candle is the one that contains the start: it is left out."""
+    """Without the first candle, which contains the start."""
     return lambda market, of: of_candles(
         candles(market, granularity=granularity, of=of, weeklyAlignment="Sunday")
     ).within(of)
 
 
 def coingecko(market: LocalMarket, of: TimeRange) -> Candles:
-    """By the close of the bars."""
-    asked = {"from": of.start // 1_000_000, "to": of.end // 1_000_000}
-    return of_ohlc(ohlc(market, "bitcoin/ohlc/range", pro="any", interval="hourly", **asked), 0)
+    """By the close time of the bars."""
+    requested = {"from": of.start // 1_000_000, "to": of.end // 1_000_000}
+    return of_ohlc(ohlc(market, "bitcoin/ohlc/range", pro="any", interval="hourly", **requested), 0)
 
 
 FEBRUARY = window("2025-02-03", "2025-02-24")
@@ -161,8 +161,8 @@ def outage_of(wire: Wire) -> TimeRange:
     return DOWN if wire.window != JANUARY else window("2025-01-14T15:00", "2025-01-14T18:00")
 
 
-def touched(wire: Wire, whole: Candles, by: TimeRange) -> np.ndarray:
-    """The candles of which any expected minute opens in `by`, one by one."""
+def overlapping(wire: Wire, whole: Candles, by: TimeRange) -> np.ndarray:
+    """Reference implementation: the candles of which any expected minute opens in `by`."""
     of = ASSET_CLASSES[wire.symbol]
     closes = grid_of(Series("", wire.timeframe, of)).closes(whole.ts)
     minutes = grid_of(Series("", Timeframe.M1, of))
@@ -172,13 +172,13 @@ def touched(wire: Wire, whole: Candles, by: TimeRange) -> np.ndarray:
 
 
 @pytest.mark.parametrize("wire", WIRES, ids=str)
-def test_an_outage_takes_every_candle_it_touches_from_wire_and_truth(market: LocalMarket, wire: Wire) -> None:
+def test_an_outage_removes_every_candle_it_overlaps(market: LocalMarket, wire: Wire) -> None:
     whole = market.truth(wire.provider, wire.symbol, wire.timeframe, wire.window)
     assert wire.served(market, wire.window).ts.tolist() == whole.ts.tolist()
     outage = outage_of(wire)
     market.plant_outage(wire.provider, outage, wire.symbol)
     truth = market.truth(wire.provider, wire.symbol, wire.timeframe, wire.window)
-    hit = touched(wire, whole, outage)
+    hit = overlapping(wire, whole, outage)
     assert 0 < hit.sum() < len(whole)
     assert truth.equals(whole.take(~hit))
     served = wire.served(market, wire.window)
@@ -187,7 +187,7 @@ def test_an_outage_takes_every_candle_it_touches_from_wire_and_truth(market: Loc
 
 
 @pytest.mark.parametrize("wire", WIRES, ids=str)
-def test_a_halt_leaves_what_was_traded_on_wire_and_in_truth(market: LocalMarket, wire: Wire) -> None:
+def test_a_halt_keeps_the_remaining_trades(market: LocalMarket, wire: Wire) -> None:
     whole = market.truth(wire.provider, wire.symbol, wire.timeframe, wire.window)
     halt = outage_of(wire)
     market.plant_halt(halt, wire.symbol)
@@ -195,7 +195,7 @@ def test_a_halt_leaves_what_was_traded_on_wire_and_in_truth(market: LocalMarket,
     closes = grid_of(Series("", wire.timeframe, ASSET_CLASSES[wire.symbol])).closes(whole.ts)
     covered = (whole.ts >= halt.start) & (closes <= halt.end)
     assert truth.ts.tolist() == whole.ts[~covered].tolist()
-    hit = touched(wire, whole, halt)[~covered]
+    hit = overlapping(wire, whole, halt)[~covered]
     rest = whole.take(~covered)
     assert truth.take(~hit).equals(rest.take(~hit))
     if wire.symbol != "EUR/USD":
@@ -206,7 +206,7 @@ def test_a_halt_leaves_what_was_traded_on_wire_and_in_truth(market: LocalMarket,
 
 
 @pytest.mark.parametrize("planted", ["outage", "halt"])
-def test_coingecko_names_bars_by_their_close(market: LocalMarket, planted: str) -> None:
+def test_coingecko_stamps_bars_with_their_close(market: LocalMarket, planted: str) -> None:
     of = window("2025-02-10T12:00", "2025-02-10T20:00")
     market.post(
         "/sim/outages", kind=planted, provider="coingecko", start="2025-02-10T15:10", end="2025-02-10T17:00"
@@ -219,7 +219,7 @@ def test_coingecko_names_bars_by_their_close(market: LocalMarket, planted: str) 
     assert coingecko(market, of).ts.tolist() == (truth.ts + MICROS_PER_HOUR).tolist()
 
 
-def test_an_outage_overnight_or_on_a_weekend_touches_no_day(market: LocalMarket) -> None:
+def test_an_outage_overnight_or_on_a_weekend_affects_no_day(market: LocalMarket) -> None:
     night, weekend = (
         window("2025-02-10T21:00", "2025-02-11T14:30"),
         window("2025-02-14T22:00", "2025-02-16T22:00"),
@@ -231,7 +231,7 @@ def test_an_outage_overnight_or_on_a_weekend_touches_no_day(market: LocalMarket)
         assert market.truth("polygon", symbol, Timeframe.D1, FEBRUARY).equals(before)
     assert polygon("AAPL", "1/day", dates=True)(market, FEBRUARY).equals(days["AAPL"])
     hours = polygon("AAPL", "1/hour")(market, window("2025-02-10T14:00", "2025-02-12"))
-    assert not RangeSet([night]).contains(hours.ts).any(), "pre- and post-market rows are lacking"
+    assert not RangeSet([night]).contains(hours.ts).any(), "pre- and post-market rows are missing"
     pairs = polygon("C:EURUSD", "1/day")(market, window("2025-02-13", "2025-02-18"))
     assert [ts // (24 * MICROS_PER_HOUR) % 7 for ts in pairs.ts.tolist()] == [
         0,
@@ -241,7 +241,7 @@ def test_an_outage_overnight_or_on_a_weekend_touches_no_day(market: LocalMarket)
     ]  # no Saturday's ticks
 
 
-def test_what_lies_ahead_of_the_clock_touches_nothing(market: LocalMarket) -> None:
+def test_an_outage_after_the_clock_has_no_effect(market: LocalMarket) -> None:
     now = instant("2025-02-10T15:20")
     market.set_clock(now)
     market.plant_outage("all", window("2025-02-10T15:21", "2025-02-10T16:00"))
@@ -251,16 +251,16 @@ def test_what_lies_ahead_of_the_clock_touches_nothing(market: LocalMarket) -> No
     assert binance("1h")(market, of).ts[-1] == instant("2025-02-10T14:00")
 
 
-def test_an_outage_of_all_is_one_of_each(market: LocalMarket) -> None:
-    asked = {"binance": "BTC/USDT", "polygon": "AAPL", "oanda": "EUR/USD"}
-    before = {name: market.truth(name, symbol, Timeframe.D1, FEBRUARY) for name, symbol in asked.items()}
+def test_an_outage_of_all_applies_to_each_provider(market: LocalMarket) -> None:
+    requested = {"binance": "BTC/USDT", "polygon": "AAPL", "oanda": "EUR/USD"}
+    before = {name: market.truth(name, symbol, Timeframe.D1, FEBRUARY) for name, symbol in requested.items()}
     market.plant_outage("all", DOWN)
-    for name, symbol in asked.items():
+    for name, symbol in requested.items():
         assert not RangeSet([DOWN]).contains(market.truth(name, symbol, Timeframe.M1, TWO_DAYS).ts).any()
         assert len(market.truth(name, symbol, Timeframe.D1, FEBRUARY)) == len(before[name]) - 1
 
 
-def test_written_outages_and_halts() -> None:
+def test_text_forms_of_outages_and_halts() -> None:
     halt = Outage.parse("all@AAPL=2024-01-05T15:00/2024-01-05T16:00", Absence.HALT)
     assert halt == Outage("all", window("2024-01-05T15:00", "2024-01-05T16:00"), "AAPL", kind=Absence.HALT)
     with pytest.raises(ValueError, match="halt 'some' is not PROVIDER"):
@@ -277,7 +277,7 @@ def test_written_outages_and_halts() -> None:
         ({"provider": "kraken"}, "outage of 'kraken': the provider is one of binance, .*, all"),
     ],
 )
-def test_a_wrong_outage_is_refused(market: LocalMarket, document: dict[str, str], sentence: str) -> None:
+def test_an_invalid_outage_is_rejected(market: LocalMarket, document: dict[str, str], sentence: str) -> None:
     whole = {"provider": "binance", "start": "2025-02-10", "end": "2025-02-11"} | document
     with pytest.raises(ValueError, match=sentence):
         market.post("/sim/outages", **whole)

@@ -1,4 +1,4 @@
-"""Alpha Vantage over HTTP: always 200, months and stamps of New York, free and premium keys."""
+"""Alpha Vantage over HTTP: status 200, months and stamps in New York time, free and premium keys."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def test_months_are_those_of_new_york(market: LocalMarket) -> None:
 @pytest.mark.server
 def test_extended_hours_and_adjusted_prices_are_the_default() -> None:
     with LocalMarket(MarketConfig(now=NOW, splits=(Split("AAPL", date(2025, 2, 14), 2),))) as market:
-        asked = {"interval": "30min", "month": "2025-02"}
-        plain = of_series(vantage(market, INTRADAY, **asked, extended_hours=None, adjusted=None))
-        raw = of_series(vantage(market, INTRADAY, **asked))
+        requested = {"interval": "30min", "month": "2025-02"}
+        plain = of_series(vantage(market, INTRADAY, **requested, extended_hours=None, adjusted=None))
+        raw = of_series(vantage(market, INTRADAY, **requested))
         daily = of_series(vantage(market, DAILY)).within(FEBRUARY)
         truth = market.truth("alphavantage", "AAPL", Timeframe.D1, FEBRUARY)
     shared = plain.take(np.isin(plain.ts, raw.ts))
@@ -56,10 +56,10 @@ def test_extended_hours_and_adjusted_prices_are_the_default() -> None:
     assert daily.equals(truth)  # days are always as traded
 
 
-def test_an_hour_of_extended_trading_mixes_the_pre_market_in(market: LocalMarket) -> None:
-    asked = {"interval": "60min", "month": "2025-02"}
-    regular = of_series(vantage(market, INTRADAY, **asked))
-    mixed = of_series(vantage(market, INTRADAY, **asked, extended_hours="true"))
+def test_extended_hours_include_pre_market_trades(market: LocalMarket) -> None:
+    requested = {"interval": "60min", "month": "2025-02"}
+    regular = of_series(vantage(market, INTRADAY, **requested))
+    mixed = of_series(vantage(market, INTRADAY, **requested, extended_hours="true"))
     opens = regular.ts[(regular.ts // (60 * MICROS_PER_MINUTE)) % 24 == 14]  # 09:00 in February
     volumes = {name: c.volume[np.isin(c.ts, opens)] for name, c in (("r", regular), ("m", mixed))}
     assert len(opens) == 19
@@ -67,11 +67,11 @@ def test_an_hour_of_extended_trading_mixes_the_pre_market_in(market: LocalMarket
     assert (volumes["m"] > volumes["r"]).sum() > 10
 
 
-def test_days_are_named_by_their_date_and_today_is_not_there(market: LocalMarket) -> None:
+def test_days_are_keyed_by_date_and_the_running_day_is_absent(market: LocalMarket) -> None:
     market.set_clock(instant("2025-03-20T15:00"))
-    asked = window("2017-01-01", "2025-03-21")
+    requested = window("2017-01-01", "2025-03-21")
     full = vantage(market, DAILY)
-    assert of_series(full).equals(market.truth("alphavantage", "AAPL", Timeframe.D1, asked))
+    assert of_series(full).equals(market.truth("alphavantage", "AAPL", Timeframe.D1, requested))
     assert next(iter(full.json()["Time Series (Daily)"])) == "2025-03-19"
     compact = of_series(vantage(market, DAILY, outputsize=None))
     assert compact.equals(of_series(full).take(slice(-100, None)))
@@ -106,13 +106,13 @@ def test_a_free_key_has_compact_days_only(market: LocalMarket) -> None:
     assert len(of_series(vantage(market, DAILY, apikey="free-1", outputsize="compact"))) == 100
 
 
-def test_a_free_keys_limits_are_told_with_200_and_quote_the_key(market: LocalMarket) -> None:
+def test_a_free_keys_limits_return_200_and_quote_the_key(market: LocalMarket) -> None:
     market.post("/sim/limits", alphavantage=3)
     answers = [vantage(market, DAILY, apikey="free-secret", outputsize=None) for _ in range(4)]
     assert [a.status_code for a in answers] == [200] * 4
     assert ["Information" in a.json() for a in answers] == [False, False, False, True]
-    said = answers[-1].json()["Information"]
-    assert said.startswith(
+    message = answers[-1].json()["Information"]
+    assert message.startswith(
         "We have detected your API key as free-secret and our standard API rate limit is 3"
     )
     assert "free-secret" not in str(market.journal())
@@ -121,7 +121,7 @@ def test_a_free_keys_limits_are_told_with_200_and_quote_the_key(market: LocalMar
 
 def test_one_request_a_second(market: LocalMarket) -> None:
     market.post("/sim/limits", alphavantage_burst=1)
-    time.sleep(1 - time.time() % 1)  # the limit is per clock second: begin with one
+    time.sleep(1 - time.time() % 1)  # the limit is per clock second: start at the beginning of one
     first, second = (vantage(market, DAILY, apikey="free", outputsize=None).json() for _ in range(2))
     assert "Meta Data" in first
     assert "1 request per second" in second["Information"]
@@ -138,7 +138,7 @@ def test_one_request_a_second(market: LocalMarket) -> None:
         (INTRADAY, {"interval": "5min", "month": "1999-12"}, "for TIME_SERIES_INTRADAY."),
     ],
 )
-def test_errors_come_with_200(
+def test_errors_have_status_200(
     market: LocalMarket, function: str, params: dict[str, str | None], sentence: str
 ) -> None:
     answer = vantage(market, function, **params)

@@ -18,9 +18,9 @@ from fks_backfill_dagster_tests.simulator.wire import archive, klines, of_klines
 
 @pytest.mark.parametrize("timeframe", list(Timeframe))
 def test_a_page_is_the_truth(market: LocalMarket, timeframe: Timeframe) -> None:
-    asked = window("2024-01-01", "2024-01-01T12:00" if timeframe.is_intraday else "2024-03-01")
-    rows = klines(market, interval=str(timeframe), limit=1000, **span(asked)).json()
-    truth = market.truth("binance", "BTC/USDT", timeframe, asked)
+    requested = window("2024-01-01", "2024-01-01T12:00" if timeframe.is_intraday else "2024-03-01")
+    rows = klines(market, interval=str(timeframe), limit=1000, **span(requested)).json()
+    truth = market.truth("binance", "BTC/USDT", timeframe, requested)
     assert len(rows) > 2
     assert of_klines(rows).equals(truth)
     assert {len(row) for row in rows} == {12}
@@ -57,7 +57,7 @@ def test_the_last_row_is_forming(market: LocalMarket) -> None:
     assert float(closed[-2][5]) > float(rows[-1][5])
 
 
-def test_nothing_is_an_empty_list(market: LocalMarket) -> None:
+def test_without_candles_the_response_is_an_empty_list(market: LocalMarket) -> None:
     assert klines(market, **span(window("2016-01-01", "2016-02-01"))).json() == []
     assert klines(market, **span(window("2026-01-01", "2026-02-01"))).json() == []
     first = klines(market, startTime=0, limit=1).json()
@@ -87,16 +87,16 @@ def test_errors_carry_binances_codes(market: LocalMarket, params: dict[str, str 
     assert answer.json()["code"] == code
 
 
-def test_ccxt_reads_it(market: LocalMarket) -> None:
+def test_ccxt_can_read_klines(market: LocalMarket) -> None:
     exchange = ccxt_binance({"options": {"fetchMarkets": {"types": ["spot"]}}, "enableRateLimit": False})
     exchange.urls["api"]["public"] = f"{market.binance_url}/api/v3"
-    asked = window("2024-01-01", "2024-01-01T01:00")
-    rows = exchange.fetch_ohlcv("BTC/USDT", "1m", since=asked.start // 1000, limit=60)
-    assert of_klines(rows).equals(market.truth("binance", "BTC/USDT", Timeframe.M1, asked))
+    requested = window("2024-01-01", "2024-01-01T01:00")
+    rows = exchange.fetch_ohlcv("BTC/USDT", "1m", since=requested.start // 1000, limit=60)
+    assert of_klines(rows).equals(market.truth("binance", "BTC/USDT", Timeframe.M1, requested))
     assert exchange.fetch_time() == NOW // 1000
 
 
-def test_date_follows_the_markets_clock(market: LocalMarket) -> None:
+def test_the_date_header_follows_the_markets_clock(market: LocalMarket) -> None:
     answer = requests.get(f"{market.binance_url}/api/v3/ping", timeout=10)
     assert answer.headers["Date"] == "Thu, 20 Mar 2025 12:34:56 GMT"
     market.post("/sim/clock", advance=60)
@@ -110,7 +110,7 @@ def test_date_follows_the_markets_clock(market: LocalMarket) -> None:
 def test_weight_then_429_then_418() -> None:
     config = MarketConfig(now=NOW, weight_per_minute=10, ban_after=3, ban_seconds=90)
     with LocalMarket(config) as market:
-        if time.time() % 60 > 55:  # the limit is per clock minute: do not begin at the end of one
+        if time.time() % 60 > 55:  # the limit is per clock minute: do not start at the end of one
             time.sleep(60 - time.time() % 60)
         answers = [klines(market, limit=1) for _ in range(10)]
         used = [int(a.headers["X-MBX-USED-WEIGHT-1M"]) for a in answers[:5]]
@@ -125,26 +125,26 @@ def test_weight_then_429_then_418() -> None:
         assert [klines(market, limit=1).status_code for _ in range(20)] == [200] * 20
 
 
-def test_halts_leave_what_was_traded_and_the_truth_agrees(market: LocalMarket) -> None:
+def test_halts_keep_the_remaining_trades_as_in_the_truth(market: LocalMarket) -> None:
     market.plant_halt(window("2024-01-05T03:10", "2024-01-05T05:00"), provider="binance")
     market.plant_outage("binance", window("2024-01-05T08:00", "2024-01-05T09:00"), symbol="ETH/USDT")
-    asked = window("2024-01-05", "2024-01-05T12:00")
-    hours = klines(market, interval="1h", **span(asked)).json()
+    requested = window("2024-01-05", "2024-01-05T12:00")
+    hours = klines(market, interval="1h", **span(requested)).json()
     missing = {instant("2024-01-05T04:00") // 1000}
-    assert {t // 1000 for t in range(asked.start, asked.end, 60 * MICROS_PER_MINUTE)} - {
+    assert {t // 1000 for t in range(requested.start, requested.end, 60 * MICROS_PER_MINUTE)} - {
         row[0] for row in hours
     } == missing
     for timeframe in (Timeframe.M1, Timeframe.M5, Timeframe.H1, Timeframe.H4):
-        rows = klines(market, interval=str(timeframe), limit=1000, **span(asked)).json()
-        assert of_klines(rows).equals(market.truth("binance", "BTCUSDT", timeframe, asked))
-    # A candle that is partly hit aggregates what was traded.
+        rows = klines(market, interval=str(timeframe), limit=1000, **span(requested)).json()
+        assert of_klines(rows).equals(market.truth("binance", "BTCUSDT", timeframe, requested))
+    # A partly affected candle aggregates the remaining trades.
     left = klines(market, **span(window("2024-01-05T03:00", "2024-01-05T03:10"))).json()
     third = next(row for row in hours if row[0] == instant("2024-01-05T03:00") // 1000)
     assert third[4] == left[-1][4]
     assert float(third[5]) == pytest.approx(sum(float(row[5]) for row in left))
-    eth = klines(market, symbol="ETHUSDT", interval="1h", **span(asked)).json()
+    eth = klines(market, symbol="ETHUSDT", interval="1h", **span(requested)).json()
     assert len(eth) == 10
-    polygon = market.truth("polygon", "BTC/USDT", Timeframe.H1, asked)
+    polygon = market.truth("polygon", "BTC/USDT", Timeframe.H1, requested)
     assert len(polygon) == 12
 
 
@@ -160,15 +160,15 @@ def test_a_page_reaches_beyond_an_outage(market: LocalMarket) -> None:
 
 
 def test_prepared_pages_equal_those_made_on_demand(market: LocalMarket) -> None:
-    asked = window("2024-02-01", "2024-02-03")
-    t = asked.start // 1000
+    requested = window("2024-02-01", "2024-02-03")
+    t = requested.start // 1000
     queries = [
         {"startTime": t, "limit": 1000},
-        {"startTime": t + 60_000_000, "endTime": asked.end // 1000 - 1, "limit": 1000},
-        {"startTime": t + 120_000_000, "endTime": asked.end // 1000 - 1, "limit": 1000},
+        {"startTime": t + 60_000_000, "endTime": requested.end // 1000 - 1, "limit": 1000},
+        {"startTime": t + 120_000_000, "endTime": requested.end // 1000 - 1, "limit": 1000},
     ]
     before = [klines(market, **query).content for query in queries]
-    assert market.prepare("binance", "BTC/USDT", Timeframe.M1, asked)["answers"] == 3
+    assert market.prepare("binance", "BTC/USDT", Timeframe.M1, requested)["answers"] == 3
     assert [klines(market, **query).content for query in queries] == before
     market.plant_outage("binance", window("2024-02-01T01:00", "2024-02-01T02:00"))
     assert klines(market, **queries[0]).content != before[0]
@@ -178,13 +178,13 @@ def test_a_monthly_archive_and_its_checksum(market: LocalMarket) -> None:
     path = "monthly/klines/BTCUSDT/1h/BTCUSDT-1h-2024-02.zip"
     body, checksum = archive(market, path).content, archive(market, f"{path}.CHECKSUM").text
     assert checksum == f"{sha256(body).hexdigest()}  BTCUSDT-1h-2024-02.zip\n"
-    asked = window("2024-02-01", "2024-03-01")
-    assert of_klines(unzipped(body)).equals(market.truth("binance", "BTCUSDT", Timeframe.H1, asked))
-    pages = [klines(market, interval="1h", limit=1000, **span(asked)).json()]
+    requested = window("2024-02-01", "2024-03-01")
+    assert of_klines(unzipped(body)).equals(market.truth("binance", "BTCUSDT", Timeframe.H1, requested))
+    pages = [klines(market, interval="1h", limit=1000, **span(requested)).json()]
     assert unzipped(body) == [[str(cell) for cell in row] for row in pages[0]]
 
 
-def test_archives_turn_to_microseconds_in_2025(market: LocalMarket) -> None:
+def test_archives_are_in_microseconds_from_2025_on(market: LocalMarket) -> None:
     december = unzipped(archive(market, "daily/klines/BTCUSDT/1m/BTCUSDT-1m-2024-12-31.zip").content)
     january = unzipped(archive(market, "daily/klines/BTCUSDT/1m/BTCUSDT-1m-2025-01-01.zip").content)
     assert of_klines(december).equals(

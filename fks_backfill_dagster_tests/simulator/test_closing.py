@@ -1,4 +1,4 @@
-"""Stocks and currency pairs: when they trade, what is quiet, and that every timeframe is made of the minutes."""
+"""Stocks and currency pairs: trading hours, minutes without trades, aggregation from minutes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from fks_backfill_dagster.simulator.frames import (
     fill,
     floor,
 )
-from fks_backfill_dagster.simulator.market import FOR_EVER, LISTED, NO_HALT
+from fks_backfill_dagster.simulator.market import LISTED, NO_END, NO_HALT
 from fks_backfill_dagster.simulator.sessions import stock_sessions, utc, wall
 from fks_backfill_dagster.simulator.splits import Split, adjusted, as_traded
 from fks_backfill_dagster_tests.examples import examples
@@ -49,7 +49,7 @@ LATER = instant("2040-01-01")
 DAYS = st.integers(LISTED // MICROS_PER_DAY, LISTED // MICROS_PER_DAY + 3000)
 
 
-def minutes(symbol: str, of: TimeRange, now: int = FOR_EVER, extended: bool = False) -> Bars:
+def minutes(symbol: str, of: TimeRange, now: int = NO_END, extended: bool = False) -> Bars:
     ruler = ALL_MINUTES if extended else MINUTES
     return MARKETS[symbol].bars(symbol, ruler.frame(of), now, NO_HALT)
 
@@ -61,7 +61,7 @@ def rows(bars: Bars) -> list[tuple[int, ...]]:
 
 
 def slow(parts: Bars, opens: list[int], closes: list[int]) -> list[tuple[int, ...]]:
-    """The obvious definition, candle by candle."""
+    """Reference implementation, candle by candle."""
     made = []
     for opened, closed in zip(opens, closes, strict=True):
         inside = [row for row in rows(parts) if opened <= row[0] < closed]
@@ -74,7 +74,7 @@ def slow(parts: Bars, opens: list[int], closes: list[int]) -> list[tuple[int, ..
 
 @settings(max_examples=examples(40))
 @given(st.sampled_from(sorted(MARKETS)), st.sampled_from(list(Timeframe)), DAYS)
-def test_truth_is_made_of_the_regular_minutes_only(symbol: str, timeframe: Timeframe, day: int) -> None:
+def test_truth_is_aggregated_from_regular_minutes_only(symbol: str, timeframe: Timeframe, day: int) -> None:
     market = MARKETS[symbol]
     start = day * MICROS_PER_DAY
     of = TimeRange(start, start + (8 if timeframe is Timeframe.W1 else 2) * MICROS_PER_DAY)
@@ -84,10 +84,12 @@ def test_truth_is_made_of_the_regular_minutes_only(symbol: str, timeframe: Timef
     closes = grid.closes(opens)
     parts = minutes(symbol, TimeRange(start, int(closes.max(initial=start))))
     expected = slow(parts, opens.tolist(), closes.tolist())
-    if market.asset_class is AssetClass.FOREX:  # ticks are no volume
+    if market.asset_class is AssetClass.FOREX:  # ticks are not a volume
         expected = [row[:5] for row in expected]
     found = rows(truth)
-    if market.asset_class is AssetClass.STOCKS and not timeframe.is_intraday:  # the auctions are no minutes
+    if (
+        market.asset_class is AssetClass.STOCKS and not timeframe.is_intraday
+    ):  # auctions are not in the minutes
         for (ts, _, high, low, _, volume), day in zip(expected, found, strict=True):
             assert (ts, high, low) == (day[0], day[2], day[3])
             assert volume < day[5] < 1.2 * volume
@@ -141,7 +143,7 @@ def test_forex_trades_from_sunday_to_friday_five_in_new_york() -> None:
     assert 0.9 < len(week) / (22 * 60 + 5 * 1440) < 1
 
 
-def test_some_minutes_and_some_quarters_are_quiet() -> None:
+def test_some_minutes_and_quarters_have_no_trades() -> None:
     of = window("2024-01-01", "2024-07-01")
     expected = grid_of(Series("", Timeframe.M15, AssetClass.STOCKS)).count(of)
     quarters = STOCKS.truth("AAPL", Timeframe.M15, of, LATER, NO_HALT)
@@ -165,14 +167,14 @@ def test_some_minutes_and_some_quarters_are_quiet() -> None:
     ],
 )
 def test_known_symbols(symbol: str, stock: bool, pair: bool) -> None:
-    assert STOCKS.knows(symbol) is stock
-    assert FOREX.knows(symbol) is pair
+    assert STOCKS.has_symbol(symbol) is stock
+    assert FOREX.has_symbol(symbol) is pair
 
 
 def test_the_forming_candle_and_the_listing() -> None:
     start = instant("2024-01-05T15:00")
     hour = Frame(np.array([start]), np.array([start + MICROS_PER_HOUR]), MICROS_PER_HOUR)
-    whole = STOCKS.bars("AAPL", hour, FOR_EVER, NO_HALT)
+    whole = STOCKS.bars("AAPL", hour, NO_END, NO_HALT)
     half = STOCKS.bars("AAPL", hour, start + MICROS_PER_HOUR // 2, NO_HALT)
     assert whole.volume is not None
     assert half.volume is not None
@@ -183,11 +185,11 @@ def test_the_forming_candle_and_the_listing() -> None:
     assert days.ts[0] == instant("2024-01-05")
 
 
-def test_splits_change_what_was_traded_and_adjusting_undoes_it() -> None:
+def test_adjusting_reverts_the_effect_of_splits() -> None:
     splits = (Split("AAPL", date(2024, 1, 3), 7), Split("AAPL", date(2024, 1, 5), 1, 10))
     of = window("2024-01-02", "2024-01-06")
     today, traded = (
-        SyntheticClosing(AssetClass.STOCKS, splits=s).bars("AAPL", ALL_MINUTES.frame(of), FOR_EVER, NO_HALT)
+        SyntheticClosing(AssetClass.STOCKS, splits=s).bars("AAPL", ALL_MINUTES.frame(of), NO_END, NO_HALT)
         for s in ((), splits)
     )
     assert rows(as_traded(today, splits)) == rows(traded)
@@ -203,19 +205,19 @@ def test_splits_change_what_was_traded_and_adjusting_undoes_it() -> None:
 
 
 @pytest.mark.parametrize(("new", "old"), [(1, 1), (0, 1), (2, 0)])
-def test_a_split_that_is_none_is_refused(new: int, old: int) -> None:
-    with pytest.raises(ValueError, match="is none"):
+def test_an_invalid_split_is_rejected(new: int, old: int) -> None:
+    with pytest.raises(ValueError, match="is invalid"):
         Split("AAPL", date(2024, 1, 3), new, old)
 
 
 @given(st.integers(0, 40_000), st.integers(0, 1439))
-def test_wall_clocks_agree_with_the_standard_library(day: int, minute: int) -> None:
+def test_local_times_agree_with_the_standard_library(day: int, minute: int) -> None:
     ts = day * MICROS_PER_DAY + minute * MICROS_PER_MINUTE
     there = datetime.fromtimestamp(ts / 1e6, UTC).astimezone(NEW_YORK)
     (shown,) = wall(np.array([ts]), "America/New_York").tolist()
     assert shown == to_micros(there.replace(tzinfo=UTC))
     (back,) = utc(np.array([shown]), "America/New_York").tolist()
-    assert ts - back in (0, MICROS_PER_HOUR)  # an hour that is there twice is the first one
+    assert ts - back in (0, MICROS_PER_HOUR)  # an ambiguous hour is the first one
 
 
 RULERS: list[Ruler] = [
@@ -232,7 +234,7 @@ RULERS: list[Ruler] = [
 
 @settings(max_examples=examples(100))
 @given(st.sampled_from(RULERS), DAYS, st.integers(0, 1439), st.integers(1, 20))
-def test_frames_join_without_a_seam(ruler: Ruler, day: int, minute: int, days: int) -> None:
+def test_frames_are_contiguous(ruler: Ruler, day: int, minute: int, days: int) -> None:
     start = day * MICROS_PER_DAY
     whole = ruler.frame(TimeRange(start, start + 30 * MICROS_PER_DAY))
     cut = start + days * MICROS_PER_DAY + minute * MICROS_PER_MINUTE
@@ -254,7 +256,7 @@ def test_floor_and_ceil(ruler: Ruler, day: int, minute: int) -> None:
     assert ruler.frame(TimeRange(low, high + 1)).opens.tolist() in ([low], [low, high])
 
 
-def test_where_bars_of_new_york_sit() -> None:
+def test_alignment_of_new_york_bars() -> None:
     def local(ruler: Ruler, of: TimeRange) -> list[str]:
         return [
             datetime.fromtimestamp(ts / 1e6, NEW_YORK).strftime("%a %H:%M")
@@ -281,7 +283,7 @@ def test_sessions_agree_with_the_grid() -> None:
     assert inside == instant("2024-01-05")
 
 
-def test_filling_drops_what_lies_between_bars() -> None:
+def test_filling_drops_parts_between_bars() -> None:
     parts = minutes("AAPL", window("2024-01-05", "2024-01-06"), extended=True)
     frame = SessionRuler(MICROS_PER_HOUR).frame(window("2024-01-05", "2024-01-06"))
     filled = fill(parts, frame)

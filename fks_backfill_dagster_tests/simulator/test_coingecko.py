@@ -36,7 +36,9 @@ def test_granularity_depends_on_the_days(market: LocalMarket, days: int, length:
 
 
 @pytest.mark.parametrize(("days", "timeframe"), [(1, "30m"), (7, "4h")])
-def test_closed_rows_are_the_truth_moved_to_the_close(market: LocalMarket, days: int, timeframe: str) -> None:
+def test_closed_rows_are_the_truth_stamped_with_the_close(
+    market: LocalMarket, days: int, timeframe: str
+) -> None:
     length = Timeframe(timeframe).micros
     served = of_ohlc(ohlc(market, days=days), length)
     of = TimeRange(int(served.ts[0]), NOW)
@@ -48,21 +50,21 @@ def test_closed_rows_are_the_truth_moved_to_the_close(market: LocalMarket, days:
 @pytest.mark.parametrize(("interval", "timeframe"), [("hourly", "1h"), ("daily", "1d")])
 def test_ranges_for_paid_keys(market: LocalMarket, interval: str, timeframe: str) -> None:
     of = window("2025-02-01", "2025-02-20")
-    asked = {"from": of.start // 1_000_000, "to": of.end // 1_000_000, "interval": interval}
-    served = of_ohlc(ohlc(market, "bitcoin/ohlc/range", pro="key", **asked), Timeframe(timeframe).micros)
+    requested = {"from": of.start // 1_000_000, "to": of.end // 1_000_000, "interval": interval}
+    served = of_ohlc(ohlc(market, "bitcoin/ohlc/range", pro="key", **requested), Timeframe(timeframe).micros)
     assert served.equals(
         market.truth("coingecko", "bitcoin-usd".replace("bitcoin", "btc"), Timeframe(timeframe), of)
     )
-    refused = ohlc(market, "bitcoin/ohlc/range", demo="key", **asked)
-    assert refused.status_code == 401
-    assert refused.json()["status"]["error_code"] == 10005
+    rejected = ohlc(market, "bitcoin/ohlc/range", demo="key", **requested)
+    assert rejected.status_code == 401
+    assert rejected.json()["status"]["error_code"] == 10005
 
 
 def test_the_last_day_is_complete_at_0035(market: LocalMarket) -> None:
-    asked = {"from": instant("2025-03-15") // 1_000_000, "to": instant("2025-03-21") // 1_000_000}
+    requested = {"from": instant("2025-03-15") // 1_000_000, "to": instant("2025-03-21") // 1_000_000}
 
     def last() -> int:
-        answer = ohlc(market, "bitcoin/ohlc/range", pro="key", interval="daily", **asked)
+        answer = ohlc(market, "bitcoin/ohlc/range", pro="key", interval="daily", **requested)
         return int(answer.json()[-1][0]) * 1000
 
     market.set_clock(instant("2025-03-20T00:34"))
@@ -99,26 +101,26 @@ def test_errors(
 
 
 @pytest.mark.parametrize("days", ["366", "max"])
-def test_a_demo_key_sees_a_year(market: LocalMarket, days: str) -> None:
-    refused = ohlc(market, days=days, demo="key")
-    assert refused.status_code == 401
-    assert refused.json()["error"]["status"]["error_code"] == 10012
+def test_a_demo_key_is_limited_to_a_year(market: LocalMarket, days: str) -> None:
+    rejected = ohlc(market, days=days, demo="key")
+    assert rejected.status_code == 401
+    assert rejected.json()["error"]["status"]["error_code"] == 10012
     assert len(ohlc(market, days=days, pro="key").json()) > 80
 
 
 def test_a_bad_key(market: LocalMarket) -> None:
-    refused = ohlc(market, days=1, demo="bad-key")
-    assert (refused.status_code, refused.json()["status"]["error_code"]) == (401, 10002)
+    rejected = ohlc(market, days=1, demo="bad-key")
+    assert (rejected.status_code, rejected.json()["status"]["error_code"]) == (401, 10002)
     assert ohlc(market, days=1, x_cg_demo_api_key="in-the-url").status_code == 200
     assert "in-the-url" not in str(market.journal())
 
 
 def test_requests_a_minute(market: LocalMarket) -> None:
     market.post("/sim/limits", coingecko=3)
-    refused = [answer for _ in range(8) if (answer := ohlc(market, days=1)).status_code == 429]
-    assert refused
-    assert 1 <= int(refused[0].headers["Retry-After"]) <= 60
-    assert refused[0].json()["status"]["error_code"] == 429
+    rejected = [answer for _ in range(8) if (answer := ohlc(market, days=1)).status_code == 429]
+    assert rejected
+    assert 1 <= int(rejected[0].headers["Retry-After"]) <= 60
+    assert rejected[0].json()["status"]["error_code"] == 429
 
 
 def test_other_coins_and_currencies(market: LocalMarket) -> None:

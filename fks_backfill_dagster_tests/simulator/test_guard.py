@@ -1,4 +1,4 @@
-"""The control routes against web pages of other sites: what a browser can be made to send changes nothing."""
+"""Protection of the control routes: requests from web pages of other sites change nothing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def send(
     body: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> tuple[int, str]:
-    """Status and body; a Host among the headers replaces the true one."""
+    """Status and body; a Host header replaces the real one."""
     connection = http.client.HTTPConnection(urlsplit(market.url).netloc, timeout=10)
     try:
         connection.putrequest(method, path, skip_host="Host" in (headers or {}))
@@ -56,7 +56,7 @@ def send(
 
 
 def state(market: LocalMarket) -> list[Any]:
-    """What can be seen of everything that the control routes change."""
+    """The state that the control routes change."""
     return [
         json.loads(send(market, "GET", f"/sim/{name}")[1])
         for name in ("outages", "faults", "clock", "limits")
@@ -64,7 +64,7 @@ def state(market: LocalMarket) -> list[Any]:
 
 
 def control_routes() -> Iterator[tuple[str, str]]:
-    """Every method of every control route: a new one is tested too."""
+    """Every method of every control route, new ones included."""
     for route in make_app(MarketConfig()).routes:
         if isinstance(route, Route) and route.path.startswith("/sim/"):
             path = TRUTH if route.path.startswith("/sim/truth") else route.path
@@ -98,7 +98,7 @@ FOREIGN = [
 
 @pytest.mark.parametrize(("headers", "status"), FOREIGN)
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_a_foreign_page_is_refused(
+def test_a_page_of_another_site_is_rejected(
     market: LocalMarket, method: str, path: str, headers: dict[str, str], status: int
 ) -> None:
     market.plant_outage("polygon", A_DAY, "BTC/USDT")
@@ -107,7 +107,7 @@ def test_a_foreign_page_is_refused(
     got, text = send(market, method, path, body, headers | JSON)
     assert got == status
     if method != "HEAD":
-        assert json.loads(text)["error"].startswith("the control routes are")
+        assert json.loads(text)["error"].startswith("the control routes ")
     assert state(market) == before
 
 
@@ -115,10 +115,10 @@ def test_a_foreign_page_is_refused(
     "kind", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"]
 )
 @pytest.mark.parametrize("path", POSTS)
-def test_a_form_of_a_page_is_refused_and_a_program_is_served(
+def test_a_form_of_a_page_is_rejected_and_a_program_is_served(
     market: LocalMarket, path: str, kind: str
 ) -> None:
-    """What a page can send without asking for permission first: its Origin comes along. `curl -d` has none."""
+    """Requests that a page can send without a preflight have an Origin; those of `curl -d` have none."""
     before = state(market)
     headers = {"Content-Type": kind} if kind else {}
     for origin in ("http://evil.example", "null"):
@@ -128,15 +128,15 @@ def test_a_form_of_a_page_is_refused_and_a_program_is_served(
 
 
 @pytest.mark.parametrize("path", POSTS)
-def test_a_permission_is_never_given(market: LocalMarket, path: str) -> None:
-    asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "DELETE"}
-    got, _ = send(market, "OPTIONS", path, None, asked)
+def test_a_preflight_is_never_permitted(market: LocalMarket, path: str) -> None:
+    requested = {"Origin": "http://evil.example", "Access-Control-Request-Method": "DELETE"}
+    got, _ = send(market, "OPTIONS", path, None, requested)
     assert got == 405
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("path", [path for path in POSTS if path != "/sim/prepare"])
-def test_asking_changes_nothing(market: LocalMarket, method: str, path: str) -> None:
+def test_get_changes_nothing(market: LocalMarket, method: str, path: str) -> None:
     market.plant_outage("polygon", A_DAY, "BTC/USDT")
     before = state(market)
     assert send(market, method, path, POSTS[path], JSON)[0] == 200
@@ -153,13 +153,13 @@ def test_programs_of_this_machine_are_served(market: LocalMarket, path: str, hos
     assert send(market, "POST", path, POSTS[path], headers | {"Origin": f"http://{host}"})[0] == 200
 
 
-def test_providers_are_reached_by_any_name(market: LocalMarket) -> None:
-    """A container calls this machine by a name of its own; what it is served is made up."""
+def test_providers_accept_any_host(market: LocalMarket) -> None:
+    """Containers use their own hostname for this machine; the data is synthetic."""
     assert send(market, "GET", "/binance/api/v3/ping", None, {"Host": "host.example:8899"})[0] == 200
 
 
 def address_of_this_machine() -> str:
-    """The address with which this machine goes to others."""
+    """The address that this machine uses for outgoing connections."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
             sock.connect(("192.0.2.1", 9))  # sends nothing
@@ -173,7 +173,7 @@ def address_of_this_machine() -> str:
 
 @pytest.mark.server
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_the_address_that_was_bound_is_served(everywhere: bool) -> None:
+def test_the_bound_address_is_served(everywhere: bool) -> None:
     address = address_of_this_machine()
     with LocalMarket(MarketConfig(host="0.0.0.0" if everywhere else address, now=NOW)) as market:
         port = urlsplit(market.url).port
@@ -184,7 +184,7 @@ def test_the_address_that_was_bound_is_served(everywhere: bool) -> None:
         assert json.loads(send(market, "GET", "/sim/limits")[1])["binance"]["limit"] == 7
 
 
-def test_a_market_that_listens_everywhere_has_an_address_on_this_machine() -> None:
+def test_a_market_on_all_addresses_has_a_loopback_url() -> None:
     assert url_of("0.0.0.0", 1) == "http://127.0.0.1:1"
     assert url_of("::", 1) == "http://[::1]:1"
     assert url_of("10.1.2.3", 1) == "http://10.1.2.3:1"

@@ -1,4 +1,4 @@
-"""The synthetic market is exact, continuous, and the same everywhere."""
+"""The synthetic market is exact, continuous and deterministic."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_MIN
 from fks_backfill_dagster.simulator.bars import SUNDAY_WEEKS, Bars, Step, aggregate, decimal_texts
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.simulator.market import (
-    FOR_EVER,
     LISTED,
+    NO_END,
     NO_HALT,
     SyntheticMarket,
     newest,
@@ -45,11 +45,11 @@ print(sha256(b"".join(column.tobytes() for column in candles.columns())).hexdige
 
 
 def minutes(symbol: str, window: TimeRange, outages: RangeSet = NO_HALT) -> Bars:
-    return MARKET.bars(symbol, Step.of(Timeframe.M1), window, FOR_EVER, outages)
+    return MARKET.bars(symbol, Step.of(Timeframe.M1), window, NO_END, outages)
 
 
 def slow_aggregate(parts: Bars, step: Step) -> list[tuple[int, ...]]:
-    """The obvious definition: group by open, row by row."""
+    """Reference implementation: group by open, row by row."""
     groups: dict[int, list[int]] = {}
     for index, ts in enumerate(parts.ts.tolist()):
         groups.setdefault(step.floor(ts), []).append(index)
@@ -80,7 +80,7 @@ def rows(bars: Bars) -> list[tuple[int, ...]]:
     st.sampled_from(list(Timeframe)),
     st.lists(st.tuples(st.integers(0, 20_000), st.integers(1, 3_000)), max_size=4),
 )
-def test_every_timeframe_aggregates_exactly_from_the_minutes_that_exist(
+def test_every_timeframe_is_the_exact_aggregate_of_existing_minutes(
     symbol: str, minute: int, timeframe: Timeframe, holes: list[tuple[int, int]]
 ) -> None:
     step = Step.of(timeframe)
@@ -89,7 +89,7 @@ def test_every_timeframe_aggregates_exactly_from_the_minutes_that_exist(
     outages = RangeSet(
         TimeRange(start + a * MICROS_PER_MINUTE, start + (a + n) * MICROS_PER_MINUTE) for a, n in holes
     )
-    served = MARKET.bars(symbol, step, window, FOR_EVER, outages)
+    served = MARKET.bars(symbol, step, window, NO_END, outages)
     assert rows(served) == slow_aggregate(minutes(symbol, window, outages), step)
 
 
@@ -135,8 +135,8 @@ def test_the_same_in_another_process() -> None:
 
 
 def test_the_market_never_changes() -> None:
-    """A recorded candle: whoever changes the generator breaks every result quoted from it."""
-    day = MARKET.bars("BTCUSDT", Step.of(Timeframe.D1), TimeRange(LISTED, LISTED + 1), FOR_EVER, NO_HALT)
+    """A recorded candle: a change of the generator invalidates every result quoted from it."""
+    day = MARKET.bars("BTCUSDT", Step.of(Timeframe.D1), TimeRange(LISTED, LISTED + 1), NO_END, NO_HALT)
     assert [column[0] for column in day.texts()] == RECORDED
 
 
@@ -149,7 +149,7 @@ def test_seeds_and_symbols_differ() -> None:
     assert not btc.equals(other)
 
 
-def test_nothing_before_the_listing_and_the_listing_can_be_moved() -> None:
+def test_no_candles_before_the_listing_which_is_configurable() -> None:
     listed = instant("2020-05-06T07:08")
     market = SyntheticMarket(listed=(("SOLUSDT", listed),))
     window = TimeRange(instant("2020-05-01"), instant("2020-05-10"))
@@ -177,13 +177,13 @@ def test_nothing_before_the_listing_and_the_listing_can_be_moved() -> None:
     ],
 )
 def test_known_symbols(symbol: str, known: bool) -> None:
-    assert MARKET.knows(symbol) is known
+    assert MARKET.has_symbol(symbol) is known
 
 
 def test_the_forming_candle_grows_into_the_closed_one() -> None:
     step, start = Step.of(Timeframe.H1), instant("2024-03-01T10:00")
     window = TimeRange(start, start + step.length)
-    final = MARKET.bars("BTCUSDT", step, window, FOR_EVER, NO_HALT)
+    final = MARKET.bars("BTCUSDT", step, window, NO_END, NO_HALT)
     before = MARKET.bars("BTCUSDT", step, window, start - 1, NO_HALT)
     assert len(before) == 0
     seen = [MARKET.bars("BTCUSDT", step, window, start + n * 17_000_000, NO_HALT) for n in range(0, 212, 7)]
@@ -226,7 +226,7 @@ def test_weeks_begin_on_monday_or_sunday() -> None:
     assert SUNDAY_WEEKS.floor(thursday) == instant("2024-02-25")
 
 
-def test_a_long_range_is_chunked_without_a_seam() -> None:
+def test_chunks_of_a_long_range_are_contiguous() -> None:
     window = TimeRange(instant("2020-01-01"), instant("2021-01-01"))
     daily = MARKET.truth("BTCUSDT", Timeframe.D1, window)
     whole = aggregate(minutes("BTCUSDT", window), Step.of(Timeframe.D1)).candles()

@@ -1,4 +1,4 @@
-"""OANDA over HTTP: alignment, the complete flag, bounds, the greatest page, errors."""
+"""OANDA over HTTP: alignment, the complete flag, bounds, page limit, errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster_tests.simulator.conftest import NOW
 from fks_backfill_dagster_tests.simulator.wire import candles, of_candles, window
 
-ASKED = window("2025-03-06", "2025-03-12")  # summer time begins in between
+REQUESTED = window("2025-03-06", "2025-03-12")  # summer time begins in between
 
 
 def opens(answer: requests.Response) -> list[str]:
@@ -33,31 +33,31 @@ def opens(answer: requests.Response) -> list[str]:
         ("1w", {"granularity": "W", "weeklyAlignment": "Sunday"}),
     ],
 )
-def test_the_right_alignment_gives_the_truth(
+def test_the_matching_alignment_is_the_truth(
     market: LocalMarket, timeframe: str, params: dict[str, Any]
 ) -> None:
-    of = params.get("of", ASKED)
+    of = params.get("of", REQUESTED)
     served = of_candles(candles(market, **{"of": of, **params}))
     truth = market.truth("oanda", "EUR/USD", Timeframe(timeframe), of)
     assert served.within(of).equals(truth)
     assert len(truth) > 0
 
 
-def test_the_default_alignment_is_another_one(market: LocalMarket) -> None:
+def test_the_default_alignment_differs(market: LocalMarket) -> None:
     assert opens(candles(market, granularity="H4", of=window("2025-03-06", "2025-03-06T12:00"))) == [
         "2025-03-05T22:00",
         "2025-03-06T02:00",
         "2025-03-06T06:00",
         "2025-03-06T10:00",
     ]
-    assert opens(candles(market, granularity="D", of=ASKED)) == [
+    assert opens(candles(market, granularity="D", of=REQUESTED)) == [
         "2025-03-05T22:00",
         "2025-03-06T22:00",
         "2025-03-09T21:00",
         "2025-03-10T21:00",
         "2025-03-11T21:00",
     ]
-    assert opens(candles(market, granularity="W", of=ASKED)) == ["2025-02-28T22:00", "2025-03-07T22:00"]
+    assert opens(candles(market, granularity="W", of=REQUESTED)) == ["2025-02-28T22:00", "2025-03-07T22:00"]
 
 
 def test_candles_are_mid_prices_as_strings(market: LocalMarket) -> None:
@@ -109,7 +109,7 @@ def test_unix_times(market: LocalMarket) -> None:
     assert candle["time"] == "1741255200.000000000"
 
 
-def test_quiet_minutes_are_omitted(market: LocalMarket) -> None:
+def test_minutes_without_trades_are_omitted(market: LocalMarket) -> None:
     of = window("2025-03-06", "2025-03-07")
     served = of_candles(candles(market, granularity="M1", of=of))
     assert 1320 < len(served) < 1440
@@ -123,7 +123,10 @@ def test_quiet_minutes_are_omitted(market: LocalMarket) -> None:
             {"granularity": "M1", "of": window("2025-03-06", "2025-03-10")},
             "Maximum value for 'count' exceeded",
         ),
-        ({"of": ASKED, "count": 5}, "'count' cannot be specified when 'to' and 'from' parameters are set"),
+        (
+            {"of": REQUESTED, "count": 5},
+            "'count' cannot be specified when 'to' and 'from' parameters are set",
+        ),
         ({"to": "2025-03-20T12:34:57Z"}, "Invalid value specified for 'to'. Time is in the future"),
         ({"from": "2025-03-21T00:00:00Z"}, "Invalid value specified for 'from'. Time is in the future"),
         ({"granularity": "1h"}, "Invalid value specified for 'granularity'"),
@@ -148,10 +151,10 @@ def test_instrument_and_token(market: LocalMarket) -> None:
         assert answer.status_code == 400
         assert answer.json()["errorMessage"] == "Invalid value specified for 'instrument'"
     for key in ("", "bad-key"):
-        refused = candles(market, key=key, granularity="H1")
-        assert refused.status_code == 401
-        assert refused.json()["errorMessage"] == "Insufficient authorization to perform request."
-        assert refused.headers["RequestID"]
+        rejected = candles(market, key=key, granularity="H1")
+        assert rejected.status_code == 401
+        assert rejected.json()["errorMessage"] == "Insufficient authorization to perform request."
+        assert rejected.headers["RequestID"]
 
 
 def test_requests_a_second(market: LocalMarket) -> None:

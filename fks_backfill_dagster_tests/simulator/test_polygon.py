@@ -44,21 +44,21 @@ def follow(market: LocalMarket, path: str, **params: Any) -> tuple[list[dict[str
 
 
 def test_a_ticker_is_the_usdt_market(market: LocalMarket) -> None:
-    asked = window("2024-01-01", "2024-01-02")
+    requested = window("2024-01-01", "2024-01-02")
     page = aggs(market, "X:BTCUSD/range/1/hour/2024-01-01/2024-01-01", limit=50000).json()
     assert page["resultsCount"] == 24
     assert page["queryCount"] == 1440
     assert page["ticker"] == "X:BTCUSD"
-    assert of_aggs(page["results"]).equals(market.truth("polygon", "BTC/USDT", Timeframe.H1, asked))
-    assert of_aggs(page["results"]).equals(of_klines(klines(market, interval="1h", **span(asked)).json()))
+    assert of_aggs(page["results"]).equals(market.truth("polygon", "BTC/USDT", Timeframe.H1, requested))
+    assert of_aggs(page["results"]).equals(of_klines(klines(market, interval="1h", **span(requested)).json()))
 
 
 @pytest.mark.server
 def test_an_offset_moves_all_prices() -> None:
     with LocalMarket(MarketConfig(polygon_offset_ppm=1000)) as market:
-        asked = window("2024-01-01", "2024-01-02")
-        ours = market.truth("polygon", "BTC/USDT", Timeframe.H1, asked)
-        theirs = market.truth("binance", "BTC/USDT", Timeframe.H1, asked)
+        requested = window("2024-01-01", "2024-01-02")
+        ours = market.truth("polygon", "BTC/USDT", Timeframe.H1, requested)
+        theirs = market.truth("binance", "BTC/USDT", Timeframe.H1, requested)
         assert ours.close == pytest.approx(theirs.close * 1.001, rel=1e-6)
         assert (ours.close > theirs.close).all()
 
@@ -73,10 +73,8 @@ def test_from_and_to_snap_outwards(market: LocalMarket) -> None:
 @pytest.mark.parametrize(
     ("mult", "unit", "timeframe"), [(1, "hour", "1h"), (15, "minute", "15m"), (1, "day", "1d")]
 )
-def test_pages_join_without_a_seam(
-    market: LocalMarket, mult: int, unit: str, timeframe: str, sort: str
-) -> None:
-    asked = window("2024-01-01", "2024-01-05")
+def test_pages_are_contiguous(market: LocalMarket, mult: int, unit: str, timeframe: str, sort: str) -> None:
+    requested = window("2024-01-01", "2024-01-05")
     market.plant_outage("polygon", window("2024-01-02T03:20", "2024-01-02T07:00"))
     market.plant_halt(window("2024-01-03T03:20", "2024-01-03T07:00"))
     limit = 2 if unit == "day" else 1000
@@ -84,7 +82,7 @@ def test_pages_join_without_a_seam(
     results, pages = follow(market, path, sort=sort, limit=limit)
     assert pages > 1
     ordered = results if sort == "asc" else results[::-1]
-    truth = market.truth("polygon", "BTC/USDT", Timeframe(timeframe), asked)
+    truth = market.truth("polygon", "BTC/USDT", Timeframe(timeframe), requested)
     assert of_aggs(ordered).equals(truth)
 
 
@@ -143,11 +141,11 @@ def test_requests_a_minute(market: LocalMarket) -> None:
 
 
 def test_prepared_pages_equal_those_made_on_demand(market: LocalMarket) -> None:
-    asked = window("2024-01-01", "2024-02-20")
-    edges = f"{asked.start // 1000}/{asked.end // 1000 - 1}"
+    requested = window("2024-01-01", "2024-02-20")
+    edges = f"{requested.start // 1000}/{requested.end // 1000 - 1}"
     path = f"X:BTCUSD/range/1/minute/{edges}"
     before, pages = follow(market, path, limit=50000, adjusted="false")
-    assert market.prepare("polygon", "BTC/USDT", Timeframe.M1, asked)["answers"] == pages == 2
+    assert market.prepare("polygon", "BTC/USDT", Timeframe.M1, requested)["answers"] == pages == 2
     assert follow(market, path, limit=50000, adjusted="false")[0] == before
 
 
@@ -156,23 +154,23 @@ def test_prepared_pages_equal_those_made_on_demand(market: LocalMarket) -> None:
 def test_minutes_of_stocks_and_pairs(
     market: LocalMarket, ticker: str, symbol: str, mult: int, timeframe: str
 ) -> None:
-    asked = window("2024-03-04", "2024-03-07")
+    requested = window("2024-03-04", "2024-03-07")
     path = f"{ticker}/range/{mult}/minute/2024-03-04/2024-03-06"
     results, pages = follow(market, path, limit=1000, adjusted="false")
-    truth = market.truth("polygon", symbol, Timeframe(timeframe), asked)
+    truth = market.truth("polygon", symbol, Timeframe(timeframe), requested)
     served = of_aggs(results)
     inside = served.take(np.isin(served.ts, truth.ts))
     assert inside.close.tolist() == truth.close.tolist()
     assert inside.ts.tolist() == truth.ts.tolist()
     assert pages > 1
-    if symbol == "AAPL":  # and pre- and post-market besides
+    if symbol == "AAPL":  # with pre- and post-market
         assert inside.volume.tolist() == truth.volume.tolist()
         assert len(served) > len(truth)
     else:
         assert len(served) == len(truth)
 
 
-def test_the_hour_at_nine_mixes_the_pre_market_in(market: LocalMarket) -> None:
+def test_the_hour_at_nine_includes_pre_market_trades(market: LocalMarket) -> None:
     day = "2024-03-05/2024-03-05"
     hours, _ = follow(market, f"AAPL/range/1/hour/{day}", limit=50000, adjusted="false")
     halves, _ = follow(market, f"AAPL/range/30/minute/{day}", limit=50000, adjusted="false")
@@ -201,27 +199,27 @@ def test_days_and_weeks_of_stocks_are_those_of_new_york(market: LocalMarket) -> 
     assert 20 * saturday["v"] < sunday["v"] < friday["v"]
 
 
-def official_days(market: LocalMarket, asked: TimeRange) -> dict[str, Candles]:
-    """AAPL's days by their dates, as the three providers of stocks tell them; of the same seconds as `asked`."""
-    first, last = (f"{to_datetime(at):%Y-%m-%d}" for at in (asked.start, asked.end - 1))
+def official_days(market: LocalMarket, requested: TimeRange) -> dict[str, Candles]:
+    """AAPL's days by date from the three stock providers, for the dates of `requested`."""
+    first, last = (f"{to_datetime(at):%Y-%m-%d}" for at in (requested.start, requested.end - 1))
     answer = aggs(market, f"AAPL/range/1/day/{first}/{last}", adjusted="false", limit=50000)
     found = {
         "polygon": of_aggs(answer.json()["results"]),
-        "yahoo": of_chart(chart(market, interval="1d", of=asked)),
-        "alphavantage": of_series(vantage(market, "TIME_SERIES_DAILY")).within(asked),
+        "yahoo": of_chart(chart(market, interval="1d", of=requested)),
+        "alphavantage": of_series(vantage(market, "TIME_SERIES_DAILY")).within(requested),
     }
     dated = {name: local_dates(days.ts) for name, days in found.items() if name != "alphavantage"}
     return {name: replace(days, ts=dated.get(name, days.ts)) for name, days in found.items()}
 
 
-def test_all_tell_the_same_official_days(market: LocalMarket) -> None:
-    asked = window("2024-06-24", "2024-12-14")  # half-days, holidays, and a change of the clocks
-    told = official_days(market, asked)
-    for name, days in told.items():
-        assert days.equals(market.truth(name, "AAPL", Timeframe.D1, asked)), name
-    days = told["polygon"]
-    assert len(days) == grid_of(Series("AAPL", Timeframe.D1, AssetClass.STOCKS)).count(asked)
-    minutes = market.truth("polygon", "AAPL", Timeframe.M1, asked)
+def test_all_providers_serve_the_same_official_days(market: LocalMarket) -> None:
+    requested = window("2024-06-24", "2024-12-14")  # half-days, holidays, and a change of the clocks
+    served = official_days(market, requested)
+    for name, days in served.items():
+        assert days.equals(market.truth(name, "AAPL", Timeframe.D1, requested)), name
+    days = served["polygon"]
+    assert len(days) == grid_of(Series("AAPL", Timeframe.D1, AssetClass.STOCKS)).count(requested)
+    minutes = market.truth("polygon", "AAPL", Timeframe.M1, requested)
     first = np.searchsorted(minutes.ts, days.ts)
     last = np.append(first[1:], len(minutes)) - 1
     assert np.maximum.reduceat(minutes.high, first).tolist() == days.high.tolist()
@@ -233,19 +231,19 @@ def test_all_tell_the_same_official_days(market: LocalMarket) -> None:
     assert ((extra > 1.05) & (extra < 1.16)).all()
 
 
-def test_weeks_are_made_of_official_days(market: LocalMarket) -> None:
-    asked = window("2024-03-04", "2024-03-16")
-    days = official_days(market, asked)["polygon"]
+def test_weeks_are_aggregated_from_official_days(market: LocalMarket) -> None:
+    requested = window("2024-03-04", "2024-03-16")
+    days = official_days(market, requested)["polygon"]
     weeks, _ = follow(market, "AAPL/range/1/week/2024-03-04/2024-03-14", adjusted="false")
     assert [bar["t"] * 1000 for bar in weeks] == [instant("2024-03-03T05:00"), instant("2024-03-10T05:00")]
-    truth = market.truth("polygon", "AAPL", Timeframe.W1, asked)
+    truth = market.truth("polygon", "AAPL", Timeframe.W1, requested)
     assert [bar["o"] for bar in weeks] == truth.open.tolist() == days.open[[0, 5]].tolist()
     assert [bar["c"] for bar in weeks] == truth.close.tolist() == days.close[[4, 9]].tolist()
     sums = np.add.reduceat(days.volume, [0, 5]).tolist()
     assert [bar["v"] for bar in weeks] == truth.volume.tolist() == sums
 
 
-def test_the_closing_auction_comes_at_the_close(market: LocalMarket) -> None:
+def test_the_closing_auction_is_at_the_close(market: LocalMarket) -> None:
     """At 16:00 New York, 20:00 UTC: before it the day's close is the last trade."""
     path = "AAPL/range/1/day/2025-03-19/2025-03-19"
     final = aggs(market, path).json()["results"]
@@ -261,7 +259,7 @@ def test_the_closing_auction_comes_at_the_close(market: LocalMarket) -> None:
     assert aggs(market, path).json()["resultsCount"] == 0
 
 
-def test_days_join_without_a_seam(market: LocalMarket) -> None:
+def test_days_are_contiguous(market: LocalMarket) -> None:
     path = "AAPL/range/1/day/2024-01-01/2024-03-31"
     whole, _ = follow(market, path, limit=50000)
     cut, pages = follow(market, path, limit=7)
@@ -285,7 +283,7 @@ def test_adjusted_prices_are_the_default() -> None:
     assert 0 < before.sum() < len(raw)
 
 
-def test_multiples_that_are_not_simulated_say_so(market: LocalMarket) -> None:
+def test_unsupported_multiples_are_an_error(market: LocalMarket) -> None:
     answer = aggs(market, "AAPL/range/3/day/2024-01-01/2024-01-02")
     assert answer.status_code == 400
     assert "divide a day" in answer.json()["error"]

@@ -1,4 +1,4 @@
-"""Real candles, served as providers would serve them."""
+"""Replay of real candles in the providers' wire formats."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HEAD = "ts,open,high,low,close,volume\n"
 
 
 def file_rows(path: Path) -> list[list[str]]:
-    """[open in ms, o, h, l, c, v] as text, straight from the file."""
+    """[open in ms, o, h, l, c, v] as text, read from the file."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt") as file:
         return [[str(instant(ts) // 1000), *rest] for ts, *rest in list(csv.reader(file))[1:]]
@@ -80,7 +80,7 @@ def test_archives_exist_for_whole_periods_in_the_file(market: LocalMarket) -> No
     assert archive(market, "monthly/klines/BTCUSDT/1h/BTCUSDT-1h-2020-12.zip").status_code == 404
 
 
-def test_other_venues_speak_polygon(market: LocalMarket) -> None:
+def test_other_venues_are_served_as_polygon(market: LocalMarket) -> None:
     path = "X:BTCUSD/range/15/minute/2020-11-30/2020-12-01"
     page = aggs(market, path).json()
     rows = file_rows(SMALL / "coinbase/BTCUSD-15m.csv")
@@ -109,17 +109,17 @@ def test_truth_is_a_file_that_can_be_replayed(market: LocalMarket, tmp_path: Pat
 
 def test_planted_outages_work_on_files_too(market: LocalMarket) -> None:
     market.plant_outage("binance", window("2020-12-01T03:30", "2020-12-01T06:00"))
-    asked = window("2020-12-01", "2020-12-02")
-    rows = klines(market, interval="1h", **span(asked)).json()
+    requested = window("2020-12-01", "2020-12-02")
+    rows = klines(market, interval="1h", **span(requested)).json()
     assert [row[0] * 1000 for row in rows[2:4]] == [instant("2020-12-01T02:00"), instant("2020-12-01T06:00")]
-    assert of_klines(rows).equals(market.truth("binance", "BTCUSDT", Timeframe.H1, asked))
+    assert of_klines(rows).equals(market.truth("binance", "BTCUSDT", Timeframe.H1, requested))
     market.clear_outages()
-    assert len(klines(market, interval="1h", **span(asked)).json()) == 24
-    # Rows are indivisible: a halt takes those that it covers wholly, and days are made of the others.
+    assert len(klines(market, interval="1h", **span(requested)).json()) == 24
+    # Rows are indivisible: a halt removes those that it covers completely; days aggregate the others.
     market.plant_halt(window("2020-12-01T03:30", "2020-12-01T06:00"))
-    rows = klines(market, interval="1h", **span(asked)).json()
+    rows = klines(market, interval="1h", **span(requested)).json()
     assert [row[0] * 1000 for row in rows[3:5]] == [instant("2020-12-01T03:00"), instant("2020-12-01T06:00")]
-    (day,) = klines(market, interval="1d", **span(asked)).json()
+    (day,) = klines(market, interval="1d", **span(requested)).json()
     assert float(day[5]) == pytest.approx(sum(float(row[5]) for row in rows))
     market.clear_outages()
 
@@ -139,7 +139,7 @@ def test_planted_outages_work_on_files_too(market: LocalMarket) -> None:
         ("BTCUSDT-1h.csv", HEAD + "2024-01-01T00:00:00Z,1,1,1,1,12345678901234567\n", "more digits"),
     ],
 )
-def test_a_bad_file_is_named(tmp_path: Path, name: str, text: str, sentence: str) -> None:
+def test_an_error_names_the_invalid_file(tmp_path: Path, name: str, text: str, sentence: str) -> None:
     (tmp_path / "binance").mkdir()
     (tmp_path / "binance" / name).write_text(text)
     with pytest.raises(ReplayError, match=sentence) as caught, LocalMarket(MarketConfig(replay=tmp_path)):
@@ -147,10 +147,10 @@ def test_a_bad_file_is_named(tmp_path: Path, name: str, text: str, sentence: str
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_bad_directory_is_named(tmp_path: Path) -> None:
+def test_an_error_names_the_invalid_directory(tmp_path: Path) -> None:
     with pytest.raises(ReplayError, match="not a directory"):
         load(tmp_path / "nowhere")
-    with pytest.raises(ReplayError, match="holds no file"):
+    with pytest.raises(ReplayError, match="contains no file"):
         load(tmp_path)
 
 
@@ -168,13 +168,13 @@ def test_the_real_binance_file(shared_data: Callable[[str], Path]) -> None:
         ours = [row for row in expected if inside.contains(int(row[0]) * 1000)]
         assert [row[:6] for row in unzipped(january.content)] == ours
         assert archive(market, "monthly/klines/BTCUSDT/1h/BTCUSDT-1h-2020-11.zip").status_code == 404
-        asked = window("2016-10-07", "2016-10-08")
+        requested = window("2016-10-07", "2016-10-08")
         coinbase = aggs(market, "X:BTCUSD/range/1/minute/2016-10-07/2016-10-07").json()["results"]
-        assert of_aggs(coinbase).equals(market.truth("polygon", "BTC/USDT", Timeframe.M1, asked))
+        assert of_aggs(coinbase).equals(market.truth("polygon", "BTC/USDT", Timeframe.M1, requested))
         assert 1400 <= len(coinbase) <= 1420
 
 
-def test_exponents_are_numbers_too(tmp_path: Path) -> None:
+def test_exponents_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "binance").mkdir()
     lines = "2024-01-01T00:00:00Z,1,1.5,1,1,6.45e-06\n2024-01-01T01:00:00Z,1,1,0.5,1,2\n"
     (tmp_path / "binance/ABCUSDT-1h.csv").write_text(HEAD + lines)

@@ -1,4 +1,4 @@
-"""Real stocks and currencies behind wire formats that cut bars otherwise than the files do."""
+"""Replay of stocks and currencies in wire formats whose bar boundaries differ from the files'."""
 
 from __future__ import annotations
 
@@ -86,14 +86,14 @@ def test_truth_is_the_file_inside_the_calendar(small: LocalMarket) -> None:
     assert len(small.truth("polygon", "GOOG", Timeframe.M30, DAYS)) == 3
 
 
-def test_the_nearest_file_that_fits_is_served(small: LocalMarket) -> None:
+def test_the_coarsest_file_that_fits_is_served(small: LocalMarket) -> None:
     assert polygon(small, 1, "minute").volume.tolist() == [5, 100, 150, 50]
     assert polygon(small, 1, "hour").volume.tolist() == [100, 200, 50, 60, 70, 80]
     hours = of_chart(chart(small, "GOOG", interval="1h", of=DAYS))  # 09:30: only minutes fit
     assert hours.volume.tolist() == [250 * 2, 50 * 2]
 
 
-def test_half_hours_make_the_files_hours_again(small: LocalMarket) -> None:
+def test_half_hours_aggregate_to_the_files_hours(small: LocalMarket) -> None:
     halves = polygon(small, 30, "minute")
     hours = halves.ts // MICROS_PER_HOUR
     truth = small.truth("polygon", "GOOG", Timeframe.H1, DAYS)
@@ -119,7 +119,7 @@ def test_splits_of_the_directory(small: LocalMarket) -> None:
     assert days.volume.tolist() == [700, 130]
 
 
-def test_outages_take_the_rows_that_they_touch(small: LocalMarket) -> None:
+def test_outages_remove_the_rows_that_they_overlap(small: LocalMarket) -> None:
     small.plant_outage("polygon", window("2015-12-23T15:00", "2015-12-23T16:00"), "GOOG")
     small.plant_outage("polygon", window("2015-12-23T20:00", "2015-12-23T20:59"), "GOOG")
     assert polygon(small, 1, "hour").volume.tolist() == [100, 60, 70, 80]
@@ -130,7 +130,7 @@ def test_outages_take_the_rows_that_they_touch(small: LocalMarket) -> None:
     small.clear_outages()
 
 
-def test_halts_take_the_rows_that_they_cover(small: LocalMarket) -> None:
+def test_halts_remove_the_rows_that_they_cover(small: LocalMarket) -> None:
     small.plant_halt(window("2015-12-23T15:00", "2015-12-23T16:00"), "GOOG", provider="polygon")
     small.plant_halt(window("2015-12-23T20:00", "2015-12-23T20:59"), "GOOG")
     assert polygon(small, 1, "hour").volume.tolist() == [100, 50, 60, 70, 80]
@@ -139,7 +139,7 @@ def test_halts_take_the_rows_that_they_cover(small: LocalMarket) -> None:
     small.clear_outages()
 
 
-def test_what_a_venue_is_served_as(small: LocalMarket) -> None:
+def test_providers_of_each_venue(small: LocalMarket) -> None:
     assert aggs(small, "AAPL/range/1/hour/2015-12-23/2015-12-24").json()["resultsCount"] == 0
     assert chart(small, "AAPL", interval="1d", of=DAYS).status_code == 404
     assert "Error Message" in vantage(small, "TIME_SERIES_DAILY", symbol="AAPL").json()
@@ -149,7 +149,7 @@ def test_what_a_venue_is_served_as(small: LocalMarket) -> None:
 
 
 @pytest.mark.parametrize("text", ["symbol,date\nAAPL,2014-06-09\n", "symbol,date,new,old\nAAPL,soon,7,1\n"])
-def test_a_bad_splits_file_is_named(tmp_path: Path, text: str) -> None:
+def test_an_error_names_the_invalid_splits_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "equity").mkdir()
     (tmp_path / "equity/AAPL-1h.csv").write_text(HEAD + HOURS)
     (tmp_path / "equity/splits.csv").write_text(text)
@@ -211,26 +211,26 @@ def test_real_days_adjusted_and_as_traded(real: LocalMarket, shared_data: Callab
     assert ratio[0] == 112
 
 
-def test_real_half_hours_make_the_real_hours(real: LocalMarket) -> None:
-    asked = window("2013-08-19", "2013-08-24")
+def test_real_half_hours_aggregate_to_the_real_hours(real: LocalMarket) -> None:
+    requested = window("2013-08-19", "2013-08-24")
     page = aggs(real, "AAPL/range/30/minute/2013-08-19/2013-08-23", limit=50000, adjusted="false").json()
     halves = of_aggs(page["results"])
-    truth = real.truth("polygon", "AAPL", Timeframe.H1, asked)
+    truth = real.truth("polygon", "AAPL", Timeframe.H1, requested)
     hours = halves.ts // MICROS_PER_HOUR * MICROS_PER_HOUR
     assert np.unique(hours).tolist() == truth.ts.tolist()
     first = np.searchsorted(hours, truth.ts)
     assert np.maximum.reduceat(halves.high, first).tolist() == truth.high.tolist()
     assert np.add.reduceat(halves.volume, first).tolist() == truth.volume.tolist()
-    lacking = set(grid_of(Series("AAPL", Timeframe.H1, AssetClass.STOCKS)).opens(asked).tolist())
-    lacking -= set(truth.ts.tolist())
-    assert lacking == {instant("2013-08-22T17:00"), instant("2013-08-22T18:00")}
+    missing = set(grid_of(Series("AAPL", Timeframe.H1, AssetClass.STOCKS)).opens(requested).tolist())
+    missing -= set(truth.ts.tolist())
+    assert missing == {instant("2013-08-22T17:00"), instant("2013-08-22T18:00")}
 
 
 def test_real_currency_hours(real: LocalMarket) -> None:
-    asked = window("2016-12-05", "2016-12-20")  # the hole begins on the 9th
-    served = of_candles(candles(real, granularity="H1", of=asked))
-    truth = real.truth("oanda", "EUR/USD", Timeframe.H1, asked)
+    requested = window("2016-12-05", "2016-12-20")  # the hole begins on the 9th
+    served = of_candles(candles(real, granularity="H1", of=requested))
+    truth = real.truth("oanda", "EUR/USD", Timeframe.H1, requested)
     assert served.equals(truth)
     assert np.diff(truth.ts).max() > 5 * 24 * MICROS_PER_HOUR
-    pair = real.truth("polygon", "C:EURUSD", Timeframe.D1, asked)
-    assert pair.equals(real.truth("oanda", "EUR_USD", Timeframe.D1, asked))
+    pair = real.truth("polygon", "C:EURUSD", Timeframe.D1, requested)
+    assert pair.equals(real.truth("oanda", "EUR_USD", Timeframe.D1, requested))

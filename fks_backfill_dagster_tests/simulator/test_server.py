@@ -1,4 +1,4 @@
-"""The server as a program: its port, its control routes, and the ways to run it."""
+"""The server: port, control routes, ways to run it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fks_backfill_dagster_tests.simulator.conftest import LIMITS, NOW
 from fks_backfill_dagster_tests.simulator.wire import klines, window
 
 
-def test_the_front_page_says_what_is_where(market: LocalMarket) -> None:
+def test_the_index_page_lists_addresses_and_clock(market: LocalMarket) -> None:
     text = requests.get(market.url, timeout=10).text
     assert f"{market.binance_url}/api/v3/klines" in text
     assert "2025-03-20T12:34:56" in text
@@ -25,25 +25,25 @@ def test_every_provider_has_its_address(market: LocalMarket) -> None:
     assert "EURUSD" in text
 
 
-def test_the_projects_name_of_yahoo_will_do(market: LocalMarket) -> None:
-    asked = window("2025-03-10", "2025-03-15")
-    truth = market.truth("yahoo", "AAPL", Timeframe.D1, asked)
-    assert market.truth("yfinance", "AAPL", Timeframe.D1, asked).equals(truth)
+def test_the_projects_name_of_yahoo_is_accepted(market: LocalMarket) -> None:
+    requested = window("2025-03-10", "2025-03-15")
+    truth = market.truth("yahoo", "AAPL", Timeframe.D1, requested)
+    assert market.truth("yfinance", "AAPL", Timeframe.D1, requested).equals(truth)
     market.plant_outage("yfinance", window("2025-03-12", "2025-03-13"), "AAPL")
-    assert len(market.truth("yahoo", "AAPL", Timeframe.D1, asked)) == len(truth) - 1
-    assert len(market.truth("polygon", "AAPL", Timeframe.D1, asked)) == len(truth)
+    assert len(market.truth("yahoo", "AAPL", Timeframe.D1, requested)) == len(truth) - 1
+    assert len(market.truth("polygon", "AAPL", Timeframe.D1, requested)) == len(truth)
 
 
 def test_limits_have_names(market: LocalMarket) -> None:
-    told = market.post("/sim/limits", oanda=7)
-    assert told["oanda"] == {"limit": 7, "used": 0}
-    assert set(told) == set(LIMITS)
+    limits = market.post("/sim/limits", oanda=7)
+    assert limits["oanda"] == {"limit": 7, "used": 0}
+    assert set(limits) == set(LIMITS)
     with pytest.raises(ValueError, match="with the names binance, polygon, yahoo"):
         market.post("/sim/limits", kraken=7)
 
 
 @pytest.mark.parametrize("process", [False, True])
-def test_a_port_in_use_is_one_sentence(market: LocalMarket, process: bool) -> None:
+def test_a_port_in_use_is_an_error(market: LocalMarket, process: bool) -> None:
     port = int(market.url.rpartition(":")[2])
     with (
         pytest.raises(PortInUse, match=f"port {port} on 127.0.0.1 is in use"),
@@ -53,15 +53,15 @@ def test_a_port_in_use_is_one_sentence(market: LocalMarket, process: bool) -> No
 
 
 def test_a_market_in_another_process_is_the_same(market: LocalMarket) -> None:
-    asked = window("2024-01-01", "2024-01-03")
+    requested = window("2024-01-01", "2024-01-03")
     with LocalMarket(MarketConfig(now=NOW), process=True) as other:
         assert klines(other).content == klines(market).content
-        assert other.truth("binance", "BTCUSDT", Timeframe.M1, asked).equals(
-            market.truth("binance", "BTCUSDT", Timeframe.M1, asked)
+        assert other.truth("binance", "BTCUSDT", Timeframe.M1, requested).equals(
+            market.truth("binance", "BTCUSDT", Timeframe.M1, requested)
         )
 
 
-def test_requests_are_counted_and_forgotten(market: LocalMarket) -> None:
+def test_requests_are_counted_and_reset(market: LocalMarket) -> None:
     assert market.requests() == 0
     klines(market)
     klines(market, symbol="NOPEUSDT")
@@ -77,8 +77,8 @@ def test_requests_are_counted_and_forgotten(market: LocalMarket) -> None:
 
 def test_outages_are_listed_and_lifted(market: LocalMarket) -> None:
     market.plant_outage("binance", window("2024-01-01", "2024-01-02"), "BTC/USDT")
-    (told,) = requests.get(f"{market.url}/sim/outages", timeout=10).json()
-    assert told == {
+    (outage,) = requests.get(f"{market.url}/sim/outages", timeout=10).json()
+    assert outage == {
         "kind": "outage",
         "provider": "binance",
         "symbol": "BTCUSDT",
@@ -90,32 +90,32 @@ def test_outages_are_listed_and_lifted(market: LocalMarket) -> None:
     assert requests.get(f"{market.url}/sim/outages", timeout=10).json() == []
 
 
-def test_what_comes_late_is_there_from_its_time_on(market: LocalMarket) -> None:
+def test_late_rows_are_served_from_their_publication_on(market: LocalMarket) -> None:
     day, published = window("2025-03-18", "2025-03-19"), instant("2025-03-20T13:00")
     market.plant_outage("binance", day, "BTC/USDT", published=published)
-    (told,) = requests.get(f"{market.url}/sim/outages", timeout=10).json()
-    assert told["published"] == "2025-03-20T13:00:00+00:00"
-    for now, there in ((published - 1, 0), (published, 24)):
+    (outage,) = requests.get(f"{market.url}/sim/outages", timeout=10).json()
+    assert outage["published"] == "2025-03-20T13:00:00+00:00"
+    for now, count in ((published - 1, 0), (published, 24)):
         market.set_clock(now)
-        assert len(market.truth("binance", "BTC/USDT", Timeframe.H1, day)) == there
+        assert len(market.truth("binance", "BTC/USDT", Timeframe.H1, day)) == count
         rows = klines(market, interval="1h", startTime=day.start // 1000, endTime=day.end // 1000 - 1).json()
-        assert len(rows) == there
+        assert len(rows) == count
 
 
 @pytest.mark.server
-def test_outages_of_the_configuration() -> None:
+def test_configured_outages() -> None:
     outage = Outage.parse("binance@BTC/USDT=2024-01-05T03:00/2024-01-05T07:30Z")
     assert outage == Outage("binance", window("2024-01-05T03:00", "2024-01-05T07:30"), "BTCUSDT")
     with LocalMarket(MarketConfig(outages=(outage,))) as market:
-        asked = window("2024-01-05", "2024-01-06")
-        assert len(market.truth("binance", "BTC_USDT", Timeframe.M1, asked)) == 1440 - 270
-        assert len(market.truth("polygon", "X:BTCUSD", Timeframe.M1, asked)) == 1440
+        requested = window("2024-01-05", "2024-01-06")
+        assert len(market.truth("binance", "BTC_USDT", Timeframe.M1, requested)) == 1440 - 270
+        assert len(market.truth("polygon", "X:BTCUSD", Timeframe.M1, requested)) == 1440
 
 
 @pytest.mark.parametrize(
     "text", ["binance", "binance=2024-01-01", "kraken=2024-01-01/2024-01-02", "binance=2024-01-02/2024-01-01"]
 )
-def test_a_wrong_outage_is_refused(text: str) -> None:
+def test_an_invalid_outage_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not PROVIDER\[@SYMBOL\]=START/END"):
         Outage.parse(text)
 
@@ -129,19 +129,19 @@ def test_the_truth_ends_with_the_last_closed_candle(market: LocalMarket) -> None
     ("path", "sentence"),
     [
         ("kraken/BTCUSDT/1h", "no provider 'kraken'"),
-        ("binance/NOPE/1h", "does not know 'NOPE'"),
+        ("binance/NOPE/1h", "has no symbol 'NOPE'"),
         ("binance/BTCUSDT/7h", "no timeframe '7h'"),
         ("binance/BTCUSDT/1h?start=soon", "soon"),
         ("binance/BTCUSDT/1h?start=2024-02-01&end=2024-01-01", "starts"),
     ],
 )
-def test_a_wrong_question_gets_a_sentence(market: LocalMarket, path: str, sentence: str) -> None:
+def test_an_invalid_request_returns_an_error_message(market: LocalMarket, path: str, sentence: str) -> None:
     answer = requests.get(f"{market.url}/sim/truth/{path}", timeout=10)
     assert answer.status_code == 400
     assert sentence in answer.json()["error"]
 
 
-def test_the_clock_stands_or_runs(market: LocalMarket) -> None:
+def test_the_clock_is_fixed_or_runs(market: LocalMarket) -> None:
     market.set_clock(instant("2024-06-01"))
     assert requests.get(f"{market.url}/sim/clock", timeout=10).json() == {
         "now": "2024-06-01T00:00:00+00:00",

@@ -1,4 +1,4 @@
-"""Yahoo's chart over HTTP: where bars sit, nulls, the latest bar, splits, depth, errors."""
+"""Yahoo's chart over HTTP: bar alignment, nulls, the latest bar, splits, depth, errors."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ OPEN_TO_OPEN = int(13.5 * MICROS_PER_HOUR)
 
 
 @pytest.mark.parametrize("interval", ["1m", "5m", "15m", "30m"])
-def test_intraday_bars_are_the_truth_with_nulls_where_nobody_traded(
-    market: LocalMarket, interval: str
-) -> None:
+def test_intraday_bars_are_the_truth_with_nulls_without_trades(market: LocalMarket, interval: str) -> None:
     answer = chart(market, interval=interval, of=window("2025-03-17", "2025-03-20"))
     result = answer.json()["chart"]["result"][0]
     timeframe = Timeframe(interval)
@@ -34,7 +32,7 @@ def test_intraday_bars_are_the_truth_with_nulls_where_nobody_traded(
     assert {len(column) for column in quote.values()} == {len(result["timestamp"])}
 
 
-def test_days_sit_at_the_open_of_the_session(market: LocalMarket) -> None:
+def test_days_are_stamped_with_the_open_of_the_session(market: LocalMarket) -> None:
     days = of_chart(chart(market, interval="1d", of=window("2025-03-10", "2025-03-20")))
     truth = market.truth("yahoo", "AAPL", Timeframe.D1, window("2025-03-10", "2025-03-20"))
     assert days.ts.tolist() == (truth.ts + OPEN_TO_OPEN).tolist()
@@ -42,7 +40,7 @@ def test_days_sit_at_the_open_of_the_session(market: LocalMarket) -> None:
     assert days.volume.tolist() == truth.volume.tolist()
 
 
-def test_hours_sit_on_the_half_hour(market: LocalMarket) -> None:
+def test_hours_begin_on_the_half_hour(market: LocalMarket) -> None:
     hours = of_chart(chart(market, interval="1h", of=SESSION))
     assert [(ts - SESSION.start) / MICROS_PER_HOUR for ts in hours.ts.tolist()] == list(range(7))
     parts = of_chart(chart(market, interval="30m", of=SESSION))
@@ -50,7 +48,7 @@ def test_hours_sit_on_the_half_hour(market: LocalMarket) -> None:
     assert hours.close.tolist() == [*parts.close[1:13:2].tolist(), parts.close[12]]
 
 
-def test_pre_and_post_market_only_if_asked(market: LocalMarket) -> None:
+def test_pre_and_post_market_only_on_request(market: LocalMarket) -> None:
     of = window("2025-03-19", "2025-03-20")
     regular, whole = (
         of_chart(chart(market, interval="5m", of=of, includePrePost=flag)) for flag in ("false", "true")
@@ -66,7 +64,7 @@ def test_pre_and_post_market_only_if_asked(market: LocalMarket) -> None:
     }
 
 
-def test_the_latest_bar_bears_the_time_of_the_last_trade(market: LocalMarket) -> None:
+def test_the_latest_bar_is_stamped_with_the_last_trade(market: LocalMarket) -> None:
     now = instant("2025-03-20T15:34:56")
     market.set_clock(now)
     of = window("2025-03-20", "2025-03-21")
@@ -74,7 +72,7 @@ def test_the_latest_bar_bears_the_time_of_the_last_trade(market: LocalMarket) ->
         stamps = chart(market, interval=interval, of=of).json()["chart"]["result"][0]["timestamp"]
         assert len(stamps) == bars
         assert stamps[-1] == now // 1_000_000
-    market.set_clock(instant("2025-03-20T22:00"))  # after the close a day keeps that stamp
+    market.set_clock(instant("2025-03-20T22:00"))  # a day keeps that stamp after the close
     day, hours = (
         chart(market, interval=interval, of=of).json()["chart"]["result"][0]["timestamp"]
         for interval in ("1d", "1h")
@@ -100,9 +98,9 @@ def split() -> Iterator[LocalMarket]:
 
 @pytest.mark.server
 def test_prices_are_adjusted_by_the_splits_so_far(split: LocalMarket) -> None:
-    asked = window("2025-03-10", "2025-03-15")
-    answer = chart(split, interval="1d", of=asked, events="div,splits")
-    days, truth = of_chart(answer), split.truth("yahoo", "AAPL", Timeframe.D1, asked)
+    requested = window("2025-03-10", "2025-03-15")
+    answer = chart(split, interval="1d", of=requested, events="div,splits")
+    days, truth = of_chart(answer), split.truth("yahoo", "AAPL", Timeframe.D1, requested)
     ratio = np.array([4, 4, 1, 1, 1])
     assert days.open == pytest.approx(truth.open / ratio, rel=1e-9)
     assert days.volume.tolist() == (truth.volume * ratio).tolist()
@@ -110,11 +108,11 @@ def test_prices_are_adjusted_by_the_splits_so_far(split: LocalMarket) -> None:
     at = instant("2025-03-12T13:30") // 1_000_000
     assert events == {str(at): {"date": at, "numerator": 4, "denominator": 1, "splitRatio": "4:1"}}
     assert truth.open[1] > 3 * truth.open[2]
-    assert "events" not in chart(split, interval="1d", of=asked).json()["chart"]["result"][0]
+    assert "events" not in chart(split, interval="1d", of=requested).json()["chart"]["result"][0]
 
 
 @pytest.mark.server
-def test_single_precision_is_as_ugly_as_the_real_thing() -> None:
+def test_single_precision_matches_the_real_prices() -> None:
     with LocalMarket(MarketConfig(now=NOW, single_precision=True)) as market:
         days = of_chart(chart(market, interval="1d", of=window("2025-03-10", "2025-03-15")))
         truth = market.truth("yahoo", "AAPL", Timeframe.D1, window("2025-03-10", "2025-03-15"))
@@ -131,7 +129,7 @@ def test_single_precision_is_as_ugly_as_the_real_thing() -> None:
         ("1h", 731, 3, "The requested range must be within the last 730 days."),
     ],
 )
-def test_too_far_back_is_refused_as_a_whole(
+def test_a_request_beyond_the_depth_is_rejected_as_a_whole(
     market: LocalMarket, interval: str, back: int, days: int, sentence: str
 ) -> None:
     start = NOW // 1_000_000 - back * 86_400
@@ -163,7 +161,7 @@ def test_errors(market: LocalMarket, symbol: str, params: dict[str, str], status
     assert answer.json()["chart"]["result"] is None
 
 
-def test_nothing_in_the_range_is_a_result_without_bars(market: LocalMarket) -> None:
+def test_an_empty_range_is_a_result_without_bars(market: LocalMarket) -> None:
     answer = chart(market, interval="1d", of=window("2025-03-15", "2025-03-17"))  # a weekend
     result = answer.json()["chart"]["result"][0]
     assert result["indicators"] == {"quote": [{}], "adjclose": [{}]}
@@ -179,7 +177,7 @@ def test_ranges_count_back_from_now(market: LocalMarket) -> None:
     assert everything.ts[0] == instant("2017-01-03T14:30")
 
 
-def test_meta_tells_zone_and_sessions(market: LocalMarket) -> None:
+def test_meta_contains_zone_and_sessions(market: LocalMarket) -> None:
     meta = chart(market, interval="1d", range="5d").json()["chart"]["result"][0]["meta"]
     assert (meta["symbol"], meta["exchangeTimezoneName"], meta["instrumentType"]) == (
         "AAPL",
@@ -202,10 +200,10 @@ def test_cookie_and_crumb(market: LocalMarket) -> None:
 def test_too_many_requests_is_a_text(market: LocalMarket) -> None:
     market.post("/sim/limits", yahoo=2)
     answers = [chart(market, interval="1d", range="5d") for _ in range(5)]
-    refused = [answer for answer in answers if answer.status_code == 429]
-    assert refused
-    assert refused[0].text == "Edge: Too Many Requests"
-    assert refused[0].headers["Content-Type"] == "text/html"
+    rejected = [answer for answer in answers if answer.status_code == 429]
+    assert rejected
+    assert rejected[0].text == "Edge: Too Many Requests"
+    assert rejected[0].headers["Content-Type"] == "text/html"
 
 
 def test_a_class_is_written_with_a_dash(market: LocalMarket) -> None:

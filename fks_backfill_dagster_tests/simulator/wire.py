@@ -1,4 +1,4 @@
-"""The slow, obvious reading of the wire formats, for comparison with the truth."""
+"""A simple reference parser of the wire formats, for comparison with the truth."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def window(start: str, end: str) -> TimeRange:
 
 
 def klines(market: LocalMarket, **params: Any) -> requests.Response:
-    asked = {"symbol": "BTCUSDT", "interval": "1m", **params}
-    return requests.get(f"{market.binance_url}/api/v3/klines", params=asked, timeout=10)
+    requested = {"symbol": "BTCUSDT", "interval": "1m", **params}
+    return requests.get(f"{market.binance_url}/api/v3/klines", params=requested, timeout=10)
 
 
 def span(of: TimeRange) -> dict[str, int]:
@@ -51,13 +51,13 @@ def chart(market: LocalMarket, symbol: str = "AAPL", **params: Any) -> requests.
 
 
 def vantage(market: LocalMarket, function: str, **params: Any) -> requests.Response:
-    """Alpha Vantage with a premium key, as traded, regular hours, everything: unless told otherwise."""
-    asked = {"symbol": "AAPL", "apikey": "premium", "outputsize": "full"}
+    """Alpha Vantage with a premium key, as traded, regular hours, full output by default."""
+    requested = {"symbol": "AAPL", "apikey": "premium", "outputsize": "full"}
     if function == "TIME_SERIES_INTRADAY":
-        asked |= {"adjusted": "false", "extended_hours": "false"}
-    asked = {name: value for name, value in (asked | params).items() if value is not None}
+        requested |= {"adjusted": "false", "extended_hours": "false"}
+    requested = {name: value for name, value in (requested | params).items() if value is not None}
     url = f"{market.alphavantage_url}/query"
-    return requests.get(url, params={"function": function, **asked}, timeout=10)
+    return requests.get(url, params={"function": function, **requested}, timeout=10)
 
 
 def candles(
@@ -72,11 +72,11 @@ def candles(
 
 
 def ohlc(market: LocalMarket, path: str = "bitcoin/ohlc", **params: Any) -> requests.Response:
-    """CoinGecko; `pro` or `demo` give a key."""
+    """CoinGecko; `pro` or `demo` is a key."""
     headers = {f"x-cg-{plan}-api-key": params.pop(plan) for plan in ("pro", "demo") if plan in params}
-    asked = {"vs_currency": "usd", **params}
+    requested = {"vs_currency": "usd", **params}
     url = f"{market.coingecko_url}/api/v3/coins/{path}"
-    return requests.get(url, params=asked, headers=headers, timeout=10)
+    return requests.get(url, params=requested, headers=headers, timeout=10)
 
 
 def unzipped(body: bytes) -> list[list[str]]:
@@ -96,7 +96,7 @@ def of_aggs(results: list[dict[str, Any]]) -> Candles:
 
 
 def of_chart(answer: requests.Response) -> Candles:
-    """Yahoo's bars without the empty ones, by their own stamps."""
+    """Yahoo's bars without the empty ones, by their stamps."""
     result = answer.json()["chart"]["result"][0]
     quote = result["indicators"]["quote"][0]
     columns = [quote[name] for name in ("open", "high", "low", "close", "volume")]
@@ -120,7 +120,7 @@ def of_series(answer: requests.Response) -> Candles:
 
 
 def of_candles(answer: requests.Response) -> Candles:
-    """OANDA's complete candles; its ticks are no volume."""
+    """OANDA's complete candles, without volume: OANDA's volume counts ticks."""
     complete = [candle for candle in answer.json()["candles"] if candle["complete"]]
     return _candles(
         [

@@ -1,4 +1,4 @@
-"""Small values for the tests of this layer, and a series with its database in one hand."""
+"""Small values for the tests of this layer, and a series together with its database."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ MIDNIGHT = at("2024-01-01T00:00Z")
 
 
 def candles_at(opens: Instants | Sequence[int], version: int = 0) -> Candles:
-    """Sane candles that tell their open and their version.
+    """Valid candles whose values depend on their open and version.
 
-    From an even version to the next odd one only volumes change: other numbers, a number where
-    there was none, none where there was one.
+    From an even version to the next odd one only volumes change: other numbers, from missing to a
+    number, and from a number to missing.
     """
     ts = np.asarray(opens, dtype=np.int64)
     minute = ts // MICROS_PER_MINUTE
@@ -45,7 +45,7 @@ def candles_at(opens: Instants | Sequence[int], version: int = 0) -> Candles:
 
 
 def origin_of(provider: str = "binance", source: str = "/api/v3/klines", **other: Any) -> Origin:
-    """A response at MIDNIGHT, as far as nothing else is given."""
+    """A response at MIDNIGHT by default."""
     given = {
         "provider": provider,
         "transport": Transport.REST,
@@ -64,7 +64,7 @@ def brought(
 
 
 def archive(candles: Candles, published_at: int, provider: str = "binance", **other: Any) -> Delivery:
-    """From a file that was published then."""
+    """A delivery from a file with that publication time."""
     given = {"transport": Transport.ARCHIVE, "published_at": published_at, "sha256": "ab" * 32}
     return brought(candles, provider, "/data/spot/daily/klines/x.zip", **(given | other))
 
@@ -115,7 +115,7 @@ class Shelf:
         return commit_batch(self.database, self.series, self.identity, write, self.grid)
 
     def put(self, first: int, past: int, version: int = 0, provider: str = "binance") -> Committed:
-        """A batch that brings all of its window."""
+        """Commits a batch with all candles of its window."""
         candles = candles_at(self.opens(first, past), version)
         return self.commit(self.span(first, past), brought(candles, provider))
 
@@ -123,7 +123,7 @@ class Shelf:
         return undo_batch(self.database, self.series, self.identity, batch, self.grid)
 
     def audit(self, now: int | None = None) -> SeriesAudit:
-        """What an audit finds, in 2026 if nothing else is said."""
+        """The audit at `now`, by default in 2026."""
         found = examine(self.database, self.series, self.grid, lambda: EVER.end if now is None else now)
         assert found is not None
         return found
@@ -149,13 +149,13 @@ class Shelf:
         return [b.id for b in reversed(queries.batches(self.database, self.series))]
 
     def missing(self) -> Instants:
-        """The opens that a sync of 2023 to 2025 would ask for."""
+        """The opens that a sync of 2023 to 2025 would request."""
         with self.database.begin() as connection:
             known = ledger.known(connection, self.identity, EVER)
         return np.concatenate([np.empty(0, np.int64), *(self.grid.opens(r) for r in known.missing(EVER))])
 
     def rows(self, query: str) -> list[tuple[object, ...]]:
-        """What a query returns; `:id`, `:symbol` and `:timeframe` are those of the series."""
+        """The rows of a query; `:id`, `:symbol` and `:timeframe` are those of the series."""
         return fetch(
             self.database,
             query,

@@ -25,7 +25,7 @@ __all__ = ["database", "database_url", "empty_database_url", "server_url", "temp
 
 @pytest.fixture(scope="session")
 def shared(server_url: str, template: str | None) -> Iterator[Database]:
-    """One database for all tests that keep to a series of their own."""
+    """One database for all tests that use only a fresh series."""
     with scratch_database(server_url, template) as url:
         opened = Database(url)
         opened.upgrade()
@@ -35,13 +35,13 @@ def shared(server_url: str, template: str | None) -> Iterator[Database]:
 
 @pytest.fixture
 def hours(shared: Database) -> Shelf:
-    """A crypto series of 1h that nobody else has."""
+    """A crypto series of 1h for one test."""
     return Shelf.of(shared, fresh("1h"))
 
 
 @pytest.fixture
 def minutes(shared: Database) -> Shelf:
-    """A crypto series of 1m that nobody else has."""
+    """A crypto series of 1m for one test."""
     return Shelf.of(shared, fresh("1m"))
 
 

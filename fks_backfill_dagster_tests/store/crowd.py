@@ -1,7 +1,7 @@
-"""A provider that counts what reaches it, and processes that ask it all they may.
+"""A provider that counts its requests, and processes that send as many as the limiter permits.
 
-Belongs here: the counting server (a process of its own, so that it measures nobody but its callers), the
-asking processes, and the figures of what arrived. The bench uses it at full length, the tests shortened.
+Belongs here: the counting server (a separate process, so that it measures only its clients), the client processes,
+and the figures of the arrivals. The bench runs it at full length, the tests shortened.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SPAWN = multiprocessing.get_context("spawn")
 
 @dataclass(frozen=True)
 class Arrivals:
-    """What the server saw, in the order of arrival: seconds since the first request, and who asked.
+    """The requests in the order of arrival: seconds since the first one, and the client.
 
     `refused_at`: when the refusal was sent, None if there was none.
     """
@@ -50,12 +50,12 @@ class Arrivals:
     refused_at: float | None
 
     def most_within(self, seconds: float) -> int:
-        """The most requests in any window of that length, wherever it begins."""
+        """The largest number of requests in any window of that length."""
         ends = np.searchsorted(self.at, self.at + seconds, side="left")
         return int((ends - np.arange(len(self.at))).max())
 
     def least_share(self) -> float:
-        """What the least served asker got, as a share of the mean."""
+        """The requests of the least served client, as a share of the mean."""
         counts = [self.who.count(one) for one in set(self.who)]
         return min(counts) / (sum(counts) / len(counts))
 
@@ -65,22 +65,22 @@ class CountingServer:
     url: str
 
     def arrivals(self) -> Arrivals:
-        with urllib.request.urlopen(f"{self.url}/report", timeout=30) as answer:
-            document = json.load(answer)
+        with urllib.request.urlopen(f"{self.url}/report", timeout=30) as response:
+            document = json.load(response)
         at = np.array([at for at, _ in document["seen"]])
         began = at[0] if len(at) else 0.0
         refused = document["refused_at"]
         return Arrivals(at - began, [who for _, who in document["seen"]], refused and refused - began)
 
     def refuse_next(self, status: int, seconds: float) -> None:
-        """The next request is told to wait `seconds`; those after it are answered."""
+        """The next request is refused with `Retry-After: seconds`; later ones succeed."""
         with urllib.request.urlopen(f"{self.url}/refuse?status={status}&seconds={seconds}", timeout=30):
             pass
 
 
 @contextmanager
 def counting_server(delay: float = 0.0) -> Iterator[CountingServer]:
-    """A server that answers after `delay` seconds."""
+    """A server that responds after `delay` seconds."""
     ours, theirs = _SPAWN.Pipe(duplex=False)
     process = _SPAWN.Process(target=_serve, args=(theirs, delay), daemon=True)
     process.start()
@@ -92,12 +92,14 @@ def counting_server(delay: float = 0.0) -> Iterator[CountingServer]:
         process.join()
 
 
-def _serve(told: Connection, delay: float) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever started it may ignore it, and ends it by it
-    asyncio.run(_serving(told, delay))
+def _serve(parent: Connection, delay: float) -> None:
+    signal.signal(
+        signal.SIGTERM, signal.SIG_DFL
+    )  # the parent may ignore SIGTERM, and ends this process by it
+    asyncio.run(_serve_requests(parent, delay))
 
 
-async def _serving(told: Connection, delay: float) -> None:
+async def _serve_requests(parent: Connection, delay: float) -> None:
     seen: list[tuple[float, str]] = []
     refusals: list[tuple[str, str]] = []
     refused_at: float | None = None
@@ -110,7 +112,7 @@ async def _serving(told: Connection, delay: float) -> None:
             return json.dumps({"seen": seen, "refused_at": refused_at}).encode()
         return None
 
-    async def answer(target: str) -> tuple[str, bytes]:
+    async def respond(target: str) -> tuple[str, bytes]:
         nonlocal refused_at
         parts = urlsplit(target)
         query = dict(parse_qsl(parts.query))
@@ -125,10 +127,10 @@ async def _serving(told: Connection, delay: float) -> None:
         await asyncio.sleep(delay)
         return "200 OK", b"{}"
 
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
-                status, body = await answer(head.split(b" ", 2)[1].decode())
+                status, body = await respond(head.split(b" ", 2)[1].decode())
                 writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -136,26 +138,26 @@ async def _serving(told: Connection, delay: float) -> None:
         finally:
             writer.close()
 
-    server = await asyncio.start_server(talk, "127.0.0.1", 0, backlog=512)
-    told.send(server.sockets[0].getsockname()[1])
+    server = await asyncio.start_server(handle, "127.0.0.1", 0, backlog=512)
+    parent.send(server.sockets[0].getsockname()[1])
     async with server:
         await server.serve_forever()
 
 
-# Those who ask -------------------------------------------------------------------------------------
+# Clients -------------------------------------------------------------------------------------------
 
 MakeLimiter = Callable[[str, tuple[Window, ...]], Limiter]
 
 
 def shared(database_url: str, windows: tuple[Window, ...]) -> Limiter:
-    """Ours. Its database lives as long as the asking process."""
+    """Our limiter. Its database lives as long as the client process."""
     return SharedLimiter(Database(database_url), {PROVIDER: Pace(windows, "account")})
 
 
 @dataclass(frozen=True)
 class Crowd:
-    """`threads`: one process per entry, with so many threads. `late`: the most seconds that a request
-    spends between its admission and the wire."""
+    """`threads`: one process per entry, with that many threads. `late`: the longest time in seconds between a permit
+    and its request."""
 
     database_url: str
     server: CountingServer
@@ -166,10 +168,10 @@ class Crowd:
     limiter: MakeLimiter = shared
 
     def ask_for(self, seconds: float, meanwhile: Callable[[], None] | None = None) -> Arrivals:
-        """Everybody asks as often as the limiter lets them; what the server saw of it."""
+        """All clients send requests as fast as the limiter permits; returns the arrivals."""
         barrier = _SPAWN.Barrier(len(self.threads) + 1)
         processes = [
-            _SPAWN.Process(target=_ask, args=(self, str(n), count, seconds, barrier), daemon=True)
+            _SPAWN.Process(target=_send_requests, args=(self, str(n), count, seconds, barrier), daemon=True)
             for n, count in enumerate(self.threads)
         ]
         for process in processes:
@@ -179,11 +181,11 @@ class Crowd:
             meanwhile()
         for process in processes:
             process.join(seconds + 60)
-            assert process.exitcode == 0, f"an asking process ended with {process.exitcode}"
+            assert process.exitcode == 0, f"a client process ended with {process.exitcode}"
         return self.server.arrivals()
 
 
-def _ask(crowd: Crowd, who: str, threads: int, seconds: float, barrier: Any) -> None:
+def _send_requests(crowd: Crowd, who: str, threads: int, seconds: float, barrier: Any) -> None:
     pool = RequestPool(threads)
     options = ProviderOptions(crowd.server.url)
     client = HttpClient(PROVIDER, options, pool, crowd.limiter(crowd.database_url, crowd.windows))

@@ -1,4 +1,4 @@
-"""What the database held then. That every state comes back is in `test_history`; here it meets others."""
+"""`ohlcv_as_of` with concurrent sessions and invalid arguments. `test_history` tests that it returns every state."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def wait_for(connection: psycopg.Connection, count: int) -> None:
     raise AssertionError(f"there are {waiters(connection)} waiting, not {count}")
 
 
-def test_the_answer_does_not_change_while_a_commit_is_under_way(database: Database) -> None:
-    """A commit is held after its stamp, before its end. Who asks for a moment after the stamp waits for it."""
+def test_the_result_does_not_change_during_a_commit(database: Database) -> None:
+    """A commit waits between its stamp and its end. A query for a moment after the stamp waits for it."""
     shelf = Shelf.of(database, fresh("1h"))
     shelf.put(0, 5)
     before = shelf.now()
@@ -61,20 +61,20 @@ def test_the_answer_does_not_change_while_a_commit_is_under_way(database: Databa
         writing = pool.submit(shelf.put, 0, 10, 2)
         wait_for(holder, 1)
         moment = shelf.now()
-        assert shelf.read().equals(candles_at(shelf.opens(0, 5)))  # nobody else sees it yet
-        asked = pool.submit(shelf.read, moment)
+        assert shelf.read().equals(candles_at(shelf.opens(0, 5)))  # not visible to other sessions yet
+        pending = pool.submit(shelf.read, moment)
         asked_before = pool.submit(shelf.read, before)
         wait_for(holder, 3)
         holder.execute(f"SELECT pg_advisory_unlock({HELD})")
         assert writing.result(30) == Committed(5, 5, 0)
-        found = asked.result(30)
+        found = pending.result(30)
         assert asked_before.result(30).equals(candles_at(shelf.opens(0, 5)))
     assert found.equals(candles_at(shelf.opens(0, 10), 2))
     assert shelf.read(moment).equals(found)
 
 
-def test_a_reader_keeps_no_writer_waiting(database: Database) -> None:
-    """It has passed the gate, and its transaction is still open."""
+def test_a_reader_blocks_no_writer(database: Database) -> None:
+    """The reader has passed the gate, and its transaction is still open."""
     shelf = Shelf.of(database, fresh("1h"))
     shelf.put(0, 5)
     with database.begin() as connection:
@@ -90,17 +90,17 @@ def test_a_reader_keeps_no_writer_waiting(database: Database) -> None:
 
 
 def test_a_cancelled_reader_leaves_the_gate_open(database: Database) -> None:
-    """It waited at the gate, was cancelled, and its session lives on."""
+    """It is cancelled while waiting at the gate, and its session stays open."""
     shelf = Shelf.of(database, fresh("1h"))
     shelf.put(0, 5)
-    ask = "SELECT * FROM fks.ohlcv_as_of('X', '1h', '2024-01-01', '2025-01-01', '2024-01-01')"
+    select = "SELECT * FROM fks.ohlcv_as_of('X', '1h', '2024-01-01', '2025-01-01', '2024-01-01')"
     with connect(database) as holder, connect(database) as reader:
         holder.execute(f"SELECT pg_advisory_lock({COMMIT_GATE})")
         reader.execute("SET statement_timeout = 200")
         with pytest.raises(psycopg.errors.QueryCanceled):
-            reader.execute(ask)
+            reader.execute(select)
         holder.execute(f"SELECT pg_advisory_unlock({COMMIT_GATE})")
-        assert reader.execute(ask).fetchall() == []
+        assert reader.execute(select).fetchall() == []
         assert reader.execute(
             "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
         ).fetchone() == (0,)
@@ -130,7 +130,7 @@ def test_an_old_snapshot_is_refused(hours: Shelf, level: str) -> None:
             )
 
 
-def test_who_may_only_read_may_ask(database: Database) -> None:
+def test_a_read_only_role_may_call_it(database: Database) -> None:
     shelf = Shelf.of(database, fresh("1h"))
     shelf.put(0, 5)
     with connect(database) as reader:
@@ -153,7 +153,7 @@ def test_nothing_was_held_before_the_first_commit(hours: Shelf) -> None:
     assert sum(len(b) for b in blocks) == 5
 
 
-def test_of_an_unknown_series(shared: Database) -> None:
+def test_an_unknown_series(shared: Database) -> None:
     moment = datetime.fromisoformat("2024-01-01T00:00:00+00:00")
     assert len(queries.read_candles(shared, fresh("1h"), EVER, moment)) == 0
     assert len(queries.read_candles(shared, fresh("1h"), EVER)) == 0

@@ -1,4 +1,4 @@
-"""An audit of real tables: each kind of damage is found, told precisely, and repaired where it can be."""
+"""An audit of real tables: each kind of damage is found, reported precisely, and repaired if possible."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ Found = tuple[Kind, int | None, int | None, int | None, int | None]
 
 @dataclass(frozen=True)
 class Stand:
-    """A series that was synced from MIDNIGHT on, with four candles that nobody had, and some time since.
+    """A series that was synced from MIDNIGHT on, with a gap of four candles, and some time since.
 
-    `opens` are all of its candles, those of the gap too; `later` those that have closed since.
+    `opens` are all of its candles, including those of the gap; `later` those that have closed since.
     """
 
     shelf: Shelf
@@ -53,12 +53,12 @@ class Stand:
         opens, later = (
             grid.opens(TimeRange(a, b)) for a, b in ((MIDNIGHT, end), (end, grid.closed_end(now)))
         )
-        there = np.concatenate([opens[:10], opens[14:]])
+        present = np.concatenate([opens[:10], opens[14:]])
         middle = int(opens[20])
         shelf.commit(
-            TimeRange(MIDNIGHT, middle), brought(candles_at(there[there < middle])), evidence=(ABSENT,)
+            TimeRange(MIDNIGHT, middle), brought(candles_at(present[present < middle])), evidence=(ABSENT,)
         )
-        shelf.commit(TimeRange(middle, end), brought(candles_at(there[there >= middle]), "polygon"))
+        shelf.commit(TimeRange(middle, end), brought(candles_at(present[present >= middle]), "polygon"))
         return cls(shelf, opens, later, now)
 
     @property
@@ -82,7 +82,7 @@ class Stand:
         execute(self.shelf.database, statement.format(table=self.shelf.table, id=one, gap=condition))
 
     def insert(self, *opens: int) -> None:
-        """By hand, with the lineage of the first batch."""
+        """Inserts candles directly, with the lineage of the first batch."""
         batch = self.shelf.batches()[0]
         for ts in opens:
             row = f"{self.shelf.identity}, '{moment(ts)}', {batch}, 2, 3, 1, 2, 1"
@@ -93,7 +93,7 @@ class Stand:
         self.execute(f"DELETE FROM {{table}} WHERE series_id = {{id}} AND ts IN ({times})")
 
     def row(self, start: int, end: int, missing: int, status: str = "open") -> None:
-        """A row of the ledger by hand."""
+        """Inserts a row of the ledger directly."""
         self.execute(
             "INSERT INTO fks.gap (series_id, gap_start, gap_end, missing_candles, status, attempts, evidence)"
             f" VALUES ({{id}}, '{moment(start)}', '{moment(end)}', {missing}, '{status}', 7, '[]')"
@@ -153,7 +153,7 @@ def everything_deleted(it: Stand) -> list[Found]:
 
 
 @damage
-def a_candle_put_into_the_gap(it: Stand) -> list[Found]:
+def a_candle_inserted_into_the_gap(it: Stand) -> list[Found]:
     it.insert(it.opens[11])
     return [
         (Kind.STORED_IN_GAP, *it.gap, 4, 3),
@@ -248,7 +248,7 @@ def a_gap_where_nothing_was_synced(it: Stand) -> list[Found]:
 
 
 @damage
-def a_gap_of_nothing(it: Stand) -> list[Found]:
+def a_gap_without_candles(it: Stand) -> list[Found]:
     start = int(it.opens[16]) + 1
     it.row(start, start + 1, 1)
     return [(Kind.GAP_COUNT, start, start + 1, 1, 0)]
@@ -270,7 +270,7 @@ def totals_changed(it: Stand) -> list[Found]:
 
 @damage
 def the_status_deleted(it: Stand) -> list[Found]:
-    """With the coverage, so that only the candles tell what was synced: nothing else becomes a gap."""
+    """Deletes the coverage, too: only the candles show what was synced, and nothing else becomes a gap."""
     it.execute("DELETE FROM fks.sync_state WHERE series_id = {id}")
     return [
         (Kind.NO_STATUS, None, None, None, it.stored),
@@ -281,21 +281,21 @@ def the_status_deleted(it: Stand) -> list[Found]:
 
 
 @damage
-def a_lease_of_the_dead(it: Stand) -> list[Found]:
+def an_expired_lease(it: Stand) -> list[Found]:
     it.execute("INSERT INTO fks.lease VALUES ({id}, 'dead', now() - interval '1 minute')")
     it.execute("INSERT INTO fks.lease VALUES ({id}, 'alive', now() + interval '1 hour')")
     return [(Kind.EXPIRED_LEASE, None, None, 1, 0)]
 
 
-# Not to be repaired from the candles
+# Not repairable from the candles
 
 
 @damage
 def a_candle_off_the_grid(it: Stand) -> list[Found]:
-    astray = int(it.opens[16]) + 7 * MICROS_PER_SECOND
-    it.insert(astray)
+    off_grid = int(it.opens[16]) + 7 * MICROS_PER_SECOND
+    it.insert(off_grid)
     return [
-        (Kind.OFF_GRID, astray, astray + it.shelf.series.timeframe.micros, None, 1),
+        (Kind.OFF_GRID, off_grid, off_grid + it.shelf.series.timeframe.micros, None, 1),
         (Kind.TOTAL, None, None, it.stored, it.stored + 1),
     ]
 
@@ -339,33 +339,33 @@ GRIDS = [("crypto", "1h"), ("stocks", "1h"), ("stocks", "1d"), ("forex", "1h"), 
 
 @pytest.mark.parametrize(("asset_class", "timeframe"), GRIDS)
 @pytest.mark.parametrize("harm", DAMAGES, ids=lambda f: f.__name__)
-def test_damage_is_told_and_repaired(
+def test_damage_is_reported_and_repaired(
     shared: Database, harm: Damage, asset_class: str, timeframe: str
 ) -> None:
     stand = Stand.of(shared, asset_class, timeframe)
     shelf = stand.shelf
     expected = sorted(harm(stand), key=repr)
     rows = shelf.rows(f"SELECT c::text FROM {shelf.table} c WHERE series_id = :id ORDER BY ts")
-    assert told(shelf.audit(stand.now)) == expected
+    assert differences_of(shelf.audit(stand.now)) == expected
     repaired = shelf.repair(stand.now)
-    assert told(repaired) == expected
-    for_a_person = [d for d in expected if not d[0].repairable]
+    assert differences_of(repaired) == expected
+    unrepairable = [d for d in expected if not d[0].repairable]
     assert sorted(((d.kind, d.start, d.end, d.recorded, d.actual) for d in repaired.left), key=repr) == (
-        for_a_person
+        unrepairable
     )
     again = shelf.audit(stand.now)
-    assert told(again) == for_a_person
-    assert_the_invariants(stand, again)
+    assert differences_of(again) == unrepairable
+    assert_invariants(stand, again)
     assert shelf.rows(f"SELECT c::text FROM {shelf.table} c WHERE series_id = :id ORDER BY ts") == rows
 
 
-def told(found: SeriesAudit) -> list[Found]:
+def differences_of(found: SeriesAudit) -> list[Found]:
     assert all(d.message and not d.message.endswith(".") for d in found.differences)
     return sorted(((d.kind, d.start, d.end, d.recorded, d.actual) for d in found.differences), key=repr)
 
 
-def assert_the_invariants(it: Stand, found: SeriesAudit) -> None:
-    """By their plain definition, from what the tables say."""
+def assert_invariants(it: Stand, found: SeriesAudit) -> None:
+    """By their plain definition, from the tables."""
     shelf, grid = it.shelf, it.shelf.grid
     known = queries.what_is_known(shelf.database, shelf.series, EVER)
     stored = shelf.read().ts
@@ -381,10 +381,10 @@ def assert_the_invariants(it: Stand, found: SeriesAudit) -> None:
     assert (found.expected, found.missing) == (len(expected), len(absent))
 
 
-# What is kept of the ledger ------------------------------------------------------------------------------
+# History of the ledger -----------------------------------------------------------------------------------
 
 
-def test_what_is_still_missing_keeps_its_history(shared: Database) -> None:
+def test_a_gap_that_is_still_missing_keeps_its_history(shared: Database) -> None:
     stand = Stand.of(shared, "crypto", "1h")
     (before,) = stand.shelf.gaps()
     stand.insert(stand.opens[11])
@@ -407,8 +407,8 @@ def test_an_explained_gap_stays_explained_and_an_open_neighbour_stays_open(share
     assert [(g.status.value, g.missing) for g in stand.shelf.gaps()] == [("unavailable", 4), ("open", 1)]
 
 
-def test_a_deleted_neighbour_is_a_gap_of_its_own(shared: Database) -> None:
-    """Nobody was asked for it; the next sync makes one of the two."""
+def test_a_deleted_neighbour_is_a_separate_gap(shared: Database) -> None:
+    """It was never requested; the next sync merges the two."""
     stand = Stand.of(shared, "forex", "1h")
     stand.delete(stand.opens[14])
     stand.shelf.repair(stand.now)
@@ -435,7 +435,7 @@ def test_a_batch_with_candles_off_the_grid_can_be_undone(shared: Database) -> No
     assert stand.shelf.audit(stand.now).differences == ()
 
 
-# One moment ---------------------------------------------------------------------------------------------
+# Snapshots ----------------------------------------------------------------------------------------------
 
 
 def test_a_series_that_is_not_stored_is_not_audited(shared: Database) -> None:
@@ -444,7 +444,7 @@ def test_a_series_that_is_not_stored_is_not_audited(shared: Database) -> None:
     assert repair_series(shared, series, grid_of(series), lambda: EVER.end) is None
 
 
-def test_a_series_without_candles_is_in_order(hours: Shelf) -> None:
+def test_a_series_without_candles_has_no_differences(hours: Shelf) -> None:
     assert hours.audit().differences == ()
     hours.commit(hours.span(0, 24))
     found = hours.audit()
@@ -452,7 +452,7 @@ def test_a_series_without_candles_is_in_order(hours: Shelf) -> None:
 
 
 def test_many_blocks_are_one_series(minutes: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gap across two blocks is one, and a batch in both of them is told once."""
+    """A gap across two blocks is one gap, and a batch in both of them is reported once."""
     monkeypatch.setattr("fks_backfill_dagster.store.audit_reader._BLOCK", 50)
     minutes.put(0, 1000)
     opens = minutes.opens(0, 1000)
@@ -473,7 +473,7 @@ def test_many_blocks_are_one_series(minutes: Shelf, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_batch_may_be_far_from_its_candles(minutes: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody but a hand brings that about. The lineage is wrong, and yet it is there."""
+    """Only a manual change causes this. The lineage is wrong, but it exists."""
     monkeypatch.setattr("fks_backfill_dagster.store.audit_reader._BLOCK", 50)
     minutes.put(0, 500)
     minutes.put(500, 1000)
@@ -485,15 +485,15 @@ def test_a_batch_may_be_far_from_its_candles(minutes: Shelf, monkeypatch: pytest
     assert (found.kind, found.actual) == (Kind.NO_LINEAGE, 1000)
 
 
-def test_a_sync_meanwhile_is_no_finding(hours: Shelf, shared: Database) -> None:
-    """Commits, undos and corrections on another connection, one after the other, while audits look."""
-    over = threading.Event()
+def test_a_concurrent_sync_causes_no_differences(hours: Shelf, shared: Database) -> None:
+    """Commits, undos and corrections on another connection, one after the other, during audits."""
+    done = threading.Event()
     failures: list[BaseException] = []
 
     def write() -> None:
         try:
             number = 0
-            while not over.is_set():
+            while not done.is_set():
                 first = 12 * (number % 20)
                 hours.put(first, first + 11, version=number % 4)
                 if number % 3 == 0:
@@ -508,15 +508,15 @@ def test_a_sync_meanwhile_is_no_finding(hours: Shelf, shared: Database) -> None:
         reports = [hours.audit() for _ in range(40)]
         reports += [hours.repair() for _ in range(10)]
     finally:
-        over.set()
+        done.set()
         writer.join()
     assert failures == []
     assert [d for report in reports for d in report.differences] == []
-    assert len({report.candles for report in reports}) > 1, "nothing was written meanwhile"
+    assert len({report.candles for report in reports}) > 1, "nothing was written during the audits"
 
 
-def test_a_repair_looks_again_under_the_lock(shared: Database) -> None:
-    """What another writer has put right while the repair waited is not repaired a second time."""
+def test_a_repair_examines_again_under_the_lock(shared: Database) -> None:
+    """A difference that another writer removed while the repair waited is not repaired again."""
     stand = Stand.of(shared, "crypto", "1h")
     stand.delete(stand.opens[30])
     found: list[SeriesAudit] = []
@@ -533,8 +533,8 @@ def test_a_repair_looks_again_under_the_lock(shared: Database) -> None:
     assert found[0].differences == ()
 
 
-def test_the_server_may_give_the_candles_in_any_order(database: Database) -> None:
-    """As it does where it reads the table and not the index: in the order in which they were written."""
+def test_the_server_may_return_the_candles_in_any_order(database: Database) -> None:
+    """When it scans the table instead of the index, it returns them in the order in which they were written."""
     shelf = Shelf.of(database, fresh("1h"))
     for first in (48, 24, 0):
         shelf.put(first, first + 24)
@@ -542,5 +542,5 @@ def test_the_server_may_give_the_candles_in_any_order(database: Database) -> Non
         execute(database, f'ALTER DATABASE "{database.url.database}" SET enable_{plan} = off')
     database.dispose()  # the settings are those of new connections
     plain = shelf.rows(f"SELECT ts FROM {shelf.table} WHERE series_id = :id")
-    assert plain != sorted(plain, key=str), "they came in order: this shows nothing"
+    assert plain != sorted(plain, key=str), "they were returned in order: this tests nothing"
     assert shelf.audit().differences == ()

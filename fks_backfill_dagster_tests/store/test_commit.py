@@ -1,4 +1,4 @@
-"""One batch: all of it or nothing, the same twice is nothing, two at once wait for each other."""
+"""A commit of a batch: atomic, idempotent, and serialized per series."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def everything(database: Database) -> dict[str, list[str]]:
     }
 
 
-# What a batch changes -------------------------------------------------------------------------------------
+# Changes of a batch ---------------------------------------------------------------------------------------
 
 
 def test_a_batch_with_holes(hours: Shelf) -> None:
@@ -97,7 +97,7 @@ def test_the_last_candle_of_a_session_ends_its_batch(shared: Database) -> None:
     assert batch.range_end == to_datetime(at("2023-11-24T18:00Z"))
 
 
-def test_the_same_again_writes_nothing(hours: Shelf) -> None:
+def test_the_same_batch_again_writes_nothing(hours: Shelf) -> None:
     opens = hours.opens(0, 200)
     deliveries = (brought(candles_at(opens[:90])), brought(candles_at(opens[100:]), "polygon"))
     assert hours.commit(hours.span(0, 200), *deliveries) == Committed(190, 0, 10)
@@ -108,7 +108,7 @@ def test_the_same_again_writes_nothing(hours: Shelf) -> None:
 
 
 def test_a_change_is_a_correction(hours: Shelf) -> None:
-    """Of one candle the prices, of another the volume; one gets a volume, one loses it."""
+    """The prices of one candle and the volume of another change; one gets a volume, one loses it."""
     opens = hours.opens(0, 5)
     flat = np.full(5, 10.0)
     volume = np.array([1.0, 1.0, np.nan, 1.0, np.nan])
@@ -129,9 +129,9 @@ def test_a_change_is_a_correction(hours: Shelf) -> None:
     ]
 
 
-def test_what_was_asked_is_kept_with_the_gap(hours: Shelf) -> None:
-    word = Evidence("binance", MIDNIGHT, Outcome.ERROR, "HTTP 502")
-    hours.commit(hours.span(0, 5), evidence=(word,))
+def test_evidence_is_kept_with_the_gap(hours: Shelf) -> None:
+    earlier = Evidence("binance", MIDNIGHT, Outcome.ERROR, "HTTP 502")
+    hours.commit(hours.span(0, 5), evidence=(earlier,))
     again = Evidence("binance", MIDNIGHT + 1, Outcome.ABSENT)
     hours.commit(hours.span(0, 5), evidence=(again, Evidence("polygon", MIDNIGHT, Outcome.ABSENT)))
     (gap,) = hours.gaps()
@@ -154,7 +154,7 @@ def test_an_explained_gap_stays_explained(hours: Shelf) -> None:
 
 
 def test_quarantine(hours: Shelf) -> None:
-    """One row for one broken row, however often it comes; what is no number is NULL."""
+    """One row per rejected row, however often it is received; a value that is not finite is NULL."""
     broken = candles((MIDNIGHT, np.nan, np.inf, 1.0, 2.0, np.nan), (MIDNIGHT, 1.0, 2.0, 3.0, 4.0, 5.0))
     refused = RejectedRows.of(origin_of(), Reason.NOT_FINITE, broken)
     for _ in range(3):
@@ -197,7 +197,7 @@ def test_blocks_of_a_long_window(minutes: Shelf) -> None:
     assert Candles.concat(blocks).equals(candles_at(minutes.opens(0, 100_000)))
 
 
-def test_removing_a_series_leaves_nothing_of_it(shared: Database, hours: Shelf) -> None:
+def test_removing_a_series_deletes_all_its_rows(shared: Database, hours: Shelf) -> None:
     neighbour = Shelf.of(shared, fresh("1h"))
     neighbour.put(0, 3)
     hours.put(0, 10)
@@ -213,12 +213,12 @@ def test_removing_a_series_leaves_nothing_of_it(shared: Database, hours: Shelf) 
         assert hours.rows(f'SELECT count(*) FROM fks."{table}" WHERE {key} = :id') == [(0,)]
     assert len(neighbour.read()) == 3
     assert len(hours.read()) == 0
-    with pytest.raises(StoreError):  # who still holds the id of a series that is gone
+    with pytest.raises(StoreError):  # a writer that still has the id of the deleted series
         hours.put(0, 5)
     assert remove_series(shared, hours.series) == 0
 
 
-# What a batch may not hold --------------------------------------------------------------------------------
+# Invalid batches ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_refused_batches_change_nothing(
     assert everything(database) == before
 
 
-# All or nothing -------------------------------------------------------------------------------------------
+# Atomicity ------------------------------------------------------------------------------------------------
 
 FAILING = {  # where a statement of a commit can fail: the trigger's event and table
     "lineage": "AFTER INSERT ON fks.batch",
@@ -278,8 +278,8 @@ def failing(database: Database, event: str, sqlstate: str) -> Iterator[None]:
         execute(database, f"DROP TRIGGER fail ON {table}")
 
 
-def test_a_failure_anywhere_takes_all_of_the_batch_back(database: Database) -> None:
-    """A full disk at every place in turn; afterwards the same batch goes through."""
+def test_a_failure_anywhere_rolls_the_whole_batch_back(database: Database) -> None:
+    """A full disk at every statement in turn; afterwards the same batch succeeds."""
     shelf = Shelf.of(database, fresh("1h"))
     shelf.commit(shelf.span(0, 10), brought(candles_at(shelf.opens(0, 6))))
 
@@ -301,8 +301,8 @@ def test_a_failure_anywhere_takes_all_of_the_batch_back(database: Database) -> N
     assert write() == Committed(2, 2, 12)
 
 
-def test_killed_at_the_last_moment(database: Database) -> None:
-    """In every attempt the backend dies with everything written but the commit; the Database goes on afterwards."""
+def test_killed_before_the_commit(database: Database) -> None:
+    """In every attempt the backend dies with everything written but the commit; the Database works afterwards."""
     shelf = Shelf.of(database, fresh("1h"))
     shelf.put(0, 10)
     before = everything(database)
@@ -323,7 +323,7 @@ def _libpq(database: Database) -> str:
 
 
 def _blocked(other: psycopg.Connection) -> int:
-    """The backend of this database that waits for an advisory lock, as soon as one does."""
+    """Waits for a backend of this database that waits for an advisory lock; returns its pid."""
     waiting = (
         "SELECT l.pid FROM pg_locks l JOIN pg_database d ON d.oid = l.database"
         " WHERE l.locktype = 'advisory' AND NOT l.granted AND d.datname = current_database()"
@@ -333,14 +333,14 @@ def _blocked(other: psycopg.Connection) -> int:
         if found is not None:
             return int(found[0])
         time.sleep(0.01)
-    raise AssertionError("nobody waits")
+    raise AssertionError("no backend waits")
 
 
-# Two at once ----------------------------------------------------------------------------------------------
+# Concurrency ----------------------------------------------------------------------------------------------
 
 
 def at_once(*work: Callable[[], object]) -> None:
-    """Runs all of it from one moment on; raises what any of it raised."""
+    """Runs all of them at the same time; raises the error of any of them."""
     start = threading.Barrier(len(work))
 
     def run(one: Callable[[], object]) -> None:
@@ -353,7 +353,7 @@ def at_once(*work: Callable[[], object]) -> None:
 
 
 def test_two_writers_of_one_series(database: Database) -> None:
-    """The same windows and overlapping ones, in opposite order, one of them with holes."""
+    """The same windows and overlapping ones, in opposite order, one of them with gaps."""
     shelf = Shelf.of(database, fresh("1h"))
     other = Database(_libpq(database))
     windows = [(n, n + 70) for n in range(0, 1000, 50)]
@@ -389,13 +389,13 @@ def test_writers_of_many_series_and_readers_of_the_past(database: Database) -> N
 
         return run
 
-    def look() -> None:
+    def read_past() -> None:
         for shelf in shelves * 8:
             moment = shelf.now()
             first = shelf.read(moment)
             assert shelf.read(moment).equals(first)
 
-    at_once(*(write(s) for s in shelves), look)
+    at_once(*(write(s) for s in shelves), read_past)
     assert [s.status().total_candles for s in shelves] == [320] * 4
     stamps = [b.committed_at for b in queries.batches(database)]
     assert len(set(stamps)) == len(stamps)
@@ -414,8 +414,8 @@ def test_registered_by_several_at_once(database: Database) -> None:
     assert fetch(database, "SELECT count(*) FROM fks.sync_state") == [(1,)]
 
 
-def test_a_database_of_another_isolation(database: Database) -> None:
-    """A server that is serializable by default: the second writer still sees what the first one wrote."""
+def test_a_database_with_another_isolation_level(database: Database) -> None:
+    """With serializable as the default, the second writer still sees what the first one wrote."""
     name = sa.make_url(_libpq(database)).database
     execute(database, f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'serializable'")
     strict = Database(_libpq(database))

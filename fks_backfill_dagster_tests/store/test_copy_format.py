@@ -1,4 +1,4 @@
-"""Candles through a real COPY, there and back."""
+"""Round trips of candles through a real COPY."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fks_backfill_dagster_tests.examples import examples
 
 PRICE = st.floats(allow_nan=False)
 VOLUME = st.floats(allow_infinity=False)
-# From 1900 to 2200: either side of both epochs, the one of Unix and the one of PostgreSQL.
+# From 1900 to 2200: before and after the epochs of both Unix and PostgreSQL.
 INSTANT = st.integers(at("1900-01-01T00:00Z"), at("2200-01-01T00:00Z"))
 ROWS = st.lists(
     st.tuples(INSTANT, PRICE, PRICE, PRICE, PRICE, VOLUME), max_size=30, unique_by=lambda row: row[0]
@@ -82,7 +82,7 @@ def test_blocks(shared: Database, monkeypatch: pytest.MonkeyPatch, extra: int, u
 
 
 def test_numbers_at_the_edge_of_float(shared: Database) -> None:
-    """Kept bit for bit: signed zero, the smallest, the largest."""
+    """Preserved bit for bit: signed zero, the smallest, the largest."""
     edge = np.array([-0.0, 5e-324, 1.7976931348623157e308, -1.7976931348623157e308, 0.1])
     back, _ = round_trip(shared, Candles(np.arange(5), edge, edge, edge, edge, edge))
     assert [column.tobytes() for column in back.columns()[1:]] == [edge.tobytes()] * 5

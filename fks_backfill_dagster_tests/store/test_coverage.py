@@ -1,4 +1,4 @@
-"""The numbers behind partitions and checks."""
+"""The numbers of partitions and checks."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from fks_backfill_dagster_tests.store.conftest import fresh
 
 
 def counted(shelf: Shelf, windows: dict[str, TimeRange]) -> dict[str, PartState]:
-    """The states without what is read from the candles and from the back-off."""
+    """The states without the fields from candles, lineage and back-off."""
     found = part_states(shelf.database, shelf.series, windows)
     none = {"first": None, "last": None, "close_last": None, "volume_sum": None, "next_attempt": None}
     return {key: replace(state, **none) for key, state in found.items()}  # type: ignore[arg-type]
 
 
-def test_a_window_tells_what_is_stored_and_by_whom(hours: Shelf) -> None:
+def test_stored_candles_of_a_window_by_provider(hours: Shelf) -> None:
     hours.put(0, 24)
     hours.commit(hours.span(24, 48), brought(candles_at(hours.opens(24, 40)), "polygon"))
     found = counted(
@@ -54,13 +54,13 @@ def test_a_window_tells_what_is_stored_and_by_whom(hours: Shelf) -> None:
     assert (found["both"].stored, found["both"].coverage) == (28, 28 / 36)
 
 
-def test_a_window_tells_its_ends_its_last_close_and_its_volume(hours: Shelf) -> None:
-    """Against the candles themselves, summed by numpy; also where nothing or no volume is stored."""
+def test_ends_last_close_and_volume_of_a_window(hours: Shelf) -> None:
+    """Against the candles themselves, summed by numpy; also without candles or volume."""
     hours.commit(hours.span(0, 24), brought(candles_at(hours.opens(2, 20))))
     hours.commit(hours.span(24, 48), brought(candles_at(hours.opens(24, 48), 4), "polygon"))
-    mute = candles_at(hours.opens(48, 60))
-    mute = Candles(*mute.columns()[:5], np.full(len(mute), np.nan))
-    hours.commit(hours.span(48, 72), brought(mute, "oanda"))
+    without_volume = candles_at(hours.opens(48, 60))
+    without_volume = Candles(*without_volume.columns()[:5], np.full(len(without_volume), np.nan))
+    hours.commit(hours.span(48, 72), brought(without_volume, "oanda"))
     windows = {
         "both": hours.span(0, 48),
         "late": hours.span(30, 40),
@@ -86,11 +86,11 @@ def test_a_window_tells_its_ends_its_last_close_and_its_volume(hours: Shelf) -> 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_volume_of_a_window_is_that_of_its_candles(hours: Shelf, seed: int) -> None:
-    """Whether the lineage tells it or the candles do: batches side by side and over each other, corrections,
-    withdrawals, undone batches, windows that cut batches."""
+    """From the lineage or from the candles: adjacent and overlapping batches, corrections, withdrawals, undone batches,
+    windows that cut batches."""
     chance = np.random.default_rng(seed)
     windows = {f"{low}..{past}": hours.span(low, past) for low in range(0, 72, 12) for past in (low + 12, 72)}
-    told = 0
+    from_lineage = 0
     for _ in range(12):
         first = int(chance.integers(0, 6)) * 12 if chance.random() < 0.7 else int(chance.integers(0, 60))
         past = first + (12 if chance.random() < 0.7 else int(chance.integers(1, 30)))
@@ -111,14 +111,14 @@ def test_the_volume_of_a_window_is_that_of_its_candles(hours: Shelf, seed: int) 
             assert found[key].first == (int(stored.ts[0]) if len(stored) else None)
             assert found[key].last == (int(stored.ts[-1]) if len(stored) else None)
         with hours.database.begin() as connection:
-            told += sum(
+            from_lineage += sum(
                 one.volume is not None for one in _lineage(connection, hours.identity, windows).values()
             )
-    assert told  # else this would be about candles alone
+    assert from_lineage  # otherwise only sums of candles were tested
 
 
 def test_whole_batches_are_not_read_for_their_volume(hours: Shelf) -> None:
-    """A month of minutes is 43,200 candles, and a run looks at sixty of them."""
+    """A month of minutes is 43,200 candles, and a run reads sixty months."""
     hours.put(0, 12)
     hours.put(12, 24)
     execute(hours.database, f"UPDATE {hours.table} SET volume = 1e9 WHERE series_id = {hours.identity}")
@@ -127,7 +127,7 @@ def test_whole_batches_are_not_read_for_their_volume(hours: Shelf) -> None:
     assert found["cut"].volume_sum == pytest.approx(18e9)
 
 
-def test_a_window_tells_when_the_first_of_its_gaps_is_requested_again(hours: Shelf) -> None:
+def test_the_next_attempt_of_a_window(hours: Shelf) -> None:
     hours.commit(hours.span(0, 24), brought(candles_at(hours.opens(0, 20))))
     hours.commit(hours.span(24, 48), brought(candles_at(hours.opens(28, 48))))
     execute(
@@ -147,7 +147,7 @@ def test_an_explained_gap_is_missing_but_not_unexplained(hours: Shelf) -> None:
     assert completeness(hours.database, [hours.series])[hours.series] == Completeness(expected=24, missing=4)
 
 
-def test_what_did_not_trade_is_neither_stored_nor_missing(hours: Shelf) -> None:
+def test_no_trade_candles_are_neither_stored_nor_missing(hours: Shelf) -> None:
     """One gap of each kind, and hours that were never synced: expected = stored + missing + quiet."""
     kinds = {4: "no_trade", 8: "unavailable", 12: "tolerated", 16: "open"}
     absent = {first + step for first in kinds for step in range(first // 4)}
@@ -175,7 +175,7 @@ def test_an_empty_window_is_covered(hours: Shelf) -> None:
     assert state.coverage == 1.0
 
 
-def test_completeness_is_about_what_was_synced(hours: Shelf) -> None:
+def test_completeness_counts_within_the_coverage(hours: Shelf) -> None:
     hours.put(0, 24)
     hours.commit(hours.span(100, 124), brought(candles_at(hours.opens(100, 122))))
     assert completeness(hours.database, [hours.series])[hours.series] == Completeness(
@@ -183,7 +183,7 @@ def test_completeness_is_about_what_was_synced(hours: Shelf) -> None:
     )
 
 
-def test_many_series_are_judged_together(hours: Shelf, minutes: Shelf, shared: Database) -> None:
+def test_sanity_of_many_series(hours: Shelf, minutes: Shelf, shared: Database) -> None:
     hours.put(0, 24)
     minutes.put(0, 60)
     low = to_datetime(int(minutes.opens(7, 8)[0]))
@@ -213,7 +213,7 @@ def test_infinity_is_not_finite_and_no_volume_is_fine(hours: Shelf) -> None:
     assert found.bad == 24
 
 
-def test_how_far_a_series_reaches_and_from_where_on_nobody_has_it(hours: Shelf) -> None:
+def test_the_reach_and_the_unfillable_end_of_a_series(hours: Shelf) -> None:
     end, last = hours.span(0, 24).end, int(hours.opens(20, 21)[0])
     own = f"WHERE series_id = {hours.identity}"
 
@@ -222,7 +222,7 @@ def test_how_far_a_series_reaches_and_from_where_on_nobody_has_it(hours: Shelf) 
 
     assert reach() is None, "it was never synced"
     hours.commit(hours.span(0, 24), brought(candles_at([*hours.opens(0, 5), *hours.opens(7, 20)])))
-    assert reach() == Reach(end, last), "somebody may have its end"
+    assert reach() == Reach(end, last), "a provider may still have its end"
     execute(hours.database, f"UPDATE fks.gap SET status = 'unavailable' {own}")
     assert reach() == Reach(end, last, last), "not the gap before"
     execute(hours.database, f"UPDATE fks.gap SET status = 'tolerated' {own} AND missing_candles = 4")
@@ -231,14 +231,14 @@ def test_how_far_a_series_reaches_and_from_where_on_nobody_has_it(hours: Shelf) 
     assert reach() == Reach(end)
 
 
-def test_a_series_that_nobody_ever_had_is_absent_from_its_beginning(hours: Shelf) -> None:
+def test_a_series_without_any_candle_is_absent_from_its_beginning(hours: Shelf) -> None:
     hours.commit(hours.span(0, 24))
     execute(hours.database, f"UPDATE fks.gap SET status = 'unavailable' WHERE series_id = {hours.identity}")
     span = hours.span(0, 24)
     assert reaches(hours.database, [hours.series]) == {hours.series: Reach(span.end, span.start, span.start)}
 
 
-def test_a_tail_that_is_partly_open_may_yet_come(hours: Shelf) -> None:
+def test_an_open_gap_breaks_off_the_unfillable_end(hours: Shelf) -> None:
     hours.put(0, 5)
     hours.commit(hours.span(5, 10))
     execute(hours.database, f"UPDATE fks.gap SET status = 'unavailable' WHERE series_id = {hours.identity}")
@@ -287,11 +287,11 @@ def split_gap(shelf: Shelf, first: int, at: int) -> None:
     set_gap(shelf, first, missing_candles=str(at - first), gap_end=str(cut))
 
 
-def test_the_tail_is_what_the_ledger_has_around_the_newest_candle(hours: Shelf, minutes: Shelf) -> None:
+def test_the_tail_around_the_newest_candle(hours: Shelf, minutes: Shelf) -> None:
     unknown = fresh("1h")
     before = {hours.series: 7 * MICROS_PER_HOUR, minutes.series: 0, unknown: 0}
     assert tails(hours.database, before) == dict.fromkeys(before, Tail())
-    # Absent: 0, 3 .. 5, 7, and behind the newest candle (9) the hours 10 .. 15; of those 7 and 10 .. 13 are quiet.
+    # Absent: 0, 3 .. 5, 7, and after the newest candle (9) the hours 10 .. 15; of those 7 and 10 .. 13 are no-trade.
     hours.commit(
         hours.span(0, 16), brought(candles_at([*hours.opens(1, 3), *hours.opens(6, 7), *hours.opens(8, 10)]))
     )
@@ -302,7 +302,7 @@ def test_the_tail_is_what_the_ledger_has_around_the_newest_candle(hours: Shelf, 
     found = tails(hours.database, before)
     newest = int(hours.opens(9, 10)[0])
     quiet = RangeSet([hours.span(7, 8), hours.span(10, 14)])
-    # A gap that reaches into what is wanted (from 2 on) belongs to it whole, and the one before it does too.
+    # A gap that extends into the tail (from 2 on) belongs to it completely, and so does the one before it.
     absent = RangeSet([hours.span(0, 1), hours.span(3, 6), hours.span(7, 8), hours.span(10, 16)])
     assert found[hours.series] == Tail(
         newest, hours.span(0, 16), RangeSet([hours.span(2, 16)]), absent, quiet
@@ -319,7 +319,7 @@ def test_the_tail_is_what_the_ledger_has_around_the_newest_candle(hours: Shelf, 
     assert near.absent == RangeSet([hours.span(7, 8), hours.span(10, 16)])
 
 
-def test_a_tail_has_the_newest_gaps_however_many_there_are(minutes: Shelf) -> None:
+def test_a_tail_is_limited_to_the_newest_gaps(minutes: Shelf) -> None:
     stored = minutes.opens(0, 2 * MOST_TAIL_GAPS + 41)[::2]
     minutes.commit(minutes.span(0, 2 * MOST_TAIL_GAPS + 41), brought(candles_at(stored)))
     (found,) = tails(minutes.database, {minutes.series: 10 * MICROS_PER_DAY}).values()
@@ -332,7 +332,7 @@ def test_the_tails_of_many_series_are_one_query(shared: Database, hours: Shelf, 
 
     seen: list[str] = []
 
-    def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
+    def note(connection: object, cursor: object, statement: str, *others: object) -> None:
         seen.append(statement)
 
     sa.event.listen(shared._engine, "before_cursor_execute", note)
@@ -381,7 +381,7 @@ def test_the_next_attempt_is_that_of_the_first_gap_that_is_due(hours: Shelf) -> 
     assert due() == hours.span(48, 48).start
 
 
-def test_gaps_are_listed_open_ones_first_and_no_more_than_wanted(hours: Shelf, minutes: Shelf) -> None:
+def test_missing_gaps_are_ordered_and_limited(hours: Shelf, minutes: Shelf) -> None:
     hours.commit(hours.span(0, 24), brought(candles_at(hours.opens(0, 24)[::2])))
     for first in range(3, 24, 2):
         set_gap(hours, first, status="unavailable")

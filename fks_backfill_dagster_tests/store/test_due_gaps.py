@@ -1,4 +1,4 @@
-"""Which gaps are due, and in which order: the one query against the slow obvious definition."""
+"""Due gaps and their order: the query against the slow obvious definition."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def absent(*providers: str) -> tuple[Evidence, ...]:
 
 
 def write(shelf: Shelf, *gaps: LedgerGap) -> None:
-    """Rows of the ledger as they are."""
+    """Inserts rows of the ledger."""
     rows = [
         {
             "id": shelf.identity,
@@ -45,7 +45,7 @@ def write(shelf: Shelf, *gaps: LedgerGap) -> None:
             "status": gap.status.value,
             "attempts": gap.attempts,
             "next": None if gap.next_attempt_at is None else to_datetime(gap.next_attempt_at),
-            "evidence": json.dumps([word.to_json() for word in gap.evidence]),
+            "evidence": json.dumps([item.to_json() for item in gap.evidence]),
             "found": to_datetime(NOW if gap.found_at is None else gap.found_at),
         }
         for gap in gaps
@@ -61,9 +61,11 @@ def write(shelf: Shelf, *gaps: LedgerGap) -> None:
         )
 
 
-def gap(shelf: Shelf, first: int, past: int, status: GapStatus = GapStatus.OPEN, **rest: object) -> LedgerGap:
+def gap(
+    shelf: Shelf, first: int, past: int, status: GapStatus = GapStatus.OPEN, **fields: object
+) -> LedgerGap:
     span = shelf.span(first, past)
-    return replace(LedgerGap(span.start, span.end, past - first, status), **rest)  # type: ignore[arg-type]
+    return replace(LedgerGap(span.start, span.end, past - first, status), **fields)  # type: ignore[arg-type]
 
 
 def due(shelf: Shelf, wanted: Wanted = MONTHS, most: int = 100) -> list[Place]:
@@ -73,25 +75,25 @@ def due(shelf: Shelf, wanted: Wanted = MONTHS, most: int = 100) -> list[Place]:
 # One gap ----------------------------------------------------------------------------------------------
 
 
-def test_an_open_gap_waits_for_its_time(hours: Shelf) -> None:
-    words = (*absent("binance"), Evidence("polygon", NOW, Outcome.ERROR, "polygon: HTTP 503"))
-    write(hours, gap(hours, 0, 3, next_attempt_at=NOW + 1, evidence=words))
+def test_an_open_gap_is_due_at_its_next_attempt(hours: Shelf) -> None:
+    responses = (*absent("binance"), Evidence("polygon", NOW, Outcome.ERROR, "polygon: HTTP 503"))
+    write(hours, gap(hours, 0, 3, next_attempt_at=NOW + 1, evidence=responses))
     assert due(hours) == []
-    write(hours, gap(hours, 5, 9, next_attempt_at=NOW, evidence=words))
+    write(hours, gap(hours, 5, 9, next_attempt_at=NOW, evidence=responses))
     (place,) = due(hours)
     assert (place.series, place.key, place.window) == (hours.series, "2024-01-01", hours.span(5, 9))
     assert place.missing == 4
-    write(hours, gap(hours, 20, 21))  # nobody was ever asked for it
+    write(hours, gap(hours, 20, 21))  # never requested
     assert [place.window for place in due(hours)] == [hours.span(5, 21)]
 
 
-def test_who_was_never_asked_for_an_open_gap_is_asked(hours: Shelf) -> None:
+def test_an_open_gap_is_due_for_a_provider_without_a_response(hours: Shelf) -> None:
     write(hours, gap(hours, 0, 3, next_attempt_at=NOW + MICROS_PER_DAY, evidence=absent("binance")))
     assert len(due(hours)) == 1
     assert due(hours, Wanted(MONTHS.since, "month", frozenset({"binance"}))) == []
 
 
-def test_who_was_not_heard_of_an_unavailable_gap_is_asked(hours: Shelf) -> None:
+def test_an_unavailable_gap_is_due_for_a_provider_without_a_response(hours: Shelf) -> None:
     later = {"next_attempt_at": NOW + MICROS_PER_DAY}
     write(hours, gap(hours, 0, 3, GapStatus.UNAVAILABLE, evidence=absent("binance", "polygon"), **later))
     assert due(hours) == []
@@ -100,30 +102,30 @@ def test_who_was_not_heard_of_an_unavailable_gap_is_asked(hours: Shelf) -> None:
     assert due(hours, Wanted(MONTHS.since, "month", frozenset({"polygon"}))) == []
 
 
-def test_an_error_is_no_word(hours: Shelf) -> None:
-    words = (*absent("binance"), Evidence("polygon", NOW, Outcome.ERROR, "polygon: HTTP 503"))
-    write(hours, gap(hours, 0, 3, GapStatus.UNAVAILABLE, evidence=words, next_attempt_at=NOW + 9))
+def test_an_error_is_not_a_final_response(hours: Shelf) -> None:
+    responses = (*absent("binance"), Evidence("polygon", NOW, Outcome.ERROR, "polygon: HTTP 503"))
+    write(hours, gap(hours, 0, 3, GapStatus.UNAVAILABLE, evidence=responses, next_attempt_at=NOW + 9))
     assert len(due(hours)) == 1
 
 
-def test_what_can_be_lived_with_is_left_alone(hours: Shelf) -> None:
+def test_gaps_of_other_states_are_never_due(hours: Shelf) -> None:
     for first, status in enumerate((GapStatus.TOLERATED, GapStatus.NO_TRADE, GapStatus.FILLED)):
         write(hours, gap(hours, 3 * first, 3 * first + 1, status, next_attempt_at=NOW - 9))
     assert due(hours) == []
 
 
-def test_nobody_to_ask_nothing_due(hours: Shelf) -> None:
+def test_without_an_eligible_provider_nothing_is_due(hours: Shelf) -> None:
     write(hours, gap(hours, 0, 3))
     assert due(hours, Wanted(MONTHS.since, "month", frozenset())) == []
 
 
-def test_a_series_that_is_being_synced_is_left_alone(hours: Shelf) -> None:
+def test_a_series_that_is_being_synced_has_no_due_gaps(hours: Shelf) -> None:
     write(hours, gap(hours, 0, 3))
     with hours.database.begin() as connection:
-        hold_lease(connection, hours.identity, "somebody", 60)
+        hold_lease(connection, hours.identity, "owner", 60)
     assert due(hours) == []
     with hours.database.begin() as connection:
-        hold_lease(connection, hours.identity, "somebody", -1)
+        hold_lease(connection, hours.identity, "owner", -1)
     assert len(due(hours)) == 1
 
 
@@ -153,7 +155,7 @@ def test_nothing_is_due_after_the_end_of_a_symbol(hours: Shelf) -> None:
     assert due(hours, replace(MONTHS, until=at("2024-01-31T20:00Z"))) == []
 
 
-def test_a_candle_that_closes_in_the_next_part_is_due_in_its_own_alone(shared: Database) -> None:
+def test_a_candle_that_closes_in_the_next_part_is_due_only_in_its_own(shared: Database) -> None:
     """A day in New York opens at 22:00 UTC; the last of a year closes in the next one."""
     shelf = Shelf.of(shared, replace(fresh("1d"), asset_class=AssetClass.FOREX))
     opens = shelf.grid.opens(TimeRange(at("2024-12-30T00:00Z"), at("2025-01-01T00:00Z")))
@@ -180,7 +182,7 @@ def test_the_time_zone_of_the_server_does_not_matter(hours: Shelf) -> None:
 # Order ------------------------------------------------------------------------------------------------
 
 
-def test_every_symbol_has_its_turn_before_any_has_a_second(shared: Database) -> None:
+def test_every_symbol_has_its_first_place_before_any_has_a_second(shared: Database) -> None:
     greedy, modest = Shelf.of(shared, fresh("1h")), Shelf.of(shared, fresh("1h"))
     days = MICROS_PER_DAY // MICROS_PER_HOUR
     for month in range(4):
@@ -217,13 +219,13 @@ ROW = st.tuples(
             st.sampled_from(["absent", "refused", "rejected", "error"]),
         ),
         max_size=3,
-        unique_by=lambda word: word[0],
+        unique_by=lambda response: response[0],
     ),
 )
 
 
 def months_of(start: int, end: int) -> list[str]:
-    """Of every hour, without arithmetic."""
+    """The months of every hour, without arithmetic."""
     hours = range(start, end, MICROS_PER_HOUR)
     return sorted({f"{datetime.fromtimestamp(h / 1e6, UTC):%Y-%m-01}" for h in hours})
 
@@ -242,8 +244,8 @@ def test_any_ledger(
 ) -> None:
     shelf = Shelf.of(shared, fresh("1h"))
     gaps: list[LedgerGap] = []
-    for first, length, status, next_attempt, words in rows:
-        evidence = tuple(Evidence(name, NOW, Outcome(outcome)) for name, outcome in words)  # type: ignore[attr-defined]
+    for first, length, status, next_attempt, responses in rows:
+        evidence = tuple(Evidence(name, NOW, Outcome(outcome)) for name, outcome in responses)  # type: ignore[attr-defined]
         span = shelf.span(first, first + length)
         if any(g.start < span.end and g.end > span.start for g in gaps):
             continue

@@ -1,4 +1,4 @@
-"""A new key or provider reopens what rests on the response of one provider alone."""
+"""A new key or provider reopens gaps that are based on the response of a single provider."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def absent(provider: str = "oanda", day: int = 0, outcome: str = "absent") -> Ev
 
 
 def hole(shelf: Shelf, first: int, *evidence: Evidence, status: str = "no_trade") -> None:
-    """Ten candles of which the second to fourth are absent, by that evidence."""
+    """Ten candles, of which the second to fourth are absent by that evidence."""
     opens = shelf.opens(first, first + 10)
     shelf.commit(
         shelf.span(first, first + 10), brought(candles_at(np.delete(opens, [1, 2, 3]))), evidence=evidence
@@ -65,13 +65,13 @@ def test_a_new_provider_reopens_it(hours: Shelf) -> None:
     assert reopen(hours, AB) == 0
 
 
-def test_of_a_series_of_which_nothing_was_recorded(hours: Shelf) -> None:
-    """As after an upgrade: who was eligible then is not known."""
+def test_a_series_without_a_recorded_set(hours: Shelf) -> None:
+    """As after an upgrade: the former eligible providers are unknown."""
     hole(hours, 0, absent())
     assert reopen(hours, AB) == 1
 
 
-def test_one_provider_alone_reopens_nothing_of_its_own(hours: Shelf) -> None:
+def test_a_single_provider_reopens_none_of_its_own_gaps(hours: Shelf) -> None:
     hole(hours, 0, absent())
     assert reopen(hours, A) == 0
     assert statuses(hours) == ["no_trade"]
@@ -84,7 +84,7 @@ def test_one_provider_alone_reopens_nothing_of_its_own(hours: Shelf) -> None:
         (absent(), absent("polygon"), absent("yfinance", outcome="error")),
     ],
 )
-def test_what_two_providers_lack_stays(hours: Shelf, evidence: Sequence[Evidence]) -> None:
+def test_a_gap_confirmed_by_two_providers_stays(hours: Shelf, evidence: Sequence[Evidence]) -> None:
     reopen(hours, A)
     hole(hours, 0, *evidence)
     assert reopen(hours, ABC) == 0
@@ -92,15 +92,15 @@ def test_what_two_providers_lack_stays(hours: Shelf, evidence: Sequence[Evidence
 
 
 @pytest.mark.parametrize(("outcome", "reopened"), [("error", 1), ("rejected", 1), ("refused", 0)])
-def test_a_new_provider_whose_last_request_ended_otherwise(hours: Shelf, outcome: str, reopened: int) -> None:
-    """It reopens what it has not finally responded to."""
+def test_a_new_provider_with_another_outcome(hours: Shelf, outcome: str, reopened: int) -> None:
+    """It reopens gaps that it has no final response to."""
     reopen(hours, A)
     hole(hours, 0, absent(), absent("polygon", outcome=outcome))
     assert reopen(hours, AB) == reopened
 
 
 @pytest.mark.parametrize("status", ["filled", "unavailable", "tolerated", "open"])
-def test_other_states_are_left_to_their_own_rules(hours: Shelf, status: str) -> None:
+def test_gaps_of_other_states_stay(hours: Shelf, status: str) -> None:
     reopen(hours, A)
     hole(hours, 0, absent(), status=status)
     before = hours.rows("SELECT * FROM fks.gap WHERE series_id = :id")
@@ -109,7 +109,7 @@ def test_other_states_are_left_to_their_own_rules(hours: Shelf, status: str) -> 
 
 
 def test_a_key_that_is_removed_and_added_again(hours: Shelf) -> None:
-    """It reopens what was decided while it was not there, and nothing that was decided with it."""
+    """It reopens gaps that were decided in its absence, and none that were decided with it."""
     reopen(hours, AB, day=0)
     hole(hours, 0, absent(day=1))  # its length fits the density of trades: the other one was not requested
     assert reopen(hours, A, day=2) == 0
@@ -123,7 +123,7 @@ def test_a_key_that_is_removed_and_added_again(hours: Shelf) -> None:
     assert statuses(hours) == ["open", "open"]
 
 
-def test_what_is_recorded(hours: Shelf) -> None:
+def test_the_recorded_set(hours: Shelf) -> None:
     query = "SELECT eligible, eligible_until FROM fks.series WHERE id = :id"
     assert hours.rows(query) == [(None, {})]
     reopen(hours, ABC, day=1)
@@ -145,7 +145,7 @@ def test_what_is_recorded(hours: Shelf) -> None:
 
 
 def test_a_series_that_is_being_committed_to_is_found_again(hours: Shelf) -> None:
-    """Its ledger is being settled: neither the gap nor the recorded set changes meanwhile."""
+    """While its ledger is being settled, neither the gap nor the recorded set changes."""
     reopen(hours, A)
     hole(hours, 0, absent())
     other = Database(hours.database.url.render_as_string(hide_password=False))
@@ -177,7 +177,7 @@ def test_neighbours_become_one_gap_by_the_next_commit(hours: Shelf) -> None:
 
 
 def test_thousands_of_series_in_two_statements(database: Database) -> None:
-    """2,000 series with 40 gaps each: nothing to do is next to free, a new key a matter of seconds."""
+    """2,000 series with 40 gaps each: without a change it is almost free, with a new key it takes seconds."""
     series = [Series(f"S{n}/USDT", Timeframe.H1, AssetClass.CRYPTO) for n in range(2000)]
     execute(
         database,

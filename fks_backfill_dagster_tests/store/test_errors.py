@@ -1,4 +1,4 @@
-"""What the user reads when the database is wrong: one sentence, the place, the remedy, no password."""
+"""Error messages of the database: one sentence with the place and the remedy, without the password."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def as_user(url: str, **changes: Any) -> str:
     return parsed.render_as_string(hide_password=False)
 
 
-def complaint(url: str, kind: type[StoreError] = DatabaseUnavailable) -> str:
-    """What is said when the database is opened and asked; the password is not in it."""
+def message_of(url: str, kind: type[StoreError] = DatabaseUnavailable) -> str:
+    """The error message when the database is opened and queried; the password is not in it."""
     with pytest.raises(kind) as caught:
         Database(url).check()
-    said = str(caught.value)
-    assert PASSWORD not in said
-    assert "\n" not in said
-    return said
+    message = str(caught.value)
+    assert PASSWORD not in message
+    assert "\n" not in message
+    return message
 
 
 @contextmanager
@@ -62,31 +62,31 @@ def role(url: str, options: str) -> Iterator[str]:
             connection.execute(f"DROP ROLE {name}")
 
 
-def test_nothing_listens() -> None:
-    said = complaint(f"postgresql://fks:{PASSWORD}@127.0.0.1:1/fks")
-    assert said.startswith(
+def test_no_server() -> None:
+    message = message_of(f"postgresql://fks:{PASSWORD}@127.0.0.1:1/fks")
+    assert message.startswith(
         "The database postgresql://fks:***@127.0.0.1:1/fks does not answer (connection failed"
     )
-    assert said.endswith(
+    assert message.endswith(
         "Start it or correct FKS_DATABASE_URL; what was committed is kept, run the same command again."
     )
 
 
 def test_an_absent_database(server_url: str) -> None:
-    said = complaint(as_user(server_url, database="absent"))
-    assert "/absent" in said
-    assert said.endswith("does not exist. Create it, or correct FKS_DATABASE_URL.")
+    message = message_of(as_user(server_url, database="absent"))
+    assert "/absent" in message
+    assert message.endswith("does not exist. Create it, or correct FKS_DATABASE_URL.")
 
 
 def test_an_unknown_user(server_url: str) -> None:
-    said = complaint(as_user(server_url, username="nobody_of_that_name"))
-    assert "refused the login" in said
-    assert said.endswith("Correct the user or password in FKS_DATABASE_URL.")
+    message = message_of(as_user(server_url, username="nobody_of_that_name"))
+    assert "refused the login" in message
+    assert message.endswith("Correct the user or password in FKS_DATABASE_URL.")
 
 
 def test_a_user_who_may_not_log_in(server_url: str) -> None:
     with role(server_url, "NOLOGIN") as name:
-        assert "refused the login" in complaint(as_user(server_url, username=name))
+        assert "refused the login" in message_of(as_user(server_url, username=name))
 
 
 def test_a_wrong_password(server_url: str) -> None:
@@ -98,15 +98,15 @@ def test_a_wrong_password(server_url: str) -> None:
             path = Path(rules)
             path.write_text(f"local all {name} scram-sha-256\n{path.read_text()}")
             connection.execute("SELECT pg_reload_conf()")
-        assert "refused the login" in complaint(as_user(server_url, username=name))
+        assert "refused the login" in message_of(as_user(server_url, username=name))
         without = sa.make_url(server_url).set(username=name)
-        assert "refused the login" in complaint(without.render_as_string())
+        assert "refused the login" in message_of(without.render_as_string())
 
 
 def test_too_many_connections(server_url: str) -> None:
     with role(server_url, "LOGIN CONNECTION LIMIT 0") as name:
-        said = complaint(as_user(server_url, username=name))
-        assert "has no connection left" in said
+        message = message_of(as_user(server_url, username=name))
+        assert "has no connection left" in message
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_too_many_connections(server_url: str) -> None:
         f"postgresql://127.0.0.1/fks/{PASSWORD}@127.0.0.1",
     ],
 )
-def test_no_address(url: str) -> None:
+def test_an_invalid_address(url: str) -> None:
     with pytest.raises(
         DatabaseUnavailable, match="FKS_DATABASE_URL is not a PostgreSQL address such as"
     ) as caught:
@@ -149,7 +149,7 @@ def test_a_password_among_the_parameters() -> None:
     database = Database(f"postgresql:///fks?host=/nowhere&password={PASSWORD}&sslpassword={PASSWORD}")
     assert database.where == "postgresql:///fks?host=%2Fnowhere"
     assert PASSWORD in database.url.render_as_string(hide_password=False)  # and it is still used
-    assert PASSWORD not in complaint(f"postgresql:///fks?host=/nowhere&password={PASSWORD}")
+    assert PASSWORD not in message_of(f"postgresql:///fks?host=/nowhere&password={PASSWORD}")
 
 
 def parameters_of_libpq() -> list[str]:
@@ -157,7 +157,7 @@ def parameters_of_libpq() -> list[str]:
 
 
 PLACE = {"host", "hostaddr", "port", "user", "dbname", "service", "servicefile"}
-"""The parameters without which nothing is connected, or something else is."""
+"""The parameters without which the connection fails, or leads elsewhere."""
 
 
 def test_the_client_knows_parameters_with_secrets() -> None:
@@ -168,7 +168,7 @@ def test_the_client_knows_parameters_with_secrets() -> None:
     "name",
     ["oauth_client_secret", "scram_client_key", "Password", "PASSWORD", "a_parameter_of_tomorrow"],
 )
-def test_a_parameter_that_this_client_may_not_know(name: str) -> None:
+def test_a_parameter_of_another_client_version(name: str) -> None:
     database = Database(f"postgresql://fks@127.0.0.1:1/fks?{name}={PASSWORD}&sslmode=disable")
     assert database.where == "postgresql://fks@127.0.0.1:1/fks?sslmode=disable"
     with pytest.raises(StoreError) as caught:
@@ -180,29 +180,29 @@ def test_a_parameter_that_this_client_may_not_know(name: str) -> None:
     "name", sorted(set(parameters_of_libpq()) - PLACE - set(database_module._SHOWN_PARAMETERS))
 )
 def test_a_parameter_that_is_not_shown(name: str, server_url: str) -> None:
-    """Neither by us, nor in the text of the client or the server, nor in what a log would have of it.
+    """Neither by us, nor in the text of the client or the server, nor in a logged traceback.
 
-    Whether the value is one that can be connected with is not the point.
+    Whether a connection with the value succeeds does not matter.
     """
     url = sa.make_url(server_url).update_query_dict({name: PASSWORD})
     database = Database(url.render_as_string(hide_password=False))
     assert PASSWORD not in database.where
-    told = ""
+    output = ""
     try:
         database.revision()
     except StoreError as error:
-        told = "".join(traceback.format_exception(error))
+        output = "".join(traceback.format_exception(error))
     finally:
         database.dispose()
-    assert PASSWORD not in told
+    assert PASSWORD not in output
 
 
-def test_what_the_client_quotes_of_a_parameter_is_hidden() -> None:
-    said = complaint(f"postgresql://fks@127.0.0.1:1/fks?load_balance_hosts={PASSWORD}")
-    assert '"***"' in said
+def test_parameter_values_quoted_by_the_client_are_hidden() -> None:
+    message = message_of(f"postgresql://fks@127.0.0.1:1/fks?load_balance_hosts={PASSWORD}")
+    assert '"***"' in message
 
 
-def test_what_tells_the_place_is_shown() -> None:
+def test_the_parameters_of_the_place_are_shown() -> None:
     url = "postgresql://fks@one.example:1/fks?sslmode=require&target_session_attrs=read-write"
     assert Database(url).where == url
 
@@ -215,7 +215,7 @@ def test_several_hosts_are_shown_without_the_password() -> None:
     assert "two.example" in where
 
 
-# Open, but not ours to write ------------------------------------------------------------------------------
+# Missing rights -------------------------------------------------------------------------------------------
 
 
 def test_a_role_that_may_only_read(database: Database, database_url: str) -> None:
@@ -241,8 +241,8 @@ def test_a_role_that_may_only_read(database: Database, database_url: str) -> Non
 
 def test_a_role_without_any_right(database_url: str) -> None:
     with role(database_url, f"LOGIN PASSWORD '{PASSWORD}'") as name:
-        said = complaint(as_user(database_url, username=name), StoreError)
-    assert "permission denied for schema fks" in said
+        message = message_of(as_user(database_url, username=name), StoreError)
+    assert "permission denied for schema fks" in message
 
 
 def test_a_database_that_is_read_only(database: Database, database_url: str) -> None:
@@ -256,7 +256,7 @@ def test_a_database_that_is_read_only(database: Database, database_url: str) -> 
 
 
 def test_a_used_up_quota(database: Database) -> None:
-    """The limit on temporary files is the quota that every server has."""
+    """The limit on temporary files is a quota that every server has."""
     with pytest.raises(DatabaseFull, match=r"no room left \(temporary file size exceeds .?temp_file_limit"):
         execute(
             database,
@@ -267,7 +267,7 @@ def test_a_used_up_quota(database: Database) -> None:
 
 
 def test_a_full_disk_at_the_login() -> None:
-    """libpq has the server's words and no SQLSTATE."""
+    """libpq returns the server's text without an SQLSTATE."""
     error = psycopg.OperationalError(
         "connection failed: FATAL:  could not write init file: No space left on device"
     )
@@ -279,20 +279,20 @@ STATES = ["", "08006", "25006", "28P01", "3D000", "53100", "53300", "57P01", "57
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("connecting", [True, False])
-def test_of_the_embedded_server_no_variable_is_named(state: str, connecting: bool) -> None:
-    """It has none that could be corrected. Where it does not run, its log has the reason."""
+def test_messages_of_the_embedded_server_name_no_variable(state: str, connecting: bool) -> None:
+    """FKS_DATABASE_URL does not apply to it. If it is not running, its log has the reason."""
     kind = psycopg.errors.lookup(state) if state else psycopg.OperationalError
     own, embedded = Place("postgresql://fks@/fks"), Place("postgresql://fks@/fks", log=Path("/home/me/log"))
-    told = str(translate(kind("no"), embedded, connecting=connecting))
-    assert "FKS_DATABASE_URL" not in told
-    assert told.startswith("The embedded PostgreSQL")
+    output = str(translate(kind("no"), embedded, connecting=connecting))
+    assert "FKS_DATABASE_URL" not in output
+    assert output.startswith("The embedded PostgreSQL")
     if "FKS_DATABASE_URL" in str(translate(kind("no"), own, connecting=connecting)):
-        assert "Its log is /home/me/log" in told
+        assert "Its log is /home/me/log" in output
 
 
 @pytest.mark.parametrize("state", ["42P05", "26000"])
 def test_a_pooler_that_was_changed_to_transaction_mode(state: str) -> None:
-    """Noticed by a statement that was prepared in one session and is executed in another."""
+    """Detected by a statement that was prepared in one session and is executed in another."""
     found = translate(psycopg.errors.lookup(state)('prepared statement "_pg3_0" already exists'), Place("x"))
     assert isinstance(found, UnsuitableServer)
     assert "use the server's own port, or a pool in session mode" in str(found)
@@ -308,13 +308,13 @@ def test_out_of_locks_is_not_a_full_disk(database: Database) -> None:
     assert not isinstance(caught.value, DatabaseFull)
 
 
-def test_any_other_error_is_told_in_one_line(database: Database) -> None:
+def test_any_other_error_is_one_line(database: Database) -> None:
     with pytest.raises(StoreError, match=r'reported an error: relation "absent" does not exist$'):
         execute(database, "SELECT * FROM absent")
 
 
 def test_no_log_holds_the_password(empty_database_url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Of a program that logs everything, SQLAlchemy's statements, connections and their failures included."""
+    """Even if the program logs everything, including SQLAlchemy's statements, connections and their failures."""
     caplog.set_level(logging.DEBUG)
     for name in ("sqlalchemy", "sqlalchemy.engine", "sqlalchemy.pool", "psycopg", "alembic"):
         caplog.set_level(logging.DEBUG, name)

@@ -1,7 +1,7 @@
 """Any sequence of commits, withdrawals and undos, against a model that keeps every version of every candle.
 
-After each step: candles, totals, ledger, corrections, what a plan would ask for, and an audit. At the end:
-`ohlcv_as_of` gives every state that ever was, at every moment that was remembered.
+After each step: candles, totals, ledger, corrections, the missing ranges of a plan, and an audit. At the end:
+`ohlcv_as_of` returns every former state, at every recorded moment.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ State = dict[int, int]  # the version of each stored candle
 class Model:
     """Per candle its states, oldest first, as pairs (batch, version); the version of a withdrawal is None.
 
-    It is stored where the last one has a version. `provider` of each batch.
+    A candle is stored if its last state has a version. `provider`: of each batch.
     """
 
     versions: dict[int, list[tuple[int, int | None]]] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Model:
         return {n: version for n, version in tops.items() if version is not None}
 
     def commit(self, first: int, past: int, given: dict[int, int], version: int) -> Committed:
-        """`given`: the batch that brings each candle."""
+        """`given`: the batch that delivers each candle."""
         self.synced |= set(range(first, past))
         inserted = updated = 0
         for n, batch in given.items():
@@ -62,7 +62,7 @@ class Model:
         return Committed(inserted, updated, len(set(range(first, past)) - set(self.state())))
 
     def withdraw(self, batch: int, opens: set[int], provider: str) -> int:
-        """Returns how many candles went: those that the provider delivered."""
+        """Returns the number of withdrawn candles: those that the provider delivered."""
         gone = 0
         for n in opens & set(self.state()):
             kept = self.versions[n]
@@ -74,7 +74,7 @@ class Model:
         return gone
 
     def undo(self, batch: int) -> int:
-        """Returns how many candles changed by it."""
+        """Returns the number of changed candles."""
         before = self.versions
         self.versions = {n: [v for v in kept if v[0] != batch] for n, kept in before.items()}
         changed = sum(
@@ -105,7 +105,7 @@ WITHDRAW = st.tuples(
 
 @given(st.lists(COMMIT | WITHDRAW | UNDO, min_size=2, max_size=9))
 @example(
-    # What a withdrawal lies upon is undone, then a candle that came after it, then the withdrawal itself.
+    # The state below a withdrawal is undone, then a candle that came after it, then the withdrawal itself.
     [
         ("commit", 0, 4, set(), 0, 1),
         ("withdraw", {1, 2}, "polygon"),
@@ -133,7 +133,7 @@ def test_any_history(shared: Database, steps: list[tuple[object, ...]]) -> None:
     for moment, state in remembered:
         assert shelf.read(moment).equals(candles_of(shelf, state))
     for stamp in {b.committed_at for b in queries.batches(shared, shelf.series)}:
-        # The moment of a commit belongs to it, the microsecond before does not.
+        # The time of a commit includes it, the microsecond before does not.
         after = next(state for moment, state in remembered if moment >= stamp)
         before = [state for moment, state in remembered if moment < stamp][-1]
         assert shelf.read(stamp).equals(candles_of(shelf, after))
@@ -164,7 +164,7 @@ def commit(
 
 
 def withdraw(shelf: Shelf, model: Model, number: int, opens: set[int], provider: str) -> None:
-    """The response covers all that the opens span, so that this becomes synced."""
+    """The response covers the whole span of the opens, which becomes synced."""
     batch = 2 * number
     first, past = min(opens), max(opens) + 1
     gone = model.withdraw(batch, opens, provider)

@@ -1,4 +1,4 @@
-"""The status of a series through its life; leases and listings."""
+"""The status of a series over its lifetime, and leases."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_lease_expires_with_its_dead_owner(hours: Shelf) -> None:
     assert hours.status().status == "syncing"
 
 
-def test_others_go_on_syncing(hours: Shelf) -> None:
+def test_other_leases_stay(hours: Shelf) -> None:
     hold(hours, "dead", -1)
     hold(hours, "a", 60)
     hold(hours, "b", 60)
@@ -65,7 +65,7 @@ def test_others_go_on_syncing(hours: Shelf) -> None:
     assert hours.status().status == "completed"
 
 
-def test_statuses_are_told_in_order(database: Database) -> None:
+def test_statuses_are_ordered(database: Database) -> None:
     symbols = sorted([fresh("1h").symbol, fresh("1h").symbol])
     for timeframe in ("1w", "1m", "4h", "15m"):
         for symbol in reversed(symbols):
@@ -76,7 +76,7 @@ def test_statuses_are_told_in_order(database: Database) -> None:
     assert queries.sync_status(database, fresh("1h")) == []
 
 
-def test_of_a_series_that_never_was(shared: Database, hours: Shelf) -> None:
+def test_an_unknown_series(shared: Database, hours: Shelf) -> None:
     with shared.begin() as connection:
         assert ledger.series_id(connection, fresh("1h")) is None
         assert ledger.series_id(connection, hours.series) == hours.identity
@@ -86,8 +86,8 @@ def test_of_a_series_that_never_was(shared: Database, hours: Shelf) -> None:
     assert queries.ledger_gaps(shared, fresh("1h"), hours.span(0, 5)) == ()
 
 
-def test_what_is_known_within_a_window(hours: Shelf) -> None:
-    """Gaps at its edges that only touch it are not in it; `known_around` tells the nearest of them."""
+def test_known_gaps_within_a_window(hours: Shelf) -> None:
+    """Gaps that only adjoin the window are not in it; `known_around` returns the nearest of them."""
     for n in (0, 10, 20, 30):
         hours.put(n, n + 5)
         hours.commit(hours.span(n + 5, n + 10))

@@ -1,4 +1,4 @@
-"""Since when providers have a symbol, by what they claim and by what they delivered."""
+"""Listings of a symbol by provider: claims, observations and the oldest delivered candle."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def listings(database: Database, symbol: str) -> dict[str, Listing]:
 
 
 def oldest(database: Database, symbol: str) -> dict[str, int]:
-    """Whatever the timeframe."""
+    """Over all timeframes."""
     with database.begin() as connection:
         found = ledger.oldest_by_provider(connection, symbol)
     return {name: min(opens.values()) for name, opens in found.items()}
 
 
-def test_each_provider_has_its_own(database: Database) -> None:
+def test_each_provider_has_its_own_listing(database: Database) -> None:
     assert listings(database, "BTC/USDT") == {}
     remember(database, "binance", "BTC/USDT", MIDNIGHT)
     remember(database, "polygon", "BTC/USDT", MIDNIGHT + 2, OBSERVATION)
@@ -65,7 +65,7 @@ def test_each_provider_has_its_own(database: Database) -> None:
 @pytest.mark.parametrize("change", [-MICROS_PER_DAY, 0, MICROS_PER_DAY])
 @pytest.mark.parametrize("kind", list(ListingKind))
 def test_a_claim_can_be_corrected(database: Database, change: int, kind: ListingKind) -> None:
-    """To an earlier time and to a later one; also by an observation, and confirmed as it is."""
+    """To an earlier time and to a later one, also by an observation; or confirmed unchanged."""
     remember(database, "binance", "BTC/USDT", MIDNIGHT)
     first = listings(database, "BTC/USDT")["binance"]
     remember(database, "binance", "BTC/USDT", MIDNIGHT + change, kind)
@@ -76,14 +76,14 @@ def test_a_claim_can_be_corrected(database: Database, change: int, kind: Listing
 
 
 def test_an_unknown_kind_is_refused(database: Database) -> None:
-    """By the database as well."""
+    """By the database."""
     remember(database, "binance", "BTC/USDT", MIDNIGHT)
     with pytest.raises(Exception, match="listing_kind"):
         execute(database, "UPDATE fks.listing SET kind = 'rumour'")
 
 
 def test_the_oldest_candle_of_each_provider(database: Database) -> None:
-    """Of all timeframes of the symbol, and of no other symbol."""
+    """Over all timeframes of the symbol, without other symbols."""
     assert oldest(database, "X/USDT") == {}
     hours = Shelf.of(database, replace(fresh("1h"), symbol="X/USDT"))
     days = Shelf.of(database, replace(fresh("1d"), symbol="X/USDT"))
@@ -102,7 +102,7 @@ def test_the_oldest_candle_of_each_provider(database: Database) -> None:
     }
 
 
-def test_what_was_undone_and_what_was_withdrawn_was_not_delivered(database: Database) -> None:
+def test_undone_and_withdrawn_candles_do_not_count(database: Database) -> None:
     shelf = Shelf.of(database, fresh("1h"))
     shelf.put(10, 20)
     shelf.put(0, 5)
@@ -118,7 +118,7 @@ def test_what_was_undone_and_what_was_withdrawn_was_not_delivered(database: Data
     assert oldest(database, symbol) == {"binance": shelf.opens(3, 4)[0], "polygon": shelf.opens(0, 1)[0]}
 
 
-def test_few_look_ups_however_many_batches(database: Database) -> None:
+def test_the_number_of_look_ups_does_not_depend_on_the_batches(database: Database) -> None:
     shelf = Shelf.of(database, fresh("1m"))
     shelf.put(0, 5)
     execute(

@@ -1,4 +1,4 @@
-"""A database that 324a536 wrote (written_by_324a536/README.md) answers after an upgrade as it did before."""
+"""A database written by 324a536 (written_by_324a536/README.md) returns the same results after an upgrade."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Answers = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def answers() -> Answers:
-    """What 324a536 returned: per table its columns and rows, and `as_of` per series and moment."""
+    """The results of 324a536: per table its columns and rows, and `as_of` per series and moment."""
     found: Answers = json.loads(gzip.decompress((FIXTURE / "answers.json.gz").read_bytes()))
     return found
 
@@ -89,7 +89,7 @@ def batches_of(database: Database, symbol: str) -> list[queries.BatchInfo]:
     return queries.batches(database, shelf_of(database, symbol).series)[::-1]
 
 
-def test_the_fixture_is_what_it_should_be(answers: Answers) -> None:
+def test_the_fixture_covers_every_state(answers: Answers) -> None:
     assert {row[5] for row in answers["gaps"]["rows"]} == {
         "open",
         "filled",
@@ -103,7 +103,7 @@ def test_the_fixture_is_what_it_should_be(answers: Answers) -> None:
     assert {len(then["rows"]) for then in answers["as_of"]} >= {0, 21, 225, 285}
 
 
-def test_nothing_changes_by_an_upgrade(old: Database, upgraded: Database, answers: Answers) -> None:
+def test_an_upgrade_changes_no_result(old: Database, upgraded: Database, answers: Answers) -> None:
     """Candles, as_of, gaps, corrections, lineage, quarantine, coverage and listings."""
     compare(upgraded, answers)
 
@@ -128,7 +128,7 @@ def test_an_audit_finds_nothing(upgraded: Database) -> None:
         assert found.differences == ()
 
 
-def test_a_reader_of_old_stays_one_and_nobody_else_becomes_one(old: Database, answers: Answers) -> None:
+def test_an_upgrade_adds_no_readers_and_removes_none(old: Database, answers: Answers) -> None:
     reader = f"fks_test_{uuid.uuid4().hex[:12]}"
     execute(
         old,
@@ -155,7 +155,7 @@ def test_a_reader_of_old_stays_one_and_nobody_else_becomes_one(old: Database, an
 
 
 def test_a_second_upgrade_changes_nothing(upgraded: Database, answers: Answers) -> None:
-    def all_of_it() -> dict[str, list[str]]:
+    def all_rows() -> dict[str, list[str]]:
         tables = fetch(
             upgraded,
             "SELECT table_name FROM information_schema.tables"
@@ -166,15 +166,15 @@ def test_a_second_upgrade_changes_nothing(upgraded: Database, answers: Answers) 
             for (name,) in tables
         }
 
-    before = all_of_it()
+    before = all_rows()
     assert sum(len(rows) for rows in before.values()) > 500
     upgraded.upgrade()
-    assert all_of_it() == before
+    assert all_rows() == before
     compare(upgraded, answers)
 
 
-def test_an_archive_counts_as_published_by_its_name(upgraded: Database) -> None:
-    """Of old batches neither host nor instrument is known; the file's name holds its period."""
+def test_the_publication_time_of_an_archive_follows_from_its_name(upgraded: Database) -> None:
+    """Old batches have neither host nor instrument; the file's name contains its period."""
     found = {(one.source.rpartition("/")[2], one.published_at) for one in batches_of(upgraded, "BTC/USDT")}
     monthly, daily = "BTCUSDT-1m-2020-12.zip", "BTCUSDT-1m-2020-12-21.zip"
     assert {pair for pair in found if pair[0] in (monthly, daily)} == {
@@ -186,7 +186,7 @@ def test_an_archive_counts_as_published_by_its_name(upgraded: Database) -> None:
 
 
 def test_an_older_publication_changes_no_old_candle(upgraded: Database) -> None:
-    """50 minutes came from a daily file in place of a monthly one: the monthly one does not come back."""
+    """50 minutes come from a daily file that replaced a monthly one: the monthly one does not replace them."""
     shelf = shelf_of(upgraded, "BTC/USDT")
     minutes = window("2020-12-21T13:00Z", "2020-12-21T13:50Z")
     stored = queries.read_candles(upgraded, shelf.series, minutes)

@@ -1,4 +1,4 @@
-"""Several publications of one provider disagree: which one is stored does not depend on the order or the range."""
+"""Publications of one provider that disagree: the stored one does not depend on the order or the range."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def response(shelf: Shelf, first: int, past: int, version: int, requested: int) 
 
 
 def test_an_older_archive_replaces_nothing(hours: Shelf) -> None:
-    """Not what REST returned, nor what a later archive holds; what is new of it is stored."""
+    """It replaces neither REST responses nor a later archive; its new candles are stored."""
     hours.commit(hours.span(0, 5), response(hours, 0, 5, 2, requested=10))
     hours.commit(hours.span(5, 10), file(hours, 5, 10, 4, published=8))
     before = (hours.batches(), hours.status(), hours.gaps())
@@ -51,32 +51,32 @@ def test_an_older_archive_replaces_nothing(hours: Shelf) -> None:
     assert hours.audit().differences == ()
 
 
-def test_what_is_the_same_is_not_outdated(hours: Shelf) -> None:
+def test_equal_candles_are_not_outdated(hours: Shelf) -> None:
     hours.commit(hours.span(0, 5), response(hours, 0, 5, 2, requested=10))
     assert hours.commit(hours.span(0, 5), file(hours, 0, 5, 2, published=7)) == Committed(0, 0, 0)
 
 
 @pytest.mark.parametrize("published", [10, 11])
-def test_an_archive_that_is_as_new_or_newer_does(hours: Shelf, published: int) -> None:
+def test_an_archive_that_is_as_new_or_newer_replaces_candles(hours: Shelf, published: int) -> None:
     """The same file again with other content has the same time."""
     hours.commit(hours.span(0, 5), file(hours, 0, 5, 0, published=10))
     assert hours.commit(hours.span(0, 5), file(hours, 0, 5, 2, published=published)) == Committed(0, 5, 0)
     assert hours.read().equals(candles_at(hours.opens(0, 5), 2))
 
 
-def test_a_response_replaces_whatever_is_stored(hours: Shelf) -> None:
-    """It is as new as its request, even if a clock was set back since."""
+def test_a_response_replaces_any_stored_candle(hours: Shelf) -> None:
+    """Its age is that of its request, even if a clock was set back since."""
     hours.commit(hours.span(0, 5), response(hours, 0, 5, 0, requested=10))
     assert hours.commit(hours.span(0, 5), response(hours, 0, 5, 2, requested=9)) == Committed(0, 5, 0)
 
 
-def test_it_is_a_rule_among_publications_of_one_provider(hours: Shelf) -> None:
-    """What another provider delivered is corrected as before."""
+def test_the_rule_holds_only_among_publications_of_one_provider(hours: Shelf) -> None:
+    """Candles of another provider are corrected as usual."""
     hours.commit(hours.span(0, 5), response(hours, 0, 5, 0, requested=10))
     assert hours.commit(hours.span(0, 5), file(hours, 0, 5, 2, 1, provider="other")) == Committed(0, 5, 0)
 
 
-def test_each_delivery_of_a_batch_is_compared_by_itself(hours: Shelf) -> None:
+def test_each_delivery_of_a_batch_is_compared_separately(hours: Shelf) -> None:
     """A daily archive, a monthly one and a response in one batch; and stored candles of several ages."""
     hours.commit(hours.span(0, 10), file(hours, 0, 10, 0, published=5))
     hours.commit(hours.span(10, 20), file(hours, 10, 20, 0, published=7))
@@ -94,7 +94,7 @@ def test_each_delivery_of_a_batch_is_compared_by_itself(hours: Shelf) -> None:
 
 
 def test_after_an_undo_the_age_is_that_of_the_values(hours: Shelf) -> None:
-    """What comes back by an undo is as old as its own batch."""
+    """Restored values have the age of their own batch."""
     hours.commit(hours.span(0, 5), file(hours, 0, 5, 0, published=5))
     hours.commit(hours.span(0, 5), response(hours, 0, 5, 2, requested=9))
     hours.undo(hours.batches()[1])
@@ -122,7 +122,7 @@ PUBLICATION = st.tuples(st.integers(0, 11), st.integers(1, 12), st.integers(0, 2
 def test_the_newest_publication_of_each_candle_is_stored(
     shared: Database, files: list[Publication], random: Random
 ) -> None:
-    """Files of any ranges, in any order, some of them twice: each candle is of the newest file that has it."""
+    """Files of any ranges, in any order, some of them twice: each candle is from the newest file that has it."""
     shelf = Shelf.of(shared, fresh("1h"))
     order = files * 2
     random.shuffle(order)

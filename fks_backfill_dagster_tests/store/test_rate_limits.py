@@ -1,4 +1,4 @@
-"""The shared limit and the circuit: by what a counting server sees of many processes, and call by call."""
+"""The shared limiter and the circuit: with many processes and a counting server, and call by call."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ GO = 0.0
 
 @pytest.fixture
 def account() -> str:
-    """Budgets that nobody else has."""
+    """An account for one test."""
     return uuid.uuid4().hex
 
 
 def limiter_of(database: Database, account: str, *windows: Window, longest: float = 60.0) -> SharedLimiter:
-    """As another process would make it."""
+    """A limiter as in another process."""
     return SharedLimiter(database, {"p": Pace(windows, account, longest)})
 
 
 def go(limiter: SharedLimiter, weight: int = 1) -> Turn:
-    """A turn that is admitted."""
+    """A permit; fails if the request has to wait."""
     turn = limiter.admit("p", weight)
     assert turn.wait == 0
     return turn
@@ -44,7 +44,7 @@ def go(limiter: SharedLimiter, weight: int = 1) -> Turn:
 
 class TestCrowd:
     def test_eight_processes_use_the_limit_and_never_more(self, database_url: str) -> None:
-        """Requests reach the server up to 20 ms after they were admitted: that must not matter."""
+        """Requests reach the server up to 20 ms after their permits: that must not matter."""
         seconds, window = 3.5, Window(60, 1.0)
         with counting_server(delay=0.005) as server:
             crowd = Crowd(database_url, server, (window,), threads=[2] * 8, late=0.02)
@@ -55,8 +55,8 @@ class TestCrowd:
         assert arrivals.least_share() >= 0.5
 
     @pytest.mark.parametrize("level", ["repeatable read", "serializable"])
-    def test_in_a_database_of_another_isolation(self, database_url: str, level: str) -> None:
-        """A statement that waited for its account's lock has to see what was counted meanwhile."""
+    def test_in_a_database_with_another_isolation_level(self, database_url: str, level: str) -> None:
+        """A statement that waited for its account's lock has to see the permits counted meanwhile."""
         window = Window(40, 1.0)
         with psycopg.connect(database_url, autocommit=True) as connection:
             name = sa.make_url(database_url).database
@@ -67,7 +67,7 @@ class TestCrowd:
             arrivals = Crowd(database_url, server, (window,), threads=[2] * 4).ask_for(1.6)
         assert 20 < arrivals.most_within(window.seconds) <= window.limit
 
-    def test_one_is_told_to_wait_and_all_do(self, database_url: str) -> None:
+    def test_a_refusal_of_one_request_stops_all_processes(self, database_url: str) -> None:
         with counting_server() as server:
             crowd = Crowd(database_url, server, (Window(200, 1.0),), threads=[2] * 3)
 
@@ -76,19 +76,17 @@ class TestCrowd:
                 server.refuse_next(418, 1.2)
 
             arrivals = crowd.ask_for(2.4, refuse)
-        told = arrivals.refused_at
-        assert told is not None
-        since = arrivals.at[arrivals.at > told] - told
-        # On the wire already when the refusal was heard: at most one for each of the other threads.
+        refused_at = arrivals.refused_at
+        assert refused_at is not None
+        since = arrivals.at[arrivals.at > refused_at] - refused_at
+        # In flight when the refusal arrived: at most one for each of the other threads.
         assert np.sum(since < 0.3) <= 5
         assert np.sum((since >= 0.3) & (since < 1.2)) == 0
         assert np.sum(since >= 1.2) > 20
 
 
 class TestLimit:
-    def test_weights_and_the_moment_at_which_they_are_free_again(
-        self, shared: Database, account: str
-    ) -> None:
+    def test_weights_and_their_expiry(self, shared: Database, account: str) -> None:
         limiter = limiter_of(shared, account, Window(6, 0.4))
         limiter.over(go(limiter, 4))
         limiter.over(go(limiter, 2))
@@ -99,12 +97,12 @@ class TestLimit:
         assert time.monotonic() - began >= 0.39
         assert waits < 15
 
-    def test_heavier_than_the_limit_goes_alone(self, shared: Database, account: str) -> None:
+    def test_a_request_heavier_than_the_limit_runs_alone(self, shared: Database, account: str) -> None:
         limiter = limiter_of(shared, account, Window(3))
         limiter.over(go(limiter, 9))
         assert limiter.admit("p", 1).wait > 0
 
-    def test_what_is_under_way_counts_as_the_newest(self, shared: Database, account: str) -> None:
+    def test_requests_in_flight_count_as_the_newest(self, shared: Database, account: str) -> None:
         one, other = (limiter_of(shared, account, Window(1, 1.5)) for _ in range(2))
         turn = go(one)
         time.sleep(1.55)
@@ -113,14 +111,14 @@ class TestLimit:
         time.sleep(0.3)
         assert 0 < other.admit("p", 1).wait <= 1.25
 
-    def test_a_killed_process_is_not_waited_for_for_ever(self, shared: Database, account: str) -> None:
+    def test_the_wait_for_a_killed_process_is_bounded(self, shared: Database, account: str) -> None:
         killed = limiter_of(shared, account, Window(1, 0.3), longest=0.3)
         go(killed)
         other = limiter_of(shared, account, Window(1, 0.3))
         began = time.monotonic()
         while wait := other.admit("p", 1).wait:
             time.sleep(wait)
-        assert 0.59 < time.monotonic() - began < 10  # not the longest of the others, a minute
+        assert 0.59 < time.monotonic() - began < 10  # less than the longest wait of the others, a minute
 
     def test_several_windows_and_a_budget_that_survives_a_restart(
         self, shared: Database, account: str
@@ -147,7 +145,7 @@ class TestLimit:
             go(limiter_of(shared, one, Window(1)))
         assert limiter_of(shared, account, Window(1)).admit("p", 1).wait > 0
 
-    def test_no_limit_no_trace(self, shared: Database, account: str) -> None:
+    def test_no_rows_without_a_limit(self, shared: Database, account: str) -> None:
         limiter = limiter_of(shared, account)
         assert [limiter.admit("p", 1) for _ in range(3)] == [Turn()] * 3
         assert fetch(shared, f"SELECT 1 FROM fks.pacing_request WHERE account = '{account}'") == []
@@ -163,7 +161,7 @@ class TestLimit:
         assert counted[0][0] < 12
         assert counted[0][1] < 12
 
-    def test_those_who_wait_take_turns(self, shared: Database, account: str) -> None:
+    def test_waiting_processes_get_permits_in_turn(self, shared: Database, account: str) -> None:
         window = Window(2, 1.0)
         first, second, late = (limiter_of(shared, account, window) for _ in range(3))
         turns = [go(late), go(late)]
@@ -175,7 +173,7 @@ class TestLimit:
         assert go(second)
         assert go(first)
 
-    def test_who_left_the_queue_holds_nobody_up(self, shared: Database, account: str) -> None:
+    def test_an_abandoned_ticket_blocks_no_other_process(self, shared: Database, account: str) -> None:
         gone, other = (limiter_of(shared, account, Window(1, 0.2)) for _ in range(2))
         gone.over(go(gone))
         assert gone.admit("p", 1).wait > 0
@@ -184,57 +182,57 @@ class TestLimit:
             time.sleep(wait)
         assert time.monotonic() - began < 10
 
-    def test_threads_of_a_process_ask_the_database_once(self, shared: Database, account: str) -> None:
+    def test_threads_of_a_process_share_one_query(self, shared: Database, account: str) -> None:
         limiter = limiter_of(shared, account, Window(1, DAY))
         go(limiter)
         first, second = limiter.admit("p", 1), limiter.admit("p", 1)
         assert (second.reason, second.number) == (first.reason, 0)
         assert first.wait - 1 < second.wait < first.wait
 
-    def test_a_budget_is_what_both_sides_call_so(self, shared: Database, account: str) -> None:
-        """The function in the database has the border in its own text."""
-        for seconds, told in ((BUDGET_SECONDS - 1, BUDGET_SECONDS / 8), (BUDGET_SECONDS, BUDGET_SECONDS)):
+    def test_python_and_sql_agree_on_budgets(self, shared: Database, account: str) -> None:
+        """The function in the database has its own copy of the threshold."""
+        for seconds, wait in ((BUDGET_SECONDS - 1, BUDGET_SECONDS / 8), (BUDGET_SECONDS, BUDGET_SECONDS)):
             limiter = limiter_of(shared, f"{account}{seconds}", Window(1, seconds))
             go(limiter)
-            assert limiter.admit("p", 1).wait == pytest.approx(told, rel=0.001)
+            assert limiter.admit("p", 1).wait == pytest.approx(wait, rel=0.001)
 
 
 class TestPenalty:
-    def test_everybody_hears_it(self, shared: Database, account: str) -> None:
+    def test_it_applies_to_all_processes(self, shared: Database, account: str) -> None:
         one, other = (limiter_of(shared, account, Window(9)) for _ in range(2))
         go(other)
         one.penalise("p", 0.3)
         one.penalise("p", 0.1)
         turn = other.admit("p", 1)
-        assert turn.reason == "told us to wait"
+        assert turn.reason == "demanded by the provider: wait"
         assert 0.2 < turn.wait <= 0.3
         time.sleep(turn.wait)
         go(other)
         go(one)
 
-    def test_without_a_limit_as_well(self, shared: Database, account: str) -> None:
+    def test_it_applies_without_a_limit(self, shared: Database, account: str) -> None:
         limiter_of(shared, account).penalise("p", 30)
         assert 29 < limiter_of(shared, account).admit("p", 1).wait <= 30
         assert limiter_of(shared, account + "2").admit("p", 1).wait == GO
 
 
 class TestADay:
-    """No provider is closed for longer, whatever it names and whatever was stored before that was so."""
+    """No wait lasts longer, whatever a provider requests, and whatever was stored before waits were bounded."""
 
     @pytest.mark.parametrize("named", [86_401.0, 3.2e9, 1e15, 1e300, math.inf])
     def test_a_penalty(self, shared: Database, account: str, named: float) -> None:
         limiter_of(shared, account).penalise("p", named)
         turn = limiter_of(shared, account).admit("p", 1)
         assert LONGEST_WAIT - 60 < turn.wait <= LONGEST_WAIT
-        assert turn.reason == "told us to wait"
+        assert turn.reason == "demanded by the provider: wait"
 
     @pytest.mark.parametrize("named", [math.nan, -1.0, -1e300, -math.inf, 0.0])
-    def test_a_penalty_that_is_none(self, shared: Database, account: str, named: float) -> None:
+    def test_an_invalid_penalty(self, shared: Database, account: str, named: float) -> None:
         limiter_of(shared, account).penalise("p", named)
         go(limiter_of(shared, account))
 
-    def test_a_stored_century_is_over_after_a_day(self, shared: Database, account: str) -> None:
-        """Shortened in the table when it is met: it must not be a day ahead for ever."""
+    def test_a_stored_wait_of_a_century_ends_after_a_day(self, shared: Database, account: str) -> None:
+        """It is shortened in the table when it is read: it must not stay a day ahead permanently."""
         limiter = limiter_of(shared, account)
         limiter.penalise("p", 30)
         execute(shared, f"UPDATE fks.pacing SET closed_until = '2126-01-01' WHERE account = '{account}'")
@@ -246,7 +244,7 @@ class TestADay:
         limiter.penalise("p", 30)
         assert self.days_ahead(shared, account, "closed_until") <= 1, "a new wait does not lengthen it"
 
-    def test_a_stored_rest_of_a_century_is_over_after_a_day(self, shared: Database, account: str) -> None:
+    def test_a_stored_cool_down_of_a_century_ends_after_a_day(self, shared: Database, account: str) -> None:
         circuit = SharedCircuit(shared, {"p": Pace((), account)})
         for _ in range(5):
             circuit.failed("p", "p: answered 503")
@@ -294,15 +292,18 @@ class TestReset:
         assert reset(shared, "p", account) is not None, "one failure is something to forget"
         assert reset(shared, "p", account) is None
 
-    def test_what_was_spent_still_counts(self, shared: Database, account: str) -> None:
+    def test_used_permits_still_count(self, shared: Database, account: str) -> None:
         limiter = limiter_of(shared, account, Window(1, DAY))
         go(limiter)
         limiter.penalise("p", 60)
         assert reset(shared, "p", account) is not None
-        assert limiter_of(shared, account, Window(1, DAY)).admit("p", 1).reason != "told us to wait"
+        assert (
+            limiter_of(shared, account, Window(1, DAY)).admit("p", 1).reason
+            != "demanded by the provider: wait"
+        )
         assert limiter_of(shared, account, Window(1, DAY)).admit("p", 1).wait > 0
 
-    def test_processes_that_know_of_the_wait_notice(
+    def test_processes_with_a_cached_wait_notice(
         self, shared: Database, account: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(rate_limits, "REMEMBERED_SECONDS", 0.05)
@@ -322,7 +323,7 @@ class TestCircuit:
         return SharedCircuit(shared, {"p": Pace((), account)})
 
     @contextmanager
-    def rest_is_over(self, database: Database, account: str) -> Iterator[None]:
+    def end_cool_down(self, database: Database, account: str) -> Iterator[None]:
         execute(database, f"UPDATE fks.pacing SET resting_until = now() WHERE account = '{account}'")
         yield
 
@@ -338,7 +339,7 @@ class TestCircuit:
         rest = self.fail(other, 1)
         assert rest is not None
         assert 59 < rest.seconds <= 60
-        assert rest.reason == "it failed 5 times in a row, at last: p: answered 503 (1)"
+        assert rest.reason == "failed 5 times in a row, last error: p: answered 503 (1)"
         assert circuit.closed_for("q") is None
 
     def test_a_success_between_them(self, circuit: SharedCircuit) -> None:
@@ -349,35 +350,37 @@ class TestCircuit:
         circuit.succeeded("p")
         assert circuit.closed_for("p") is None
 
-    def test_beginning_and_end_of_a_rest_are_told_once(self, circuit: SharedCircuit) -> None:
-        told = [circuit.failed("p", "p: answered 503") for _ in range(7)]
-        assert [rest is not None for rest in told] == [False] * 4 + [True] + [False] * 2
-        assert told[4] is not None
-        assert 59 < told[4].seconds <= 60
-        assert told[4].reason == "it failed 5 times in a row, at last: p: answered 503"
+    def test_the_circuit_reports_opening_and_closing_once(self, circuit: SharedCircuit) -> None:
+        reports = [circuit.failed("p", "p: answered 503") for _ in range(7)]
+        assert [rest is not None for rest in reports] == [False] * 4 + [True] + [False] * 2
+        assert reports[4] is not None
+        assert 59 < reports[4].seconds <= 60
+        assert reports[4].reason == "failed 5 times in a row, last error: p: answered 503"
         assert [circuit.succeeded("p"), circuit.succeeded("p")] == [True, False]
         circuit.failed("p", "p: answered 503")
-        assert circuit.succeeded("p") is False, "one failure was no rest"
+        assert circuit.succeeded("p") is False, "one failure does not open the circuit"
 
-    def test_rests_double_up_to_an_hour(self, circuit: SharedCircuit, shared: Database, account: str) -> None:
+    def test_cool_downs_double_up_to_an_hour(
+        self, circuit: SharedCircuit, shared: Database, account: str
+    ) -> None:
         self.fail(circuit, 4)
-        rests = []
+        cool_downs = []
         for _ in range(9):
             rest = self.fail(circuit, 1)
             assert rest is not None
-            rests.append(round(rest.seconds))
-            with self.rest_is_over(shared, account):
+            cool_downs.append(round(rest.seconds))
+            with self.end_cool_down(shared, account):
                 assert circuit.closed_for("p") is None
-        assert rests == [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
+        assert cool_downs == [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
 
-    def test_what_fails_during_a_rest_was_asked_before(self, circuit: SharedCircuit) -> None:
+    def test_failures_during_a_cool_down_do_not_count(self, circuit: SharedCircuit) -> None:
         rest = self.fail(circuit, 9)
         assert rest is not None
         assert rest.seconds <= 60
         assert "5 times" in rest.reason
 
 
-def test_states_are_told(database: Database) -> None:
+def test_provider_states(database: Database) -> None:
     assert provider_states(database) == []
     paces = {"a": Pace((), "1"), "b": Pace((), "2")}
     circuit, limiter = SharedCircuit(database, paces), SharedLimiter(database, paces)

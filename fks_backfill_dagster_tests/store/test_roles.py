@@ -1,4 +1,4 @@
-"""The roles of docs/operations.md: its SQL is what is run here, and what they may do is tried, not looked up."""
+"""The roles of docs/operations.md: the tests run its SQL, and check the rights by using them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fks_backfill_dagster_tests.store.conftest import fresh
 
 PASSWORD = "hunter2"
 
-# Of a database of ours; what belongs to an extension or to PostgreSQL is not ours to close.
+# Relations of our database, without those of extensions and of PostgreSQL.
 RELATIONS = """
 SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
@@ -47,7 +47,7 @@ SELECT p.oid::regprocedure::text, p.proname, p.provolatile::text,
 FROM pg_proc p WHERE p.pronamespace = 'fks'::regnamespace ORDER BY 1
 """
 
-# Denied, or the wrong statement for this kind of relation.
+# Permission denied, or the wrong statement for this kind of relation.
 REFUSED = (
     psycopg.errors.InsufficientPrivilege,
     psycopg.errors.WrongObjectType,
@@ -78,7 +78,7 @@ THE_PROGRAM, A_READER, THE_PAST = (
 
 
 class Roles:
-    """Names of a test's own in the place of those in the document: roles belong to the whole server."""
+    """Unique names instead of those in the document: roles belong to the whole server."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -129,14 +129,14 @@ def roles_of(url: str) -> Iterator[Roles]:
 
 @pytest.fixture
 def some(database_url: str) -> Iterator[Roles]:
-    """In a database with the schema."""
+    """Roles in a database with the schema."""
     with roles_of(database_url) as made:
         yield made
 
 
 @pytest.fixture
 def none_yet(empty_database_url: str) -> Iterator[Roles]:
-    """In a database without the schema, which is closed to the public as a careful administrator does it."""
+    """Roles in a database without the schema, from which an administrator revoked the rights of PUBLIC."""
     with roles_of(empty_database_url) as made:
         name = sa.make_url(empty_database_url).database
         made.admin(f'REVOKE ALL ON DATABASE "{name}" FROM PUBLIC')
@@ -146,7 +146,7 @@ def none_yet(empty_database_url: str) -> Iterator[Roles]:
 
 
 def readable(admin: str, role: str) -> set[str]:
-    """What the role gets an answer from, of all relations of the database."""
+    """The relations of the database that the role can read."""
     found = set()
     with psycopg.connect(admin) as connection:
         relations = connection.execute(RELATIONS.encode()).fetchall()
@@ -169,16 +169,16 @@ def with_dagster(url: str) -> None:
 # Functions ------------------------------------------------------------------------------------------------
 
 
-def test_a_function_that_changes_something_is_not_everybodys(shared: Database) -> None:
-    """What PostgreSQL lets everybody execute is named here, with the reason in the revision that made it."""
+def test_public_may_not_execute_functions_that_write(shared: Database) -> None:
+    """The functions that PUBLIC may execute are listed here; the revision that made one gives the reason."""
     found = fetch(shared, FUNCTIONS)
     assert {"ohlcv_as_of", "pace_admit"} <= {str(name) for _, name, _, _ in found}
     everybodys = {name for _, name, volatility, public in found if public and volatility == "v"}
     assert everybodys == {"ohlcv_as_of"}
 
 
-def test_what_everybody_may_execute_changes_nothing(database: Database) -> None:
-    """Shown by a transaction that may not write."""
+def test_functions_open_to_public_change_nothing(database: Database) -> None:
+    """Tested in a read-only transaction."""
     shelf = Shelf.of(database, fresh("1h"))
     shelf.put(0, 5)
     named = {"symbol": shelf.series.symbol, "moment": shelf.now()}
@@ -209,8 +209,8 @@ def test_a_reader_of_the_past_reads_the_candles_too(some: Roles) -> None:
     assert readable(some.url, some.login(some.reader)) == PAST
 
 
-def test_there_is_something_else_to_read(some: Roles) -> None:
-    """Or the two tests above would show nothing."""
+def test_there_are_other_relations(some: Roles) -> None:
+    """Otherwise the two tests above would test nothing."""
     with_dagster(some.url)
     everything = readable(some.url, some.url)
     assert {table.name for table in metadata.tables.values()} | VIEWS <= everything
@@ -267,7 +267,7 @@ def test_a_reader_of_the_past_gets_what_was_held_then(
     database.dispose()
 
 
-def test_a_reader_of_the_views_alone_has_no_past(some: Roles) -> None:
+def test_a_reader_of_only_the_views_cannot_read_the_past(some: Roles) -> None:
     some.run(A_READER)
     with (
         psycopg.connect(some.login(some.reader)) as connection,
@@ -336,40 +336,40 @@ def test_a_name_is_taken_as_it_is(some: Roles, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["public", "pg_of_ours", "none"])
-def test_a_name_that_postgresql_keeps_for_itself(some: Roles, name: str) -> None:
+def test_a_name_that_postgresql_reserves(some: Roles, name: str) -> None:
     database = Database(some.url)
     with pytest.raises(StoreError, match=f'"{name}" is reserved'):
         roles.make_reader(database, name)
     database.dispose()
 
 
-def test_a_superuser_is_no_reader(some: Roles) -> None:
+def test_a_superuser_is_refused_as_a_reader(some: Roles) -> None:
     some.admin(f"CREATE ROLE {some.reader} SUPERUSER")
     some.made.append(some.reader)
     database = Database(some.url)
-    with pytest.raises(StoreError, match=r"is a superuser .* name a role that is none"):
+    with pytest.raises(StoreError, match=r"is a superuser .* name another role"):
         roles.make_reader(database, some.reader)
     database.dispose()
 
 
-def test_a_user_who_may_make_no_roles_is_told_what_to_do(none_yet: Roles) -> None:
+def test_the_error_of_a_user_who_may_not_create_roles_names_the_remedy(none_yet: Roles) -> None:
     none_yet.run(THE_PROGRAM)
     database = Database(none_yet.login(none_yet.program))
     database.ensure()
     with pytest.raises(StoreError) as caught:
         roles.make_reader(database, none_yet.reader)
-    told = str(caught.value)
-    assert PASSWORD not in told
+    message = str(caught.value)
+    assert PASSWORD not in message
     remedy = f'CREATE ROLE "{none_yet.reader}" NOLOGIN'
-    assert told.endswith(
-        f"may not make the role {none_yet.reader}: let an administrator run {remedy}, and run this command again."
+    assert message.endswith(
+        f"may not create the role {none_yet.reader}: let an administrator run {remedy}, and run this command again."
     )
     none_yet.admin(remedy)
     none_yet.made.append(none_yet.reader)
 
-    # The database is closed to the public, and its owner is another one.
+    # PUBLIC has no rights on the database, and its owner is another role.
     with pytest.raises(
-        StoreError, match=r"may not grant all that a reader needs: let the owner .* run"
+        StoreError, match=r"may not grant every privilege of a reader: let the owner .* run"
     ) as caught:
         roles.make_reader(database, none_yet.reader)
     (grant,) = re.findall(r" run (GRANT CONNECT ON DATABASE .*)\.$", str(caught.value))
@@ -380,19 +380,19 @@ def test_a_user_who_may_make_no_roles_is_told_what_to_do(none_yet: Roles) -> Non
     database.dispose()
 
 
-def test_a_reader_can_make_no_reader(some: Roles) -> None:
+def test_a_reader_cannot_make_a_reader(some: Roles) -> None:
     some.run(A_READER)
     some.run(THE_PAST)
     other = f"fks_other_{some.suffix}"
     some.admin(f"CREATE ROLE {other}")
     some.made.append(other)
     database = Database(some.login(some.reader))
-    with pytest.raises(StoreError, match="may not grant all that a reader needs"):
+    with pytest.raises(StoreError, match="may not grant every privilege of a reader"):
         roles.make_reader(database, other)
     database.dispose()
 
 
-# What comes later -----------------------------------------------------------------------------------------
+# Later versions -------------------------------------------------------------------------------------------
 
 
 def test_a_view_of_a_later_version_is_granted_by_the_command(some: Roles) -> None:
@@ -406,8 +406,8 @@ def test_a_view_of_a_later_version_is_granted_by_the_command(some: Roles) -> Non
     database.dispose()
 
 
-def test_an_upgrade_keeps_up_with_who_reads_every_view(some: Roles) -> None:
-    """And with nobody else: who was given one view is not given another."""
+def test_an_upgrade_grants_new_views_to_readers_of_every_view(some: Roles) -> None:
+    """Only to those: a role with a single view does not get another."""
     some.run(A_READER)
     narrow = f"fks_narrow_{some.suffix}"
     some.admin(
@@ -475,8 +475,8 @@ def test_the_program_can_do_nothing_else(none_yet: Roles) -> None:
     database.dispose()
 
 
-def test_a_program_that_may_create_schemas_needs_none(none_yet: Roles) -> None:
-    """The other way: the right to create schemas in the database, as without an administrator's help."""
+def test_a_program_that_may_create_schemas_needs_no_administrator(none_yet: Roles) -> None:
+    """The alternative: a role with the right to create schemas in the database."""
     name = sa.make_url(none_yet.url).database
     none_yet.admin(
         f"CREATE ROLE {none_yet.program} LOGIN;"
@@ -490,7 +490,7 @@ def test_a_program_that_may_create_schemas_needs_none(none_yet: Roles) -> None:
     database.dispose()
 
 
-def test_a_program_without_a_schema_is_told(none_yet: Roles) -> None:
+def test_the_error_of_a_program_without_a_schema(none_yet: Roles) -> None:
     none_yet.run(THE_PROGRAM)
     none_yet.admin("DROP SCHEMA fks")
     database = Database(none_yet.login(none_yet.program))

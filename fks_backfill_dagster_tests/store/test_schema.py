@@ -1,4 +1,4 @@
-"""The schema: migrations and metadata agree, several processes make it at once, versions are told apart."""
+"""The schema: migrations and metadata agree, several processes make it at once, other revisions are refused."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fks_backfill_dagster_tests.store.builders import Shelf, candles_at, execute
 from fks_backfill_dagster_tests.store.conftest import fresh
 
 
-def test_migrations_make_what_the_metadata_say(shared: Database) -> None:
+def test_migrations_create_the_tables_of_the_metadata(shared: Database) -> None:
     def ours(name: str | None, kind: str, _: Any) -> bool:
-        # TimescaleDB keeps its own things in schemas of its own.
+        # TimescaleDB has its own schemas.
         return name == schema.SCHEMA if kind == "schema" else True
 
     options = {
@@ -32,14 +32,14 @@ def test_migrations_make_what_the_metadata_say(shared: Database) -> None:
         "compare_type": True,
         "compare_server_default": True,
     }
-    # The embedded server's user has the name of the schema, which would make it the default one.
+    # The user of the embedded server has the same name as the schema, which would make that the default schema.
     engine = sa.create_engine(
         shared.url, connect_args={"options": "-c search_path=public"}, poolclass=sa.NullPool
     )
     with engine.begin() as connection:
         context = MigrationContext.configure(connection, opts=options)
         assert compare_metadata(context, schema.metadata) == []
-        # What the comparison leaves out: keys, CHECKs, and the columns' order and NULLs of every table.
+        # Not in the comparison: keys, CHECKs, and the columns' order and NULLs of every table.
         found = sa.inspect(connection)
         for table in schema.metadata.sorted_tables:
             name = table.name
@@ -53,7 +53,7 @@ def test_migrations_make_what_the_metadata_say(shared: Database) -> None:
             assert checks == {c.name for c in table.constraints if isinstance(c, sa.CheckConstraint)}
 
 
-def test_the_database_is_made_once(empty_database_url: str) -> None:
+def test_the_schema_is_made_once(empty_database_url: str) -> None:
     database = Database(empty_database_url)
     assert database.revision() is None
     with pytest.raises(SchemaTooOld, match=r"has no schema fks yet: run `fks-backfill db init`"):
@@ -68,7 +68,7 @@ def test_the_database_is_made_once(empty_database_url: str) -> None:
     database.dispose()
 
 
-def test_four_processes_make_it_at_once(empty_database_url: str) -> None:
+def test_four_processes_make_it_at_the_same_time(empty_database_url: str) -> None:
     program = (
         "import sys; from fks_backfill_dagster.store.database import Database;"
         "sys.stdin.readline(); d = Database(sys.argv[1]); d.ensure(); print(d.revision()); d.dispose()"
@@ -84,8 +84,8 @@ def test_four_processes_make_it_at_once(empty_database_url: str) -> None:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    said = [process.communicate(timeout=60) for process in running]
-    assert said == [(f"{opening._head()}\n", "")] * 4
+    outputs = [process.communicate(timeout=60) for process in running]
+    assert outputs == [(f"{opening._head()}\n", "")] * 4
 
 
 def test_a_schema_of_the_future(database: Database) -> None:
@@ -99,7 +99,7 @@ def test_a_schema_of_the_future(database: Database) -> None:
 
 
 def test_a_schema_of_the_past(empty_database_url: str) -> None:
-    """Told, not touched, until an upgrade is asked for; what is stored stays."""
+    """Refused and unchanged until an explicit upgrade, which keeps the stored rows."""
     database, head = Database(empty_database_url), opening._head()
     with database.begin() as connection:
         connection.execute(sa.text("CREATE SCHEMA fks"))
@@ -170,7 +170,7 @@ def test_the_view_of_candles(hours: Shelf) -> None:
 
 
 def test_the_view_of_candles_looks_into_one_table_only(hours: Shelf) -> None:
-    """Named by symbol and timeframe, the other seven tables are not even opened."""
+    """With a condition on symbol and timeframe, the other seven tables are not read."""
     plan = hours.rows(
         "EXPLAIN SELECT * FROM fks.ohlcv WHERE symbol = :symbol AND timeframe = '1h' AND ts > '2024-01-01'"
     )

@@ -1,5 +1,5 @@
-"""How connections begin, wait for a server, and are replaced when they are lost. The settings of odd servers are in
-cli/test_odd_servers.py."""
+"""Connections: their settings, waiting for a server, and replacement when they are lost. Servers with unusual
+settings are in cli/test_odd_servers.py."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def shown(database: Database, name: str) -> str:
 
 @pytest.fixture
 def odd(database: Database, database_url: str) -> Iterator[Database]:
-    """Its settings are those of a careful administrator; the options of the URL are the user's."""
+    """A database with an administrator's strict settings, and a user's options in the URL."""
     name = sa.make_url(database_url).database
     execute(
         database,
@@ -46,12 +46,12 @@ def odd(database: Database, database_url: str) -> Iterator[Database]:
     opened.dispose()
 
 
-def test_what_we_rely_on_is_set_and_the_rest_is_kept(odd: Database) -> None:
+def test_required_settings_are_set_and_others_kept(odd: Database) -> None:
     assert shown(odd, "timezone") == "UTC"
     assert shown(odd, "datestyle") == "ISO, MDY"
     assert shown(odd, "work_mem") == "8MB"
     assert shown(odd, "default_transaction_read_only") == "on"
-    # What takes long is not ended by a rule for everybody; a limit in the URL is meant for this program.
+    # A general timeout does not end long statements; a timeout in the URL is meant for this program.
     assert shown(odd, "statement_timeout") == "0"
     assert shown(odd, "lock_timeout") == "9s"
 
@@ -65,11 +65,11 @@ def test_a_parameter_of_the_url_replaces_a_default(database_url: str, query: str
     database.dispose()
 
 
-# Lost in the middle ----------------------------------------------------------------------------------------
+# Lost connections ------------------------------------------------------------------------------------------
 
 
 def hold_commits(database: Database) -> None:
-    """Batches wait for an advisory lock before they are committed."""
+    """Makes batches wait for an advisory lock before they are committed."""
     execute(
         database,
         "CREATE FUNCTION public.hold() RETURNS trigger LANGUAGE plpgsql AS"
@@ -86,7 +86,7 @@ WAITING = (
 
 
 def waiting(connection: psycopg.Connection) -> int:
-    """The backend of a batch that is held."""
+    """The backend of a waiting batch."""
     until(lambda: connection.execute(WAITING).fetchone() is not None)
     row = connection.execute(WAITING).fetchone()
     assert row is not None
@@ -108,7 +108,7 @@ def test_a_batch_whose_connection_is_lost_is_committed_again(database: Database,
     assert len(shelf.batches()) == 1
 
 
-def test_it_is_not_repeated_for_ever(database: Database, database_url: str) -> None:
+def test_repetitions_are_bounded(database: Database, database_url: str) -> None:
     shelf = Shelf.of(database, fresh("1h"))
     hold_commits(database)
     with psycopg.connect(database_url, autocommit=True) as holder, ThreadPoolExecutor(1) as pool:
@@ -126,7 +126,7 @@ def test_it_is_not_repeated_for_ever(database: Database, database_url: str) -> N
 
 @pytest.fixture(scope="module")
 def stopped() -> Iterator[Cluster]:
-    """A primary server with a series of ten hours, that does not run: to be copied."""
+    """A stopped primary server with a series of ten hours, to copy."""
     with folder_for_servers() as folder:
         cluster = Cluster.make(folder / "a", "wal_level = replica").start().ready()
         database = Database(cluster.url)
@@ -139,7 +139,7 @@ def stopped() -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(stopped: Cluster) -> Iterator[Cluster]:
-    """A copy of a test's own, not started."""
+    """A copy for one test, not started."""
     with folder_for_servers() as folder:
         copy = stopped.copied(folder / "b")
         yield copy
@@ -153,8 +153,8 @@ def stored(database: Database) -> Shelf:
     return Shelf(database, type(series)(symbol, series.timeframe, series.asset_class), identity)
 
 
-def test_a_standby_answers_for_now_and_refuses_the_past(cluster: Cluster) -> None:
-    """What it has replayed of a moment changes until it has replayed all of it."""
+def test_a_standby_serves_the_present_and_refuses_the_past(cluster: Cluster) -> None:
+    """The contents as of a moment change until the standby has replayed all of them."""
     cluster.touch("standby.signal")
     cluster.start().ready()
     database = Database(cluster.url)
@@ -173,23 +173,23 @@ def test_a_standby_answers_for_now_and_refuses_the_past(cluster: Cluster) -> Non
 def test_a_server_that_does_not_accept_connections_yet_is_waited_for(
     cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A standby that takes no readers refuses as a server that recovers does, until it is promoted."""
+    """A standby without hot standby refuses connections like a recovering server, until it is promoted."""
     cluster.touch("standby.signal")
     cluster.configure("hot_standby = off")
     cluster.start()
     database = Database(cluster.url)
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(database.revision)
+        pending = pool.submit(database.revision)
         until(lambda: "is not ready: waiting for it, up to 60 s" in caplog.text)
-        assert not asked.done()
+        assert not pending.done()
         cluster.touch("promote")
         cluster.signal(10)  # SIGUSR1: look for the file
-        assert asked.result(60)
+        assert pending.result(60)
     database.dispose()
     assert caplog.text.count("is not ready") == 1
 
 
-def test_it_is_not_waited_for_for_ever(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_is_bounded(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "PATIENCE_SECONDS", 0.5)
     cluster.touch("standby.signal")
     cluster.configure("hot_standby = off")
@@ -201,7 +201,7 @@ def test_it_is_not_waited_for_for_ever(cluster: Cluster, monkeypatch: pytest.Mon
 
 
 def _refusal(cluster: Cluster) -> str:
-    """The state of a server by the log's words; libpq tells no SQLSTATE of a refused connection."""
+    """The state of a server by its log; libpq returns no SQLSTATE for a refused connection."""
     try:
         psycopg.connect(cluster.url).close()
     except psycopg.OperationalError as error:
@@ -224,20 +224,20 @@ def test_a_crash_in_the_middle_of_a_batch_is_recovered_from(cluster: Cluster) ->
     database.dispose()
 
 
-def test_a_restart_is_waited_for_by_those_who_were_connected(
+def test_a_restart_is_waited_for_after_a_first_connection(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cluster.start().ready()
-    database, stranger = Database(cluster.url), Database(cluster.url)
+    database, unconnected = Database(cluster.url), Database(cluster.url)
     shelf = stored(database)
     cluster.stop()
     with pytest.raises(DatabaseUnavailable, match="Start it or correct FKS_DATABASE_URL"):
-        stranger.revision()
+        unconnected.revision()
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(shelf.read)
+        pending = pool.submit(shelf.read)
         until(lambda: "is not ready: waiting for it" in caplog.text)
         cluster.start()
-        assert len(asked.result(60)) == 10
+        assert len(pending.result(60)) == 10
     cluster.stop()
     monkeypatch.setattr(sessions, "PATIENCE_SECONDS", 0.5)
     for _ in range(2):

@@ -21,7 +21,7 @@ def is_documented(provider: str, host: str) -> bool:
 
 
 def put(database: Database, provider: str, host: str | None) -> Shelf:
-    """A series with candles of that host; None: written before hosts were kept."""
+    """A series with candles of that host; None: from before hosts were recorded."""
     shelf = Shelf.of(database, fresh("1h"))
     window = shelf.span(0, 5)
     shelf.commit(window, brought(candles_at(shelf.opens(0, 5)), provider, host=host or LOCAL))
@@ -38,14 +38,14 @@ def check(database: Database, **hosts: str) -> None:
 REAL = DOCUMENTED["binance"]
 
 
-def test_a_database_without_candles_takes_either(database: Database) -> None:
+def test_a_database_without_candles_accepts_both_kinds(database: Database) -> None:
     check(database, **DOCUMENTED)
     check(database, binance=LOCAL, polygon=LOCAL)
     check(database)
 
 
-def test_candles_of_an_unknown_host_are_neither(database: Database) -> None:
-    """An older version kept no hosts: its sandboxes and its real databases both go on."""
+def test_candles_of_an_unknown_host_count_as_neither_kind(database: Database) -> None:
+    """Older versions recorded no hosts: their sandboxes and their real databases both still work."""
     put(database, "binance", None)
     check(database, **DOCUMENTED)
     check(database, binance=LOCAL)
@@ -53,7 +53,7 @@ def test_candles_of_an_unknown_host_are_neither(database: Database) -> None:
 
 @pytest.mark.parametrize("name", ["binance", "polygon"])
 def test_real_candles_and_a_local_market(database: Database, name: str) -> None:
-    """Of the same provider or of another one."""
+    """For the same provider and for another one."""
     put(database, "binance", REAL)
     check(database, **DOCUMENTED)
     with pytest.raises(
@@ -81,8 +81,8 @@ def test_a_local_market_on_another_port_is_the_same_source(database: Database) -
         check(database, binance=f"http://127.0.0.1:{port + 1}", polygon="http://localhost:1")
 
 
-def test_settings_with_both_kinds_go_on_as_they_began(database: Database) -> None:
-    """One provider behind a proxy, the others not: that is their own choice, from the first sync on."""
+def test_settings_with_both_kinds_keep_the_kind_of_each_provider(database: Database) -> None:
+    """One provider behind a proxy, the others not: allowed, from the first sync on."""
     hosts = {"binance": LOCAL, "polygon": DOCUMENTED["polygon"]}
     check(database, **hosts)
     put(database, "binance", LOCAL)
@@ -95,8 +95,8 @@ def test_settings_with_both_kinds_go_on_as_they_began(database: Database) -> Non
         check(database, **DOCUMENTED)
 
 
-def test_what_was_undone_or_removed_does_not_count(database: Database) -> None:
-    """So a database into which invented candles were written by mistake can be cleaned."""
+def test_undone_and_removed_candles_do_not_count(database: Database) -> None:
+    """A database with invented candles from a mistake can therefore be cleaned."""
     put(database, "binance", REAL)
     undone, removed = put(database, "binance", LOCAL), put(database, "polygon", LOCAL)
     with pytest.raises(MixedSources):
@@ -109,8 +109,8 @@ def test_what_was_undone_or_removed_does_not_count(database: Database) -> None:
     assert sources.hosts(database) == {"binance": frozenset({REAL})}
 
 
-def test_few_look_ups_however_many_batches(database: Database) -> None:
-    """The time does not grow with the lineage: 2,000 series call this before every sync."""
+def test_the_number_of_look_ups_does_not_depend_on_the_batches(database: Database) -> None:
+    """The time does not grow with the lineage: 2,000 series run this check before every sync."""
     shelf = put(database, "binance", REAL)
     put(database, "binance", None)
     rows = (

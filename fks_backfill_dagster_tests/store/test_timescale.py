@@ -1,4 +1,4 @@
-"""What is only with TimescaleDB: hypertables, compression, and plain tables that become hypertables."""
+"""TimescaleDB: hypertables, compression, and plain tables that become hypertables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HYPERTABLES = (
 )
 
 
-def test_the_extension_is_told(shared: Database) -> None:
+def test_the_extension_is_detected(shared: Database) -> None:
     found = fetch(shared, "SELECT count(*) FROM pg_extension WHERE extname = 'timescaledb'")
     assert shared.has_timescale() == (found == [(1,)])
 
@@ -59,7 +59,7 @@ def test_a_compression_policy_for_every_hypertable(shared: Database) -> None:
 
 @pytest.fixture
 def compressed(database: Database) -> Iterator[Shelf]:
-    """130,000 minutes over five chunks, all compressed, with a hole of 3,000; a second series beside it."""
+    """130,000 minutes over five chunks, all compressed, with a gap of 3,000; a second series besides."""
     shelf, neighbour = Shelf.of(database, fresh("1m")), Shelf.of(database, fresh("1m"))
     opens = shelf.opens(0, 130_000)
     shelf.commit(shelf.span(0, 130_000), brought(candles_at(np.delete(opens, slice(50_000, 53_000)))))
@@ -87,8 +87,8 @@ def test_writing_into_compressed_chunks(compressed: Shelf) -> None:
     moment = compressed.now()
     assert compressed.put(2_000, 112_000, version=2) == Committed(0, 110_000, 0)
     changed = candles_at(compressed.opens(2_000, 112_000), 2)
-    rest = candles_at(np.delete(opens, slice(2_000, 112_000)))
-    assert compressed.read().equals(Candles.concat([changed, rest]).sorted())
+    unchanged = candles_at(np.delete(opens, slice(2_000, 112_000)))
+    assert compressed.read().equals(Candles.concat([changed, unchanged]).sorted())
     assert compressed.read(moment).equals(candles_at(opens))
     compress(compressed.database)
     assert compressed.undo(compressed.batches()[-1]) == Committed(0, 110_000, 0)
@@ -106,8 +106,8 @@ def test_an_upgrade_with_compressed_chunks(compressed: Shelf) -> None:
 
 
 @needs_timescale
-def test_the_extension_comes_later(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain tables, filled; then the upgrade makes hypertables of them and keeps what is in them."""
+def test_the_extension_is_installed_later(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The upgrade turns filled plain tables into hypertables and keeps their rows."""
     database = Database(empty_database_url)
     with monkeypatch.context() as without:
         without.setattr(timescale, "install", lambda _: False)

@@ -1,4 +1,4 @@
-"""Taking batches back; `test_history` does it in any order."""
+"""Undoing batches; `test_history` does it in any order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at
 from fks_backfill_dagster_tests.store.conftest import fresh
 
 
-def test_candles_that_were_new_are_asked_for_again(hours: Shelf) -> None:
+def test_inserted_candles_are_missing_again(hours: Shelf) -> None:
     hours.put(0, 10)
     hours.put(10, 20)
     assert hours.undo(hours.batches()[1]) == Committed(0, 10, 10)
@@ -26,7 +26,7 @@ def test_candles_that_were_new_are_asked_for_again(hours: Shelf) -> None:
     assert hours.gaps() == ()
 
 
-def test_the_gap_joins_the_one_beside_it(hours: Shelf) -> None:
+def test_the_gap_merges_with_its_neighbour(hours: Shelf) -> None:
     hours.commit(hours.span(0, 5))
     hours.put(5, 8)
     hours.undo(hours.batches()[0])
@@ -34,7 +34,7 @@ def test_the_gap_joins_the_one_beside_it(hours: Shelf) -> None:
     assert (gap.start, gap.missing) == (hours.opens(0, 1)[0], 8)
 
 
-def test_candles_that_were_changed_get_their_values_back(hours: Shelf) -> None:
+def test_changed_candles_get_their_former_values(hours: Shelf) -> None:
     hours.put(0, 10)
     hours.put(5, 15, version=2, provider="polygon")
     assert hours.undo(hours.batches()[1]) == Committed(0, 10, 5)
@@ -43,7 +43,7 @@ def test_candles_that_were_changed_get_their_values_back(hours: Shelf) -> None:
     assert (origin.provider, origin.candles) == ("binance", 10)
 
 
-def test_what_a_later_batch_changed_stays(hours: Shelf) -> None:
+def test_candles_changed_by_a_later_batch_stay(hours: Shelf) -> None:
     hours.put(0, 10)
     hours.put(4, 6, version=2)
     assert hours.undo(hours.batches()[0]) == Committed(0, 8, 8)
@@ -51,8 +51,8 @@ def test_what_a_later_batch_changed_stays(hours: Shelf) -> None:
 
 
 @pytest.mark.parametrize("reach", [10, 6])
-def test_a_wrong_import_does_not_come_back_by_a_second_undo(hours: Shelf, reach: int) -> None:
-    """Batch 1 was wrong and is undone while batch 2 covers it (wholly or in part); then 2 is undone."""
+def test_a_second_undo_does_not_restore_a_wrong_import(hours: Shelf, reach: int) -> None:
+    """Batch 1 was wrong and is undone while batch 2 covers it (fully or partly); then 2 is undone."""
     hours.put(0, 10)
     hours.put(0, reach, version=2)
     one, two = hours.batches()
@@ -93,7 +93,7 @@ def test_an_undo_cannot_be_undone(hours: Shelf) -> None:
         hours.undo(undo)
 
 
-def test_a_batch_of_somebody_else(shared: Database, hours: Shelf) -> None:
+def test_a_batch_of_another_series(shared: Database, hours: Shelf) -> None:
     neighbour = Shelf.of(shared, fresh("1h"))
     neighbour.put(0, 10)
     for batch in (neighbour.batches()[0], 2_000_000_000):
@@ -104,7 +104,7 @@ def test_a_batch_of_somebody_else(shared: Database, hours: Shelf) -> None:
     assert len(neighbour.read()) == 10
 
 
-def test_corrections_tell_of_it(hours: Shelf) -> None:
+def test_corrections_show_the_undo(hours: Shelf) -> None:
     hours.put(0, 2)
     hours.put(1, 2, version=2)
     later = hours.batches()[1]

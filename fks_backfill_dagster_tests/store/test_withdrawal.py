@@ -1,4 +1,4 @@
-"""Stored candles that their provider does not return any more; `test_history` mixes them with all else."""
+"""Stored candles that their provider no longer returns; `test_history` combines them with all other changes."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from fks_backfill_dagster_tests.store.conftest import fresh
 
 
 def withdraw(shelf: Shelf, first: int, past: int, provider: str = "binance", **other: object) -> Committed:
-    """A refetch of candles 0 to 20 that lacks some of them."""
+    """A refetch of candles 0 to 20 without some of them."""
     absent = Evidence(provider, MIDNIGHT, Outcome.ABSENT)
     withdrawal = Withdrawal(origin_of(provider, **other), shelf.opens(first, past))
     return shelf.commit(shelf.span(0, 20), evidence=(absent,), withdrawn=(withdrawal,))
 
 
-def test_they_become_a_gap(hours: Shelf) -> None:
+def test_withdrawn_candles_become_a_gap(hours: Shelf) -> None:
     hours.put(0, 20)
     assert withdraw(hours, 5, 8) == Committed(0, 0, 3, withdrawn=3)
     expected = np.concatenate([hours.opens(0, 5), hours.opens(8, 20)])
     assert hours.read().equals(candles_at(expected))
     (gap,) = hours.gaps()
     assert (gap.start, gap.missing, gap.status) == (hours.opens(5, 6)[0], 3, "open")
-    assert [word.outcome for word in gap.evidence] == ["absent"]
+    assert [item.outcome for item in gap.evidence] == ["absent"]
     status = hours.status()
     assert (status.total_candles, status.open_gaps) == (17, 1)
     assert np.isin(hours.opens(5, 8), hours.missing()).all()
@@ -59,8 +59,8 @@ def test_the_ends_of_the_series_follow(hours: Shelf) -> None:
     assert hours.audit().differences == ()
 
 
-def test_the_values_are_kept(hours: Shelf) -> None:
-    """In a revision without values after; the lineage names the response that lacked them."""
+def test_withdrawn_values_are_kept(hours: Shelf) -> None:
+    """In a revision without values after; the lineage names the response that no longer contained them."""
     hours.put(0, 20)
     start = hours.now()
     withdraw(hours, 5, 6)
@@ -93,7 +93,7 @@ def test_only_the_same_provider_and_instrument_count(hours: Shelf, provider: str
     assert after[2:] == before[2:]
 
 
-def test_of_candles_of_several_providers_those_of_one_go(hours: Shelf) -> None:
+def test_candles_of_other_providers_stay(hours: Shelf) -> None:
     hours.put(0, 6)
     hours.put(6, 20, provider="polygon")
     assert withdraw(hours, 4, 9) == Committed(0, 0, 2, withdrawn=2)
@@ -108,7 +108,7 @@ def test_a_candle_that_another_provider_corrected_stays(hours: Shelf) -> None:
 
 
 def test_lineage_without_an_instrument_does_not_match(database: Database) -> None:
-    """Batches from before it was kept: whose candles they are is not known."""
+    """For batches from before instruments were recorded the instrument of the candles is unknown."""
     shelf = Shelf.of(database, fresh("1h"))
     shelf.put(0, 20)
     execute(database, "UPDATE fks.batch SET instrument = NULL")
@@ -116,7 +116,7 @@ def test_lineage_without_an_instrument_does_not_match(database: Database) -> Non
     assert len(shelf.read()) == 20
 
 
-def test_what_is_not_stored_is_not_withdrawn(hours: Shelf) -> None:
+def test_missing_candles_are_not_withdrawn(hours: Shelf) -> None:
     hours.commit(hours.span(0, 20), brought(candles_at(hours.opens(0, 6))))
     assert withdraw(hours, 4, 9) == Committed(0, 0, 16, withdrawn=2)
     assert withdraw(hours, 4, 9) == Committed(0, 0, 16)
@@ -137,8 +137,8 @@ def test_corrections_and_withdrawals_of_one_response(hours: Shelf) -> None:
     assert hours.audit().differences == ()
 
 
-def test_an_undo_brings_them_back(hours: Shelf) -> None:
-    """At their old lineage; in between nothing was held, now and for `as_of`."""
+def test_an_undo_restores_withdrawn_candles(hours: Shelf) -> None:
+    """With their former lineage; in between nothing was stored, also for `as_of`."""
     hours.put(0, 20)
     first = hours.now()
     withdraw(hours, 5, 8)
@@ -163,7 +163,7 @@ def test_an_undo_brings_them_back(hours: Shelf) -> None:
     assert len(hours.read(first)) == 20
 
 
-def test_an_undo_leaves_what_came_since(hours: Shelf) -> None:
+def test_an_undo_keeps_newer_candles(hours: Shelf) -> None:
     hours.put(0, 20)
     withdraw(hours, 5, 8)
     hours.put(5, 7, version=2, provider="polygon")
@@ -172,7 +172,7 @@ def test_an_undo_leaves_what_came_since(hours: Shelf) -> None:
     assert hours.read().within(hours.span(5, 8)).equals(expected)
 
 
-def test_with_the_withdrawal_undone_a_later_undo_returns_what_was_before(hours: Shelf) -> None:
+def test_after_the_undo_of_a_withdrawal_a_later_undo_restores_the_first_values(hours: Shelf) -> None:
     hours.put(0, 20)
     withdraw(hours, 5, 8)
     hours.put(5, 8, version=2, provider="polygon")
@@ -191,7 +191,7 @@ def test_with_the_withdrawal_undone_a_later_undo_returns_what_was_before(hours: 
         ([12], "delivered and withdrawn at once"),
     ],
 )
-def test_what_a_withdrawal_may_not_hold(hours: Shelf, opens: list[float], sentence: str) -> None:
+def test_invalid_withdrawals_are_refused(hours: Shelf, opens: list[float], sentence: str) -> None:
     hours.put(0, 20)
     step = hours.series.timeframe.micros
     withdrawal = Withdrawal(origin_of(), (MIDNIGHT + np.array(opens) * step).astype(np.int64))
@@ -201,7 +201,7 @@ def test_what_a_withdrawal_may_not_hold(hours: Shelf, opens: list[float], senten
 
 
 def test_many_candles_of_a_database_with_much_lineage(database: Database) -> None:
-    """The look-ups follow the candles, not the lineage of all series."""
+    """The number of look-ups depends on the candles, not on the lineage of all series."""
     shelf = Shelf.of(database, fresh("1m"))
     shelf.put(0, 40_000)
     opens = shelf.opens(0, 40_000)
@@ -212,7 +212,7 @@ def test_many_candles_of_a_database_with_much_lineage(database: Database) -> Non
 
 
 def test_stored_origins(hours: Shelf) -> None:
-    """A row per stored candle, of the batch that it points to."""
+    """One row per stored candle, from the batch that it refers to."""
     hours.commit(hours.span(0, 10), brought(candles_at(hours.opens(0, 10)), requested_at=MIDNIGHT + 7))
     hours.commit(
         hours.span(3, 12), brought(candles_at(hours.opens(3, 12)[::2], 2), "polygon", instrument="X:BTCUSD")
@@ -226,6 +226,6 @@ def test_stored_origins(hours: Shelf) -> None:
     assert found.provider.tolist() == np.where(polygon, "polygon", "binance").tolist()
     assert found.instrument.tolist() == np.where(polygon, "X:BTCUSD", "BTCUSDT").tolist()
     assert found.as_of.tolist() == np.where(polygon, MIDNIGHT, MIDNIGHT + 7).tolist()
-    for none in (empty, unknown):
-        assert len(none) == 0
-        assert none.ts.dtype == none.as_of.dtype == np.int64
+    for nothing in (empty, unknown):
+        assert len(nothing) == 0
+        assert nothing.ts.dtype == nothing.as_of.dtype == np.int64

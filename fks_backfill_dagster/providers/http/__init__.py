@@ -1,5 +1,5 @@
-"""HTTP for every provider: limits, waits, retries, and errors that name what happened.
+"""HTTP for all providers: limits, waits, retries and errors.
 
 client   one exchange            pool    requests in flight     limiter   permits
-retry    when it is repeated     errors  what a response means  body      its bytes, bounded
+retry    budget and back-off     errors  status and failures    body      bounded reading
 """

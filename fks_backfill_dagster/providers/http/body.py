@@ -1,4 +1,4 @@
-"""Reading the body of a response, bounded in size."""
+"""Reads the body of a response, bounded in size and time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from urllib3.exceptions import (
     ReadTimeoutError,
 )
 
-# Well above any documented answer (50,000 Polygon bars have 6 MB), as sent and as unpacked. Parsed, JSON takes
+# Well above any documented response (50,000 Polygon bars have 6 MB), compressed and decompressed. Parsed JSON takes
 # up to thirty times as much memory.
 MAX_JSON_BYTES = 16 * 1024 * 1024
 _CHUNK = 1 << 18
 
 
 class TooLarge(requests.RequestException):
-    """An answer of more bytes than `limit`; what is left of it is not read."""
+    """A response of more than `limit` bytes; the remainder is not read."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"more than {limit:,} bytes")
@@ -26,8 +26,8 @@ class TooLarge(requests.RequestException):
 def read_body(response: requests.Response, max_bytes: int, seconds: float) -> bytes:
     """The decoded body of a streamed response, bounded in size and in time.
 
-    The timeout of requests starts anew with every byte, so it alone never ends a dripping answer.
-    Raises requests exceptions only, like the rest of an exchange.
+    The timeout of requests restarts with every byte, so it alone never ends a slowly dripping response.
+    Raises only exceptions of requests.
     """
     deadline = time.monotonic() + seconds
     body = bytearray()

@@ -1,11 +1,11 @@
 """One HTTP exchange of a provider, with its permits and its retries.
 
-A request needs a pool slot (how many are in flight in this process), then a permit of the limiter (whether this
-provider may be requested now). It is sent at once: nothing that has a permit is sent later, into a penalty or into the
-next rate window. A request that gets no permit returns its slot and waits without one, so that a slow provider
-cannot starve a quick one.
+A request needs a pool slot (limits the requests in flight of this process), then a permit of the limiter (rate limit
+and cool-down of the provider). With a permit it is sent immediately: a later request could fall into a penalty or into
+the next rate window. A request without a permit releases its slot while it waits, so that a slow provider cannot
+starve a fast one.
 
-Does not belong here: the path, the parameters or the response of any one provider.
+Does not belong here: paths, parameters or responses of individual providers.
 """
 
 from __future__ import annotations
@@ -29,26 +29,32 @@ from fks_backfill_dagster.providers.base import (
 from fks_backfill_dagster.providers.http.body import MAX_JSON_BYTES, read_body
 from fks_backfill_dagster.providers.http.errors import (
     Unreachable,
+    excerpt,
     network_error,
     place_of,
-    said_in,
     status_error,
 )
 from fks_backfill_dagster.providers.http.limiter import Limiter
-from fks_backfill_dagster.providers.http.pool import LOOK_AGAIN_SECONDS, SILENT_SECONDS, RequestPool, T, Tally
-from fks_backfill_dagster.providers.http.retry import Patience, server_wait_or_backoff
+from fks_backfill_dagster.providers.http.pool import (
+    RECHECK_SECONDS,
+    UNREPORTED_SECONDS,
+    RequestPool,
+    T,
+    Tally,
+)
+from fks_backfill_dagster.providers.http.retry import RetryBudget, server_wait_or_backoff
 from fks_backfill_dagster.providers.keys import keep_out_of_logs
 from fks_backfill_dagster.providers.network import (
     Session,
 )
 
 CONNECT_SECONDS = 10.0
-ANSWER_TIMEOUTS = 3
+RESPONSE_TIMEOUTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back. `place` is host and path, for texts; it has no query, so no key."""
+    """A response. `place` is host and path, for texts; it has no query, so no key."""
 
     status: int
     headers: Mapping[str, str]
@@ -57,11 +63,11 @@ class Reply:
 
 
 class HttpClient:
-    """Asks one provider over HTTP, with the manners of all of them.
+    """The HTTP client of one provider: permits, retries and error handling.
 
-    `setting` is the place in the settings that holds the address, for texts.
+    setting: the settings key of the address, for texts.
 
-    One session per thread, so connections are reused and nothing is shared.
+    One session per thread, so connections are reused but not shared.
     """
 
     def __init__(
@@ -95,9 +101,9 @@ class HttpClient:
         return made
 
     @property
-    def answer_seconds(self) -> float:
-        """How long a whole answer may take, however steadily it drips."""
-        return ANSWER_TIMEOUTS * self.options.timeout_seconds
+    def response_seconds(self) -> float:
+        """The maximum time for a whole response, however steadily data arrives."""
+        return RESPONSE_TIMEOUTS * self.options.timeout_seconds
 
     def run(
         self,
@@ -107,16 +113,16 @@ class HttpClient:
         weight: int = 1,
         attempts: int | None = None,
     ) -> T:
-        """Runs `attempt` (one exchange, and the reading of its answer) until it succeeds.
+        """Runs `attempt` (one exchange and the parsing of its response) until it succeeds.
 
-        TransientError is retried after the seconds the provider told, else after an exponential wait
-        with jitter, for `retry_budget_seconds` from the first failure on (and for at most `attempts`
-        tries). Told waits do not eat that budget, their sum has its own: `longest_wait_seconds`.
-        When a budget does not cover the next wait, the error is raised at once. After a budget was used
-        up on a provider that cannot be reached, everybody tries once only until it answers again: else
-        hundreds of series would wait for the same dead address one after the other.
+        TransientError is retried after the wait that the provider demands, otherwise after an exponential back-off
+        with jitter, for `retry_budget_seconds` from the first failure on (and for at most `attempts` tries).
+        Demanded waits do not count; their sum is limited by `longest_wait_seconds`. If a budget does not cover the
+        next wait, the error is raised immediately. After a fetch failed because the provider is unreachable, each
+        further request is tried only once until it responds: otherwise hundreds of series would wait for the same
+        dead address one after another.
         """
-        patience = Patience(self.options)
+        budget = RetryBudget(self.options)
         tries = 1 if self._unreachable else attempts
 
         def once() -> T:
@@ -124,26 +130,26 @@ class HttpClient:
                 with self.pool.slot():
                     turn = self.limiter.admit(self.provider, weight)
                     if not turn.wait:
-                        return self._take(turn, attempt, tally)
-                pause = min(turn.wait, LOOK_AGAIN_SECONDS)
-                patience.spend(self.provider, turn, pause)
-                if turn.wait > SILENT_SECONDS:
-                    why = turn.reason or "as its rate limit demands"
-                    self.pool.told(self.provider, f"{self.provider}: waiting {turn.wait:.0f} s, {why}")
+                        return self._with_permit(turn, attempt, tally)
+                pause = min(turn.wait, RECHECK_SECONDS)
+                budget.spend(self.provider, turn, pause)
+                if turn.wait > UNREPORTED_SECONDS:
+                    why = (turn.reason or "rate limit").removesuffix(": wait")
+                    self.pool.report_wait(self.provider, f"{self.provider}: waiting {turn.wait:.0f} s: {why}")
                 self.pool.sleep(pause)
 
-        def tell(state: RetryCallState) -> None:
+        def report(state: RetryCallState) -> None:
             lasts = (state.seconds_since_start or 0.0) + state.upcoming_sleep
-            if state.outcome is not None and lasts > SILENT_SECONDS:
-                again = f"trying again in {max(state.upcoming_sleep, 1.0):.0f} s"
-                self.pool.told(self.provider, f"{state.outcome.exception()}; {again}")
+            if state.outcome is not None and lasts > UNREPORTED_SECONDS:
+                retry = f"retrying in {max(state.upcoming_sleep, 1.0):.0f} s"
+                self.pool.report_wait(self.provider, f"{state.outcome.exception()}; {retry}")
 
         retrying = Retrying(
             retry=retry_if_exception_type(TransientError),
             wait=server_wait_or_backoff,
-            stop=stop_any(patience, stop_after_attempt(tries)) if tries else patience,
+            stop=stop_any(budget, stop_after_attempt(tries)) if tries else budget,
             sleep=self.pool.sleep,
-            before_sleep=tell,
+            before_sleep=report,
             reraise=True,
         )
         try:
@@ -156,7 +162,7 @@ class HttpClient:
         self._unreachable = False
         return result
 
-    def _take(self, turn: Turn, attempt: Callable[[], T], tally: Tally) -> T:
+    def _with_permit(self, turn: Turn, attempt: Callable[[], T], tally: Tally) -> T:
         try:
             tally.add()
             return attempt()
@@ -170,14 +176,14 @@ class HttpClient:
     def exchange(
         self, url: str, params: Mapping[str, str] | None = None, *, max_bytes: int = MAX_JSON_BYTES
     ) -> Reply:
-        """One GET, whatever its status. Raises TransientError when no whole answer came, or one too large."""
+        """One GET, whatever its status. Raises TransientError for an incomplete or too large response."""
         place = place_of(url)
         timeout = (min(CONNECT_SECONDS, self.options.timeout_seconds), self.options.timeout_seconds)
         try:
             with self.session().get(
                 url, params=params, timeout=timeout, stream=True, allow_redirects=False
             ) as response:
-                body = read_body(response, max_bytes, self.answer_seconds)
+                body = read_body(response, max_bytes, self.response_seconds)
                 return Reply(response.status_code, response.headers, body, place)
         except requests.RequestException as error:
             # `from None`: the text of the original holds the URL with its query, which may hold a key.
@@ -186,7 +192,7 @@ class HttpClient:
             ) from None
 
     def failure(self, reply: Reply) -> ProviderError:
-        """The error that a reply's status stands for; see `status_error`."""
+        """The error for the status of a reply; see `status_error`."""
         return status_error(
             self.provider, reply.status, reply.headers, reply.body, reply.place, key=self.options.key
         )
@@ -196,5 +202,5 @@ class HttpClient:
         try:
             return orjson.loads(reply.body)
         except orjson.JSONDecodeError:
-            said = said_in(reply.body, self.options.key)
-            raise BadAnswer(self.provider, f"{reply.place} answered no valid JSON but {said}") from None
+            content = excerpt(reply.body, self.options.key)
+            raise BadAnswer(self.provider, f"{reply.place} returned no valid JSON but {content}") from None

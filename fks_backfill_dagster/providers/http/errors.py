@@ -1,4 +1,4 @@
-"""What a status code, a header or a failed connection means."""
+"""The meaning of status codes, headers and failed connections."""
 
 from __future__ import annotations
 
@@ -38,33 +38,33 @@ from fks_backfill_dagster.providers.network import (
 
 
 class Unreachable(TransientError):
-    """No connection (refused, unknown host), or no answer in time."""
+    """No connection (refused, unknown host), or no response in time."""
 
 
 def status_error(
     provider: str, status: int, headers: Mapping[str, str], body: bytes, place: str, *, key: str | None = None
 ) -> ProviderError:
-    """What a status other than 200 means, where the provider's file knows nothing better.
+    """The error for a status other than 200, unless the provider's module handles it.
 
-    429 and 418 are limits, 401 a wrong key, 403 one that does not cover it; 408, 425 and 5xx may pass. Everything else
-    (451 for a forbidden country, a redirection, 404) would be the same the next time.
+    429 and 418 are rate limits, 401 an invalid key, 403 a key that does not cover the data; 408, 425 and 5xx are
+    transient. Everything else (451 for a blocked country, a redirect, 404) is permanent.
     """
-    text = f"{place} answered {status}: {said_in(body, key)}"
-    told = retry_after(headers)
+    text = f"{place} returned {status}: {excerpt(body, key)}"
+    wait = retry_after(headers)
     if status in (418, 429):
-        return RateLimited(provider, text, retry_after=told)
+        return RateLimited(provider, text, retry_after=wait)
     if status == 407 and (proxy := proxy_of(place)) is not None:
         return _proxy_error(provider, refused(proxy, status, "", place))
     if status == 401:
         return WrongKey(provider, f"{text} (check its key)")
-    if status == 403 and not body.lstrip().startswith(b"<"):  # a page is some firewall's
+    if status == 403 and not body.lstrip().startswith(b"<"):  # an HTML page comes from a firewall
         return NotEntitled(provider, text)
     if status in (408, 425) or status >= 500:
-        return TransientError(provider, text, retry_after=told)
+        return TransientError(provider, text, retry_after=wait)
     if status == 451:
-        return PermanentError(provider, f"{text} (it does not serve the country this machine is in)")
+        return PermanentError(provider, f"{text} (it does not serve the country of this machine)")
     if 300 <= status < 400:
-        return PermanentError(provider, f"{place} answered {status}, it has moved: correct base_url")
+        return PermanentError(provider, f"{place} returned {status}, it has moved: correct base_url")
     return PermanentError(provider, text)
 
 
@@ -76,53 +76,53 @@ def network_error(
     key: str | None = None,
     setting: str | None = None,
 ) -> ProviderError:
-    """What a requests exception means; the text holds neither the query nor the key.
+    """The error for an exception of requests; its text contains neither the query nor the key.
 
-    `setting` names the place of the address in the settings, for the remedy.
+    setting: the settings key of the address, for the remedy.
     """
     setting = setting or f"providers.{provider}.base_url"
     check = f"check the network, or correct {setting}"
     if isinstance(error, UnusableCertificates):
-        return PermanentError(provider, f"{place} is not requested: {error}")
+        return PermanentError(provider, f"{place} was not requested: {error}")
     if isinstance(error, requests.RequestException) and (refusal := refusal_of(error, place)) is not None:
         return _proxy_error(provider, refusal)
     if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.MissingSchema):
-        return PermanentError(provider, f"{place} is no usable address: correct {setting}")
+        return PermanentError(provider, f"{place} is not a valid address: correct {setting}")
     if isinstance(error, requests.TooManyRedirects):
         return PermanentError(provider, f"{place} has moved: correct {setting}")
     untrusted = re.search(r"certificate verify failed: ([\w ,'-]+)", str(error))
     if isinstance(error, requests.exceptions.SSLError) and untrusted:
         return PermanentError(
             provider,
-            f"{place}: its certificate is not trusted ({untrusted[1].strip()}): where a proxy of your network signs"
-            " it, name a file with the certificates to trust in REQUESTS_CA_BUNDLE or SSL_CERT_FILE",
+            f"{place}: its certificate is not trusted ({untrusted[1].strip()}): if a proxy of your network signs it,"
+            " set REQUESTS_CA_BUNDLE or SSL_CERT_FILE to a file with the certificates to trust",
         )
     if isinstance(error, requests.exceptions.SSLError):
-        return TransientError(provider, f"{place}: no secure connection, its certificate does not fit")
+        return TransientError(provider, f"{place}: no secure connection, its certificate does not match")
     cause = error.args[0] if error.args else None
     reason = cause.reason if isinstance(cause, MaxRetryError) else None
     if isinstance(error, requests.ConnectTimeout):
-        return Unreachable(provider, f"{place}: nobody answers the connection: {check}")
+        return Unreachable(provider, f"{place}: no connection (timed out): {check}")
     if isinstance(reason, NameResolutionError):
         host = urlsplit(place).hostname
         return Unreachable(provider, f"{place}: no connection (the host {host} is unknown): {check}")
     if isinstance(reason, NewConnectionError) and "refused" in str(reason):
-        text = f"no connection (refused): start what should listen there, or correct {setting}"
+        text = f"no connection (refused): start the server, or correct {setting}"
         return Unreachable(provider, f"{place}: {text}")
     if isinstance(reason, NewConnectionError):
         why = redact(str(reason).rsplit(": ", 1)[-1], key)
         return Unreachable(provider, f"{place}: no connection ({why}): {check}")
     if isinstance(error, requests.Timeout) or "timed out" in str(error):
-        return Unreachable(provider, f"{place} did not answer in time: {check}")
+        return Unreachable(provider, f"{place} did not respond in time: {check}")
     if isinstance(error, TooLarge):
-        return BadAnswer(provider, f"{place} answered {error}, which is too large to be an answer")
+        return BadAnswer(provider, f"{place} returned {error}, which is too large for a valid response")
     if isinstance(error, requests.exceptions.ContentDecodingError):
         return BadAnswer(provider, f"{place} sent a body that cannot be read: {error}")
-    return TransientError(provider, f"{place}: the connection broke before the answer was complete")
+    return TransientError(provider, f"{place}: the connection broke before the response was complete")
 
 
 def _proxy_error(provider: str, refusal: Refusal) -> ProviderError:
-    """Unreachable where the proxy gave no answer; what it refuses it refuses the next time as well."""
+    """Unreachable if the proxy did not respond; its refusals are permanent."""
     if refusal.status is None:
         return Unreachable(provider, refusal.text)
     if refusal.status < 500:
@@ -131,9 +131,9 @@ def _proxy_error(provider: str, refusal: Refusal) -> ProviderError:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds of a Retry-After header, a number or a date; None where there is none that makes sense.
+    """The seconds of a Retry-After header, a number or a date; None without a valid one.
 
-    They may be too many: TransientError bounds them. A date is taken by the server's clock, where it tells it.
+    Not bounded here: TransientError does that. A date is relative to the server's clock if it has a Date header.
     """
     text = headers.get("Retry-After", "").strip()
     if re.fullmatch(r"[0-9]+(\.[0-9]*)?", text):
@@ -146,28 +146,28 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def server_time(headers: Mapping[str, str]) -> int | None:
-    """The server's clock at the answer, from its Date header (whole seconds), in microseconds."""
+    """The server's clock at the response, from its Date header (whole seconds), in microseconds."""
     return header_time(headers, "Date")
 
 
 def header_time(headers: Mapping[str, str], name: str) -> int | None:
-    """The instant that a header names, in microseconds; None without it, or where it is no date since 1970."""
+    """The instant in a header, in microseconds; None if it is missing or not a date since 1970."""
     try:
         moment = parsedate_to_datetime(headers.get(name, ""))
-        # "-0000" leaves the zone open; the dates of HTTP are always UTC.
+        # "-0000" means an unknown zone; HTTP dates are always UTC.
         named = to_micros(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
     except (ArithmeticError, LookupError, TypeError, ValueError):  # a year of 400 digits is an OverflowError
         return None
     return named if named >= 0 else None
 
 
-def said_in(body: bytes, key: str | None = None) -> str:
-    """The gist of an error body in one short line, without the key."""
+def excerpt(body: bytes, key: str | None = None) -> str:
+    """The beginning of an error body in one short line, without the key."""
     text = " ".join(body[:4000].decode("utf-8", "replace").split())
     if not text:
         return "nothing"
     if sum(not c.isprintable() or c == "\ufffd" for c in text) > len(text) // 10:
-        return f"{len(body)} bytes that are no text"
+        return f"{len(body)} bytes that are not text"
     if text.startswith("<"):
         return "an HTML page"
     return redact(text, key)[:200]
@@ -180,7 +180,7 @@ def place_of(url: str) -> str:
 
 
 def host_of(url: str) -> str:
-    """Scheme, host and port of a URL, as lineage keeps them; never a user or password."""
+    """Scheme, host and port of a URL, as stored in the lineage; never a user or password."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 

@@ -1,4 +1,4 @@
-"""The rate limiter's protocol, and the one of a single process."""
+"""The rate limiter protocol, and its implementation for a single process."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ def system_micros() -> int:
 
 
 class Limiter(Protocol):
-    """The door to a provider, shared by all who ask it. Nobody waits inside: waiting is the asker's."""
+    """The rate limits of the providers, shared by all processes. Never blocks: the caller waits."""
 
     def admit(self, provider: str, weight: int) -> Turn:
-        """Lets a request through now (`wait` 0, it counts from here on), or tells when to ask again."""
+        """Acquires a permit: granted (`wait` 0, the request counts from now on), or the wait before the next try."""
         ...
 
     def over(self, turn: Turn) -> None:
-        """The request of an admitted turn is over, whatever came of it.
+        """Releases a permit after its request, whatever the outcome.
 
-        Until then it is unknown when it reaches the provider, so it counts as the newest of all.
+        Until then the request counts as the newest, because the time of its arrival at the provider is unknown.
         """
         ...
 
     def penalise(self, provider: str, seconds: float) -> None:
-        """Nobody asks this provider during the next `seconds`, a day at most."""
+        """Grants no permit for this provider during the next `seconds`, a day at most."""
         ...
 
 
 @dataclass(slots=True)
 class _Spent:
     weight: int
-    until: float = math.inf  # when its request was over
+    until: float = math.inf  # the time of the release
 
 
 class ProcessLimiter:
-    """A Limiter for one process, which forgets with it; see store/rate_limits.py for the shared one.
+    """A Limiter in the memory of one process; see store/rate_limits.py for the shared one.
 
-    A provider that is not in `paces` has no limit and only obeys penalties.
+    A provider that is not in `paces` has no rate limit; only penalties apply to it.
     """
 
     def __init__(self, paces: Mapping[str, Pace]) -> None:
@@ -54,14 +54,14 @@ class ProcessLimiter:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._spent: dict[str, dict[int, _Spent]] = {}
-        self._under_way: dict[int, _Spent] = {}
-        self._closed_until: dict[str, float] = {}
+        self._in_flight: dict[int, _Spent] = {}
+        self._penalised_until: dict[str, float] = {}
 
     def admit(self, provider: str, weight: int) -> Turn:
         with self._lock:
             now = time.monotonic()
-            if (closed := self._closed_until.get(provider, now) - now) > 0:
-                return Turn(closed, "told us to wait")
+            if (penalty := self._penalised_until.get(provider, now) - now) > 0:
+                return Turn(penalty, "demanded by the provider: wait")
             windows = self._paces.get(provider, Pace()).windows
             if not windows:
                 return Turn()
@@ -70,29 +70,29 @@ class ProcessLimiter:
             for number in [n for n, one in spent.items() if one.until <= now - longest]:
                 del spent[number]
             turn = max(
-                (self._fits(window, spent.values(), weight, now) for window in windows),
+                (self._turn_in(window, spent.values(), weight, now) for window in windows),
                 key=lambda turn: turn.wait,
             )
             if turn.wait:
                 return turn
             number = next(self._numbers)
-            spent[number] = self._under_way[number] = _Spent(weight)
+            spent[number] = self._in_flight[number] = _Spent(weight)
             return Turn(number=number)
 
     def over(self, turn: Turn) -> None:
         with self._lock:
-            if spent := self._under_way.pop(turn.number, None):
+            if spent := self._in_flight.pop(turn.number, None):
                 spent.until = time.monotonic()
 
     def penalise(self, provider: str, seconds: float) -> None:
         with self._lock:
             until = time.monotonic() + bounded_wait(seconds)
-            self._closed_until[provider] = max(until, self._closed_until.get(provider, until))
+            self._penalised_until[provider] = max(until, self._penalised_until.get(provider, until))
 
     @staticmethod
-    def _fits(window: Window, spent: Iterable[_Spent], weight: int, now: float) -> Turn:
+    def _turn_in(window: Window, spent: Iterable[_Spent], weight: int, now: float) -> Turn:
         counted = sorted((one.until, one.weight) for one in spent if one.until > now - window.seconds)
-        # A request heavier than the whole limit still goes out, alone.
+        # A request heavier than the whole limit is still sent, alone.
         excess = min(sum(w for _, w in counted) + weight - window.limit, sum(w for _, w in counted))
         if excess <= 0:
             return Turn()

@@ -1,4 +1,4 @@
-"""The pool: how many requests are in flight in this process, and what a sync counts of them."""
+"""The requests in flight of this process: their limit, and the counts per fetch."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from fks_backfill_dagster.providers.http.errors import server_time
 
 T = TypeVar("T")
 Item = TypeVar("Item")
-# A wait that is longer than the first is told, but not more often than the second.
-SILENT_SECONDS = 2.0
-_TOLD_AGAIN_SECONDS = 30.0
-# Who waits longer asks the limiter again in between: the wait may have been ended by hand.
-LOOK_AGAIN_SECONDS = 10.0
+# Longer waits are reported, but not more often than every _REPORT_EVERY_SECONDS.
+UNREPORTED_SECONDS = 2.0
+_REPORT_EVERY_SECONDS = 30.0
+# A longer wait queries the limiter in between: an operator may have ended the wait.
+RECHECK_SECONDS = 10.0
 
 
 class RequestPool:
-    """Bounds the HTTP requests in flight of this process, and runs many requests side by side.
+    """Limits the HTTP requests in flight of this process, and runs requests concurrently.
 
-    Every provider has a lane of threads of its own; the bound lies in the slots all lanes share. A
-    slot is held for one exchange and nothing is waited for inside it, and lane threads never submit
-    to a lane: so any number of threads may call `map` at once without a deadlock.
+    Every provider has its own lane of threads; the limit is enforced by slots that all lanes share. A slot is held
+    for one exchange, without waiting inside it, and lane threads never submit to a lane: so any number of threads may
+    call `map` at once without a deadlock.
 
-    `stop` ends every wait of a retry or a limiter with Cancelled; the pool is of no use afterwards.
-    `tell` gets a sentence for the user when a provider keeps everybody waiting, from any thread.
+    stop: ends every wait for a retry or a permit with Cancelled; the pool is unusable afterwards.
+    on_wait: receives a sentence for the user, from any thread, when requests of a provider have to wait.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class RequestPool:
         max_concurrent_requests: int,
         *,
         stop: threading.Event | None = None,
-        tell: Callable[[str], None] = lambda _: None,
+        on_wait: Callable[[str], None] = lambda _: None,
     ) -> None:
         if max_concurrent_requests < 1:
             raise ValueError(f"max_concurrent_requests must be at least 1, not {max_concurrent_requests}")
         self.max_concurrent_requests = max_concurrent_requests
         self.stop = stop or threading.Event()
-        self._tell = tell
-        self._tell_again: dict[str, float] = {}
+        self._on_wait = on_wait
+        self._next_report: dict[str, float] = {}
         self._slots = threading.BoundedSemaphore(max_concurrent_requests)
         self._lock = threading.Lock()
         self._lanes: dict[str, ThreadPoolExecutor] = {}
@@ -65,19 +65,19 @@ class RequestPool:
         if self.stop.wait(seconds):
             raise Cancelled("requests", "interrupted while waiting for a retry")
 
-    def told(self, provider: str, text: str) -> None:
-        """Tells why `provider` is being waited for, once in a while, whoever waits."""
+    def report_wait(self, provider: str, text: str) -> None:
+        """Reports why requests of `provider` are waiting, at most every _REPORT_EVERY_SECONDS for all threads."""
         with self._lock:
             now = time.monotonic()
-            if now < self._tell_again.get(provider, now):
+            if now < self._next_report.get(provider, now):
                 return
-            self._tell_again[provider] = now + _TOLD_AGAIN_SECONDS
-        self._tell(text)
+            self._next_report[provider] = now + _REPORT_EVERY_SECONDS
+        self._on_wait(text)
 
     def map(self, lane: str, function: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
-        """`function` of every item, in their order, run by the threads of `lane`.
+        """The results of `function` for every item, in order, computed by the threads of `lane`.
 
-        The first error is raised as soon as it happens; what has not started by then never does.
+        The first error is raised as soon as it occurs; items not started by then are not processed.
         """
 
         def unless_stopped(item: Item) -> T:
@@ -88,7 +88,7 @@ class RequestPool:
         executor = self._lane(lane)
         try:
             futures = [executor.submit(unless_stopped, item) for item in items]
-        except RuntimeError:  # closed since
+        except RuntimeError:  # closed in the meantime
             raise Cancelled(lane, "the run is being interrupted") from None
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -103,16 +103,16 @@ class RequestPool:
                 future.cancel()
 
     def close(self) -> None:
-        """Interrupts what is waiting and ends the threads.
+        """Interrupts waiting requests and ends the threads.
 
-        After `stop` nobody waits for an exchange that is under way: a market may never answer.
+        After `stop` it does not wait for exchanges in flight: a provider may never respond.
         """
         interrupted = self.stop.is_set()
         self.stop.set()
         with self._lock:
             lanes, self._lanes = list(self._lanes.values()), {}
         for executor in lanes:
-            # Not cancel_futures: `wait` is not told of futures that end that way, and waits for ever.
+            # Not cancel_futures: `wait` is not notified of such futures and would block permanently.
             executor.shutdown(wait=not interrupted)
 
     def _lane(self, name: str) -> ThreadPoolExecutor:
@@ -128,7 +128,7 @@ class RequestPool:
 
 @dataclass(slots=True)
 class Tally:
-    """Counts the requests of one fetch over all threads that work for it, and keeps what clocks they showed.
+    """The request count and the clocks of one fetch, across all its threads.
 
     count: requests, retries included. clocks: as in `Answer`.
     """
@@ -139,21 +139,21 @@ class Tally:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self) -> None:
-        """Raises Cancelled where the fetch has failed already: another page of it is of no use any more."""
+        """Counts a request. Raises Cancelled if the fetch has already failed: its other pages are useless then."""
         with self._lock:
             if self._over:
                 raise Cancelled("requests", "another request of the same fetch has failed")
             self.count += 1
 
     def end(self) -> int:
-        """The count, which does not change any more."""
+        """Ends the fetch and returns its final count."""
         with self._lock:
             self._over = True
             return self.count
 
     def closed_by(self, headers: Mapping[str, str], ours: int) -> int:
-        """The instant by which a candle must have closed to be final: the earlier one of the server's clock, by
-        its Date header, and ours."""
+        """The instant by which a candle must have closed to be final: the earlier one of the server's clock (its
+        Date header) and ours."""
         theirs = server_time(headers)
         if theirs is None:
             return ours
@@ -168,7 +168,7 @@ class Tally:
 
 @contextmanager
 def counted() -> Iterator[Tally]:
-    """The tally of one fetch; an error that ends the fetch has its count."""
+    """The tally of one fetch; an error that ends the fetch carries its count."""
     tally = Tally()
     try:
         yield tally

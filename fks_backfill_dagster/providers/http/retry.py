@@ -1,4 +1,4 @@
-"""When a failed request is sent again: exponential back-off, or what the server has asked for."""
+"""Retries of a failed request: budget, exponential back-off, and the wait that the provider demands."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from fks_backfill_dagster.providers.base import (
 )
 
 
-class Patience(stop_base):
-    """How long one request may still be retried: the budget runs from its first failure on.
+class RetryBudget(stop_base):
+    """The time that one request may be retried, counted from its first failure.
 
-    Neither waiting for a turn at a slow pace nor a wait that the provider asked for eats it: both
-    are no failures, and a limit of so much a minute is over after a minute.
+    Waiting for a permit and waits that the provider demands do not count: they are not failures, and a limit per
+    minute ends after a minute. Demanded waits have a budget of their own.
     """
 
     def __init__(self, options: ProviderOptions) -> None:
         self._budget = options.retry_budget_seconds
-        self.for_told_waits = options.longest_wait_seconds
+        self.demanded_waits_left = options.longest_wait_seconds
         self._failed_at: float | None = None
 
     def spend(self, provider: str, turn: Turn, pause: float) -> None:
-        """Allows for a `pause` of the wait that the limiter tells. Raises RateLimited when the whole of it is
-        longer than is left."""
+        """Accounts for a `pause` of the wait returned by the limiter. Raises RateLimited if a demanded wait exceeds
+        the remaining budget."""
         if turn.reason is not None:
-            if turn.wait > self.for_told_waits:
+            if turn.wait > self.demanded_waits_left:
                 text = f"{turn.reason} another {turn.wait:.0f} s"
                 raise RateLimited(provider, text, retry_after=turn.wait)
-            self.for_told_waits -= pause
+            self.demanded_waits_left -= pause
         if self._failed_at is not None:
             self._failed_at += pause
 
@@ -44,9 +44,9 @@ class Patience(stop_base):
             self._failed_at = time.monotonic()
         pause = retry_state.upcoming_sleep
         if server_wait(retry_state):
-            self.for_told_waits -= pause
+            self.demanded_waits_left -= pause
             self._failed_at += pause
-            return self.for_told_waits < 0
+            return self.demanded_waits_left < 0
         return time.monotonic() - self._failed_at + pause >= self._budget
 
 
@@ -54,7 +54,7 @@ backoff = wait_exponential_jitter(multiplier=0.1, max=15, jitter=0.2)
 
 
 def server_wait(state: RetryCallState) -> float | None:
-    """The seconds the provider asked us to wait, if it did. A told zero is no licence to hammer."""
+    """The wait in seconds that the provider demands, if any. A demanded wait of 0 is replaced by the back-off."""
     error = state.outcome.exception() if state.outcome else None
     return (error.retry_after or None) if isinstance(error, TransientError) else None
 

@@ -1,6 +1,6 @@
-"""The one package that writes candles (a test holds that), and with them all that must change together.
+"""The only package that writes candles (a test checks that), and everything that must change together with them.
 
-commit     one batch            undo      its reversal
-closures   other closed dates   repair    ledger, coverage and totals from the candles
+commit     one batch              undo      the reversal of a batch
+closures   changed closed dates   repair    ledger, coverage and totals from the candles
 remove     a whole series
 """

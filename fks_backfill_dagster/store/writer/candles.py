@@ -1,8 +1,8 @@
-"""Candles into their table, with a revision of each value that is replaced.
+"""Writes candles to their table, with a revision of each value that is replaced.
 
-Rows go the shortest way there is (measured, rows per second against a bare COPY): into an empty range by COPY
-(0.8), otherwise through a staging table and a join that drops what is the same (0.9, and no WAL for unchanged rows),
-never by ON CONFLICT (0.3, and it writes WAL for rows that it does not change).
+The method is the fastest one measured (rows per second relative to a bare COPY): into an empty range by COPY (0.8),
+otherwise through a staging table and a join that drops unchanged rows (0.9, and no WAL for them), never by
+ON CONFLICT (0.3, and it writes WAL for rows that it does not change).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NO_INSTANTS = np.empty(0, dtype=np.int64)
 def merge_deliveries(
     deliveries: Sequence[Delivery], batch_ids: Sequence[int]
 ) -> tuple[Candles, NDArray[np.int32]]:
-    """All candles of the batch in the order of the primary key, each with its lineage."""
+    """All candles of the batch in primary key order, each with its lineage."""
     rows = Candles.concat([d.candles for d in deliveries])
     origins = np.repeat(np.array(batch_ids, dtype=np.int32), [len(d.candles) for d in deliveries])
     if len(deliveries) > 1:
@@ -83,7 +83,7 @@ def write_candles(
     origins: NDArray[np.int32],
     dated: Dated,
 ) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
-    """Returns the numbers of inserted, of updated and of outdated rows per batch id."""
+    """Returns the numbers of inserted, updated and outdated rows per batch id."""
     if not len(rows):
         return {}, {}, {}
     table = table_of(series.timeframe)
@@ -132,8 +132,8 @@ def _insert_new(connection: sa.Connection, table: str, reach: dict[str, object])
     )
 
 
-# A look-up in the lineage for each candle that differs, and only where the new one is of a dated publication: as
-# a join it would read the lineage of all series.
+# A look-up in the lineage for each candle that differs, and only where the new one comes from a dated publication:
+# a join would read the lineage of all series.
 _IS_OUTDATED = """
 f.id IS NOT NULL AND coalesce((
     SELECT b.provider = f.provider AND coalesce(b.published_at, b.fetched_at) > f.published_at
@@ -144,10 +144,10 @@ f.id IS NOT NULL AND coalesce((
 def _update_changed(
     connection: sa.Connection, table: str, reach: dict[str, object], dated: Dated
 ) -> tuple[dict[int, int], dict[int, int]]:
-    """Keeps what a candle was in the revision table, then changes it.
+    """Records a candle's former values in the revision table, then changes it.
 
-    Returns the numbers of updated rows, and of those left as they are because a newer publication of the
-    same provider gave them, per batch id.
+    Returns per batch id the numbers of updated rows, and of rows left unchanged because they come from a newer
+    publication of the same provider.
     """
     counts = connection.execute(
         sa.text(
@@ -188,10 +188,10 @@ def _update_changed(
             ),
             reach | {"batches": list(revised)},
         )
-    return revised, _counts((batch, left) for batch, _, left in counts if left)
+    return revised, _counts((batch, outdated) for batch, _, outdated in counts if outdated)
 
 
-# The subquery is a look-up for each of a few candles; as a join it would read the lineage of all series.
+# The subquery is a look-up for each of a few candles; a join would read the lineage of all series.
 _WITHDRAW = """
 WITH gone AS (
     DELETE FROM {table} c
@@ -217,11 +217,11 @@ def withdraw(
     write: BatchWrite,
     grid: Grid,
 ) -> tuple[Instants, dict[int, int]]:
-    """Deletes what is withdrawn and keeps it as a revision without values after.
+    """Deletes withdrawn candles and keeps each as a revision without values after.
 
-    Returns the opens that went, and how many per lineage row of a withdrawing response.
+    Returns the opens of the deleted candles, and their number per lineage row of a withdrawing response.
     """
-    went: list[Instants] = []
+    deleted: list[Instants] = []
     counts: dict[int, int] = {}
     for one in withdrawals:
         refuse_misplaced(one.opens, write.window, grid)
@@ -243,8 +243,8 @@ def withdraw(
         )
         opens = np.array([to_micros(ts) for ts in found], dtype=np.int64)
         counts[batch] = len(opens)
-        went.append(opens)
-    return np.concatenate([np.empty(0, dtype=np.int64), *went]), counts
+        deleted.append(opens)
+    return np.concatenate([np.empty(0, dtype=np.int64), *deleted]), counts
 
 
 def _counts(found: Iterable[Any]) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""Settling the ledger by other closed dates: absent candles of a closed date are explained."""
+"""Settles the ledger by changed closed dates: absent candles of a closed date are explained."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def settle_closures(
     grid: Grid,
     closed: str,
 ) -> int:
-    """Settles the ledger by other closed dates, `closed`; nothing was requested.
+    """Settles the ledger by changed closed dates, `closed`, without a request.
 
-    Absent candles of dates that were added are explained, those of dates that were withdrawn are gaps again, with
-    the history that they had. A gap that only touches an added date (a week) is due at once: it may be derived
-    now. No candle is changed. Returns how many candles are stored on the added dates.
+    Absent candles of added dates are explained; those of removed dates are gaps again, with their former history.
+    A gap that only overlaps an added date (a week) is due at once: it may be derived now. No candle is changed.
+    Returns the number of candles stored on the added dates.
     """
     with database.begin() as connection:
         lock(connection, identity)

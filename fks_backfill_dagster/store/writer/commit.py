@@ -1,8 +1,8 @@
 """One transaction per batch: candles and everything that must change together with them.
 
-Under the advisory lock of its series: candles, lineage, revisions, the ledger of gaps, coverage, totals and
-quarantine. A process that is killed anywhere leaves the last commit; two processes on one series wait for each
-other, and the second one finds nothing to change.
+Under the advisory lock of its series: candles, lineage, revisions, gap ledger, coverage, totals and quarantine. A
+killed process leaves the state of the last commit; two processes on one series wait for each other, and the second
+one finds nothing to change.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from fks_backfill_dagster.store.writer.records import BatchWrite, Committed
 def commit_batch(
     database: Database, series: Series, identity: int, write: BatchWrite, grid: Grid
 ) -> Committed:
-    """Writes one batch; all of it or nothing. Committing the same batch twice changes nothing.
+    """Writes one batch atomically. Committing the same batch twice changes nothing.
 
-    So a batch whose connection is lost is committed again. Where it was lost after the commit and before its
+    A batch whose connection is lost is therefore committed again. If it was lost between the commit and its
     confirmation, the result is that of the second commit, which found nothing to change.
 
-    Raises ValueError for candles that the batch may not hold: the ledger would be wrong for ever.
+    Raises ValueError for candles that the batch may not hold: the ledger would stay wrong permanently.
     """
     deliveries = tuple(d for d in write.deliveries if len(d.candles))
     withdrawals = tuple(w for w in write.withdrawn if len(w.opens))

@@ -1,4 +1,4 @@
-"""The ledger within a commit: gaps, coverage, totals and quarantine."""
+"""The ledger in a commit: gaps, coverage, totals and quarantine."""
 
 from __future__ import annotations
 
@@ -26,8 +26,6 @@ from fks_backfill_dagster.store import schema
 from fks_backfill_dagster.store.ledger import to_multirange
 from fks_backfill_dagster.store.sql import table_of
 from fks_backfill_dagster.store.writer.records import BatchWrite
-
-# Ledger, coverage, quarantine -----------------------------------------------------------------------------
 
 
 def still_missing(before: Known, window: TimeRange, stored: Instants, grid: Grid) -> Instants:
@@ -88,7 +86,7 @@ WHERE q.series_id = :id AND q.provider = :provider AND q.reason = :reason
 def with_known_rejections(
     connection: sa.Connection, identity: int, write: BatchWrite, grid: Grid
 ) -> tuple[Response, ...]:
-    """The responses, in view of what an earlier request left in the quarantine."""
+    """The responses, adjusted for rows that an earlier request left in the quarantine."""
     if not any(response.evidence.outcome is Outcome.REJECTED for response in write.responses):
         return write.responses
     known = []
@@ -102,7 +100,7 @@ def with_known_rejections(
 
 
 def _columns_of(rows: RejectedRows) -> dict[str, list[Any]]:
-    """Rows as the quarantine keeps them: what is no number is NULL."""
+    """Rows as the quarantine stores them: a value that is not finite is NULL."""
     ts, *values = rows.candles.columns()
     return {"ts": [to_datetime(at) for at in ts.tolist()]} | {
         name: [value if math.isfinite(value) else None for value in column.tolist()]
@@ -111,7 +109,7 @@ def _columns_of(rows: RejectedRows) -> dict[str, list[Any]]:
 
 
 def write_rejected(connection: sa.Connection, identity: int, rejected: Sequence[RejectedRows]) -> None:
-    """One row a broken row, however often it came."""
+    """Stores one quarantine row per rejected row, however often it was received."""
     rows = []
     for one in rejected:
         about = {
@@ -157,7 +155,7 @@ def cover(
 
 
 def recount(connection: sa.Connection, identity: int, series: Series, change: int) -> None:
-    """The totals after candles were deleted or came back; `change` of their number."""
+    """Updates the totals after candles were deleted or restored; `change`: the difference of their number."""
     table = table_of(series.timeframe)
     connection.execute(
         sa.text(

@@ -15,7 +15,7 @@ from fks_backfill_dagster.domain.ranges import Instants
 from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.store import schema
 
-# Advisory locks: (class, series id) for one series, one key for the gate (see fks.ohlcv_as_of).
+# Advisory locks: (class, series id) for one series, one key for the commit gate (see fks.ohlcv_as_of).
 _SERIES_LOCK = 46137
 _COMMIT_GATE = 4613732
 
@@ -24,11 +24,11 @@ def lock(connection: sa.Connection, identity: int) -> None:
     connection.execute(
         sa.text("SELECT pg_advisory_xact_lock(:class, :id)"), {"class": _SERIES_LOCK, "id": identity}
     )
-    # One path for both kinds of server: a plain one takes the last for an unknown custom setting.
-    # The planner would pick a nested loop over every chunk (93k rows/s instead of 427k). Where it has
-    # no other way than the one forbidden, its estimate is so high that the server compiles a query of
-    # one row first (PostgreSQL before 18): 100 ms a commit. The default limit of TimescaleDB on rows
-    # changed in compressed chunks would refuse a large correction.
+    # The same statements on both kinds of server: plain PostgreSQL accepts the last one as a custom setting.
+    # The planner would pick a nested loop over every chunk (93k rows/s instead of 427k). Where a disabled
+    # plan is the only one, its estimate is so high that PostgreSQL before 18 JIT-compiles a query of one
+    # row: 100 ms per commit. TimescaleDB's default limit on rows changed in compressed chunks would refuse
+    # a large correction.
     connection.execute(
         sa.text(
             "SET LOCAL enable_nestloop = off; SET LOCAL jit = off;"
@@ -55,7 +55,7 @@ def open_lineage(
     run_id: str | None,
     grid: Grid,
 ) -> int:
-    """A lineage row, not yet stamped: `infinity` until the gate."""
+    """Inserts an unstamped lineage row (`committed_at` is `infinity`); returns its id."""
     row = {
         "series_id": identity,
         "provider": origin.provider,
@@ -85,7 +85,7 @@ def drop_idle(connection: sa.Connection, batch_ids: Sequence[int]) -> None:
 
 
 def volumes(rows: Candles, origins: NDArray[np.int32], inserted: dict[int, int]) -> dict[int, float]:
-    """The volume of the batches of which every candle was inserted and any has a volume."""
+    """The volume of the batches whose candles were all inserted and have a volume in at least one candle."""
     found = {}
     for batch, count in inserted.items():
         volumes = rows.volume[origins == batch]
@@ -101,14 +101,14 @@ def stamp(
     updated: dict[int, int],
     volumes: dict[int, float],
 ) -> None:
-    """Gives batches their numbers and their commit time, behind the gate; the last thing a transaction does."""
+    """Sets the counts and the commit time of batches under the commit gate; the last statements of a transaction."""
     if not batch_ids:
         return
     connection.execute(sa.text("SELECT pg_advisory_xact_lock(:gate)"), {"gate": _COMMIT_GATE})
     connection.execute(
         sa.text(
-            # The clock may be set back; the order of commits may not. Materialized: a join may look at
-            # a subquery once a row, and the batches of one commit would get moments of their own.
+            # The clock may be set back; the order of commits must not change. MATERIALIZED: a join may
+            # evaluate a subquery per row, and the batches of one commit would get different times.
             "WITH stamp AS MATERIALIZED ("
             " SELECT greatest(clock_timestamp(), max(committed_at) + interval '1 microsecond') AS now"
             " FROM fks.batch WHERE committed_at < 'infinity')"

@@ -1,4 +1,4 @@
-"""What a batch is to write, and what a commit has changed."""
+"""The input and the result of a commit."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from fks_backfill_dagster.ledger.settle import (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Withdrawal:
-    """Stored candles that a response of their own provider does not hold any more.
+    """Stored candles that a response of their own provider no longer contains.
 
-    `opens`: ascending and unique, inside the batch. Of them those are deleted that the same provider
-    delivered under the same instrument; lineage that names no instrument (from before it was kept) does
-    not match.
+    `opens`: ascending and unique, inside the batch. Only candles that the same provider delivered under the
+    same instrument are deleted; lineage without an instrument (from before it was recorded) does not match.
     """
 
     origin: Origin
@@ -27,10 +26,10 @@ class Withdrawal:
 
 @dataclass(frozen=True, slots=True)
 class BatchWrite:
-    """All that one batch changes. No two deliveries hold the same open; none leaves the window.
+    """Everything that one batch changes. Deliveries do not overlap and lie inside the window.
 
     Each delivery is verified: ascending, unique, on the grid; it becomes one lineage row. A delivery of a
-    dated publication (`origin.published_at`) does not replace what its provider published or returned later.
+    dated publication (`origin.published_at`) does not replace candles that its provider published or returned later.
     """
 
     window: TimeRange
@@ -44,11 +43,11 @@ class BatchWrite:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What a commit changed, and how many expected candles of its window are not stored after it.
+    """What a commit changed. `missing`: expected candles of its window that are not stored after it.
 
-    outdated: delivered candles that differ from the stored ones and were not written, because those are of
-        a newer publication of the same provider.
-    withdrawn: stored candles that were deleted because their provider does not return them any more.
+    outdated: delivered candles that differ from the stored ones and were not written, because the stored ones
+        come from a newer publication of the same provider.
+    withdrawn: stored candles that were deleted because their provider no longer returns them.
     """
 
     inserted: int

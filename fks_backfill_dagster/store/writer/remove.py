@@ -1,4 +1,4 @@
-"""Deleting a series with all that belongs to it."""
+"""Deletes a series and all its rows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fks_backfill_dagster.store.writer.lineage import lock
 
 
 def remove_series(database: Database, series: Series) -> int:
-    """Deletes a series with its candles, lineage, ledger and quarantine; returns how many candles went.
+    """Deletes a series with its candles, lineage, ledger and quarantine; returns the number of deleted candles.
 
-    Also what `ohlcv_as_of` could tell of it is gone. Raises StoreError when it is being synced.
+    `ohlcv_as_of` then returns nothing for it either. Raises StoreError while it is being synced.
     """
     named = {"symbol": series.symbol, "timeframe": series.timeframe.value}
     with database.begin() as connection:
@@ -28,10 +28,10 @@ def remove_series(database: Database, series: Series) -> int:
         )
         if connection.scalar(sa.text(busy), {"id": identity}):
             raise StoreError(
-                f"{series} is being synced just now: stop that or wait for its end, then try again."
+                f"{series} is being synced: stop that sync or wait until it ends, then try again."
             )
         delete = sa.text(f"DELETE FROM {table_of(series.timeframe)} WHERE series_id = :id")
         candles = connection.execute(delete, {"id": identity}).rowcount
-        # Everything else belongs to the series by ON DELETE CASCADE.
+        # ON DELETE CASCADE deletes the rest.
         connection.execute(sa.text("DELETE FROM fks.series WHERE id = :id"), {"id": identity})
         return candles

@@ -1,4 +1,4 @@
-"""Making ledger, coverage and totals what the stored candles show."""
+"""Rebuilds ledger, coverage and totals from the stored candles."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from fks_backfill_dagster.store.writer.lineage import lock
 
 
 def repair_series(database: Database, series: Series, grid: Grid, clock: Clock) -> SeriesAudit | None:
-    """Makes ledger, coverage and totals what the candles say; None where the series is not stored.
+    """Rebuilds ledger, coverage and totals from the candles; None where the series is not stored.
 
-    What is wrong is looked for anew under the lock, where it stands still, and that is what is told.
-    No candle is touched: what is wrong with one of them stays, for a person to judge. A gap keeps its
-    history where its candles are still missing.
+    The series is examined again under its lock, and that audit is returned. No candle is changed: flaws of candles
+    remain, for an operator to decide. A gap keeps its history where its candles are still missing.
     """
     with database.begin() as connection:
         identity = series_id(connection, series)
@@ -43,7 +42,7 @@ def repair_series(database: Database, series: Series, grid: Grid, clock: Clock) 
 
 
 def _rewrite_state(connection: sa.Connection, identity: int, found: SeriesAudit) -> None:
-    """How the last sync ended is not among it: no candle tells that."""
+    """The outcome of the last sync is not rewritten: it does not follow from the candles."""
     row = {
         "synced": to_multirange(found.coverage),
         "total_candles": found.candles,

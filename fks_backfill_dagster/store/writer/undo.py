@@ -27,13 +27,13 @@ from fks_backfill_dagster.store.writer.records import Committed
 
 
 def undo_batch(database: Database, series: Series, identity: int, batch_id: int, grid: Grid) -> Committed:
-    """Takes back a batch: its insertions go, its corrections give way to the values before, and the
-    candles that it withdrew come back.
+    """Undoes a batch: deletes its insertions, restores the values before its corrections, and restores the
+    candles that it withdrew.
 
-    The undo is a batch of its own, so that the history stays whole; what goes becomes an open gap.
-    Candles that a later batch changed are left as that batch made them; if that one is undone too,
-    what comes back is from before both. Raises StoreError when the batch does not exist, belongs to
-    another series, is an undo, or was undone before.
+    The undo is itself a batch, so that the history stays complete; deleted candles become open gaps.
+    Candles that a later batch changed stay unchanged; if that one is undone too, the values from before
+    both are restored. Raises StoreError when the batch does not exist, belongs to another series, is an
+    undo, or was undone before.
     """
     with database.begin() as connection:
         lock(connection, identity)
@@ -42,30 +42,30 @@ def undo_batch(database: Database, series: Series, identity: int, batch_id: int,
             raise StoreError(f"There is no batch {batch_id} of {series}: see `fks-backfill batches list`.")
         if batch.undoes is not None:
             raise StoreError(
-                f"Batch {batch_id} is itself an undo; sync the series to bring the candles back."
+                f"Batch {batch_id} is itself an undo; sync the series to fetch the candles again."
             )
         if connection.scalar(
             sa.text("SELECT EXISTS (SELECT FROM fks.batch WHERE undoes = :id)"), {"id": batch_id}
         ):
-            raise StoreError(f"Batch {batch_id} was undone before: there is nothing left to take back.")
+            raise StoreError(f"Batch {batch_id} was undone before: there is nothing left to undo.")
         window = TimeRange(to_micros(batch.range_start), to_micros(batch.range_end))
         undo = _open_undo(connection, identity, batch)
         table = table_of(series.timeframe)
-        names = {"id": identity, "batch": batch_id, "undo": undo, "reason": f"batch {batch_id} undone"}
-        named = names | {"first": batch.range_start, "last": batch.range_end}
+        parameters = {"id": identity, "batch": batch_id, "undo": undo, "reason": f"batch {batch_id} undone"}
+        named = parameters | {"first": batch.range_start, "last": batch.range_end}
         for statement in (_FIND_FORMER, _KEEP_UNDONE):
             connection.execute(sa.text(statement.format(table=table)), named)
         changed = connection.execute(sa.text(_RESTORE.format(table=table)), named).rowcount
         removed = _opens_of(connection.scalars(sa.text(_REMOVE.format(table=table)), named))
-        returned = _opens_of(connection.scalars(sa.text(_BRING_BACK.format(table=table)), named))
+        restored = _opens_of(connection.scalars(sa.text(_REINSERT.format(table=table)), named))
         before = known_around(connection, identity, window)
-        # A candle that opened where none is expected leaves no gap.
-        missing = np.union1d(still_missing(before, window, returned, grid), removed[grid.contains(removed)])
-        settlement = settle(before.gaps, window, missing, returned, (), grid, before.synced)
+        # A deleted candle off the grid leaves no gap.
+        missing = np.union1d(still_missing(before, window, restored, grid), removed[grid.contains(removed)])
+        settlement = settle(before.gaps, window, missing, restored, (), grid, before.synced)
         write_gaps(connection, identity, settlement)
-        recount(connection, identity, series, len(returned) - len(removed))
-        # Kept even if every candle was changed since: the batch must not come back by a later undo.
-        total = len(removed) + changed + len(returned)
+        recount(connection, identity, series, len(restored) - len(removed))
+        # Recorded even if every candle was changed since: a later undo must not restore this batch.
+        total = len(removed) + changed + len(restored)
         stamp(connection, [undo], {}, {undo: total}, {})
         return Committed(0, total, len(missing))
 
@@ -97,11 +97,11 @@ def _open_undo(connection: sa.Connection, identity: int, batch: sa.Row[Any]) -> 
 
 _UNDONE_CANDLES = "c.series_id = :id AND c.ts BETWEEN :first AND :last AND c.batch_id = :batch"
 
-# The states of a candle form a stack: values, each of the batch that gave them, and absences, each of the
-# batch that withdrew the candle. An undo takes the states of its batch out; where one of them is on top, what
-# is below comes back. `version` goes down the stack from the batch; what `undone` names was taken out before.
-# Below a state lies what it replaced (a revision has it); below one that replaced nothing, the absence of
-# the last withdrawal before it; else nothing (batch_id NULL).
+# The states of a candle form a stack: values, each of the batch that delivered them, and absences, each of the
+# batch that withdrew the candle. An undo removes the states of its batch; where one of them is on top, the one
+# below is restored. `version` walks down the stack from the batch; the batches in `undone` are removed already.
+# Below a state lies the one it replaced (in a revision); below one that replaced nothing, the absence of the last
+# withdrawal before it; else nothing (batch_id NULL).
 _FIND_FORMER = f"""
 CREATE TEMPORARY TABLE former ON COMMIT DROP AS
 WITH RECURSIVE undone AS (
@@ -151,7 +151,7 @@ WHERE f.open IS NOT NULL AND f.ts = c.ts AND {_UNDONE_CANDLES}
 
 _REMOVE = f"DELETE FROM {{table}} c WHERE {_UNDONE_CANDLES} RETURNING c.ts"
 
-_BRING_BACK = """
+_REINSERT = """
 INSERT INTO {table} (series_id, ts, batch_id, open, high, low, close, volume)
 SELECT :id, f.ts, f.batch_id, f.open, f.high, f.low, f.close, f.volume FROM former f
 LEFT JOIN {table} c ON c.series_id = :id AND c.ts BETWEEN :first AND :last AND c.ts = f.ts
