@@ -16,6 +16,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 SOCKET_PATH_BYTES = 103
@@ -228,15 +229,17 @@ def open_file(path: Path, flags: int = os.O_RDWR) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that only we may read (0600) atomically, by a temporary file and a rename."""
-    descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    """Writes a file that only we may read (0600) atomically, by a temporary file and a rename.
+
+    Its name is known before it exists, so that a signal at any moment leaves none behind.
+    """
+    part = path.with_name(f".{path.name}.{os.urandom(8).hex()}.part")
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
+        with open(part, "x", encoding="utf-8", opener=partial(os.open, mode=0o600)) as file:
             file.write(text)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _check_ours(path: Path, status: os.stat_result) -> None:

@@ -26,6 +26,7 @@ from fks_backfill_dagster.ownership import (
     write_text,
 )
 from fks_backfill_dagster_tests.accounts import IS_ROOT, as_stranger, give_to_stranger, needs_root, stranger
+from fks_backfill_dagster_tests.interrupting import interrupted_everywhere
 
 PARTS = ("config", "backfill.yaml")
 TEXT = "batch_size_days: 7\n"
@@ -312,3 +313,13 @@ def test_a_file_that_we_may_not_write_is_an_error_of_the_system(yard: Path) -> N
     file.chmod(0o400)
     with pytest.raises(PermissionError):
         open_file(file)
+
+
+def test_no_interruption_leaves_a_partial_file(tmp_path: Path) -> None:
+    """Interrupted at each line in turn: the text is there as a whole or not at all, and nothing else is."""
+    file = tmp_path / "token"
+    for number in interrupted_everywhere(lambda: write_text(file, TEXT)):
+        assert [path.name for path in tmp_path.iterdir()] in ([], [file.name]), number
+        assert not file.exists() or file.read_text() == TEXT
+        file.unlink(missing_ok=True)
+    assert file.read_text() == TEXT

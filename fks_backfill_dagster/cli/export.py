@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -93,45 +92,28 @@ def export(
 
 
 def _write(output: Path, sink: _Sink, blocks: Iterable[Candles]) -> int:
-    """Writes a temporary file and renames it, so that `output` is always complete; without candles no file."""
-    count = 0
-    with _temporary_file(output) as part:
-        with ExitStack() as stack:
-            take = sink(stack, part)
-            for block in blocks:
-                take(block)
-                count += len(block)
-        part.close()
-        if count:
-            Path(part.name).replace(output)
-    return count
-
-
-@contextmanager
-def _temporary_file(output: Path) -> Iterator[IO[bytes]]:
-    """A temporary file in the folder of `output`, with the default mode; deleted at the end unless it was renamed.
+    """Writes a temporary file and renames it, so that `output` is always complete; without candles no file.
 
     In a folder that other accounts can write, a predictable name may be a planted link, and a file opened twice
-    may differ the second time: hence mkstemp, and only its descriptor is used.
+    may differ the second time: hence a random name, and only the descriptor is used. The name is known before the
+    file exists, so that a signal at any moment leaves none behind.
     """
+    part = output.with_name(f".fks-export-{os.urandom(8).hex()}.part")
+    count = 0
     try:
-        with NamedTemporaryFile(
-            dir=output.parent, prefix=".fks-export-", suffix=".part", delete=False
-        ) as part:
-            try:
-                os.fchmod(part.fileno(), 0o666 & ~_umask())
-                yield part
-            finally:
-                Path(part.name).unlink(missing_ok=True)
+        with part.open("xb") as file:
+            with ExitStack() as stack:
+                take = sink(stack, file)
+                for block in blocks:
+                    take(block)
+                    count += len(block)
+        if count:
+            part.replace(output)
     except OSError as error:
         raise Failed(f"{output} cannot be written: {error.strerror or error}. Choose another path.") from None
-
-
-def _umask() -> int:
-    """The mask of new files; reading it requires setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+    finally:
+        part.unlink(missing_ok=True)
+    return count
 
 
 # Formats ----------------------------------------------------------------------------------------------

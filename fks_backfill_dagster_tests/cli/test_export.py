@@ -32,6 +32,7 @@ from fks_backfill_dagster.store.ledger import register
 from fks_backfill_dagster.store.writer.commit import commit_batch
 from fks_backfill_dagster.store.writer.records import BatchWrite
 from fks_backfill_dagster_tests.cli.conftest import Command, start, until
+from fks_backfill_dagster_tests.interrupting import interrupted_everywhere
 
 SERIES = Series("EUR/USD", Timeframe.D1, AssetClass.FOREX)
 COLUMNS = ["open", "high", "low", "close", "volume"]
@@ -199,6 +200,16 @@ def test_a_signal_leaves_no_partial_file(stored: Candles, tmp_path: Path, databa
         assert (running.returncode, stdout) == (128 + number, "")
         assert stderr.strip() == "Interrupted."
         assert not list(tmp_path.glob("*out.csv*")) + list(tmp_path.glob(".*.part"))
+
+
+def test_no_interruption_leaves_a_partial_file(tmp_path: Path) -> None:
+    """Interrupted at each line in turn, also between the creation of the file and its use."""
+    price = np.ones(3)
+    block = Candles(np.arange(3) * MICROS_PER_DAY, price, price, price, price, price)
+    output = tmp_path / "out.csv"
+    for number in interrupted_everywhere(lambda: export._write(output, export._sink(output), [block])):
+        assert not list(tmp_path.glob(".*.part")), number
+    assert output.exists()
 
 
 # For programs
