@@ -101,12 +101,11 @@ def _write(output: Path, sink: _Sink, blocks: Iterable[Candles]) -> int:
     part = output.with_name(f".fks-export-{os.urandom(8).hex()}.part")
     count = 0
     try:
-        with part.open("xb") as file:
-            with ExitStack() as stack:
-                take = sink(stack, file)
-                for block in blocks:
-                    take(block)
-                    count += len(block)
+        with part.open("xb") as file, ExitStack() as stack:
+            take = sink(stack, file)
+            for block in blocks:
+                take(block)
+                count += len(block)
         if count:
             part.replace(output)
     except OSError as error:
