@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import signal
 import socket
 import struct
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import formatdate
+from types import FrameType
 from urllib.parse import parse_qsl
 
 import orjson
@@ -315,15 +319,42 @@ def make_server(config: MarketConfig) -> uvicorn.Server:
 
 
 def run(config: MarketConfig, on_start: Callable[[str], None] | None = None) -> None:
-    """Serves until SIGINT or SIGTERM; calls `on_start(url)` when it listens.
+    """Serves until SIGINT, SIGTERM or SIGHUP; calls `on_start(url)` when it listens.
 
-    Raises PortInUse or ReplayError before serving.
+    Raises PortInUse or ReplayError before serving, and KeyboardInterrupt when it has ended by a signal.
     """
     server = make_server(config)
-    with listen(config) as sock:
+    with listen(config) as sock, _ended_by_signals(server):
         if on_start is not None:
             on_start(address(config, sock))
         server.run(sockets=[sock])
+
+
+@contextmanager
+def _ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
+    """Within the block a signal ends the server, and raises KeyboardInterrupt after the block.
+
+    An exception of a handler would be raised anywhere in the start of the event loop, which turns it into others:
+    uvicorn handles signals itself only once that loop runs.
+    """
+    received: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        server.should_exit = True
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
 
 
 def address(config: MarketConfig, sock: socket.socket) -> str:

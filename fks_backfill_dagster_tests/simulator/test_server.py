@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import requests
 
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig, Outage, PortInUse
 from fks_backfill_dagster.simulator.config import instant
+from fks_backfill_dagster.simulator.server import run
 from fks_backfill_dagster_tests.simulator.conftest import LIMITS, NOW
 from fks_backfill_dagster_tests.simulator.wire import klines, window
 
@@ -158,3 +161,25 @@ def test_latency_is_added() -> None:
     with LocalMarket(MarketConfig(latency=0.2)) as market:
         answer = requests.get(f"{market.binance_url}/api/v3/ping", timeout=10)
         assert answer.elapsed.total_seconds() >= 0.2
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_at_any_moment(number: signal.Signals) -> None:
+    """Also before its event loop handles signals: a handler that raises there would break the loop's start."""
+    reached = []
+
+    def on_start(url: str) -> None:
+        signal.raise_signal(number)
+        reached.append(url)
+
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(MarketConfig(port=0), on_start)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert reached, "nothing was raised within"
+    with pytest.raises(requests.ConnectionError):
+        requests.get(reached[0], timeout=10)
