@@ -208,7 +208,7 @@ def upwards_in_pipeline(root: Path) -> list[str]:
         f"{found.place}: fetch imports {found.module.removeprefix(f'{PACKAGE}.')}"
         for found in imports(root)
         if found.place.startswith(FETCH) and found.own_part == "pipeline"
-        if (found.module.split(".") + [""])[2] not in BELOW_FETCH
+        if ([*found.module.split("."), ""])[2] not in BELOW_FETCH
     ]
 
 

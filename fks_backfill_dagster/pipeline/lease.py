@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fks_backfill_dagster.providers.base import Cancelled
 from fks_backfill_dagster.store import ledger
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import repeated
@@ -42,3 +43,17 @@ def hold_lease(database: Database, identity: int) -> Iterator[str]:
     finally:
         ended.set()
         heartbeat.join()
+
+
+def is_interruption(failure: BaseException) -> bool:
+    """Whether a sync was interrupted from outside (Ctrl-C, a signal), which is no error of its series.
+
+    An interrupted statement or request raises various errors: the interruption is one of the exceptions in their
+    chain of causes.
+    """
+    seen: BaseException | None = failure
+    while seen is not None:
+        if isinstance(seen, Cancelled) or not isinstance(seen, Exception):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

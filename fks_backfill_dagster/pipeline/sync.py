@@ -33,12 +33,11 @@ from fks_backfill_dagster.pipeline.fetch.suspicion import StoredRows
 from fks_backfill_dagster.pipeline.freshness import is_quiet_end
 from fks_backfill_dagster.pipeline.history_start import HistoryStart
 from fks_backfill_dagster.pipeline.ingest import Ingest, ingest
-from fks_backfill_dagster.pipeline.lease import hold_lease
+from fks_backfill_dagster.pipeline.lease import hold_lease, is_interruption
 from fks_backfill_dagster.pipeline.listing import Listings, find_listings
 from fks_backfill_dagster.pipeline.plan import Batch, Plan, Scope, closed_window, make_plan
 from fks_backfill_dagster.pipeline.report import DryRun, SyncReport
 from fks_backfill_dagster.pipeline.settings_changes import current_identity
-from fks_backfill_dagster.providers.base import Cancelled
 from fks_backfill_dagster.store import ledger, queries
 from fks_backfill_dagster.store.errors import repeated
 
@@ -446,17 +445,3 @@ class _Work:
             f"no provider can serve {self.series}; see `fks-backfill series providers`"
             " and provider_priority in the settings"
         )
-
-
-def is_interruption(failure: BaseException) -> bool:
-    """Whether a sync was interrupted from outside (Ctrl-C, a signal), which is no error of its series.
-
-    An interrupted statement or request raises various errors: the interruption is one of the exceptions in their
-    chain of causes.
-    """
-    seen: BaseException | None = failure
-    while seen is not None:
-        if isinstance(seen, Cancelled) or not isinstance(seen, Exception):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
