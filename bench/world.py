@@ -24,7 +24,9 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_micros
 from fks_backfill_dagster.embedded import EmbeddedPostgres
-from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
+from fks_backfill_dagster.pipeline.context import Context
+from fks_backfill_dagster.pipeline.report import SyncReport
+from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.providers.base import Cancelled
 from fks_backfill_dagster.providers.http.limiter import system_micros
 from fks_backfill_dagster.providers.http.pool import RequestPool

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.embedded import EmbeddedPostgres
     from fks_backfill_dagster.pipeline.closures import SettledClosures
+    from fks_backfill_dagster.pipeline.context import Context
     from fks_backfill_dagster.pipeline.freshness import Rule
-    from fks_backfill_dagster.pipeline.sync import Context
     from fks_backfill_dagster.providers.base import Circuit, Provider, ProviderOptions
     from fks_backfill_dagster.providers.http.limiter import Limiter
     from fks_backfill_dagster.providers.http.pool import RequestPool
@@ -79,7 +79,7 @@ def make_context(
 
     Raises MixedSources where their hosts are of another kind than those of the database's candles.
     """
-    from fks_backfill_dagster.pipeline.sync import Context
+    from fks_backfill_dagster.pipeline.context import Context
 
     if not settings.allow_mixed_sources:
         refuse_mixed_sources(settings, database, providers, options)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.pipeline.coverage import Coverage
     from fks_backfill_dagster.pipeline.fill import FilledGap
     from fks_backfill_dagster.pipeline.gaps import FoundGap
-    from fks_backfill_dagster.pipeline.sync import DryRun, SyncReport
+    from fks_backfill_dagster.pipeline.report import DryRun, SyncReport
     from fks_backfill_dagster.store.queries import BatchInfo, SyncStatus
 
 Document = dict[str, object]

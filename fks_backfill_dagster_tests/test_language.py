@@ -24,7 +24,7 @@ DROPPED = re.compile(
 
 # Gerunds and riddles, as files were called once.
 FILE_NAMES = re.compile(
-    r"(asking|telling|speaking|choosing|watching|serving|settling|judging|lodging|lending|errands|story)"
+    r"(asking|telling|speaking|choosing|watching|serving|settling|judging|lodging|lending|errands|\bstory\b)"
 )
 
 

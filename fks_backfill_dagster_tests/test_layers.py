@@ -198,7 +198,21 @@ def writing(root: Path) -> list[str]:
     ]
 
 
-RULES = [forbidden_imports, parts_without_layer, misplaced_libraries, impure, writing]
+# What the fetch of candles may know of the operations that use it.
+FETCH, BELOW_FETCH = "pipeline/fetch/", {"fetch", "eligible", "plan"}
+
+
+def upwards_in_pipeline(root: Path) -> list[str]:
+    """Imports of operations by the package that fetches for them."""
+    return [
+        f"{found.place}: fetch imports {found.module.removeprefix(f'{PACKAGE}.')}"
+        for found in imports(root)
+        if found.place.startswith(FETCH) and found.own_part == "pipeline"
+        if ([*found.module.split("."), ""])[2] not in BELOW_FETCH
+    ]
+
+
+RULES = [forbidden_imports, parts_without_layer, misplaced_libraries, impure, writing, upwards_in_pipeline]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -268,6 +282,18 @@ def test_there_is_a_package_to_check() -> None:
         (impure, "domain/a.py", "x = open('f')", "domain does I/O (open)"),
         (impure, "ledger/a.py", "x = datetime.now(UTC)", "ledger reads the clock (now)"),
         (forbidden_imports, "ledger/a.py", f"from {PACKAGE}.store import x", "ledger imports store"),
+        (
+            upwards_in_pipeline,
+            "pipeline/fetch/a.py",
+            f"from {PACKAGE}.pipeline.sync import x",
+            "fetch imports pipeline.sync",
+        ),
+        (
+            upwards_in_pipeline,
+            "pipeline/fetch/a.py",
+            "from ..ingest import x",
+            "fetch imports pipeline.ingest",
+        ),
         (writing, "store/a.py", "x = 'DELETE FROM fks.\"candles_1h\"'", "store changes candles"),
         (writing, "cli/a.py", "x = f'UPDATE {table_of(one)} SET close = 1'", "cli changes candles"),
         (writing, "pipeline/a.py", "x = 'INSERT INTO {table} VALUES (1)'", "pipeline changes candles"),
@@ -290,9 +316,10 @@ def test_a_violation_is_found_with_its_place(rule, path, line, expected, tmp_pat
         ("store/writer/a.py", "x = f'DELETE FROM {table_of(one)}'"),
         ("store/a.py", "x = f'SELECT ts FROM {table_of(one)}'"),
         ("domain/a.py", "from datetime import datetime\nimport numpy"),
+        ("pipeline/fetch/a.py", f"from {PACKAGE}.pipeline.plan import x\nfrom .chain import y"),
     ],
 )
 def test_allowed_imports_pass(path: str, line: str, tmp_path: Path) -> None:
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / path).write_text(line, encoding="utf-8")
-    assert [rule(tmp_path) for rule in RULES] == [[], [], [], [], []]
+    assert [rule(tmp_path) for rule in RULES] == [[] for _ in RULES]

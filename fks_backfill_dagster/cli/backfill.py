@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.pipeline.events import SyncEvent
     from fks_backfill_dagster.pipeline.plan import Scope
-    from fks_backfill_dagster.pipeline.sync import DryRun, SyncReport
+    from fks_backfill_dagster.pipeline.report import DryRun, SyncReport
     from fks_backfill_dagster.settings.model import Settings
 
 _INTERRUPTED = "Interrupted: committed batches stay, and the same command fetches only what is still missing."
@@ -217,7 +217,8 @@ def _sync_one(
     """One task's report as a document, and whether it is complete; `logged` are the warnings so far."""
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.cli.progress import watched
-    from fks_backfill_dagster.pipeline.sync import SyncReport, sync
+    from fks_backfill_dagster.pipeline.report import SyncReport
+    from fks_backfill_dagster.pipeline.sync import sync
     from fks_backfill_dagster.store.errors import SeriesChanged
 
     series, window, priority = task

@@ -1,7 +1,7 @@
 """Continuity of the responses of one request: detects a response that belongs to another instrument.
 
 Belongs here: the comparison of neighbouring responses by their candles alone. Does not belong here: the
-comparison with stored candles (`pipeline.splice`), repeated requests (`pipeline`).
+comparison with stored candles (`pipeline.fetch.splice`), repeated requests (`pipeline`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Belongs here: which parts a candle has, and how they are aggregated.
 Does not belong here: which timeframe a provider's candles are derived from (its capabilities), how parts are
-requested and verified (`pipeline.request`), which absent part is a no-trade interval (`ledger.no_trade`).
+requested and verified (`pipeline.fetch.request`), which absent part is a no-trade interval (`ledger.no_trade`).
 
 A part belongs to the first candle that closes after the part opens. "Opens at or after the candle's own
 open" would be wrong: a stock day is named by its date at 00:00 UTC, and in Sydney the session begins an

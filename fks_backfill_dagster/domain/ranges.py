@@ -162,6 +162,22 @@ def among(some: Instants, others: Instants) -> NDArray[np.bool_]:
     return mask
 
 
+def inside(opens: Instants, part: TimeRange) -> Instants:
+    """The ascending instants that lie in a range."""
+    first, last = np.searchsorted(opens, [part.start, part.end])
+    return opens[first:last]
+
+
+def before(opens: Instants, end: int) -> Instants:
+    """The ascending instants before `end`."""
+    return opens[: int(np.searchsorted(opens, end))]
+
+
+def common(one: Instants, other: Instants) -> Instants:
+    """The instants of both, each without duplicates."""
+    return np.intersect1d(one, other, assume_unique=True)
+
+
 def _normalised(starts: Instants, ends: Instants) -> tuple[Instants, Instants]:
     """Sorts the ranges and merges those that overlap or touch."""
     if len(starts) == 0:

@@ -18,7 +18,7 @@ has stated that nothing traded. This is `decided` by the caller.
 A run at the end of a series is undecided, since its length is not known yet. Whether it may still become a
 no-trade interval follows from the same arithmetic (`quiet_tail`).
 
-Belongs here: the rule. Does not belong here: how absence is confirmed (`pipeline.request`), the state of
+Belongs here: the rule. Does not belong here: how absence is confirmed (`pipeline.fetch.request`), the state of
 candles that are not no_trade (`settle`).
 """
 

@@ -45,9 +45,11 @@ from fks_backfill_dagster.orchestration.resources import ALL, opened
 from fks_backfill_dagster.orchestration.retrying import retried, wait_until_available
 from fks_backfill_dagster.orchestration.run_config import RunKind, requested_range
 from fks_backfill_dagster.orchestration.run_log import Lines, Progress, SyncLogger
+from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.pipeline.freshness import behind
 from fks_backfill_dagster.pipeline.plan import Scope, closed_window
-from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
+from fks_backfill_dagster.pipeline.report import SyncReport
+from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.coverage import PartState, listed_at, part_states
 from fks_backfill_dagster.store.errors import DatabaseUnavailable, SeriesChanged, StoreError

@@ -38,7 +38,8 @@ from fks_backfill_dagster.orchestration.groups import Group, asset_key
 from fks_backfill_dagster.orchestration.jobs import job_name
 from fks_backfill_dagster.orchestration.resources import ALL, opened
 from fks_backfill_dagster.orchestration.run_config import FILL
-from fks_backfill_dagster.pipeline.sync import Context, able, settle_closures
+from fks_backfill_dagster.pipeline.context import Context
+from fks_backfill_dagster.pipeline.settings_changes import settle_closures
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.due_gaps import Place, Wanted, due_places
 from fks_backfill_dagster.store.ledger import reopen
@@ -139,7 +140,7 @@ def _wanted(groups: Sequence[Group], settings: Settings, work: Context) -> dict[
         one: Wanted(
             since=settings.start_of(one),
             part="month" if is_monthly(one.timeframe) else "year",
-            able=able(work, one),
+            able=work.eligible(one),
             until=settings.end_of(one),
         )
         for group in groups

@@ -25,7 +25,7 @@ from dagster import (
 from pydantic import PrivateAttr
 
 from fks_backfill_dagster import app
-from fks_backfill_dagster.pipeline.sync import Context
+from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.providers.base import Provider, ProviderOptions
 from fks_backfill_dagster.providers.http.limiter import Limiter
 from fks_backfill_dagster.providers.http.pool import RequestPool

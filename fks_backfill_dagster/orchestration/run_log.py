@@ -12,7 +12,7 @@ from typing import Protocol
 
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.pipeline.events import BatchDone, Planned, SyncEvent, Warned
-from fks_backfill_dagster.pipeline.sync import SyncReport
+from fks_backfill_dagster.pipeline.report import SyncReport
 
 STEPS = 10
 QUIET_SECONDS = 2.0

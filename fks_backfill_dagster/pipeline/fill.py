@@ -12,10 +12,13 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.ledger.records import Known, LedgerGap, latest
+from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.pipeline.events import Listener, silent
 from fks_backfill_dagster.pipeline.gaps import find_gaps
 from fks_backfill_dagster.pipeline.plan import Scope
-from fks_backfill_dagster.pipeline.sync import Context, SyncReport, reopen, sync
+from fks_backfill_dagster.pipeline.report import SyncReport
+from fks_backfill_dagster.pipeline.settings_changes import reopen
+from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.store.coverage import PartState, part_states
 from fks_backfill_dagster.store.queries import what_is_known
 

@@ -16,7 +16,7 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.ledger.settle import Response, Rules
-from fks_backfill_dagster.pipeline.fallback import Withdrawn
+from fks_backfill_dagster.pipeline.fetch.fetched import Withdrawn
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.writer.commit import commit_batch
 from fks_backfill_dagster.store.writer.records import BatchWrite, Committed, Withdrawal

@@ -20,7 +20,7 @@ import numpy as np
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_WEEK, Timeframe, iso, to_datetime, to_micros
-from fks_backfill_dagster.pipeline.fallback import ProviderChain
+from fks_backfill_dagster.pipeline.fetch.chain import ProviderChain
 from fks_backfill_dagster.providers.base import Cancelled, ProviderError, UnknownSymbol
 from fks_backfill_dagster.store import ledger
 from fks_backfill_dagster.store.database import Database
@@ -206,24 +206,3 @@ def _request_claim(
             return known  # an observation takes precedence over a claim that it refutes
         ledger.remember_listing(connection, name, series.symbol, listed_at, ListingKind.CLAIM)
     return Listing(listed_at, ListingKind.CLAIM, now)
-
-
-@dataclass(slots=True)
-class Beginning:
-    """The beginning of the history of a series, found by a sync while it commits in ascending order.
-
-    claimed: the open before which absent candles are not expected until one is found; None: there is no usable
-    claim. found: the start of the expected candles.
-    """
-
-    claimed: int | None
-    found: int | None = None
-
-    def cut(self, start: int, end: int, first: int | None) -> int:
-        """The start of the expected candles of `[start, end)`; `first` is the first candle that a provider gave."""
-        if self.claimed is None or self.found is not None:
-            return start
-        if first is None and end <= self.claimed:
-            return end
-        self.found = max(start, self.claimed if first is None else min(first, self.claimed))
-        return self.found

@@ -10,128 +10,38 @@ are requested from the next one, and so on in order of priority.
 
 from __future__ import annotations
 
-import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from fks_backfill_dagster.domain.closures import Dates, closed_ranges, format_dates, market_closures
+from fks_backfill_dagster.domain.closures import format_dates
 from fks_backfill_dagster.domain.grid import grid_of
-from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
+from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
-from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, iso, to_micros
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, iso
 from fks_backfill_dagster.ledger.records import Outcome
 from fks_backfill_dagster.ledger.settle import Rules, surroundings
-from fks_backfill_dagster.pipeline.calendars import CalendarWatch
-from fks_backfill_dagster.pipeline.closures import settle_changed, settle_series
-from fks_backfill_dagster.pipeline.eligible import eligible, strict
+from fks_backfill_dagster.pipeline.context import Context
+from fks_backfill_dagster.pipeline.eligible import eligible
 from fks_backfill_dagster.pipeline.events import BatchDone, Listener, Planned, SyncEvent, Warned, silent
-from fks_backfill_dagster.pipeline.fallback import ChainOptions, Fetched, ProviderChain, Tally
+from fks_backfill_dagster.pipeline.fetch.chain import ChainOptions, ProviderChain
+from fks_backfill_dagster.pipeline.fetch.fetched import Fetched
+from fks_backfill_dagster.pipeline.fetch.spans import fetch_spans
+from fks_backfill_dagster.pipeline.fetch.suspicion import StoredRows
 from fks_backfill_dagster.pipeline.freshness import is_quiet_end
+from fks_backfill_dagster.pipeline.history_start import HistoryStart
 from fks_backfill_dagster.pipeline.ingest import Ingest, ingest
-from fks_backfill_dagster.pipeline.listing import Beginning, Listings, find_listings
+from fks_backfill_dagster.pipeline.lease import hold_lease, is_interruption
+from fks_backfill_dagster.pipeline.listing import Listings, find_listings
 from fks_backfill_dagster.pipeline.plan import Batch, Plan, Scope, closed_window, make_plan
-from fks_backfill_dagster.pipeline.refetch import StoredRows
-from fks_backfill_dagster.pipeline.spans import fetch_spans
-from fks_backfill_dagster.providers.base import Cancelled, Circuit, Estimate, Provider
+from fks_backfill_dagster.pipeline.report import DryRun, SyncReport
+from fks_backfill_dagster.pipeline.settings_changes import current_identity
 from fks_backfill_dagster.store import ledger, queries
-from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import repeated
-from fks_backfill_dagster.store.ledger import ListingKind
 
 _NONE = np.empty(0, dtype=np.int64)
-
-# A lease survives one or two missed heartbeats, and expires soon after a kill -9.
-LEASE_SECONDS = 30.0
-_HEARTBEAT_SECONDS = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """The dependencies and settings of a sync; a user interface builds it once and passes it to every operation.
-
-    `providers` by name; `clock` returns the present in microseconds; `priority` returns the configured providers of a
-    series, independent of a call's own choice; `closed_dates` the dates on which the market of a series was closed
-    although candles are expected; `calendars` compares each exchange calendar once.
-    """
-
-    database: Database
-    providers: Mapping[str, Provider]
-    clock: Callable[[], int]
-    batch_size_days: int = 30
-    max_concurrent_requests: int = 5
-    tolerance: float = 0.01
-    max_gap_minutes: int = 5
-    circuit: Circuit | None = None
-    priority: Callable[[Series], Sequence[str]] = lambda series: ()
-    closed_dates: Callable[[Series], Dates] = lambda series: ()
-    calendars: CalendarWatch = field(default_factory=CalendarWatch)
-
-    def closed(self, series: Series, window: TimeRange) -> RangeSet:
-        """Where the market of a series was closed within a window although candles are expected."""
-        return market_closures(series, self.closed_dates(series), window)
-
-    @property
-    def strict(self) -> frozenset[str]:
-        """The providers that give every interval, with or without trades."""
-        return strict(self.providers)
-
-    def declared(self, series: Series) -> RangeSet:
-        """Where the market of a series was closed by the settings."""
-        return closed_ranges(series, self.closed_dates(series))
-
-
-@dataclass(frozen=True, slots=True)
-class SyncReport:
-    """The result of one sync.
-
-    `missing` counts the candles that are still missing, explained or not; `quiet` the no-trade intervals.
-    `total_candles` were inserted or changed by this call. `outdated`: stored candles that differ in an older
-    publication, unchanged. `withdrawn`: stored candles that their provider no longer returns, removed.
-    `listing`: the listing that cuts off the beginning of the range.
-    """
-
-    series: Series
-    window: TimeRange
-    total_batches: int = 0
-    successful_batches: int = 0
-    failed_batches: int = 0
-    total_candles: int = 0
-    expected: int = 0
-    missing: int = 0
-    quiet: int = 0
-    requests: int = 0
-    seconds: float = 0.0
-    errors: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-    providers: Mapping[str, Tally] = field(default_factory=dict)
-    outdated: int = 0
-    withdrawn: int = 0
-    listing: str | None = None
-
-    @property
-    def stored(self) -> int:
-        """The number of candles that the range contains now."""
-        return self.expected - self.missing - self.quiet
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing failed and no candle of the range is missing."""
-        return not self.errors and self.missing == 0
-
-
-@dataclass(frozen=True, slots=True)
-class DryRun:
-    """The plan of a sync and its cost per provider, in the order of requests."""
-
-    plan: Plan
-    estimates: tuple[tuple[str, Estimate], ...]
-    warnings: tuple[str, ...]
 
 
 def sync(
@@ -155,7 +65,7 @@ def sync(
     """
     began = time.monotonic()
     chain = _chain(context, series, priority, heed_circuit=not recheck, force=force)
-    identity = _identified(context, series, chain.warnings.append)
+    identity = current_identity(context, series, chain.warnings.append)
     change = context.calendars.change_for(context.database, series, context.clock)
     if change is not None:
         chain.warnings.append(str(change))
@@ -165,7 +75,7 @@ def sync(
     work = _Work(context, series, chain, run_id, listen)
     listen(Planned(series, plan, chain.names))
     shown = work.run(plan, listings)
-    if window.start < plan.window.start and (refuted := work.refuted(listings)):
+    if window.start < plan.window.start and (refuted := work.history.refuted(listings)):
         earlier = TimeRange(window.start, plan.window.start)
         more = _planned(context, series, work.identity, earlier, chain, scope, recheck)
         for name in refuted:
@@ -198,52 +108,7 @@ def dry_run(
     identity = None if found is None else found.identity
     plan, _ = _plan(context, series, identity, window, chain, scope, recheck, collect)
     estimates = tuple((name, chain.estimate(name, plan)) for name in chain.names)
-    return DryRun(plan, estimates, tuple(dict.fromkeys((*warnings, *chain.dropped))))
-
-
-def able(context: Context, series: Series) -> frozenset[str]:
-    """The names of the eligible providers of a series by the settings."""
-    return eligible(context.providers, series, context.priority(series)).names
-
-
-@repeated
-def reopen(context: Context, series: Iterable[Series]) -> None:
-    """Reopens gaps whose explanation lacks the response of a new eligible provider, and settles the ledger by the
-    closed dates of the settings."""
-    eligible_now = {one: able(context, one) for one in series}
-    with context.database.begin() as connection:
-        ledger.reopen(connection, eligible_now, context.clock())
-    settle_closures(context, eligible_now)
-
-
-def settle_closures(context: Context, series: Iterable[Series]) -> None:
-    """Settles the ledger by changed closed dates: explains gaps on added dates, and reopens those on withdrawn
-    dates."""
-    dates = {one: context.closed_dates(one) for one in series}
-    settle_changed(
-        context.database, dates, lambda: context.providers, context.priority, context.max_gap_minutes
-    )
-
-
-@repeated
-def _identified(context: Context, series: Series, warn: Callable[[str], None]) -> int | None:
-    """The id of a series that was synced before, its ledger updated by the settings like `reopen` does.
-    Raises SeriesChanged."""
-    names = able(context, series)
-    with context.database.begin() as connection:
-        found = ledger.registered(connection, series)
-        if found is not None and found.eligible != names:
-            ledger.reopen(connection, {series: names}, context.clock())
-    if found is None:
-        return None
-    dates = context.closed_dates(series)
-    if found.closed != format_dates(dates) and names:
-        done = settle_series(
-            context.database, series, found, dates, names, context.strict, context.max_gap_minutes
-        )
-        if done.warning:
-            warn(done.warning)
-    return found.identity
+    return DryRun(plan, estimates, tuple(dict.fromkeys((*warnings, *chain.dropped.values()))))
 
 
 def _chain(
@@ -271,7 +136,7 @@ def _chain(
         closed=context.closed,
         declared=context.declared,
         force=force,
-        eligible=able(context, series),
+        eligible=context.eligible(series),
     )
     chosen = eligible(context.providers, series, priority)
     return ProviderChain(series, chosen, options, context.circuit, heed_circuit=heed_circuit)
@@ -370,9 +235,9 @@ class _Work:
         self.context, self.series, self.grid, self.chain = context, series, grid_of(series), chain
         self.run_id, self.listen = run_id, listen
         # A gap is explained when every eligible provider has responded, not only those of this call.
-        self.eligible = frozenset((*chain.names, *chain.unfit)) | able(context, series)
+        self.eligible = frozenset((*chain.names, *chain.dropped)) | context.eligible(series)
         self.identity: int | None = None
-        self.beginning = Beginning(None)
+        self.history = HistoryStart(context.database, series, self._warn)
         self.declared = context.declared(series)
         self.succeeded = self.failed = self.candles = self.requests = self.outdated = self.withdrawn = 0
         self.while_closed = 0
@@ -380,24 +245,12 @@ class _Work:
         self.errors: dict[str, None] = {}
         self.warnings: dict[str, None] = dict.fromkeys(chain.warnings)
         self.reported: set[str] = set()
-        self.first_given: dict[str, int] = {}
-        # The beginning of the history found in an earlier range of this sync.
-        self.begin: int | None = None
-        # Per provider the first absent open, and the first open without a response.
-        self.lacking: dict[str, int] = {}
-        self.unknown: dict[str, int] = {}
 
-    @cached_property
+    @property
     def is_kept(self) -> bool:
         """Whether the series has candles: then "unknown symbol" from all providers is a response to record, not a
         mistyped symbol."""
-        return self._oldest is not None
-
-    @cached_property
-    def _oldest(self) -> int | None:
-        """The oldest stored candle before this sync."""
-        states = queries.sync_status(self.context.database, self.series)
-        return next((to_micros(s.oldest_data_time) for s in states if s.oldest_data_time), None)
+        return self.history.oldest is not None
 
     def run(self, plan: Plan, listings: Listings) -> Listings:
         """Commits the batches of the plan. A plan without batches clears the last error of the series.
@@ -410,8 +263,8 @@ class _Work:
         if identity is None:
             return listings
         self.identity = identity
-        self.beginning = Beginning(self._claimed(plan, listings))
-        with _lease(self.context.database, identity) as owner:
+        self.history.begin(plan, listings)
+        with hold_lease(self.context.database, identity) as owner:
             error: str | None = None
             interrupted = False
             try:
@@ -419,7 +272,7 @@ class _Work:
                 for batches, fetched in fetch_spans(
                     self.chain, plan, spans, self.context.max_concurrent_requests
                 ):
-                    self._note_beginning(fetched)
+                    self.history.note(fetched)
                     self._commit(identity, plan, batches, fetched)
                 error = "; ".join(self.errors) if self.failed else self._found_nothing(plan)
             except BaseException as failure:
@@ -427,9 +280,7 @@ class _Work:
                 raise
             finally:
                 self._end(identity, owner, error, interrupted=interrupted)
-        if self.beginning.found is not None:
-            self.begin = min(self.beginning.found, self.begin or self.beginning.found)
-        return self._remember_beginnings(plan, listings)
+        return self.history.remember(plan, listings)
 
     @repeated
     def _registered(self, plan: Plan) -> int | None:
@@ -450,19 +301,11 @@ class _Work:
             else:
                 ledger.end_sync(connection, identity, owner, error)
 
-    def _claimed(self, plan: Plan, listings: Listings) -> int | None:
-        """The open before which absent candles are not expected; None if the plan begins after it, or the series
-        has candles from before the plan."""
-        claimed = listings.beginning(self.grid)
-        if claimed is None or plan.window.start >= claimed:
-            return None
-        return None if self._oldest is not None and self._oldest < plan.window.start else claimed
-
     def _found_nothing(self, plan: Plan) -> str | None:
         """The error of a sync after which its whole range has no candle, whatever the responses; else None."""
         if self.candles or plan.scope is Scope.GAPS:  # a range of gaps may stay empty in a complete series
             return None
-        window = self._expected_window(plan)
+        window = self.history.expected(plan.window)
         missing, quiet = self._counted(window)
         if not missing or missing + quiet < self.grid.count(window):
             return None
@@ -498,14 +341,12 @@ class _Work:
             self._commit_batch(identity, plan, batch, fetched, given)
 
     def _commit_batch(self, identity: int, plan: Plan, batch: Batch, fetched: Fetched, given: Ingest) -> None:
-        window = batch.window
-        opens = np.concatenate([d.within(window).candles.ts for d in given.deliveries] or [_NONE])
-        start = self.beginning.cut(window.start, window.end, int(opens.min()) if len(opens) else None)
-        if start >= window.end:  # before the first candle of the symbol, unless a provider did not respond
+        opens = np.concatenate([d.within(batch.window).candles.ts for d in given.deliveries] or [_NONE])
+        window = self.history.cut(batch.window, int(opens.min()) if len(opens) else None)
+        if not window:  # before the first candle of the symbol, unless a provider did not respond
             failed = any(response.evidence.outcome is Outcome.ERROR for response in fetched.responses)
             self._count(batch, 0, 0, (), replace(fetched, failed=failed))
             return
-        window = TimeRange(start, window.end)
         rules = Rules(
             eligible=self.eligible,
             strict=self.context.strict,
@@ -527,7 +368,7 @@ class _Work:
     def _count(
         self, batch: Batch, candles: int, missing: int, names: tuple[str, ...], fetched: Fetched
     ) -> None:
-        error = "; ".join(fetched.errors or self.chain.dropped) if fetched.failed else None
+        error = "; ".join(fetched.errors or self.chain.dropped.values()) if fetched.failed else None
         if fetched.failed:
             self.failed += 1
         else:
@@ -538,65 +379,7 @@ class _Work:
         self.warnings[message] = None
         self.listen(Warned(self.series, message))
 
-    # --- the beginning of the history
-
-    def refuted(self, listings: Listings) -> set[str]:
-        """The providers with candles that closed before their own claim."""
-        step = self.series.timeframe.micros
-        return {
-            name
-            for name, claim in listings.claims.items()
-            if self.first_given.get(name, claim.listed_at) + step <= claim.listed_at
-        }
-
-    def _note_beginning(self, fetched: Fetched) -> None:
-        """Records for each provider the first candle of a span, the first absent one, and the first one without a
-        response."""
-        for name, candles in fetched.seen.items():
-            if len(candles):
-                first = int(candles.ts[0])
-                self.first_given[name] = min(first, self.first_given.get(name, first))
-        for response in fetched.responses:
-            if not len(response.opens):
-                continue
-            name, first = response.evidence.provider, int(response.opens[0])
-            known = self.lacking if response.evidence.outcome is Outcome.ABSENT else self.unknown
-            known[name] = min(first, known.get(name, first))
-
-    def _remember_beginnings(self, plan: Plan, listings: Listings) -> Listings:
-        """Stores an observation for each provider without a valid claim whose candles begin after an absence. Returns
-        the updated listings."""
-        if not plan.batches:
-            return listings
-        refuted = self.refuted(listings)
-        for name in sorted(refuted):
-            self._warn(
-                f"{name} lists {self.series.symbol} since {iso(listings.claims[name].listed_at)}, but has candles"
-                f" from {iso(self.first_given[name])} on: its claim is ignored"
-            )
-        listings = listings.without(refuted)
-        beginnings = {}
-        for name in listings.silent:
-            # Without any candle: it has none before another provider's claim, if everything up to it was requested.
-            otherwise = listings.earliest if (listings.earliest or 0) < plan.window.end else None
-            first = self.first_given.get(name, otherwise)
-            if first is None or (listings.earliest is None and name not in listings.refuted):
-                continue
-            if self.lacking.get(name, first) < first <= self.unknown.get(name, first):
-                beginnings[name] = first
-        with self.context.database.begin() as connection:
-            for name, first in sorted(beginnings.items()):
-                ledger.remember_listing(connection, name, self.series.symbol, first, ListingKind.OBSERVATION)
-        return listings.shown(beginnings)
-
-    def _expected_window(self, plan: Plan) -> TimeRange:
-        """The window from the first candle of the symbol on."""
-        begin = self.beginning.claimed if self.begin is None else self.begin
-        if begin is not None and self._oldest is not None:
-            begin = min(begin, self._oldest)
-        if begin is None or plan.window.start >= begin:
-            return plan.window
-        return TimeRange(min(begin, plan.window.end), plan.window.end)
+    # --- the report
 
     def report(self, plan: Plan, listings: Listings, requested: TimeRange, seconds: float) -> SyncReport:
         """The report; an error after which another provider delivered the candles is a warning."""
@@ -604,9 +387,9 @@ class _Work:
         if plan.batches and self.identity is None:  # no provider to request
             failed = len(plan.batches)
             self.errors.update(
-                dict.fromkeys(self.chain.dropped or self.chain.warnings or [self._no_provider()])
+                dict.fromkeys([*self.chain.dropped.values()] or self.chain.warnings or [self._no_provider()])
             )
-        window = self._expected_window(plan)
+        window = self.history.expected(plan.window)
         missing, quiet = self._counted(window)
         errors = tuple(self.errors)
         if not failed:
@@ -619,7 +402,7 @@ class _Work:
             self.listen(Warned(self.series, note))
         warnings = (*self.warnings, *notes)
         if not failed:
-            warnings = (*warnings, *self.chain.dropped, *self.errors)
+            warnings = (*warnings, *self.chain.dropped.values(), *self.errors)
         return SyncReport(
             series=self.series,
             window=window,
@@ -662,45 +445,3 @@ class _Work:
             f"no provider can serve {self.series}; see `fks-backfill series providers`"
             " and provider_priority in the settings"
         )
-
-
-def is_interruption(failure: BaseException) -> bool:
-    """Whether a sync was interrupted from outside (Ctrl-C, a signal), which is no error of its series.
-
-    An interrupted statement or request raises various errors: the interruption is one of the exceptions in their
-    chain of causes.
-    """
-    seen: BaseException | None = failure
-    while seen is not None:
-        if isinstance(seen, Cancelled) or not isinstance(seen, Exception):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
-
-
-@contextmanager
-def _lease(database: Database, identity: int) -> Iterator[str]:
-    """Holds the lease of the series (status `syncing`) while the block runs; it expires soon after a kill."""
-    owner = uuid.uuid4().hex
-    ended = threading.Event()
-
-    @repeated
-    def renew() -> None:
-        with database.begin() as connection:
-            ledger.hold_lease(connection, identity, owner, LEASE_SECONDS)
-
-    def beat() -> None:
-        while not ended.wait(_HEARTBEAT_SECONDS):
-            try:
-                renew()
-            except Exception:  # the next commit fails with the same error and reports it
-                continue
-
-    renew()
-    heartbeat = threading.Thread(target=beat, name="lease", daemon=True)
-    heartbeat.start()
-    try:
-        yield owner
-    finally:
-        ended.set()
-        heartbeat.join()

@@ -11,7 +11,7 @@ from fks_backfill_dagster.orchestration import run_log
 from fks_backfill_dagster.orchestration.run_log import Lines, Progress, SyncLogger
 from fks_backfill_dagster.pipeline.events import BatchDone, Planned, Warned
 from fks_backfill_dagster.pipeline.plan import Batch, Plan
-from fks_backfill_dagster.pipeline.sync import SyncReport
+from fks_backfill_dagster.pipeline.report import SyncReport
 
 SERIES = Series("BTC/USDT", Timeframe.M1, AssetClass.CRYPTO)
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 
 from fks_backfill_dagster.domain.timeframe import to_micros
-from fks_backfill_dagster.pipeline.sync import Context
+from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
 from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import build, resolve_options

@@ -17,8 +17,9 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, Timeframe
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.ledger.no_trade import Absent, no_trade
+from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.pipeline.fill import fill_gaps
-from fks_backfill_dagster.pipeline.sync import Context, sync
+from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database

@@ -22,8 +22,9 @@ from fks_backfill_dagster.pipeline.calendars import (
     calendar_changes,
     keep_calendar,
 )
+from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.pipeline.fill import fill_gaps
-from fks_backfill_dagster.pipeline.sync import Context, sync
+from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database

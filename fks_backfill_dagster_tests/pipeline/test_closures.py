@@ -18,8 +18,10 @@ from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.pipeline.audit import audit
 from fks_backfill_dagster.pipeline.closures import settle_changed
+from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.pipeline.fill import fill_gaps
-from fks_backfill_dagster.pipeline.sync import Context, settle_closures, sync
+from fks_backfill_dagster.pipeline.settings_changes import settle_closures
+from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.coverage import completeness

@@ -18,8 +18,10 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso
 from fks_backfill_dagster.ledger.gaps import GapStatus
+from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.pipeline.plan import Scope
-from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
+from fks_backfill_dagster.pipeline.report import SyncReport
+from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
 from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.oanda import PAGE_SIZE

@@ -15,6 +15,7 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, MICROS_PER_MINUTE, Timeframe, to_datetime
+from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.pipeline.freshness import (
     Assessment,
     Rule,
@@ -23,7 +24,7 @@ from fks_backfill_dagster.pipeline.freshness import (
     publication_delay,
 )
 from fks_backfill_dagster.pipeline.refresh import refresh_range
-from fks_backfill_dagster.pipeline.sync import Context, sync
+from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
 from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import build, resolve_options

@@ -16,8 +16,10 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.ledger.gaps import GapStatus
+from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.pipeline.plan import Scope
-from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
+from fks_backfill_dagster.pipeline.report import SyncReport
+from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database

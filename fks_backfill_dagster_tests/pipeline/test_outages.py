@@ -12,8 +12,9 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso
 from fks_backfill_dagster.ledger.gaps import GapStatus
+from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.pipeline.outages import Outage, find_outages
-from fks_backfill_dagster.pipeline.sync import Context, sync
+from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store.database import Database

@@ -20,7 +20,8 @@ from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime
 from fks_backfill_dagster.ledger.gaps import GapStatus
-from fks_backfill_dagster.pipeline.sync import Context, sync
+from fks_backfill_dagster.pipeline.context import Context
+from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.providers.http.limiter import ProcessLimiter, system_micros
 from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import build, resolve_options

@@ -22,9 +22,11 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
 from fks_backfill_dagster.ledger.gaps import GapStatus
+from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.pipeline.events import BatchDone, Planned, SyncEvent, Warned
 from fks_backfill_dagster.pipeline.plan import Scope
-from fks_backfill_dagster.pipeline.sync import Context, SyncReport, dry_run, sync
+from fks_backfill_dagster.pipeline.report import SyncReport
+from fks_backfill_dagster.pipeline.sync import dry_run, sync
 from fks_backfill_dagster.providers.registry import paces, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.store import queries

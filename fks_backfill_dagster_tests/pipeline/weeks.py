@@ -26,10 +26,11 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe, iso, to_micros
 from fks_backfill_dagster.ledger.gaps import missing_of
 from fks_backfill_dagster.ledger.records import LedgerGap
+from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.pipeline.events import Planned, SyncEvent
 from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.refresh import is_due, refresh_range
-from fks_backfill_dagster.pipeline.sync import Context, able, sync
+from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.providers.base import Provider
 from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
 from fks_backfill_dagster.providers.http.pool import RequestPool
@@ -140,7 +141,7 @@ class World:
 
     def due(self) -> list[Place]:
         wanted = {
-            one: Wanted(self.since, "year" if _is_yearly(one) else "month", able(self.context, one))
+            one: Wanted(self.since, "year" if _is_yearly(one) else "month", self.context.eligible(one))
             for one in self.series
         }
         return due_places(self.database, wanted, self.now, PLACES_A_STEP)
@@ -263,7 +264,7 @@ class World:
 
     def truth(self, series: Series, window: TimeRange) -> Candles:
         """The candles that the eligible providers have of a series by now; all of them quote the same market."""
-        names = able(self.context, series)
+        names = self.context.eligible(series)
         both = Candles.concat(
             [self.market.truth(name, series.symbol, series.timeframe, window) for name in names]
         )

@@ -24,7 +24,9 @@ from fks_backfill_dagster.domain.quality import Reason
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.ledger.records import Evidence, Outcome
 from fks_backfill_dagster.ledger.settle import Response
-from fks_backfill_dagster.pipeline.fallback import Fetched, ProviderChain
+from fks_backfill_dagster.pipeline.fetch.chain import ProviderChain
+from fks_backfill_dagster.pipeline.fetch.fallback import fetch_span
+from fks_backfill_dagster.pipeline.fetch.fetched import Fetched
 from fks_backfill_dagster.pipeline.plan import Batch, Plan
 
 Span = tuple[Batch, ...]
@@ -43,7 +45,7 @@ def fetch_spans(
 
     def fill() -> None:
         while len(waiting) <= ahead and (span := next(remaining, None)) is not None:
-            waiting.append((span, pool.submit(chain.fetch, span, plan)))
+            waiting.append((span, pool.submit(fetch_span, chain, span, plan)))
 
     try:
         before: Fetched | None = None
@@ -166,7 +168,7 @@ def _adjacent(before: Candles, after: Candles, grid: Grid) -> bool:
 
 
 def _again(chain: ProviderChain, plan: Plan, span: Span, found: Fetched) -> Fetched:
-    again = chain.fetch(span, plan)
+    again = fetch_span(chain, span, plan)
     again.requests += found.requests
     again.distrusted |= found.distrusted
     return again
@@ -228,7 +230,7 @@ def _jumps_in_and_out(before: Candles, mine: Candles, after: Candles) -> bool:
 
 def _without(chain: ProviderChain, plan: Plan, span: Span, found: Fetched, name: str) -> Fetched:
     """The span from the other providers; the candles of the suspect one are quarantined."""
-    others = chain.fetch(span, plan, without=frozenset((name,)))
+    others = fetch_span(chain, span, plan, without=frozenset((name,)))
     others.requests += found.requests
     mine = [delivery for delivery in found.deliveries if delivery.origin.provider == name]
     others.rejected += [RejectedRows.of(d.origin, Reason.WRONG_SYMBOL, d.candles) for d in mine]

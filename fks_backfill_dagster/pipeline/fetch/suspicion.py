@@ -1,9 +1,9 @@
-"""The guard of a refetch against candles of another symbol.
+"""Whether a refetch would overwrite stored candles with those of another symbol.
 
 A refetch overwrites, so it is the only operation in which a wrong response destroys correct candles. If too many
 of the compared candles differ, a sample of them is requested from another provider, which decides.
 
-Belongs here: the evaluation, by arrays. Does not belong here: requests (`fallback`), writing.
+Belongs here: the evaluation, by arrays. Does not belong here: requests (`refetch`), writing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.continuity import difference
 from fks_backfill_dagster.domain.delivery import Delivery, Transport
 from fks_backfill_dagster.domain.ranges import Instants
-from fks_backfill_dagster.pipeline.splice import only
+from fks_backfill_dagster.pipeline.fetch.splice import only
 
 SUSPICIOUS_SHARE = 0.05
 SUSPICIOUS_CANDLES = 20
