@@ -174,6 +174,7 @@ def wait_for(world: World, what: str, true: Callable[[], object], seconds: float
         time.sleep(1)
 
 
+@pytest.mark.slow
 def test_an_outage_is_found_filled_or_explained(world: World) -> None:
     # The UI shows it: the check of the series fails, with the number of missing candles.
     checks = [

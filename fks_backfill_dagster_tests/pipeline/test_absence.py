@@ -23,6 +23,7 @@ from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.examples import thinned
 from fks_backfill_dagster_tests.pipeline.test_faults import Case, context_of
 from fks_backfill_dagster_tests.pipeline.test_real_candles import invented, replay, write_csv
 from fks_backfill_dagster_tests.pipeline.test_sync import days
@@ -99,8 +100,7 @@ def test_neither_batches_nor_their_order_decide(
     assert np.array_equal(opens_in(database, BITCOIN, WINTER, GapStatus.UNAVAILABLE), left)
 
 
-@pytest.mark.parametrize("size", [1, 30, 365])
-@pytest.mark.parametrize("timeframe", ["30m", "1h", "1d"])
+@pytest.mark.parametrize(("timeframe", "size"), thinned(["30m", "1h", "1d"], [1, 30, 365], every=3))
 def test_ninety_absent_sessions_are_never_no_trade(
     database: Database, market: LocalMarket, timeframe: str, size: int
 ) -> None:

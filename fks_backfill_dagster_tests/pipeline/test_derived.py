@@ -18,6 +18,7 @@ from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.examples import thinned
 from fks_backfill_dagster_tests.pipeline.test_faults import Case, accounted_for, context_of, quarantined
 from fks_backfill_dagster_tests.pipeline.test_sync import days
 
@@ -110,8 +111,9 @@ def touched(one: Made, holes: RangeSet) -> Instants:
     return opens[np.unique(index[index < len(opens)])]
 
 
-@pytest.mark.parametrize("place", ["middle", "first", "last", "all but one", "over an edge"])
-@pytest.mark.parametrize("one", MADE, ids=str)
+@pytest.mark.parametrize(
+    ("one", "place"), thinned(MADE, ["middle", "first", "last", "all but one", "over an edge"], every=3)
+)
 def test_no_candle_from_incomplete_parts(
     database: Database, market: LocalMarket, one: Made, place: str
 ) -> None:
@@ -233,8 +235,7 @@ def test_a_bad_part_leaves_its_candle_absent(
     assert [item.outcome for item in gap.evidence] == ["rejected"]
 
 
-@pytest.mark.parametrize("size", [1, 7, 30, 365])
-@pytest.mark.parametrize("one", [MADE[0], MADE[3], MADE[11]], ids=str)
+@pytest.mark.parametrize(("one", "size"), thinned([MADE[0], MADE[3], MADE[11]], [1, 7, 30, 365], every=3))
 def test_derived_candles_are_independent_of_the_batch_size(
     database: Database, market: LocalMarket, one: Made, size: int
 ) -> None:

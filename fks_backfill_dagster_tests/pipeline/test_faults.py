@@ -30,6 +30,7 @@ from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.coverage import part_states
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.examples import thinned
 from fks_backfill_dagster_tests.pipeline.conftest import NOW
 
 
@@ -182,8 +183,7 @@ def accounted_for(database: Database, case: Case, truth: Candles, report: SyncRe
     return stored
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "fault"), thinned(CASES, FAULTS, every=3))
 def test_a_fault_is_never_stored_and_never_hidden(
     database: Database, market: LocalMarket, case: Case, fault: Fault
 ) -> None:
@@ -242,8 +242,7 @@ ARCHIVE_FAULTS = [
 MAY = Case("binance", "binance", replace(BITCOIN, timeframe=Timeframe.M15), days("2024-05-01", "2024-06-01"))
 
 
-@pytest.mark.parametrize("path", ["/monthly/", ".zip"], ids=["of-months", "of-all"])
-@pytest.mark.parametrize("fault", ARCHIVE_FAULTS, ids=str)
+@pytest.mark.parametrize(("fault", "path"), thinned(ARCHIVE_FAULTS, ["/monthly/", ".zip"], every=2))
 def test_a_fault_of_an_archive_is_repaired(
     database: Database, market: LocalMarket, fault: Fault, path: str
 ) -> None:

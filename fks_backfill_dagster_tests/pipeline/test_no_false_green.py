@@ -23,6 +23,7 @@ from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.examples import thinned
 from fks_backfill_dagster_tests.pipeline.test_faults import Case, accounted_for, context_of, hits, quarantined
 from fks_backfill_dagster_tests.pipeline.test_sync import days
 
@@ -164,8 +165,7 @@ def test_forty_rows_missing_in_all_responses_are_a_gap(
 # A page of another symbol -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nth", [1, 2, 3])
-@pytest.mark.parametrize("long", LONG, ids=str)
+@pytest.mark.parametrize(("long", "nth"), thinned(LONG, [1, 2, 3], every=3))
 def test_a_response_of_another_symbol_is_never_stored(
     database: Database, market: LocalMarket, long: Long, nth: int
 ) -> None:

@@ -33,6 +33,7 @@ from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
 from fks_backfill_dagster.store.rate_limits import SharedCircuit
+from fks_backfill_dagster_tests.examples import thinned
 from fks_backfill_dagster_tests.pipeline.conftest import NOW, make_context
 from fks_backfill_dagster_tests.store.builders import execute
 
@@ -594,8 +595,7 @@ PAGE_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("times", [1, None], ids=["once", "always"])
-@pytest.mark.parametrize("kind", PAGE_FAULTS)
+@pytest.mark.parametrize(("kind", "times"), thinned(PAGE_FAULTS, [1, None], every=2))
 def test_a_faulty_page_is_never_stored(
     database: Database, market: LocalMarket, kind: str, times: int | None
 ) -> None:

@@ -131,6 +131,7 @@ DOWNS = [
 ]
 
 
+@pytest.mark.slow
 def test_every_gap_is_filled_or_explained(quick: Database, market: LocalMarket) -> None:
     series = {BITCOIN: CRYPTO, ETHER: CRYPTO, APPLE: STOCKS, EURO: FOREX}
     with closing(World(quick, market, series, SINCE, BEGIN, KEYS, OUTAGES, DOWNS)) as world:
