@@ -16,11 +16,9 @@ from fks_backfill_dagster.domain.delivery import RejectedRows, holding_rejected
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.timeframe import (
-    MICROS_PER_DAY,
-    MICROS_PER_HOUR,
-    MICROS_PER_MINUTE,
     to_micros,
 )
+from fks_backfill_dagster.ledger.back_off import EXHAUSTED, UNANSWERED
 from fks_backfill_dagster.ledger.gaps import GIVEN_UP, MISSING, GapStatus, close_before, find_gaps
 from fks_backfill_dagster.ledger.no_trade import NEIGHBOURS, Absent, Mask, no_trade
 from fks_backfill_dagster.ledger.records import Evidence, LedgerGap, Outcome, latest
@@ -28,26 +26,6 @@ from fks_backfill_dagster.ledger.records import Evidence, LedgerGap, Outcome, la
 _NOTHING = np.empty(0, dtype=np.int64)
 # No calendar extends beyond it.
 _LAST = to_micros(datetime(2050, 1, 1, tzinfo=UTC))
-
-
-@dataclass(frozen=True, slots=True)
-class BackOff:
-    """Exponential back-off of a gap after a request that did not fill it: the delay equals the age of the gap.
-
-    So delays double, and the number of attempts grows with the logarithm of time. Microseconds.
-    """
-
-    first: int
-    longest: int
-
-    def delay(self, known_for: int) -> int:
-        return min(max(self.first, known_for), self.longest)
-
-
-# An eligible provider has not responded, and may do so soon.
-UNANSWERED = BackOff(5 * MICROS_PER_MINUTE, MICROS_PER_DAY)
-# Every eligible provider has responded, and none has it: late data are published within hours or never.
-EXHAUSTED = BackOff(MICROS_PER_HOUR, 30 * MICROS_PER_DAY)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

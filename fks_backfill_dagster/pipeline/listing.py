@@ -144,14 +144,9 @@ def find_listings(
             claim = None
         if claim is None or (refresh and start < claim.listed_at):
             requested = _request_claim(database, series, chain, name, now, warn)
+            observed = claim is not None and claim.kind is ListingKind.OBSERVATION
             # A withdrawn claim does not invalidate an observation.
-            claim = (
-                requested
-                if requested is not None
-                else claim
-                if claim and claim.kind == ListingKind.OBSERVATION
-                else None
-            )
+            claim = requested if requested is not None or not observed else claim
         if name not in chain.names:
             continue
         # A claim that cuts nothing off does not have to be refuted.

@@ -11,7 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fks_backfill_dagster.domain.rate_limits import Pace, Window
-from fks_backfill_dagster.providers import alphavantage, binance, coingecko, oanda, polygon, yfinance
+from fks_backfill_dagster.providers import (
+    alphavantage,
+    binance,
+    binance_klines,
+    coingecko,
+    oanda,
+    polygon,
+    yfinance,
+)
 from fks_backfill_dagster.providers.base import Provider, ProviderError, ProviderOptions
 from fks_backfill_dagster.providers.http.client import CONNECT_SECONDS, RESPONSE_TIMEOUTS
 from fks_backfill_dagster.providers.http.limiter import Limiter, ProcessLimiter, system_micros
@@ -38,12 +46,12 @@ class Registration:
 
 
 BUILT: Mapping[str, Registration] = {
-    binance.NAME: Registration(
+    binance_klines.NAME: Registration(
         binance.Binance,
         binance.DEFAULT_BASE_URL,
         archive_url=binance.DEFAULT_ARCHIVE_URL,
-        request_weight=binance.KLINES_WEIGHT,
-        windows=(Window(binance.REQUESTS_PER_MINUTE * binance.KLINES_WEIGHT),),
+        request_weight=binance_klines.KLINES_WEIGHT,
+        windows=(Window(binance_klines.REQUESTS_PER_MINUTE * binance_klines.KLINES_WEIGHT),),
     ),
     polygon.NAME: Registration(
         polygon.Polygon, polygon.DEFAULT_BASE_URL, requests_per_minute=polygon.REQUESTS_PER_MINUTE

@@ -231,14 +231,18 @@ def _translate(error: BaseException, state: str, place: Place, *, is_lost: bool)
             " raise or remove it."
         )
     if is_lost or _is_operational(error) or state.startswith(("08", "57P")):
-        remedy = place.remedy("Start it or correct FKS_DATABASE_URL")
-        kind = ConnectionLost if is_lost else DatabaseUnavailable
-        if place.log is None:
-            remedy += "; what was committed is kept, run the same command again"
-        else:
-            remedy += "; what was committed is kept"
-        return kind(f"{place} does not answer ({described}). {remedy}.")
+        return _unanswered(place, described, is_lost=is_lost)
     return StoreError(f"{place} reported an error: {described}")
+
+
+def _unanswered(place: Place, described: str, *, is_lost: bool) -> StoreError:
+    remedy = place.remedy("Start it or correct FKS_DATABASE_URL")
+    kind = ConnectionLost if is_lost else DatabaseUnavailable
+    if place.log is None:
+        remedy += "; what was committed is kept, run the same command again"
+    else:
+        remedy += "; what was committed is kept"
+    return kind(f"{place} does not answer ({described}). {remedy}.")
 
 
 def pooled_by_transaction(place: Place, seen: str) -> UnsuitableServer:

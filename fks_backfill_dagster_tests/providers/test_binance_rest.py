@@ -28,7 +28,8 @@ from fks_backfill_dagster.providers.base import (
     Transport,
     UnknownSymbol,
 )
-from fks_backfill_dagster.providers.binance import binance_error, page_ranges, read_page
+from fks_backfill_dagster.providers.binance import page_ranges
+from fks_backfill_dagster.providers.binance_klines import binance_error, read_page
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.scripted import (
     Asked,

@@ -125,19 +125,6 @@ class HttpClient:
         budget = RetryBudget(self.options)
         tries = 1 if self._unreachable else attempts
 
-        def once() -> T:
-            while True:
-                with self.pool.slot():
-                    turn = self.limiter.admit(self.provider, weight)
-                    if not turn.wait:
-                        return self._with_permit(turn, attempt, tally)
-                pause = min(turn.wait, RECHECK_SECONDS)
-                budget.spend(self.provider, turn, pause)
-                if turn.wait > UNREPORTED_SECONDS:
-                    why = (turn.reason or "rate limit").removesuffix(": wait")
-                    self.pool.report_wait(self.provider, f"{self.provider}: waiting {turn.wait:.0f} s: {why}")
-                self.pool.sleep(pause)
-
         def report(state: RetryCallState) -> None:
             lasts = (state.seconds_since_start or 0.0) + state.upcoming_sleep
             if state.outcome is not None and lasts > UNREPORTED_SECONDS:
@@ -153,7 +140,7 @@ class HttpClient:
             reraise=True,
         )
         try:
-            result = retrying(once)
+            result: T = retrying(self._once, attempt, tally, budget, weight)
         except Cancelled:
             raise
         except ProviderError as error:
@@ -161,6 +148,20 @@ class HttpClient:
             raise
         self._unreachable = False
         return result
+
+    def _once(self, attempt: Callable[[], T], tally: Tally, budget: RetryBudget, weight: int) -> T:
+        """Runs `attempt` as soon as the rate limit admits it; waits within the budget."""
+        while True:
+            with self.pool.slot():
+                turn = self.limiter.admit(self.provider, weight)
+                if not turn.wait:
+                    return self._with_permit(turn, attempt, tally)
+            pause = min(turn.wait, RECHECK_SECONDS)
+            budget.spend(self.provider, turn, pause)
+            if turn.wait > UNREPORTED_SECONDS:
+                why = (turn.reason or "rate limit").removesuffix(": wait")
+                self.pool.report_wait(self.provider, f"{self.provider}: waiting {turn.wait:.0f} s: {why}")
+            self.pool.sleep(pause)
 
     def _with_permit(self, turn: Turn, attempt: Callable[[], T], tally: Tally) -> T:
         try:

@@ -81,7 +81,6 @@ def network_error(
     setting: the settings key of the address, for the remedy.
     """
     setting = setting or f"providers.{provider}.base_url"
-    check = f"check the network, or correct {setting}"
     if isinstance(error, UnusableCertificates):
         return PermanentError(provider, f"{place} was not requested: {error}")
     if isinstance(error, requests.RequestException) and (refusal := refusal_of(error, place)) is not None:
@@ -99,26 +98,32 @@ def network_error(
         )
     if isinstance(error, requests.exceptions.SSLError):
         return TransientError(provider, f"{place}: no secure connection, its certificate does not match")
-    cause = error.args[0] if error.args else None
-    reason = cause.reason if isinstance(cause, MaxRetryError) else None
-    if isinstance(error, requests.ConnectTimeout):
-        return Unreachable(provider, f"{place}: no connection (timed out): {check}")
-    if isinstance(reason, NameResolutionError):
-        host = urlsplit(place).hostname
-        return Unreachable(provider, f"{place}: no connection (the host {host} is unknown): {check}")
-    if isinstance(reason, NewConnectionError) and "refused" in str(reason):
-        text = f"no connection (refused): start the server, or correct {setting}"
-        return Unreachable(provider, f"{place}: {text}")
-    if isinstance(reason, NewConnectionError):
-        why = redact(str(reason).rsplit(": ", 1)[-1], key)
-        return Unreachable(provider, f"{place}: no connection ({why}): {check}")
-    if isinstance(error, requests.Timeout) or "timed out" in str(error):
-        return Unreachable(provider, f"{place} did not respond in time: {check}")
+    if (why := _no_connection(error, place, setting, key)) is not None:
+        return Unreachable(provider, why)
     if isinstance(error, TooLarge):
         return BadAnswer(provider, f"{place} returned {error}, which is too large for a valid response")
     if isinstance(error, requests.exceptions.ContentDecodingError):
         return BadAnswer(provider, f"{place} sent a body that cannot be read: {error}")
     return TransientError(provider, f"{place}: the connection broke before the response was complete")
+
+
+def _no_connection(error: BaseException, place: str, setting: str, key: str | None) -> str | None:
+    """Why there was no connection or no response in time; None if there was one."""
+    check = f"check the network, or correct {setting}"
+    cause = error.args[0] if error.args else None
+    reason = cause.reason if isinstance(cause, MaxRetryError) else None
+    if isinstance(error, requests.ConnectTimeout):
+        return f"{place}: no connection (timed out): {check}"
+    if isinstance(reason, NameResolutionError):
+        return f"{place}: no connection (the host {urlsplit(place).hostname} is unknown): {check}"
+    if isinstance(reason, NewConnectionError) and "refused" in str(reason):
+        return f"{place}: no connection (refused): start the server, or correct {setting}"
+    if isinstance(reason, NewConnectionError):
+        why = redact(str(reason).rsplit(": ", 1)[-1], key)
+        return f"{place}: no connection ({why}): {check}"
+    if isinstance(error, requests.Timeout) or "timed out" in str(error):
+        return f"{place} did not respond in time: {check}"
+    return None
 
 
 def _proxy_error(provider: str, refusal: Refusal) -> ProviderError:
