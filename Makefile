@@ -31,7 +31,7 @@ help:
 	@echo "make test-slow runs the long scenarios that make test skips, including an hour of real time"
 	@echo "make up      starts database, Dagster and daemon with real providers; make down stops them"
 	@echo "make bench   measures performance against the references"
-	@echo "make docs    rewrites what documents quote: the command-line reference, the session of the tutorial"
+	@echo "make docs    rewrites what documents quote: the references of commands and settings, the session of the tutorial"
 	@echo "make pictures takes the screenshots in docs/pictures from a demo, with a headless Chromium"
 	@echo "make lint    runs ruff and mypy; make format formats the code"
 	@echo "make wheel   builds the wheel into dist/"

@@ -1,9 +1,10 @@
 """`make docs`: what the documents quote is produced by the program.
 
 command-line.md  from the commands themselves
+settings.md      its tables, from the models of the settings
 tutorial.md      each command of its session is run against a local market, and its output is put below it
 
-A test compares both with the program: the reference to the letter, the session but for its figures.
+A test compares them with the program: the references to the letter, the session but for its figures.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from urllib.parse import urlsplit
 
 import click
 import psycopg
+from settings_tables import with_tables
 
 from fks_backfill_dagster.cli.main import main
 from fks_backfill_dagster.domain.ranges import TimeRange
@@ -29,7 +31,7 @@ from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
 
 DOCS = Path(__file__).parent
-REFERENCE, TUTORIAL = DOCS / "command-line.md", DOCS / "tutorial.md"
+REFERENCE, SETTINGS, TUTORIAL = (DOCS / name for name in ("command-line.md", "settings.md", "tutorial.md"))
 WIDTH = 100
 
 _HEAD = """\
@@ -154,4 +156,5 @@ class Session:
 
 if __name__ == "__main__":
     REFERENCE.write_text(reference(), encoding="utf-8")
+    SETTINGS.write_text(with_tables(SETTINGS.read_text(encoding="utf-8")), encoding="utf-8")
     TUTORIAL.write_text(tutorial(TUTORIAL.read_text(encoding="utf-8")), encoding="utf-8")
