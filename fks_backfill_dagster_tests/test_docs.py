@@ -1,10 +1,12 @@
-"""The documents quote the program's actual output."""
+"""The documents quote the program's actual output, and name what exists."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +14,8 @@ import pytest
 from pydantic.fields import FieldInfo
 
 from fks_backfill_dagster.settings.model import CHECKOUT
+
+PACKAGES = (CHECKOUT / "fks_backfill_dagster", CHECKOUT / "fks_backfill_dagster_tests")
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +79,110 @@ def test_every_link_leads_somewhere(document: Path) -> None:
         if heading:
             found = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             assert heading in {anchor(one) for one in found}, f"{document.name}: {place}#{heading}"
+
+
+# --- files and names of code ---
+
+FILE = re.compile(r"(?<![\w./-])((?:\w+/)*)(\w+\.py)\b")
+DOTTED = re.compile(r"\bfks_backfill_dagster(?:\.\w+)+")
+IMPORT = re.compile(r"from (fks_backfill_dagster[\w.]*) import (\w+(?:, \w+)*)")
+MEMBER = re.compile(r"`([A-Z]\w+)\.(\w+)(?:\(.*?\))?`")
+IN_FILE = re.compile(r"`(\w+)(?:\(\))?` in `((?:\w+/)*\w+\.py)`")
+
+
+def wrong_names(text: str, *, decision: bool = False) -> list[str]:
+    """The files, modules, functions and classes of this repository that the text names and that do not exist.
+
+    A `decision` (docs/adr) describes what was: there, files count only with the name of their package.
+    """
+    wrong = [
+        folder + name
+        for folder, name in FILE.findall(text)
+        if not (files_called(folder, name) or (decision and not folder.startswith("fks_backfill_dagster")))
+    ]
+    wrong += [name for name in DOTTED.findall(text) if not (name.endswith(".py") or resolves(name))]
+    for module, names in IMPORT.findall(text):
+        wrong += [f"{module}.{name}" for name in names.split(", ") if not resolves(f"{module}.{name}")]
+    for name, path in IN_FILE.findall(text):
+        found = files_called(*re.fullmatch(r"(.*/)?(.*)", path).groups(""))
+        if found and not any(name in defined_in(file) for file in found):
+            wrong.append(f"{name} in {path}")
+    for name, member in MEMBER.findall(text):
+        if member not in members().get(name, {member}):
+            wrong.append(f"{name}.{member}")
+    return wrong
+
+
+def files_called(folder: str, name: str) -> list[Path]:
+    """Files below the checkout or a package; without a folder those of that name anywhere."""
+    if not folder:
+        return [path for path in sources() if path.name == name]
+    return [path for root in (CHECKOUT, *PACKAGES) if (path := root / folder / name).is_file()]
+
+
+@cache
+def sources() -> list[Path]:
+    places = (*PACKAGES, CHECKOUT / "docs", CHECKOUT / "bench")
+    return [path for place in places for path in place.rglob("*.py")]
+
+
+@cache
+def defined_in(path: Path) -> frozenset[str]:
+    """Functions, classes and constants of a module, methods included."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    named = {one.name for one in nodes if isinstance(one, ast.FunctionDef | ast.ClassDef)}
+    return frozenset(
+        named | {one.id for one in nodes if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+    )
+
+
+@cache
+def members() -> dict[str, set[str]]:
+    """Methods and fields of each class; of classes with one name together."""
+    found: dict[str, set[str]] = {}
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                inside = ast.walk(ast.Module(node.body, []))
+                names = {getattr(one, "name", getattr(one, "id", None)) for one in inside}
+                found.setdefault(node.name, set()).update(filter(None, names))
+    return found
+
+
+@cache
+def resolves(dotted: str) -> bool:
+    """Whether a module, or a name in one, exists."""
+    try:
+        return bool(importlib.import_module(dotted))
+    except ModuleNotFoundError:
+        module, _, name = dotted.rpartition(".")
+        return resolves(module) and hasattr(importlib.import_module(module), name)
+
+
+@each_document
+def test_every_named_file_and_function_exists(document: Path) -> None:
+    assert wrong_names(document.read_text(), decision=document.parent.name == "adr") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("see `pipeline/planing.py`", ["pipeline/planing.py"]),
+        ("see `planing.py`", ["planing.py"]),
+        ("pipeline/plan.py and `plan.py`, `store/conftest.py`, `docs/generate.py`", []),
+        ("`fks_backfill_dagster.simulators`", ["fks_backfill_dagster.simulators"]),
+        ("`fks_backfill_dagster.simulator.LocalMarket`", []),
+        ("from fks_backfill_dagster import read_candles, write", ["fks_backfill_dagster.write"]),
+        ("(`BackOf` in `ledger/settle.py`)", ["BackOf in ledger/settle.py"]),
+        ("(`BackOff` in `ledger/settle.py`)", []),
+        ("`TimeRange.intersects(other)`", ["TimeRange.intersects"]),
+        ("`TimeRange.intersect(other)` and `Unknown.name`", []),
+    ],
+)
+def test_a_wrong_name_is_found(text: str, wrong: list[str]) -> None:
+    assert wrong_names(text) == wrong
+
+
+def test_a_decision_may_name_former_files() -> None:
+    assert wrong_names("`store/checking.py`", decision=True) == []
+    assert wrong_names("`fks_backfill_dagster/store/checking.py`", decision=True) != []
