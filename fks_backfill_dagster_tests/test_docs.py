@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 from pydantic.fields import FieldInfo
 
 from fks_backfill_dagster.settings.model import CHECKOUT
@@ -186,3 +187,12 @@ def test_a_wrong_name_is_found(text: str, wrong: list[str]) -> None:
 def test_a_decision_may_name_former_files() -> None:
     assert wrong_names("`store/checking.py`", decision=True) == []
     assert wrong_names("`fks_backfill_dagster/store/checking.py`", decision=True) != []
+
+
+def test_the_hooks_before_a_commit_are_those_of_make_lint() -> None:
+    hooks = yaml.safe_load((CHECKOUT / ".pre-commit-config.yaml").read_text())
+    assert [one["repo"] for one in hooks["repos"]] == ["local"]
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", (CHECKOUT / "Makefile").read_text(), re.MULTILINE)
+    assert lint is not None
+    commands = [line.removeprefix("\t@$(BIN)/") for line in lint[1].splitlines()]
+    assert [one["entry"] for one in hooks["repos"][0]["hooks"]] == [f".venv/bin/{one}" for one in commands]
