@@ -125,7 +125,7 @@ class Session:
     def block(self, command: str) -> str:
         """The command and what it prints, as the document shows them."""
         statement = _STATEMENT.fullmatch(command)
-        output = self._by_hand(shlex.split(statement[1])[0]) if statement else self._run(command)
+        output = self._by_hand(shlex.split(statement[1])[0]) if statement else self.run(command)
         for real, shown in self._shown.items():
             output = output.replace(real, shown)
         lines = output.splitlines()
@@ -134,10 +134,10 @@ class Session:
         return "".join(f"    {line}".rstrip() + "\n" for line in (f"$ {command}", *lines))
 
     def end(self) -> None:
-        self._run("fks-backfill db stop")
+        self.run("fks-backfill db stop")
         EmbeddedPostgres(self._folder / "sandbox").remove()
 
-    def _run(self, command: str) -> str:
+    def run(self, command: str) -> str:
         done = subprocess.run(
             ["sh", "-c", f"{self._market}; {command}"],
             cwd=self._folder,
@@ -150,7 +150,7 @@ class Session:
         return done.stdout
 
     def _by_hand(self, statement: str) -> str:
-        with psycopg.connect(self._run("fks-backfill db url").strip()) as connection:
+        with psycopg.connect(self.run("fks-backfill db url").strip()) as connection:
             return connection.execute(statement.encode()).statusmessage or ""
 
 

@@ -10,11 +10,20 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import psycopg
 import pytest
 import yaml
 from pydantic.fields import FieldInfo
 
+from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.ledger.records import Evidence, Outcome
 from fks_backfill_dagster.settings.model import CHECKOUT
+from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.postgres import database, database_url, server_url, template
+from fks_backfill_dagster_tests.store.builders import MIDNIGHT, Shelf, brought, candles_at, execute
+
+__all__ = ["database", "database_url", "server_url", "template"]
 
 PACKAGES = (CHECKOUT / "fks_backfill_dagster", CHECKOUT / "fks_backfill_dagster_tests")
 
@@ -80,6 +89,45 @@ def test_every_link_leads_somewhere(document: Path) -> None:
         if heading:
             found = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             assert heading in {anchor(one) for one in found}, f"{document.name}: {place}#{heading}"
+
+
+def test_every_picture_is_shown() -> None:
+    shown = {place for document in DOCUMENTS for place, _ in LINK.findall(document.read_text())}
+    names = [path.name for path in (CHECKOUT / "docs" / "pictures").iterdir()]
+    assert [name for name in names if not any(place.endswith(f"pictures/{name}") for place in shown)] == []
+
+
+def test_the_months_of_the_picture_of_coverage(
+    generate: ModuleType, database: Database, database_url: str
+) -> None:
+    """Read from the public views: a late beginning, a fallback, a gap without a source, and one to be requested."""
+    picture = importlib.import_module("coverage_picture")
+    days = Shelf.of(database, Series("ETH/USDT", Timeframe.D1, AssetClass.CRYPTO))
+    days.put(0, 40)  # 2024-01-01 to 2024-02-10
+    days.put(40, 45, provider="polygon")
+    absent = tuple(Evidence(name, MIDNIGHT, Outcome.ABSENT) for name in ("binance", "polygon"))
+    days.commit(
+        days.span(60, 91), brought(candles_at(days.opens(63, 91))), evidence=absent
+    )  # from 2024-03-01
+    execute(database, "UPDATE fks.gap SET status = 'unavailable'")
+    days.commit(days.span(91, 93), evidence=(Evidence("binance", MIDNIGHT, Outcome.ERROR, "returned 503"),))
+    with psycopg.connect(database_url) as connection:
+        (row,) = picture.read(connection)
+    states = {f"{month:%Y-%m}": row.state(month) for month in row.months}
+    assert states["2023-12"] == (picture.State.BEFORE, 0)
+    assert states["2024-01"] == (picture.State.COMPLETE, 31)
+    assert states["2024-02"] == (picture.State.FALLBACK, 5)
+    assert states["2024-03"] == (picture.State.EXPLAINED, 3)
+    assert states["2024-04"] == (picture.State.OPEN, 2)
+    assert states["2024-05"] == (picture.State.UNKNOWN, 0)
+    assert [gap.outcomes for gap in row.gaps] == [
+        {"binance": "absent", "polygon": "absent"},
+        {"binance": "error"},
+    ]
+    html = picture.page([row])
+    assert html.count('class="cell before"') == 12 + 1  # and the legend's
+    assert "<td>open, 2 missing</td><td>binance: error</td>" in html
+    assert "93.58 %" in html  # 73 of 78, rounded down
 
 
 # --- files and names of code ---
