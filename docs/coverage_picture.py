@@ -83,7 +83,7 @@ class Row:
     timeframe: Timeframe
     first: datetime
     months: Mapping[datetime, Month]
-    gaps: Sequence[Gap]
+    gaps: list[Gap]
 
     @property
     def main_provider(self) -> str:

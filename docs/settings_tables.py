@@ -80,7 +80,7 @@ def _rows(
 def _providers() -> Iterator[str]:
     """The keys of all providers, those of single ones, and the default addresses."""
     common = ProviderSettings.model_fields
-    of = {name: section_at(Settings, ("providers", name)) for name in PROVIDER_NAMES}
+    of = {name: type(Settings().provider(name)) for name in PROVIDER_NAMES}
     rows = list(_rows(common, ("providers", _NAME), {"base_url": "below"}))
     for name, model in of.items():
         own = {key: field for key, field in model.model_fields.items() if key not in common}
