@@ -1,9 +1,10 @@
 """`make docs`: what the documents quote is produced by the program.
 
 command-line.md  from the commands themselves
+settings.md      its tables, from the models of the settings
 tutorial.md      each command of its session is run against a local market, and its output is put below it
 
-A test compares both with the program: the reference to the letter, the session but for its figures.
+A test compares them with the program: the references to the letter, the session but for its figures.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from urllib.parse import urlsplit
 
 import click
 import psycopg
+from settings_tables import with_tables
 
 from fks_backfill_dagster.cli.main import main
 from fks_backfill_dagster.domain.ranges import TimeRange
@@ -29,7 +31,7 @@ from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
 
 DOCS = Path(__file__).parent
-REFERENCE, TUTORIAL = DOCS / "command-line.md", DOCS / "tutorial.md"
+REFERENCE, SETTINGS, TUTORIAL = (DOCS / name for name in ("command-line.md", "settings.md", "tutorial.md"))
 WIDTH = 100
 
 _HEAD = """\
@@ -123,7 +125,7 @@ class Session:
     def block(self, command: str) -> str:
         """The command and what it prints, as the document shows them."""
         statement = _STATEMENT.fullmatch(command)
-        output = self._by_hand(shlex.split(statement[1])[0]) if statement else self._run(command)
+        output = self._by_hand(shlex.split(statement[1])[0]) if statement else self.run(command)
         for real, shown in self._shown.items():
             output = output.replace(real, shown)
         lines = output.splitlines()
@@ -132,10 +134,10 @@ class Session:
         return "".join(f"    {line}".rstrip() + "\n" for line in (f"$ {command}", *lines))
 
     def end(self) -> None:
-        self._run("fks-backfill db stop")
+        self.run("fks-backfill db stop")
         EmbeddedPostgres(self._folder / "sandbox").remove()
 
-    def _run(self, command: str) -> str:
+    def run(self, command: str) -> str:
         done = subprocess.run(
             ["sh", "-c", f"{self._market}; {command}"],
             cwd=self._folder,
@@ -148,10 +150,11 @@ class Session:
         return done.stdout
 
     def _by_hand(self, statement: str) -> str:
-        with psycopg.connect(self._run("fks-backfill db url").strip()) as connection:
+        with psycopg.connect(self.run("fks-backfill db url").strip()) as connection:
             return connection.execute(statement.encode()).statusmessage or ""
 
 
 if __name__ == "__main__":
     REFERENCE.write_text(reference(), encoding="utf-8")
+    SETTINGS.write_text(with_tables(SETTINGS.read_text(encoding="utf-8")), encoding="utf-8")
     TUTORIAL.write_text(tutorial(TUTORIAL.read_text(encoding="utf-8")), encoding="utf-8")

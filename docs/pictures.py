@@ -1,6 +1,6 @@
-"""`make pictures`: the README's screenshots of Dagster's pages.
+"""`make pictures`: the pictures of the documents, of coverage (coverage_picture.py) and of Dagster's pages.
 
-Runs the demo and the scenario of the failed month in scratch homes, opens Dagster's pages in a headless
+Runs backfills, the demo and the scenario of the failed month in scratch homes, opens the pages in a headless
 Chromium over the DevTools protocol, waits until each shows its expected texts, and writes
 docs/pictures/*.png. A page without its expected texts is an error. All processes are stopped at the end.
 
@@ -27,6 +27,7 @@ from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
 
 import click
+import coverage_picture
 from websockets.sync.client import ClientConnection, connect  # a dependency of Dagster's webserver
 
 from fks_backfill_dagster.demo import scenario
@@ -48,15 +49,27 @@ SETTLED_SECONDS = 1.5
 
 
 class Stage(Enum):
-    """A Dagster setup that several pictures share."""
+    """A setup that several pictures share."""
 
+    COVERAGE = "coverage"
     DEMO = "demo"
     FAILED_MONTH = "failed month"
 
 
 @dataclass(frozen=True, slots=True)
+class Site:
+    """Where the pages of a stage are; `visit` is opened first."""
+
+    url: str
+    visit: str = "about:blank"
+
+
+@dataclass(frozen=True, slots=True)
 class Picture:
-    """One page of a stage. `shows` are texts that must be visible; the texts of `presses` are clicked first."""
+    """One page of a stage. `shows` are texts that must be visible; the texts of `presses` are clicked first.
+
+    `scheme` is the colour scheme that the page prefers, `scale` the pixels of the picture per pixel of the page.
+    """
 
     stage: Stage
     name: str
@@ -65,6 +78,8 @@ class Picture:
     width: int = 1280
     height: int = 720
     presses: tuple[str, ...] = ()
+    scheme: str = "light"
+    scale: float = 1
 
 
 _GROUP = "/locations/fks_backfill/asset-groups/crypto"
@@ -75,7 +90,11 @@ _OUTAGE_MONTH = f"{datetime.now(UTC).replace(day=1) - timedelta(days=1):%Y-%m}-0
 
 _FAILED_MONTH = scenario.failed_partition()
 
+_COVERAGE = ("ARB/USDT", "not listed", "polygon: 18 of 744", "unavailable, 18 missing", "open, 12 missing")
+
 PICTURES = (
+    Picture(Stage.COVERAGE, "coverage", "coverage.html", _COVERAGE, 960, 552, scale=1.5),
+    Picture(Stage.COVERAGE, "coverage-dark", "coverage.html", _COVERAGE, 960, 552, scheme="dark", scale=1.5),
     Picture(
         Stage.DEMO,
         "assets",
@@ -140,8 +159,10 @@ class Page:
 
     def take(self, url: str, picture: Picture) -> bytes:
         """The page as PNG, once it shows its expected texts."""
-        size = {"width": picture.width, "height": picture.height, "deviceScaleFactor": 1, "mobile": False}
-        self.call("Emulation.setDeviceMetricsOverride", **size)
+        size = {"width": picture.width, "height": picture.height, "mobile": False}
+        self.call("Emulation.setDeviceMetricsOverride", **size, deviceScaleFactor=picture.scale)
+        scheme = {"name": "prefers-color-scheme", "value": picture.scheme}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=f"{url}{picture.path}")
         for text in picture.presses:
             self._wait(picture, f"Boolean({_element(text)})", f"has no {text!r} to press")
@@ -211,15 +232,20 @@ def _tab(profile: Path, process: subprocess.Popen[bytes]) -> str:
 
 
 @contextmanager
-def staged(stage: Stage) -> Iterator[Webserver]:
-    """Dagster's webserver of a stage in a scratch home; stopped and removed afterwards."""
+def staged(stage: Stage) -> Iterator[Site]:
+    """The pages of a stage; its servers are stopped and its scratch home is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="fks-pictures-", ignore_cleanup_errors=True) as folder:
-        if stage is Stage.FAILED_MONTH:
+        if stage is Stage.COVERAGE:
+            with coverage_picture.filled() as connection:
+                html = coverage_picture.page(coverage_picture.read(connection))
+            Path(folder, "coverage.html").write_text(html, encoding="utf-8")
+            yield Site(f"file://{folder}/")
+        elif stage is Stage.FAILED_MONTH:
             with scenario.failed_month(Path(folder)) as scene:
-                yield scene.web
+                yield Site(scene.web.url, scene.web.visit)
         else:
             with _demo(Path(folder)) as web:
-                yield web
+                yield Site(web.url, web.visit)
 
 
 @contextmanager
@@ -236,10 +262,10 @@ def _demo(home: Path) -> Iterator[Webserver]:
 def _take(page: Page, stage: Stage, pictures: Sequence[Picture]) -> None:
     if not pictures:
         return
-    with staged(stage) as web:
-        page.call("Page.navigate", url=web.visit)
+    with staged(stage) as site:
+        page.call("Page.navigate", url=site.visit)
         for picture in pictures:
-            content = page.take(web.url, picture)
+            content = page.take(site.url, picture)
             if len(content) > LARGEST:
                 raise NoPicture(
                     f"{picture.name} has {len(content):,} bytes, more than {LARGEST:,}: make its page smaller."

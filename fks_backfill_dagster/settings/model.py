@@ -50,6 +50,7 @@ from fks_backfill_dagster.settings.sources import (
 from fks_backfill_dagster.settings.symbols import check_symbol, infer_asset_class
 from fks_backfill_dagster.settings.types import (
     CalendarName,
+    Form,
     Instant,
     absolute_folder,
     between,
@@ -121,29 +122,56 @@ class Settings(BaseSettings):
         frozen=True, strict=True, extra="forbid", hide_input_in_errors=True, validate_default=False
     )
 
-    batch_size_days: Annotated[int, between(1, 3_660)] = 30
-    max_concurrent_requests: Annotated[int, between(1, 100)] = 5
+    batch_size_days: Annotated[int, between(1, 3_660, "days")] = Field(
+        default=30,
+        description="The longest range that is fetched and committed as one batch; from 28 days on, whole months.",
+    )
+    max_concurrent_requests: Annotated[int, between(1, 100, "requests")] = Field(
+        default=5, description="Requests in flight at the same time, per process."
+    )
     provider_priority: ProviderPriority = ProviderPriority()
     gap_detection: GapDetection = GapDetection()
     freshness: Freshness = Freshness()
     validation: Validation = Validation()
-    keys: dict[ProviderName, SecretStr] = Field(default={}, repr=False)
+    keys: dict[ProviderName, SecretStr] = Field(
+        default={}, repr=False, description="The keys of the providers that need one."
+    )
     providers: Providers = Providers()
     symbols: Annotated[tuple[SymbolSettings, ...], Field(strict=False)] = Field(
         default_factory=_default_symbols
     )
     calendars: Annotated[dict[CalendarName, CalendarSettings], BeforeValidator(no_section)] = {}
-    history_start: Instant = to_micros(datetime(2017, 8, 17, tzinfo=UTC))
-    allow_mixed_sources: bool = False
+    history_start: Instant = Field(
+        default=to_micros(datetime(2017, 8, 17, tzinfo=UTC)),
+        description="The beginning of the history of symbols without a `start` of their own.",
+    )
+    allow_mixed_sources: bool = Field(
+        default=False,
+        description="Whether candles of the providers' default addresses and of any other `base_url` (a local market)"
+        " may share one database; otherwise a sync that would mix them is refused.",
+    )
     alerts: Alerts = Alerts()
     webserver: Webserver = Webserver()
     automation: Automation = Automation()
 
-    home: Annotated[Path, AfterValidator(absolute_folder)] = Path(".fks")
+    home: Annotated[Path, AfterValidator(absolute_folder), Form("folder")] = Field(
+        default=Path(".fks"),
+        description="The folder of the project's state (embedded database, Dagster's folder, logs). By default in the"
+        " folder that holds `config/`.",
+    )
     root: Path = Path()
-    config_file: Path | None = None
-    database_url: Annotated[SecretStr, AfterValidator(database_address)] | None = None
-    api_token: Annotated[SecretStr, AfterValidator(login_token)] | None = None
+    config_file: Annotated[Path, Form("file")] | None = Field(
+        default=None, description="Another settings file."
+    )
+    database_url: Annotated[SecretStr, AfterValidator(database_address), Form("address")] | None = Field(
+        default=None,
+        description="A PostgreSQL or TimescaleDB, `postgresql://...` with libpq's parameters; not set: the embedded"
+        " PostgreSQL below `FKS_HOME`.",
+    )
+    api_token: (
+        Annotated[SecretStr, AfterValidator(login_token), Form("32 or more printable ASCII characters")]
+        | None
+    ) = Field(default=None, description="The token of the UI; all requests need it then (`webserver.login`).")
 
     @classmethod
     def settings_customise_sources(

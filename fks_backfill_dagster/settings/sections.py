@@ -34,6 +34,7 @@ from fks_backfill_dagster.settings.types import (
     AnyInstant,
     Date,
     EachTimeframe,
+    Form,
     Instant,
     Many,
     TimeoutSeconds,
@@ -56,7 +57,7 @@ def provider_name(name: str) -> str:
     return name
 
 
-ProviderName = Annotated[str, AfterValidator(provider_name)]
+ProviderName = Annotated[str, AfterValidator(provider_name), Form("provider")]
 
 
 class Section(BaseModel):
@@ -71,22 +72,27 @@ class Section(BaseModel):
 
 
 class ProviderSettings(Section):
-    """How one provider is reached. The client appends the documented path to `base_url`.
+    """How one provider is reached."""
 
-    `requests_per_minute` None is the provider's own default; `timeout_seconds` is per request.
-    """
-
-    base_url: Url
-    requests_per_minute: Annotated[int, between(1, 1_000_000)] | None = None
-    timeout_seconds: TimeoutSeconds = 30.0
-    enabled: bool = True
+    base_url: Url = Field(
+        description="Scheme, host and optional path prefix; the provider's documented path follows. `http://` to"
+        " another machine is refused while the provider's key is set."
+    )
+    requests_per_minute: Annotated[int, between(1, 1_000_000, "requests a minute")] | None = Field(
+        default=None,
+        description="null: the provider's own limits. A number replaces all of them, a daily budget too. Shared by"
+        " every process on the database, per address and key.",
+    )
+    timeout_seconds: TimeoutSeconds = Field(default=30.0, description="The time limit of one request.")
+    enabled: bool = Field(default=True, description="Whether the provider may be requested at all.")
 
 
 class Binance(ProviderSettings):
-    """`archive_url` null: REST only."""
-
     base_url: Url = "https://api.binance.com"
-    archive_url: Url | None = "https://data.binance.vision"
+    archive_url: Url | None = Field(
+        default="https://data.binance.vision",
+        description="The address of the daily and monthly archives; null: REST only.",
+    )
 
 
 class CoinGecko(ProviderSettings):
@@ -126,9 +132,16 @@ Priority = Annotated[Many[ProviderName], AfterValidator(not_empty)]
 class ProviderPriority(Section):
     """Providers in order of priority; each is requested for what the ones before it left missing."""
 
-    crypto: Priority = ("binance", "coingecko", "polygon")
-    stocks: Priority = ("polygon", "yfinance", "alphavantage")
-    forex: Priority = ("oanda", "polygon")
+    crypto: Priority = Field(
+        default=("binance", "coingecko", "polygon"),
+        description="The providers of cryptocurrency pairs, in order.",
+    )
+    stocks: Priority = Field(
+        default=("polygon", "yfinance", "alphavantage"), description="The providers of stocks, in order."
+    )
+    forex: Priority = Field(
+        default=("oanda", "polygon"), description="The providers of currency pairs, in order."
+    )
 
 
 _LIST, _BY_TIMEFRAME = "[list]", "[by timeframe]"
@@ -139,6 +152,7 @@ PriorityByTimeframe = Annotated[dict[EachTimeframe, Priority], AfterValidator(no
 SymbolPriority = Annotated[
     Annotated[Priority, Tag(_LIST)] | Annotated[PriorityByTimeframe, Tag(_BY_TIMEFRAME)],
     Discriminator(lambda raw: _BY_TIMEFRAME if isinstance(raw, Mapping) else _LIST),
+    Form("list of providers, or {timeframe: list}"),
 ]
 
 
@@ -167,27 +181,46 @@ class ClosedDates(Section):
         return end
 
 
-Closed = Annotated[tuple[ClosedDates, ...], Field(strict=False), BeforeValidator(nothing_is_empty)]
+Closed = Annotated[
+    tuple[ClosedDates, ...],
+    Field(strict=False),
+    BeforeValidator(nothing_is_empty),
+    Form("list of dates, or of {start, end}"),
+]
 
 
 class CalendarSettings(Section):
-    """Additions to a library calendar: `closed` are dates without any trading."""
+    """Additions to a library calendar."""
 
-    closed: Closed = ()
+    closed: Closed = Field(
+        default=(),
+        description="Dates without any trading, first and last inclusive: missing candles are explained.",
+    )
 
 
 class GapDetection(Section):
-    """`max_gap_minutes`: a gap up to this length is tolerated once all eligible providers have responded."""
+    """Which gaps are tolerated, and how often the ledger is audited."""
 
-    max_gap_minutes: Annotated[int, between(0, 525_600)] = 5
-    check_interval_hours: Annotated[int, between(1, 8_760)] = 24
+    max_gap_minutes: Annotated[int, between(0, 525_600, "minutes")] = Field(
+        default=5,
+        description="A gap up to this length (missing candles times timeframe) is tolerated once every eligible"
+        " provider has responded without its candles.",
+    )
+    check_interval_hours: Annotated[int, between(1, 8_760, "hours")] = Field(
+        default=24, description="The interval of the audit of all stored series."
+    )
 
 
 class Freshness(Section):
     """More closed candles than this beyond the allowed lag are a warning or an error."""
 
-    warn_candles: Annotated[int, between(0, 1_000_000)] = 3
-    error_candles: Annotated[int, between(0, 1_000_000)] = 10
+    warn_candles: Annotated[int, between(0, 1_000_000, "candles")] = Field(
+        default=3,
+        description="The check `data_freshness` warns about more candles than this beyond the allowed lag.",
+    )
+    error_candles: Annotated[int, between(0, 1_000_000, "candles")] = Field(
+        default=10, description="The check fails for more candles than this. At least `warn_candles`."
+    )
 
     @model_validator(mode="after")
     def _warning_before_error(self) -> Self:
@@ -199,65 +232,102 @@ class Freshness(Section):
 
 
 class Validation(Section):
-    """`tolerance_pct` is a fraction of the other provider's price: 0.01 is one per cent."""
+    """The comparison of stored candles with those of other providers."""
 
-    enabled: bool = True
-    tolerance_pct: Annotated[float, between(0, 1)] = 0.01
-    validation_providers: Many[ProviderName] = ("coingecko", "polygon")
+    enabled: bool = Field(default=True, description="Whether stored candles are compared.")
+    tolerance_pct: Annotated[float, between(0, 1, "")] = Field(
+        default=0.01, description="A **fraction** of the other provider's price: 0.01 is one per cent."
+    )
+    validation_providers: Many[ProviderName] = Field(
+        default=("coingecko", "polygon"),
+        description="The providers whose candles are compared with the stored ones.",
+    )
 
 
 class Automation(Section):
-    """Automation by Dagster. What is disabled here can still be started in its UI.
+    """Automation by Dagster. What is disabled here can still be started in its UI."""
 
-    `refresh`: the timeframes whose series are kept fresh. `fill_gaps`: whether due gaps are requested.
-    `keep_runs_days`: age after which runs are deleted, with their events, if a later run has materialized
-    their partitions.
-    """
-
-    refresh: Many[EachTimeframe] = tuple(Timeframe)
-    fill_gaps: bool = True
-    checks: bool = True
-    audit: bool = True
-    housekeeping: bool = True
-    keep_runs_days: Annotated[int, between(1, 3_650)] = 3
+    refresh: Many[EachTimeframe] = Field(
+        default=tuple(Timeframe),
+        description="The timeframes whose series Dagster keeps fresh; `[]` for none.",
+    )
+    fill_gaps: bool = Field(
+        default=True,
+        description="Whether a sensor requests gaps that are due, and outages of a venue are reported.",
+    )
+    checks: bool = Field(default=True, description="Whether all checks of all series run once a day.")
+    audit: bool = Field(
+        default=True,
+        description="Whether all stored series are audited, every `gap_detection.check_interval_hours`.",
+    )
+    housekeeping: bool = Field(default=True, description="Whether old runs are deleted once a day.")
+    keep_runs_days: Annotated[int, between(1, 3_650, "days")] = Field(
+        default=3,
+        description="Older runs are deleted if a later run has materialized their partitions.",
+    )
 
 
 class Webserver(Section):
-    """Access to Dagster's pages that `up` serves.
+    """Access to Dagster's pages that `up` serves."""
 
-    `hosts`: names of this server in a browser's address besides the loopback ones, such as those of a proxy.
-    `login`: which requests need the token: all (true), none (false), or all but those of processes of the account
-    that has called `up` (`others`); with FKS_API_TOKEN `others` means all.
-    `report_assets`: whether other programs may report materializations and checks over HTTP.
-    """
-
-    hosts: Many[Annotated[str, AfterValidator(host_name)]] = ()
-    login: Annotated[Literal[True, False, "others"], PlainValidator(login_mode)] = OTHERS
-    report_assets: bool = False
+    hosts: Many[Annotated[str, AfterValidator(host_name), Form("host name")]] = Field(
+        default=(),
+        description="Names of this server in a browser's address besides 127.0.0.1 and localhost, without scheme and"
+        " port, such as those of a proxy.",
+    )
+    login: Annotated[Literal[True, False, "others"], PlainValidator(login_mode)] = Field(
+        default=OTHERS,
+        description="Which requests need the token that `up` prints: all (`true`), none (`false`, for a proxy with a"
+        " login of its own), or those of other accounts (`others`; all, if `FKS_API_TOKEN` is set).",
+    )
+    report_assets: bool = Field(
+        default=False,
+        description="Whether other programs may report materializations, checks and observations over HTTP"
+        " (`/report_asset_materialization` and the like).",
+    )
 
 
 class Alerts(Section):
-    urls: Many[Annotated[SecretStr, AfterValidator(webhook_address)]] = ()
+    """The receivers of alerts."""
+
+    urls: Many[Annotated[SecretStr, AfterValidator(webhook_address), Form("http or https address")]] = Field(
+        default=(), description="Addresses that receive alerts; treated as secrets."
+    )
 
 
 class SymbolSettings(Section):
-    """One symbol and its timeframes.
+    """One symbol and its timeframes. The order of the fields matters: later ones are checked against earlier ones."""
 
-    `start` None is `history_start`; from `end` on nothing is expected (delisted); `calendar` (stocks)
-    None is XNYS; `provider_priority` None is that of the asset class, and so is a timeframe that it does not
-    name; on the dates of `closed` nothing was traded. The order of the fields matters: later ones are
-    checked against earlier ones.
-    """
-
-    asset_class: Annotated[AssetClass, BeforeValidator(asset_class_of)]
-    symbol: str
-    timeframes: Annotated[Many[EachTimeframe], AfterValidator(not_empty)]
-    start: Instant | None = None
-    end: AnyInstant | None = None
-    calendar: str | None = None
-    provider_symbols: dict[ProviderName, Annotated[str, Field(min_length=1)]] = {}
-    provider_priority: SymbolPriority | None = None
-    closed: Closed = ()
+    asset_class: Annotated[AssetClass, BeforeValidator(asset_class_of)] = Field(
+        description="Decides providers and calendar, and the group in Dagster."
+    )
+    symbol: str = Field(description="Crypto and forex: `BASE/QUOTE` in capitals; stocks: the ticker.")
+    timeframes: Annotated[Many[EachTimeframe], AfterValidator(not_empty)] = Field(
+        description="The timeframes to store, at least one; each is a series."
+    )
+    start: Instant | None = Field(
+        default=None,
+        description="The beginning of its history, instead of `history_start`; earlier or later.",
+    )
+    end: AnyInstant | None = Field(
+        default=None,
+        description="From then on no candle is expected or requested (delisted). Later than `start`; may lie in the"
+        " future.",
+    )
+    calendar: Annotated[str, Form("exchange calendar")] | None = Field(
+        default=None, description=f"Sessions, half-days and holidays; stocks only. null: {DEFAULT_CALENDAR}."
+    )
+    provider_symbols: dict[ProviderName, Annotated[str, Field(min_length=1), Form("symbol")]] = Field(
+        default={}, description="The symbol's name at a provider, where it is not the usual one."
+    )
+    provider_priority: SymbolPriority | None = Field(
+        default=None,
+        description="Instead of that of the asset class; of lists by timeframe, other timeframes keep that of the"
+        " asset class.",
+    )
+    closed: Closed = Field(
+        default=(), description="Dates without trading, in addition to those of its calendar."
+    )
 
     @field_validator("symbol")
     @classmethod

@@ -257,7 +257,7 @@ class EnvironmentSource(_Source):
     ) -> None:
         super().__init__(settings_cls)
         self._environ = environ
-        self._known = dict(_variables(settings_cls, tuple(own)))
+        self._known = dict(variables(settings_cls, tuple(own)))
         self._places = places
 
     def __call__(self) -> dict[str, Any]:
@@ -300,7 +300,7 @@ class EnvironmentSource(_Source):
         return f"is not a setting; {remedy}"
 
 
-def _variables(
+def variables(
     model: type[BaseModel], names: Iterable[str], above: Location = ()
 ) -> Iterable[tuple[str, Location]]:
     """Every variable that may be set, sections included, with its field."""
@@ -309,7 +309,7 @@ def _variables(
         yield PREFIX + "__".join(str(part).upper() for part in location), location
         annotation = model.model_fields[name].annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from _variables(annotation, annotation.model_fields, location)
+            yield from variables(annotation, annotation.model_fields, location)
 
 
 def _decoded(text: str) -> Any:

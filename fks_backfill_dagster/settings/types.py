@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection
+from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import cache
 from pathlib import Path
@@ -31,13 +32,29 @@ T = TypeVar("T")
 Entries = TypeVar("Entries", bound=Collection[Any])
 
 
-def between(low: float, high: float) -> AfterValidator:
-    def check(value: float) -> float:
-        if not low <= value <= high:
-            raise ValueError(f"{value} is not between {low:g} and {high:g}")
+@dataclass(frozen=True, slots=True)
+class Between:
+    """The check of a number, both ends included. `unit` is for the reference in docs/settings.md."""
+
+    low: float
+    high: float
+    unit: str
+
+    def __call__(self, value: float) -> float:
+        if not self.low <= value <= self.high:
+            raise ValueError(f"{value} is not between {self.low:g} and {self.high:g}")
         return value
 
-    return AfterValidator(check)
+
+def between(low: float, high: float, unit: str) -> AfterValidator:
+    return AfterValidator(Between(low, high, unit))
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A noun for the values of a type, for the reference in docs/settings.md. In Annotated, pydantic ignores it."""
+
+    noun: str
 
 
 def host_name(value: str) -> str:
@@ -251,11 +268,11 @@ def nothing_is_empty(raw: object) -> object:
 
 # Strict models reject a list for a tuple, and YAML and JSON have lists only.
 Many = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_once_each)]
-Url = Annotated[str, AfterValidator(_url)]
+Url = Annotated[str, AfterValidator(_url), Form("http or https address")]
 _AS_ISO = PlainSerializer(iso, return_type=str, when_used="json")
-Instant = Annotated[int, BeforeValidator(_instant), _AS_ISO]
-AnyInstant = Annotated[int, BeforeValidator(_any_instant), _AS_ISO]
-EachTimeframe = Annotated[Timeframe, BeforeValidator(parse_timeframe)]
-TimeoutSeconds = Annotated[float, AfterValidator(_seconds)]
+Instant = Annotated[int, BeforeValidator(_instant), _AS_ISO, Form("date or time from 1970 to now")]
+AnyInstant = Annotated[int, BeforeValidator(_any_instant), _AS_ISO, Form("date or time from 1970 on")]
+EachTimeframe = Annotated[Timeframe, BeforeValidator(parse_timeframe), Form("timeframe")]
+TimeoutSeconds = Annotated[float, AfterValidator(_seconds), Form("number above 0, up to 600 seconds")]
 Date = Annotated[date, BeforeValidator(as_date)]
 CalendarName = Annotated[str, AfterValidator(calendar_name)]
