@@ -33,7 +33,7 @@ from fks_backfill_dagster.providers.base import (
     UnknownSymbol,
 )
 from fks_backfill_dagster.providers.http.body import MAX_JSON_BYTES, read_body
-from fks_backfill_dagster.providers.http.client import HttpClient
+from fks_backfill_dagster.providers.http.client import HttpClient, log_reply
 from fks_backfill_dagster.providers.http.errors import (
     excerpt,
     network_error,
@@ -164,6 +164,7 @@ class _Market:
     def _remember(self, response: requests.Response, *_: object, **__: object) -> None:
         self._response = response
         body = read_body(response, MAX_JSON_BYTES, self._client.response_seconds)
+        log_reply(response, body, place_of(self._url))
         response.raw = io.BytesIO(body)  # requests reads the content from here after the hooks
 
     def _error_of(self, error: Exception, symbol: str) -> ProviderError:

@@ -546,6 +546,17 @@ class ProviderConformance:
         assert "***" in caplog.text or not malformed
         assert all(record.exc_info is None for record in caplog.records), "a handler may format it itself"
 
+    def test_each_response_is_logged_without_its_query(
+        self, provider: Callable[..., Provider], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.DEBUG, logger="fks_backfill_dagster")
+        with self.connected(provider, self.market) as (made, series, server):
+            made.fetch(series, self.window(series))
+        logged = [one.getMessage() for one in caplog.records if one.name.endswith("http.client")]
+        assert len(logged) == len(server.requests) > 0
+        for message in logged:
+            assert re.fullmatch(rf"{re.escape(server.url)}/[^?]*: \d+ after \d+\.\d+ s, \d+ bytes", message)
+
     def test_no_output_holds_the_key(
         self,
         provider: Callable[..., Provider],

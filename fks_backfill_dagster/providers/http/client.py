@@ -10,6 +10,7 @@ Does not belong here: paths, parameters or responses of individual providers.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ from fks_backfill_dagster.providers.network import (
 CONNECT_SECONDS = 10.0
 RESPONSE_TIMEOUTS = 3
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -60,6 +63,12 @@ class Reply:
     headers: Mapping[str, str]
     body: bytes
     place: str
+
+
+def log_reply(response: requests.Response, body: bytes, place: str) -> None:
+    """Logs one reply; `place` has no query, which may hold a key. The seconds are those up to its headers."""
+    seconds = response.elapsed.total_seconds()
+    _log.debug("%s: %d after %.2f s, %d bytes", place, response.status_code, seconds, len(body))
 
 
 class HttpClient:
@@ -185,6 +194,7 @@ class HttpClient:
                 url, params=params, timeout=timeout, stream=True, allow_redirects=False
             ) as response:
                 body = read_body(response, max_bytes, self.response_seconds)
+                log_reply(response, body, place)
                 return Reply(response.status_code, response.headers, body, place)
         except requests.RequestException as error:
             # `from None`: the text of the original holds the URL with its query, which may hold a key.

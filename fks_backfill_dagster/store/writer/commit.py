@@ -7,6 +7,8 @@ one finds nothing to change.
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from fks_backfill_dagster.domain.grid import Grid
@@ -35,6 +37,8 @@ from fks_backfill_dagster.store.writer.ledger import (
 )
 from fks_backfill_dagster.store.writer.lineage import drop_idle, lock, open_batch, stamp, volumes
 from fks_backfill_dagster.store.writer.records import BatchWrite, Committed
+
+_log = logging.getLogger(__name__)
 
 
 @repeated
@@ -74,6 +78,11 @@ def commit_batch(
         useful = [batch for batch in opened if inserted.get(batch) or changed.get(batch)]
         drop_idle(connection, [batch for batch in opened if batch not in useful])
         stamp(connection, useful, inserted, changed, volumes(rows, row_batches, inserted))
-        return Committed(
-            sum(inserted.values()), sum(updated.values()), len(missing), sum(outdated.values()), len(gone)
-        )
+    done = Committed(
+        sum(inserted.values()), sum(updated.values()), len(missing), sum(outdated.values()), len(gone)
+    )
+    _log.debug(
+        "%s %s: %d candles inserted, %d updated, %d missing",
+        *(series, write.window, done.inserted, done.updated, done.missing),
+    )
+    return done
