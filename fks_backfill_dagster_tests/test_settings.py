@@ -798,7 +798,7 @@ def dates(*texts: str) -> tuple[tuple[date, date], ...]:
 
 def test_dates_of_a_symbol_and_of_its_calendar(load: Load) -> None:
     loaded = load(CLOSED)
-    found = {entry.symbol: loaded.closed(entry.series(Timeframe.D1)) for entry in loaded.symbols}
+    found = {entry.symbol: loaded.closed(entry.instrument.at(Timeframe.D1)) for entry in loaded.symbols}
     assert found == {
         "0700": dates("2023-09-01", "2023-09-08/2023-09-09", "2024-11-14/2024-11-15"),
         "0005": dates("2023-09-08", "2024-11-14/2024-11-15"),  # by an alias

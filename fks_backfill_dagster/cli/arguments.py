@@ -86,7 +86,7 @@ def _matching(
     from fks_backfill_dagster.domain.series import identifier
     from fks_backfill_dagster.settings.types import parse_timeframe
 
-    known = {(s.symbol, s.timeframe): s for s in (*stored, *settings.series())}
+    known = {s.key: s for s in (*stored, *settings.series())}
     symbols = {
         symbol
         for symbol, _ in known
@@ -102,23 +102,23 @@ def _matching(
         raise ValueError(
             f"none of these symbols is configured with the timeframe {timeframe}; they have {frames}"
         )
-    order = {key: position for position, key in enumerate((s.symbol, s.timeframe) for s in settings.series())}
-    return tuple(sorted(found, key=lambda s: order.get((s.symbol, s.timeframe), len(order))))
+    order = {key: position for position, key in enumerate(s.key for s in settings.series())}
+    return tuple(sorted(found, key=lambda s: order.get(s.key, len(order))))
 
 
 def log_never_synced(chosen: Chosen, stored: Iterable[Series]) -> None:
     """For commands about gaps: logs each series that has no gap only because it was never synced."""
-    synced = {(s.symbol, s.timeframe) for s in stored}
+    synced = {s.key for s in stored}
     for one in chosen.series:
-        if (one.symbol, one.timeframe) not in synced:
+        if one.key not in synced:
             log(f"{one}: never synced, so it has no known gaps; run `fks-backfill backfill {one}` first.")
 
 
 def report_code(settings: Settings, chosen: Chosen, stored: Iterable[Series]) -> int:
     """The exit code of a report: 2, with a message, if a series is neither configured nor stored, else 0."""
-    known = {(s.symbol, s.timeframe) for s in (*stored, *settings.series())}
+    known = {s.key for s in (*stored, *settings.series())}
     for one in chosen.series:
-        if (one.symbol, one.timeframe) not in known:
+        if one.key not in known:
             log(f"Error: {one} is neither configured nor stored{_meant(settings, one)}")
             return 2
     return 0

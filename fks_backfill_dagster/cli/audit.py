@@ -72,14 +72,14 @@ def _wanted(
     """The selected stored series, each as configured if it is configured."""
     from fks_backfill_dagster.pipeline.audit import auditable
 
-    stored = {(one.symbol, one.timeframe): one for one in auditable(database, settings.series())}
+    stored = {one.key: one for one in auditable(database, settings.series())}
     if not names:
         return tuple(stored.values())
     chosen = choose(settings, names, everything, stored.values())
     for one in () if chosen.many else chosen.series:
-        if (one.symbol, one.timeframe) not in stored:
+        if one.key not in stored:
             log(f"{one}: never synced, so there is nothing to audit.")
-    return tuple(stored[key] for one in chosen.series if (key := (one.symbol, one.timeframe)) in stored)
+    return tuple(stored[key] for one in chosen.series if (key := one.key) in stored)
 
 
 def differences(report: AuditReport) -> list[str]:

@@ -38,15 +38,13 @@ def list_series(as_json: bool) -> None:
     with open_database(settings) as database:
         stored = stored_series(database)
         states = {(s.symbol, s.timeframe): s for s in sync_status(database)}
-    configured = {(s.symbol, s.timeframe) for s in settings.series()}
+    configured = {s.key for s in settings.series()}
     chosen = choose(settings, (), True, stored).series if stored or configured else ()
-    found = [(one, states.get((one.symbol, one.timeframe.value))) for one in chosen]
+    found = [(one, states.get(one.key)) for one in chosen]
     if as_json:
         print_json(
             [
-                documents.series(
-                    one, state, (one.symbol, one.timeframe) in configured, settings.priority(one)
-                )
+                documents.series(one, state, one.key in configured, settings.priority(one))
                 for one, state in found
             ]
         )
@@ -56,7 +54,7 @@ def list_series(as_json: bool) -> None:
             one.symbol,
             one.timeframe,
             one.asset_class,
-            (one.symbol, one.timeframe) in configured,
+            one.key in configured,
             state.total_candles if state else 0,
             state.oldest_data_time if state else None,
             state.newest_data_time if state else None,

@@ -102,8 +102,7 @@ def _wanted(stored: Sequence[Series], names: Sequence[str]) -> Sequence[Series]:
 def _observe(context: OpExecutionContext, settings: Settings, found: SeriesAudit) -> None:
     if not found.differences:
         return
-    configured = {(one.symbol, one.timeframe) for one in settings.series()}
-    if (found.series.symbol, found.series.timeframe) in configured:
+    if found.series.key in {one.key for one in settings.series()}:
         context.log_event(
             AssetObservation(
                 asset_key(found.series),

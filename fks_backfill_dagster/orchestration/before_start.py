@@ -30,7 +30,7 @@ from dagster import (
 from dagster._core.events import StepMaterializationData
 from dagster._core.instance.utils import RUNLESS_JOB_NAME, RUNLESS_RUN_ID
 
-from fks_backfill_dagster.domain.partitions import keys_before_start, window_of
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso, to_datetime
@@ -86,12 +86,18 @@ def early_partitions(groups: Sequence[Group], settings: Settings) -> list[Early]
     """Partitions to report, by series; series without any are omitted."""
     begin = settings.earliest_start
     found = (
-        Early(one, start, keys_before_start(one.timeframe, begin, start))
+        Early(one, start, keys_before_start(Grain.of(one.timeframe), begin, start))
         for group in groups
         for one in group.series.values()
         for start in (settings.start_of(one),)
     )
     return [one for one in found if one.keys]
+
+
+def keys_before_start(grain: Grain, begin: int, start: int) -> tuple[str, ...]:
+    """The keys of the partitions, from the one that contains `begin` on, that lie wholly before `start`."""
+    whole = TimeRange(begin, max(begin, grain.start(start)))
+    return tuple(grain.keys(whole)) if whole else ()
 
 
 def fingerprint(early: Sequence[Early]) -> str:
@@ -135,7 +141,7 @@ def _report(instance: DagsterInstance, key: AssetKey, one: Early, partitions: Se
     """
     latest = instance.get_latest_materialization_event(key)
     for partition in partitions:
-        window = window_of(one.series.timeframe, partition)
+        window = Grain.of(one.series.timeframe).window(partition)
         instance.report_dagster_event(
             DagsterEvent(
                 event_type_value=DagsterEventType.ASSET_MATERIALIZATION.value,

@@ -30,7 +30,7 @@ from dagster._core.definitions.target import ExecutableDefinition
 from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
 from dagster._core.storage.tags import PARTITION_NAME_TAG, SENSOR_NAME_TAG
 
-from fks_backfill_dagster.domain.partitions import is_monthly
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.checks import COMPLETENESS
@@ -138,7 +138,7 @@ def _wanted(groups: Sequence[Group], settings: Settings, work: Context) -> dict[
     return {
         one: Wanted(
             since=settings.start_of(one),
-            part="month" if is_monthly(one.timeframe) else "year",
+            grain=Grain.of(one.timeframe),
             able=able(work, one),
             until=settings.end_of(one),
         )

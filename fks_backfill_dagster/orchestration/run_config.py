@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from enum import Enum
 
 from fks_backfill_dagster.domain.grid import grid_of
-from fks_backfill_dagster.domain.partitions import start_before
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.pipeline.refresh import is_due, quiet_until, refresh_range
@@ -51,5 +51,5 @@ def requested_range(series: Series, reach: Reach | None, settings: Settings, now
     """
     if now < (quiet_until(reach) or now):
         return TimeRange(now, now)
-    start = max(start_before(series.timeframe, now), settings.start_of(series))
+    start = max(Grain.of(series.timeframe).start(now, -1), settings.start_of(series))
     return settings.kept(series, refresh_range(reach, grid_of(series), series.timeframe, start, now))

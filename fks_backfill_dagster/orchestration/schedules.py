@@ -29,7 +29,7 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_START_TAG,
 )
 
-from fks_backfill_dagster.domain.partitions import key_at
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_micros
 from fks_backfill_dagster.orchestration import cadence
@@ -109,14 +109,14 @@ def refresh_requests(
     The first tick of a day refreshes all series that have not ended, so that one without new candles (an exchange
     holiday, a delisting) stays fresh in Dagster. That costs no request.
     """
-    now = to_micros(at)
+    now, grain = to_micros(at), Grain.of(frame)
     known = reaches(database, list(series.values()))
     daily = now % MICROS_PER_DAY < cadence.tick_interval(frame)
     alike: dict[tuple[str, AssetClass], list[AssetKey]] = {}
     for key, one in series.items():
         if is_wanted(one, known.get(one), settings, now, daily=daily):
             begin = requested_range(one, known.get(one), settings, now).start
-            alike.setdefault((key_at(frame, min(begin, now)), one.asset_class), []).append(key)
+            alike.setdefault((grain.key(min(begin, now)), one.asset_class), []).append(key)
     for (first, asset_class), keys in sorted(alike.items()):
         for number, start in enumerate(range(0, len(keys), cadence.MOST_SERIES)):
             yield RunRequest(
@@ -127,7 +127,7 @@ def refresh_requests(
                     REFRESH: frame.value,
                     cadence.PRIORITY: cadence.FIRST,
                     ASSET_PARTITION_RANGE_START_TAG: first,
-                    ASSET_PARTITION_RANGE_END_TAG: key_at(frame, now),
+                    ASSET_PARTITION_RANGE_END_TAG: grain.key(now),
                 },
             )
 

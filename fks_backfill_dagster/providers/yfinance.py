@@ -283,7 +283,7 @@ def _candles(
     now, last_trade = min(chart.now for chart in charts), charts[-1].last_trade
     ratios = {at: ratio for chart in charts for at, ratio in chart.splits.items() if at <= now}
     at = np.array(sorted(ratios), dtype=np.int64)
-    split_dates = session_dates(at, replace(series, timeframe=Timeframe.D1), zone)
+    split_dates = session_dates(at, series.at(Timeframe.D1), zone)
     local = wall_clock(bars.ts, zone) // MICROS_PER_DAY * MICROS_PER_DAY
     daily = series.timeframe is Timeframe.D1
     dates = session_dates(bars.ts, series, zone, last_trade) if daily else local

@@ -195,7 +195,9 @@ class Settings(BaseSettings):
 
     def series(self) -> tuple[Series, ...]:
         """Every configured symbol at each of its timeframes, in the order of the file."""
-        return tuple(entry.series(timeframe) for entry in self.symbols for timeframe in entry.timeframes)
+        return tuple(
+            entry.instrument.at(timeframe) for entry in self.symbols for timeframe in entry.timeframes
+        )
 
     def find_series(self, symbol: str, timeframe: str | Timeframe, stored: Iterable[Series] = ()) -> Series:
         """The series of a symbol in any notation (`BTC/USDT`, `BTC_USDT`, `btc/usdt`).
@@ -207,7 +209,7 @@ class Settings(BaseSettings):
         frame = parse_timeframe(timeframe)
         entry = self._configured(symbol)
         if entry is not None:
-            return entry.series(frame)
+            return entry.instrument.at(frame)
         wanted = identifier(symbol.strip()).upper()
         known = [s for s in stored if s.timeframe is frame and identifier(s.symbol).upper() == wanted]
         if len(known) == 1:
@@ -367,11 +369,10 @@ def custom_address(provider: str, base_url: str, archive_url: str | None = None)
 
 
 def _is_calendar_of(name: str, series: Series) -> bool:
-    if series.asset_class is not AssetClass.STOCKS:
-        return name == series.asset_class.value
-    return name == series.calendar or (
-        name not in CLASS_CALENDARS and resolved_calendar(name) == resolved_calendar(series.calendar)
-    )
+    venue = series.instrument.venue
+    if name == venue or name in CLASS_CALENDARS or venue in CLASS_CALENDARS:
+        return name == venue
+    return resolved_calendar(name) == resolved_calendar(venue)
 
 
 def _collisions(raw: object) -> Iterator[InitErrorDetails]:

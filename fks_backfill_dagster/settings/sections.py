@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.series import DEFAULT_CALENDAR, AssetClass, Instrument
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso
 from fks_backfill_dagster.settings.sources import (
     CLASS_CALENDARS,
@@ -29,7 +29,6 @@ from fks_backfill_dagster.settings.sources import (
 )
 from fks_backfill_dagster.settings.symbols import check_symbol
 from fks_backfill_dagster.settings.types import (
-    DEFAULT_CALENDAR,
     OTHERS,
     AnyInstant,
     Date,
@@ -283,10 +282,10 @@ class SymbolSettings(Section):
             raise ValueError(f"{name!r} is the calendar of an asset class; stocks have an exchange's")
         return None if name is None else calendar_name(name)
 
-    def series(self, timeframe: Timeframe) -> Series:
-        return Series(
+    @property
+    def instrument(self) -> Instrument:
+        return Instrument(
             symbol=self.symbol,
-            timeframe=timeframe,
             asset_class=self.asset_class,
             calendar=self.calendar or DEFAULT_CALENDAR,
             provider_symbols=tuple(self.provider_symbols.items()),

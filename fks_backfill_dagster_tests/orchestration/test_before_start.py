@@ -11,15 +11,11 @@ from dagster import AssetKey, SensorDefinition, build_sensor_context
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.partitions import (
-    key_at,
-    keys_before_start,
-    window_of,
-)
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.orchestration import before_start
-from fks_backfill_dagster.orchestration.before_start import SENSOR
+from fks_backfill_dagster.orchestration.before_start import SENSOR, keys_before_start
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.settings.sections import SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
@@ -174,12 +170,13 @@ moments = st.integers(631_152_000, 1_893_456_000).map(lambda seconds: seconds * 
 def test_keys_before_a_start_are_those_of_whole_partitions_before_it(
     frame: Timeframe, begin: int, start: int
 ) -> None:
-    keys = keys_before_start(frame, begin, start)
-    windows = [window_of(frame, key) for key in keys]
+    grain = Grain.of(frame)
+    keys = keys_before_start(grain, begin, start)
+    windows = [grain.window(key) for key in keys]
     assert all(window.end <= start for window in windows)
     assert all(one.end == other.start for one, other in pairwise(windows))
     if keys:
-        assert keys[0] == key_at(frame, begin)
-        assert key_at(frame, windows[-1].end) == key_at(frame, start)
+        assert keys[0] == grain.key(begin)
+        assert grain.key(windows[-1].end) == grain.key(start)
     elif start > begin:
-        assert key_at(frame, begin) == key_at(frame, start)
+        assert grain.key(begin) == grain.key(start)
