@@ -149,9 +149,7 @@ def _meant(settings: Settings, series: Series) -> str:
 def check_providers(settings: Settings, names: Sequence[str]) -> tuple[str, ...]:
     """The names of the `--provider` options, each known and enabled."""
     with usage():
-        for name in names:
-            if not settings.provider(name).enabled:
-                raise ValueError(f"{name} is disabled: set providers.{name}.enabled to true in the settings")
+        settings.check_enabled(names)
     return tuple(names)
 
 

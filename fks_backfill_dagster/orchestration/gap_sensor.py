@@ -37,7 +37,7 @@ from fks_backfill_dagster.orchestration.checks import COMPLETENESS
 from fks_backfill_dagster.orchestration.groups import Group, asset_key
 from fks_backfill_dagster.orchestration.jobs import job_name
 from fks_backfill_dagster.orchestration.resources import ALL, opened
-from fks_backfill_dagster.orchestration.run_config import FILL
+from fks_backfill_dagster.orchestration.run_config import FILL, SyncMode, run_config
 from fks_backfill_dagster.pipeline.sync import Context, able, settle_closures
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.due_gaps import Place, Wanted, due_places
@@ -130,6 +130,7 @@ def fill_requests(
             partition_key=key,
             asset_selection=keys,
             asset_check_keys=[AssetCheckKey(one, COMPLETENESS) for one in keys],
+            run_config=run_config(SyncMode.FILL_GAPS, series),
             tags={FILL: key, cadence.PRIORITY: cadence.LAST},
         )
 

@@ -30,9 +30,18 @@ class Group:
         """Part of op names, so `[A-Za-z0-9_]` only."""
         return f"{self.asset_class}_{self.timeframe}"
 
+    @property
+    def op_name(self) -> str:
+        return op_name(self.asset_class, self.timeframe)
+
 
 def asset_key(series: Series) -> AssetKey:
     return AssetKey(asset_path(series))
+
+
+def op_name(asset_class: AssetClass, timeframe: Timeframe) -> str:
+    """The op that materializes the series of a group."""
+    return f"ohlcv_{asset_class}_{timeframe}"
 
 
 def groups_of(settings: Settings) -> tuple[Group, ...]:

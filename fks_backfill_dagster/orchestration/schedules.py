@@ -36,8 +36,9 @@ from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.checks import CHECK_NAMES
 from fks_backfill_dagster.orchestration.groups import Group
 from fks_backfill_dagster.orchestration.jobs import CHECKS, job_name
+from fks_backfill_dagster.orchestration.refresh import is_wanted, requested_range
 from fks_backfill_dagster.orchestration.resources import DATABASE
-from fks_backfill_dagster.orchestration.run_config import REFRESH, is_wanted, requested_range
+from fks_backfill_dagster.orchestration.run_config import REFRESH, SyncMode, run_config
 from fks_backfill_dagster.orchestration.run_retention import HOUSEKEEPING
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.database import Database
@@ -119,9 +120,11 @@ def refresh_requests(
             alike.setdefault((grain.key(min(begin, now)), one.asset_class), []).append(key)
     for (first, asset_class), keys in sorted(alike.items()):
         for number, start in enumerate(range(0, len(keys), cadence.MOST_SERIES)):
+            some = keys[start : start + cadence.MOST_SERIES]
             yield RunRequest(
                 run_key=f"refresh {frame} {asset_class} {first} {number}",
-                asset_selection=keys[start : start + cadence.MOST_SERIES],
+                asset_selection=some,
+                run_config=run_config(SyncMode.REFRESH, (series[key] for key in some)),
                 asset_check_keys=[],  # the default would be all checks of the assets, whatever the job selects
                 tags={
                     REFRESH: frame.value,

@@ -335,6 +335,12 @@ class Settings(BaseSettings):
         found: ProviderSettings = getattr(self.providers, provider_name(name))
         return found
 
+    def check_enabled(self, providers: Iterable[str]) -> None:
+        """Raises ValueError for a provider that is unknown or disabled."""
+        for name in providers:
+            if not self.provider(name).enabled:
+                raise ValueError(f"{name} is disabled: set providers.{name}.enabled to true in the settings")
+
     def custom_addresses(self) -> dict[str, str]:
         """The enabled providers whose address is not their default one, with that address."""
         given = {name: self.provider(name) for name in PROVIDER_NAMES}

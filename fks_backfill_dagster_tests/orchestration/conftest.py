@@ -58,14 +58,18 @@ class Project:
         return asset_key(self.series(symbol, timeframe))
 
     def materialize(
-        self, timeframe: str, first: str, last: str | None = None, *symbols: str
+        self, timeframe: str, first: str, last: str | None = None, *symbols: str, **config: object
     ) -> ExecuteInProcessResult:
-        """A run over a range of partitions, as launched by the UI; all symbols unless some are named."""
+        """A run over a range of partitions, as launched by the UI; all symbols unless some are named.
+
+        `config`: that of the op, as entered in the launchpad; without any the run has no configuration.
+        """
         names = symbols or self.settings.match_symbols()
         return self.definitions.resolve_implicit_global_asset_job_def().execute_in_process(
             instance=self.instance,
             asset_selection=[self.key(name, timeframe) for name in names],
             raise_on_error=False,
+            run_config={"ops": {f"ohlcv_crypto_{timeframe}": {"config": config}}} if config else None,
             tags={
                 "dagster/asset_partition_range_start": first,
                 "dagster/asset_partition_range_end": last or first,

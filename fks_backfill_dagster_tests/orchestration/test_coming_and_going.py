@@ -12,7 +12,7 @@ from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.orchestration.assets import Task, materialize_series
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.groups import groups_of
-from fks_backfill_dagster.orchestration.run_config import RunKind
+from fks_backfill_dagster.orchestration.run_config import SyncMode, SyncOptions
 from fks_backfill_dagster.orchestration.run_log import Lines, SyncLogger
 from fks_backfill_dagster.orchestration.schedules import check_requests, refresh_requests
 from fks_backfill_dagster.settings.model import Settings
@@ -143,7 +143,7 @@ class Year:
             self.market.set_clock(self.now)
             outcome = materialize_series(
                 self.context,
-                Task(self.series, windows, DELISTED_SETTINGS, "run", run_kind=RunKind.REFRESH, reach=known),
+                Task(self.series, windows, DELISTED_SETTINGS, "run", SyncOptions(SyncMode.REFRESH), known),
                 SyncLogger(Lines(), False),
             )
             assert not outcome.failed

@@ -66,6 +66,8 @@ def test_a_run_takes_fifty_series_at_most(database: Database) -> None:
     assert [len(request.asset_selection or ()) for request in found] == [50, 50, 20]
     assert len({request.run_key for request in found}) == 3
     assert {request.tags[cadence.PRIORITY] for request in found} == {"10"}
+    (config,) = {str(request.run_config) for request in found}
+    assert config == "{'ops': {'ohlcv_crypto_1h': {'config': {'mode': 'refresh'}}}}"
 
 
 def test_asset_classes_are_refreshed_by_separate_runs(database: Database) -> None:
@@ -155,6 +157,7 @@ def refresh(project: Project, database: Database, timeframe: str, at: int) -> bo
         done = project.definitions.resolve_implicit_global_asset_job_def().execute_in_process(
             instance=project.instance,
             asset_selection=list(request.asset_selection or ()),
+            run_config=request.run_config,
             tags=dict(request.tags),
             raise_on_error=False,
         )
