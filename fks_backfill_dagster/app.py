@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.settings.sections import Binance
 
@@ -81,6 +82,7 @@ def make_context(
     """
     from fks_backfill_dagster.pipeline.sync import Context
 
+    catalog = Catalog(settings)
     if not settings.allow_mixed_sources:
         refuse_mixed_sources(settings, database, providers, options)
     return Context(
@@ -92,8 +94,8 @@ def make_context(
         tolerance=settings.validation.tolerance_pct,
         max_gap_minutes=settings.gap_detection.max_gap_minutes,
         circuit=circuit_for(options, database),
-        closed_dates=settings.closed,
-        priority=settings.priority,
+        closed_dates=catalog.closed,
+        priority=catalog.priority,
     )
 
 
@@ -213,21 +215,21 @@ def freshness_rule(settings: Settings) -> Rule:
     from fks_backfill_dagster.pipeline.freshness import Rule, publication_delay
 
     usable = cache(lambda: _usable_providers(settings))
-    limits = settings.freshness
+    catalog, limits = Catalog(settings), settings.freshness
     return Rule(
         thresholds=Thresholds(limits.warn_candles, limits.error_candles),
-        publication_delay=lambda series: publication_delay(usable(), settings.priority(series), series),
-        end_of=settings.end_of,
-        closed=closures(settings),
-        venue_members=settings.series(),
+        publication_delay=lambda series: publication_delay(usable(), catalog.priority(series), series),
+        end_of=catalog.end_of,
+        closed=closures(catalog),
+        venue_members=catalog.series,
     )
 
 
-def closures(settings: Settings) -> Callable[[Series, TimeRange], RangeSet]:
+def closures(catalog: Catalog) -> Callable[[Series, TimeRange], RangeSet]:
     """The ranges of a window in which candles are expected, but the market of a series was closed by the settings."""
     from fks_backfill_dagster.domain.closures import market_closures
 
-    return lambda series, window: market_closures(series, settings.closed(series), window)
+    return lambda series, window: market_closures(series, catalog.closed(series), window)
 
 
 def settle_closures(
@@ -237,11 +239,12 @@ def settle_closures(
     providers are imported only if one has."""
     from fks_backfill_dagster.pipeline.closures import settle_changed
 
+    catalog = Catalog(settings)
     return settle_changed(
         database,
-        {one: settings.closed(one) for one in series},
+        {one: catalog.closed(one) for one in series},
         lambda: _usable_providers(settings),
-        settings.priority,
+        catalog.priority,
         settings.gap_detection.max_gap_minutes,
     )
 

@@ -36,6 +36,7 @@ from fks_backfill_dagster.host.processes import Background, Guard, stop
 from fks_backfill_dagster.pipeline.coverage import Coverage, coverage
 from fks_backfill_dagster.pipeline.freshness import Rule
 from fks_backfill_dagster.pipeline.plan import closed_window
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import home_of, load_settings
 from fks_backfill_dagster.settings.model import KEY_VARIABLES
 from fks_backfill_dagster.store.coverage import PartState, part_states
@@ -164,6 +165,7 @@ class Demo:
         self._market = Background(home, MARKET)
         self._plain = _clean_environment(home, config)
         self._settings = load_settings(self._plain)
+        self._series = Catalog(self._settings).series
         self.url = self._visit = ""
 
     def run(self) -> bool:
@@ -257,7 +259,7 @@ class Demo:
 
     def _launch(self, web: Webserver, now: int) -> str:
         partitions: dict[AssetPath, tuple[str, str]] = {}
-        for series in self._settings.series():
+        for series in self._series:
             grain = Grain.of(series.timeframe)
             partitions[asset_path(series)] = (grain.key(self._first(series, now)), grain.key(now))
         spans = {key[-1]: span for key, span in partitions.items()}
@@ -268,7 +270,7 @@ class Demo:
 
     def _wait_for_backfill(self, web: Webserver, database: Database, backfill: str) -> list[Run]:
         """Waits until every asset has a run and all runs have ended; Dagster itself notices up to 30 s later."""
-        wanted = {asset_path(series) for series in self._settings.series()}
+        wanted = {asset_path(series) for series in self._series}
         began, reported_at = time.monotonic(), 0.0
         while True:
             _, runs = web.backfill(backfill)
@@ -293,7 +295,7 @@ class Demo:
 
     def _check(self, web: Webserver) -> dict[AssetPath, list[CheckOutcome]]:
         """Runs the checks of all series, without fetching."""
-        keys = [asset_path(series) for series in self._settings.series()]
+        keys = [asset_path(series) for series in self._series]
         self._say(f"\n3. {len(keys) * len(CHECKS)} checks")
         run = web.launch_checks([(key, name) for key in keys for name in CHECKS])
         deadline = time.monotonic() + WAIT_SECONDS
@@ -311,7 +313,7 @@ class Demo:
     def _lines(
         self, database: Database, now: int, checks: Mapping[AssetPath, Sequence[CheckOutcome]]
     ) -> list[Line]:
-        found = coverage(database, self._settings.series(), app.now(), Rule())
+        found = coverage(database, self._series, app.now(), Rule())
         return [
             Line(
                 one.series,

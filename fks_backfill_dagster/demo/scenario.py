@@ -24,6 +24,7 @@ from fks_backfill_dagster.host.graphql import Webserver
 from fks_backfill_dagster.host.launch import Launched, Order
 from fks_backfill_dagster.host.processes import Guard
 from fks_backfill_dagster.ownership import make_home, write_text
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.settings.model import KEY_VARIABLES, Settings
 from fks_backfill_dagster.simulator.config import MarketConfig
@@ -96,8 +97,8 @@ def failed_month(home: Path, *, port: int = 0, environ: Mapping[str, str] | None
             )
         with Guard(home, settings.root):
             try:
-                window = TimeRange(months[0], months[-1])
-                orders = tuple(launch.order(settings, one, window) for one in settings.series())
+                window, catalog = TimeRange(months[0], months[-1]), Catalog(settings)
+                orders = tuple(launch.order(catalog, one, window) for one in catalog.series)
                 first = _backfill(settings, environment, orders, port or servers.free_port())
                 web = launch.running_webserver(settings)
                 yield Scene(settings, environment, market, web, orders, Grain.MONTH.key(failed.start), first)

@@ -18,6 +18,7 @@ from fks_backfill_dagster.host.graphql import Backfill, DagsterRefused, Run, Web
 from fks_backfill_dagster.host.processes import KEEPER, Background
 from fks_backfill_dagster.host.servers import DAEMON, HOST, WEBSERVER, ServersError
 from fks_backfill_dagster.login import token_of
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 
 POLL_SECONDS = 1.0
@@ -92,12 +93,12 @@ class Launched:
         return not any(self.failed.values()) and all(run.status == "SUCCESS" for run in last)
 
 
-def order(settings: Settings, series: Series, window: TimeRange) -> Order:
+def order(catalog: Catalog, series: Series, window: TimeRange) -> Order:
     """The partitions that overlap `window`, from the series' own start on.
 
     Raises ValueError if the window ends before that start.
     """
-    start = max(window.start, settings.start_of(series))
+    start = max(window.start, catalog.start_of(series))
     if start >= window.end:
         raise ValueError(f"{series} starts at {iso(start)}, and the range ends before")
     return Order(series, tuple(Grain.of(series.timeframe).keys(TimeRange(start, window.end))))

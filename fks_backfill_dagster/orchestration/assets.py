@@ -49,6 +49,7 @@ from fks_backfill_dagster.orchestration.run_log import Lines, Progress, SyncLogg
 from fks_backfill_dagster.pipeline.freshness import behind
 from fks_backfill_dagster.pipeline.plan import closed_window
 from fks_backfill_dagster.pipeline.sync import Context, SyncReport, sync
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.coverage import PartState, listed_at, part_states
 from fks_backfill_dagster.store.errors import DatabaseUnavailable, SeriesChanged, StoreError
@@ -85,14 +86,14 @@ _COLUMNS = TableSchema(
 )
 
 
-def build_asset(group: Group, settings: Settings) -> AssetsDefinition:
+def build_asset(group: Group, settings: Settings, catalog: Catalog) -> AssetsDefinition:
     """The multi-asset of one group."""
-    partitions = partitions_for(group.timeframe, settings.earliest_start)
+    partitions = partitions_for(group.timeframe, catalog.earliest_start)
 
     @multi_asset(
         name=group.op_name,
         specs=[
-            _spec(key, series, group, partitions, ended=settings.end_of(series) is not None)
+            _spec(key, series, group, partitions, ended=catalog.end_of(series) is not None)
             for key, series in group.series.items()
         ],
         partitions_def=partitions,
@@ -103,7 +104,7 @@ def build_asset(group: Group, settings: Settings) -> AssetsDefinition:
     )
     def ohlcv(context: AssetExecutionContext, config: SyncConfig) -> Iterator[MaterializeResult[Any]]:
         options = options_of(context.run, group.op_name, config, settings)
-        yield from _materialize(context, group, settings, partitions, options)
+        yield from _materialize(context, group, settings, catalog, partitions, options)
 
     return ohlcv
 
@@ -208,6 +209,7 @@ def _materialize(
     context: AssetExecutionContext,
     group: Group,
     settings: Settings,
+    catalog: Catalog,
     partitions: TimeWindowPartitionsDefinition,
     options: SyncOptions,
 ) -> Iterator[MaterializeResult[Any]]:
@@ -221,7 +223,7 @@ def _materialize(
     with opened(context.resources, settings, lines.warn) as work:
         try:
             with retried(context):
-                for key, outcome in _outcomes(context, work, selected, windows, settings, lines, options):
+                for key, outcome in _outcomes(context, work, selected, windows, catalog, lines, options):
                     progress.add(outcome.report)
                     stalled = refresh and _is_stalled(work, outcome)
                     if outcome.failed:
@@ -253,7 +255,7 @@ def _outcomes(
     work: Context,
     selected: Mapping[AssetKey, Series],
     windows: Mapping[str, TimeRange],
-    settings: Settings,
+    catalog: Catalog,
     lines: Lines,
     options: SyncOptions,
 ) -> Iterator[tuple[AssetKey, Outcome]]:
@@ -264,7 +266,7 @@ def _outcomes(
     waiting: dict[Future[Outcome], AssetKey] = {}
     try:
         for key, series in selected.items():
-            task = Task(series, windows, settings, context.run.run_id, options, known.get(series))
+            task = Task(series, windows, catalog, context.run.run_id, options, known.get(series))
             waiting[pool.submit(materialize_with_retries, work, task, lines, detailed)] = key
         while waiting:
             done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -282,7 +284,7 @@ class Task:
 
     series: Series
     windows: Mapping[str, TimeRange]
-    settings: Settings
+    catalog: Catalog
     run_id: str
     options: SyncOptions = field(default_factory=SyncOptions)
     reach: Reach | None = None
@@ -291,13 +293,13 @@ class Task:
     def window(self) -> TimeRange:
         """The range of the run's partitions, limited to the series' start and end."""
         start, end = min(w.start for w in self.windows.values()), max(w.end for w in self.windows.values())
-        return self.settings.kept(self.series, TimeRange(start, end))
+        return self.catalog.kept(self.series, TimeRange(start, end))
 
     def requested(self, now: int) -> TimeRange:
         """The range to sync."""
         if self.options.mode is not SyncMode.REFRESH:
             return self.window
-        return self.window.intersect(requested_range(self.series, self.reach, self.settings, now))
+        return self.window.intersect(requested_range(self.series, self.reach, self.catalog, now))
 
 
 def materialize_with_retries(work: Context, task: Task, lines: Lines, detailed: bool) -> Outcome:
@@ -315,7 +317,7 @@ def materialize_with_retries(work: Context, task: Task, lines: Lines, detailed: 
 def materialize_series(work: Context, task: Task, logger: SyncLogger) -> Outcome:
     """Syncs the series and evaluates each partition of the run."""
     series, now, grid = task.series, work.clock(), grid_of(task.series)
-    priority = task.settings.priority(series)
+    priority = task.catalog.priority(series)
     first_provider = next(iter(priority), None)
     requested = closed_window(task.requested(now), grid, now, None)
     if grid.count(requested):
@@ -358,7 +360,7 @@ def _possible(work: Context, task: Task, report: SyncReport, now: int) -> TimeRa
     """The part of the run's partitions in which candles can exist; a sync of all of them has determined it."""
     if task.options.mode is not SyncMode.REFRESH:
         return report.window
-    listed = listed_at(work.database, task.series, task.settings.priority(task.series))
+    listed = listed_at(work.database, task.series, task.catalog.priority(task.series))
     return closed_window(task.window, grid_of(task.series), now, listed)
 
 

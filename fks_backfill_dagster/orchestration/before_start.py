@@ -36,7 +36,7 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso, to_datetime
 from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.groups import Group, asset_key
-from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.catalog import Catalog
 
 SENSOR = "partitions_before_start"
 
@@ -56,9 +56,9 @@ class Early:
     keys: tuple[str, ...]
 
 
-def build_before_start_sensors(groups: Sequence[Group], settings: Settings) -> list[SensorDefinition]:
+def build_before_start_sensors(groups: Sequence[Group], catalog: Catalog) -> list[SensorDefinition]:
     """The sensor, if any series starts later than the partitions; otherwise an empty list."""
-    early = early_partitions(groups, settings)
+    early = early_partitions(groups, catalog)
     if not early:
         return []
     mark = fingerprint(early)
@@ -82,14 +82,14 @@ def build_before_start_sensors(groups: Sequence[Group], settings: Settings) -> l
     return [partitions_before_start]
 
 
-def early_partitions(groups: Sequence[Group], settings: Settings) -> list[Early]:
+def early_partitions(groups: Sequence[Group], catalog: Catalog) -> list[Early]:
     """Partitions to report, by series; series without any are omitted."""
-    begin = settings.earliest_start
+    begin = catalog.earliest_start
     found = (
         Early(one, start, keys_before_start(Grain.of(one.timeframe), begin, start))
         for group in groups
         for one in group.series.values()
-        for start in (settings.start_of(one),)
+        for start in (catalog.start_of(one),)
     )
     return [one for one in found if one.keys]
 

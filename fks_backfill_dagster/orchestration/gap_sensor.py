@@ -39,6 +39,7 @@ from fks_backfill_dagster.orchestration.jobs import job_name
 from fks_backfill_dagster.orchestration.resources import ALL, opened
 from fks_backfill_dagster.orchestration.run_config import FILL, SyncMode, run_config
 from fks_backfill_dagster.pipeline.sync import Context, able, settle_closures
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.due_gaps import Place, Wanted, due_places
 from fks_backfill_dagster.store.ledger import reopen
@@ -51,7 +52,7 @@ Tick = RunRequest | SkipReason
 
 
 def build_sensors(
-    groups: Sequence[Group], jobs: Sequence[ExecutableDefinition], settings: Settings
+    groups: Sequence[Group], jobs: Sequence[ExecutableDefinition], settings: Settings, catalog: Catalog
 ) -> list[SensorDefinition]:
     """The sensor, if there is any series; `jobs` are the jobs that materialize them."""
     if not groups:
@@ -73,7 +74,7 @@ def build_sensors(
             yield SkipReason(f"{recent.unfinished} gap-filling runs are queued or running already")
             return
         with opened(context.resources, settings, context.log.info) as work:
-            found: list[Tick] = [*fill_requests(groups, settings, work, recent.partitions, places)]
+            found: list[Tick] = [*fill_requests(groups, catalog, work, recent.partitions, places)]
         yield from found or [SkipReason("no gap is due")]
 
     return [fill_gaps]
@@ -105,7 +106,7 @@ def recent_runs(instance: DagsterInstance) -> Recent:
 
 def fill_requests(
     groups: Sequence[Group],
-    settings: Settings,
+    catalog: Catalog,
     work: Context,
     excluded: Collection[AssetPartition],
     most_runs: int,
@@ -116,7 +117,7 @@ def fill_requests(
     Gaps in the partitions `excluded` are skipped. First, gaps that rely on one provider's response are reopened
     if another provider has become eligible, and gaps within configured closures are explained.
     """
-    wanted, now, most = _wanted(groups, settings, work), work.clock(), cadence.MOST_SERIES * most_runs
+    wanted, now, most = _wanted(groups, catalog, work), work.clock(), cadence.MOST_SERIES * most_runs
     with work.database.begin() as connection:
         reopen(connection, {series: one.able for series, one in wanted.items()}, now)
     settle_closures(work, wanted)
@@ -135,13 +136,13 @@ def fill_requests(
         )
 
 
-def _wanted(groups: Sequence[Group], settings: Settings, work: Context) -> dict[Series, Wanted]:
+def _wanted(groups: Sequence[Group], catalog: Catalog, work: Context) -> dict[Series, Wanted]:
     return {
         one: Wanted(
-            since=settings.start_of(one),
+            since=catalog.start_of(one),
             grain=Grain.of(one.timeframe),
             able=able(work, one),
-            until=settings.end_of(one),
+            until=catalog.end_of(one),
         )
         for group in groups
         for one in group.series.values()

@@ -14,7 +14,7 @@ from dagster import AssetKey
 from fks_backfill_dagster.domain.partitions import asset_path
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
-from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.catalog import Catalog
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ def op_name(asset_class: AssetClass, timeframe: Timeframe) -> str:
     return f"ohlcv_{asset_class}_{timeframe}"
 
 
-def groups_of(settings: Settings) -> tuple[Group, ...]:
+def groups_of(catalog: Catalog) -> tuple[Group, ...]:
     """All configured series by group, groups in the order of their first series in the settings."""
     found: dict[tuple[AssetClass, Timeframe], dict[AssetKey, Series]] = {}
-    for series in settings.series():
+    for series in catalog.series:
         found.setdefault((series.asset_class, series.timeframe), {})[asset_key(series)] = series
     return tuple(
         Group(asset_class, timeframe, members) for (asset_class, timeframe), members in found.items()

@@ -40,6 +40,7 @@ from fks_backfill_dagster.orchestration.refresh import is_wanted, requested_rang
 from fks_backfill_dagster.orchestration.resources import DATABASE
 from fks_backfill_dagster.orchestration.run_config import REFRESH, SyncMode, run_config
 from fks_backfill_dagster.orchestration.run_retention import HOUSEKEEPING
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.reaches import reaches, synced_ends
@@ -47,13 +48,16 @@ from fks_backfill_dagster.store.reaches import reaches, synced_ends
 Tick = RunRequest | SkipReason
 
 
-def build_schedules(groups: Sequence[Group], settings: Settings) -> list[ScheduleDefinition]:
+def build_schedules(
+    groups: Sequence[Group], settings: Settings, catalog: Catalog
+) -> list[ScheduleDefinition]:
     """A refresh per configured timeframe, the daily checks, the daily housekeeping."""
     if not groups:
         return []
     frames = sorted({group.timeframe for group in groups}, key=list(Timeframe).index)
     refreshes = [
-        _refresh(frame, [group for group in groups if group.timeframe is frame], settings) for frame in frames
+        _refresh(frame, [group for group in groups if group.timeframe is frame], settings, catalog)
+        for frame in frames
     ]
     return [*refreshes, _checks(groups, settings), _housekeeping(settings)]
 
@@ -66,7 +70,9 @@ def _status(on: bool) -> DefaultScheduleStatus:
 # Refresh ------------------------------------------------------------------------------------------------
 
 
-def _refresh(frame: Timeframe, groups: Sequence[Group], settings: Settings) -> ScheduleDefinition:
+def _refresh(
+    frame: Timeframe, groups: Sequence[Group], settings: Settings, catalog: Catalog
+) -> ScheduleDefinition:
     series = {key: one for group in groups for key, one in group.series.items()}
 
     @schedule(
@@ -83,7 +89,7 @@ def _refresh(frame: Timeframe, groups: Sequence[Group], settings: Settings) -> S
         database = getattr(context.resources, DATABASE).database
         waiting = unfinished(context.instance, {REFRESH: frame.value})
         idle = {key: one for key, one in series.items() if key not in waiting}
-        found: list[Tick] = list(refresh_requests(frame, idle, settings, database, moment))
+        found: list[Tick] = list(refresh_requests(frame, idle, catalog, database, moment))
         yield from found or [SkipReason(_why_nothing(frame, len(waiting)))]
 
     return refresh
@@ -102,7 +108,7 @@ def unfinished(instance: DagsterInstance, tags: Mapping[str, str]) -> set[AssetK
 
 
 def refresh_requests(
-    frame: Timeframe, series: Mapping[AssetKey, Series], settings: Settings, database: Database, at: datetime
+    frame: Timeframe, series: Mapping[AssetKey, Series], catalog: Catalog, database: Database, at: datetime
 ) -> Iterator[RunRequest]:
     """Runs for the series that are due at a tick, 50 per run, grouped by asset class and partitions. A class whose
     providers fail does not delay another one.
@@ -115,8 +121,8 @@ def refresh_requests(
     daily = now % MICROS_PER_DAY < cadence.tick_interval(frame)
     alike: dict[tuple[str, AssetClass], list[AssetKey]] = {}
     for key, one in series.items():
-        if is_wanted(one, known.get(one), settings, now, daily=daily):
-            begin = requested_range(one, known.get(one), settings, now).start
+        if is_wanted(one, known.get(one), catalog, now, daily=daily):
+            begin = requested_range(one, known.get(one), catalog, now).start
             alike.setdefault((grain.key(min(begin, now)), one.asset_class), []).append(key)
     for (first, asset_class), keys in sorted(alike.items()):
         for number, start in enumerate(range(0, len(keys), cadence.MOST_SERIES)):

@@ -15,6 +15,7 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.providers import registry
 from fks_backfill_dagster.providers.http.pool import RequestPool
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import MixedSources
@@ -203,5 +204,5 @@ def test_the_publication_delay_of_a_series_by_the_settings(
         monkeypatch.setenv(name, value)
     loaded = load_settings()
     rule = app.freshness_rule(loaded)
-    assert rule.publication_delay(loaded.find_series("BTC/USDT", "1h")) == hours * 3_600_000_000
+    assert rule.publication_delay(Catalog(loaded).find_series("BTC/USDT", "1h")) == hours * 3_600_000_000
     assert (rule.thresholds.warn, rule.thresholds.error) == (7, 10)

@@ -31,6 +31,7 @@ def test_months_below_an_hour_and_years_from_an_hour_up() -> None:
         (Grain.MONTH, "2024-01-01T00:00Z", -1, "2023-12-01"),
         (Grain.MONTH, "2024-03-05T00:00Z", -14, "2023-01-01"),
         (Grain.MONTH, "2024-03-05T00:00Z", 10, "2025-01-01"),
+        (Grain.MONTH, "2024-01-31T23:59Z", -24, "2022-01-01"),
         (Grain.YEAR, "2024-12-31T23:59Z", 0, "2024-01-01"),
         (Grain.YEAR, "2024-02-29T00:00Z", 1, "2025-01-01"),
         (Grain.YEAR, "2024-02-29T00:00Z", -1, "2023-01-01"),

@@ -13,6 +13,7 @@ from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.groups import asset_key
 from fks_backfill_dagster.orchestration.resources import ProviderResource, TimescaleDB
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.settings.sections import ProviderPriority, SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
@@ -51,8 +52,12 @@ class Project:
     definitions: Definitions
     instance: DagsterInstance
 
+    @property
+    def catalog(self) -> Catalog:
+        return Catalog(self.settings)
+
     def series(self, symbol: str, timeframe: str) -> Series:
-        return self.settings.find_series(symbol, timeframe)
+        return self.catalog.find_series(symbol, timeframe)
 
     def key(self, symbol: str, timeframe: str) -> AssetKey:
         return asset_key(self.series(symbol, timeframe))
@@ -64,7 +69,7 @@ class Project:
 
         `config`: that of the op, as entered in the launchpad; without any the run has no configuration.
         """
-        names = symbols or self.settings.match_symbols()
+        names = symbols or self.catalog.match_symbols()
         return self.definitions.resolve_implicit_global_asset_job_def().execute_in_process(
             instance=self.instance,
             asset_selection=[self.key(name, timeframe) for name in names],

@@ -16,10 +16,8 @@ from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.orchestration import before_start
 from fks_backfill_dagster.orchestration.before_start import SENSOR, keys_before_start
-from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.settings.sections import SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project
 from fks_backfill_dagster_tests.orchestration.test_assets import metadata_of, statuses
 
@@ -155,12 +153,6 @@ def test_many_are_reported_over_several_ticks(mine: Project, monkeypatch: pytest
 
 def test_without_a_later_start_there_is_no_sensor(project: MakeProject) -> None:
     assert SENSOR not in {one.name for one in project("BTC/USDT").definitions.sensors or ()}  # type: ignore[union-attr]
-
-
-def test_every_grain_begins_with_the_earliest_start() -> None:
-    settings = Settings(symbols=(entry("A/USDT", "2016-03-04"), entry("B/USDT", "2020-01-01")))
-    assert settings.earliest_start == instant("2016-03-04")
-    assert Settings(symbols=(entry("B/USDT", "2020-01-01"),)).earliest_start == instant("2017-08-17")
 
 
 moments = st.integers(631_152_000, 1_893_456_000).map(lambda seconds: seconds * 10**6)
