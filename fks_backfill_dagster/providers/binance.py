@@ -33,6 +33,7 @@ from fks_backfill_dagster.domain.quality import verify
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange, among
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, Timeframe
+from fks_backfill_dagster.known_providers import BINANCE
 from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
@@ -65,14 +66,10 @@ from fks_backfill_dagster.providers.http.limiter import Limiter, system_micros
 from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.pages import contradicting, differing, joined
 
-NAME = "binance"
-DEFAULT_BASE_URL = "https://api.binance.com"
-DEFAULT_ARCHIVE_URL = "https://data.binance.vision"
+NAME = BINANCE.name
 
 PAGE_SIZE = 1000
 KLINES_PATH = "/api/v3/klines"
-KLINES_WEIGHT = 2
-REQUESTS_PER_MINUTE = 3000  # 6000 weight a minute per address
 # From this share of the weight on, requests wait for the next minute; others may be in flight.
 _PAUSE_AT = 0.95
 # Rounds of repeated requests for pages that contradict their neighbours.
@@ -154,7 +151,7 @@ class Binance:
             files = choose_files(plan.symbol, series.timeframe, plan.wanted, (), self._clock())
         remaining = plan.wanted - RangeSet(file.period for file in files)
         pages = sum(len(page_ranges(part, plan.step)) for part in remaining)
-        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        a_minute = self._options.requests_per_minute or BINANCE.requests_per_minute
         return Estimate(2 * len(files) + pages, len(files) * _SECONDS_PER_FILE + pages * 60 / a_minute)
 
     def listed_at(self, series: Series) -> int | None:
@@ -423,7 +420,8 @@ class _Klines:
         self._client = HttpClient(NAME, options, pool, limiter)
         self._limiter = limiter
         self._clock = clock
-        self._pause_at = _PAUSE_AT * KLINES_WEIGHT * (options.requests_per_minute or REQUESTS_PER_MINUTE)
+        a_minute = options.requests_per_minute or BINANCE.requests_per_minute
+        self._pause_at = _PAUSE_AT * BINANCE.request_weight * a_minute
         self._local = threading.local()
 
     def fetch(
@@ -433,7 +431,9 @@ class _Klines:
 
         def page(item: tuple[Mapping[str, str | int], TimeRange]) -> _Page:
             query, window = item
-            return self._client.run(lambda: self._once(query, window, tally), tally, weight=KLINES_WEIGHT)
+            return self._client.run(
+                lambda: self._once(query, window, tally), tally, weight=BINANCE.request_weight
+            )
 
         return self._client.pool.map(NAME, page, list(zip(queries, windows, strict=True)))
 

@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from fks_backfill_dagster.domain.series import AssetClass, identifier
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_micros
+from fks_backfill_dagster.known_providers import KNOWN
 from fks_backfill_dagster.settings.sections import (
     PROVIDER_NAMES,
     Alerts,
@@ -55,12 +56,7 @@ CHECKOUT: Final = Path(__file__).resolve().parents[2]
 SHIPPED: Final = Path(__file__).resolve().parents[1] / "project"
 """The project files that the program ships: links in a checkout, copies in a wheel."""
 
-KEY_VARIABLES: Final = {
-    "coingecko": "COINGECKO_API_KEY",
-    "polygon": "POLYGON_API_KEY",
-    "alphavantage": "ALPHAVANTAGE_API_KEY",
-    "oanda": "OANDA_API_TOKEN",
-}
+KEY_VARIABLES: Final = {name: known.key_variable for name, known in KNOWN.items() if known.key_variable}
 """The environment variable with the key of each provider; the others need none."""
 
 
@@ -195,7 +191,7 @@ class Settings(BaseSettings):
         """The enabled providers whose address is not their default one, with that address."""
         given = {name: self.provider(name) for name in PROVIDER_NAMES}
         found = {
-            name: custom_address(name, own.base_url, getattr(own, "archive_url", None))
+            name: KNOWN[name].custom_address(own.base_url, getattr(own, "archive_url", None))
             for name, own in given.items()
             if own.enabled
         }
@@ -209,15 +205,6 @@ class Settings(BaseSettings):
     def redacted_dump(self) -> dict[str, Any]:
         """All settings as JSON values; every secret is asterisks."""
         return self.model_dump(mode="json")
-
-
-def custom_address(provider: str, base_url: str, archive_url: str | None = None) -> str | None:
-    """The address of `provider` if it is not the default one, else None."""
-    usual = Providers.model_fields[provider].default
-    archives = archive_url is not None and archive_url != getattr(usual, "archive_url", None)
-    if base_url == usual.base_url and not archives:
-        return None
-    return f"{base_url} (archives: {archive_url})" if archives else base_url
 
 
 def _collisions(raw: object) -> Iterator[InitErrorDetails]:

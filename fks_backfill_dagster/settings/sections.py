@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import date
-from typing import Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -17,12 +17,14 @@ from pydantic import (
     SecretStr,
     Tag,
     ValidationInfo,
+    create_model,
     field_validator,
     model_validator,
 )
 
 from fks_backfill_dagster.domain.series import DEFAULT_CALENDAR, AssetClass, Instrument
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso
+from fks_backfill_dagster.known_providers import KNOWN, KnownProvider
 from fks_backfill_dagster.settings.sources import (
     CLASS_CALENDARS,
     hint,
@@ -47,6 +49,8 @@ from fks_backfill_dagster.settings.types import (
     nothing_is_empty,
     webhook_address,
 )
+
+PROVIDER_NAMES: Final = tuple(KNOWN)
 
 
 def provider_name(name: str) -> str:
@@ -81,43 +85,31 @@ class ProviderSettings(Section):
     enabled: bool = True
 
 
-class Binance(ProviderSettings):
-    """`archive_url` null: REST only."""
+class ArchivingProvider(ProviderSettings):
+    """`archive_url` null: without archives."""
 
-    base_url: Url = "https://api.binance.com"
-    archive_url: Url | None = "https://data.binance.vision"
-
-
-class CoinGecko(ProviderSettings):
-    base_url: Url = "https://api.coingecko.com"
+    archive_url: Url | None
 
 
-class Polygon(ProviderSettings):
-    base_url: Url = "https://api.massive.com"
+def _section_of(known: KnownProvider) -> tuple[type[ProviderSettings], ProviderSettings]:
+    """The section of a provider, and its defaults."""
+    addresses: dict[str, Any] = {"base_url": (Url, known.base_url)}
+    if known.archive_url is None:
+        section = create_model(known.name, __base__=ProviderSettings, **addresses)
+    else:
+        addresses["archive_url"] = (Url | None, known.archive_url)
+        section = create_model(known.name, __base__=ArchivingProvider, **addresses)
+    return section, section.model_validate({})
 
 
-class YFinance(ProviderSettings):
-    base_url: Url = "https://query2.finance.yahoo.com"
+if TYPE_CHECKING:
 
-
-class AlphaVantage(ProviderSettings):
-    base_url: Url = "https://www.alphavantage.co"
-
-
-class Oanda(ProviderSettings):
-    base_url: Url = "https://api-fxpractice.oanda.com"
-
-
-class Providers(Section):
-    binance: Binance = Binance()
-    coingecko: CoinGecko = CoinGecko()
-    polygon: Polygon = Polygon()
-    yfinance: YFinance = YFinance()
-    alphavantage: AlphaVantage = AlphaVantage()
-    oanda: Oanda = Oanda()
-
-
-PROVIDER_NAMES: Final = tuple(Providers.model_fields)
+    class Providers(Section):
+        def __getattr__(self, name: str) -> ProviderSettings: ...
+else:
+    Providers = create_model(
+        "Providers", __base__=Section, **{name: _section_of(known) for name, known in KNOWN.items()}
+    )
 
 Priority = Annotated[Many[ProviderName], AfterValidator(not_empty)]
 

@@ -13,7 +13,7 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
-from fks_backfill_dagster.providers import registry
+from fks_backfill_dagster.known_providers import KNOWN
 from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import load_settings
@@ -117,7 +117,7 @@ def test_documented_hosts(provider: str, url: str, documented: bool) -> None:
 
 
 def test_the_default_of_every_provider_is_documented() -> None:
-    for name, registered in registry.BUILT.items():
+    for name, registered in KNOWN.items():
         assert app.is_documented_host(name, registered.base_url)
 
 
