@@ -20,6 +20,7 @@ from fks_backfill_dagster.cli.output import log
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.domain.series import Series
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.model import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -59,9 +60,7 @@ def any_series(command: F) -> F:
     return series_arguments(command, metavar="[SYMBOL TIMEFRAME]")
 
 
-def choose(
-    settings: Settings, names: Sequence[str], everything: bool, stored: Iterable[Series] = ()
-) -> Chosen:
+def choose(catalog: Catalog, names: Sequence[str], everything: bool, stored: Iterable[Series] = ()) -> Chosen:
     """The series selected by the arguments of `series_arguments`.
 
     `--all` and globs select among the configured series, and the `stored` ones for a command that reads them;
@@ -71,22 +70,22 @@ def choose(
         if everything:
             if len(names) > 1:
                 raise ValueError("--all takes a TIMEFRAME at most, no SYMBOL")
-            return Chosen(_matching(settings, "*", names[0] if names else None, stored), many=True)
+            return Chosen(_matching(catalog, "*", names[0] if names else None, stored), many=True)
         if len(names) != 2:
             raise ValueError("give a SYMBOL and a TIMEFRAME, such as BTC/USDT 1h, or --all")
         symbol, timeframe = names
         if re.search(r"[*?\[]", symbol):
-            return Chosen(_matching(settings, symbol, timeframe, stored), many=True)
-        return Chosen((settings.find_series(symbol, timeframe, stored),), many=False)
+            return Chosen(_matching(catalog, symbol, timeframe, stored), many=True)
+        return Chosen((catalog.find_series(symbol, timeframe, stored),), many=False)
 
 
 def _matching(
-    settings: Settings, pattern: str, timeframe: str | None, stored: Iterable[Series]
+    catalog: Catalog, pattern: str, timeframe: str | None, stored: Iterable[Series]
 ) -> tuple[Series, ...]:
     from fks_backfill_dagster.domain.series import identifier
     from fks_backfill_dagster.settings.types import parse_timeframe
 
-    known = {(s.symbol, s.timeframe): s for s in (*stored, *settings.series())}
+    known = catalog.known(stored)
     symbols = {
         symbol
         for symbol, _ in known
@@ -102,44 +101,43 @@ def _matching(
         raise ValueError(
             f"none of these symbols is configured with the timeframe {timeframe}; they have {frames}"
         )
-    order = {key: position for position, key in enumerate((s.symbol, s.timeframe) for s in settings.series())}
-    return tuple(sorted(found, key=lambda s: order.get((s.symbol, s.timeframe), len(order))))
+    return tuple(found)
 
 
 def log_never_synced(chosen: Chosen, stored: Iterable[Series]) -> None:
     """For commands about gaps: logs each series that has no gap only because it was never synced."""
-    synced = {(s.symbol, s.timeframe) for s in stored}
+    synced = {s.key for s in stored}
     for one in chosen.series:
-        if (one.symbol, one.timeframe) not in synced:
+        if one.key not in synced:
             log(f"{one}: never synced, so it has no known gaps; run `fks-backfill backfill {one}` first.")
 
 
-def report_code(settings: Settings, chosen: Chosen, stored: Iterable[Series]) -> int:
+def report_code(catalog: Catalog, chosen: Chosen, stored: Iterable[Series]) -> int:
     """The exit code of a report: 2, with a message, if a series is neither configured nor stored, else 0."""
-    known = {(s.symbol, s.timeframe) for s in (*stored, *settings.series())}
+    known = catalog.known(stored)
     for one in chosen.series:
-        if (one.symbol, one.timeframe) not in known:
-            log(f"Error: {one} is neither configured nor stored{_meant(settings, one)}")
+        if one.key not in known:
+            log(f"Error: {one} is neither configured nor stored{_meant(catalog, one)}")
             return 2
     return 0
 
 
-def warn_of_typos(settings: Settings, series: Iterable[Series], stored: Iterable[Series]) -> None:
+def warn_of_typos(catalog: Catalog, series: Iterable[Series], stored: Iterable[Series]) -> None:
     """For commands that would create a series: logs a warning with the nearest configured symbol.
 
     A symbol with stored candles, at any timeframe, is no typo.
     """
     known = {one.symbol for one in stored}
     for symbol in dict.fromkeys(one.symbol for one in series):
-        if symbol not in known and (meant := settings.nearest_symbol(symbol)):
+        if symbol not in known and (meant := catalog.nearest_symbol(symbol)):
             log(f"warning: {symbol} is not configured, did you mean {meant}?")
 
 
-def _meant(settings: Settings, series: Series) -> str:
-    frames = [one.timeframe.value for one in settings.series() if one.symbol == series.symbol]
+def _meant(catalog: Catalog, series: Series) -> str:
+    frames = [one.timeframe.value for one in catalog.series if one.symbol == series.symbol]
     if frames:
         return f": {series.symbol} is configured with {' '.join(frames)}."
-    near = settings.nearest_symbol(series.symbol)
+    near = catalog.nearest_symbol(series.symbol)
     return f"; did you mean {near}?" if near else "; see `fks-backfill series list`."
 
 
@@ -149,9 +147,7 @@ def _meant(settings: Settings, series: Series) -> str:
 def check_providers(settings: Settings, names: Sequence[str]) -> tuple[str, ...]:
     """The names of the `--provider` options, each known and enabled."""
     with usage():
-        for name in names:
-            if not settings.provider(name).enabled:
-                raise ValueError(f"{name} is disabled: set providers.{name}.enabled to true in the settings")
+        settings.check_enabled(names)
     return tuple(names)
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.pipeline.events import SyncEvent
     from fks_backfill_dagster.pipeline.plan import Scope
     from fks_backfill_dagster.pipeline.report import DryRun, SyncReport
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.model import Settings
 
 _INTERRUPTED = "Interrupted: committed batches stay, and the same command fetches only what is still missing."
@@ -116,28 +117,28 @@ def _tasks(
     providers: Sequence[str],
 ) -> tuple[list[Task], bool]:
     from fks_backfill_dagster.app import now
+    from fks_backfill_dagster.settings.catalog import Catalog
 
+    catalog = Catalog(settings)
     chosen, selected, present = (
-        choose(settings, names, everything),
+        choose(catalog, names, everything),
         check_providers(settings, providers),
         now(),
     )
     tasks: list[Task] = []
     for series in chosen.series:
-        first = settings.start_of(series) if start is None else start
+        first = catalog.start_of(series) if start is None else start
         window = check_window(first, present if end is None else end, present)
-        tasks.append(
-            (series, _clipped_to_end(settings, series, window), selected or settings.priority(series))
-        )
+        tasks.append((series, _clipped_to_end(catalog, series, window), selected or catalog.priority(series)))
     return tasks, chosen.many
 
 
-def _clipped_to_end(settings: Settings, series: Series, window: TimeRange) -> TimeRange:
+def _clipped_to_end(catalog: Catalog, series: Series, window: TimeRange) -> TimeRange:
     """The window up to the configured `end` of the symbol; logs it if nothing is left."""
     from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.domain.timeframe import iso
 
-    end = settings.end_of(series)
+    end = catalog.end_of(series)
     if end is None:
         return window
     if end <= window.start:
@@ -192,6 +193,7 @@ def _sync_all(
     """
     from fks_backfill_dagster.app import open_app
     from fks_backfill_dagster.embedded import EmbeddedError
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.store.errors import StoreError
     from fks_backfill_dagster.store.queries import stored_series
 
@@ -199,7 +201,7 @@ def _sync_all(
     counts, logged = _Counts(), set[str]()
     try:
         with open_app(settings, log_waiting) as app, interruptible(app):
-            warn_of_typos(settings, [series for series, _, _ in tasks], stored_series(app.database))
+            warn_of_typos(Catalog(settings), [series for series, _, _ in tasks], stored_series(app.database))
             for task in tasks:
                 counts = _Counts()
                 done.append(_sync_one(app, task, scope, force, as_json, counts, logged))
@@ -286,10 +288,11 @@ def _dry_run(settings: Settings, tasks: Sequence[Task], several: bool, scope: Sc
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import open_app
     from fks_backfill_dagster.pipeline.sync import dry_run
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.store.queries import stored_series
 
     with open_app(settings, log_waiting) as app, interruptible(app):
-        warn_of_typos(settings, [series for series, _, _ in tasks], stored_series(app.database))
+        warn_of_typos(Catalog(settings), [series for series, _, _ in tasks], stored_series(app.database))
         found = [
             dry_run(app.context, series, window, priority, scope=scope, recheck=True)
             for series, window, priority in tasks

@@ -38,17 +38,19 @@ def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
     """List the committed batches, newest first: provider, transport, range, source, host."""
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import open_database
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store import queries
 
     settings = load_settings()
+    catalog = Catalog(settings)
     if len(names) not in (0, 2):
         raise click.UsageError("give a SYMBOL and a TIMEFRAME, or neither")
     with usage():
-        wanted = settings.find_series(names[0], names[1]) if names else None
+        wanted = catalog.find_series(names[0], names[1]) if names else None
     with open_database(settings) as database:
         if names:
-            wanted = settings.find_series(names[0], names[1], queries.stored_series(database))
+            wanted = catalog.find_series(names[0], names[1], queries.stored_series(database))
         found = queries.batches(database, wanted, limit)
     if as_json:
         print_json([documents.batch(one) for one in found])

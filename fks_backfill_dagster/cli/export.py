@@ -59,17 +59,19 @@ def export(
     """
     from fks_backfill_dagster.app import now, open_database
     from fks_backfill_dagster.domain.timeframe import iso, to_datetime
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import iterate_candles, stored_series, sync_status
 
     settings, present = load_settings(), now()
+    catalog = Catalog(settings)
     with usage():
-        series = settings.find_series(symbol, timeframe)
+        series = catalog.find_series(symbol, timeframe)
         sink = _sink(output)
         if as_of is not None and as_of > present:
             raise ValueError(f"--as-of {iso(as_of)} lies in the future: that state can still change")
     with open_database(settings) as database:
-        series = settings.find_series(symbol, timeframe, stored_series(database))
+        series = catalog.find_series(symbol, timeframe, stored_series(database))
         state = next(iter(sync_status(database, series)), None)
         oldest = None if state is None else state.oldest_data_time
         if oldest is None:

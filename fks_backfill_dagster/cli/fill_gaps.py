@@ -72,26 +72,28 @@ def _fill_all(
     from fks_backfill_dagster.cli.backfill import interruptible, log_waiting
     from fks_backfill_dagster.cli.progress import watched
     from fks_backfill_dagster.pipeline.fill import fill_gaps
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.store.errors import SeriesChanged, StoreError
     from fks_backfill_dagster.store.queries import stored_series
 
+    catalog = Catalog(settings)
     found: list[FillReport] = []
     broken = False
     logged: set[str] = set()
     with open_app(settings, log_waiting) as app, interruptible(app):
         stored = stored_series(app.database)
-        if not (names or settings.symbols):
+        if not (names or catalog.series):
             return [], False
         # Series removed from the settings are requested by name only.
-        chosen = choose(settings, names, everything or not names, stored if names else ())
+        chosen = choose(catalog, names, everything or not names, stored if names else ())
         if names:
             log_never_synced(chosen, stored)
         for series in chosen.series:
             try:
                 with watched(logged=logged) as listen:
-                    until = sooner(end, settings.end_of(series))
+                    until = sooner(end, catalog.end_of(series))
                     report = fill_gaps(
-                        app.context, series, settings.priority(series), start, until, listen=listen
+                        app.context, series, catalog.priority(series), start, until, listen=listen
                     )
             except (SeriesChanged, ValueError) as error:  # concerns this series only
                 log(f"Error: {error}")

@@ -50,27 +50,29 @@ def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int |
     from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.pipeline.gaps import earlier_gaps, find_gaps
     from fks_backfill_dagster.pipeline.outages import find_outages
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import stored_series
 
     settings, present = load_settings(), now()
+    catalog = Catalog(settings)
     if start is not None and end is not None:
         with usage():
             TimeRange(start, end)
     with open_database(settings) as database:
         stored = stored_series(database)
-        chosen = choose(settings, names, everything, stored)
+        chosen = choose(catalog, names, everything, stored)
         settle_closures(settings, database, chosen)
         found = [
             (s, gap)
             for s in chosen.series
-            for gap in find_gaps(database, s, present, start, sooner(end, settings.end_of(s)))
+            for gap in find_gaps(database, s, present, start, sooner(end, catalog.end_of(s)))
         ]
         early = [] if start is not None else [(s, earlier_gaps(database, s, present)) for s in chosen.series]
         past = present if end is None else end
         window = TimeRange(min(start or 0, past), past)
-        outages = find_outages(database, chosen.series, window, settings.end_of) if chosen.many else ()
-    code = report_code(settings, chosen, stored)
+        outages = find_outages(database, chosen.series, window, catalog.end_of) if chosen.many else ()
+    code = report_code(catalog, chosen, stored)
     if not code:
         log_never_synced(chosen, stored)
     for one, missing in early:

@@ -26,7 +26,7 @@ from fks_backfill_dagster.cli.signals import signals
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.host.launch import Launched, Order, Seen
-    from fks_backfill_dagster.settings.model import Settings
+    from fks_backfill_dagster.settings.catalog import Catalog
 
 QUIET_SECONDS = 5.0
 LONGEST_SILENCE = 30.0
@@ -77,10 +77,12 @@ def launch(
     from fks_backfill_dagster.host import launch
     from fks_backfill_dagster.host.graphql import DagsterRefused
     from fks_backfill_dagster.host.servers import ServersError
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
 
     settings = load_settings()
-    orders = _orders(settings, _chosen(settings, symbols, everything, timeframes), start, end)
+    catalog = Catalog(settings)
+    orders = _orders(catalog, _chosen(catalog, symbols, everything, timeframes), start, end)
     began = time.monotonic()
     try:
         web = launch.running_webserver(settings)
@@ -104,7 +106,7 @@ def launch(
 
 
 def _chosen(
-    settings: Settings, symbols: Sequence[str], everything: bool, timeframes: Sequence[str]
+    catalog: Catalog, symbols: Sequence[str], everything: bool, timeframes: Sequence[str]
 ) -> list[Series]:
     """Configured series only: only these are assets."""
     from fks_backfill_dagster.settings.types import parse_timeframe
@@ -113,37 +115,37 @@ def _chosen(
         if bool(symbols) == everything:
             raise ValueError("give one SYMBOL or more, such as BTC/USDT, or --all")
         frames = {parse_timeframe(text) for text in timeframes}
-        names = {name for text in (symbols or ["*"]) for name in _configured(settings, text)}
-        found = [s for s in settings.series() if s.symbol in names and (not frames or s.timeframe in frames)]
+        names = {name for text in (symbols or ["*"]) for name in _configured(catalog, text)}
+        found = [s for s in catalog.series if s.symbol in names and (not frames or s.timeframe in frames)]
         if not found:
-            have = " ".join(dict.fromkeys(s.timeframe for s in settings.series() if s.symbol in names))
+            have = " ".join(dict.fromkeys(s.timeframe for s in catalog.series if s.symbol in names))
             raise ValueError(f"none of these symbols is configured with that timeframe; they have {have}")
     return found
 
 
-def _configured(settings: Settings, written: str) -> tuple[str, ...]:
-    found = settings.match_symbols(written) or settings.match_symbols(written.upper())
+def _configured(catalog: Catalog, written: str) -> tuple[str, ...]:
+    found = catalog.match_symbols(written) or catalog.match_symbols(written.upper())
     if not found:
-        names = ", ".join(settings.match_symbols()) or "none"
+        names = ", ".join(catalog.match_symbols()) or "none"
         raise ValueError(f"{written!r} is not configured, so it is no asset in Dagster; configured: {names}")
     return found
 
 
-def _orders(settings: Settings, chosen: Sequence[Series], start: int | None, end: int | None) -> list[Order]:
+def _orders(catalog: Catalog, chosen: Sequence[Series], start: int | None, end: int | None) -> list[Order]:
     from fks_backfill_dagster.app import now
     from fks_backfill_dagster.host.launch import order
 
     present = now()
     # The current partition is the last one.
     window = check_window(
-        settings.earliest_start if start is None else start,
+        catalog.earliest_start if start is None else start,
         present if end is None else min(end, present),
         present,
     )
     orders, later = [], []
     for one in chosen:
         try:
-            orders.append(order(settings, one, window))
+            orders.append(order(catalog, one, window))
         except ValueError as error:
             later.append((one, str(error)))
     with usage():

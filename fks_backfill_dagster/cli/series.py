@@ -31,24 +31,20 @@ def list_series(as_json: bool) -> None:
     """List the configured and the stored series."""
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import open_database
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import stored_series, sync_status
 
     settings = load_settings()
+    catalog = Catalog(settings)
     with open_database(settings) as database:
         stored = stored_series(database)
         states = {(s.symbol, s.timeframe): s for s in sync_status(database)}
-    configured = {(s.symbol, s.timeframe) for s in settings.series()}
-    chosen = choose(settings, (), True, stored).series if stored or configured else ()
-    found = [(one, states.get((one.symbol, one.timeframe.value))) for one in chosen]
+    chosen = choose(catalog, (), True, stored).series if stored or catalog.series else ()
+    found = [(one, states.get(one.key)) for one in chosen]
     if as_json:
         print_json(
-            [
-                documents.series(
-                    one, state, (one.symbol, one.timeframe) in configured, settings.priority(one)
-                )
-                for one, state in found
-            ]
+            [documents.series(one, state, one in catalog, catalog.priority(one)) for one, state in found]
         )
         return
     rows = [
@@ -56,11 +52,11 @@ def list_series(as_json: bool) -> None:
             one.symbol,
             one.timeframe,
             one.asset_class,
-            (one.symbol, one.timeframe) in configured,
+            one in catalog,
             state.total_candles if state else 0,
             state.oldest_data_time if state else None,
             state.newest_data_time if state else None,
-            ", ".join(settings.priority(one)),
+            ", ".join(catalog.priority(one)),
         )
         for one, state in found
     ]
@@ -76,15 +72,17 @@ def list_series(as_json: bool) -> None:
 def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
     """Delete a series from the database: candles, lineage, gaps, quarantine. The settings are not changed."""
     from fks_backfill_dagster.app import open_database
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import stored_series, sync_status
     from fks_backfill_dagster.store.writer.remove import remove_series as remove_stored
 
     settings = load_settings()
+    catalog = Catalog(settings)
     with usage():
-        found = settings.find_series(symbol, timeframe)
+        found = catalog.find_series(symbol, timeframe)
     with open_database(settings) as database:
-        found = settings.find_series(symbol, timeframe, stored_series(database))
+        found = catalog.find_series(symbol, timeframe, stored_series(database))
         state = next(iter(sync_status(database, found)), None)
         if state is None:
             log(f"Error: nothing is stored of {found}; see `fks-backfill series list`.")
@@ -117,9 +115,11 @@ def accept_calendar(calendar: str, as_json: bool) -> int:
     from fks_backfill_dagster.pipeline.audit import audit, auditable
     from fks_backfill_dagster.pipeline.calendars import accept_calendar as accept
     from fks_backfill_dagster.pipeline.calendars import calendar_change
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
 
     settings = load_settings()
+    catalog = Catalog(settings)
     with open_database(settings) as database:
         with usage():
             change = calendar_change(database, calendar)
@@ -129,7 +129,7 @@ def accept_calendar(calendar: str, as_json: bool) -> int:
                 print_json({"calendar": calendar, "new": [], "gone": [], "hours": [], "audit": None})
             return 0
         accept(database, change, now())
-        concerned = [one for one in auditable(database, settings.series()) if change.concerns(one)]
+        concerned = [one for one in auditable(database, catalog.series) if change.concerns(one)]
         report = audit(database, concerned, now)
     if as_json:
         print_json(

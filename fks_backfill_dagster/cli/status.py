@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from fks_backfill_dagster.cli.arguments import Chosen
     from fks_backfill_dagster.pipeline.coverage import Coverage
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.model import Settings
     from fks_backfill_dagster.store.database import Database
     from fks_backfill_dagster.tables import CoverageRow
@@ -53,32 +54,33 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
     from fks_backfill_dagster.pipeline.calendars import calendar_changes
     from fks_backfill_dagster.pipeline.coverage import coverage
     from fks_backfill_dagster.pipeline.freshness import Rule
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import stored_series
 
     settings, present = load_settings(), now()
+    catalog = Catalog(settings)
     for line in (server_problems := keeper.problems(settings.home)):
         log(line)
     with open_database(settings) as database:
         stored = stored_series(database)
-        chosen = choose(settings, names, everything or not names, stored)
+        chosen = choose(catalog, names, everything or not names, stored)
         settle_closures(settings, database, chosen)
         changes = calendar_changes(database, chosen.series)
         # Only --check needs the publication delays of providers, whose import is slow.
-        rule = freshness_rule(settings) if check else Rule(end_of=settings.end_of, closed=closures(settings))
+        rule = freshness_rule(settings) if check else Rule(end_of=catalog.end_of, closed=closures(catalog))
         found = coverage(database, chosen.series, present, rule)
-        silent_lines = [] if check else _silent_series(settings, database, chosen)
+        silent_lines = [] if check else _silent_series(catalog, database, chosen)
         providers = provider_states(settings, database)
-    code = report_code(settings, chosen, stored)
+    code = report_code(catalog, chosen, stored)
     for name, state in providers.items():
         log(f"{name}: {state_text(state)}")
     for change in dict.fromkeys(changes.values()):
         log(str(change))
     if check:
         # A series removed from the settings is not kept fresh, so it cannot be stale.
-        kept = set(settings.series())
         problems = [
-            (one.series, reason) for one in found if (reason := one.problem(kept_fresh=one.series in kept))
+            (one.series, reason) for one in found if (reason := one.problem(kept_fresh=one.series in catalog))
         ]
         for series, reason in problems:
             log(f"{series}: {reason}")
@@ -138,16 +140,16 @@ def _coverage_row(found: Coverage) -> CoverageRow:
     )
 
 
-def _silent_series(settings: Settings, database: Database, chosen: Chosen) -> list[str]:
+def _silent_series(catalog: Catalog, database: Database, chosen: Chosen) -> list[str]:
     """A line for every configured series without a new candle from any provider for long."""
     from fks_backfill_dagster.domain.timeframe import to_datetime
     from fks_backfill_dagster.pipeline.refresh import quiet_until, silent_since
     from fks_backfill_dagster.store.reaches import reaches
 
-    lines, known, configured = [], reaches(database, chosen.series), set(settings.series())
+    lines, known = [], reaches(database, chosen.series)
     for series in chosen.series:
         since, wait = silent_since(known.get(series)), quiet_until(known.get(series))
-        if since is not None and wait is not None and series in configured and not settings.end_of(series):
+        if since is not None and wait is not None and series in catalog and not catalog.end_of(series):
             lines.append(
                 f"{series}: silent since {short(to_datetime(since))}: no provider has a newer candle. The next"
                 f" refresh is after {short(to_datetime(wait))}; if it was delisted, set its `end` in the settings."

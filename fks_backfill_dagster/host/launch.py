@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fks_backfill_dagster.domain.partitions import AssetPath, asset_path, is_monthly, keys_of
+from fks_backfill_dagster.domain.partitions import AssetPath, Grain, asset_path
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso
@@ -18,6 +18,7 @@ from fks_backfill_dagster.host.graphql import Backfill, DagsterRefused, Run, Web
 from fks_backfill_dagster.host.processes import KEEPER, Background
 from fks_backfill_dagster.host.servers import DAEMON, HOST, WEBSERVER, ServersError
 from fks_backfill_dagster.login import token_of
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 
 POLL_SECONDS = 1.0
@@ -92,15 +93,15 @@ class Launched:
         return not any(self.failed.values()) and all(run.status == "SUCCESS" for run in last)
 
 
-def order(settings: Settings, series: Series, window: TimeRange) -> Order:
+def order(catalog: Catalog, series: Series, window: TimeRange) -> Order:
     """The partitions that overlap `window`, from the series' own start on.
 
     Raises ValueError if the window ends before that start.
     """
-    start = max(window.start, settings.start_of(series))
+    start = max(window.start, catalog.start_of(series))
     if start >= window.end:
         raise ValueError(f"{series} starts at {iso(start)}, and the range ends before")
-    return Order(series, tuple(keys_of(series.timeframe, TimeRange(start, window.end))))
+    return Order(series, tuple(Grain.of(series.timeframe).keys(TimeRange(start, window.end))))
 
 
 def running_webserver(settings: Settings) -> Webserver:
@@ -147,10 +148,10 @@ def _unknown(web: Webserver, orders: Sequence[Order]) -> list[str]:
     missing = [str(one.series) for one in orders if one.asset not in defined]
     if missing:
         return missing
-    for monthly in (True, False):
-        grain = [one for one in orders if is_monthly(one.series.timeframe) is monthly]
-        if grain:
-            first = min(grain, key=lambda one: one.keys[0])
+    for grain in Grain:
+        mine = [one for one in orders if Grain.of(one.series.timeframe) is grain]
+        if mine:
+            first = min(mine, key=lambda one: one.keys[0])
             begin = web.first_partition(first.asset)
             if begin is None or begin > first.keys[0]:
                 missing.append(f"the partition {first.keys[0]} of {first.series}")

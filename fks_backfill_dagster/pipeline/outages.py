@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fks_backfill_dagster.domain.grid import grid_of
-from fks_backfill_dagster.domain.outages import VenueOutage, recognise, venue_of
+from fks_backfill_dagster.domain.outages import VenueOutage, recognise
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime
@@ -89,7 +89,7 @@ def _rows_within(outage: VenueOutage, series: Sequence[Series], known: Absences)
     """The gaps of an outage, as positions."""
     missing, window = known.missing, outage.window
     rows = np.flatnonzero((missing.starts < window.end) & (missing.ends > window.start))
-    mine = [venue_of(series[owner]) == outage.venue for owner in missing.owner[rows].tolist()]
+    mine = [series[owner].instrument.venue == outage.venue for owner in missing.owner[rows].tolist()]
     within: Instants = rows[np.array(mine, dtype=bool)]
     return within
 

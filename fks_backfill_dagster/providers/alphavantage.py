@@ -38,6 +38,7 @@ from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime, to_micros
+from fks_backfill_dagster.known_providers import ALPHAVANTAGE
 from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
@@ -63,12 +64,7 @@ from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.keys import redact, usable_key
 from fks_backfill_dagster.providers.pages import joined
 
-NAME = "alphavantage"
-DEFAULT_BASE_URL = "https://www.alphavantage.co"
-KEY_VARIABLE = "ALPHAVANTAGE_API_KEY"
-# Limits of a free key.
-REQUESTS_PER_MINUTE = 60
-REQUESTS_PER_DAY = 25
+NAME, KEY_VARIABLE = ALPHAVANTAGE.name, ALPHAVANTAGE.key_variable
 ATTEMPTS = 3
 
 PAGE_SIZE = 23 * 390  # minutes of a month with 23 sessions; more than the days of any history
@@ -141,7 +137,7 @@ class AlphaVantage:
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
         requests = len(self._queries(series, window))
-        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        a_minute = self._options.requests_per_minute or ALPHAVANTAGE.requests_per_minute
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:

@@ -25,6 +25,7 @@ from fks_backfill_dagster.domain.quality import verify
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange, among
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, Timeframe
+from fks_backfill_dagster.known_providers import BINANCE
 from fks_backfill_dagster.providers.base import (
     Answer,
     Capabilities,
@@ -39,7 +40,6 @@ from fks_backfill_dagster.providers.binance_archive import ArchiveFile, Archives
 from fks_backfill_dagster.providers.binance_klines import (
     KLINES_PATH,
     NAME,
-    REQUESTS_PER_MINUTE,
     Klines,
     Page,
 )
@@ -47,9 +47,6 @@ from fks_backfill_dagster.providers.http.errors import host_of
 from fks_backfill_dagster.providers.http.limiter import Limiter, system_micros
 from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.pages import contradicting, differing, joined
-
-DEFAULT_BASE_URL = "https://api.binance.com"
-DEFAULT_ARCHIVE_URL = "https://data.binance.vision"
 
 PAGE_SIZE = 1000
 # Rounds of repeated requests for pages that contradict their neighbours.
@@ -120,7 +117,7 @@ class Binance:
             files = choose_files(plan.symbol, series.timeframe, plan.wanted, (), self._clock())
         remaining = plan.wanted - RangeSet(file.period for file in files)
         pages = sum(len(page_ranges(part, plan.step)) for part in remaining)
-        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        a_minute = self._options.requests_per_minute or BINANCE.requests_per_minute
         return Estimate(2 * len(files) + pages, len(files) * _SECONDS_PER_FILE + pages * 60 / a_minute)
 
     def listed_at(self, series: Series) -> int | None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from fks_backfill_dagster.domain.candles import Candles, Floats
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND
+from fks_backfill_dagster.known_providers import BINANCE
 from fks_backfill_dagster.providers.base import (
     BadAnswer,
     PermanentError,
@@ -46,11 +47,9 @@ from fks_backfill_dagster.providers.http.errors import (
 from fks_backfill_dagster.providers.http.limiter import Limiter, system_micros
 from fks_backfill_dagster.providers.http.pool import RequestPool, Tally
 
-NAME = "binance"
+NAME = BINANCE.name
 
 KLINES_PATH = "/api/v3/klines"
-KLINES_WEIGHT = 2
-REQUESTS_PER_MINUTE = 3000  # 6000 weight a minute per address
 # From this share of the weight on, requests wait for the next minute; others may be in flight.
 _PAUSE_AT = 0.95
 _COLUMNS = 12
@@ -78,7 +77,8 @@ class Klines:
         self._client = HttpClient(NAME, options, pool, limiter)
         self._limiter = limiter
         self._clock = clock
-        self._pause_at = _PAUSE_AT * KLINES_WEIGHT * (options.requests_per_minute or REQUESTS_PER_MINUTE)
+        a_minute = options.requests_per_minute or BINANCE.requests_per_minute
+        self._pause_at = _PAUSE_AT * BINANCE.request_weight * a_minute
         self._local = threading.local()
 
     def fetch(
@@ -88,7 +88,9 @@ class Klines:
 
         def page(item: tuple[Mapping[str, str | int], TimeRange]) -> Page:
             query, window = item
-            return self._client.run(lambda: self._once(query, window, tally), tally, weight=KLINES_WEIGHT)
+            return self._client.run(
+                lambda: self._once(query, window, tally), tally, weight=BINANCE.request_weight
+            )
 
         return self._client.pool.map(NAME, page, list(zip(queries, windows, strict=True)))
 

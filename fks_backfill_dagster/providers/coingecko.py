@@ -35,6 +35,7 @@ from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_SECOND,
     Timeframe,
 )
+from fks_backfill_dagster.known_providers import COINGECKO
 from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
@@ -59,10 +60,7 @@ from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.keys import usable_key
 from fks_backfill_dagster.providers.pages import agreeing, joined
 
-NAME = "coingecko"
-DEFAULT_BASE_URL = "https://api.coingecko.com"
-KEY_VARIABLE = "COINGECKO_API_KEY"
-REQUESTS_PER_MINUTE = 100  # of a demo key
+NAME, KEY_VARIABLE = COINGECKO.name, COINGECKO.key_variable
 
 _PRO_HOST = "pro-api"
 _RANGE_START = 1_518_134_400 * MICROS_PER_SECOND  # 2018-02-09
@@ -218,7 +216,7 @@ class CoinGecko:
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
         requests = len(self._endpoints[series.timeframe].pages(window, self._clock()))
-        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        a_minute = self._options.requests_per_minute or COINGECKO.requests_per_minute
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:

@@ -34,6 +34,7 @@ from fks_backfill_dagster.domain.quality import verify
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, Timeframe
+from fks_backfill_dagster.known_providers import OANDA
 from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
@@ -57,11 +58,7 @@ from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.keys import usable_key
 from fks_backfill_dagster.providers.pages import agreeing, differing, joined
 
-NAME = "oanda"
-DEFAULT_BASE_URL = "https://api-fxpractice.oanda.com"
-KEY_VARIABLE = "OANDA_API_TOKEN"
-REQUESTS_PER_SECOND = 100
-REQUESTS_PER_MINUTE = 60 * REQUESTS_PER_SECOND
+NAME, KEY_VARIABLE = OANDA.name, OANDA.key_variable
 # Two new connections a second are accepted; the third one gets status 429.
 SECONDS_PER_CONNECTION = 0.5
 # The limit is 5000, weekends included; whether both ends of a window count is not documented.
@@ -133,7 +130,7 @@ class Oanda:
         """Assumes that no page has missing candles."""
         opens = self._opens(series, window)
         requests = len(_pages(_ranges(opens, grid_of(series)), series.timeframe.micros))
-        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        a_minute = self._options.requests_per_minute or OANDA.requests_per_minute
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:

@@ -51,6 +51,7 @@ from fks_backfill_dagster.domain.timeframe import (
     to_datetime,
     to_micros,
 )
+from fks_backfill_dagster.known_providers import POLYGON
 from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
@@ -79,10 +80,7 @@ from fks_backfill_dagster.providers.numbers import bounded, to_double, to_instan
 from fks_backfill_dagster.providers.pages import Chain, joined
 from fks_backfill_dagster.providers.sessions import midnight_dates
 
-NAME = "polygon"
-DEFAULT_BASE_URL = "https://api.massive.com"
-KEY_VARIABLE = "POLYGON_API_KEY"
-REQUESTS_PER_MINUTE = 5  # limit of the free plan
+NAME, KEY_VARIABLE = POLYGON.name, POLYGON.key_variable
 
 # The maximum `limit` of a request. It counts base bars: minutes (also for hours) or days.
 LIMIT = 50_000
@@ -158,7 +156,10 @@ class Polygon:
         clock: Callable[[], int] = system_micros,
     ) -> None:
         self._options = options
-        if options.requests_per_minute in (None, REQUESTS_PER_MINUTE):  # the free plan is an end-of-day plan
+        if options.requests_per_minute in (
+            None,
+            POLYGON.requests_per_minute,
+        ):  # the free plan is an end-of-day plan
             self.capabilities = replace(self.capabilities, publication_delay=_END_OF_DAY_DELAY)
         self._clock = clock
         self._base_url = options.base_url.rstrip("/")
@@ -179,7 +180,7 @@ class Polygon:
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
         base = series.timeframe.micros if series.timeframe is Timeframe.D1 else MICROS_PER_MINUTE
         requests = math.ceil(window.duration / base * _TRADED[series.asset_class] / LIMIT)
-        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        a_minute = self._options.requests_per_minute or POLYGON.requests_per_minute
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:

@@ -41,6 +41,7 @@ from fks_backfill_dagster.domain.timeframe import (
     Timeframe,
     iso,
 )
+from fks_backfill_dagster.known_providers import YFINANCE
 from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
@@ -65,9 +66,7 @@ from fks_backfill_dagster.providers.pages import joined
 from fks_backfill_dagster.providers.sessions import session_dates, wall_clock
 from fks_backfill_dagster.providers.splits import as_traded
 
-NAME = "yfinance"
-DEFAULT_BASE_URL = "https://query2.finance.yahoo.com"
-REQUESTS_PER_MINUTE = 60  # our choice: Yahoo publishes no limit
+NAME = YFINANCE.name
 
 _BROWSER = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/131.0 Safari/537.36"
 _PARTS: Mapping[Timeframe, Timeframe] = {
@@ -147,7 +146,7 @@ class YFinance:
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
         requests = len(_pages(self._request_range(series, window, self._clock()), series.timeframe))
-        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        a_minute = self._options.requests_per_minute or YFINANCE.requests_per_minute
         return Estimate(requests, requests * 60 / a_minute)
 
     def fetch(self, series: Series, window: TimeRange) -> Answer:
@@ -283,7 +282,7 @@ def _candles(
     now, last_trade = min(chart.now for chart in charts), charts[-1].last_trade
     ratios = {at: ratio for chart in charts for at, ratio in chart.splits.items() if at <= now}
     at = np.array(sorted(ratios), dtype=np.int64)
-    split_dates = session_dates(at, replace(series, timeframe=Timeframe.D1), zone)
+    split_dates = session_dates(at, series.at(Timeframe.D1), zone)
     local = wall_clock(bars.ts, zone) // MICROS_PER_DAY * MICROS_PER_DAY
     daily = series.timeframe is Timeframe.D1
     dates = session_dates(bars.ts, series, zone, last_trade) if daily else local

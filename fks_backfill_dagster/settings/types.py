@@ -20,7 +20,7 @@ from pydantic import (
     SecretStr,
 )
 
-from fks_backfill_dagster.domain.series import AssetClass
+from fks_backfill_dagster.domain.series import DEFAULT_CALENDAR, AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso, to_micros
 from fks_backfill_dagster.loopback import is_loopback
 from fks_backfill_dagster.settings.sources import (
@@ -65,8 +65,6 @@ def host_name(value: str) -> str:
         )
     return value.lower()
 
-
-DEFAULT_CALENDAR: Final = "XNYS"
 
 OTHERS: Final = "others"
 

@@ -13,6 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime, to_micros
@@ -268,8 +269,8 @@ def completeness(database: Database, series: Sequence[Series]) -> dict[Series, C
     return found
 
 
-def open_parts(database: Database, series: Sequence[Series], part: str) -> dict[Series, list[str]]:
-    """The parts ("month" or "year") that an open gap overlaps, by the day on which they begin."""
+def open_partitions(database: Database, series: Sequence[Series], grain: Grain) -> dict[Series, list[str]]:
+    """The keys of the partitions that an open gap overlaps."""
     found: dict[Series, list[str]] = {one: [] for one in series}
     with database.begin() as connection:
         owners = series_of(connection, series)
@@ -277,11 +278,11 @@ def open_parts(database: Database, series: Sequence[Series], part: str) -> dict[
             sa.text(
                 "SELECT DISTINCT g.series_id, to_char(p, 'YYYY-MM-DD') AS key FROM fks.gap g"
                 " CROSS JOIN LATERAL generate_series("
-                "   date_trunc(:part, g.gap_start AT TIME ZONE 'UTC'),"
-                "   (g.gap_end - interval '1 microsecond') AT TIME ZONE 'UTC', CAST('1 ' || :part AS interval)) p"
+                "   date_trunc(:grain, g.gap_start AT TIME ZONE 'UTC'),"
+                "   (g.gap_end - interval '1 microsecond') AT TIME ZONE 'UTC', CAST('1 ' || :grain AS interval)) p"
                 " WHERE g.series_id = ANY(:ids) AND g.status = :open ORDER BY 1, 2"
             ),
-            {"part": part, "ids": list(owners), "open": GapStatus.OPEN.value},
+            {"grain": grain.value, "ids": list(owners), "open": GapStatus.OPEN.value},
         )
         for row in rows:
             found[owners[row.series_id]].append(row.key)

@@ -13,6 +13,7 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.host.graphql import Run
 from fks_backfill_dagster.host.launch import Launched, Order, Seen, _left, count, order
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.settings.sections import SymbolSettings
 from fks_backfill_dagster.simulator.config import instant
@@ -62,7 +63,7 @@ def test_a_range_covers_every_partition_that_it_overlaps(
     timeframe: Timeframe, start: str, end: str, keys: tuple[str, ...]
 ) -> None:
     series = Series("BTC/USDT", timeframe, AssetClass.CRYPTO)
-    assert order(Settings(), series, TimeRange(instant(start), instant(end))).keys == keys
+    assert order(Catalog(Settings()), series, TimeRange(instant(start), instant(end))).keys == keys
 
 
 def test_a_range_begins_with_the_start_of_the_series() -> None:
@@ -72,10 +73,10 @@ def test_a_range_begins_with_the_start_of_the_series() -> None:
         dated = entry.model_copy(update={"start": instant(start)})
         settings = Settings(symbols=(dated,))
         window = TimeRange(instant("2015-01-01"), instant("2023-04-01"))
-        found = order(settings, MINUTES, window)
+        found = order(Catalog(settings), MINUTES, window)
         assert (found.keys[0], found.keys[-1]) == (first, "2023-03-01")
         with pytest.raises(ValueError, match=r"starts at .*, and the range ends before"):
-            order(settings, MINUTES, TimeRange(instant("2015-01-01"), instant(start)))
+            order(Catalog(settings), MINUTES, TimeRange(instant("2015-01-01"), instant(start)))
 
 
 BTC, ETH = ("ohlcv", "BTC_USDT", "1m"), ("ohlcv", "ETH_USDT", "1m")

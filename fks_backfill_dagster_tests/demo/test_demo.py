@@ -7,23 +7,10 @@ from pathlib import Path
 import pytest
 
 from fks_backfill_dagster.demo import demo
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.settings.model import CHECKOUT
-from fks_backfill_dagster.simulator.config import Outage, instant
-
-
-@pytest.mark.parametrize(
-    ("moment", "months", "expected"),
-    [
-        ("2024-11-22T12:00", 0, "2024-11-01"),
-        ("2024-11-22T12:00", 2, "2025-01-01"),
-        ("2024-12-01", 1, "2025-01-01"),
-        ("2024-01-31T23:59", -1, "2023-12-01"),
-        ("2024-01-31T23:59", -24, "2022-01-01"),
-    ],
-)
-def test_months_are_counted_over_the_year(moment: str, months: int, expected: str) -> None:
-    assert demo._months_later(instant(moment), months) == instant(expected)
+from fks_backfill_dagster.simulator.config import Outage
 
 
 def test_the_settings_of_the_first_run_are_kept(tmp_path: Path) -> None:
@@ -56,7 +43,7 @@ def test_its_environment_has_no_foreign_settings_and_keys(
     assert not {"FKS_DATABASE_URL", "DAGSTER_HOME", "POLYGON_API_KEY"} & environment.keys()
     settings = load_settings(environment, CHECKOUT)
     assert (settings.home, settings.database_url, settings.keys) == (tmp_path, None, {})
-    assert len(settings.series()) == 9
+    assert len(Catalog(settings).series) == 9
 
 
 def test_the_market_parses_the_outage_options(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from fks_backfill_dagster.host.graphql import REPOSITORY
 from fks_backfill_dagster.host.servers import WEBSERVER, dagster_folder
 from fks_backfill_dagster.orchestration.jobs import CHECKS
 from fks_backfill_dagster.orchestration.run_retention import HOUSEKEEPING
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import CHECKOUT
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.store.dagster_schema import DAGSTER_SCHEMA
@@ -139,7 +140,9 @@ def test_only_new_candles_are_requested_and_stored(refreshed: Refreshed) -> None
     assert all("/api/v3/klines" in target for target in requested)
     window = TimeRange(refreshed.cut, refreshed.cut + 12 * FRAME)
     with refreshed.site.database() as database:
-        stored = read_candles(database, refreshed.site.settings.find_series("BTC/USDT", "15m"), window)
+        stored = read_candles(
+            database, Catalog(refreshed.site.settings).find_series("BTC/USDT", "15m"), window
+        )
         new_batches = [one for one in batches(database) if one.symbol == "BTC/USDT" and one.run_id]
     truth = refreshed.site.market.truth("binance", "BTCUSDT", Timeframe.M15, window)
     assert len(stored) == 12

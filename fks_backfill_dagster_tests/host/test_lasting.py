@@ -26,6 +26,7 @@ from fks_backfill_dagster.orchestration import assets
 from fks_backfill_dagster.orchestration.assets import Outcome, Task, materialize_with_retries
 from fks_backfill_dagster.orchestration.retrying import retried, wait_until_available
 from fks_backfill_dagster.orchestration.run_log import Lines
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store import sessions
@@ -211,9 +212,9 @@ class Written:
 
 
 def hours() -> Task:
-    settings = settings_of("BTC/USDT", start="2022-01-01", frames=[Timeframe.H1])
+    catalog = Catalog(settings_of("BTC/USDT", start="2022-01-01", frames=[Timeframe.H1]))
     windows = {f"{year}-01-01": year_of(year) for year in (2022, 2023)}
-    return Task(settings.find_series("BTC/USDT", "1h"), windows, settings, "run")
+    return Task(catalog.find_series("BTC/USDT", "1h"), windows, catalog, "run")
 
 
 def year_of(year: int) -> TimeRange:

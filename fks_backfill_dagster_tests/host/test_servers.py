@@ -21,6 +21,7 @@ from fks_backfill_dagster.host import servers
 from fks_backfill_dagster.host.graphql import DagsterRefused, Run, Webserver
 from fks_backfill_dagster.host.processes import KEEPER, Background, backgrounds, stop_all
 from fks_backfill_dagster.host.servers import CODE, DAEMON, WEBSERVER, ServersError
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.settings.model import CHECKOUT, Settings
 from fks_backfill_dagster.simulator import LocalMarket
@@ -159,7 +160,7 @@ def test_from_up_to_down(
     # The stored candles equal the market's, and the lineage names Dagster's runs.
     database = Database(empty_database_url)
     january = TimeRange(instant("2024-01-01"), instant("2024-02-01"))
-    stored = read_candles(database, settings.find_series("ETH/USDT", "15m"), january)
+    stored = read_candles(database, Catalog(settings).find_series("ETH/USDT", "15m"), january)
     truth = market.truth("binance", "ETHUSDT", Timeframe.M15, january)
     assert all((ours == theirs).all() for ours, theirs in zip(stored.columns(), truth.columns(), strict=True))
     assert {batch.run_id for batch in batches(database)} == {run.id for run in runs}

@@ -17,6 +17,7 @@ from fks_backfill_dagster.domain.quality import Reason, verify
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe
+from fks_backfill_dagster.known_providers import POLYGON
 from fks_backfill_dagster.providers.base import (
     Answer,
     BadAnswer,
@@ -32,7 +33,7 @@ from fks_backfill_dagster.providers.base import (
 )
 from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
 from fks_backfill_dagster.providers.http.pool import RequestPool
-from fks_backfill_dagster.providers.polygon import DEFAULT_BASE_URL, Polygon, ticker_of
+from fks_backfill_dagster.providers.polygon import Polygon, ticker_of
 from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.markets import new_york_midnight
@@ -463,13 +464,13 @@ class TestKey:
     def test_other_ways_to_write_the_configured_host(self, written: str) -> None:
         provider = build("polygon", resolve_options("polygon", key=KEY), RequestPool(1), ProcessLimiter({}))
         assert isinstance(provider, Polygon)
-        url = f"{DEFAULT_BASE_URL}/v2/aggs/x?limit=9"
+        url = f"{POLYGON.base_url}/v2/aggs/x?limit=9"
         following = {
             "default port": "https://api.massive.com:443/v2/aggs/x?cursor=1",
             "relative": "?cursor=1",
             "capitals": "HTTPS://API.Massive.com/v2/aggs/x?cursor=1",
         }[written]
-        assert provider._next_url({"next_url": following}, url) == f"{DEFAULT_BASE_URL}/v2/aggs/x?cursor=1"
+        assert provider._next_url({"next_url": following}, url) == f"{POLYGON.base_url}/v2/aggs/x?cursor=1"
 
     @pytest.mark.parametrize(
         "elsewhere",
@@ -487,10 +488,10 @@ class TestKey:
         provider = build("polygon", resolve_options("polygon", key=KEY), RequestPool(1), ProcessLimiter({}))
         assert isinstance(provider, Polygon)
         try:
-            found = provider._next_url({"next_url": elsewhere}, f"{DEFAULT_BASE_URL}/v2/x")
+            found = provider._next_url({"next_url": elsewhere}, f"{POLYGON.base_url}/v2/x")
         except ProviderError:
             return
-        assert str(found).startswith(f"{DEFAULT_BASE_URL}/")
+        assert str(found).startswith(f"{POLYGON.base_url}/")
 
     def test_pages_at_a_relative_address(self, make: Make) -> None:
         market = SmallPolygon()
