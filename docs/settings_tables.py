@@ -37,7 +37,7 @@ class Undocumented(Exception):
 def with_tables(text: str) -> str:
     """The text of settings.md with all its tables made from the models. Raises Undocumented."""
     found = [match[2] for match in _TABLE.finditer(text)]
-    wanted = ["general", *sections(Settings), "environment"]
+    wanted = ["general", *sections(), "environment"]
     if missing := [name for name in wanted if name not in found]:
         raise Undocumented(f"docs/settings.md has no table of: {', '.join(missing)}")
     return _TABLE.sub(lambda one: f"{one[1]}\n{table(one[2])}\n{one[3]}", text)
@@ -46,20 +46,20 @@ def with_tables(text: str) -> str:
 def table(name: str) -> str:
     """One table as Markdown."""
     if name == "general":
-        own = [key for key in _file_keys() if key not in sections(Settings)]
+        own = [key for key in _file_keys() if key not in sections()]
         return _markdown(_KEYS, _rows(Settings, (), own, Settings().redacted_dump()))
     if name == "environment":
         return _markdown(("variable", "value", "default", "meaning"), _environment())
     if name == "providers":
         return "\n".join(_providers())
-    section = sections(Settings)[name]
+    section = sections()[name]
     above: dict[str, Location] = {"calendars": (name, _NAME), "symbols": ("symbols[]",)}
     return _markdown(_KEYS, _rows(section, above.get(name, (name,)), section.model_fields))
 
 
-def sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+def sections() -> dict[str, type[BaseModel]]:
     """The sections of the settings file by name: also the entries of lists, and of sections by name."""
-    found = {name: section_at(model, (name,)) for name in _file_keys()}
+    found = {name: section_at(Settings, (name,)) for name in _file_keys()}
     return {name: section for name, section in found.items() if section is not None}
 
 
@@ -96,7 +96,7 @@ def _environment() -> Iterator[Row]:
             continue
         keys = name == "keys"
         shown = ", ".join(f"`{one}`" for one in KEY_VARIABLES.values()) if keys else f"`{variable}`"
-        form = "text" if keys else value(field).removesuffix(" or null")
+        form = "text" if keys else value(field).removesuffix(", or null")
         default = _default(field)
         yield shown, form, "" if not default else _yaml(default), meaning(Settings, name)
 
