@@ -13,7 +13,7 @@ from types import ModuleType
 import psycopg
 import pytest
 import yaml
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, Field
 
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
@@ -47,8 +47,17 @@ def test_the_tables_of_the_settings(generate: ModuleType) -> None:
 
 def test_a_setting_without_a_description_is_reported(generate: ModuleType) -> None:
     tables = importlib.import_module("settings_tables")
-    with pytest.raises(tables.Undocumented, match=r"the setting gap_detection\.new has no Field\(desc"):
-        tables.meaning(FieldInfo(annotation=int), ("gap_detection", "new"))
+
+    class Described(BaseModel):
+        key: int = Field(default=1, description="A key.")
+
+    class Same(Described):
+        key: int = 2
+        other: int = 3
+
+    assert tables.meaning(Same, "key") == "A key."
+    with pytest.raises(tables.Undocumented, match=r"^other of Same has no Field\(description"):
+        tables.meaning(Same, "other")
 
 
 def test_a_section_without_a_table_is_reported(generate: ModuleType) -> None:

@@ -191,6 +191,15 @@ class ProviderConformance:
                 assert estimate.seconds > 0, series
             assert server.requests == []
 
+    def test_the_listing_time(self, provider: Callable[..., Provider]) -> None:
+        """An instant, None, or an error of the provider: `market` may not have the response."""
+        with self.connected(provider, self.market) as (made, series, _):
+            try:
+                found = made.listed_at(series)
+            except ProviderError:
+                return
+            assert found is None or 0 <= found <= self.now
+
     # --- honest responses ---
 
     def test_declared_timeframes_are_complete(self, provider: Callable[..., Provider]) -> None:
