@@ -14,26 +14,77 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.store.coverage import Counts
 
+ELLIPSIS = "…"
+NARROWEST = 8
+"""Characters that a column of text keeps if its table must fit a width."""
+
 Cell = str | int | float | bool | datetime | None
 
 
-def lines(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Aligned columns, numbers right-aligned; not truncated to the width of a terminal. Empty if there are no rows.
+def lines(header: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> list[str]:
+    """Aligned columns, numbers right-aligned. Empty if there are no rows.
 
-    A float is a share, shown in percent.
+    A float is a share, shown in percent. With a `width` the longest texts end in an ellipsis until a line fits;
+    numbers and the first column never do, so that a line can be longer than a very narrow terminal.
     """
     if not rows:
         return []
     cells = [[cell(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     right = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(header))]
+    if width is not None:
+        header, cells, right = _without_empty(header, cells, right, width)
+    widths = _widths(header, cells)
+    if width is not None:
+        widths = _fitted(widths, _least(cells, right), width)
     return [
         "  ".join(
-            text.rjust(width) if to_right else text.ljust(width)
-            for text, width, to_right in zip(line, widths, right, strict=True)
+            _cut(text, size).rjust(size) if to_right else _cut(text, size).ljust(size)
+            for text, size, to_right in zip(line, widths, right, strict=True)
         ).rstrip()
         for line in (header, *cells)
     ]
+
+
+def _widths(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _without_empty(
+    header: Sequence[str], cells: list[list[str]], right: list[bool], width: int
+) -> tuple[Sequence[str], list[list[str]], list[bool]]:
+    """A table that is too wide, without the columns in which no row has a value."""
+    if _total(_widths(header, cells)) <= width:
+        return header, cells, right
+    kept = [i for i in range(len(header)) if i == 0 or any(row[i] not in ("-", "") for row in cells)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in cells], [right[i] for i in kept]
+
+
+def _least(cells: Sequence[Sequence[str]], right: Sequence[bool]) -> list[int]:
+    """The least width of each column: that of its numbers and of the first column's names, else NARROWEST."""
+    longest = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        size if i == 0 or is_number else min(size, NARROWEST)
+        for i, (size, is_number) in enumerate(zip(longest, right, strict=True))
+    ]
+
+
+def _fitted(widths: list[int], least: Sequence[int], width: int) -> list[int]:
+    """The widths with the widest columns reduced until a line fits, or every column has its least width."""
+    widths = list(widths)
+    while _total(widths) > width:
+        able = [i for i, (size, floor) in enumerate(zip(widths, least, strict=True)) if size > floor]
+        if not able:
+            break
+        widths[max(able, key=lambda i: widths[i])] -= 1
+    return widths
+
+
+def _cut(text: str, size: int) -> str:
+    return text if len(text) <= size else f"{text[: size - 1]}{ELLIPSIS}"
 
 
 def cell(value: object) -> str:
@@ -64,7 +115,16 @@ def short(when: datetime) -> str:
 
 # Coverage ---------------------------------------------------------------------------------------------
 
-COVERAGE = ("series", "expected", "stored", "coverage", "open gaps", "newest", "lag", "next attempt")
+COVERAGE = (
+    "series",
+    "expected",
+    "stored",
+    "coverage",
+    "open gaps",
+    "newest (UTC)",
+    "lag",
+    "next attempt (UTC)",
+)
 
 
 @dataclass(frozen=True, slots=True)
