@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fks_backfill_dagster.cli.output import (
-    Failed,
+    confirm,
     example,
     json_option,
     log,
@@ -17,6 +17,7 @@ from fks_backfill_dagster.cli.output import (
     print_json,
     print_line,
     print_table,
+    wide_option,
 )
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def stop(as_json: bool) -> None:
 
 
 @db.command("list", epilog=example("db list", "db list --json"))
+@wide_option
 @json_option
 def list_clusters(as_json: bool) -> None:
     """List the clusters of embedded databases: that of this home, and for root those in /var/lib/fks-backfill.
@@ -141,11 +143,10 @@ def remove(names: tuple[str, ...], yes: bool, as_json: bool) -> None:
     if chosen and not yes:
         for one, size in chosen:
             log(f"{one.folder}  {one.home or 'home unknown'}  {_megabytes(size)}")
-        try:
-            click.confirm(f"Remove {many(len(chosen), 'cluster')} with all data?", abort=True, err=True)
-        except click.Abort:
-            log("")  # ends the line of the prompt
-            raise Failed("Nothing was removed; --yes removes without confirmation.") from None
+        confirm(
+            f"Remove {many(len(chosen), 'cluster')} with all data?",
+            "Nothing was removed; --yes removes without confirmation.",
+        )
     for one, _ in chosen:
         clusters.remove(one)
     if as_json:

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fks_backfill_dagster.cli.arguments import (
-    usage,
-)
+from fks_backfill_dagster.cli.arguments import usage
+from fks_backfill_dagster.cli.completion import complete_provider
 from fks_backfill_dagster.cli.output import (
     example,
     json_option,
@@ -16,6 +15,7 @@ from fks_backfill_dagster.cli.output import (
     print_json,
     print_line,
     print_table,
+    wide_option,
 )
 
 if TYPE_CHECKING:
@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 
 @click.command("providers", epilog=example("series providers", "series providers --reset binance"))
 @click.option(
-    "--reset", metavar="NAME", help="End the wait or the cool-down of this provider, and reset its failures."
+    "--reset",
+    metavar="NAME",
+    shell_complete=complete_provider,
+    help="End the wait or the cool-down of this provider, and reset its failures.",
 )
+@wide_option
 @json_option
 def list_providers(reset: str | None, as_json: bool) -> None:
     """List the providers with their timeframes, history depth and state.

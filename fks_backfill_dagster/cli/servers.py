@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from fks_backfill_dagster.cli.arguments import Moment, usage
+from fks_backfill_dagster.cli.arguments import usage
 from fks_backfill_dagster.cli.output import Failed, example, json_option, log, print_json, print_line
+from fks_backfill_dagster.cli.times import Moment
 
 MARKET_PORT = 8899
 SANDBOX_HOME = "sandbox"

@@ -28,7 +28,7 @@ MINUTES = Series("BTC/USDT", Timeframe.M1, AssetClass.CRYPTO)
         (("BTC/USDT", "--all"), "give one SYMBOL or more, such as BTC/USDT, or --all"),
         (
             ("DOGE/USDT",),
-            "'DOGE/USDT' is not configured, so it is no asset in Dagster; configured: BTC/USDT,",
+            "'DOGE/USDT' is not configured, so it is no asset in Dagster; the nearest: ETH/USDT, BTC/USDT, SOL/BTC;",
         ),
         (("BTC/USDT", "--timeframe", "2m"), "'2m' is not a timeframe"),
         (("ETH/USDT", "--timeframe", "1d"), "they have 1h"),
