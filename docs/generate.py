@@ -38,7 +38,7 @@ _HEAD = """\
 Made by `make docs` from the commands' own `--help`. The command is `fks-backfill`, in the repository after
 `make env` and `. .venv/bin/activate`.
 
-`SYMBOL` is `BTC/USDT` or `BTC_USDT`, or a glob such as `'*/USDT'`; without `TIMEFRAME` all timeframes of the symbol.
+`SYMBOL` is `BTC/USDT` or `BTC_USDT`, or a glob such as `'*/USDT'`; without `TIMEFRAME` all of its timeframes.
 `--all` takes every configured symbol, also with a `TIMEFRAME`. Reports, `fill-gaps` and `audit` are about all series if
 no argument is given.
 

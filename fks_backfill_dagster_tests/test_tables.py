@@ -47,6 +47,16 @@ def test_a_table_fits_a_width_by_its_longest_texts() -> None:
     ], "neither names nor numbers are cut"
 
 
+def test_times_stay_whole_as_long_as_texts_and_headings_can_be_shorter() -> None:
+    header = ("series", "next attempt (UTC)", "evidence")
+    rows = [("BTC/USDT 1h", datetime(2024, 3, 5, 4, 30, tzinfo=UTC), "binance: absent")]
+    assert lines(header, rows, 39) == [
+        "series       next attempt (U…  evidence",
+        "BTC/USDT 1h  2024-03-05 04:30  binance…",
+    ]
+    assert lines(header, rows, 31)[1] == "BTC/USDT 1h  2024-03…  binance…"
+
+
 @given(
     rows=st.lists(
         st.tuples(st.text("ab", max_size=12), st.integers(0, 10**7), st.text("xyz", max_size=60)), min_size=1

@@ -1,6 +1,6 @@
 """Arguments of the commands: series and providers, parsed and checked. Times are in `times`.
 
-Every command takes series in the same form: `[SYMBOL [TIMEFRAME]]`, or `--all [TIMEFRAME]`. An invalid argument is a
+Every command takes series in the same form: `SYMBOL... [TIMEFRAME]`, or `--all [TIMEFRAME]`. An invalid argument is a
 usage error that names the valid ones.
 """
 
@@ -48,8 +48,8 @@ class Chosen:
     many: bool
 
 
-def series_arguments(command: F, *, metavar: str = "SYMBOL [TIMEFRAME]") -> F:
-    """`SYMBOL [TIMEFRAME]`, or `--all [TIMEFRAME]`; given to the command as `names` and `everything`."""
+def series_arguments(command: F, *, metavar: str = "SYMBOL... [TIMEFRAME]") -> F:
+    """`SYMBOL... [TIMEFRAME]`, or `--all [TIMEFRAME]`; given to the command as `names` and `everything`."""
     everything = click.option("--all", "everything", is_flag=True, help="All configured symbols.")
     names = click.argument("names", nargs=-1, metavar=metavar, shell_complete=complete_series)
     return names(everything(command))
@@ -57,7 +57,7 @@ def series_arguments(command: F, *, metavar: str = "SYMBOL [TIMEFRAME]") -> F:
 
 def any_series(command: F) -> F:
     """As `series_arguments`, for a command whose default is all series."""
-    return series_arguments(command, metavar="[SYMBOL [TIMEFRAME]]")
+    return series_arguments(command, metavar="[SYMBOL... [TIMEFRAME]]")
 
 
 def choose(
@@ -70,20 +70,25 @@ def choose(
     up in `stored` first.
     """
     with usage():
-        if everything:
-            if len(names) > 1 or (names and not is_timeframe(names[0])):
-                raise ValueError("--all takes a TIMEFRAME at most, no SYMBOL")
-            return Chosen(_matching(settings, "*", names[0] if names else None, stored), many=True)
-        if not names or len(names) > 2 or is_timeframe(names[0]):
+        symbols, timeframe = split(names)
+        if bool(symbols) == everything:
             raise ValueError(
-                "give a SYMBOL and a TIMEFRAME, such as BTC/USDT 1h, a SYMBOL for all of its timeframes, or --all"
+                "--all takes a TIMEFRAME at most, no SYMBOL"
+                if everything
+                else "give a SYMBOL and a TIMEFRAME, such as BTC/USDT 1h, a SYMBOL for all of its timeframes, or --all"
             )
-        symbol, timeframe = names[0], names[1] if len(names) == 2 else None
-        if re.search(r"[*?\[]", symbol):
-            return Chosen(_matching(settings, symbol, timeframe, stored), many=True)
-        if timeframe is None:
-            return Chosen(_of_symbol(settings, symbol, stored), many=True)
-        return Chosen((settings.find_series(symbol, timeframe, stored),), many=False)
+        if len(symbols) == 1 and timeframe and not _is_glob(symbols[0]):
+            return Chosen((settings.find_series(symbols[0], timeframe, stored),), many=False)
+        found = [_series_of(settings, symbol, timeframe, stored) for symbol in symbols or ["*"]]
+        return Chosen(_in_order(settings, dict.fromkeys(one for each in found for one in each)), many=True)
+
+
+def split(names: Sequence[str]) -> tuple[Sequence[str], str | None]:
+    """The symbols among the arguments, and the timeframe after them, if any. Raises ValueError for another order."""
+    symbols, timeframe = (names[:-1], names[-1]) if names and is_timeframe(names[-1]) else (names, None)
+    if misplaced := next((name for name in symbols if is_timeframe(name)), None):
+        raise ValueError(f"{misplaced} must follow the symbols, as in BTC/USDT ETH/USDT 1h")
+    return symbols, timeframe
 
 
 def is_timeframe(text: str) -> bool:
@@ -102,6 +107,20 @@ def nearest_symbols(wrong: str, known: Iterable[str]) -> str:
     return f"the nearest: {', '.join(names[one] for one in near)}; `fks-backfill series list` shows all"
 
 
+def _is_glob(symbol: str) -> bool:
+    return re.search(r"[*?\[]", symbol) is not None
+
+
+def _series_of(
+    settings: Settings, symbol: str, timeframe: str | None, stored: Iterable[Series]
+) -> tuple[Series, ...]:
+    if _is_glob(symbol):
+        return _matching(settings, symbol, timeframe, stored)
+    if timeframe is None:
+        return _of_symbol(settings, symbol, stored)
+    return (settings.find_series(symbol, timeframe, stored),)
+
+
 def _of_symbol(settings: Settings, written: str, stored: Iterable[Series]) -> tuple[Series, ...]:
     """Every configured or stored series of a symbol in any notation."""
     from fks_backfill_dagster.domain.series import identifier
@@ -115,7 +134,7 @@ def _of_symbol(settings: Settings, written: str, stored: Iterable[Series]) -> tu
             f"{written} is not configured, so it needs a TIMEFRAME, such as 1h;"
             f" {nearest_symbols(written, (symbol for symbol, _ in known))}"
         )
-    return _in_order(settings, found)
+    return tuple(found)
 
 
 def _matching(
@@ -141,7 +160,7 @@ def _matching(
         raise ValueError(
             f"none of these symbols is configured with the timeframe {timeframe}; they have {frames}"
         )
-    return _in_order(settings, found)
+    return tuple(found)
 
 
 def _in_order(settings: Settings, found: Iterable[Series]) -> tuple[Series, ...]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fks_backfill_dagster.cli.arguments import any_series, choose, log_never_synced, usage
-from fks_backfill_dagster.cli.messages import Messages, waiting_logger
+from fks_backfill_dagster.cli.messages import Messages, shown, waiting_logger
 from fks_backfill_dagster.cli.output import (
     example,
     is_verbose,
@@ -131,5 +131,5 @@ def _row(series: Series, filled: FilledGap) -> tuple[object, ...]:
         filled.filled,
         gap.missing,
         ", ".join(filled.providers),
-        filled.error,
+        None if filled.error is None else shown(filled.error),
     )

@@ -14,6 +14,7 @@ from fks_backfill_dagster.cli.arguments import (
     report_code,
     usage,
 )
+from fks_backfill_dagster.cli.messages import shown
 from fks_backfill_dagster.cli.output import (
     example,
     json_option,
@@ -21,6 +22,7 @@ from fks_backfill_dagster.cli.output import (
     many,
     print_json,
     print_table,
+    verbose_option,
     wide_option,
 )
 from fks_backfill_dagster.cli.status import settle_closures
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 )
 @any_series
 @window_option
+@verbose_option
 @wide_option
 @json_option
 def gaps(names: tuple[str, ...], everything: bool, start: int | None, end: int | None, as_json: bool) -> int:
@@ -130,5 +133,5 @@ def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:
         to_datetime(row.end),
         row.missing,
         row.status.value,
-        responses if found.asked else NOT_ASKED,
+        shown(responses) if found.asked else NOT_ASKED,
     )

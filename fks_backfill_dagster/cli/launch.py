@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fks_backfill_dagster.cli.arguments import is_timeframe, named, nearest_symbols, usage
+from fks_backfill_dagster.cli.arguments import named, nearest_symbols, split, usage
 from fks_backfill_dagster.cli.completion import complete_series, complete_timeframe
 from fks_backfill_dagster.cli.output import (
     Failed,
@@ -118,12 +118,11 @@ def _chosen(
     from fks_backfill_dagster.settings.types import parse_timeframe
 
     with usage():
-        if names and is_timeframe(names[-1]):
-            names, timeframes = names[:-1], [*timeframes, names[-1]]
-        if bool(names) == everything:
+        given, timeframe = split(names)
+        if bool(given) == everything:
             raise ValueError("give one SYMBOL or more, such as BTC/USDT, or --all")
-        frames = {parse_timeframe(text) for text in timeframes}
-        symbols = {symbol for text in (names or ["*"]) for symbol in _configured(settings, text)}
+        frames = {parse_timeframe(text) for text in (*timeframes, *([timeframe] if timeframe else []))}
+        symbols = {symbol for text in (given or ["*"]) for symbol in _configured(settings, text)}
         found = [
             s for s in settings.series() if s.symbol in symbols and (not frames or s.timeframe in frames)
         ]

@@ -8,6 +8,7 @@ import click
 
 from fks_backfill_dagster.cli.arguments import usage
 from fks_backfill_dagster.cli.completion import complete_provider
+from fks_backfill_dagster.cli.messages import shown
 from fks_backfill_dagster.cli.output import (
     example,
     json_option,
@@ -15,6 +16,7 @@ from fks_backfill_dagster.cli.output import (
     print_json,
     print_line,
     print_table,
+    verbose_option,
     wide_option,
 )
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     shell_complete=complete_provider,
     help="End the wait or the cool-down of this provider, and reset its failures.",
 )
+@verbose_option
 @wide_option
 @json_option
 def list_providers(reset: str | None, as_json: bool) -> None:
@@ -68,7 +71,7 @@ def list_providers(reset: str | None, as_json: bool) -> None:
         [
             (
                 row["provider"],
-                row["state"],
+                shown(str(row["state"])),
                 row["asset_class"],
                 " ".join(row["timeframes"]),  # type: ignore[arg-type]
                 _depth(row),

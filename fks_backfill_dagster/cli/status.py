@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fks_backfill_dagster.cli.arguments import any_series, choose, report_code
+from fks_backfill_dagster.cli.messages import shown
 from fks_backfill_dagster.cli.output import (
     example,
     json_option,
@@ -15,6 +16,7 @@ from fks_backfill_dagster.cli.output import (
     print_line,
     print_table,
     short,
+    verbose_option,
     wide_option,
 )
 from fks_backfill_dagster.cli.providers import state_text
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--check", is_flag=True, help="Exit with 1 if anything is stale, has open gaps or ended in an error."
 )
+@verbose_option
 @wide_option
 @json_option
 def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool) -> int:
@@ -66,7 +69,7 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
         providers = provider_states(settings, database)
     code = report_code(settings, chosen, stored)
     for name, state in providers.items():
-        log(f"{name}: {state_text(state)}")
+        log(f"{name}: {shown(state_text(state))}")
     for change in dict.fromkeys(changes.values()):
         log(str(change))
     if check:
@@ -75,8 +78,8 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
             log(line)
         code = code or int(bool(problems or changes or server_problems))
     if as_json:
-        shown = [documents.status(one) for one in found]
-        print_json(shown if chosen.many else shown[0])
+        reports = [documents.status(one) for one in found]
+        print_json(reports if chosen.many else reports[0])
         return code
     if code != 2:
         _print_coverage(found, present, total=chosen.many)
@@ -100,14 +103,16 @@ def _problems(settings: Settings, found: Sequence[Coverage]) -> list[str]:
         settings.series()
     )  # a series removed from the settings is not kept fresh, so it cannot be stale
     return [
-        f"{one.series}: {reason}" for one in found if (reason := one.problem(kept_fresh=one.series in kept))
+        f"{one.series}: {shown(reason)}"
+        for one in found
+        if (reason := one.problem(kept_fresh=one.series in kept))
     ]
 
 
 def _last_errors(found: Sequence[Coverage]) -> list[str]:
     """A line for every series whose last sync failed."""
     return [
-        f"{one.series}: error: {one.status.error_message}"
+        f"{one.series}: error: {shown(one.status.error_message)}"
         for one in found
         if one.status is not None and one.status.error_message
     ]

@@ -107,6 +107,17 @@ def test_a_symbol_alone_has_all_of_its_timeframes(fks: Command, world: LocalMark
     assert fks("gaps").stderr.count("never synced") == 1, "ETH/USDT and SOL/BTC, in one line"
 
 
+def test_several_symbols_are_taken_in_the_order_of_the_settings(fks: Command, world: LocalMarket) -> None:
+    line = ("SOL/BTC", "BTC/*", "btc_usdt")
+    assert [(one["symbol"], one["timeframe"]) for one in fks("status", *line, "--json").json] == [
+        ("BTC/USDT", "1h"),
+        ("BTC/USDT", "1d"),
+        ("SOL/BTC", "1h"),
+    ]
+    assert [one["symbol"] for one in fks("status", *line, "1h", "--json").json] == ["BTC/USDT", "SOL/BTC"]
+    assert isinstance(fks("status", "BTC/USDT", "1h", "--json").json, dict)
+
+
 def test_the_terminal_shows_the_position_of_a_series(world: LocalMarket) -> None:
     ours, theirs = os.openpty()
     with start("backfill", "--all", "1h", *HALF_YEAR, *BINANCE, "--json", stderr=theirs) as running:

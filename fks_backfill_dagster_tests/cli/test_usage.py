@@ -56,6 +56,8 @@ def test_the_commands_of_the_contract_exist(fks: Command) -> None:
         ("backfill 1h", ["SYMBOL and a TIMEFRAME", "--all"]),
         ("backfill DOGE/USDT", ["DOGE/USDT", "needs a TIMEFRAME", "ETH/USDT, BTC/USDT, SOL/BTC"]),
         ("backfill --all BTC/USDT", ["no SYMBOL"]),
+        ("backfill BTC/USDT 1h ETH/USDT", ["1h must follow the symbols"]),
+        ("backfill BTC/USDT DOGE/USDT", ["DOGE/USDT is not configured", "needs a TIMEFRAME"]),
         ("backfill --all BTC/USDT 1h", ["no SYMBOL"]),
         (
             "backfill DOGE/* 1h",
