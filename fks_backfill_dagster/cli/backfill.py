@@ -10,8 +10,10 @@ import click
 from fks_backfill_dagster.cli.arguments import (
     check_providers,
     choose,
+    named,
     providers_option,
     series_arguments,
+    usage,
     warn_of_typos,
 )
 from fks_backfill_dagster.cli.messages import Messages, waiting_logger
@@ -19,6 +21,7 @@ from fks_backfill_dagster.cli.output import (
     example,
     json_option,
     log,
+    many,
     print_json,
     print_line,
     print_table,
@@ -105,34 +108,62 @@ def _tasks(
 ) -> tuple[list[Task], bool]:
     from fks_backfill_dagster.app import now
 
-    chosen, selected, present = (
-        choose(settings, names, everything),
-        check_providers(settings, providers),
-        now(),
-    )
+    chosen, selected = choose(settings, names, everything), check_providers(settings, providers)
+    present = now()
+    _check_not_before(settings, chosen.series, start, end)
     tasks: list[Task] = []
     for series in chosen.series:
-        first = settings.start_of(series) if start is None else start
-        window = check_window(first, present if end is None else end, present)
-        tasks.append(
-            (series, _clipped_to_end(settings, series, window), selected or settings.priority(series))
-        )
+        window = _window(settings, series, start, end, present)
+        tasks.append((series, window, selected or settings.priority(series)))
+    _log_empty(settings, [series for series, window, _ in tasks if not window])
     return tasks, chosen.many
 
 
-def _clipped_to_end(settings: Settings, series: Series, window: TimeRange) -> TimeRange:
-    """The window up to the configured `end` of the symbol; logs it if nothing is left."""
-    from fks_backfill_dagster.domain.ranges import TimeRange
+def _check_not_before(
+    settings: Settings, series: Sequence[Series], start: int | None, end: int | None
+) -> None:
+    """A usage error if no --start is given and --end lies before the start of every series in the settings."""
     from fks_backfill_dagster.domain.timeframe import iso
 
-    end = settings.end_of(series)
-    if end is None:
+    first = min(series, key=settings.start_of)
+    if start is None and end is not None and end <= settings.start_of(first):
+        with usage():
+            raise ValueError(f"{first} starts at {iso(settings.start_of(first))}, and the range ends before")
+
+
+def _window(
+    settings: Settings, series: Series, start: int | None, end: int | None, present: int
+) -> TimeRange:
+    """The range of a series, from its start in the settings to its end there; empty if it lies outside of both."""
+    from fks_backfill_dagster.domain.ranges import TimeRange
+
+    own_start, own_end = settings.start_of(series), settings.end_of(series)
+    if start is None and end is not None and end <= own_start <= present:
+        return TimeRange(own_start, own_start)
+    window = check_window(own_start if start is None else start, present if end is None else end, present)
+    if own_end is None:
         return window
-    if end <= window.start:
+    return TimeRange(window.start, max(window.start, min(window.end, own_end)))
+
+
+def _log_empty(settings: Settings, empty: Sequence[Series]) -> None:
+    """Logs the series whose range is empty."""
+    from fks_backfill_dagster.domain.timeframe import iso
+
+    if not empty:
+        return
+    first, end = empty[0], settings.end_of(empty[0])
+    if len(empty) > 1:
         log(
-            f"{series}: no candle is expected from {iso(end)} on, the end of {series.symbol} in the settings."
+            f"{many(len(empty), 'series')} start after this range or end before it, by the settings, so none of their"
+            f" candles is expected: {named(empty)}"
         )
-    return TimeRange(window.start, max(window.start, min(window.end, end)))
+    elif end is not None:
+        log(f"{first}: no candle is expected from {iso(end)} on, the end of {first.symbol} in the settings.")
+    else:
+        log(
+            f"{first}: no candle is expected before {iso(settings.start_of(first))}, its start in the settings."
+        )
 
 
 # Dry run ----------------------------------------------------------------------------------------------

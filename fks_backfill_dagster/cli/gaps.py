@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from fks_backfill_dagster.cli.arguments import (
     any_series,
     choose,
     log_never_synced,
+    named,
     report_code,
     usage,
 )
@@ -108,17 +110,25 @@ def _find(
         for s in chosen.series
         for gap in find_gaps(database, s, present, start, sooner(end, settings.end_of(s)))
     ]
-    early = [] if start is not None else [(s, earlier_gaps(database, s, present)) for s in chosen.series]
-    remarks = [
-        f"{one}: {many(missing, 'candle')} missing before the oldest stored one; list them with --start 1970."
-        for one, missing in early
-        if missing
-    ]
+    early = {} if start is not None else {s: earlier_gaps(database, s, present) for s in chosen.series}
+    remarks = _earlier({series: missing for series, missing in early.items() if missing})
     if chosen.many:
         past = present if end is None else end
         window = TimeRange(min(start or 0, past), past)
         remarks += map(str, find_outages(database, chosen.series, window, settings.end_of))
     return _Found(found, remarks)
+
+
+def _earlier(missing: Mapping[Series, int]) -> list[str]:
+    """At most one sentence about the candles that are missing before the oldest stored one of each series."""
+    if not missing:
+        return []
+    where = str(next(iter(missing))) if len(missing) == 1 else f"{many(len(missing), 'series')}"
+    names = "" if len(missing) == 1 else f" ({named(list(missing))})"
+    return [
+        f"{where}: {many(sum(missing.values()), 'candle')} missing before the oldest stored one{names}; list them with"
+        " --start 1970."
+    ]
 
 
 def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:

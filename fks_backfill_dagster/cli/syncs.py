@@ -107,11 +107,12 @@ def _sync_one(app: App, task: Task, scope: Scope, force: bool, counts: _Counts, 
     from fks_backfill_dagster.store.errors import SeriesChanged
 
     series, window, priority = task
+    position = output.next_position()
     if not window:
         nothing = SyncReport(series, window)
         return Done(series, documents.sync_report(nothing), nothing)
     try:
-        with watched(output.messages, counts, position=output.next_position()) as listen:
+        with watched(output.messages, counts, position=position) as listen:
             report = sync(
                 app.context, series, window, priority, scope=scope, recheck=True, force=force, listen=listen
             )

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from fks_backfill_dagster.cli import progress
 from fks_backfill_dagster.cli.messages import short
+from fks_backfill_dagster.cli.output import verbose_option
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
@@ -88,6 +92,48 @@ def test_the_incomplete_series_are_named(fks: Command, world: LocalMarket) -> No
         "Incomplete: ETH/USDT 1h. `fks-backfill gaps` lists their gaps; run the same command again to fetch only"
         " what is missing.\n"
     )
+
+
+def test_series_outside_of_the_range_are_named_once(fks: Command, world: LocalMarket, settings: Path) -> None:
+    late = ", start: 2024-03-01, timeframes: [1h]}"
+    settings.write_text(settings.read_text().replace(", timeframes: [1h]}", late))
+    done = fks("backfill", "--all", "1h", "--end", "2024-02", *BINANCE)
+    assert done.exit_code == 0
+    assert done.stderr == (
+        "2 series start after this range or end before it, by the settings, so none of their candles is expected:"
+        " ETH/USDT 1h, SOL/BTC 1h\n"
+    )
+    assert "3 series: 3 complete, 0 incomplete; 744 of 744 candles stored" in done.stdout
+    refused = fks("backfill", "ETH/USDT", "1h", "--end", "2024-02")
+    assert refused.exit_code == 2
+    assert "ETH/USDT 1h starts at 2024-03-01T00:00:00+00:00, and the range ends before" in refused.stderr
+
+
+def test_earlier_gaps_of_several_series_are_one_line(fks: Command, world: LocalMarket) -> None:
+    hole = TimeRange(instant("2024-01-01"), instant("2024-01-03"))
+    world.plant_outage("binance", hole)
+    fks("backfill", "--all", "1h", "--start", "2024-01", "--end", "2024-02", *BINANCE)
+    assert fks("gaps", "--all", "1h").stderr.splitlines()[0] == (
+        "3 series: 144 candles missing before the oldest stored one (BTC/USDT 1h, ETH/USDT 1h, SOL/BTC 1h);"
+        " list them with --start 1970."
+    )
+    assert len(fks("gaps", "BTC/USDT", "1h", "--start", "1970").stdout.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "shown"), [((), []), (("-v",), ["info: i"]), (("-vv",), ["info: i", "debug: d"])]
+)
+def test_v_sets_the_level_of_our_loggers_for_the_command(option: tuple[str, ...], shown: list[str]) -> None:
+    logger = logging.getLogger("fks_backfill_dagster.store.sessions")
+
+    @click.command()
+    @verbose_option
+    def command() -> None:
+        logger.info("i")
+        logger.debug("d")
+
+    assert CliRunner().invoke(command, list(option)).stderr.splitlines() == shown
+    assert not logger.isEnabledFor(logging.INFO)
 
 
 def test_a_symbol_alone_has_all_of_its_timeframes(fks: Command, world: LocalMarket) -> None:
