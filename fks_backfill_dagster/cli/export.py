@@ -11,8 +11,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from fks_backfill_dagster.cli.arguments import Moment, check_window, usage, window_option
+from fks_backfill_dagster.cli.arguments import usage
+from fks_backfill_dagster.cli.completion import complete_symbol, complete_timeframe
 from fks_backfill_dagster.cli.output import Failed, example, json_option, many, print_json, print_line
+from fks_backfill_dagster.cli.times import Moment, check_window, window_option
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,8 +33,8 @@ _Sink = Callable[[ExitStack, IO[bytes]], "Callable[[Candles], None]"]
         "export BTC/USDT 1h -o btc.parquet --as-of 2024-03-01T12:00:00Z",
     )
 )
-@click.argument("symbol")
-@click.argument("timeframe")
+@click.argument("symbol", shell_complete=complete_symbol)
+@click.argument("timeframe", shell_complete=complete_timeframe)
 @window_option
 @click.option(
     "-o",

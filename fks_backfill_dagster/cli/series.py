@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import click
 
-from fks_backfill_dagster.cli.arguments import (
-    choose,
-    usage,
-)
+from fks_backfill_dagster.cli.arguments import any_series, choose, usage
+from fks_backfill_dagster.cli.completion import complete_symbol, complete_timeframe
 from fks_backfill_dagster.cli.output import (
     example,
     json_option,
@@ -16,6 +14,7 @@ from fks_backfill_dagster.cli.output import (
     print_json,
     print_line,
     print_table,
+    wide_option,
 )
 from fks_backfill_dagster.cli.providers import list_providers
 
@@ -25,10 +24,12 @@ def series() -> None:
     """Configured and stored series, exchange calendars, providers."""
 
 
-@series.command("list", epilog=example("series list"))
+@series.command("list", epilog=example("series list", "series list BTC/USDT", "series list '*/USDT' 1h"))
+@any_series
+@wide_option
 @json_option
-def list_series(as_json: bool) -> None:
-    """List the configured and the stored series."""
+def list_series(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
+    """List the configured and the stored series; without arguments all of them."""
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import open_database
     from fks_backfill_dagster.settings.catalog import Catalog
@@ -40,7 +41,8 @@ def list_series(as_json: bool) -> None:
     with open_database(settings) as database:
         stored = stored_series(database)
         states = {(s.symbol, s.timeframe): s for s in sync_status(database)}
-    chosen = choose(catalog, (), True, stored).series if stored or catalog.series else ()
+    is_empty = not (names or stored or catalog.series)
+    chosen = () if is_empty else choose(catalog, names, everything or not names, stored).series
     found = [(one, states.get(one.key)) for one in chosen]
     if as_json:
         print_json(
@@ -60,13 +62,13 @@ def list_series(as_json: bool) -> None:
         )
         for one, state in found
     ]
-    header = ("symbol", "timeframe", "class", "configured", "candles", "oldest", "newest", "providers")
-    print_table(header, rows)
+    header = ("symbol", "timeframe", "class", "configured", "candles", "oldest (UTC)", "newest (UTC)")
+    print_table((*header, "providers"), rows)
 
 
 @series.command("remove", epilog=example("series remove DOGE/USDT 1h --yes"))
-@click.argument("symbol")
-@click.argument("timeframe")
+@click.argument("symbol", shell_complete=complete_symbol)
+@click.argument("timeframe", shell_complete=complete_timeframe)
 @click.option("--yes", is_flag=True, help="Confirm the deletion.")
 @json_option
 def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:

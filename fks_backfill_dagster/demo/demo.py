@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import sys
 import time
@@ -150,11 +151,21 @@ def _run(keep: bool, home: Path | None, say: Say) -> int:
             if demo is not None and not (keep and sys.exc_info()[0] is None):
                 demo.stop()
     say(f"\nDone in {time.monotonic() - began:.0f} s.")
-    if keep:
-        say(f"The servers are still up: {demo.url}\nStop them with `FKS_HOME={home} fks-backfill down`.")
-    else:
-        say("All servers are stopped. `fks-backfill demo --keep` leaves them up.")
+    for line in _closing(home, config, demo.visit if keep else None):
+        say(line)
     return 0 if complete else 1
+
+
+def _closing(home: Path, config: Path, visit: str | None) -> list[str]:
+    """How to look at the data; `visit`: the address of the UI while the servers are up."""
+    unset = "env -u FKS_DATABASE_URL " if "FKS_DATABASE_URL" in os.environ else ""
+    command = f"{unset}FKS_HOME={shlex.quote(str(home))} FKS_CONFIG={shlex.quote(str(config))} fks-backfill"
+    servers = (
+        ["All servers are stopped. `fks-backfill demo --keep` leaves them up."]
+        if visit is None
+        else [f"The servers are still up: {visit}", f"Stop them with `{command} down`."]
+    )
+    return [*servers, f"Its data: `{command} status`, in SQL `{command} db shell`."]
 
 
 class Demo:
@@ -166,7 +177,7 @@ class Demo:
         self._plain = _clean_environment(home, config)
         self._settings = load_settings(self._plain)
         self._series = Catalog(self._settings).series
-        self.url = self._visit = ""
+        self.url = self.visit = ""
 
     def run(self) -> bool:
         """Runs all steps, from the market to the report. Returns whether every series is complete."""
@@ -239,7 +250,7 @@ class Demo:
             environment=environment,
             say=lambda text: None,
         )
-        self.url, self._visit, self._web = up.url, up.web.visit, up.web
+        self.url, self.visit, self._web = up.url, up.web.visit, up.web
 
     # --- the backfill ---
 
@@ -367,7 +378,6 @@ class Demo:
                 f"{before:,} candles were stored by an earlier run and not fetched again ({changed:,}"
                 f" changed); {new:,} were new."
             )
-        self._say(f"UI: {self._visit}")
 
 
 def _default_home() -> Path:

@@ -27,6 +27,8 @@ REPOSITORY = {"repositoryName": "__repository__", "repositoryLocationName": "fks
 _PAUSE_SECONDS = 0.5
 
 FINISHED = frozenset({"SUCCESS", "FAILURE", "CANCELED"})
+QUEUED = "QUEUED"
+UNFINISHED = (QUEUED, "NOT_STARTED", "STARTING", "STARTED", "CANCELING")
 
 
 class DagsterRefused(Exception):
@@ -86,6 +88,8 @@ class Webserver:
     url: str
     token: str | None = field(default=None, repr=False)
     patience: float = 0.0
+    timeout: float = 60.0
+    """Seconds that one query may take."""
 
     @property
     def visit(self) -> str:
@@ -110,7 +114,7 @@ class Webserver:
             headers["Authorization"] = f"Bearer {self.token}"
         request = Request(f"{self.url}/graphql", body, headers)
         try:
-            with _open(request, timeout=60) as response:
+            with _open(request, timeout=self.timeout) as response:
                 document = json.loads(response.read())
         except HTTPError as error:
             if error.code == 401:
@@ -273,6 +277,15 @@ class Webserver:
         if found["__typename"] != "Run":
             raise DagsterRefused(f"run {identity}: {found['__typename']}")
         return Run(identity, found["status"])
+
+    def unfinished(self) -> list[str]:
+        """The status of every run that has not ended."""
+        found = self.ask(
+            "query($statuses: [RunStatus!]) { runsOrError(filter: {statuses: $statuses}) {"
+            " ... on Runs { results { status } } } }",
+            statuses=list(UNFINISHED),
+        )["runsOrError"]
+        return [run["status"] for run in found.get("results", [])]
 
     def failures(self, run: str) -> list[str]:
         """The step errors of a failed run."""

@@ -128,13 +128,17 @@ def test_missing_candles_exit_1_with_a_hint(fks: Command, world: LocalMarket) ->
     assert "4 candles still missing; see `fks-backfill gaps BTC/USDT 1h`" in result.stderr
 
 
-def test_progress_is_plain_lines_on_stderr(fks: Command, world: LocalMarket) -> None:
-    result = fks("backfill", "BTC/USDT", "1h", "--start", "2024-01-01", "--end", "2024-03-01")
-    assert result.stderr.splitlines() == [
+def test_progress_is_plain_lines_on_stderr_and_every_batch_with_v(fks: Command, world: LocalMarket) -> None:
+    line = ("backfill", "BTC/USDT", "1h", "--start", "2024-01", "--end", "2024-03")
+    plan = [
         "BTC/USDT 1h: warning: coingecko is skipped: COINGECKO_API_KEY is not set",
         "BTC/USDT 1h: 1,440 candles to fetch in 2 batches from binance, polygon",
-        "BTC/USDT 1h: 2024-01-01 .. 2024-02-01: 744 candles written from binance",
-        "BTC/USDT 1h: 2024-02-01 .. 2024-03-01: 696 candles written from binance",
+    ]
+    assert fks(*line).stderr.splitlines() == plan
+    assert fks(*line, "--refetch", "-v").stderr.splitlines() == [
+        *plan,
+        "BTC/USDT 1h: 2024-01-01 .. 2024-02-01: 0 candles written from binance",
+        "BTC/USDT 1h: 2024-02-01 .. 2024-03-01: 0 candles written from binance",
     ]
 
 
@@ -308,7 +312,7 @@ def test_an_interrupted_backfill_keeps_what_was_committed(
         "--provider",
         "binance",
     )
-    with start(*line, "--json") as running:
+    with start(*line, "--json", "-v") as running:
         assert running.stderr is not None
         for output in running.stderr:
             if "2024-03-01 .. 2024-04-01" in output:
@@ -421,8 +425,10 @@ def test_a_range_without_a_response_exits_1_and_stays_open(fks: Command, world: 
     )
     assert result.json["errors"]
     assert all("418" in error or "wait" in error for error in result.json["errors"])
-    assert f"Error: BTC/USDT 1h: {result.json['errors'][0]}" in result.stderr
-    assert "744 candles still missing" in result.stderr
+    assert result.stderr.count("IP banned until") == 1
+    assert "Error: BTC/USDT 1h: 1 of 1 batch failed, 744 candles still missing" in result.stderr
+    again = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance", "--json", "-v")
+    assert f"Error: BTC/USDT 1h: {again.json['errors'][0]}" in again.stderr
     assert statuses(fks) == {"open": 744}
     assert fks("status", "BTC/USDT", "1h", "--json").json["status"] == "error"
 

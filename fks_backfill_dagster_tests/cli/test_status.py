@@ -209,9 +209,9 @@ def test_status_of_all(fks: Command, synced: LocalMarket) -> None:
         "stored",
         "coverage",
         "open gaps",
-        "newest",
+        "newest (UTC)",
         "lag",
-        "next attempt",
+        "next attempt (UTC)",
         "status",
     ]
     assert [re.split(r"\s{2,}", line)[:5] for line in (lines[0], lines[-1])] == [

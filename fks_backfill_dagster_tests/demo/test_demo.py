@@ -52,6 +52,24 @@ def test_the_market_parses_the_outage_options(tmp_path: Path) -> None:
         assert Outage.parse(outage.option).window == outage.window
 
 
+def test_the_last_lines_name_commands_that_work_and_no_address_of_a_stopped_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FKS_DATABASE_URL", raising=False)
+    config = tmp_path / "backfill.yaml"
+    command = f"FKS_HOME={tmp_path} FKS_CONFIG={config} fks-backfill"
+    stopped = demo._closing(tmp_path, config, None)
+    assert stopped[-1] == f"Its data: `{command} status`, in SQL `{command} db shell`."
+    assert "http" not in " ".join(stopped)
+    kept = demo._closing(tmp_path, config, "http://127.0.0.1:3000/?token=x")
+    assert kept[:2] == [
+        "The servers are still up: http://127.0.0.1:3000/?token=x",
+        f"Stop them with `{command} down`.",
+    ]
+    monkeypatch.setenv("FKS_DATABASE_URL", "postgresql://real")  # would take precedence over the home
+    assert "`env -u FKS_DATABASE_URL FKS_HOME=" in demo._closing(tmp_path, config, None)[-1]
+
+
 @pytest.mark.parametrize(
     ("share", "shown"), [(1.0, "100 %"), (0.999999, "99.99 %"), (0.5, "50.00 %"), (0.0, "0.00 %")]
 )

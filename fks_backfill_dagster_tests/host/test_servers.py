@@ -111,6 +111,13 @@ def ended(web: Webserver, backfill: str, assets: int) -> list[Run]:
     return runs
 
 
+def test_down_says_what_happens_to_unfinished_runs() -> None:
+    assert servers.consequences([]) == []
+    going, queued = servers.consequences(["STARTED", "QUEUED", "CANCELING", "QUEUED"])
+    assert going.startswith("2 runs are in progress and will end as failed. Committed candles are kept")
+    assert queued == "2 runs are in the queue until the next `fks-backfill up`."
+
+
 def test_from_up_to_down(
     settings: Settings,
     environment: Mapping[str, str],
@@ -189,7 +196,13 @@ def test_from_up_to_down(
     assert Background(settings.home, WEBSERVER).pid == survivor
     groups = [Background(settings.home, name) for name in (KEEPER, CODE, DAEMON, WEBSERVER)]
     assert not any(ignored(group.pid) for group in groups)
-    assert servers.down(settings, say=output.append) == [CODE, DAEMON, WEBSERVER]
+    servers.stop_part(settings, DAEMON)  # which would start the queued run
+    web.launch_checks(checks)
+    assert servers.down(settings, say=output.append) == [CODE, WEBSERVER]
+    assert output[-2:] == [
+        "1 run is in the queue until the next `fks-backfill up`.",
+        f"Stopped: {CODE}, {WEBSERVER}.",
+    ]
     assert not any(group.members() for group in groups)
     assert not web.answers()
     assert servers.down(settings, say=output.append) == []
