@@ -204,14 +204,16 @@ def _print_estimates(found: Sequence[DryRun]) -> None:
             _duration(estimate.seconds),
         )
         for one in found
+        if one.plan.batches
         for name, estimate in one.estimates
     ]
     print_table(("series", "provider", "requests", "candles", "batches", "duration"), rows)
-    for one in found:
-        if not one.plan.batches:
-            print_line(f"{one.plan.series}: nothing to fetch")
-        elif not one.estimates:
-            print_line(f"{one.plan.series}: no eligible provider; see `fks-backfill series providers`")
+    nothing = [one.plan.series for one in found if not one.plan.batches]
+    unserved = [one.plan.series for one in found if one.plan.batches and not one.estimates]
+    if nothing:
+        print_line(f"{named(nothing)}: nothing to fetch")
+    if unserved:
+        print_line(f"{named(unserved)}: no eligible provider; see `fks-backfill series providers`")
 
 
 def _duration(seconds: float) -> str:

@@ -105,7 +105,7 @@ def _fill_all(
                 log(f"Error: {error}")
                 return found, True
             found.append(report)
-            messages.log_errors(report.sync)
+            messages.log_rest(report.sync)
     return found, broken
 
 

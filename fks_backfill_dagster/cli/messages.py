@@ -61,14 +61,20 @@ class Messages:
         if self._is_new(series, message):
             line(f"{series}: warning: {self._text(message)}")
 
-    def log_errors(self, report: SyncReport) -> None:
-        """Logs the errors of a sync that were not logged as warnings while it ran; with `-v` all of them."""
+    def log_rest(self, report: SyncReport) -> None:
+        """Logs the errors of a sync and the warnings about its series that were not logged while it ran; with `-v` all
+        errors."""
         for message in report.errors:
             if self._is_new(report.series, message) or self._verbose:
                 log(f"Error: {report.series}: {self._text(message)}")
+        for message in report.warnings:
+            # Most histories begin within the range of a first backfill.
+            is_beginning = report.listing is not None and message.endswith(report.listing)
+            if not (is_beginning or is_about_a_provider(message)):
+                self.warn(report.series, message)
 
     def _is_new(self, series: Series, message: str) -> bool:
-        key = _key(series, message)
+        key = message if self._verbose else _key(series, message)
         if key in self._logged:
             return False
         self._logged.add(key)

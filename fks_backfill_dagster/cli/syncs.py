@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fks_backfill_dagster.cli.arguments import named, warn_of_typos
-from fks_backfill_dagster.cli.messages import Messages, is_about_a_provider, waiting_logger
+from fks_backfill_dagster.cli.messages import Messages, waiting_logger
 from fks_backfill_dagster.cli.output import (
     is_verbose,
     log,
@@ -183,10 +183,8 @@ class _Output:
         report = done.report
         if report is None:
             return
-        self.messages.log_errors(report)
+        self.messages.log_rest(report)
         if self._brief:
-            for warning in _own_warnings(report):
-                self.messages.warn(report.series, warning)
             (log if self._as_json else print_line)(f"{_line(report)}{_left(report, ': ')}")
             return
         if not self._as_json:
@@ -216,15 +214,6 @@ class _Output:
                 f"Incomplete: {names}. `fks-backfill gaps` lists their gaps; run the same command again to fetch"
                 " only what is missing."
             )
-
-
-def _own_warnings(report: SyncReport) -> list[str]:
-    """The warnings about one of several series, without the beginning of its history, which most series have."""
-    return [
-        one
-        for one in report.warnings
-        if not (is_about_a_provider(one) or (report.listing and one.endswith(report.listing)))
-    ]
 
 
 def _line(report: SyncReport) -> str:

@@ -81,35 +81,6 @@ def test_without_times_from_the_configured_start_to_now(fks: Command, world: Loc
     assert result.json["expected"] in (days, days + 1)  # midnight may pass meanwhile
 
 
-def test_many_series_give_a_list(fks: Command, world: LocalMarket) -> None:
-    every = fks("backfill", "--all", "1h", *JANUARY, "--json")
-    assert every.exit_code == 0
-    assert [(r["symbol"], r["total_candles"]) for r in every.json] == [
-        ("BTC/USDT", 744),
-        ("ETH/USDT", 744),
-        ("SOL/BTC", 744),
-    ]
-    assert [r["symbol"] for r in fks("backfill", "*/USDT", "1h", *JANUARY, "--json").json] == [
-        "BTC/USDT",
-        "ETH/USDT",
-    ]
-    one = fks("backfill", "SOL*", "1h", *JANUARY, "--json").json
-    assert isinstance(one, list)
-    timeframes = [r["timeframe"] for r in fks("backfill", "--all", *JANUARY, "--json").json]
-    assert timeframes == ["1h", "1d", "1h", "1h"]
-
-
-def test_a_series_that_fails_does_not_stop_the_others(fks: Command, world: LocalMarket) -> None:
-    world.plant_fault("polygon", "status", symbol="X:BTCUSD", count=None, status=403)
-    result = fks("backfill", "*/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
-    assert result.exit_code == 1
-    assert [(r["symbol"], r["total_candles"], r["missing"]) for r in result.json] == [
-        ("BTC/USDT", 0, 744),
-        ("ETH/USDT", 744, 0),
-    ]
-    assert [len(r["errors"]) for r in result.json] == [1, 0]
-
-
 def test_the_next_provider_fills_what_the_first_is_missing(fks: Command, world: LocalMarket) -> None:
     world.plant_outage("binance", span("2024-01-10T05:00", "2024-01-10T09:00"))
     result = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--json")
@@ -332,17 +303,6 @@ def test_an_interrupted_backfill_keeps_what_was_committed(
     again = fks(*line, "--json")
     assert again.exit_code == 0
     assert again.json["total_candles"] == 5856 - status["total_candles"]
-
-
-def test_a_warning_about_all_series_is_logged_once(
-    fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("POLYGON_API_KEY")
-    line = ("--all", "1h", "--start", "2024-01-01", "--end", "2024-01-02", "--json")
-    for options in (["--dry-run"], []):
-        result = fks("backfill", *line, *options)
-        assert len(result.json) == 3
-        assert result.stderr.count("POLYGON_API_KEY is not set") == 1
 
 
 def test_a_symbol_that_looks_mistyped_is_warned_of_before_it_is_created(

@@ -1,4 +1,4 @@
-"""What is printed of many series and of failing providers: little, once each, and everything with `-v`."""
+"""Several series in one command, and failing providers: little is printed, once each, and everything with `-v`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from fks_backfill_dagster.pipeline.events import BatchDone
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster_tests.cli.conftest import Command, start
+from fks_backfill_dagster_tests.cli.test_backfill import JANUARY
 
 BTC = Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)
 HALF_YEAR = ("--start", "2024-01", "--end", "2024-07")
@@ -31,6 +32,46 @@ BINANCE = ("--provider", "binance")
 LINE = re.compile(
     r"\w+/\w+ 1h: 4,368 of 4,368 candles stored, 4,368 of them by this call \(6 batches, \d+ requests?, [\d.]+ s\)"
 )
+
+
+def test_many_series_give_a_list(fks: Command, world: LocalMarket) -> None:
+    every = fks("backfill", "--all", "1h", *JANUARY, "--json")
+    assert every.exit_code == 0
+    assert [(r["symbol"], r["total_candles"]) for r in every.json] == [
+        ("BTC/USDT", 744),
+        ("ETH/USDT", 744),
+        ("SOL/BTC", 744),
+    ]
+    assert [r["symbol"] for r in fks("backfill", "*/USDT", "1h", *JANUARY, "--json").json] == [
+        "BTC/USDT",
+        "ETH/USDT",
+    ]
+    one = fks("backfill", "SOL*", "1h", *JANUARY, "--json").json
+    assert isinstance(one, list)
+    timeframes = [r["timeframe"] for r in fks("backfill", "--all", *JANUARY, "--json").json]
+    assert timeframes == ["1h", "1d", "1h", "1h"]
+
+
+def test_a_series_that_fails_does_not_stop_the_others(fks: Command, world: LocalMarket) -> None:
+    world.plant_fault("polygon", "status", symbol="X:BTCUSD", count=None, status=403)
+    result = fks("backfill", "*/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
+    assert result.exit_code == 1
+    assert [(r["symbol"], r["total_candles"], r["missing"]) for r in result.json] == [
+        ("BTC/USDT", 0, 744),
+        ("ETH/USDT", 744, 0),
+    ]
+    assert [len(r["errors"]) for r in result.json] == [1, 0]
+
+
+def test_a_warning_about_all_series_is_logged_once(
+    fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("POLYGON_API_KEY")
+    line = ("--all", "1h", "--start", "2024-01-01", "--end", "2024-01-02", "--json")
+    for options in (["--dry-run"], []):
+        result = fks("backfill", *line, *options)
+        assert len(result.json) == 3
+        assert result.stderr.count("POLYGON_API_KEY is not set") == 1
 
 
 def test_many_series_have_a_line_each_and_a_summary(fks: Command, world: LocalMarket) -> None:
@@ -235,3 +276,36 @@ def test_every_recorded_error_has_a_short_form(shared_data: Callable[[str], Path
         assert text.startswith("x: h.com returned 400: ")
         assert "https://" not in text
     assert sum("{" not in short(text) for text in texts) > len(texts) / 2
+
+
+# Warnings about one series
+
+
+def test_withdrawn_candles_are_reported_for_each_of_several_series(fks: Command, world: LocalMarket) -> None:
+    fks("backfill", "*/USDT", "1h", *JANUARY, "--provider", "polygon")
+    gone = TimeRange(instant("2024-01-10T03:00"), instant("2024-01-10T05:00"))
+    for provider in ("polygon", "binance"):
+        world.plant_fault(provider, "empty", count=None, only=gone)
+    whole = ("--provider", "polygon", "--provider", "binance", "--refetch")
+    done = fks("backfill", "*/USDT", "1h", *JANUARY, *whole)
+    removed = "warning: 2 stored candles are no longer returned by any provider, and were removed"
+    assert [line for line in done.stderr.splitlines() if "removed" in line] == [
+        f"BTC/USDT 1h: {removed}",
+        f"ETH/USDT 1h: {removed}",
+    ]
+
+
+def test_the_beginning_of_a_history_is_reported_of_a_single_series_only(
+    fks: Command, world: LocalMarket
+) -> None:
+    window = ("--start", "2016-12", "--end", "2017-02")
+    assert "history begins at 2017-01-01" in fks("backfill", "BTC/USDT", "1d", *window, *BINANCE).stderr
+    many = fks("backfill", "BTC/USDT", "ETH/USDT", "1h", *window, *BINANCE)
+    assert "history begins" not in many.stderr
+    assert "history begins at 2017-01-01" in fks("backfill", "BTC/*", *window, *BINANCE, "-v").stderr
+
+
+def test_a_dry_run_names_complete_series_in_one_line(fks: Command, world: LocalMarket) -> None:
+    fks("backfill", "--all", "1h", *JANUARY, *BINANCE)
+    done = fks("backfill", "--all", "1h", *JANUARY, *BINANCE, "--dry-run")
+    assert done.stdout == "BTC/USDT 1h, ETH/USDT 1h, SOL/BTC 1h: nothing to fetch\n"
