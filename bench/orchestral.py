@@ -137,7 +137,7 @@ def _events(place: World, runs: list[str]) -> Result:
 
 
 def _page(web: Webserver, name: str, query: str, variables: dict[str, object]) -> Result:
-    values = [duration_of(lambda: web.ask(query, **variables)) for _ in range(3)]
+    values = [duration_of(lambda: web.query(query, **variables)) for _ in range(3)]
     return Result(f"(k) {name}, seconds", values, 3.0, False, f"{MANY:,} series")
 
 

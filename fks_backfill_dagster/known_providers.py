@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from fks_backfill_dagster.domain.rate_limits import Window
+from fks_backfill_dagster.domain.rate_limits import RateWindow
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class KnownProvider:
     archive_url: str | None = None
     archive_domains: tuple[str, ...] = ()
     hosts: frozenset[str] = frozenset()
-    windows: tuple[Window, ...] = ()
+    windows: tuple[RateWindow, ...] = ()
     request_weight: int = 1
 
     def documents(self, url: str) -> bool:
@@ -64,7 +64,7 @@ BINANCE = KnownProvider(
     "binance:Binance",
     "https://api.binance.com",
     requests_per_minute=3000,
-    windows=(Window(6000),),  # weight per address
+    windows=(RateWindow(6000),),  # weight per address
     request_weight=2,
     archive_url="https://data.binance.vision",
     archive_domains=(".binance.com", ".binance.vision"),
@@ -108,7 +108,7 @@ ALPHAVANTAGE = KnownProvider(
     "alphavantage:AlphaVantage",
     "https://www.alphavantage.co",
     requests_per_minute=60,
-    windows=(Window(1, 1.0), Window(25, 86_400.0)),  # of a free key
+    windows=(RateWindow(1, 1.0), RateWindow(25, 86_400.0)),  # of a free key
     key_variable="ALPHAVANTAGE_API_KEY",
     hosts=frozenset(("alphavantage.co",)),
 )
@@ -117,7 +117,7 @@ OANDA = KnownProvider(
     "oanda:Oanda",
     "https://api-fxpractice.oanda.com",
     requests_per_minute=6000,
-    windows=(Window(100, 1.0),),
+    windows=(RateWindow(100, 1.0),),
     key_variable="OANDA_API_TOKEN",
     hosts=frozenset(("api-fxtrade.oanda.com",)),
 )

@@ -154,7 +154,7 @@ def coverage_total(rows: Sequence[CoverageRow], now: int) -> tuple[Cell, ...]:
     total = Counts(
         expected=sum(one.expected for one in counts),
         missing=sum(one.missing for one in counts),
-        quiet=sum(one.quiet for one in counts),
+        no_trade=sum(one.no_trade for one in counts),
     )
     return (
         f"total of {len(rows):,}",

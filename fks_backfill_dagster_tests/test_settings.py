@@ -27,7 +27,7 @@ from fks_backfill_dagster.settings.model import (
     SettingsError,
 )
 from fks_backfill_dagster.settings.sections import PROVIDER_NAMES
-from fks_backfill_dagster_tests.accounts import as_stranger, needs_root
+from fks_backfill_dagster_tests.accounts import as_other, needs_root
 
 Load = Callable[..., Settings]
 
@@ -174,7 +174,7 @@ def test_an_unreadable_folder_is_not_a_project(tmp_path: Path, load: Load) -> No
     (yard / "below").mkdir(mode=0o755)
     code = "from fks_backfill_dagster.settings import load_settings; print(load_settings({}).root)"
     made = subprocess.run(
-        [*as_stranger(), sys.executable, "-P", "-c", code],
+        [*as_other(), sys.executable, "-P", "-c", code],
         capture_output=True, text=True, cwd=yard / "below",
     )  # fmt: skip
     shutil.rmtree(yard)

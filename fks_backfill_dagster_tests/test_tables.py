@@ -80,7 +80,7 @@ def test_a_share_is_never_rounded_up_to_100_percent(share: float, shown: str) ->
 
 
 def test_the_table_of_coverage_and_its_total() -> None:
-    counts = Counts(expected=1000, missing=5, quiet=10)
+    counts = Counts(expected=1000, missing=5, no_trade=10)
     row = CoverageRow(BTC, counts, 2, at("2024-03-05T10:00Z"), 1, NOW + MICROS_PER_HOUR)
     due = CoverageRow(BTC, counts, 2, at("2024-03-05T10:00Z"), 1, NOW)
     never = CoverageRow(ETH, None, 0, None, None, None)

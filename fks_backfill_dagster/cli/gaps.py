@@ -136,7 +136,7 @@ def _gap_row(series: Series, found: FoundGap) -> tuple[object, ...]:
     from fks_backfill_dagster.domain.timeframe import to_datetime
 
     row = found.row
-    responses = "; ".join(f"{e.provider}: {e.said}" for e in row.evidence)
+    responses = "; ".join(f"{e.provider}: {e.text}" for e in row.evidence)
     return (
         series,
         to_datetime(row.start),

@@ -80,7 +80,7 @@ def launch(
     every partition was materialized; with --no-wait as soon as Dagster has accepted the backfill.
     """
     from fks_backfill_dagster.host import launch
-    from fks_backfill_dagster.host.graphql import DagsterRefused
+    from fks_backfill_dagster.host.graphql import DagsterError
     from fks_backfill_dagster.host.servers import ServersError
     from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
@@ -103,7 +103,7 @@ def launch(
             return 0
         with _progress_output(began) as show, _stop_waiting_on_interrupt(page):
             done = launch.watch(web, identity, orders, show, log)
-    except (ServersError, DagsterRefused) as error:
+    except (ServersError, DagsterError) as error:
         raise Failed(str(error)) from None
     if as_json:
         print_json(_document(done, orders, page, time.monotonic() - began))

@@ -217,7 +217,7 @@ class _Output:
 
 
 def _line(report: SyncReport) -> str:
-    quiet = f" {report.quiet:,} no-trade," if report.quiet else ""
+    quiet = f" {report.no_trade:,} no-trade," if report.no_trade else ""
     return (
         f"{report.series}: {report.stored:,} of {many(report.expected, 'candle')} stored,{quiet}"
         f" {report.total_candles:,} of them by this call"

@@ -32,7 +32,7 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso, to_datetime, to_micros
 from fks_backfill_dagster.host import servers
-from fks_backfill_dagster.host.graphql import CheckOutcome, DagsterRefused, Run, Webserver
+from fks_backfill_dagster.host.graphql import CheckOutcome, DagsterError, Run, Webserver
 from fks_backfill_dagster.host.processes import Background, Guard, stop
 from fks_backfill_dagster.pipeline.coverage import Coverage, coverage
 from fks_backfill_dagster.pipeline.freshness import Rule
@@ -130,7 +130,7 @@ def run_demo(keep: bool = False, *, home: Path | None = None, say: Say = click.e
     """
     try:
         return _run(keep, home, say)
-    except (DemoFailed, servers.ServersError, DagsterRefused) as error:
+    except (DemoFailed, servers.ServersError, DagsterError) as error:
         say(f"Error: {error}")
         return 1
 

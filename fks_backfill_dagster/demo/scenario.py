@@ -77,7 +77,7 @@ def failed_month(home: Path, *, port: int = 0, environ: Mapping[str, str] | None
     """The scene in `home`, which is created; `port` 0: a free port for Dagster's webserver.
 
     `environ` replaces this process's environment. Without FKS_DATABASE_URL in it the database is the
-    embedded one of `home`. Raises ServersError, DagsterRefused, StoreError or EmbeddedError.
+    embedded one of `home`. Raises ServersError, DagsterError, StoreError or EmbeddedError.
     """
     months = _months()
     failed = TimeRange(months[FAILED_MONTH], months[FAILED_MONTH + 1])

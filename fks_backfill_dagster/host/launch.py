@@ -14,7 +14,7 @@ from fks_backfill_dagster.domain.partitions import AssetPath, Grain, asset_path
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso
-from fks_backfill_dagster.host.graphql import Backfill, DagsterRefused, Run, Webserver
+from fks_backfill_dagster.host.graphql import Backfill, DagsterError, Run, Webserver
 from fks_backfill_dagster.host.processes import KEEPER, Background
 from fks_backfill_dagster.host.servers import DAEMON, HOST, WEBSERVER, ServersError
 from fks_backfill_dagster.login import token_of
@@ -125,17 +125,17 @@ def running_webserver(settings: Settings) -> Webserver:
 def start(web: Webserver, orders: Sequence[Order], say: Say | None = None) -> str:
     """Launches a backfill of the orders; returns its id.
 
-    Reloads the definitions first if they lack a symbol or a start of the settings. Raises DagsterRefused.
+    Reloads the definitions first if they lack a symbol or a start of the settings. Raises DagsterError.
     """
     if _unknown(web, orders):
         if say is not None:
             say("The settings have changed since Dagster loaded them: reloading the code location")
         errors = web.reloaded()
         if errors:
-            raise DagsterRefused(f"the definitions fail to load: {errors[0].strip()}")
+            raise DagsterError(f"the definitions fail to load: {errors[0].strip()}")
         unknown = _unknown(web, orders)
         if unknown:
-            raise DagsterRefused(
+            raise DagsterError(
                 f"{', '.join(unknown)}: not defined in the running Dagster, which has other settings than this"
                 " command. Compare FKS_CONFIG, or restart it: `fks-backfill down`, then `up`."
             )
@@ -171,7 +171,7 @@ def watch(
     """Reports the progress about once a second until every partition was run.
 
     If symbols are removed from the settings meanwhile and partitions of other symbols are lost with them, another
-    backfill runs those. Waits for a webserver that is being restarted. Raises DagsterRefused if Dagster fails the
+    backfill runs those. Waits for a webserver that is being restarted. Raises DagsterError if Dagster fails the
     backfill for any other reason.
     """
     web_without_retries, web = web, replace(web, patience=AWAY_SECONDS)
@@ -183,15 +183,15 @@ def watch(
         defined = web.defined([one.asset for one in orders])
         gone = {one for one in orders if one.asset not in defined}
         if not defined and (errors := web.load_errors()):
-            raise DagsterRefused(
+            raise DagsterError(
                 f"the definitions fail to load: {errors[0].strip()}. Started runs continue: {web.url}/runs/b/{ids[-1]}"
             )
         if len(gone) == len(orders):
-            raise DagsterRefused(
+            raise DagsterError(
                 "every symbol of the backfill was removed from the settings: add them again, then launch again"
             )
         if state.error and gone == removed:
-            raise DagsterRefused(
+            raise DagsterError(
                 f"the backfill failed: {state.error.strip()}\nLaunch again to complete it: only missing candles"
                 " are fetched."
             )

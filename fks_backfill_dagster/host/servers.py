@@ -24,7 +24,7 @@ import click
 
 from fks_backfill_dagster import app, ownership
 from fks_backfill_dagster.host import code_server
-from fks_backfill_dagster.host.graphql import QUEUED, DagsterRefused, Webserver, WrongToken
+from fks_backfill_dagster.host.graphql import QUEUED, DagsterError, Webserver, WrongToken
 from fks_backfill_dagster.host.keeper import Part, Plan
 from fks_backfill_dagster.host.processes import KEEPER, Background, stop, stop_all
 from fks_backfill_dagster.login import make_token, token_of
@@ -160,7 +160,7 @@ def _unfinished(settings: Settings) -> list[str]:
     web = Webserver(f"http://{HOST}:{server.port}", token_of(settings), timeout=UNFINISHED_SECONDS)
     try:
         return web.unfinished()
-    except DagsterRefused:
+    except DagsterError:
         return []
 
 
@@ -398,7 +398,7 @@ def _ready(web: Webserver, daemons_since: float | None) -> bool:
             f"the webserver at {web.url} was started with another token: stop it with `fks-backfill down`, then"
             " start it again."
         ) from None
-    except DagsterRefused:
+    except DagsterError:
         return False
 
 

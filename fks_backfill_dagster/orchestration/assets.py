@@ -167,7 +167,7 @@ class Outcome:
             "stored": part.stored,
             "missing": part.missing,
             "explained": part.missing - part.unexplained,
-            "quiet": part.quiet,
+            "no_trade": part.no_trade,
             "coverage": part.rounded_coverage,
             "providers": MetadataValue.json(dict(part.providers)),
             "from_fallback": part.from_fallback(self.first_provider),

@@ -232,7 +232,7 @@ def _completeness_result(
             "stored": found.stored,
             "missing": found.missing,
             "explained": found.missing - found.open_missing,
-            "quiet": found.quiet,
+            "no_trade": found.no_trade,
             "recent_missing": recent,
             "open_gaps": found.open_gaps,
             "coverage": MetadataValue.float(found.rounded_coverage),
@@ -247,7 +247,7 @@ def _completeness_text(found: Completeness, recent: int) -> str:
     if not found.expected:
         return "Nothing is synced yet: all history is pending."
     stored = f"{found.stored:,} of {found.expected:,} expected candles are stored"
-    quiet = f", nothing traded in {found.quiet:,}" if found.quiet else ""
+    quiet = f", nothing traded in {found.no_trade:,}" if found.no_trade else ""
     if found.open_gaps:
         gaps = "open gap" if found.open_gaps == 1 else "open gaps"
         return f"{found.open_gaps:,} {gaps} with {found.open_missing:,} candles; {stored}{quiet}."
@@ -278,7 +278,7 @@ def gap_table(gaps: Sequence[LedgerGap]) -> TableMetadataValue:
 
 
 def _evidence(gap: LedgerGap) -> str:
-    text = "; ".join(f"{one.provider}: {one.said}" for one in gap.evidence)
+    text = "; ".join(f"{one.provider}: {one.text}" for one in gap.evidence)
     return text if len(text) <= _MOST_EVIDENCE else f"{text[: _MOST_EVIDENCE - 3]}..."
 
 

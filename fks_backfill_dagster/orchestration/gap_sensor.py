@@ -120,7 +120,7 @@ def fill_requests(
     """
     wanted, now, most = _wanted(groups, catalog, work), work.clock(), cadence.MOST_SERIES * most_runs
     with work.database.begin() as connection:
-        reopen(connection, {series: one.able for series, one in wanted.items()}, now)
+        reopen(connection, {series: one.eligible for series, one in wanted.items()}, now)
     settle_closures(work, wanted)
     due = due_places(work.database, wanted, now, most + len(excluded))
     open_places = [one for one in due if (asset_key(one.series), one.key) not in excluded]
@@ -142,7 +142,7 @@ def _wanted(groups: Sequence[Group], catalog: Catalog, work: Context) -> dict[Se
         one: Wanted(
             since=catalog.start_of(one),
             grain=Grain.of(one.timeframe),
-            able=work.eligible(one),
+            eligible=work.eligible(one),
             until=catalog.end_of(one),
         )
         for group in groups

@@ -27,11 +27,11 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, Timeframe
 from fks_backfill_dagster.known_providers import BINANCE
 from fks_backfill_dagster.providers.base import (
-    Answer,
     Capabilities,
     Contradiction,
     Delivery,
     Estimate,
+    FetchResult,
     Origin,
     ProviderOptions,
     Transport,
@@ -94,11 +94,11 @@ class Binance:
     def instrument(self, series: Series) -> str:
         return symbol_of(series)
 
-    def fetch(self, series: Series, window: TimeRange) -> Answer:
+    def fetch(self, series: Series, window: TimeRange) -> FetchResult:
         with counted() as tally:
             return self._fetch(series, window, tally)
 
-    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> Answer:
+    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> FetchResult:
         plan = _Plan(symbol_of(series), series, self._opens(series, window))
         fetched = self._from_archives(plan, tally)
         deliveries = [one.delivery for one in fetched if one.delivery and len(one.delivery.candles)]
@@ -107,7 +107,7 @@ class Binance:
             covered = RangeSet(one.file.period for one in fetched if one.delivery)
             deliveries += self._from_rest(plan, archived, covered, tally)
         warnings = tuple(one.warning for one in fetched if one.warning)
-        return Answer(tuple(deliveries), tally.count, warnings, tally.clocks)
+        return FetchResult(tuple(deliveries), tally.count, warnings, tally.clocks)
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
         """Assumes that every archive file that can be published exists and is complete."""

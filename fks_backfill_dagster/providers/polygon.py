@@ -53,11 +53,11 @@ from fks_backfill_dagster.domain.timeframe import (
 )
 from fks_backfill_dagster.known_providers import POLYGON
 from fks_backfill_dagster.providers.base import (
-    Answer,
-    BadAnswer,
     Capabilities,
     Delivery,
     Estimate,
+    FetchResult,
+    InvalidResponse,
     NotEntitled,
     Origin,
     PermanentError,
@@ -144,7 +144,7 @@ class Polygon:
             if timeframe.is_intraday
         },
         needs_key=KEY_VARIABLE,
-        omits_quiet=True,
+        omits_no_trade=True,
         derived=_PARTS,
     )
 
@@ -183,17 +183,17 @@ class Polygon:
         a_minute = self._options.requests_per_minute or POLYGON.requests_per_minute
         return Estimate(requests, requests * 60 / a_minute)
 
-    def fetch(self, series: Series, window: TimeRange) -> Answer:
+    def fetch(self, series: Series, window: TimeRange) -> FetchResult:
         check_served(self, series)
         if not window or not _request_range(series, window):
-            return Answer(())
+            return FetchResult(())
         edge = self._edges.get(series.asset_class, window.start)
         if window.start < edge:
             raise _beyond(edge)
         with counted() as tally:
             return self._fetch(series, window, tally)
 
-    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> Answer:
+    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> FetchResult:
         covered, requested_at = window, self._clock()
         warnings: tuple[str, ...] = ()
         try:
@@ -215,7 +215,7 @@ class Polygon:
         source = self._url(series, covered).removeprefix(self._base_url)
         origin = Origin(NAME, Transport.REST, source, self._host, self.instrument(series), requested_at)
         deliveries = (Delivery(candles, origin, seams),) if len(candles) else ()
-        return Answer(deliveries, tally.count, warnings, tally.clocks)
+        return FetchResult(deliveries, tally.count, warnings, tally.clocks)
 
     def instrument(self, series: Series) -> str:
         return ticker_of(series)
@@ -295,11 +295,11 @@ class Polygon:
             raise _refusal_of_plan(str(failure)) if is_plan else failure
         document = self._client.json(reply)
         if not isinstance(document, dict):
-            raise BadAnswer(NAME, f"{reply.place} returned no object")
+            raise InvalidResponse(NAME, f"{reply.place} returned no object")
         if document.get("status") not in ("OK", "DELAYED"):
             raise self._refusal(document, reply)
         if document.get("ticker") != ticker:
-            raise BadAnswer(NAME, f"{reply.place} returned another ticker than {ticker}")
+            raise InvalidResponse(NAME, f"{reply.place} returned another ticker than {ticker}")
         return document
 
     def _refusal(self, document: dict[str, object], reply: Reply) -> ProviderError:
@@ -324,7 +324,9 @@ class Polygon:
             theirs, ours = urlsplit(urljoin(url, str(following))), urlsplit(url)
             is_ours = _origin_of(theirs) == _origin_of(ours)
         except ValueError:
-            raise BadAnswer(NAME, f"{place_of(url)} returned a next page that is not an address") from None
+            raise InvalidResponse(
+                NAME, f"{place_of(url)} returned a next page that is not an address"
+            ) from None
         if not is_ours:
             host = theirs.netloc.rpartition("@")[2]
             raise PermanentError(
@@ -364,12 +366,12 @@ def _bars_of(document: dict[str, object], place: str) -> Candles:
     """The bars of a response, by stamp. A missing price becomes NaN."""
     results = document.get("results") or []
     if not isinstance(results, list) or document.get("resultsCount", len(results)) != len(results):
-        raise BadAnswer(NAME, f"{place} returned another number of bars than its resultsCount")
+        raise InvalidResponse(NAME, f"{place} returned another number of bars than its resultsCount")
     try:
         t, *columns = _columns(results)
         ts = to_instants(t, 1000)
     except (pa.ArrowException, ValueError, TypeError, OverflowError):
-        raise BadAnswer(NAME, f"{place} returned bars of another shape") from None
+        raise InvalidResponse(NAME, f"{place} returned bars of another shape") from None
     return Candles(ts, *(bounded(column) for column in columns))
 
 

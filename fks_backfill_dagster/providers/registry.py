@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import cast
 
-from fks_backfill_dagster.domain.rate_limits import Pace, Window
+from fks_backfill_dagster.domain.rate_limits import RateLimits, RateWindow
 from fks_backfill_dagster.known_providers import KNOWN, KnownProvider
 from fks_backfill_dagster.providers.base import Provider, ProviderError, ProviderOptions
 from fks_backfill_dagster.providers.http.client import CONNECT_SECONDS, RESPONSE_TIMEOUTS
@@ -65,24 +65,24 @@ def resolve_options(
     )
 
 
-def paces(options: Mapping[str, ProviderOptions]) -> dict[str, Pace]:
+def paces(options: Mapping[str, ProviderOptions]) -> dict[str, RateLimits]:
     """The rate limits of these providers, each for the account identified by its key and address.
 
     Archives have an account of their own, without a limit: only the waits that they demand apply.
     """
     found = {name: _pace(name, one) for name, one in options.items()}
     archives = {name: one.archive_url for name, one in options.items() if one.archive_url}
-    return found | {f"{name}-archive": Pace((), _account(url)) for name, url in archives.items()}
+    return found | {f"{name}-archive": RateLimits((), _account(url)) for name, url in archives.items()}
 
 
-def _pace(name: str, options: ProviderOptions) -> Pace:
+def _pace(name: str, options: ProviderOptions) -> RateLimits:
     known, a_minute = _known(name), options.requests_per_minute
     # A configured limit describes another plan, so the daily budget of the default plan does not apply either.
     if known.windows and a_minute in (None, known.requests_per_minute):
         windows = known.windows
     else:
-        windows = (Window(a_minute * known.request_weight),) if a_minute else ()
-    return Pace(
+        windows = (RateWindow(a_minute * known.request_weight),) if a_minute else ()
+    return RateLimits(
         windows,
         _account(options.base_url, options.key),
         CONNECT_SECONDS + RESPONSE_TIMEOUTS * options.timeout_seconds,

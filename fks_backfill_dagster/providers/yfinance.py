@@ -43,11 +43,11 @@ from fks_backfill_dagster.domain.timeframe import (
 )
 from fks_backfill_dagster.known_providers import YFINANCE
 from fks_backfill_dagster.providers.base import (
-    Answer,
-    BadAnswer,
     Capabilities,
     Delivery,
     Estimate,
+    FetchResult,
+    InvalidResponse,
     Origin,
     ProviderError,
     ProviderOptions,
@@ -107,7 +107,7 @@ class YFinance:
         {AssetClass.STOCKS: frozenset(Timeframe)},
         page_size=7 * 390,  # minutes of a week's sessions: the smallest page
         adjusted=True,
-        omits_quiet=True,
+        omits_no_trade=True,
         derived={AssetClass.STOCKS: _PARTS},
         depth={
             timeframe: _MINUTES_DEPTH if timeframe is Timeframe.M1 else _INTRADAY_DEPTH
@@ -149,17 +149,17 @@ class YFinance:
         a_minute = self._options.requests_per_minute or YFINANCE.requests_per_minute
         return Estimate(requests, requests * 60 / a_minute)
 
-    def fetch(self, series: Series, window: TimeRange) -> Answer:
+    def fetch(self, series: Series, window: TimeRange) -> FetchResult:
         check_served(self, series)
         with counted() as tally:
             return self._fetch(series, window, tally)
 
-    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> Answer:
+    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> FetchResult:
         symbol, now = symbol_of(series), self._clock()
         requested, native = self._request_range(series, window, now), series.timeframe
         pages = _pages(requested, native)
         if not pages:
-            return Answer(())
+            return FetchResult(())
         paths = [_range_path(symbol, native, page) for page in pages]
         charts = self._charts(symbol, native, paths, tally)
         candles, seams, doubt = _candles(charts, pages, series)
@@ -171,7 +171,7 @@ class YFinance:
         )
         seams = seams[(seams > window.start) & (seams < window.end)]
         deliveries = (Delivery(candles, origin, seams),) if len(candles) else ()
-        return Answer(deliveries, tally.count, clocks=tally.clocks)
+        return FetchResult(deliveries, tally.count, clocks=tally.clocks)
 
     def instrument(self, series: Series) -> str:
         return symbol_of(series)
@@ -201,14 +201,14 @@ class YFinance:
             return _read(result, symbol, interval, now)
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             problem = error if isinstance(error, _Invalid) else "a chart of another shape"
-            raise BadAnswer(NAME, f"{reply.place} returned {problem}") from None
+            raise InvalidResponse(NAME, f"{reply.place} returned {problem}") from None
 
     def _result(self, reply: Reply, symbol: str) -> object:
         """The chart's result; None if the range is empty. Raises the error in the response."""
         try:
             document = self._client.json(reply)
             chart = document.get("chart") if isinstance(document, dict) else None
-        except BadAnswer:
+        except InvalidResponse:
             if reply.status == 200:
                 raise
             chart = None  # a page of the edge servers
@@ -222,7 +222,7 @@ class YFinance:
             raise self._client.failure(reply)
         results = chart.get("result") if isinstance(chart, dict) else None
         if not isinstance(results, list) or len(results) != 1:
-            raise BadAnswer(NAME, f"{reply.place} returned no chart")
+            raise InvalidResponse(NAME, f"{reply.place} returned no chart")
         return results[0]
 
     def _refusal(self, reply: Reply, symbol: str, error: dict[str, object]) -> ProviderError | None:

@@ -26,18 +26,18 @@ from fks_backfill_dagster.store.sql import micros, series_of, table_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Candles: expected = stored + missing + quiet.
+    """Candles: expected = stored + missing + no_trade.
 
-    `missing`: not stored and not known to be without trades, explained or not. `quiet`: no-trade intervals.
+    `missing`: not stored and not known to be without trades, explained or not. `no_trade`: no-trade intervals.
     """
 
     expected: int = 0
     missing: int = 0
-    quiet: int = 0
+    no_trade: int = 0
 
     @property
     def stored(self) -> int:
-        return self.expected - self.missing - self.quiet
+        return self.expected - self.missing - self.no_trade
 
     @property
     def coverage(self) -> float:
@@ -102,7 +102,7 @@ def part_states(database: Database, series: Series, windows: Mapping[str, TimeRa
                 expected=grid.count(window),
                 missing=sum(grid.count(part) for part in known.lacking(window)),
                 unexplained=sum(grid.count(part) for part in known.missing(window)),
-                quiet=sum(grid.count(part) for part in known.quiet(window)),
+                no_trade=sum(grid.count(part) for part in known.no_trade(window)),
                 next_attempt=_next_attempt(known.gaps, window),
             )
             for key, window in windows.items()
@@ -242,7 +242,7 @@ def completeness(database: Database, series: Sequence[Series]) -> dict[Series, C
             sa.text(
                 "SELECT s.series_id, s.synced,"
                 "   coalesce(sum(g.missing_candles) FILTER (WHERE g.status <> :quiet), 0)::bigint AS missing,"
-                "   coalesce(sum(g.missing_candles) FILTER (WHERE g.status = :quiet), 0)::bigint AS quiet,"
+                "   coalesce(sum(g.missing_candles) FILTER (WHERE g.status = :quiet), 0)::bigint AS no_trade,"
                 "   count(g.id) FILTER (WHERE g.status = :open) AS open_gaps,"
                 "   coalesce(sum(g.missing_candles) FILTER (WHERE g.status = :open), 0)::bigint AS open_missing"
                 " FROM fks.sync_state s LEFT JOIN fks.gap g"
@@ -262,7 +262,7 @@ def completeness(database: Database, series: Sequence[Series]) -> dict[Series, C
         found[one] = Completeness(
             expected=expected,
             missing=row.missing,
-            quiet=row.quiet,
+            no_trade=row.no_trade,
             open_gaps=row.open_gaps,
             open_missing=row.open_missing,
         )

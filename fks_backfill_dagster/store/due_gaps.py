@@ -63,12 +63,12 @@ LIMIT :most
 class Wanted:
     """The range of a series in which gaps count, its partition grain and its eligible providers.
 
-    `able`: the eligible providers. `until`: None for no end.
+    `eligible`: the eligible providers. `until`: None for no end.
     """
 
     since: int
     grain: Grain
-    able: frozenset[str]
+    eligible: frozenset[str]
     until: int | None = None
 
 
@@ -93,7 +93,7 @@ def due_places(database: Database, wanted: Mapping[Series, Wanted], now: int, mo
     Fair between symbols: each has its first place before any has its second. Then the gap that was found first
     goes first, then the largest. A series without an eligible provider has none.
     """
-    eligible = {one: want for one, want in wanted.items() if want.able}
+    eligible = {one: want for one, want in wanted.items() if want.eligible}
     by_name = {one.key: one for one in eligible}
     with database.begin() as connection:
         rows = connection.execute(
@@ -103,7 +103,7 @@ def due_places(database: Database, wanted: Mapping[Series, Wanted], now: int, mo
                 "grains": [want.grain.value for want in eligible.values()],
                 "sinces": [to_datetime(want.since) for want in eligible.values()],
                 "untils": [None if w.until is None else to_datetime(w.until) for w in eligible.values()],
-                "ables": [",".join(sorted(want.able)) for want in eligible.values()],
+                "ables": [",".join(sorted(want.eligible)) for want in eligible.values()],
                 "now": to_datetime(now),
                 "most": most,
             },

@@ -92,7 +92,7 @@ def backfill(made: Site, symbol: str, start: str, end: str) -> None:
 
 def start_schedule(made: Site, name: str) -> None:
     """Starts it as the switch in the UI does."""
-    found = made.web.ask(
+    found = made.web.query(
         "mutation($selector: ScheduleSelector!) { startSchedule(scheduleSelector: $selector) {"
         " __typename ... on PythonError { message } } }",
         selector={**REPOSITORY, "scheduleName": name},
@@ -121,7 +121,7 @@ def pretend_started_before(made: Site, ago: timedelta) -> None:
 
 
 def test_a_tick_requests_the_runs(refreshed: Refreshed) -> None:
-    (tick,) = refreshed.site.web.ask(
+    (tick,) = refreshed.site.web.query(
         "query($selector: ScheduleSelector!) { scheduleOrError(scheduleSelector: $selector) { ... on Schedule {"
         " scheduleState { ticks { status runIds error { message } } } } } }",
         selector={**REPOSITORY, "scheduleName": "refresh_15m"},
@@ -285,7 +285,7 @@ def launch_configured(made: Refreshed, config: str) -> str:
     """A backfill of BTC's month before `cut`, with this configuration of its op as YAML. Returns the id."""
     month = Grain.MONTH.key(Grain.MONTH.start(made.cut, -1))
     ranges = {"ranges": [{"start": month, "end": month}]}
-    found = made.site.web.ask(
+    found = made.site.web.query(
         "mutation($params: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $params) {"
         " __typename ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } } }",
         params={

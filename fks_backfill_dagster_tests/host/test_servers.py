@@ -18,7 +18,7 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.embedded import EmbeddedPostgres
 from fks_backfill_dagster.host import servers
-from fks_backfill_dagster.host.graphql import DagsterRefused, Run, Webserver
+from fks_backfill_dagster.host.graphql import DagsterError, Run, Webserver
 from fks_backfill_dagster.host.processes import KEEPER, Background, backgrounds, stop_all
 from fks_backfill_dagster.host.servers import CODE, DAEMON, WEBSERVER, ServersError
 from fks_backfill_dagster.settings.catalog import Catalog
@@ -91,7 +91,7 @@ def until(true: Callable[[], bool], seconds: float = 180) -> None:
 
 def shown(web: Webserver, symbol: str) -> dict[str, str]:
     """The partition statuses of a 15m series on the asset page."""
-    found = web.ask(
+    found = web.query(
         "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {"
         " assetPartitionStatuses { ... on TimePartitionStatuses { ranges { status startKey endKey } } } } } }",
         key={"path": ["ohlcv", symbol, "15m"]},
@@ -313,5 +313,5 @@ def test_a_server_that_ends_is_reported_with_the_end_of_its_log(
 @pytest.mark.server
 def test_an_unreachable_webserver_is_reported() -> None:
     url = f"http://{servers.HOST}:{free_port()}"
-    with pytest.raises(DagsterRefused, match=f"{url} is not reachable"):
-        Webserver(url).ask("{ version }")
+    with pytest.raises(DagsterError, match=f"{url} is not reachable"):
+        Webserver(url).query("{ version }")

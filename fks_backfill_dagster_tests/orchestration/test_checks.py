@@ -96,7 +96,7 @@ def test_whole_series_pass_and_nothing_is_fetched(stored: Project, market: Local
         "stored": 5760,
         "missing": 0,
         "explained": 0,
-        "quiet": 0,
+        "no_trade": 0,
         "recent_missing": 0,
         "open_gaps": 0,
         "coverage": 1.0,

@@ -65,7 +65,7 @@ class World:
     def check(self, symbol: str) -> tuple[bool, dict[str, Any]] | None:
         """The last outcome of the completeness check and its numbers; None before the first evaluation."""
         asset = {"path": list(asset_path(Catalog(self.settings).find_series(symbol, "15m")))}
-        found = self.web.ask(
+        found = self.web.query(
             "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {"
             ' assetCheckOrError(checkName: "completeness") { ... on AssetCheck {'
             " executionForLatestMaterialization { evaluation { success metadataEntries { label"
@@ -85,7 +85,7 @@ class World:
     def coverage(self, symbol: str) -> float | None:
         """The coverage of January in its newest materialization."""
         asset = {"path": list(asset_path(Catalog(self.settings).find_series(symbol, "15m")))}
-        found = self.web.ask(
+        found = self.web.query(
             "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {"
             " assetMaterializations(limit: 1) { metadataEntries { label ... on FloatMetadataEntry { floatValue }"
             " } } } } }",
@@ -99,7 +99,7 @@ class World:
     def ticks(self) -> list[dict[str, Any]]:
         """The ticks of the sensor, newest first."""
         selector = {**REPOSITORY, "sensorName": "fill_gaps"}
-        found = self.web.ask(
+        found = self.web.query(
             "query($selector: SensorSelector!) { sensorOrError(sensorSelector: $selector) { ... on Sensor {"
             " sensorState { ticks { status skipReason runIds error { message } } } } } }",
             selector=selector,
@@ -109,7 +109,7 @@ class World:
 
     def switch_on(self) -> None:
         selector = {**REPOSITORY, "sensorName": "fill_gaps"}
-        found = self.web.ask(
+        found = self.web.query(
             "mutation($selector: SensorSelector!) { startSensor(sensorSelector: $selector) { __typename } }",
             selector=selector,
         )

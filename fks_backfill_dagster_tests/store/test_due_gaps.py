@@ -241,7 +241,7 @@ def test_any_ledger(
     shared: Database,
     rows: Sequence[tuple[int, int, GapStatus, int | None, object]],
     since: int,
-    able: frozenset[str],
+    eligible: frozenset[str],
 ) -> None:
     shelf = Shelf.of(shared, fresh("1h"))
     gaps: list[LedgerGap] = []
@@ -258,10 +258,10 @@ def test_any_ledger(
     begin = MIDNIGHT + since * MICROS_PER_HOUR
     expected: dict[str, int] = {}
     for one in gaps:
-        if one.status is not GapStatus.TOLERATED and one.is_due(able, NOW) and one.end > begin:
+        if one.status is not GapStatus.TOLERATED and one.is_due(eligible, NOW) and one.end > begin:
             for key in months_of(max(one.start, begin), one.end):
                 expected[key] = expected.get(key, 0) + one.missing
-    found = due(shelf, Wanted(begin, Grain.MONTH, able))
+    found = due(shelf, Wanted(begin, Grain.MONTH, eligible))
     assert {place.key: place.missing for place in found} == expected
     for place in found:
         inside = np.array([to_micros(datetime.fromisoformat(place.key).replace(tzinfo=UTC))])

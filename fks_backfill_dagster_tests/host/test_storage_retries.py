@@ -20,7 +20,7 @@ from dagster._core.storage.tags import RETRY_ON_ASSET_OR_OP_FAILURE_TAG
 
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import Timeframe
-from fks_backfill_dagster.host import lasting
+from fks_backfill_dagster.host import storage_retries
 from fks_backfill_dagster.host.storage import DatabaseStorage, dagster_place
 from fks_backfill_dagster.orchestration import assets
 from fks_backfill_dagster.orchestration.assets import Outcome, Task, materialize_with_retries
@@ -44,7 +44,7 @@ YEARS = TimeRange(instant("2022-01-01"), instant("2024-01-01"))
 
 
 def test_a_call_is_retried_until_the_database_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lasting, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(storage_retries, "_PAUSE_SECONDS", 0.0)
     results: list[Exception | int] = [DatabaseUnavailable("away"), DatabaseUnavailable("away"), 7]
 
     def call(number: int, *, more: int) -> int:
@@ -53,7 +53,7 @@ def test_a_call_is_retried_until_the_database_is_available(monkeypatch: pytest.M
             raise result
         return result + number + more
 
-    assert lasting.with_retries(call)(1, more=2) == 10
+    assert storage_retries.with_retries(call)(1, more=2) == 10
     assert results == []
 
 
@@ -76,18 +76,18 @@ def test_any_other_error_is_raised_immediately(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)):
-        lasting.with_retries(call)()
+        storage_retries.with_retries(call)()
     assert made == 1
 
 
 def test_retries_are_limited_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lasting, "AWAY_SECONDS", -1.0)
+    monkeypatch.setattr(storage_retries, "AWAY_SECONDS", -1.0)
 
     def call() -> None:
         raise DatabaseUnavailable("away")
 
     with pytest.raises(DatabaseUnavailable):
-        lasting.with_retries(call)()
+        storage_retries.with_retries(call)()
 
 
 # With a server that is stopped and started
