@@ -90,22 +90,13 @@ class ProviderSettings(Section):
     enabled: bool = Field(default=True, description="Whether the provider may be requested at all.")
 
 
-class ArchivingProvider(ProviderSettings):
-    """`archive_url` null: without archives."""
-
-    archive_url: Url | None = Field(
-        description="The address of the daily and monthly archives; null: REST only.",
-    )
-
-
 def _section_of(known: KnownProvider) -> tuple[type[ProviderSettings], ProviderSettings]:
     """The section of a provider, and its defaults."""
     addresses: dict[str, Any] = {"base_url": (Url, known.base_url)}
-    if known.archive_url is None:
-        section = create_model(known.name, __base__=ProviderSettings, **addresses)
-    else:
-        addresses["archive_url"] = (Url | None, known.archive_url)
-        section = create_model(known.name, __base__=ArchivingProvider, **addresses)
+    if known.archive_url is not None:
+        text = "The address of the daily and monthly archives; null: REST only."
+        addresses["archive_url"] = (Url | None, Field(default=known.archive_url, description=text))
+    section = create_model(known.name, __base__=ProviderSettings, **addresses)
     return section, section.model_validate({})
 
 
