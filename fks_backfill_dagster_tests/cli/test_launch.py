@@ -57,10 +57,10 @@ def test_invalid_arguments_are_usage_errors(fks: Command, arguments: tuple[str, 
 def test_the_timeframe_is_an_argument_or_an_option(
     settings: Path, names: tuple[str, ...], timeframes: tuple[str, ...], chosen: list[str]
 ) -> None:
-    assert [str(one) for one in lines._chosen(load_settings(), names, False, timeframes)] == chosen
+    assert [str(one) for one in lines._chosen(Catalog(load_settings()), names, False, timeframes)] == chosen
     if not names[1:]:
         return
-    assert [str(one) for one in lines._chosen(load_settings(), names[-1:], True, timeframes)] == (
+    assert [str(one) for one in lines._chosen(Catalog(load_settings()), names[-1:], True, timeframes)] == (
         ["BTC/USDT 1h", "BTC/USDT 1d", "ETH/USDT 1h", "SOL/BTC 1h"]
         if timeframes
         else ["BTC/USDT 1h", "ETH/USDT 1h", "SOL/BTC 1h"]

@@ -7,7 +7,7 @@ one of its pages or without an origin, as GET of a page or as POST of JSON to Gr
 from __future__ import annotations
 
 import http.client
-import importlib.util
+import importlib
 import itertools
 import json
 import os
@@ -40,14 +40,10 @@ from fks_backfill_dagster_tests.host.test_servers import until
 
 
 def _pictures() -> ModuleType:
-    """docs/pictures.py, which drives a browser."""
-    spec = importlib.util.spec_from_file_location("pictures", CHECKOUT / "docs" / "pictures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """docs/pictures.py, which drives a browser and is outside of packages."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(CHECKOUT / "docs"))
+        return importlib.import_module("pictures")
 
 
 pictures = _pictures()
