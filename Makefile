@@ -4,6 +4,8 @@
 
 PYTHON ?=
 ARGS ?=
+# Not that of an environment: other programs use this name, too.
+PORT :=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +31,8 @@ help:
 	@echo "make test    runs the test suite; ARGS='...' are passed to pytest"
 	@echo "make test-fast runs the tests that need no server, in less than a minute"
 	@echo "make test-slow runs the long scenarios that make test skips, including an hour of real time"
-	@echo "make up      starts database, Dagster and daemon with real providers; make down stops them"
+	@echo "make up      starts database, Dagster and daemon with real providers; PORT=3001 is the port of the UI"
+	@echo "make down    stops them"
 	@echo "make bench   measures performance against the references"
 	@echo "make docs    rewrites what documents quote: the references of commands and settings, the session of the tutorial"
 	@echo "make pictures creates docs/pictures from simulated backfills and the demo, with a headless Chromium"
@@ -60,7 +63,7 @@ test-slow: $(DEV_STAMP)
 	@FKS_TEST_THOROUGH=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'hypothesis and not server' $(ARGS)
 
 up: $(STAMP)
-	@$(BIN)/fks-backfill up
+	@$(BIN)/fks-backfill up $(if $(PORT),--port $(PORT))
 
 down: $(STAMP)
 	@$(BIN)/fks-backfill down

@@ -24,7 +24,7 @@ from bench.orchestral import overhead, refresh
 from bench.result import Result
 from bench.world import SERIES, World, limited_market, prepare, stopwatch, window, world
 from fks_backfill_dagster.domain.ranges import TimeRange
-from fks_backfill_dagster.domain.rate_limits import Window
+from fks_backfill_dagster.domain.rate_limits import RateWindow
 from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.store import copy_format
 from fks_backfill_dagster.store.database import Database
@@ -203,7 +203,7 @@ def definitions(place: World, runs: int) -> list[Result]:
 
 def crowd(place: World, runs: int) -> list[Result]:
     """(f) 8 processes, 5 threads each, at one limit for 60 s, measured at a counting server."""
-    cases = (("100 in 1 s", Window(100, 1.0), 1), ("6000 in 60 s, weight 2", Window(6000, 60.0), 2))
+    cases = (("100 in 1 s", RateWindow(100, 1.0), 1), ("6000 in 60 s, weight 2", RateWindow(6000, 60.0), 2))
     results = []
     for name, limit, weight in cases:
         place.reset_rate_limits()

@@ -73,7 +73,7 @@ def running_dagster(environment: Mapping[str, str]) -> Iterator[RunningDagster]:
 
 def requests_of(web: Webserver, schedule: str, at: float) -> list[dict[str, Any]]:
     """The run requests of a tick of this schedule, evaluated by the code server as for the daemon."""
-    found = web.ask(
+    found = web.query(
         "mutation($s: ScheduleSelector!, $t: Float!) { scheduleDryRun(selectorData: $s, timestamp: $t) {"
         " __typename ... on PythonError { message } ... on DryRunInstigationTick { evaluationResult { skipReason"
         " error { message } runRequests { runKey tags { key value } assetSelection { path } } } } } }",
@@ -105,7 +105,7 @@ def launch_all(web: Webserver, job: str, requests: Sequence[Mapping[str, Any]]) 
     ]
     ids = []
     for params in executions:
-        found = web.ask(
+        found = web.query(
             "mutation($p: ExecutionParams!) { launchRun(executionParams: $p) { __typename"
             " ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }",
             p=params,
@@ -129,7 +129,7 @@ class Times:
 def wait_for_runs(web: Webserver, ids: Sequence[str], seconds: float = 1800) -> list[Times]:
     deadline = time.monotonic() + seconds
     while True:
-        found = web.ask(
+        found = web.query(
             "query($f: RunsFilter!) { runsOrError(filter: $f, limit: 1000) { ... on Runs { results {"
             " runId status creationTime startTime endTime stats { ... on RunStatsSnapshot { launchTime } } } } } }",
             f={"runIds": list(ids)},

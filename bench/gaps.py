@@ -87,7 +87,7 @@ def sensor(place: World, runs: int) -> list[Result]:
 
 def _tick(dagster: RunningDagster) -> int:
     """The number of runs that a tick requests."""
-    found = dagster.web.ask(_TICK, s={**REPOSITORY, "sensorName": "fill_gaps"})["sensorDryRun"]
+    found = dagster.web.query(_TICK, s={**REPOSITORY, "sensorName": "fill_gaps"})["sensorDryRun"]
     result = found.get("evaluationResult") or {}
     if found["__typename"] != "DryRunInstigationTick" or result.get("error"):
         raise SystemExit(f"the sensor was not evaluated: {found}")

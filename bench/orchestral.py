@@ -31,6 +31,7 @@ from fks_backfill_dagster.host import launch
 from fks_backfill_dagster.host.graphql import Webserver
 from fks_backfill_dagster.pipeline.plan import GRACE
 from fks_backfill_dagster.pipeline.sync import sync
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.settings.model import CHECKOUT
 
@@ -77,8 +78,9 @@ def _command_line(environment: dict[str, str]) -> float:
 
 def _run_seconds(dagster: RunningDagster) -> float:
     """From RUN_START to RUN_SUCCESS of one run over the 60 months."""
-    series = dagster.settings.series()[0]
-    one = launch.order(dagster.settings, series, SIXTY_MONTHS)
+    catalog = Catalog(dagster.settings)
+    series = catalog.series[0]
+    one = launch.order(catalog, series, SIXTY_MONTHS)
     identity = launch.start(dagster.web, [one])
     done = launch.watch(dagster.web, identity, [one], lambda seen: None)
     (times,) = wait_for_runs(dagster.web, [run.id for run in done.runs])
@@ -135,7 +137,7 @@ def _events(place: World, runs: list[str]) -> Result:
 
 
 def _page(web: Webserver, name: str, query: str, variables: dict[str, object]) -> Result:
-    values = [duration_of(lambda: web.ask(query, **variables)) for _ in range(3)]
+    values = [duration_of(lambda: web.query(query, **variables)) for _ in range(3)]
     return Result(f"(k) {name}, seconds", values, 3.0, False, f"{MANY:,} series")
 
 
@@ -176,4 +178,4 @@ def _seed(environment: dict[str, str]) -> None:
             if report.missing:
                 raise SystemExit(f"seeding failed: {report}")
 
-        list(pool.map(seed, settings.series()))
+        list(pool.map(seed, Catalog(settings).series))

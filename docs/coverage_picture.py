@@ -262,7 +262,7 @@ def _line(row: Row) -> str:
 def _reasons(rows: Sequence[Row]) -> Iterator[str]:
     """One line for each late beginning, each month with a second provider, and each gap."""
     for row in rows:
-        name = f"{escape(row.symbol)} {row.timeframe}"
+        name = f"{row.symbol} {row.timeframe}"
         if _month(row.first) > START:
             yield _reason(name, f"until {row.first:%Y-%m-%d %H:%M}", "not listed", "no earlier candle")
         for month, found in row.months.items():

@@ -40,9 +40,17 @@ _HEAD = """\
 Made by `make docs` from the commands' own `--help`. The command is `fks-backfill`, in the repository after
 `make env` and `. .venv/bin/activate`.
 
-`SYMBOL` is `BTC/USDT` or `BTC_USDT`, or a glob such as `'*/USDT'`; `--all` takes every configured symbol. Times are UTC
-where no zone is given; `--end` is exclusive. With `--json` the result is one JSON document on stdout; progress and
-messages go to stderr.
+`SYMBOL` is `BTC/USDT` or `BTC_USDT`, or a glob such as `'*/USDT'`; without `TIMEFRAME` all of its timeframes.
+`--all` takes every configured symbol, also with a `TIMEFRAME`. Reports, `fill-gaps` and `audit` are about all series if
+no argument is given.
+
+A time is ISO 8601, UTC where no zone is given; `2024` and `2024-01` are the first instant of that year or month; `-7d`
+is seven days before now (units `m` minutes, `h`, `d`, `w`). `--end` is exclusive, so `--start 2024 --end 2025` is one
+year.
+
+With `--json` the result is one JSON document on stdout; progress and messages go to stderr. Messages are short and
+printed once; `-v` prints all of them, with URLs. Tables fit the terminal, `--wide` prints them in full; a pipe or a
+file always gets full tables, plain lines and no colours.
 
 | exit code | means |
 |---|---|
@@ -50,6 +58,14 @@ messages go to stderr.
 | 1 | something is incomplete or invalid; with `status --check`: stale, open or in error |
 | 2 | usage or settings; for `status` and `gaps`: the series is neither configured nor stored |
 | 128 + n | ended by signal n (130 by Ctrl-C) |
+
+Commands, options, providers, and the symbols and timeframes of the settings complete with Tab after the line of your
+shell in its startup file (`~/.bashrc`, `~/.zshrc` after `compinit`, `~/.config/fish/config.fish`), with `fks-backfill`
+on the `PATH`:
+
+    eval "$(_FKS_BACKFILL_COMPLETE=bash_source fks-backfill)"     # bash 4.4 or newer
+    eval "$(_FKS_BACKFILL_COMPLETE=zsh_source fks-backfill)"      # zsh
+    _FKS_BACKFILL_COMPLETE=fish_source fks-backfill | source      # fish
 """
 
 _SESSION = re.compile(r"<!-- session -->\n(.*)<!-- end of the session -->", re.DOTALL)

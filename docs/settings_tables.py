@@ -8,7 +8,7 @@ tables is written by hand.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -37,7 +37,7 @@ class Undocumented(Exception):
 def with_tables(text: str) -> str:
     """The text of settings.md with all its tables made from the models. Raises Undocumented."""
     found = [match[2] for match in _TABLE.finditer(text)]
-    wanted = ["general", *sections(Settings), "environment"]
+    wanted = ["general", *sections(), "environment"]
     if missing := [name for name in wanted if name not in found]:
         raise Undocumented(f"docs/settings.md has no table of: {', '.join(missing)}")
     return _TABLE.sub(lambda one: f"{one[1]}\n{table(one[2])}\n{one[3]}", text)
@@ -46,45 +46,44 @@ def with_tables(text: str) -> str:
 def table(name: str) -> str:
     """One table as Markdown."""
     if name == "general":
-        own = {key: field for key, field in _file_fields().items() if key not in sections(Settings)}
-        return _markdown(_KEYS, _rows(own, (), Settings().redacted_dump()))
+        own = [key for key in _file_keys() if key not in sections()]
+        return _markdown(_KEYS, _rows(Settings, (), own, Settings().redacted_dump()))
     if name == "environment":
         return _markdown(("variable", "value", "default", "meaning"), _environment())
     if name == "providers":
         return "\n".join(_providers())
-    section = sections(Settings)[name]
+    section = sections()[name]
     above: dict[str, Location] = {"calendars": (name, _NAME), "symbols": ("symbols[]",)}
-    return _markdown(_KEYS, _rows(section.model_fields, above.get(name, (name,))))
+    return _markdown(_KEYS, _rows(section, above.get(name, (name,)), section.model_fields))
 
 
-def sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+def sections() -> dict[str, type[BaseModel]]:
     """The sections of the settings file by name: also the entries of lists, and of sections by name."""
-    found = {name: section_at(model, (name,)) for name in _file_fields()}
+    found = {name: section_at(Settings, (name,)) for name in _file_keys()}
     return {name: section for name, section in found.items() if section is not None}
 
 
-def _file_fields() -> dict[str, FieldInfo]:
-    return {name: field for name, field in Settings.model_fields.items() if name not in ENVIRONMENT_ONLY}
+def _file_keys() -> list[str]:
+    return [name for name in Settings.model_fields if name not in ENVIRONMENT_ONLY]
 
 
 def _rows(
-    fields: dict[str, FieldInfo], above: Location, shown: dict[str, Any] | None = None
+    model: type[BaseModel], above: Location, keys: Iterable[str], shown: Mapping[str, Any] | None = None
 ) -> Iterator[Row]:
     """`shown` are defaults as JSON; by default those of the fields."""
-    for name, field in fields.items():
-        location = (*above, name)
-        default = (shown or {}).get(name, _default(field))
-        yield _key(location), value(field), _yaml(default), meaning(field, location)
+    for key in keys:
+        field = model.model_fields[key]
+        default = (shown or {}).get(key, _default(field))
+        yield _key((*above, key)), value(field), _yaml(default), meaning(model, key)
 
 
 def _providers() -> Iterator[str]:
     """The keys of all providers, those of single ones, and the default addresses."""
     common = ProviderSettings.model_fields
     of = {name: type(Settings().provider(name)) for name in PROVIDER_NAMES}
-    rows = list(_rows(common, ("providers", _NAME), {"base_url": "below"}))
+    rows = list(_rows(ProviderSettings, ("providers", _NAME), common, {"base_url": "below"}))
     for name, model in of.items():
-        own = {key: field for key, field in model.model_fields.items() if key not in common}
-        rows += _rows(own, ("providers", name))
+        rows += _rows(model, ("providers", name), [key for key in model.model_fields if key not in common])
     yield _markdown(_KEYS, rows)
     addresses = ((f"`{name}`", f"{model.model_fields['base_url'].default}") for name, model in of.items())
     yield _markdown(("NAME", "default `base_url`"), addresses)
@@ -97,9 +96,9 @@ def _environment() -> Iterator[Row]:
             continue
         keys = name == "keys"
         shown = ", ".join(f"`{one}`" for one in KEY_VARIABLES.values()) if keys else f"`{variable}`"
-        form = "text" if keys else value(field).removesuffix(" or null")
+        form = "text" if keys else value(field).removesuffix(", or null")
         default = _default(field)
-        yield shown, form, "" if not default else _yaml(default), meaning(field, (name,))
+        yield shown, form, "" if not default else _yaml(default), meaning(Settings, name)
 
 
 def _key(location: Location) -> str:
@@ -110,7 +109,7 @@ def _key(location: Location) -> str:
 
 def _variables() -> dict[Location, str]:
     """The variable of each key; those of a named section with NAME."""
-    found = {location: variable for variable, location in variables(Settings, tuple(_file_fields()))}
+    found = {location: variable for variable, location in variables(Settings, _file_keys())}
     for name in PROVIDER_NAMES:
         for key in ProviderSettings.model_fields:
             variable = found[("providers", name, key)]
@@ -122,12 +121,13 @@ def _variables() -> dict[Location, str]:
 _VARIABLES = _variables()
 
 
-def meaning(field: FieldInfo, location: Location) -> str:
-    if not field.description:
-        raise Undocumented(
-            f"the setting {'.'.join(map(str, location))} has no Field(description=...) in its model"
-        )
-    return field.description
+def meaning(model: type[BaseModel], key: str) -> str:
+    """The description of a field. A section that only changes a default inherits it."""
+    for base in model.__mro__:
+        field = getattr(base, "model_fields", {}).get(key)
+        if field is not None and field.description:
+            return str(field.description)
+    raise Undocumented(f"{key} of {model.__name__} has no Field(description=...)")
 
 
 def value(field: FieldInfo) -> str:

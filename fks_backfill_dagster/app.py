@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
+from fks_backfill_dagster.known_providers import KNOWN
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
-from fks_backfill_dagster.settings.sections import Binance
 
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
@@ -34,29 +34,6 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.store.database import Database
     from fks_backfill_dagster.store.rate_limits import ProviderState
     from fks_backfill_dagster.store.sources import HostInUse
-
-# Binance's own hosts: they serve the same candles as its public archives.
-_BINANCE_HOSTS = (".binance.com", ".binance.vision")
-
-# Documented hosts besides the defaults of `providers.registry`, which serve the same candles. Without api.binance.us,
-# which is another exchange, and testnet.binance.vision.
-_DOCUMENTED_HOSTS: Mapping[str, frozenset[str]] = {
-    "binance": frozenset(
-        (
-            "api1.binance.com",
-            "api2.binance.com",
-            "api3.binance.com",
-            "api4.binance.com",
-            "api-gcp.binance.com",
-            "data-api.binance.vision",
-        )
-    ),
-    "polygon": frozenset(("api.polygon.io", "api.massive.com")),
-    "yfinance": frozenset(("query1.finance.yahoo.com", "query2.finance.yahoo.com")),
-    "coingecko": frozenset(("api.coingecko.com", "pro-api.coingecko.com")),
-    "alphavantage": frozenset(("www.alphavantage.co", "alphavantage.co")),
-    "oanda": frozenset(("api-fxpractice.oanda.com", "api-fxtrade.oanda.com")),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +58,7 @@ def make_context(
     """
     from fks_backfill_dagster.pipeline.context import Context
 
+    catalog = Catalog(settings)
     if not settings.allow_mixed_sources:
         refuse_mixed_sources(settings, database, providers, options)
     return Context(
@@ -92,8 +70,8 @@ def make_context(
         tolerance=settings.validation.tolerance_pct,
         max_gap_minutes=settings.gap_detection.max_gap_minutes,
         circuit=circuit_for(options, database),
-        closed_dates=settings.closed,
-        priority=settings.priority,
+        closed_dates=catalog.closed,
+        priority=catalog.priority,
     )
 
 
@@ -213,21 +191,21 @@ def freshness_rule(settings: Settings) -> Rule:
     from fks_backfill_dagster.pipeline.freshness import Rule, publication_delay
 
     usable = cache(lambda: _usable_providers(settings))
-    limits = settings.freshness
+    catalog, limits = Catalog(settings), settings.freshness
     return Rule(
         thresholds=Thresholds(limits.warn_candles, limits.error_candles),
-        publication_delay=lambda series: publication_delay(usable(), settings.priority(series), series),
-        end_of=settings.end_of,
-        closed=closures(settings),
-        venue_members=settings.series(),
+        publication_delay=lambda series: publication_delay(usable(), catalog.priority(series), series),
+        end_of=catalog.end_of,
+        closed=closures(catalog),
+        venue_members=catalog.series,
     )
 
 
-def closures(settings: Settings) -> Callable[[Series, TimeRange], RangeSet]:
+def closures(catalog: Catalog) -> Callable[[Series, TimeRange], RangeSet]:
     """The ranges of a window in which candles are expected, but the market of a series was closed by the settings."""
     from fks_backfill_dagster.domain.closures import market_closures
 
-    return lambda series, window: market_closures(series, settings.closed(series), window)
+    return lambda series, window: market_closures(series, catalog.closed(series), window)
 
 
 def settle_closures(
@@ -237,11 +215,12 @@ def settle_closures(
     providers are imported only if one has."""
     from fks_backfill_dagster.pipeline.closures import settle_changed
 
+    catalog = Catalog(settings)
     return settle_changed(
         database,
-        {one: settings.closed(one) for one in series},
+        {one: catalog.closed(one) for one in series},
         lambda: _usable_providers(settings),
-        settings.priority,
+        catalog.priority,
         settings.gap_detection.max_gap_minutes,
     )
 
@@ -335,21 +314,13 @@ def host_in_use(name: str, options: ProviderOptions) -> HostInUse:
 
 def is_documented_host(name: str, host: str) -> bool:
     """Whether a provider documents this host (a URL) as its own; any other is custom, including a local market."""
-    from fks_backfill_dagster.providers import registry
-
-    registered = registry.BUILT.get(name)
-    defaults = (registered.base_url, registered.archive_url) if registered else ()
-    known = {urlsplit(url).hostname for url in defaults if url} | _DOCUMENTED_HOSTS.get(name, frozenset())
-    return urlsplit(host).hostname in known
+    known = KNOWN.get(name)
+    return known is not None and known.documents(host)
 
 
 def enabled_options(settings: Settings) -> dict[str, ProviderOptions]:
     """The options of the enabled providers of this version."""
-    from fks_backfill_dagster.providers import registry
-
-    return {
-        name: provider_options(settings, name) for name in registry.BUILT if settings.provider(name).enabled
-    }
+    return {name: provider_options(settings, name) for name in KNOWN if settings.provider(name).enabled}
 
 
 def provider_options(settings: Settings, name: str) -> ProviderOptions:
@@ -360,21 +331,8 @@ def provider_options(settings: Settings, name: str) -> ProviderOptions:
     return registry.resolve_options(
         name,
         base_url=own.base_url,
-        archive_url=_archive_url(own) if isinstance(own, Binance) else None,
+        archive_url=KNOWN[name].archives_for(own.base_url, getattr(own, "archive_url", None)),
         requests_per_minute=own.requests_per_minute,
         timeout_seconds=own.timeout_seconds,
         key=settings.key_of(name),
     )
-
-
-def _archive_url(binance: Binance) -> str | None:
-    """The archive_url in use: the public archives go with Binance's own hosts only.
-
-    With a base_url elsewhere (a local market) and the default archive_url, archives are off: candles of two
-    markets must not be mixed.
-    """
-    host = urlsplit(binance.base_url).hostname or ""
-    default = Binance.model_fields["archive_url"].default
-    if binance.archive_url == default and not f".{host}".endswith(_BINANCE_HOSTS):
-        return None
-    return binance.archive_url

@@ -48,7 +48,7 @@ def sync_report(report: SyncReport) -> Document:
             for name, tally in report.providers.items()
         },
         "seconds": round(report.seconds, 3),
-        "no_trade": report.quiet,
+        "no_trade": report.no_trade,
         "outdated": report.outdated,
         "withdrawn": report.withdrawn,
         "listing": report.listing,

@@ -14,6 +14,7 @@ from fks_backfill_dagster.app import connect, database_url
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.store import queries as store
 from fks_backfill_dagster.store.database import Database
@@ -59,7 +60,8 @@ def read_candles(
     or timeframe, SettingsError, StoreError and EmbeddedError with their remedy.
     """
     settings = load_settings()
-    settings.find_series(symbol, timeframe)  # reports invalid arguments before anything is opened
+    catalog = Catalog(settings)
+    catalog.find_series(symbol, timeframe)  # reports invalid arguments before anything is opened
     window = TimeRange(
         _EVER.start if start is None else _micros(start), _EVER.end if end is None else _micros(end)
     )
@@ -67,7 +69,7 @@ def read_candles(
     database = Database(url, pool_size=1) if url else connect(settings, database_url(settings), pool_size=1)
     try:
         database.check()
-        series = settings.find_series(symbol, timeframe, _stored(database))
+        series = catalog.find_series(symbol, timeframe, _stored(database))
         candles = store.read_candles(database, series, window, moment)
         if len(candles) == 0 and not store.sync_status(database, series):
             raise UnknownSeries(

@@ -14,26 +14,72 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.store.coverage import Counts
 
+ELLIPSIS = "…"
+NARROWEST = 8
+"""Characters that a column of texts or times keeps if its table must fit a width."""
+
 Cell = str | int | float | bool | datetime | None
 
 
-def lines(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Aligned columns, numbers right-aligned; not truncated to the width of a terminal. Empty if there are no rows.
+def lines(header: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> list[str]:
+    """Aligned columns, numbers right-aligned. Empty if there are no rows.
 
-    A float is a share, shown in percent.
+    A float is a share, shown in percent. With a `width` the longest texts end in an ellipsis until a line fits, and
+    times only if that does not suffice. Numbers and the first column are never shortened, so that a line can be longer
+    than a very narrow terminal.
     """
     if not rows:
         return []
-    cells = [[cell(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    right = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(header))]
-    return [
-        "  ".join(
-            text.rjust(width) if to_right else text.ljust(width)
-            for text, width, to_right in zip(line, widths, right, strict=True)
-        ).rstrip()
-        for line in (header, *cells)
-    ]
+    columns = [_Column(name, [row[i] for row in rows]) for i, name in enumerate(header)]
+    if width is not None and _total(columns) > width:
+        columns = [one for i, one in enumerate(columns) if i == 0 or not one.is_empty]
+        _fit(columns, width)
+    return ["  ".join(texts).rstrip() for texts in zip(*(one.texts() for one in columns), strict=True)]
+
+
+class _Column:
+    """One column: its texts, and its width, which may be less than that of its longest text."""
+
+    def __init__(self, name: str, values: Sequence[object]) -> None:
+        self._cells = [cell(value) for value in values]
+        self._name = name
+        self.is_number = all(isinstance(value, int | float | None) for value in values)
+        self.is_time = any(isinstance(value, datetime) for value in values)
+        self.longest = max(map(len, self._cells))
+        self.width = max(len(name), self.longest)
+
+    @property
+    def is_empty(self) -> bool:
+        return all(text in ("-", "") for text in self._cells)
+
+    def texts(self) -> list[str]:
+        """The heading and the cells, all of the column's width."""
+        texts = [_cut(text, self.width) for text in (self._name, *self._cells)]
+        return [text.rjust(self.width) if self.is_number else text.ljust(self.width) for text in texts]
+
+
+def _cut(text: str, size: int) -> str:
+    return text if len(text) <= size else f"{text[: size - 1]}{ELLIPSIS}"
+
+
+def _total(columns: Sequence[_Column]) -> int:
+    return sum(one.width for one in columns) + 2 * (len(columns) - 1)
+
+
+def _fit(columns: Sequence[_Column], width: int) -> None:
+    """Reduces the widest columns until a line fits, or every column has its least width."""
+    for whole_times in (True, False):
+        least = [
+            one.longest
+            if i == 0 or one.is_number or (one.is_time and whole_times)
+            else min(one.longest, NARROWEST)
+            for i, one in enumerate(columns)
+        ]
+        while _total(columns) > width:
+            able = [one for one, floor in zip(columns, least, strict=True) if one.width > floor]
+            if not able:
+                break
+            max(able, key=lambda one: one.width).width -= 1
 
 
 def cell(value: object) -> str:
@@ -64,7 +110,16 @@ def short(when: datetime) -> str:
 
 # Coverage ---------------------------------------------------------------------------------------------
 
-COVERAGE = ("series", "expected", "stored", "coverage", "open gaps", "newest", "lag", "next attempt")
+COVERAGE = (
+    "series",
+    "expected",
+    "stored",
+    "coverage",
+    "open gaps",
+    "newest (UTC)",
+    "lag",
+    "next attempt (UTC)",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +154,7 @@ def coverage_total(rows: Sequence[CoverageRow], now: int) -> tuple[Cell, ...]:
     total = Counts(
         expected=sum(one.expected for one in counts),
         missing=sum(one.missing for one in counts),
-        quiet=sum(one.quiet for one in counts),
+        no_trade=sum(one.no_trade for one in counts),
     )
     return (
         f"total of {len(rows):,}",

@@ -19,20 +19,20 @@ needs_root = pytest.mark.skipif(
 )
 
 
-def stranger() -> pwd.struct_passwd:
+def other_account() -> pwd.struct_passwd:
     """The account `nobody`: it has a name, a shared group, and no files of ours."""
     return pwd.getpwnam("nobody")
 
 
-def give_to_stranger(*paths: Path) -> None:
+def give_to_other(*paths: Path) -> None:
     for path in paths:
-        os.chown(path, stranger().pw_uid, stranger().pw_gid, follow_symlinks=False)
+        os.chown(path, other_account().pw_uid, other_account().pw_gid, follow_symlinks=False)
 
 
 @functools.cache
-def as_stranger() -> tuple[str, ...]:
+def as_other() -> tuple[str, ...]:
     """The beginning of a command line that runs as `nobody`. Skips if that account cannot run our Python."""
-    user = stranger()
+    user = other_account()
     command = ("setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups")
     probe = [*command, sys.executable, "-P", "-c", "import fks_backfill_dagster"]
     if not shutil.which("setpriv") or subprocess.run(probe, capture_output=True, cwd="/").returncode != 0:

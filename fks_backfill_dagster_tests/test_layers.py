@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 BELOW = {"domain", "ledger", "providers", "store", "pipeline"}
 FACE = BELOW | {
     "ownership",
+    "known_providers",
     "settings",
     "app",
     "reading",
@@ -37,19 +38,21 @@ MAY_IMPORT = {
     "ownership": set(),
     # The loopback check: for parts that send keys, and for servers.
     "loopback": set(),
+    # What settings and providers both need to know of a provider; neither imports the other.
+    "known_providers": {"domain"},
     # The requests that our web servers accept; the account of a connection; the required token.
     "peers": set(),
     "guard": {"peers"},
     "login": {"ownership", "settings"},
     "embedded": {"ownership"},
     "simulator": {"domain", "loopback"},
-    "settings": {"domain", "ownership", "loopback"},
-    "providers": {"domain", "loopback"},
+    "settings": {"domain", "ownership", "loopback", "known_providers"},
+    "providers": {"domain", "loopback", "known_providers"},
     "ledger": {"domain"},
     "store": {"domain", "ledger"},
     "pipeline": {"domain", "ledger", "providers", "store"},
     # The composition of settings, providers, store and pipeline; only interfaces use it.
-    "app": BELOW | {"settings", "embedded"},
+    "app": BELOW | {"settings", "embedded", "known_providers"},
     "reading": BELOW | {"settings", "app", "embedded"},
     # Results as JSON, the same for command line and HTTP.
     "documents": BELOW,

@@ -25,7 +25,7 @@ from fks_backfill_dagster.ownership import (
     read_trusted,
     write_text,
 )
-from fks_backfill_dagster_tests.accounts import IS_ROOT, as_stranger, give_to_stranger, needs_root, stranger
+from fks_backfill_dagster_tests.accounts import IS_ROOT, as_other, give_to_other, needs_root, other_account
 from fks_backfill_dagster_tests.interrupting import interrupted_everywhere
 
 PARTS = ("config", "backfill.yaml")
@@ -76,8 +76,8 @@ def test_a_file_that_others_can_write_is_refused(project: Path, inside: str) -> 
 @needs_root
 @pytest.mark.parametrize("inside", ["", "config", "config/backfill.yaml"])
 def test_a_file_of_another_account_is_not_trusted(project: Path, inside: str) -> None:
-    give_to_stranger(project / inside)
-    expected = f"{project / inside} belongs to nobody (uid {stranger().pw_uid})"
+    give_to_other(project / inside)
+    expected = f"{project / inside} belongs to nobody (uid {other_account().pw_uid})"
     assert exposure(project, *PARTS) == expected
     with pytest.raises(OwnershipError) as error:
         read_trusted(project, *PARTS)
@@ -87,13 +87,13 @@ def test_a_file_of_another_account_is_not_trusted(project: Path, inside: str) ->
 @pytest.mark.server
 @needs_root
 def test_files_of_root_and_of_the_own_account_are_trusted(project: Path) -> None:
-    for owner in (0, stranger().pw_uid):
+    for owner in (0, other_account().pw_uid):
         for path in (project, project / "config", project.joinpath(*PARTS)):
             os.chown(path, owner, -1)
         code = "import sys; from pathlib import Path; from fks_backfill_dagster.ownership import exposure"
         script = f"{code}; sys.exit(exposure(Path({str(project)!r}), *{PARTS!r}))"
         done = subprocess.run(
-            [*as_stranger(), sys.executable, "-P", "-c", script], capture_output=True, text=True
+            [*as_other(), sys.executable, "-P", "-c", script], capture_output=True, text=True
         )
         assert (done.returncode, done.stderr) == (0, "")
 
@@ -104,7 +104,7 @@ def test_a_group_counts_unless_it_is_the_owners_alone(project: Path) -> None:
     file.chmod(0o664)
     os.chown(file, 0, 0)  # root's own group, as umask 002 leaves it
     assert exposure(project, *PARTS) is None
-    os.chown(file, 0, stranger().pw_gid)
+    os.chown(file, 0, other_account().pw_gid)
     assert exposure(project, *PARTS) == f"{file} can be changed by other accounts (mode 0664)"
 
 
@@ -112,7 +112,7 @@ def test_a_group_counts_unless_it_is_the_owners_alone(project: Path) -> None:
 def test_an_access_list_behind_the_owners_own_group_counts(project: Path) -> None:
     file = project.joinpath(*PARTS)
     os.chown(file, 0, 0)
-    none, user = 0xFFFFFFFF, stranger().pw_uid
+    none, user = 0xFFFFFFFF, other_account().pw_uid
     entries = [(0x01, 6, none), (0x02, 6, user), (0x04, 4, none), (0x10, 6, none), (0x20, 4, none)]
     packed = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
     try:
@@ -202,7 +202,7 @@ def test_a_home_that_others_can_write_is_refused(yard: Path) -> None:
 def test_a_home_of_another_account_is_refused(yard: Path, use) -> None:
     home = yard / "home"
     home.mkdir()
-    give_to_stranger(home)
+    give_to_other(home)
     with pytest.raises(
         OwnershipError, match=rf"^{home} belongs to nobody \(uid \d+\): run this as that user"
     ):
@@ -219,7 +219,7 @@ def test_a_link_of_another_account_is_refused_as_home(yard: Path) -> None:
     make_home(home)  # our own link
     assert mode(target) == 0o700
     target.chmod(0o755)
-    give_to_stranger(home)
+    give_to_other(home)
     with pytest.raises(OwnershipError, match="belongs to nobody"):
         make_home(home)
     assert mode(target) == 0o755
@@ -230,7 +230,7 @@ def test_root_uses_no_folder_that_another_account_could_swap(yard: Path) -> None
     theirs = yard / "theirs"
     home = theirs / "deep" / "home"
     home.mkdir(parents=True)
-    give_to_stranger(theirs)
+    give_to_other(theirs)
     with pytest.raises(OwnershipError, match=rf"^root cannot use {home}, because {theirs} belongs to nobody"):
         make_home(home)
     os.chown(theirs, 0, 0)
@@ -241,7 +241,7 @@ def test_root_uses_no_folder_that_another_account_could_swap(yard: Path) -> None
 
     (yard / "way").symlink_to(theirs)
     make_home(yard / "way" / "deep" / "home")
-    give_to_stranger(yard / "way")
+    give_to_other(yard / "way")
     with pytest.raises(OwnershipError, match=rf"because {yard / 'way'} belongs to nobody"):
         make_home(yard / "way" / "deep" / "home")
 
@@ -254,8 +254,8 @@ def test_a_user_has_a_home_in_a_shared_folder(yard: Path) -> None:
     shared.chmod(0o777)
     code = "import sys; from pathlib import Path; from fks_backfill_dagster.ownership import make_home"
     script = f"{code}; make_home(Path({str(shared / 'home')!r}))"
-    subprocess.run([*as_stranger(), sys.executable, "-P", "-c", script], check=True)
-    assert (mode(shared / "home"), (shared / "home").stat().st_uid) == (0o700, stranger().pw_uid)
+    subprocess.run([*as_other(), sys.executable, "-P", "-c", script], check=True)
+    assert (mode(shared / "home"), (shared / "home").stat().st_uid) == (0o700, other_account().pw_uid)
 
 
 @pytest.mark.server
@@ -265,13 +265,13 @@ def test_another_account_cannot_read_a_home(yard: Path) -> None:
     make_home(home)
     write_text(home / "secret", "x")
     for command in (["ls", str(home)], ["cat", str(home / "secret")]):
-        assert subprocess.run([*as_stranger(), *command], capture_output=True).returncode != 0
+        assert subprocess.run([*as_other(), *command], capture_output=True).returncode != 0
     let_pass(home, 60706)
     make_home(home)
     assert (mode(home), home.stat().st_gid) == (0o710, 60706), "the way of the embedded server stays"
     for command in (["ls", str(home)], ["cat", str(home / "secret")]):
-        assert subprocess.run([*as_stranger(), *command], capture_output=True).returncode != 0
-    os.chown(home, 0, stranger().pw_gid)
+        assert subprocess.run([*as_other(), *command], capture_output=True).returncode != 0
+    os.chown(home, 0, other_account().pw_gid)
     make_home(home)
     assert mode(home) == 0o700, "a group that accounts are in does not pass"
 
@@ -301,7 +301,7 @@ def test_an_open_file_of_ours_is_closed(yard: Path) -> None:
 def test_a_file_of_another_account_is_refused(yard: Path) -> None:
     file = yard / "lock"
     file.write_text("")
-    give_to_stranger(file)
+    give_to_other(file)
     with pytest.raises(OwnershipError, match=rf"^{file} belongs to nobody"):
         open_file(file)
 

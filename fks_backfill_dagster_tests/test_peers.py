@@ -19,7 +19,7 @@ import uvicorn
 from fks_backfill_dagster import peers
 from fks_backfill_dagster.guard import Guard, Receive, Rules, Scope, Send
 from fks_backfill_dagster.peers import account_of
-from fks_backfill_dagster_tests.accounts import as_stranger, needs_root, stranger
+from fks_backfill_dagster_tests.accounts import as_other, needs_root, other_account
 from fks_backfill_dagster_tests.odd_servers import until
 
 TOKEN = "correct-horse-battery-staple-0123456789"
@@ -58,11 +58,11 @@ _CONNECT = (
 def test_a_connection_of_another_account() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
-        command = [*as_stranger(), sys.executable, "-c", _CONNECT, port]
+        command = [*as_other(), sys.executable, "-c", _CONNECT, port]
         with subprocess.Popen(command, stdin=subprocess.PIPE, cwd="/") as process:
             server, place = listener.accept()
             with closing(server):
-                assert account_of(place, listener.getsockname()) == stranger().pw_uid
+                assert account_of(place, listener.getsockname()) == other_account().pw_uid
                 process.kill()
 
 
@@ -196,7 +196,7 @@ print(connection.getresponse().status)
 
 
 def status_for_stranger(port: int, *token: str) -> int:
-    command = [*as_stranger(), sys.executable, "-c", _GET, str(port), *token]
+    command = [*as_other(), sys.executable, "-c", _GET, str(port), *token]
     return int(subprocess.run(command, cwd="/", capture_output=True, check=True, text=True).stdout)
 
 

@@ -9,19 +9,15 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Mapping
-from datetime import date
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from fks_backfill_dagster.domain.ranges import TimeRange
-from fks_backfill_dagster.domain.series import AssetClass, Series, identifier
-from fks_backfill_dagster.domain.timeframe import Timeframe, iso
+from fks_backfill_dagster.domain.timeframe import iso
 from fks_backfill_dagster.settings import load as module
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import home_of, load_settings
 from fks_backfill_dagster.settings.model import (
     CHECKOUT,
@@ -31,9 +27,7 @@ from fks_backfill_dagster.settings.model import (
     SettingsError,
 )
 from fks_backfill_dagster.settings.sections import PROVIDER_NAMES
-from fks_backfill_dagster.settings.symbols import infer_asset_class
-from fks_backfill_dagster.simulator.config import instant
-from fks_backfill_dagster_tests.accounts import as_stranger, needs_root
+from fks_backfill_dagster_tests.accounts import as_other, needs_root
 
 Load = Callable[..., Settings]
 
@@ -60,15 +54,6 @@ def problems(load: Load) -> Callable[..., list[str]]:
         return list(caught.value.problems)
 
     return of
-
-
-STOCKS_AND_FOREX = """
-    symbols:
-      - {symbol: BTC/USDT, asset_class: crypto, timeframes: [1m, 1h], provider_symbols: {polygon: "X:BTCUSD"}}
-      - {symbol: ETH/USDT, asset_class: crypto, timeframes: [1h], start: 2019-01-01}
-      - {symbol: BRK.B, asset_class: stocks, timeframes: [1d], calendar: NYSE, provider_priority: [yfinance]}
-      - {symbol: EUR/USD, asset_class: forex, timeframes: [4h]}
-"""
 
 
 # --- defaults and paths ---
@@ -189,7 +174,7 @@ def test_an_unreadable_folder_is_not_a_project(tmp_path: Path, load: Load) -> No
     (yard / "below").mkdir(mode=0o755)
     code = "from fks_backfill_dagster.settings import load_settings; print(load_settings({}).root)"
     made = subprocess.run(
-        [*as_stranger(), sys.executable, "-P", "-c", code],
+        [*as_other(), sys.executable, "-P", "-c", code],
         capture_output=True, text=True, cwd=yard / "below",
     )  # fmt: skip
     shutil.rmtree(yard)
@@ -241,7 +226,7 @@ def test_keys_missing_from_the_file_keep_their_defaults(load: Load) -> None:
     assert loaded.providers.polygon.base_url == Settings().providers.polygon.base_url
     assert loaded.validation == Settings().validation
     assert iso(loaded.history_start) == "2020-01-02T02:04:05+00:00"
-    assert loaded.series() == ()
+    assert loaded.symbols == ()
 
 
 def test_symbols_that_yaml_parses_as_booleans(load: Load) -> None:
@@ -257,7 +242,7 @@ def test_anchors_and_merges_work(load: Load) -> None:
           - {symbol: SOL/USDT, asset_class: crypto, timeframes: *all}
           - {<<: *first, symbol: XRP/USDT}
     """)
-    assert [str(series) for series in loaded.series()] == [
+    assert [str(series) for series in Catalog(loaded).series] == [
         f"{symbol}/USDT {frame}" for symbol in ("BTC", "ETH", "SOL", "XRP") for frame in ("1m", "1h")
     ]
 
@@ -512,7 +497,7 @@ def test_the_environment_wins_over_the_file(load: Load) -> None:
     assert loaded.provider_priority.crypto == ("polygon", "binance")
     assert (loaded.validation.tolerance_pct, loaded.validation.enabled) == (0.5, False)
     assert iso(loaded.history_start) == "2021-05-06T00:00:00+00:00"
-    assert [str(series) for series in loaded.series()] == ["XRP/USDT 1w"]
+    assert [str(series) for series in Catalog(loaded).series] == ["XRP/USDT 1w"]
     assert loaded.gap_detection.max_gap_minutes == 5
 
 
@@ -580,13 +565,10 @@ SECRETS = {
 
 def test_keys_come_from_the_environment(load: Load) -> None:
     loaded = load("", SECRETS)
-    assert {name: loaded.key_of(name) for name in PROVIDER_NAMES} == {
-        "binance": None,
+    assert {name: key for name in PROVIDER_NAMES if (key := loaded.key_of(name))} == {
         "coingecko": "hidden-coingecko",
         "polygon": "hidden-polygon",
-        "yfinance": None,
         "alphavantage": "hidden-alphavantage",
-        "oanda": None,
     }
     assert loaded.api_token == SecretStr(SECRETS["FKS_API_TOKEN"])
     assert loaded.database_url is not None
@@ -647,99 +629,7 @@ def test_another_address_is_refused(url: str, problems: Callable[..., list[str]]
     assert url not in reported
 
 
-# --- look-ups ---
-
-
-def test_series_are_symbols_times_timeframes(load: Load) -> None:
-    made = load(STOCKS_AND_FOREX).series()
-    assert [str(series) for series in made] == [
-        "BTC/USDT 1m", "BTC/USDT 1h", "ETH/USDT 1h", "BRK.B 1d", "EUR/USD 4h",
-    ]  # fmt: skip
-    assert made[0].provider_symbol("polygon") == "X:BTCUSD"
-    assert made[0].provider_symbol("binance") is None
-    assert made[3].asset_class is AssetClass.STOCKS
-    assert made[3].calendar == "NYSE"
-    assert made[4].calendar == "XNYS"
-
-
-@pytest.mark.parametrize(
-    "written", ["BTC/USDT", "BTC_USDT", "btc/usdt", "btc_usdt", "BTC-USDT", " BTC/USDT "]
-)
-def test_a_configured_symbol_is_found_however_written(written: str, load: Load) -> None:
-    found = load(STOCKS_AND_FOREX).find_series(written, "5m")
-    assert found == Series("BTC/USDT", Timeframe.M5, AssetClass.CRYPTO)
-    assert found.provider_symbol("polygon") == "X:BTCUSD"
-
-
-@pytest.mark.parametrize(
-    ("written", "symbol", "asset_class"),
-    [
-        ("DOGE/USDT", "DOGE/USDT", AssetClass.CRYPTO),
-        ("doge_usdt", "DOGE/USDT", AssetClass.CRYPTO),
-        ("GBP_JPY", "GBP/JPY", AssetClass.FOREX),
-        ("EUR/USDT", "EUR/USDT", AssetClass.CRYPTO),
-        ("aapl", "AAPL", AssetClass.STOCKS),
-        ("BF-B", "BF-B", AssetClass.STOCKS),
-    ],
-)
-def test_another_symbol_is_inferred(written: str, symbol: str, asset_class: AssetClass, load: Load) -> None:
-    found = load(STOCKS_AND_FOREX).find_series(written, Timeframe.H1)
-    assert found == Series(symbol, Timeframe.H1, asset_class)
-
-
-@pytest.mark.parametrize(
-    ("written", "timeframe", "message"),
-    [
-        ("BTC/USDT", "2m", r"'2m' is not a timeframe \(1m 5m 15m 30m 1h 4h 1d 1w\)"),
-        ("BTCUSDT", "1h", r"'BTCUSDT' is not configured; did you mean BTC/USDT\?"),
-        ("BTC//USDT", "1h", r"'BTC//USDT' is not BASE/QUOTE .*; did you mean BTC/USDT\?"),
-        ("ETH/", "1h", r"'ETH/' is not BASE/QUOTE"),
-        ("", "1h", "'' is not a ticker"),
-        ("*/USDT", "1h", r"'\*/USDT' is not BASE/QUOTE"),
-    ],
-)
-def test_an_impossible_series_is_reported(written: str, timeframe: str, message: str, load: Load) -> None:
-    with pytest.raises(ValueError, match=f"^{message}"):
-        load(STOCKS_AND_FOREX).find_series(written, timeframe)
-
-
-def test_symbols_match_globs(load: Load) -> None:
-    loaded = load(STOCKS_AND_FOREX)
-    assert loaded.match_symbols() == ("BTC/USDT", "ETH/USDT", "BRK.B", "EUR/USD")
-    assert loaded.match_symbols("*/USDT") == ("BTC/USDT", "ETH/USDT")
-    assert loaded.match_symbols("E*_*") == ("ETH/USDT", "EUR/USD")
-    assert loaded.match_symbols("*/usdt") == ()
-    assert loaded.match_symbols("BRK?B") == ("BRK.B",)
-
-
-def test_priority_follows_symbol_then_class_without_the_disabled(load: Load) -> None:
-    loaded = load(STOCKS_AND_FOREX, {"FKS_PROVIDERS__COINGECKO__ENABLED": "false"})
-    assert loaded.priority(loaded.find_series("BTC/USDT", "1h")) == ("binance", "polygon")
-    assert loaded.priority(loaded.find_series("BRK.B", "1d")) == ("yfinance",)
-    assert loaded.priority(loaded.find_series("MSFT", "1d")) == ("polygon", "yfinance", "alphavantage")
-    assert loaded.priority(loaded.find_series("EUR/USD", "1h")) == ("oanda", "polygon")
-
-
-BY_TIMEFRAME = """
-    provider_priority: {stocks: [polygon, alphavantage]}
-    symbols:
-      - symbol: AAPL
-        asset_class: stocks
-        timeframes: [1h, 1d, 1w]
-        provider_priority:
-          1d: [yfinance, polygon]
-          1w: [alphavantage]
-"""
-
-
-def test_a_symbols_priority_may_differ_by_timeframe(load: Load) -> None:
-    loaded = load(BY_TIMEFRAME, {"FKS_PROVIDERS__ALPHAVANTAGE__ENABLED": "false"})
-    priority = {
-        frame: loaded.priority(loaded.find_series("AAPL", frame)) for frame in ("1d", "1w", "1h", "5m")
-    }
-    assert priority == {"1d": ("yfinance", "polygon"), "1w": (), "1h": ("polygon",), "5m": ("polygon",)}
-    (dumped,) = loaded.redacted_dump()["symbols"]
-    assert dumped["provider_priority"] == {"1d": ["yfinance", "polygon"], "1w": ["alphavantage"]}
+# --- providers, calendars, the package ---
 
 
 @pytest.mark.parametrize(
@@ -775,65 +665,6 @@ def test_an_invalid_priority_is_reported_with_its_place(
     (problem,) = problems(text)
     assert problem.startswith("config/backfill.yaml:5: ")
     assert expected in problem
-
-
-CLOSED = """
-    calendars:
-      XHKG: {closed: [2023-09-08, {start: 2024-11-14, end: 2024-11-15}]}
-      NYSE:
-        closed: [2012-10-29, 2012-10-30]
-      forex: {closed: [2024-12-25]}
-      crypto:
-    symbols:
-      - {symbol: "0700", asset_class: stocks, timeframes: [1d], calendar: XHKG, closed: [2023-09-09, 2023-09-01]}
-      - {symbol: "0005", asset_class: stocks, timeframes: [1d], calendar: HKEX}
-      - {symbol: AAPL, asset_class: stocks, timeframes: [1d], closed: [{start: 2012-10-25, end: 2012-10-29}]}
-      - {symbol: EUR/USD, asset_class: forex, timeframes: [1d]}
-      - {symbol: BTC/USDT, asset_class: crypto, timeframes: [1d], closed: ["2024-01-01"]}
-"""
-
-
-def dates(*texts: str) -> tuple[tuple[date, date], ...]:
-    """`2023-09-08` or `2023-09-08/2023-09-09`."""
-    edges = [[date.fromisoformat(part) for part in text.split("/")] for text in texts]
-    return tuple((edge[0], edge[-1]) for edge in edges)
-
-
-def test_dates_of_a_symbol_and_of_its_calendar(load: Load) -> None:
-    loaded = load(CLOSED)
-    found = {entry.symbol: loaded.closed(entry.series(Timeframe.D1)) for entry in loaded.symbols}
-    assert found == {
-        "0700": dates("2023-09-01", "2023-09-08/2023-09-09", "2024-11-14/2024-11-15"),
-        "0005": dates("2023-09-08", "2024-11-14/2024-11-15"),  # by an alias
-        "AAPL": dates("2012-10-25/2012-10-30"),  # XNYS is NYSE; adjacent dates are one range
-        "EUR/USD": dates("2024-12-25"),
-        "BTC/USDT": dates("2024-01-01"),
-    }
-    # Another timeframe, and a series that is not configured: the dates of the calendar hold as well.
-    assert loaded.closed(loaded.find_series("GBP/USD", "5m")) == dates("2024-12-25")
-    assert loaded.closed(loaded.find_series("MSFT", "1h")) == dates("2012-10-29/2012-10-30")
-    assert loaded.closed(loaded.find_series("ETH/USDT", "1h")) == ()
-    assert loaded.redacted_dump()["calendars"]["XHKG"] == {
-        "closed": [{"start": "2023-09-08", "end": "2023-09-08"}, {"start": "2024-11-14", "end": "2024-11-15"}]
-    }
-
-
-def test_without_closed_dates_there_are_none(load: Load) -> None:
-    loaded = load("calendars:")
-    assert all(loaded.closed(series) == () for series in loaded.series())
-    assert Settings().calendars == {}
-
-
-def test_closed_dates_by_the_environment(load: Load) -> None:
-    environ = {
-        "FKS_CALENDARS__XHKG__CLOSED": '["2023-09-01"]',
-        "FKS_CALENDARS__FOREX__CLOSED": '[{"start": "2025-01-01", "end": "2025-01-02"}]',
-    }
-    loaded = load(CLOSED, environ)
-    assert loaded.closed(loaded.find_series("0005", "1d")) == dates("2023-09-01")
-    assert loaded.closed(loaded.find_series("EUR/USD", "1d")) == dates("2025-01-01/2025-01-02")
-    whole = load("", {"FKS_CALENDARS": '{"crypto": {"closed": ["2024-05-05"]}}'})
-    assert whole.closed(whole.find_series("BTC/USDT", "1h")) == dates("2024-05-05")
 
 
 @pytest.mark.parametrize(
@@ -922,48 +753,12 @@ def test_the_home_without_other_settings(tmp_path: Path, load: Load) -> None:
         assert home_of(environ, tmp_path) == found
 
 
-def test_a_symbol_may_start_later(load: Load) -> None:
-    loaded = load(STOCKS_AND_FOREX)
-    assert iso(loaded.start_of(loaded.find_series("ETH/USDT", "1h"))) == "2019-01-01T00:00:00+00:00"
-    assert loaded.start_of(loaded.find_series("BTC/USDT", "1h")) == loaded.history_start
-    assert loaded.start_of(loaded.find_series("DOGE/USDT", "1h")) == loaded.history_start
-
-
-ENDED = """
-    history_start: 2018-01-01
-    symbols:
-      - {symbol: LUNA/USDT, asset_class: crypto, timeframes: [1h], start: 2020-08-21, end: 2022-05-13T01:00}
-      - {symbol: GOLD/USDT, asset_class: crypto, timeframes: [1h], end: 2090-01-01}
-      - {symbol: BTC/USDT, asset_class: crypto, timeframes: [1h]}
-"""
-
-
-def test_a_symbol_may_end(load: Load) -> None:
-    loaded = load(ENDED)
-    luna, gold, btc = (loaded.find_series(f"{name}/USDT", "1h") for name in ("LUNA", "GOLD", "BTC"))
-    assert [loaded.end_of(one) for one in (luna, btc, loaded.find_series("DOGE/USDT", "1h"))] == [
-        instant("2022-05-13T01:00"),
-        None,
-        None,
-    ]
-    assert loaded.end_of(gold) == instant("2090-01-01"), "it may be announced"
-    whole = TimeRange(instant("2015-01-01"), instant("2024-01-01"))
-    assert loaded.kept(luna, whole) == TimeRange(instant("2020-08-21"), instant("2022-05-13T01:00"))
-    assert loaded.kept(btc, whole) == TimeRange(instant("2018-01-01"), instant("2024-01-01"))
-    assert not loaded.kept(luna, TimeRange(instant("2023-01-01"), instant("2024-01-01")))
-    assert not loaded.kept(luna, TimeRange(instant("2019-01-01"), instant("2020-01-01")))
-
-
-def test_a_copy_with_other_symbols_drops_the_old_ones(load: Load) -> None:
-    loaded = load(ENDED)
-    assert loaded.end_of(loaded.find_series("LUNA/USDT", "1h")) is not None
-    copied = loaded.model_copy(update={"symbols": loaded.symbols[1:]})
-    assert copied.end_of(loaded.find_series("LUNA/USDT", "1h")) is None
-
-
 def test_an_end_lies_after_the_start(problems: Callable[..., list[str]]) -> None:
-    assert problems(ENDED.replace("2022-05-13T01:00", "2020-08-21")) == [
-        "config/backfill.yaml:4: symbols[0].end: 2020-08-21T00:00:00+00:00 does not lie after start,"
+    assert problems("""
+        symbols:
+          - {symbol: A/B, asset_class: crypto, timeframes: [1h], start: 2020-08-21, end: 2020-08-21}
+    """) == [
+        "config/backfill.yaml:3: symbols[0].end: 2020-08-21T00:00:00+00:00 does not lie after start,"
         " 2020-08-21T00:00:00+00:00"
     ]
 
@@ -973,15 +768,6 @@ def test_a_provider_is_looked_up_by_name() -> None:
     assert made.provider("binance") is made.providers.binance
     with pytest.raises(ValueError, match="'binnace' is not a provider; did you mean binance"):
         made.provider("binnace")
-
-
-@given(st.from_regex(r"[A-Z0-9]{1,8}/[A-Z0-9]{1,8}", fullmatch=True), st.sampled_from(Timeframe))
-def test_a_pair_is_the_same_series_by_symbol_and_by_asset_key(symbol: str, timeframe: Timeframe) -> None:
-    made = Settings(symbols=())
-    found = made.find_series(symbol, timeframe)
-    assert found == made.find_series(identifier(symbol), timeframe.value)
-    assert found.symbol == symbol
-    assert found.asset_class is infer_asset_class(symbol)
 
 
 @pytest.mark.server
@@ -1012,28 +798,3 @@ def test_the_package_exports_nothing_else() -> None:
 
     with pytest.raises(AttributeError, match="has no attribute 'read_candle'"):
         fks_backfill_dagster.read_candle  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    ("symbol", "meant"),
-    [
-        ("BTC/USD", "BTC/USDT"),
-        ("BTC/USTD", "BTC/USDT"),
-        ("BTCC/USDT", "BTC/USDT"),
-        ("APPL", "AAPL"),
-        ("EUR/USDD", "EUR/USD"),
-        ("BTC/USDT", None),  # configured itself
-        ("DOGE/USDT", None),  # only the quote is the same
-        ("BTC/EUR", None),
-        ("XYZ", None),
-    ],
-)
-def test_the_symbol_that_was_probably_meant(load: Load, symbol: str, meant: str | None) -> None:
-    loaded = load("""
-        symbols:
-          - {symbol: BTC/USDT, asset_class: crypto, timeframes: [1h]}
-          - {symbol: ETH/USDT, asset_class: crypto, timeframes: [1h]}
-          - {symbol: AAPL, asset_class: stocks, timeframes: [1h]}
-          - {symbol: EUR/USD, asset_class: forex, timeframes: [1h]}
-    """)
-    assert loaded.nearest_symbol(symbol) == meant

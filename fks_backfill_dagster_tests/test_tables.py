@@ -28,6 +28,50 @@ def test_numbers_and_shares_are_right_aligned() -> None:
     assert lines(("name",), []) == []
 
 
+def test_a_table_fits_a_width_by_its_longest_texts() -> None:
+    header = ("series", "missing", "note", "evidence")
+    rows = [
+        ("BTC/USDT 1h", 1234567, None, "binance: absent; polygon: absent"),
+        ("ETH/USDT 1h", 1, None, "short"),
+    ]
+    assert lines(header, rows, 200) == lines(header, rows)
+    assert lines(header, rows, 48) == [
+        "series         missing  evidence",
+        "BTC/USDT 1h  1,234,567  binance: absent; polygo…",
+        "ETH/USDT 1h          1  short",
+    ], "the column without a value goes first"
+    assert lines(header, rows, 10) == [
+        "series         missing  evidence",
+        "BTC/USDT 1h  1,234,567  binance…",
+        "ETH/USDT 1h          1  short",
+    ], "neither names nor numbers are cut"
+
+
+def test_times_stay_whole_as_long_as_texts_and_headings_can_be_shorter() -> None:
+    header = ("series", "next attempt (UTC)", "evidence")
+    rows = [("BTC/USDT 1h", datetime(2024, 3, 5, 4, 30, tzinfo=UTC), "binance: absent")]
+    assert lines(header, rows, 39) == [
+        "series       next attempt (U…  evidence",
+        "BTC/USDT 1h  2024-03-05 04:30  binance…",
+    ]
+    assert lines(header, rows, 31)[1] == "BTC/USDT 1h  2024-03…  binance…"
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.text("ab", max_size=12), st.integers(0, 10**7), st.text("xyz", max_size=60)), min_size=1
+    ),
+    width=st.integers(1, 120),
+)
+def test_a_width_that_suffices_for_the_least_table_is_never_exceeded(
+    rows: list[tuple[str, int, str]], width: int
+) -> None:
+    found = lines(("name", "count", "evidence"), rows, width)
+    least = lines(("name", "count", "evidence"), rows, 1)
+    assert max(map(len, found)) <= max(width, *map(len, least))
+    assert len(found) == len(rows) + 1
+
+
 @pytest.mark.parametrize(
     ("share", "shown"), [(1.0, "100 %"), (0.9999999, "99.99 %"), (0.12345, "12.35 %"), (0.0, "0.00 %")]
 )
@@ -36,12 +80,12 @@ def test_a_share_is_never_rounded_up_to_100_percent(share: float, shown: str) ->
 
 
 def test_the_table_of_coverage_and_its_total() -> None:
-    counts = Counts(expected=1000, missing=5, quiet=10)
+    counts = Counts(expected=1000, missing=5, no_trade=10)
     row = CoverageRow(BTC, counts, 2, at("2024-03-05T10:00Z"), 1, NOW + MICROS_PER_HOUR)
     due = CoverageRow(BTC, counts, 2, at("2024-03-05T10:00Z"), 1, NOW)
     never = CoverageRow(ETH, None, 0, None, None, None)
     assert lines(COVERAGE, [row.cells(NOW), never.cells(NOW), coverage_total([row, due, never], NOW)]) == [
-        "series       expected  stored  coverage  open gaps  newest            lag  next attempt",
+        "series       expected  stored  coverage  open gaps  newest (UTC)      lag  next attempt (UTC)",
         "BTC/USDT 1h     1,000     985   99.50 %          2  2024-03-05 10:00    1  2024-03-05 13:00",
         "ETH/USDT 1h         -       -         -          -  -                   -  -",
         "total of 3      2,000   1,970   99.50 %          4  -                   -  due now",

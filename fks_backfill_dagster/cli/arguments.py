@@ -1,6 +1,7 @@
-"""Arguments of the commands: series, providers and times, parsed and checked.
+"""Arguments of the commands: series and providers, parsed and checked. Times are in `times`.
 
-An invalid argument is a usage error that names the valid ones.
+Every command takes series in the same form: `SYMBOL... [TIMEFRAME]`, or `--all [TIMEFRAME]`. An invalid argument is a
+usage error that names the valid ones.
 """
 
 from __future__ import annotations
@@ -9,20 +10,23 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from fks_backfill_dagster.cli.completion import complete_provider, complete_series
 from fks_backfill_dagster.cli.output import log
 
 if TYPE_CHECKING:
-    from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.domain.series import Series
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.model import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+MOST_NAMES = 12
+"""Series that a sentence names."""
 
 
 @contextmanager
@@ -45,56 +49,109 @@ class Chosen:
     many: bool
 
 
-def series_arguments(command: F, *, metavar: str = "SYMBOL TIMEFRAME") -> F:
-    """`SYMBOL TIMEFRAME`, or `--all [TIMEFRAME]`; given to the command as `names` and `everything`."""
-    everything = click.option(
-        "--all", "everything", is_flag=True, help="All configured symbols; TIMEFRAME is then optional."
-    )
-    names = click.argument("names", nargs=-1, metavar=metavar)
+def series_arguments(command: F, *, metavar: str = "SYMBOL... [TIMEFRAME]") -> F:
+    """`SYMBOL... [TIMEFRAME]`, or `--all [TIMEFRAME]`; given to the command as `names` and `everything`."""
+    everything = click.option("--all", "everything", is_flag=True, help="All configured symbols.")
+    names = click.argument("names", nargs=-1, metavar=metavar, shell_complete=complete_series)
     return names(everything(command))
 
 
 def any_series(command: F) -> F:
     """As `series_arguments`, for a command whose default is all series."""
-    return series_arguments(command, metavar="[SYMBOL TIMEFRAME]")
+    return series_arguments(command, metavar="[SYMBOL... [TIMEFRAME]]")
 
 
-def choose(
-    settings: Settings, names: Sequence[str], everything: bool, stored: Iterable[Series] = ()
-) -> Chosen:
+def choose(catalog: Catalog, names: Sequence[str], everything: bool, stored: Iterable[Series] = ()) -> Chosen:
     """The series selected by the arguments of `series_arguments`.
 
-    `--all` and globs select among the configured series, and the `stored` ones for a command that reads them;
-    a name that is not configured is looked up in `stored` first.
+    A symbol without a timeframe has all of its timeframes. `--all`, globs and symbols without a timeframe select among
+    the configured series, and the `stored` ones for a command that reads them; a name that is not configured is looked
+    up in `stored` first.
     """
     with usage():
-        if everything:
-            if len(names) > 1:
-                raise ValueError("--all takes a TIMEFRAME at most, no SYMBOL")
-            return Chosen(_matching(settings, "*", names[0] if names else None, stored), many=True)
-        if len(names) != 2:
-            raise ValueError("give a SYMBOL and a TIMEFRAME, such as BTC/USDT 1h, or --all")
-        symbol, timeframe = names
-        if re.search(r"[*?\[]", symbol):
-            return Chosen(_matching(settings, symbol, timeframe, stored), many=True)
-        return Chosen((settings.find_series(symbol, timeframe, stored),), many=False)
+        symbols, timeframe = split(names)
+        if bool(symbols) == everything:
+            raise ValueError(
+                "--all takes a TIMEFRAME at most, no SYMBOL"
+                if everything
+                else "give a SYMBOL and a TIMEFRAME, such as BTC/USDT 1h, a SYMBOL for all of its timeframes, or --all"
+            )
+        if len(symbols) == 1 and timeframe and not _is_glob(symbols[0]):
+            return Chosen((catalog.find_series(symbols[0], timeframe, stored),), many=False)
+        found = [_series_of(catalog, symbol, timeframe, stored) for symbol in symbols or ["*"]]
+        return Chosen(_in_order(catalog, dict.fromkeys(one for each in found for one in each)), many=True)
+
+
+def split(names: Sequence[str]) -> tuple[Sequence[str], str | None]:
+    """The symbols among the arguments, and the timeframe after them, if any. Raises ValueError for another order."""
+    symbols, timeframe = (names[:-1], names[-1]) if names and is_timeframe(names[-1]) else (names, None)
+    if misplaced := next((name for name in symbols if is_timeframe(name)), None):
+        raise ValueError(f"{misplaced} must follow the symbols, as in BTC/USDT ETH/USDT 1h")
+    return symbols, timeframe
+
+
+def is_timeframe(text: str) -> bool:
+    """Whether an argument is meant as a timeframe, valid or not; no symbol has this form."""
+    return re.fullmatch(r"\d+ ?[A-Za-z]{1,5}", text) is not None
+
+
+def nearest_symbols(wrong: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a name or a glob that matches nothing: the three nearest of the known symbols."""
+    from difflib import get_close_matches
+
+    names = {symbol.upper(): symbol for symbol in known}
+    near = get_close_matches(re.sub(r"[*?\[\]]", "", wrong).upper(), list(names), n=3, cutoff=0.0)
+    if not near:
+        return "no symbol is configured"
+    return f"the nearest: {', '.join(names[one] for one in near)}; `fks-backfill series list` shows all"
+
+
+def _is_glob(symbol: str) -> bool:
+    return re.search(r"[*?\[]", symbol) is not None
+
+
+def _series_of(
+    catalog: Catalog, symbol: str, timeframe: str | None, stored: Iterable[Series]
+) -> tuple[Series, ...]:
+    if _is_glob(symbol):
+        return _matching(catalog, symbol, timeframe, stored)
+    if timeframe is None:
+        return _of_symbol(catalog, symbol, stored)
+    return (catalog.find_series(symbol, timeframe, stored),)
+
+
+def _of_symbol(catalog: Catalog, written: str, stored: Iterable[Series]) -> tuple[Series, ...]:
+    """Every configured or stored series of a symbol in any notation."""
+    from fks_backfill_dagster.domain.series import identifier
+
+    wanted = identifier(written.strip()).upper()
+    known = catalog.known(stored)
+    found = [one for one in known.values() if identifier(one.symbol).upper() == wanted]
+    if not found:
+        catalog.find_series(written, "1d")  # an error if the form is not that of a symbol
+        raise ValueError(
+            f"{written} is not configured, so it needs a TIMEFRAME, such as 1h;"
+            f" {nearest_symbols(written, (symbol for symbol, _ in known))}"
+        )
+    return tuple(found)
 
 
 def _matching(
-    settings: Settings, pattern: str, timeframe: str | None, stored: Iterable[Series]
+    catalog: Catalog, pattern: str, timeframe: str | None, stored: Iterable[Series]
 ) -> tuple[Series, ...]:
     from fks_backfill_dagster.domain.series import identifier
     from fks_backfill_dagster.settings.types import parse_timeframe
 
-    known = {(s.symbol, s.timeframe): s for s in (*stored, *settings.series())}
+    known = catalog.known(stored)
     symbols = {
         symbol
         for symbol, _ in known
         if fnmatchcase(symbol, pattern) or fnmatchcase(identifier(symbol), pattern)
     }
     if not symbols:
-        names = ", ".join(dict.fromkeys(symbol for symbol, _ in known)) or "none"
-        raise ValueError(f"{pattern!r} matches no symbol; known: {names}")
+        raise ValueError(
+            f"{pattern!r} matches no symbol; {nearest_symbols(pattern, (symbol for symbol, _ in known))}"
+        )
     wanted = None if timeframe is None else parse_timeframe(timeframe)
     found = [s for s in known.values() if s.symbol in symbols and wanted in (None, s.timeframe)]
     if not found:
@@ -102,108 +159,80 @@ def _matching(
         raise ValueError(
             f"none of these symbols is configured with the timeframe {timeframe}; they have {frames}"
         )
-    order = {key: position for position, key in enumerate((s.symbol, s.timeframe) for s in settings.series())}
-    return tuple(sorted(found, key=lambda s: order.get((s.symbol, s.timeframe), len(order))))
+    return tuple(found)
+
+
+def _in_order(catalog: Catalog, found: Iterable[Series]) -> tuple[Series, ...]:
+    """In the order of the settings; those that are only stored at the end."""
+    order = {key: position for position, key in enumerate(catalog.known(()))}
+    return tuple(sorted(found, key=lambda one: order.get(one.key, len(order))))
 
 
 def log_never_synced(chosen: Chosen, stored: Iterable[Series]) -> None:
-    """For commands about gaps: logs each series that has no gap only because it was never synced."""
-    synced = {(s.symbol, s.timeframe) for s in stored}
-    for one in chosen.series:
-        if (one.symbol, one.timeframe) not in synced:
-            log(f"{one}: never synced, so it has no known gaps; run `fks-backfill backfill {one}` first.")
+    """For commands about gaps: logs which series have no gap only because they were never synced."""
+    synced = {one.key for one in stored}
+    never = [one for one in chosen.series if one.key not in synced]
+    if len(never) == 1:
+        log(
+            f"{never[0]}: never synced, so it has no known gaps; run `fks-backfill backfill {never[0]}` first."
+        )
+    elif never:
+        log(f"{named(never)}: never synced, so they have no known gaps; run `fks-backfill backfill` first.")
 
 
-def report_code(settings: Settings, chosen: Chosen, stored: Iterable[Series]) -> int:
+def named(series: Sequence[Series]) -> str:
+    """The first of many series, and how many there are besides."""
+    names = ", ".join(str(one) for one in series[:MOST_NAMES])
+    return f"{names} and {len(series) - MOST_NAMES:,} more" if len(series) > MOST_NAMES else names
+
+
+def report_code(catalog: Catalog, chosen: Chosen, stored: Iterable[Series]) -> int:
     """The exit code of a report: 2, with a message, if a series is neither configured nor stored, else 0."""
-    known = {(s.symbol, s.timeframe) for s in (*stored, *settings.series())}
+    known = catalog.known(stored)
     for one in chosen.series:
-        if (one.symbol, one.timeframe) not in known:
-            log(f"Error: {one} is neither configured nor stored{_meant(settings, one)}")
+        if one.key not in known:
+            log(f"Error: {one} is neither configured nor stored{_meant(catalog, one)}")
             return 2
     return 0
 
 
-def warn_of_typos(settings: Settings, series: Iterable[Series], stored: Iterable[Series]) -> None:
+def warn_of_typos(catalog: Catalog, series: Iterable[Series], stored: Iterable[Series]) -> None:
     """For commands that would create a series: logs a warning with the nearest configured symbol.
 
     A symbol with stored candles, at any timeframe, is no typo.
     """
     known = {one.symbol for one in stored}
     for symbol in dict.fromkeys(one.symbol for one in series):
-        if symbol not in known and (meant := settings.nearest_symbol(symbol)):
+        if symbol not in known and (meant := catalog.nearest_symbol(symbol)):
             log(f"warning: {symbol} is not configured, did you mean {meant}?")
 
 
-def _meant(settings: Settings, series: Series) -> str:
-    frames = [one.timeframe.value for one in settings.series() if one.symbol == series.symbol]
+def _meant(catalog: Catalog, series: Series) -> str:
+    frames = [one.timeframe.value for one in catalog.series if one.symbol == series.symbol]
     if frames:
         return f": {series.symbol} is configured with {' '.join(frames)}."
-    near = settings.nearest_symbol(series.symbol)
+    near = catalog.nearest_symbol(series.symbol)
     return f"; did you mean {near}?" if near else "; see `fks-backfill series list`."
 
 
 # Providers --------------------------------------------------------------------------------------------
 
 
+def providers_option(command: F) -> F:
+    """`--provider`, given to the command as `providers`."""
+    option = click.option(
+        "--provider",
+        "providers",
+        multiple=True,
+        metavar="P",
+        shell_complete=complete_provider,
+        help="Request this provider only; repeat it for several, in order of priority.",
+    )
+    return option(command)
+
+
 def check_providers(settings: Settings, names: Sequence[str]) -> tuple[str, ...]:
     """The names of the `--provider` options, each known and enabled."""
     with usage():
-        for name in names:
-            if not settings.provider(name).enabled:
-                raise ValueError(f"{name} is disabled: set providers.{name}.enabled to true in the settings")
+        settings.check_enabled(names)
     return tuple(names)
-
-
-# Times ------------------------------------------------------------------------------------------------
-
-
-class Moment(click.ParamType[int]):
-    """A time as microseconds since the epoch: ISO 8601, UTC where no zone is given."""
-
-    name = "time"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return "TIME"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from fks_backfill_dagster.domain.timeframe import to_micros
-
-        if isinstance(value, int):
-            return value
-        try:
-            parsed = datetime.fromisoformat(value.strip())
-            micros = to_micros(parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC))
-        except (ValueError, OverflowError):
-            self.fail(f"{value!r} is not a time such as 2024-01-31 or 2024-01-31T12:00:00+00:00", param, ctx)
-        if micros < 0:
-            self.fail(f"{value!r} lies before 1970", param, ctx)
-        return micros
-
-
-def window_option(command: F) -> F:
-    """Adds `--start` and `--end`."""
-    start = click.option("--start", type=Moment(), help="Start of the range (inclusive).")
-    end = click.option("--end", type=Moment(), help="End of the range (exclusive).")
-    return start(end(command))
-
-
-def sooner(one: int | None, other: int | None) -> int | None:
-    return min((moment for moment in (one, other) if moment is not None), default=None)
-
-
-def check_window(start: int, end: int, now: int) -> TimeRange:
-    """`[start, end)`, not empty and not entirely in the future."""
-    from fks_backfill_dagster.domain.ranges import TimeRange
-    from fks_backfill_dagster.domain.timeframe import iso
-
-    with usage():
-        if start >= now:
-            raise ValueError(f"--start {iso(start)} lies in the future: there are no candles yet")
-        if start == end:
-            raise ValueError(
-                f"--start and --end are both {iso(start)}: --end is exclusive, so the range is empty"
-            )
-        if start > end:
-            raise ValueError(f"--start {iso(start)} lies after --end {iso(end)}: exchange them")
-        return TimeRange(start, end)

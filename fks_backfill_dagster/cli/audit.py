@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.ledger.reconcile import Difference, SeriesAudit
     from fks_backfill_dagster.pipeline.audit import AuditReport
-    from fks_backfill_dagster.settings.model import Settings
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.store.database import Database
 
 QUIET_SECONDS = 5.0
@@ -45,11 +45,12 @@ def audit(names: tuple[str, ...], everything: bool, no_repair: bool, as_json: bo
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import now, open_database
     from fks_backfill_dagster.pipeline.audit import audit as run
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
 
     settings = load_settings()
     with open_database(settings) as database:
-        wanted = _wanted(settings, database, names, everything)
+        wanted = _wanted(Catalog(settings), database, names, everything)
         with _progress_output(len(wanted)) as show:
 
             def done(found: SeriesAudit) -> None:
@@ -67,19 +68,19 @@ def audit(names: tuple[str, ...], everything: bool, no_repair: bool, as_json: bo
 
 
 def _wanted(
-    settings: Settings, database: Database, names: Sequence[str], everything: bool
+    catalog: Catalog, database: Database, names: Sequence[str], everything: bool
 ) -> tuple[Series, ...]:
     """The selected stored series, each as configured if it is configured."""
     from fks_backfill_dagster.pipeline.audit import auditable
 
-    stored = {(one.symbol, one.timeframe): one for one in auditable(database, settings.series())}
+    stored = {one.key: one for one in auditable(database, catalog.series)}
     if not names:
         return tuple(stored.values())
-    chosen = choose(settings, names, everything, stored.values())
+    chosen = choose(catalog, names, everything, stored.values())
     for one in () if chosen.many else chosen.series:
-        if (one.symbol, one.timeframe) not in stored:
+        if one.key not in stored:
             log(f"{one}: never synced, so there is nothing to audit.")
-    return tuple(stored[key] for one in chosen.series if (key := (one.symbol, one.timeframe)) in stored)
+    return tuple(stored[key] for one in chosen.series if (key := one.key) in stored)
 
 
 def differences(report: AuditReport) -> list[str]:

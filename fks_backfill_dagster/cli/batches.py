@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from fks_backfill_dagster.cli.arguments import (
-    usage,
-)
+from fks_backfill_dagster.cli.arguments import any_series, choose
 from fks_backfill_dagster.cli.output import (
+    confirm,
     example,
+    is_on_terminal,
     json_option,
     log,
     many,
@@ -16,7 +18,12 @@ from fks_backfill_dagster.cli.output import (
     print_line,
     print_table,
     short,
+    wide_option,
 )
+
+if TYPE_CHECKING:
+    from fks_backfill_dagster.domain.series import Series
+    from fks_backfill_dagster.store.database import Database
 
 
 @click.group()
@@ -25,7 +32,7 @@ def batches() -> None:
 
 
 @batches.command("list", epilog=example("batches list", "batches list BTC/USDT 1h --limit 5 --json"))
-@click.argument("names", nargs=-1, metavar="[SYMBOL TIMEFRAME]")
+@any_series
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
@@ -33,23 +40,27 @@ def batches() -> None:
     show_default=True,
     help="How many of the newest batches.",
 )
+@wide_option
 @json_option
-def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
-    """List the committed batches, newest first: provider, transport, range, source, host."""
+def list_batches(names: tuple[str, ...], everything: bool, limit: int, as_json: bool) -> None:
+    """List the committed batches, newest first: provider, transport, range, source, host.
+
+    Without arguments those of all series.
+    """
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import open_database
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store import queries
 
     settings = load_settings()
-    if len(names) not in (0, 2):
-        raise click.UsageError("give a SYMBOL and a TIMEFRAME, or neither")
-    with usage():
-        wanted = settings.find_series(names[0], names[1]) if names else None
     with open_database(settings) as database:
         if names:
-            wanted = settings.find_series(names[0], names[1], queries.stored_series(database))
-        found = queries.batches(database, wanted, limit)
+            chosen = choose(Catalog(settings), names, everything, queries.stored_series(database)).series
+            found = [one for series in chosen for one in queries.batches(database, series, limit)]
+            found = sorted(found, key=lambda one: one.id, reverse=True)[:limit]
+        else:
+            found = queries.batches(database, None, limit)
     if as_json:
         print_json([documents.batch(one) for one in found])
         return
@@ -67,16 +78,27 @@ def list_batches(names: tuple[str, ...], limit: int, as_json: bool) -> None:
         )
         for one in found
     ]
-    columns = ("id", "series", "from", "range", "inserted", "updated", "committed", "source", "host")
+    columns = (
+        "id",
+        "series",
+        "from",
+        "range (UTC)",
+        "inserted",
+        "updated",
+        "committed (UTC)",
+        "source",
+        "host",
+    )
     print_table(columns, rows)
     if not found:
         log("No batches.")
 
 
-@batches.command("undo", epilog=example("batches undo 42"))
+@batches.command("undo", epilog=example("batches undo 42", "batches undo 42 --yes"))
 @click.argument("batch_id", metavar="ID", type=click.IntRange(1, 2**31 - 1))
+@click.option("--yes", is_flag=True, help="Undo without a question, which is asked on a terminal only.")
 @json_option
-def undo(batch_id: int, as_json: bool) -> int:
+def undo(batch_id: int, yes: bool, as_json: bool) -> int:
     """Undo a batch: remove inserted candles, restore corrected values and withdrawn candles.
 
     The undo is a batch of its own. Removed candles become an open gap, which the next backfill requests.
@@ -92,6 +114,8 @@ def undo(batch_id: int, as_json: bool) -> int:
         found = queries.series_of_batch(database, batch_id)
         if found is None:
             raise click.UsageError(f"there is no batch {batch_id}; see `fks-backfill batches list`")
+        if not yes and is_on_terminal():
+            _confirm_undo(database, found, batch_id)
         with database.begin() as connection:
             identity = series_id(connection, found)
         assert identity is not None
@@ -109,3 +133,15 @@ def undo(batch_id: int, as_json: bool) -> int:
     else:
         print_line(f"{found}: {many(done.updated, 'candle')} of batch {batch_id} taken back.")
     return 0
+
+
+def _confirm_undo(database: Database, series: Series, batch_id: int) -> None:
+    from fks_backfill_dagster.store import queries
+
+    one = next(one for one in queries.batches(database, series) if one.id == batch_id)
+    log(
+        f"Batch {batch_id} of {series}, from {one.provider} {one.transport}, committed {short(one.committed_at)} UTC:"
+        f" {many(one.inserted, 'candle')} inserted, {one.updated:,} updated in {short(one.range_start)} .."
+        f" {short(one.range_end)}."
+    )
+    confirm("Undo it?", "Nothing was undone; --yes undoes without a question.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import click
 
 from fks_backfill_dagster.cli.output import (
     Failed,
+    confirm,
     example,
     json_option,
     log,
@@ -17,6 +19,7 @@ from fks_backfill_dagster.cli.output import (
     print_json,
     print_line,
     print_table,
+    wide_option,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +53,31 @@ def url(as_json: bool) -> None:
         print_json({"url": found})
     else:
         print_line(found)
+
+
+@db.command(epilog=example("db shell", "db shell -- -c 'SELECT * FROM fks.sync_status'"))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- PSQL ARGUMENTS]")
+def shell(arguments: tuple[str, ...]) -> int:
+    """Open psql on the database; arguments after -- go to psql, whose exit code is returned.
+
+    The connection is passed in the environment, so that a password appears in no list of processes. The embedded
+    PostgreSQL runs at least as long as psql.
+    """
+    import shutil
+
+    from fks_backfill_dagster.app import connect, database_url, embedded, open_database
+    from fks_backfill_dagster.settings.load import load_settings
+    from fks_backfill_dagster.store.libpq import client_environment
+
+    settings = load_settings()
+    program = shutil.which("psql")
+    with ExitStack() as stack:
+        if embedded(settings) is not None:  # a database of the user's own may need the shell for its schema
+            stack.enter_context(open_database(settings))
+        url = database_url(settings)
+        if program is None:
+            raise Failed(_without_psql(connect(settings, url).where))
+        return _run_client([program, *arguments], client_environment(url))
 
 
 def _role_name(context: click.Context, option: click.Parameter, name: str | None) -> str | None:
@@ -100,6 +128,7 @@ def stop(as_json: bool) -> None:
 
 
 @db.command("list", epilog=example("db list", "db list --json"))
+@wide_option
 @json_option
 def list_clusters(as_json: bool) -> None:
     """List the clusters of embedded databases: that of this home, and for root those in /var/lib/fks-backfill.
@@ -141,11 +170,10 @@ def remove(names: tuple[str, ...], yes: bool, as_json: bool) -> None:
     if chosen and not yes:
         for one, size in chosen:
             log(f"{one.folder}  {one.home or 'home unknown'}  {_megabytes(size)}")
-        try:
-            click.confirm(f"Remove {many(len(chosen), 'cluster')} with all data?", abort=True, err=True)
-        except click.Abort:
-            log("")  # ends the line of the prompt
-            raise Failed("Nothing was removed; --yes removes without confirmation.") from None
+        confirm(
+            f"Remove {many(len(chosen), 'cluster')} with all data?",
+            "Nothing was removed; --yes removes without confirmation.",
+        )
     for one, _ in chosen:
         clusters.remove(one)
     if as_json:
@@ -223,6 +251,34 @@ def _sentence(reader: Reader) -> str:
         "" if reader.can_log_in else f" It cannot log in: grant it to a role that can, or see {ROLES_DOC}."
     )
     return f"The role {reader.name} {made} and {granted}.{login}"
+
+
+def _without_psql(where: str) -> str:
+    return (
+        "psql is not on the PATH: install PostgreSQL's client (Debian, Ubuntu: `apt-get install postgresql-client`;"
+        " Fedora: `dnf install postgresql`; macOS: `brew install libpq`), or connect another client to"
+        f" {where}; `fks-backfill db url` starts an embedded server and prints the URL with its password."
+    )
+
+
+def _run_client(command: Sequence[str], connection: dict[str, str]) -> int:
+    """Runs an interactive client and returns its exit code. Ctrl-C is for the client: it cancels a query."""
+    import os
+    import signal
+    import subprocess
+
+    before = signal.signal(
+        signal.SIGINT, lambda number, frame: None
+    )  # not ignored: the client would inherit that
+    try:
+        with subprocess.Popen(command, env=os.environ | connection) as client:
+            try:
+                return client.wait()
+            except BaseException:
+                client.terminate()
+                raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _kept_url(settings: Settings) -> str:

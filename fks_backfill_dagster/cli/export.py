@@ -11,8 +11,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from fks_backfill_dagster.cli.arguments import Moment, check_window, usage, window_option
+from fks_backfill_dagster.cli.arguments import usage
+from fks_backfill_dagster.cli.completion import complete_symbol, complete_timeframe
 from fks_backfill_dagster.cli.output import Failed, example, json_option, many, print_json, print_line
+from fks_backfill_dagster.cli.times import Moment, check_window, window_option
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,8 +33,8 @@ _Sink = Callable[[ExitStack, IO[bytes]], "Callable[[Candles], None]"]
         "export BTC/USDT 1h -o btc.parquet --as-of 2024-03-01T12:00:00Z",
     )
 )
-@click.argument("symbol")
-@click.argument("timeframe")
+@click.argument("symbol", shell_complete=complete_symbol)
+@click.argument("timeframe", shell_complete=complete_timeframe)
 @window_option
 @click.option(
     "-o",
@@ -59,17 +61,19 @@ def export(
     """
     from fks_backfill_dagster.app import now, open_database
     from fks_backfill_dagster.domain.timeframe import iso, to_datetime
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import iterate_candles, stored_series, sync_status
 
     settings, present = load_settings(), now()
+    catalog = Catalog(settings)
     with usage():
-        series = settings.find_series(symbol, timeframe)
+        series = catalog.find_series(symbol, timeframe)
         sink = _sink(output)
         if as_of is not None and as_of > present:
             raise ValueError(f"--as-of {iso(as_of)} lies in the future: that state can still change")
     with open_database(settings) as database:
-        series = settings.find_series(symbol, timeframe, stored_series(database))
+        series = catalog.find_series(symbol, timeframe, stored_series(database))
         state = next(iter(sync_status(database, series)), None)
         oldest = None if state is None else state.oldest_data_time
         if oldest is None:

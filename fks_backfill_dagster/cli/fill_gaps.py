@@ -6,23 +6,22 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fks_backfill_dagster.cli.arguments import (
-    any_series,
-    choose,
-    log_never_synced,
-    sooner,
-    usage,
-    window_option,
-)
+from fks_backfill_dagster.cli.arguments import any_series, choose, log_never_synced, usage
+from fks_backfill_dagster.cli.messages import Messages, shown, waiting_logger
 from fks_backfill_dagster.cli.output import (
     example,
+    is_verbose,
     json_option,
     log,
     many,
     print_json,
     print_line,
     print_table,
+    verbose_option,
+    wide_option,
 )
+from fks_backfill_dagster.cli.syncs import interruptible
+from fks_backfill_dagster.cli.times import sooner, window_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
 )
 @any_series
 @window_option
+@verbose_option
+@wide_option
 @json_option
 def fill_gaps(
     names: tuple[str, ...], everything: bool, start: int | None, end: int | None, as_json: bool
@@ -69,29 +70,32 @@ def _fill_all(
 ) -> tuple[list[FillReport], bool]:
     """The reports of the series, and whether one is missing."""
     from fks_backfill_dagster.app import open_app
-    from fks_backfill_dagster.cli.backfill import interruptible, log_waiting
     from fks_backfill_dagster.cli.progress import watched
     from fks_backfill_dagster.pipeline.fill import fill_gaps
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.store.errors import SeriesChanged, StoreError
     from fks_backfill_dagster.store.queries import stored_series
 
+    catalog = Catalog(settings)
     found: list[FillReport] = []
     broken = False
-    logged: set[str] = set()
-    with open_app(settings, log_waiting) as app, interruptible(app):
+    messages = Messages()
+    with open_app(settings, waiting_logger()) as app, interruptible(app):
         stored = stored_series(app.database)
-        if not (names or settings.symbols):
+        if not (names or catalog.series):
             return [], False
         # Series removed from the settings are requested by name only.
-        chosen = choose(settings, names, everything or not names, stored if names else ())
+        chosen = choose(catalog, names, everything or not names, stored if names else ())
         if names:
             log_never_synced(chosen, stored)
-        for series in chosen.series:
+        for number, series in enumerate(chosen.series, start=1):
+            brief = chosen.many and not is_verbose()
+            position = f"{number:,} of {len(chosen.series):,}" if brief else None
             try:
-                with watched(logged=logged) as listen:
-                    until = sooner(end, settings.end_of(series))
+                with watched(messages, position=position) as listen:
+                    until = sooner(end, catalog.end_of(series))
                     report = fill_gaps(
-                        app.context, series, settings.priority(series), start, until, listen=listen
+                        app.context, series, catalog.priority(series), start, until, listen=listen
                     )
             except (SeriesChanged, ValueError) as error:  # concerns this series only
                 log(f"Error: {error}")
@@ -101,8 +105,7 @@ def _fill_all(
                 log(f"Error: {error}")
                 return found, True
             found.append(report)
-            for message in report.sync.errors:
-                log(f"Error: {series}: {message}")
+            messages.log_rest(report.sync)
     return found, broken
 
 
@@ -111,7 +114,7 @@ def _print_report(gaps: Sequence[tuple[Series, FilledGap]]) -> None:
         print_line("No gaps to fill.")
         return
     rows = [_row(*one) for one in gaps]
-    print_table(("series", "start", "end", "filled", "of", "from", "left"), rows)
+    print_table(("series", "start (UTC)", "end (UTC)", "filled", "of", "from", "left"), rows)
     candles = sum(one.filled for _, one in gaps)
     print_line(
         f"{sum(one.success for _, one in gaps):,} of {many(len(gaps), 'gap')} filled"
@@ -130,5 +133,5 @@ def _row(series: Series, filled: FilledGap) -> tuple[object, ...]:
         filled.filled,
         gap.missing,
         ", ".join(filled.providers),
-        filled.error,
+        None if filled.error is None else shown(filled.error),
     )

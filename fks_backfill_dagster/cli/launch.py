@@ -10,23 +10,27 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fks_backfill_dagster.cli.arguments import check_window, usage, window_option
+from fks_backfill_dagster.cli.arguments import named, nearest_symbols, split, usage
+from fks_backfill_dagster.cli.completion import complete_series, complete_timeframe
 from fks_backfill_dagster.cli.output import (
     Failed,
     example,
+    is_verbose,
     json_option,
     log,
     log_if_possible,
     many,
     print_json,
     print_line,
+    verbose_option,
 )
 from fks_backfill_dagster.cli.signals import signals
+from fks_backfill_dagster.cli.times import check_window, window_option
 
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.host.launch import Launched, Order, Seen
-    from fks_backfill_dagster.settings.model import Settings
+    from fks_backfill_dagster.settings.catalog import Catalog
 
 QUIET_SECONDS = 5.0
 LONGEST_SILENCE = 30.0
@@ -35,32 +39,33 @@ LONGEST_SILENCE = 30.0
 POLL_SLACK = 5.0
 """Seconds of it that one poll and its queries may take."""
 
-MOST_NAMES = 12
-
 
 @click.command(
     epilog=example(
-        "launch BTC/USDT ETH/USDT --start 2023-01-01 --end 2024-01-01",
+        "launch BTC/USDT ETH/USDT --start 2023 --end 2024",
+        "launch BTC/USDT 1h --start -30d",
         "launch '*/USDT' --timeframe 1m --timeframe 1h --start 2024-01-01",
         "launch --all --no-wait",
     )
 )
-@click.argument("symbols", nargs=-1, metavar="SYMBOL...")
+@click.argument("names", nargs=-1, metavar="SYMBOL... [TIMEFRAME]", shell_complete=complete_series)
 @click.option("--all", "everything", is_flag=True, help="All configured symbols.")
 @click.option(
     "--timeframe",
     "timeframes",
     multiple=True,
     metavar="TIMEFRAME",
-    help="This timeframe only, may be repeated; without it all configured timeframes of a symbol.",
+    shell_complete=complete_timeframe,
+    help="As the argument TIMEFRAME; may be repeated. Without any all configured timeframes of a symbol.",
 )
 @window_option
 @click.option(
     "--no-wait", is_flag=True, help="Print the id of the backfill and its page, and do not wait for its end."
 )
+@verbose_option
 @json_option
 def launch(
-    symbols: tuple[str, ...],
+    names: tuple[str, ...],
     everything: bool,
     timeframes: tuple[str, ...],
     start: int | None,
@@ -75,12 +80,14 @@ def launch(
     every partition was materialized; with --no-wait as soon as Dagster has accepted the backfill.
     """
     from fks_backfill_dagster.host import launch
-    from fks_backfill_dagster.host.graphql import DagsterRefused
+    from fks_backfill_dagster.host.graphql import DagsterError
     from fks_backfill_dagster.host.servers import ServersError
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
 
     settings = load_settings()
-    orders = _orders(settings, _chosen(settings, symbols, everything, timeframes), start, end)
+    catalog = Catalog(settings)
+    orders = _orders(catalog, _chosen(catalog, names, everything, timeframes), start, end)
     began = time.monotonic()
     try:
         web = launch.running_webserver(settings)
@@ -88,12 +95,15 @@ def launch(
         page = f"{web.url}/runs/b/{identity}"
         partitions = many(sum(len(one.keys) for one in orders), "partition")
         log(f"{partitions} of {many(len(orders), 'series')} launched: {page}")
+        if is_verbose():
+            for one in orders:
+                log(f"  {one.series}: {many(len(one.keys), 'partition')}, {one.keys[0]} .. {one.keys[-1]}")
         if no_wait:
             _print_launched(identity, page, orders, as_json)
             return 0
         with _progress_output(began) as show, _stop_waiting_on_interrupt(page):
             done = launch.watch(web, identity, orders, show, log)
-    except (ServersError, DagsterRefused) as error:
+    except (ServersError, DagsterError) as error:
         raise Failed(str(error)) from None
     if as_json:
         print_json(_document(done, orders, page, time.monotonic() - began))
@@ -104,58 +114,61 @@ def launch(
 
 
 def _chosen(
-    settings: Settings, symbols: Sequence[str], everything: bool, timeframes: Sequence[str]
+    catalog: Catalog, names: Sequence[str], everything: bool, timeframes: Sequence[str]
 ) -> list[Series]:
-    """Configured series only: only these are assets."""
+    """Configured series only: only these are assets. `names`: symbols and globs, then perhaps a timeframe."""
     from fks_backfill_dagster.settings.types import parse_timeframe
 
     with usage():
-        if bool(symbols) == everything:
+        given, timeframe = split(names)
+        if bool(given) == everything:
             raise ValueError("give one SYMBOL or more, such as BTC/USDT, or --all")
-        frames = {parse_timeframe(text) for text in timeframes}
-        names = {name for text in (symbols or ["*"]) for name in _configured(settings, text)}
-        found = [s for s in settings.series() if s.symbol in names and (not frames or s.timeframe in frames)]
+        frames = {parse_timeframe(text) for text in (*timeframes, *([timeframe] if timeframe else []))}
+        symbols = {symbol for text in (given or ["*"]) for symbol in _configured(catalog, text)}
+        found = [s for s in catalog.series if s.symbol in symbols and (not frames or s.timeframe in frames)]
         if not found:
-            have = " ".join(dict.fromkeys(s.timeframe for s in settings.series() if s.symbol in names))
+            have = " ".join(dict.fromkeys(s.timeframe for s in catalog.series if s.symbol in symbols))
             raise ValueError(f"none of these symbols is configured with that timeframe; they have {have}")
     return found
 
 
-def _configured(settings: Settings, written: str) -> tuple[str, ...]:
-    found = settings.match_symbols(written) or settings.match_symbols(written.upper())
+def _configured(catalog: Catalog, written: str) -> tuple[str, ...]:
+    found = catalog.match_symbols(written) or catalog.match_symbols(written.upper())
     if not found:
-        names = ", ".join(settings.match_symbols()) or "none"
-        raise ValueError(f"{written!r} is not configured, so it is no asset in Dagster; configured: {names}")
+        raise ValueError(
+            f"{written!r} is not configured, so it is no asset in Dagster;"
+            f" {nearest_symbols(written, catalog.match_symbols())}"
+        )
     return found
 
 
-def _orders(settings: Settings, chosen: Sequence[Series], start: int | None, end: int | None) -> list[Order]:
+def _orders(catalog: Catalog, chosen: Sequence[Series], start: int | None, end: int | None) -> list[Order]:
     from fks_backfill_dagster.app import now
     from fks_backfill_dagster.host.launch import order
 
     present = now()
     # The current partition is the last one.
     window = check_window(
-        settings.earliest_start if start is None else start,
+        catalog.earliest_start if start is None else start,
         present if end is None else min(end, present),
         present,
     )
-    orders, later = [], []
+    orders: list[Order] = []
+    later: list[Series] = []
+    reason = ""
     for one in chosen:
         try:
-            orders.append(order(settings, one, window))
+            orders.append(order(catalog, one, window))
         except ValueError as error:
-            later.append((one, str(error)))
+            later.append(one)
+            reason = reason or str(error)
     with usage():
         if not orders:
-            raise ValueError(later[0][1])
+            raise ValueError(reason)
     if later:
-        names = ", ".join(str(one) for one, _ in later[:MOST_NAMES]) + (
-            ", ..." if len(later) > MOST_NAMES else ""
-        )
         log(
             f"The range ends before the start of {many(len(later), 'series')}, so none of their candles is expected:"
-            f" {names}"
+            f" {named(later)}"
         )
     return orders
 
@@ -252,11 +265,10 @@ def _print_report(done: Launched, orders: Sequence[Order], seconds: float) -> No
 
 def _log_removed(done: Launched) -> None:
     if done.removed:
-        names = ", ".join(str(one.series) for one in done.removed[:MOST_NAMES])
-        more = ", ..." if len(done.removed) > MOST_NAMES else ""
+        names = named([one.series for one in done.removed])
         symbols = " ".join(sorted({one.series.symbol for one in done.removed}))
         log(
-            f"{names}{more}: removed from the settings during the backfill, and not part of the result. To"
+            f"{names}: removed from the settings during the backfill, and not part of the result. To"
             f" materialize the remaining partitions, add it again and run `fks-backfill launch {symbols}`."
         )
 

@@ -20,8 +20,9 @@ from fks_backfill_dagster.cli.gaps import gaps
 from fks_backfill_dagster.cli.launch import launch
 from fks_backfill_dagster.cli.output import log, log_if_possible
 from fks_backfill_dagster.cli.series import series
-from fks_backfill_dagster.cli.servers import demo, down, simulate, up
+from fks_backfill_dagster.cli.servers import demo, down, up
 from fks_backfill_dagster.cli.signals import SIGNALLED, Signals
+from fks_backfill_dagster.cli.simulate import simulate
 from fks_backfill_dagster.cli.status import status
 
 DONE, INCOMPLETE, USAGE = 0, 1, 2
@@ -118,9 +119,9 @@ def _logged_exit_code(error: Exception) -> int | None:
     cls=Program,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="SYMBOL is BTC/USDT or BTC_USDT; TIMEFRAME one of 1m 5m 15m 30m 1h 4h 1d 1w. Times are ISO 8601,"
-    " UTC where no zone is given; an end is exclusive. With --json the result is one JSON document on"
-    " stdout. Exit codes: 0 done, 1 something is left incomplete or invalid, 2 usage or settings, 128 + n ended"
-    " by signal n (130 by Ctrl-C).",
+    " UTC where no zone is given, or 2024, 2024-01, -7d; an end is exclusive. With --json the result is one JSON"
+    " document on stdout. Exit codes: 0 done, 1 something is left incomplete or invalid, 2 usage or settings, 128 + n"
+    " ended by signal n (130 by Ctrl-C).",
 )
 @click.version_option(package_name="fks-backfill", prog_name="fks-backfill")
 def main() -> None:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fks_backfill_dagster.cli.arguments import (
-    usage,
-)
+from fks_backfill_dagster.cli.arguments import usage
+from fks_backfill_dagster.cli.completion import complete_provider
+from fks_backfill_dagster.cli.messages import shown
 from fks_backfill_dagster.cli.output import (
     example,
     json_option,
@@ -16,6 +16,8 @@ from fks_backfill_dagster.cli.output import (
     print_json,
     print_line,
     print_table,
+    verbose_option,
+    wide_option,
 )
 
 if TYPE_CHECKING:
@@ -27,8 +29,13 @@ if TYPE_CHECKING:
 
 @click.command("providers", epilog=example("series providers", "series providers --reset binance"))
 @click.option(
-    "--reset", metavar="NAME", help="End the wait or the cool-down of this provider, and reset its failures."
+    "--reset",
+    metavar="NAME",
+    shell_complete=complete_provider,
+    help="End the wait or the cool-down of this provider, and reset its failures.",
 )
+@verbose_option
+@wide_option
 @json_option
 def list_providers(reset: str | None, as_json: bool) -> None:
     """List the providers with their timeframes, history depth and state.
@@ -64,7 +71,7 @@ def list_providers(reset: str | None, as_json: bool) -> None:
         [
             (
                 row["provider"],
-                row["state"],
+                shown(str(row["state"])),
                 row["asset_class"],
                 " ".join(row["timeframes"]),  # type: ignore[arg-type]
                 _depth(row),

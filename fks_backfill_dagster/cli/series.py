@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import click
 
-from fks_backfill_dagster.cli.arguments import (
-    choose,
-    usage,
-)
+from fks_backfill_dagster.cli.arguments import any_series, choose, usage
+from fks_backfill_dagster.cli.completion import complete_symbol, complete_timeframe
 from fks_backfill_dagster.cli.output import (
     example,
     json_option,
@@ -16,6 +14,7 @@ from fks_backfill_dagster.cli.output import (
     print_json,
     print_line,
     print_table,
+    wide_option,
 )
 from fks_backfill_dagster.cli.providers import list_providers
 
@@ -25,30 +24,29 @@ def series() -> None:
     """Configured and stored series, exchange calendars, providers."""
 
 
-@series.command("list", epilog=example("series list"))
+@series.command("list", epilog=example("series list", "series list BTC/USDT", "series list '*/USDT' 1h"))
+@any_series
+@wide_option
 @json_option
-def list_series(as_json: bool) -> None:
-    """List the configured and the stored series."""
+def list_series(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
+    """List the configured and the stored series; without arguments all of them."""
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import open_database
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import stored_series, sync_status
 
     settings = load_settings()
+    catalog = Catalog(settings)
     with open_database(settings) as database:
         stored = stored_series(database)
         states = {(s.symbol, s.timeframe): s for s in sync_status(database)}
-    configured = {(s.symbol, s.timeframe) for s in settings.series()}
-    chosen = choose(settings, (), True, stored).series if stored or configured else ()
-    found = [(one, states.get((one.symbol, one.timeframe.value))) for one in chosen]
+    is_empty = not (names or stored or catalog.series)
+    chosen = () if is_empty else choose(catalog, names, everything or not names, stored).series
+    found = [(one, states.get(one.key)) for one in chosen]
     if as_json:
         print_json(
-            [
-                documents.series(
-                    one, state, (one.symbol, one.timeframe) in configured, settings.priority(one)
-                )
-                for one, state in found
-            ]
+            [documents.series(one, state, one in catalog, catalog.priority(one)) for one, state in found]
         )
         return
     rows = [
@@ -56,35 +54,37 @@ def list_series(as_json: bool) -> None:
             one.symbol,
             one.timeframe,
             one.asset_class,
-            (one.symbol, one.timeframe) in configured,
+            one in catalog,
             state.total_candles if state else 0,
             state.oldest_data_time if state else None,
             state.newest_data_time if state else None,
-            ", ".join(settings.priority(one)),
+            ", ".join(catalog.priority(one)),
         )
         for one, state in found
     ]
-    header = ("symbol", "timeframe", "class", "configured", "candles", "oldest", "newest", "providers")
-    print_table(header, rows)
+    header = ("symbol", "timeframe", "class", "configured", "candles", "oldest (UTC)", "newest (UTC)")
+    print_table((*header, "providers"), rows)
 
 
 @series.command("remove", epilog=example("series remove DOGE/USDT 1h --yes"))
-@click.argument("symbol")
-@click.argument("timeframe")
+@click.argument("symbol", shell_complete=complete_symbol)
+@click.argument("timeframe", shell_complete=complete_timeframe)
 @click.option("--yes", is_flag=True, help="Confirm the deletion.")
 @json_option
 def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
     """Delete a series from the database: candles, lineage, gaps, quarantine. The settings are not changed."""
     from fks_backfill_dagster.app import open_database
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import stored_series, sync_status
     from fks_backfill_dagster.store.writer.remove import remove_series as remove_stored
 
     settings = load_settings()
+    catalog = Catalog(settings)
     with usage():
-        found = settings.find_series(symbol, timeframe)
+        found = catalog.find_series(symbol, timeframe)
     with open_database(settings) as database:
-        found = settings.find_series(symbol, timeframe, stored_series(database))
+        found = catalog.find_series(symbol, timeframe, stored_series(database))
         state = next(iter(sync_status(database, found)), None)
         if state is None:
             log(f"Error: nothing is stored of {found}; see `fks-backfill series list`.")
@@ -117,9 +117,11 @@ def accept_calendar(calendar: str, as_json: bool) -> int:
     from fks_backfill_dagster.pipeline.audit import audit, auditable
     from fks_backfill_dagster.pipeline.calendars import accept_calendar as accept
     from fks_backfill_dagster.pipeline.calendars import calendar_change
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
 
     settings = load_settings()
+    catalog = Catalog(settings)
     with open_database(settings) as database:
         with usage():
             change = calendar_change(database, calendar)
@@ -129,7 +131,7 @@ def accept_calendar(calendar: str, as_json: bool) -> int:
                 print_json({"calendar": calendar, "new": [], "gone": [], "hours": [], "audit": None})
             return 0
         accept(database, change, now())
-        concerned = [one for one in auditable(database, settings.series()) if change.concerns(one)]
+        concerned = [one for one in auditable(database, catalog.series) if change.concerns(one)]
         report = audit(database, concerned, now)
     if as_json:
         print_json(

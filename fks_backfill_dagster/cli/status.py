@@ -6,11 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fks_backfill_dagster.cli.arguments import (
-    any_series,
-    choose,
-    report_code,
-)
+from fks_backfill_dagster.cli.arguments import any_series, choose, report_code
+from fks_backfill_dagster.cli.messages import shown
 from fks_backfill_dagster.cli.output import (
     example,
     json_option,
@@ -19,18 +16,21 @@ from fks_backfill_dagster.cli.output import (
     print_line,
     print_table,
     short,
+    verbose_option,
+    wide_option,
 )
+from fks_backfill_dagster.cli.providers import state_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fks_backfill_dagster.cli.arguments import Chosen
     from fks_backfill_dagster.pipeline.coverage import Coverage
+    from fks_backfill_dagster.pipeline.freshness import Rule
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.model import Settings
     from fks_backfill_dagster.store.database import Database
     from fks_backfill_dagster.tables import CoverageRow
-
-from fks_backfill_dagster.cli.providers import state_text
 
 
 @click.command(epilog=example("status", "status BTC/USDT 1h --json", "status --check"))
@@ -38,6 +38,8 @@ from fks_backfill_dagster.cli.providers import state_text
 @click.option(
     "--check", is_flag=True, help="Exit with 1 if anything is stale, has open gaps or ended in an error."
 )
+@verbose_option
+@wide_option
 @json_option
 def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool) -> int:
     """Show coverage and lag of a series; without arguments of all series.
@@ -48,54 +50,73 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
     stderr.
     """
     from fks_backfill_dagster import documents
-    from fks_backfill_dagster.app import closures, freshness_rule, now, open_database, provider_states
+    from fks_backfill_dagster.app import now, open_database, provider_states
     from fks_backfill_dagster.host import keeper
     from fks_backfill_dagster.pipeline.calendars import calendar_changes
     from fks_backfill_dagster.pipeline.coverage import coverage
-    from fks_backfill_dagster.pipeline.freshness import Rule
+    from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import stored_series
 
     settings, present = load_settings(), now()
+    catalog = Catalog(settings)
     for line in (server_problems := keeper.problems(settings.home)):
         log(line)
     with open_database(settings) as database:
         stored = stored_series(database)
-        chosen = choose(settings, names, everything or not names, stored)
+        chosen = choose(catalog, names, everything or not names, stored)
         settle_closures(settings, database, chosen)
         changes = calendar_changes(database, chosen.series)
-        # Only --check needs the publication delays of providers, whose import is slow.
-        rule = freshness_rule(settings) if check else Rule(end_of=settings.end_of, closed=closures(settings))
-        found = coverage(database, chosen.series, present, rule)
-        silent_lines = [] if check else _silent_series(settings, database, chosen)
+        found = coverage(database, chosen.series, present, _rule(settings, catalog, check=check))
+        silent_lines = [] if check else _silent_series(catalog, database, chosen)
         providers = provider_states(settings, database)
-    code = report_code(settings, chosen, stored)
+    code = report_code(catalog, chosen, stored)
     for name, state in providers.items():
-        log(f"{name}: {state_text(state)}")
+        log(f"{name}: {shown(state_text(state))}")
     for change in dict.fromkeys(changes.values()):
         log(str(change))
     if check:
-        # A series removed from the settings is not kept fresh, so it cannot be stale.
-        kept = set(settings.series())
-        problems = [
-            (one.series, reason) for one in found if (reason := one.problem(kept_fresh=one.series in kept))
-        ]
-        for series, reason in problems:
-            log(f"{series}: {reason}")
+        problems = _problems(catalog, found)
+        for line in problems:
+            log(line)
         code = code or int(bool(problems or changes or server_problems))
     if as_json:
-        shown = [documents.status(one) for one in found]
-        print_json(shown if chosen.many else shown[0])
+        reports = [documents.status(one) for one in found]
+        print_json(reports if chosen.many else reports[0])
         return code
     if code != 2:
         _print_coverage(found, present, total=chosen.many)
         print_line(f"Settings: {settings.config_file or 'no file, the defaults'}")
-    for one in found:
-        if not check and one.status is not None and one.status.error_message:
-            log(f"{one.series}: error: {one.status.error_message}")
-    for line in silent_lines:
+    for line in () if check else (*_last_errors(found), *silent_lines):
         log(line)
     return code
+
+
+def _rule(settings: Settings, catalog: Catalog, *, check: bool) -> Rule:
+    """Only --check needs the publication delays of providers, whose import is slow."""
+    from fks_backfill_dagster.app import closures, freshness_rule
+    from fks_backfill_dagster.pipeline.freshness import Rule
+
+    return freshness_rule(settings) if check else Rule(end_of=catalog.end_of, closed=closures(catalog))
+
+
+def _problems(catalog: Catalog, found: Sequence[Coverage]) -> list[str]:
+    """A line for every series that is stale, has open gaps or ended in an error."""
+    # A series removed from the settings is not kept fresh, so it cannot be stale.
+    return [
+        f"{one.series}: {shown(reason)}"
+        for one in found
+        if (reason := one.problem(kept_fresh=one.series in catalog))
+    ]
+
+
+def _last_errors(found: Sequence[Coverage]) -> list[str]:
+    """A line for every series whose last sync failed."""
+    return [
+        f"{one.series}: error: {shown(one.status.error_message)}"
+        for one in found
+        if one.status is not None and one.status.error_message
+    ]
 
 
 def settle_closures(settings: Settings, database: Database, chosen: Chosen) -> None:
@@ -138,16 +159,16 @@ def _coverage_row(found: Coverage) -> CoverageRow:
     )
 
 
-def _silent_series(settings: Settings, database: Database, chosen: Chosen) -> list[str]:
+def _silent_series(catalog: Catalog, database: Database, chosen: Chosen) -> list[str]:
     """A line for every configured series without a new candle from any provider for long."""
     from fks_backfill_dagster.domain.timeframe import to_datetime
     from fks_backfill_dagster.pipeline.refresh import quiet_until, silent_since
     from fks_backfill_dagster.store.reaches import reaches
 
-    lines, known, configured = [], reaches(database, chosen.series), set(settings.series())
+    lines, known = [], reaches(database, chosen.series)
     for series in chosen.series:
         since, wait = silent_since(known.get(series)), quiet_until(known.get(series))
-        if since is not None and wait is not None and series in configured and not settings.end_of(series):
+        if since is not None and wait is not None and series in catalog and not catalog.end_of(series):
             lines.append(
                 f"{series}: silent since {short(to_datetime(since))}: no provider has a newer candle. The next"
                 f" refresh is after {short(to_datetime(wait))}; if it was delisted, set its `end` in the settings."

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import sys
 import time
@@ -26,15 +27,17 @@ import click
 
 from fks_backfill_dagster import app, ownership
 from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.partitions import AssetPath, Grain, asset_path
 from fks_backfill_dagster.domain.ranges import TimeRange
-from fks_backfill_dagster.domain.series import Series, identifier
+from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso, to_datetime, to_micros
 from fks_backfill_dagster.host import servers
-from fks_backfill_dagster.host.graphql import CheckOutcome, DagsterRefused, Run, Webserver
+from fks_backfill_dagster.host.graphql import CheckOutcome, DagsterError, Run, Webserver
 from fks_backfill_dagster.host.processes import Background, Guard, stop
 from fks_backfill_dagster.pipeline.coverage import Coverage, coverage
 from fks_backfill_dagster.pipeline.freshness import Rule
 from fks_backfill_dagster.pipeline.plan import closed_window
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import home_of, load_settings
 from fks_backfill_dagster.settings.model import KEY_VARIABLES
 from fks_backfill_dagster.store.coverage import PartState, part_states
@@ -70,7 +73,6 @@ _SYMBOL = """\
 """
 
 Say = Callable[[str], object]
-Key = tuple[str, ...]
 
 
 class DemoFailed(Exception):
@@ -128,7 +130,7 @@ def run_demo(keep: bool = False, *, home: Path | None = None, say: Say = click.e
     """
     try:
         return _run(keep, home, say)
-    except (DemoFailed, servers.ServersError, DagsterRefused) as error:
+    except (DemoFailed, servers.ServersError, DagsterError) as error:
         say(f"Error: {error}")
         return 1
 
@@ -149,11 +151,21 @@ def _run(keep: bool, home: Path | None, say: Say) -> int:
             if demo is not None and not (keep and sys.exc_info()[0] is None):
                 demo.stop()
     say(f"\nDone in {time.monotonic() - began:.0f} s.")
-    if keep:
-        say(f"The servers are still up: {demo.url}\nStop them with `FKS_HOME={home} fks-backfill down`.")
-    else:
-        say("All servers are stopped. `fks-backfill demo --keep` leaves them up.")
+    for line in _closing(home, config, demo.visit if keep else None):
+        say(line)
     return 0 if complete else 1
+
+
+def _closing(home: Path, config: Path, visit: str | None) -> list[str]:
+    """How to look at the data; `visit`: the address of the UI while the servers are up."""
+    unset = "env -u FKS_DATABASE_URL " if "FKS_DATABASE_URL" in os.environ else ""
+    command = f"{unset}FKS_HOME={shlex.quote(str(home))} FKS_CONFIG={shlex.quote(str(config))} fks-backfill"
+    servers = (
+        ["All servers are stopped. `fks-backfill demo --keep` leaves them up."]
+        if visit is None
+        else [f"The servers are still up: {visit}", f"Stop them with `{command} down`."]
+    )
+    return [*servers, f"Its data: `{command} status`, in SQL `{command} db shell`."]
 
 
 class Demo:
@@ -164,7 +176,8 @@ class Demo:
         self._market = Background(home, MARKET)
         self._plain = _clean_environment(home, config)
         self._settings = load_settings(self._plain)
-        self.url = self._visit = ""
+        self._series = Catalog(self._settings).series
+        self.url = self.visit = ""
 
     def run(self) -> bool:
         """Runs all steps, from the market to the report. Returns whether every series is complete."""
@@ -237,13 +250,13 @@ class Demo:
             environment=environment,
             say=lambda text: None,
         )
-        self.url, self._visit, self._web = up.url, up.web.visit, up.web
+        self.url, self.visit, self._web = up.url, up.web.visit, up.web
 
     # --- the backfill ---
 
     def _outages(self) -> tuple[Outage, ...]:
         """The planted outages, fixed per home: in the month before its first run."""
-        month = _months_later(self._settings.history_start, 12 * HISTORY_YEARS - 1)
+        month = Grain.MONTH.start(self._settings.history_start, 12 * HISTORY_YEARS - 1)
         return (
             Outage("BTC/USDT", _hours(month, day=12, first=2, last=6)),
             Outage("ETH/USDT", _hours(month, day=20, first=13, last=15)),
@@ -252,16 +265,14 @@ class Demo:
     def _first(self, series: Series, now: int) -> int:
         """The start of a series' backfill: the start of a partition or of its history."""
         if series.timeframe is Timeframe.M1:
-            return _months_later(now, 1 - MINUTE_MONTHS)
+            return Grain.MONTH.start(now, 1 - MINUTE_MONTHS)
         return self._settings.history_start
 
     def _launch(self, web: Webserver, now: int) -> str:
-        partitions: dict[Key, tuple[str, str]] = {}
-        for series in self._settings.series():
-            edges = (to_datetime(self._first(series, now)), to_datetime(now))
-            minute = series.timeframe is Timeframe.M1
-            first, last = (f"{edge:%Y-%m-01}" if minute else f"{edge:%Y-01-01}" for edge in edges)
-            partitions[_key(series)] = (first, last)
+        partitions: dict[AssetPath, tuple[str, str]] = {}
+        for series in self._series:
+            grain = Grain.of(series.timeframe)
+            partitions[asset_path(series)] = (grain.key(self._first(series, now)), grain.key(now))
         spans = {key[-1]: span for key, span in partitions.items()}
         self._say(f"\n2. A Dagster backfill of {len(partitions)} assets over their partitions")
         for timeframe, (first, last) in spans.items():
@@ -270,7 +281,7 @@ class Demo:
 
     def _wait_for_backfill(self, web: Webserver, database: Database, backfill: str) -> list[Run]:
         """Waits until every asset has a run and all runs have ended; Dagster itself notices up to 30 s later."""
-        wanted = {_key(series) for series in self._settings.series()}
+        wanted = {asset_path(series) for series in self._series}
         began, reported_at = time.monotonic(), 0.0
         while True:
             _, runs = web.backfill(backfill)
@@ -293,9 +304,9 @@ class Demo:
                 self._say(f"   run {run.id} failed: {failure.strip()}")
         return runs
 
-    def _check(self, web: Webserver) -> dict[Key, list[CheckOutcome]]:
+    def _check(self, web: Webserver) -> dict[AssetPath, list[CheckOutcome]]:
         """Runs the checks of all series, without fetching."""
-        keys = [_key(series) for series in self._settings.series()]
+        keys = [asset_path(series) for series in self._series]
         self._say(f"\n3. {len(keys) * len(CHECKS)} checks")
         run = web.launch_checks([(key, name) for key in keys for name in CHECKS])
         deadline = time.monotonic() + WAIT_SECONDS
@@ -311,15 +322,15 @@ class Demo:
     # --- the report ---
 
     def _lines(
-        self, database: Database, now: int, checks: Mapping[Key, Sequence[CheckOutcome]]
+        self, database: Database, now: int, checks: Mapping[AssetPath, Sequence[CheckOutcome]]
     ) -> list[Line]:
-        found = coverage(database, self._settings.series(), app.now(), Rule())
+        found = coverage(database, self._series, app.now(), Rule())
         return [
             Line(
                 one.series,
                 part_states(database, one.series, {"": self._expected_window(one.series, now)})[""],
                 one,
-                tuple(checks[_key(one.series)]),
+                tuple(checks[asset_path(one.series)]),
             )
             for one in found
         ]
@@ -367,7 +378,6 @@ class Demo:
                 f"{before:,} candles were stored by an earlier run and not fetched again ({changed:,}"
                 f" changed); {new:,} were new."
             )
-        self._say(f"UI: {self._visit}")
 
 
 def _default_home() -> Path:
@@ -380,7 +390,7 @@ def _write_settings(home: Path) -> Path:
     ownership.make_home(home)
     path = home / "backfill.yaml"
     if not path.exists():
-        start = to_datetime(_months_later(to_micros(datetime.now(UTC)), -12 * HISTORY_YEARS))
+        start = to_datetime(Grain.MONTH.start(to_micros(datetime.now(UTC)), -12 * HISTORY_YEARS))
         symbols = "".join(_SYMBOL.format(symbol=symbol) for symbol in SYMBOLS)
         ownership.write_text(path, _SETTINGS.format(start=f"{start:%Y-%m-%d}") + symbols)
     return path
@@ -400,11 +410,6 @@ def _clean_environment(home: Path, config: Path) -> dict[str, str]:
     return {**kept, **disabled, "FKS_HOME": str(home), "FKS_CONFIG": str(config)}
 
 
-def _key(series: Series) -> Key:
-    # Not orchestration.groups.asset_key: importing Dagster takes a second.
-    return ("ohlcv", identifier(series.symbol), series.timeframe.value)
-
-
 def _free_port(wanted: int) -> int:
     """`wanted` if it is free, else any free port."""
     for port in (wanted, 0):
@@ -416,13 +421,6 @@ def _free_port(wanted: int) -> int:
                 continue
             return int(probe.getsockname()[1])
     raise DemoFailed("there is no free port")
-
-
-def _months_later(moment: int, months: int) -> int:
-    """The start of the month `months` after that of `moment`."""
-    day = to_datetime(moment)
-    year, month = divmod(day.year * 12 + day.month - 1 + months, 12)
-    return to_micros(datetime(year, month + 1, 1, tzinfo=UTC))
 
 
 def _hours(month: int, day: int, first: int, last: int) -> TimeRange:

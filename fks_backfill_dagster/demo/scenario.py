@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fks_backfill_dagster import app
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.ranges import TimeRange
-from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.host import launch, servers
 from fks_backfill_dagster.host.graphql import Webserver
 from fks_backfill_dagster.host.launch import Launched, Order
 from fks_backfill_dagster.host.processes import Guard
 from fks_backfill_dagster.ownership import make_home, write_text
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.settings.model import KEY_VARIABLES, Settings
 from fks_backfill_dagster.simulator.config import MarketConfig
@@ -68,7 +69,7 @@ class Scene:
 
 def failed_partition() -> str:
     """The key of the partition that fails in a scene created now."""
-    return _key(_months()[FAILED_MONTH])
+    return Grain.MONTH.key(_months()[FAILED_MONTH])
 
 
 @contextmanager
@@ -76,7 +77,7 @@ def failed_month(home: Path, *, port: int = 0, environ: Mapping[str, str] | None
     """The scene in `home`, which is created; `port` 0: a free port for Dagster's webserver.
 
     `environ` replaces this process's environment. Without FKS_DATABASE_URL in it the database is the
-    embedded one of `home`. Raises ServersError, DagsterRefused, StoreError or EmbeddedError.
+    embedded one of `home`. Raises ServersError, DagsterError, StoreError or EmbeddedError.
     """
     months = _months()
     failed = TimeRange(months[FAILED_MONTH], months[FAILED_MONTH + 1])
@@ -91,16 +92,16 @@ def failed_month(home: Path, *, port: int = 0, environ: Mapping[str, str] | None
                 count=None,
                 status=400,  # a status that no client retries
                 symbol=FAILED_SYMBOL.replace("/", ""),
-                start=_key(failed.start),
-                end=_key(failed.end),
+                start=Grain.MONTH.key(failed.start),
+                end=Grain.MONTH.key(failed.end),
             )
         with Guard(home, settings.root):
             try:
-                window = TimeRange(months[0], months[-1])
-                orders = tuple(launch.order(settings, one, window) for one in settings.series())
+                window, catalog = TimeRange(months[0], months[-1]), Catalog(settings)
+                orders = tuple(launch.order(catalog, one, window) for one in catalog.series)
                 first = _backfill(settings, environment, orders, port or servers.free_port())
                 web = launch.running_webserver(settings)
-                yield Scene(settings, environment, market, web, orders, _key(failed.start), first)
+                yield Scene(settings, environment, market, web, orders, Grain.MONTH.key(failed.start), first)
             finally:
                 servers.down(settings, say=_silent)
 
@@ -131,22 +132,14 @@ def _batches(settings: Settings) -> list[BatchInfo]:
 
 def _months() -> list[int]:
     """The starts of the 24 complete months before the current one, and of the current one: 25 edges."""
-    edges = [to_datetime(app.now()).replace(day=1, hour=0, minute=0, second=0, microsecond=0)]
-    while len(edges) <= MONTHS:
-        year, month = divmod(edges[-1].year * 12 + edges[-1].month - 2, 12)
-        edges.append(edges[-1].replace(year=year, month=month + 1))
-    return [to_micros(edge) for edge in reversed(edges)]
-
-
-def _key(month: int) -> str:
-    return f"{to_datetime(month):%Y-%m-%d}"
+    return [Grain.MONTH.start(app.now(), -before) for before in range(MONTHS, -1, -1)]
 
 
 def _write(home: Path, start: int) -> Path:
     make_home(home)
     config = home / "backfill.yaml"
     symbols = "".join(_SYMBOL.format(symbol=symbol, timeframe=TIMEFRAME) for symbol in SYMBOLS)
-    write_text(config, _CONFIG.format(start=_key(start)) + symbols)
+    write_text(config, _CONFIG.format(start=Grain.MONTH.key(start)) + symbols)
     return config
 
 

@@ -10,7 +10,7 @@ and a 4h candle that contains the end of a closed forex day contains the start o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date, datetime
 from zoneinfo import ZoneInfo
 
@@ -58,11 +58,11 @@ def closed_ranges(series: Series, dates: Iterable[tuple[date, date]]) -> RangeSe
         case AssetClass.CRYPTO:
             opens, closes = days, days + MICROS_PER_DAY
         case AssetClass.STOCKS:
-            daily = grid_of(replace(series, timeframe=Timeframe.D1))
+            daily = grid_of(series.at(Timeframe.D1))
             opens = days[daily.contains(days)]
             closes = daily.closes(opens)
         case AssetClass.FOREX:
-            daily = grid_of(replace(series, timeframe=Timeframe.D1))
+            daily = grid_of(series.at(Timeframe.D1))
             opens = daily.at(daily.rank(days) - 1)  # the last one that opens before the date begins in UTC
             opens = opens[opens > days - MICROS_PER_DAY // 2]
             closes = daily.closes(opens)
@@ -114,7 +114,7 @@ class ClosureChange:
         was, now = _midnights(before), _midnights(present)
         fresh, gone = np.setdiff1d(now, was), np.setdiff1d(was, now)
         days = [(day, day) for day in fresh.astype("datetime64[us]").astype("datetime64[D]").tolist()]
-        added = closed_ranges(replace(series, timeframe=Timeframe.D1), days)
+        added = closed_ranges(series.at(Timeframe.D1), days)
         return cls((old - new) | (new - old), added, len(fresh), len(gone))
 
 
@@ -145,7 +145,7 @@ def _midnights(dates: Iterable[tuple[date, date]]) -> Instants:
 
 def _weeks(series: Series, days: Instants) -> RangeSet:
     """The weeks whose expected days all open at one of `days`."""
-    weekly, daily = grid_of(series), grid_of(replace(series, timeframe=Timeframe.D1))
+    weekly, daily = grid_of(series), grid_of(series.at(Timeframe.D1))
     if series.asset_class is AssetClass.FOREX:
         opens = weekly.at(weekly.rank(days + 1) - 1)
     else:
@@ -174,7 +174,7 @@ def _candles_within(series: Series, closed: RangeSet) -> RangeSet:
     first, past = grid.rank(closed.starts), grid.rank(closed.ends)
     past = past - (grid.closes(grid.at(past - 1)) > closed.ends)
     if series.asset_class is AssetClass.FOREX:
-        weekly = grid_of(replace(series, timeframe=Timeframe.W1))
+        weekly = grid_of(series.at(Timeframe.W1))
         early = grid.closes(grid.at(first - 1)) > closed.starts
         first = first - (early & weekly.contains(closed.starts))
     some = first < past

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
-from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
 
 LEAST_SYMBOLS = 3
@@ -61,18 +61,13 @@ class VenueOutage:
     synced: int
 
 
-def venue_of(series: Series) -> str:
-    """The venue of a series: for stocks the exchange, by its calendar; else the market of the asset class."""
-    return series.calendar if series.asset_class is AssetClass.STOCKS else series.asset_class.value
-
-
 def recognise(series: Sequence[Series], synced: Spans, missing: Spans) -> tuple[VenueOutage, ...]:
     """The outages of all venues among `series`, ascending by venue and time.
 
     The owners in `synced` and `missing` are indices of `series`; where candles are missing a series counts as
     synced. Ranges without an expected candle between them are one outage. Costs O(n log n) in the number of ranges.
     """
-    venues = [venue_of(one) for one in series]
+    venues = [one.instrument.venue for one in series]
     found: list[VenueOutage] = []
     for venue in sorted(set(venues)):
         mine = np.array([name == venue for name in venues])

@@ -1,4 +1,4 @@
-"""Names of series and ranges in Dagster: asset keys and partition keys.
+"""Names of series and ranges in Dagster: asset keys, and the partitions of a grain.
 
 A series is the asset `ohlcv / SYMBOL / TIMEFRAME`; the key of a partition is its first day.
 Does not belong here: Dagster's partition definitions (`orchestration.partitions`).
@@ -6,7 +6,8 @@ Does not belong here: Dagster's partition definitions (`orchestration.partitions
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from enum import StrEnum
 
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series, identifier
@@ -20,50 +21,44 @@ AssetPath = tuple[str, ...]
 
 def asset_path(series: Series) -> AssetPath:
     """The parts of the series' asset key."""
-    return (KEY_PREFIX, identifier(series.symbol), series.timeframe.value)
+    symbol, timeframe = series.key
+    return (KEY_PREFIX, identifier(symbol), timeframe)
 
 
-def is_monthly(timeframe: Timeframe) -> bool:
-    """Whether the partitions of this timeframe are months; otherwise they are years."""
-    return timeframe.micros < Timeframe.H1.micros
+class Grain(StrEnum):
+    """The length of partitions, UTC: months below 1h, years from 1h up. The value is its name in SQL (`date_trunc`).
 
+    Instants are microseconds.
+    """
 
-def key_at(timeframe: Timeframe, moment: int) -> str:
-    """The key of the partition that contains `moment`."""
-    return f"{to_datetime(moment):{'%Y-%m-01' if is_monthly(timeframe) else '%Y-01-01'}}"
+    MONTH = "month"
+    YEAR = "year"
 
+    @classmethod
+    def of(cls, timeframe: Timeframe) -> Grain:
+        return cls.MONTH if timeframe.micros < Timeframe.H1.micros else cls.YEAR
 
-def keys_of(timeframe: Timeframe, window: TimeRange) -> list[str]:
-    """The keys of all partitions that intersect `window`, which is not empty."""
-    day, last = to_datetime(window.start).replace(day=1), key_at(timeframe, window.end - 1)
-    keys = [key_at(timeframe, window.start)]
-    while keys[-1] < last:
-        day = (day + timedelta(days=31)).replace(day=1)
-        key = key_at(timeframe, to_micros(day))
-        if key != keys[-1]:
-            keys.append(key)
-    return keys
+    def start(self, moment: int, offset: int = 0) -> int:
+        """The start of the partition that contains `moment`; `offset` 1: of the next one, -1: of the previous one."""
+        day = to_datetime(moment)
+        if self is Grain.YEAR:
+            return to_micros(datetime(day.year + offset, 1, 1, tzinfo=UTC))
+        year, month = divmod(day.year * 12 + day.month - 1 + offset, 12)
+        return to_micros(datetime(year, month + 1, 1, tzinfo=UTC))
 
+    def key(self, moment: int) -> str:
+        """The key of the partition that contains `moment`."""
+        return f"{to_datetime(self.start(moment)):{KEY_FORMAT}}"
 
-def keys_before_start(timeframe: Timeframe, begin: int, start: int) -> tuple[str, ...]:
-    """The keys of the partitions, from the one that contains `begin` on, that lie wholly before `start`."""
-    if start <= begin:
-        return ()
-    own = key_at(timeframe, start)
-    return tuple(key for key in keys_of(timeframe, TimeRange(begin, start)) if key < own)
+    def keys(self, window: TimeRange) -> list[str]:
+        """The keys of all partitions that intersect `window`, which is not empty."""
+        keys, start = [], self.start(window.start)
+        while start < window.end:
+            keys.append(self.key(start))
+            start = self.start(start, 1)
+        return keys
 
-
-def window_of(timeframe: Timeframe, key: str) -> TimeRange:
-    """The time range of the partition of that key."""
-    day = datetime.strptime(key, KEY_FORMAT).replace(tzinfo=UTC)
-    if is_monthly(timeframe):
-        return TimeRange(to_micros(day), to_micros((day + timedelta(days=31)).replace(day=1)))
-    return TimeRange(to_micros(day), to_micros(day.replace(year=day.year + 1)))
-
-
-def start_before(timeframe: Timeframe, moment: int) -> int:
-    """The start of the partition before that of `moment`."""
-    day = to_datetime(moment).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-    if not is_monthly(timeframe):
-        return to_micros(day.replace(year=day.year - 1, month=1))
-    return to_micros((day - timedelta(days=1)).replace(day=1))
+    def window(self, key: str) -> TimeRange:
+        """The time range of the partition of that key."""
+        start = to_micros(datetime.strptime(key, KEY_FORMAT).replace(tzinfo=UTC))
+        return TimeRange(start, self.start(start, 1))

@@ -22,7 +22,7 @@ def bounded_wait(seconds: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class RateWindow:
     """A rate window: at most `limit` of request weight in any period of `seconds`."""
 
     limit: int
@@ -41,20 +41,20 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class RateLimits:
     """The rate limits of one account at one provider; all of them apply at once, none means no limit.
 
     account: identifies the account that requests are counted for, without revealing its key.
     longest: seconds after which a permit counts as released even if it was not (a killed process).
     """
 
-    windows: tuple[Window, ...] = ()
+    windows: tuple[RateWindow, ...] = ()
     account: str = ""
     longest: float = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class Permit:
     """The response to the acquisition of a permit: granted (`wait` 0), or try again after `wait` seconds.
 
     reason: set if the wait is long enough to be reported, and perhaps not to be waited for: the provider demanded
@@ -68,7 +68,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
+class CoolDown:
     """The cool-down of a provider: it is not requested for another `seconds`, because of `reason`."""
 
     seconds: float

@@ -221,6 +221,7 @@ def request_of(run: DagsterRun) -> RunRequest:
         asset_check_keys=None if run.asset_check_selection is None else sorted(run.asset_check_selection),
         tags={name: run.tags[name] for name in span if name in run.tags},
         partition_key=run.tags.get(PARTITION_NAME_TAG),
+        run_config=run.run_config,
     )
 
 

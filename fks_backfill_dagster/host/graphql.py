@@ -27,17 +27,19 @@ REPOSITORY = {"repositoryName": "__repository__", "repositoryLocationName": "fks
 _PAUSE_SECONDS = 0.5
 
 FINISHED = frozenset({"SUCCESS", "FAILURE", "CANCELED"})
+QUEUED = "QUEUED"
+UNFINISHED = (QUEUED, "NOT_STARTED", "STARTING", "STARTED", "CANCELING")
 
 
-class DagsterRefused(Exception):
+class DagsterError(Exception):
     """Raised when Dagster is unreachable or returns an error; the text is Dagster's message."""
 
 
-class Unreachable(DagsterRefused):
+class Unreachable(DagsterError):
     """Dagster is unreachable."""
 
 
-class WrongToken(DagsterRefused):
+class WrongToken(DagsterError):
     """The webserver requires another token."""
 
 
@@ -86,14 +88,16 @@ class Webserver:
     url: str
     token: str | None = field(default=None, repr=False)
     patience: float = 0.0
+    timeout: float = 60.0
+    """Seconds that one query may take."""
 
     @property
     def visit(self) -> str:
         """The URL for a browser; it includes the token for the login."""
         return self.url if self.token is None else f"{self.url}/?{urlencode({TOKEN: self.token})}"
 
-    def ask(self, query: str, **variables: object) -> dict[str, Any]:
-        """The `data` of the response. Raises DagsterRefused."""
+    def query(self, query: str, **variables: object) -> dict[str, Any]:
+        """The `data` of the response. Raises DagsterError."""
         deadline = time.monotonic() + self.patience
         while True:
             try:
@@ -110,18 +114,18 @@ class Webserver:
             headers["Authorization"] = f"Bearer {self.token}"
         request = Request(f"{self.url}/graphql", body, headers)
         try:
-            with _open(request, timeout=60) as response:
+            with _open(request, timeout=self.timeout) as response:
                 document = json.loads(response.read())
         except HTTPError as error:
             if error.code == 401:
                 raise WrongToken(
                     f"{self.url} requires another token: set FKS_API_TOKEN to the value that `fks-backfill up` had"
                 ) from None
-            raise DagsterRefused(f"{self.url} returned {error.code}: {error.read()[:500]!r}") from None
+            raise DagsterError(f"{self.url} returned {error.code}: {error.read()[:500]!r}") from None
         except (URLError, HTTPException, OSError, ValueError) as error:
             raise Unreachable(f"{self.url} is not reachable: {error}") from None
         if document.get("errors"):
-            raise DagsterRefused("; ".join(error["message"] for error in document["errors"]))
+            raise DagsterError("; ".join(error["message"] for error in document["errors"]))
         data: dict[str, Any] = document["data"]
         return data
 
@@ -129,15 +133,15 @@ class Webserver:
 
     def answers(self) -> bool:
         try:
-            return bool(self.ask("{ version }")["version"])
+            return bool(self.query("{ version }")["version"])
         except WrongToken:
             raise
-        except DagsterRefused:
+        except DagsterError:
             return False
 
     def late_daemons(self, since: float) -> list[str]:
         """Required daemons without a heartbeat since `since` (seconds since the epoch)."""
-        found = self.ask(
+        found = self.query(
             "{ instance { daemonHealth { allDaemonStatuses { daemonType required lastHeartbeatTime } } } }"
         )
         return [
@@ -148,7 +152,7 @@ class Webserver:
 
     def load_errors(self) -> list[str]:
         """Load errors of code locations; empty if all are loaded."""
-        found = self.ask(
+        found = self.query(
             "{ workspaceOrError { __typename ... on PythonError { message } ... on Workspace {"
             " locationEntries { name locationOrLoadError { __typename ... on PythonError { message } } } } } }"
         )["workspaceOrError"]
@@ -159,7 +163,7 @@ class Webserver:
 
     def reloaded(self) -> list[str]:
         """Reloads the code location; returns its load errors, empty if it loads."""
-        self.ask(
+        self.query(
             "mutation($name: String!) { reloadRepositoryLocation(repositoryLocationName: $name) { __typename } }",
             name=REPOSITORY["repositoryLocationName"],
         )
@@ -170,41 +174,41 @@ class Webserver:
     def launch_backfill(self, partitions: Mapping[tuple[str, ...], tuple[str, str]]) -> str:
         """Launches a backfill of assets over partition ranges (first, last key); grains may be mixed.
 
-        Returns the id of the backfill. Raises DagsterRefused.
+        Returns the id of the backfill. Raises DagsterError.
         """
         wanted = [
             {"assetKey": {"path": list(key)}, "partitions": {"ranges": [{"start": first, "end": last}]}}
             for key, (first, last) in partitions.items()
         ]
-        found = self.ask(
+        found = self.query(
             "mutation($params: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $params) {"
             " __typename ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } } }",
             params={"partitionsByAssets": wanted, "title": "fks-backfill"},
         )["launchPartitionBackfill"]
         if found["__typename"] != "LaunchBackfillSuccess":
-            raise DagsterRefused(
+            raise DagsterError(
                 f"Dagster rejected the backfill: {found.get('message') or found['__typename']}"
             )
         return str(found["backfillId"])
 
     def launch_checks(self, checks: Sequence[tuple[tuple[str, ...], str]]) -> str:
-        """Launches a run of these checks (asset, name) only; returns its id. Raises DagsterRefused."""
+        """Launches a run of these checks (asset, name) only; returns its id. Raises DagsterError."""
         wanted = [{"assetKey": {"path": list(asset)}, "name": name} for asset, name in checks]
         selector = {**REPOSITORY, "pipelineName": "__ASSET_JOB", "assetSelection": []}
-        found = self.ask(
+        found = self.query(
             "mutation($params: ExecutionParams!) { launchRun(executionParams: $params) { __typename"
             " ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }",
             params={"selector": {**selector, "assetCheckSelection": wanted}, "mode": "default"},
         )["launchRun"]
         if found["__typename"] != "LaunchRunSuccess":
-            raise DagsterRefused(f"Dagster rejected the run: {found.get('message') or found['__typename']}")
+            raise DagsterError(f"Dagster rejected the run: {found.get('message') or found['__typename']}")
         return str(found["run"]["runId"])
 
     # --- definitions ---
 
     def defined(self, assets: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
         """The assets among these that the loaded definitions contain."""
-        found = self.ask(
+        found = self.query(
             "query($keys: [AssetKeyInput!]) { assetNodes(assetKeys: $keys) { assetKey { path } isMaterializable } }",
             keys=[{"path": list(asset)} for asset in assets],
         )["assetNodes"]
@@ -212,7 +216,7 @@ class Webserver:
 
     def first_partition(self, asset: tuple[str, ...]) -> str | None:
         """The key of the asset's first partition; None if the asset is not defined."""
-        found = self.ask(
+        found = self.query(
             "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {"
             " partitionKeyConnection(limit: 1, ascending: true) { results } } } }",
             key={"path": list(asset)},
@@ -223,15 +227,15 @@ class Webserver:
     # --- outcomes ---
 
     def backfill(self, identity: str) -> tuple[str, list[Run]]:
-        """The status of a backfill and its runs so far. Raises DagsterRefused, also when it has failed."""
+        """The status of a backfill and its runs so far. Raises DagsterError, also when it has failed."""
         found = self.backfill_state(identity)
         if found.error:
-            raise DagsterRefused(f"the backfill failed: {found.error}")
+            raise DagsterError(f"the backfill failed: {found.error}")
         return found.status, list(found.runs)
 
     def backfill_state(self, identity: str) -> Backfill:
-        """The state of a backfill. Raises DagsterRefused if it does not exist."""
-        found = self.ask(
+        """The state of a backfill. Raises DagsterError if it does not exist."""
+        found = self.query(
             "query($id: String!) { partitionBackfillOrError(backfillId: $id) { __typename"
             " ... on PartitionBackfill { status error { message }"
             " runs { id status tags { key value } assetSelection { path } } }"
@@ -239,7 +243,7 @@ class Webserver:
             id=identity,
         )["partitionBackfillOrError"]
         if found["__typename"] != "PartitionBackfill":
-            raise DagsterRefused(str(found.get("message") or found["__typename"]))
+            raise DagsterError(str(found.get("message") or found["__typename"]))
         error = found["error"]["message"] if found["error"] else None
         return Backfill(found["status"], [_run(run) for run in found["runs"]], error)
 
@@ -247,7 +251,7 @@ class Webserver:
         """Partitions materialized so far by each run, over all of its assets."""
         if not runs:
             return {}
-        found = self.ask(
+        found = self.query(
             "query($ids: [String]!) { runsOrError(filter: {runIds: $ids}) { ... on Runs { results { id"
             " stats { ... on RunStatsSnapshot { materializations } } } } } }",
             ids=list(runs),
@@ -256,27 +260,36 @@ class Webserver:
 
     def failed_partitions(self, asset: tuple[str, ...], keys: Sequence[str]) -> list[str]:
         """The partitions among `keys` that Dagster shows as failed."""
-        found = self.ask(
+        found = self.query(
             "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { __typename ... on AssetNode {"
             " assetPartitionStatuses { ... on TimePartitionStatuses { ranges { status startKey endKey } } } } } }",
             key={"path": list(asset)},
         )["assetNodeOrError"]
         if found["__typename"] != "AssetNode":
-            raise DagsterRefused(f"{'/'.join(asset)}: {found['__typename']}")
+            raise DagsterError(f"{'/'.join(asset)}: {found['__typename']}")
         ranges = [r for r in found["assetPartitionStatuses"]["ranges"] if r["status"] == "FAILED"]
         return [key for key in keys if any(r["startKey"] <= key <= r["endKey"] for r in ranges)]
 
     def run(self, identity: str) -> Run:
-        found = self.ask(
+        found = self.query(
             "query($id: ID!) { runOrError(runId: $id) { __typename ... on Run { status } } }", id=identity
         )["runOrError"]
         if found["__typename"] != "Run":
-            raise DagsterRefused(f"run {identity}: {found['__typename']}")
+            raise DagsterError(f"run {identity}: {found['__typename']}")
         return Run(identity, found["status"])
+
+    def unfinished(self) -> list[str]:
+        """The status of every run that has not ended."""
+        found = self.query(
+            "query($statuses: [RunStatus!]) { runsOrError(filter: {statuses: $statuses}) {"
+            " ... on Runs { results { status } } } }",
+            statuses=list(UNFINISHED),
+        )["runsOrError"]
+        return [run["status"] for run in found.get("results", [])]
 
     def failures(self, run: str) -> list[str]:
         """The step errors of a failed run."""
-        found = self.ask(
+        found = self.query(
             "query($id: ID!) { logsForRun(runId: $id) { __typename ... on EventConnection { events {"
             " __typename ... on ExecutionStepFailureEvent { error { message } } } } } }",
             id=run,
@@ -286,7 +299,7 @@ class Webserver:
 
     def check_outcomes(self, asset: tuple[str, ...]) -> list[CheckOutcome]:
         """The last evaluation of each check of an asset."""
-        found = self.ask(
+        found = self.query(
             "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { __typename ... on AssetNode {"
             " assetChecksOrError { ... on AssetChecks { checks { name executionForLatestMaterialization"
             " { status } } } } } } }",

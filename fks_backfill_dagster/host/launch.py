@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fks_backfill_dagster.domain.partitions import AssetPath, asset_path, is_monthly, keys_of
+from fks_backfill_dagster.domain.partitions import AssetPath, Grain, asset_path
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso
-from fks_backfill_dagster.host.graphql import Backfill, DagsterRefused, Run, Webserver
+from fks_backfill_dagster.host.graphql import Backfill, DagsterError, Run, Webserver
 from fks_backfill_dagster.host.processes import KEEPER, Background
 from fks_backfill_dagster.host.servers import DAEMON, HOST, WEBSERVER, ServersError
 from fks_backfill_dagster.login import token_of
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 
 POLL_SECONDS = 1.0
@@ -92,15 +93,15 @@ class Launched:
         return not any(self.failed.values()) and all(run.status == "SUCCESS" for run in last)
 
 
-def order(settings: Settings, series: Series, window: TimeRange) -> Order:
+def order(catalog: Catalog, series: Series, window: TimeRange) -> Order:
     """The partitions that overlap `window`, from the series' own start on.
 
     Raises ValueError if the window ends before that start.
     """
-    start = max(window.start, settings.start_of(series))
+    start = max(window.start, catalog.start_of(series))
     if start >= window.end:
         raise ValueError(f"{series} starts at {iso(start)}, and the range ends before")
-    return Order(series, tuple(keys_of(series.timeframe, TimeRange(start, window.end))))
+    return Order(series, tuple(Grain.of(series.timeframe).keys(TimeRange(start, window.end))))
 
 
 def running_webserver(settings: Settings) -> Webserver:
@@ -124,17 +125,17 @@ def running_webserver(settings: Settings) -> Webserver:
 def start(web: Webserver, orders: Sequence[Order], say: Say | None = None) -> str:
     """Launches a backfill of the orders; returns its id.
 
-    Reloads the definitions first if they lack a symbol or a start of the settings. Raises DagsterRefused.
+    Reloads the definitions first if they lack a symbol or a start of the settings. Raises DagsterError.
     """
     if _unknown(web, orders):
         if say is not None:
             say("The settings have changed since Dagster loaded them: reloading the code location")
         errors = web.reloaded()
         if errors:
-            raise DagsterRefused(f"the definitions fail to load: {errors[0].strip()}")
+            raise DagsterError(f"the definitions fail to load: {errors[0].strip()}")
         unknown = _unknown(web, orders)
         if unknown:
-            raise DagsterRefused(
+            raise DagsterError(
                 f"{', '.join(unknown)}: not defined in the running Dagster, which has other settings than this"
                 " command. Compare FKS_CONFIG, or restart it: `fks-backfill down`, then `up`."
             )
@@ -147,10 +148,10 @@ def _unknown(web: Webserver, orders: Sequence[Order]) -> list[str]:
     missing = [str(one.series) for one in orders if one.asset not in defined]
     if missing:
         return missing
-    for monthly in (True, False):
-        grain = [one for one in orders if is_monthly(one.series.timeframe) is monthly]
-        if grain:
-            first = min(grain, key=lambda one: one.keys[0])
+    for grain in Grain:
+        mine = [one for one in orders if Grain.of(one.series.timeframe) is grain]
+        if mine:
+            first = min(mine, key=lambda one: one.keys[0])
             begin = web.first_partition(first.asset)
             if begin is None or begin > first.keys[0]:
                 missing.append(f"the partition {first.keys[0]} of {first.series}")
@@ -170,7 +171,7 @@ def watch(
     """Reports the progress about once a second until every partition was run.
 
     If symbols are removed from the settings meanwhile and partitions of other symbols are lost with them, another
-    backfill runs those. Waits for a webserver that is being restarted. Raises DagsterRefused if Dagster fails the
+    backfill runs those. Waits for a webserver that is being restarted. Raises DagsterError if Dagster fails the
     backfill for any other reason.
     """
     web_without_retries, web = web, replace(web, patience=AWAY_SECONDS)
@@ -182,15 +183,15 @@ def watch(
         defined = web.defined([one.asset for one in orders])
         gone = {one for one in orders if one.asset not in defined}
         if not defined and (errors := web.load_errors()):
-            raise DagsterRefused(
+            raise DagsterError(
                 f"the definitions fail to load: {errors[0].strip()}. Started runs continue: {web.url}/runs/b/{ids[-1]}"
             )
         if len(gone) == len(orders):
-            raise DagsterRefused(
+            raise DagsterError(
                 "every symbol of the backfill was removed from the settings: add them again, then launch again"
             )
         if state.error and gone == removed:
-            raise DagsterRefused(
+            raise DagsterError(
                 f"the backfill failed: {state.error.strip()}\nLaunch again to complete it: only missing candles"
                 " are fetched."
             )

@@ -24,10 +24,10 @@ import click
 
 from fks_backfill_dagster import app, ownership
 from fks_backfill_dagster.host import code_server
-from fks_backfill_dagster.host.graphql import DagsterRefused, Webserver, WrongToken
+from fks_backfill_dagster.host.graphql import QUEUED, DagsterError, Webserver, WrongToken
 from fks_backfill_dagster.host.keeper import Part, Plan
 from fks_backfill_dagster.host.processes import KEEPER, Background, stop, stop_all
-from fks_backfill_dagster.login import make_token
+from fks_backfill_dagster.login import make_token, token_of
 from fks_backfill_dagster.settings.model import CONFIG, SHIPPED, Settings
 
 HOST = "127.0.0.1"
@@ -50,6 +50,9 @@ EVENTS_AT_ONCE = "100"
 
 FRESHNESS_SECONDS = "120"
 """Interval of Dagster's freshness evaluation: it takes seconds for thousands of series."""
+
+UNFINISHED_SECONDS = 5.0
+"""The longest wait of `down` for the list of runs."""
 
 Say = Callable[[str], object]
 
@@ -132,15 +135,52 @@ def up(
 def down(settings: Settings, *, say: Say = click.echo) -> list[str]:
     """Stops the servers of `up`, orphans of killed servers, and the embedded database.
 
-    Returns the names of those that ran.
+    Reports the runs that have not ended, and other users of the database, before it stops them. Returns the names of
+    the servers that ran.
     """
     with _locked(settings):
+        for line in consequences(_unfinished(settings)):
+            say(line)
         ran = stop_all(settings.home)
         embedded = app.embedded(settings)
-        if embedded is not None and embedded.stop():
-            ran.append("database")
+        if embedded is not None:
+            if embedded.status().in_use:
+                say("Other commands use the embedded database: they end with an error, and can be run again.")
+            if embedded.stop():
+                ran.append("database")
     say(f"Stopped: {', '.join(ran)}." if ran else "Nothing was running.")
     return ran
+
+
+def _unfinished(settings: Settings) -> list[str]:
+    """The status of every run that has not ended; none if the webserver does not respond."""
+    server = Background(settings.home, WEBSERVER)
+    if not (server.is_running() and server.port):
+        return []
+    web = Webserver(f"http://{HOST}:{server.port}", token_of(settings), timeout=UNFINISHED_SECONDS)
+    try:
+        return web.unfinished()
+    except DagsterError:
+        return []
+
+
+def consequences(statuses: Sequence[str]) -> list[str]:
+    """Sentences about the unfinished runs, which `down` ends or leaves in the queue."""
+    queued = statuses.count(QUEUED)
+    going = len(statuses) - queued
+    lines = []
+    if going:
+        lines.append(
+            f"{_runs(going)} in progress and will end as failed. Committed candles are kept; the next refresh fetches"
+            " the rest of the current partitions, `fks-backfill launch` that of earlier ones."
+        )
+    if queued:
+        lines.append(f"{_runs(queued)} in the queue until the next `fks-backfill up`.")
+    return lines
+
+
+def _runs(count: int) -> str:
+    return "1 run is" if count == 1 else f"{count:,} runs are"
 
 
 def stop_part(settings: Settings, name: str) -> None:
@@ -358,7 +398,7 @@ def _ready(web: Webserver, daemons_since: float | None) -> bool:
             f"the webserver at {web.url} was started with another token: stop it with `fks-backfill down`, then"
             " start it again."
         ) from None
-    except DagsterRefused:
+    except DagsterError:
         return False
 
 

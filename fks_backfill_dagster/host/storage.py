@@ -33,8 +33,8 @@ from dagster_postgres import (
 from dagster_postgres.utils import create_pg_engine
 
 from fks_backfill_dagster import app, ownership
-from fks_backfill_dagster.host.lasting import add_retries
 from fks_backfill_dagster.host.servers import dagster_folder
+from fks_backfill_dagster.host.storage_retries import add_retries
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store import sessions

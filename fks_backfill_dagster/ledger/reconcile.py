@@ -159,7 +159,7 @@ class SeriesAudit:
         return replace(self, differences=marked)
 
 
-def judge(series: Series, grid: Grid, recorded: Recorded, seen: Seen, closed_end: int) -> SeriesAudit:
+def reconcile(series: Series, grid: Grid, recorded: Recorded, seen: Seen, closed_end: int) -> SeriesAudit:
     """Reconciles one series. `closed_end` is the open of the first candle that is not closed yet."""
     claims = _Claims.of(recorded.gaps, grid)
     kept = _closed_part(recorded.synced, grid, closed_end)

@@ -47,7 +47,7 @@ class Evidence:
         return self.outcome in (Outcome.ABSENT, Outcome.REFUSED)
 
     @property
-    def said(self) -> str:
+    def text(self) -> str:
         """The detail without the provider's name, which errors begin with."""
         return self.detail.removeprefix(f"{self.provider}: ") or self.outcome.value
 
@@ -153,7 +153,7 @@ class Known:
         gaps = self.ranges(GapStatus.OPEN, GapStatus.UNAVAILABLE, GapStatus.TOLERATED)
         return (RangeSet([window]) - self.synced) | (gaps & RangeSet([window]))
 
-    def quiet(self, window: TimeRange) -> RangeSet:
+    def no_trade(self, window: TimeRange) -> RangeSet:
         """The no-trade intervals, in which no candle is missing."""
         return self.ranges(GapStatus.NO_TRADE) & RangeSet([window])
 

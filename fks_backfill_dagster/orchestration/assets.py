@@ -12,7 +12,7 @@ from a provider's response is a gap: the partition is materialized, and the comp
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, cast
 
@@ -41,15 +41,17 @@ from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.checks import evaluate_after_failure, evaluate_after_refresh
 from fks_backfill_dagster.orchestration.groups import Group
 from fks_backfill_dagster.orchestration.partitions import partitions_for, windows_of
+from fks_backfill_dagster.orchestration.refresh import requested_range
 from fks_backfill_dagster.orchestration.resources import ALL, opened
 from fks_backfill_dagster.orchestration.retrying import retried, wait_until_available
-from fks_backfill_dagster.orchestration.run_config import RunKind, requested_range
+from fks_backfill_dagster.orchestration.run_config import SyncConfig, SyncMode, SyncOptions, options_of
 from fks_backfill_dagster.orchestration.run_log import Lines, Progress, SyncLogger
 from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.pipeline.freshness import behind
-from fks_backfill_dagster.pipeline.plan import Scope, closed_window
+from fks_backfill_dagster.pipeline.plan import closed_window
 from fks_backfill_dagster.pipeline.report import SyncReport
 from fks_backfill_dagster.pipeline.sync import sync
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.coverage import PartState, listed_at, part_states
 from fks_backfill_dagster.store.errors import DatabaseUnavailable, SeriesChanged, StoreError
@@ -86,14 +88,14 @@ _COLUMNS = TableSchema(
 )
 
 
-def build_asset(group: Group, settings: Settings) -> AssetsDefinition:
+def build_asset(group: Group, settings: Settings, catalog: Catalog) -> AssetsDefinition:
     """The multi-asset of one group."""
-    partitions = partitions_for(group.timeframe, settings.earliest_start)
+    partitions = partitions_for(group.timeframe, catalog.earliest_start)
 
     @multi_asset(
-        name=f"ohlcv_{group.name}",
+        name=group.op_name,
         specs=[
-            _spec(key, series, group, partitions, ended=settings.end_of(series) is not None)
+            _spec(key, series, group, partitions, ended=catalog.end_of(series) is not None)
             for key, series in group.series.items()
         ],
         partitions_def=partitions,
@@ -102,8 +104,9 @@ def build_asset(group: Group, settings: Settings) -> AssetsDefinition:
         can_subset=True,
         pool=group.asset_class.value,
     )
-    def ohlcv(context: AssetExecutionContext) -> Iterator[MaterializeResult[Any]]:
-        yield from _materialize(context, group, settings, partitions)
+    def ohlcv(context: AssetExecutionContext, config: SyncConfig) -> Iterator[MaterializeResult[Any]]:
+        options = options_of(context.run, group.op_name, config, settings)
+        yield from _materialize(context, group, settings, catalog, partitions, options)
 
     return ohlcv
 
@@ -164,7 +167,7 @@ class Outcome:
             "stored": part.stored,
             "missing": part.missing,
             "explained": part.missing - part.unexplained,
-            "quiet": part.quiet,
+            "no_trade": part.no_trade,
             "coverage": part.rounded_coverage,
             "providers": MetadataValue.json(dict(part.providers)),
             "from_fallback": part.from_fallback(self.first_provider),
@@ -208,7 +211,9 @@ def _materialize(
     context: AssetExecutionContext,
     group: Group,
     settings: Settings,
+    catalog: Catalog,
     partitions: TimeWindowPartitionsDefinition,
+    options: SyncOptions,
 ) -> Iterator[MaterializeResult[Any]]:
     """Materializes the selected series over the partitions of the run, SERIES_AT_ONCE at a time."""
     windows = windows_of(partitions, context.partition_keys)
@@ -216,11 +221,11 @@ def _materialize(
     lines = Lines()
     progress = Progress(len(selected), lines)
     failed: list[Outcome] = []
-    refresh = RunKind.of(context.run.tags) is RunKind.REFRESH
+    refresh = options.mode is SyncMode.REFRESH
     with opened(context.resources, settings, lines.warn) as work:
         try:
             with retried(context):
-                for key, outcome in _outcomes(context, work, selected, windows, settings, lines):
+                for key, outcome in _outcomes(context, work, selected, windows, catalog, lines, options):
                     progress.add(outcome.report)
                     stalled = refresh and _is_stalled(work, outcome)
                     if outcome.failed:
@@ -244,7 +249,7 @@ def _materialize(
             progress.end()
             lines.write(context.log)
     if failed:
-        raise _failure(failed, len(selected))
+        raise _failure(failed, len(selected), options.mode)
 
 
 def _outcomes(
@@ -252,18 +257,18 @@ def _outcomes(
     work: Context,
     selected: Mapping[AssetKey, Series],
     windows: Mapping[str, TimeRange],
-    settings: Settings,
+    catalog: Catalog,
     lines: Lines,
+    options: SyncOptions,
 ) -> Iterator[tuple[AssetKey, Outcome]]:
     """The outcome of each series as it completes. Log lines of the threads are written here, in the op's thread."""
-    run_kind = RunKind.of(context.run.tags)
-    known = reaches(work.database, list(selected.values())) if run_kind is RunKind.REFRESH else {}
+    known = reaches(work.database, list(selected.values())) if options.mode is SyncMode.REFRESH else {}
     detailed = len(selected) <= SERIES_AT_ONCE
     pool = ThreadPoolExecutor(SERIES_AT_ONCE, thread_name_prefix="series")
     waiting: dict[Future[Outcome], AssetKey] = {}
     try:
         for key, series in selected.items():
-            task = Task(series, windows, settings, context.run.run_id, run_kind, known.get(series))
+            task = Task(series, windows, catalog, context.run.run_id, options, known.get(series))
             waiting[pool.submit(materialize_with_retries, work, task, lines, detailed)] = key
         while waiting:
             done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -281,22 +286,22 @@ class Task:
 
     series: Series
     windows: Mapping[str, TimeRange]
-    settings: Settings
+    catalog: Catalog
     run_id: str
-    run_kind: RunKind = RunKind.BACKFILL
+    options: SyncOptions = field(default_factory=SyncOptions)
     reach: Reach | None = None
 
     @property
     def window(self) -> TimeRange:
         """The range of the run's partitions, limited to the series' start and end."""
         start, end = min(w.start for w in self.windows.values()), max(w.end for w in self.windows.values())
-        return self.settings.kept(self.series, TimeRange(start, end))
+        return self.catalog.kept(self.series, TimeRange(start, end))
 
     def requested(self, now: int) -> TimeRange:
         """The range to sync."""
-        if self.run_kind is not RunKind.REFRESH:
+        if self.options.mode is not SyncMode.REFRESH:
             return self.window
-        return self.window.intersect(requested_range(self.series, self.reach, self.settings, now))
+        return self.window.intersect(requested_range(self.series, self.reach, self.catalog, now))
 
 
 def materialize_with_retries(work: Context, task: Task, lines: Lines, detailed: bool) -> Outcome:
@@ -314,7 +319,7 @@ def materialize_with_retries(work: Context, task: Task, lines: Lines, detailed: 
 def materialize_series(work: Context, task: Task, logger: SyncLogger) -> Outcome:
     """Syncs the series and evaluates each partition of the run."""
     series, now, grid = task.series, work.clock(), grid_of(task.series)
-    priority = task.settings.priority(series)
+    priority = task.catalog.priority(series)
     first_provider = next(iter(priority), None)
     requested = closed_window(task.requested(now), grid, now, None)
     if grid.count(requested):
@@ -323,10 +328,9 @@ def materialize_series(work: Context, task: Task, logger: SyncLogger) -> Outcome
                 work,
                 series,
                 requested,
-                priority,
-                scope=Scope.GAPS if task.run_kind is RunKind.FILL else Scope.MISSING,
-                # A backfill requests explained gaps again, regardless of their recheck dates.
-                recheck=task.run_kind is RunKind.BACKFILL,
+                task.options.providers or priority,
+                scope=task.options.mode.scope,
+                recheck=task.options.mode.rechecks,
                 run_id=task.run_id,
                 listen=logger,
             )
@@ -348,16 +352,17 @@ def materialize_series(work: Context, task: Task, logger: SyncLogger) -> Outcome
     failed = tuple(
         key
         for key, part in task.windows.items()
-        if parts[key].missing and any(part.intersect(lost) for lost in unanswered)
+        if (parts[key].missing or task.options.mode is SyncMode.REFETCH)
+        and any(part.intersect(lost) for lost in unanswered)
     )
     return Outcome(series, report, parts, failed, first_provider)
 
 
 def _possible(work: Context, task: Task, report: SyncReport, now: int) -> TimeRange:
     """The part of the run's partitions in which candles can exist; a sync of all of them has determined it."""
-    if task.run_kind is not RunKind.REFRESH:
+    if task.options.mode is not SyncMode.REFRESH:
         return report.window
-    listed = listed_at(work.database, task.series, task.settings.priority(task.series))
+    listed = listed_at(work.database, task.series, task.catalog.priority(task.series))
     return closed_window(task.window, grid_of(task.series), now, listed)
 
 
@@ -379,12 +384,15 @@ def _log_succeeded(context: AssetExecutionContext, key: AssetKey, outcome: Outco
         )
 
 
-def _failure(failed: Sequence[Outcome], selected: int) -> Failure:
+def _failure(failed: Sequence[Outcome], selected: int, mode: SyncMode) -> Failure:
     """The failure with its reasons. Without a run retry: the clients have retried, the gap sensor does the rest."""
     text = "\n".join(outcome.summary() for outcome in failed)
+    again = "Materialize the failed partitions again: only missing candles are requested."
+    if mode is SyncMode.REFETCH:
+        again = "Launch the failed partitions again with `mode: refetch`."
     return Failure(
         description=f"{len(failed)} of {selected} series could not be fetched completely:\n{text}\n"
-        "Everything else is stored. Materialize the failed partitions again: only missing candles are requested.",
+        f"Everything else is stored. {again}",
         metadata={
             "failed": MetadataValue.json({str(o.series): cast(Any, list(o.failed)) for o in failed}),
         },

@@ -40,6 +40,7 @@ from fks_backfill_dagster.orchestration.groups import asset_key
 from fks_backfill_dagster.orchestration.resources import DATABASE
 from fks_backfill_dagster.orchestration.retrying import retried
 from fks_backfill_dagster.pipeline.audit import AuditReport, audit, auditable
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.database import Database
 
@@ -64,15 +65,15 @@ _CONFIG = {
 }
 
 
-def build_audit(settings: Settings) -> JobDefinition:
+def build_audit(catalog: Catalog) -> JobDefinition:
     """The job."""
 
     @op(name=OP, required_resource_keys={DATABASE}, config_schema=_CONFIG)
     def audit_series(context: OpExecutionContext) -> None:
         database = getattr(context.resources, DATABASE).database
         with retried(context):
-            series = _wanted(auditable(database, settings.series()), context.op_config["series"])
-            report = audit(database, series, app.now, done=lambda found: _observe(context, settings, found))
+            series = _wanted(auditable(database, catalog.series), context.op_config["series"])
+            report = audit(database, series, app.now, done=lambda found: _observe(context, catalog, found))
         _conclude(context, report)
 
     @job(
@@ -99,11 +100,10 @@ def _wanted(stored: Sequence[Series], names: Sequence[str]) -> Sequence[Series]:
     return [by_name[name] for name in names]
 
 
-def _observe(context: OpExecutionContext, settings: Settings, found: SeriesAudit) -> None:
+def _observe(context: OpExecutionContext, catalog: Catalog, found: SeriesAudit) -> None:
     if not found.differences:
         return
-    configured = {(one.symbol, one.timeframe) for one in settings.series()}
-    if (found.series.symbol, found.series.timeframe) in configured:
+    if found.series in catalog:
         context.log_event(
             AssetObservation(
                 asset_key(found.series),
@@ -155,7 +155,7 @@ def _conclude(context: OpExecutionContext, report: AuditReport) -> None:
 # Schedule -----------------------------------------------------------------------------------------------
 
 
-def build_audit_schedule(settings: Settings) -> ScheduleDefinition:
+def build_audit_schedule(settings: Settings, catalog: Catalog) -> ScheduleDefinition:
     """Every `gap_detection.check_interval_hours`."""
     every = settings.gap_detection.check_interval_hours
     on = settings.automation.audit
@@ -178,7 +178,7 @@ def build_audit_schedule(settings: Settings) -> ScheduleDefinition:
             yield SkipReason("the previous audit is still queued or running")
             return
         database = getattr(context.resources, DATABASE).database
-        found: list[RunRequest | SkipReason] = list(audit_requests(database, settings))
+        found: list[RunRequest | SkipReason] = list(audit_requests(database, catalog))
         yield from found or [SkipReason("no series is stored")]
 
     return audit_schedule
@@ -197,9 +197,9 @@ def is_audit_hour(moment: datetime, hours: int) -> bool:
     return int(moment.timestamp()) // _HOUR_SECONDS % hours == 0
 
 
-def audit_requests(database: Database, settings: Settings) -> Iterator[RunRequest]:
+def audit_requests(database: Database, catalog: Catalog) -> Iterator[RunRequest]:
     """A run per 50 stored series."""
-    names = [str(one) for one in auditable(database, settings.series())]
+    names = [str(one) for one in auditable(database, catalog.series)]
     for number, start in enumerate(range(0, len(names), cadence.MOST_SERIES)):
         some = names[start : start + cadence.MOST_SERIES]
         yield RunRequest(

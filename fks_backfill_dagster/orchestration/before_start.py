@@ -30,13 +30,13 @@ from dagster import (
 from dagster._core.events import StepMaterializationData
 from dagster._core.instance.utils import RUNLESS_JOB_NAME, RUNLESS_RUN_ID
 
-from fks_backfill_dagster.domain.partitions import keys_before_start, window_of
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso, to_datetime
 from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.groups import Group, asset_key
-from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.catalog import Catalog
 
 SENSOR = "partitions_before_start"
 
@@ -56,9 +56,9 @@ class Early:
     keys: tuple[str, ...]
 
 
-def build_before_start_sensors(groups: Sequence[Group], settings: Settings) -> list[SensorDefinition]:
+def build_before_start_sensors(groups: Sequence[Group], catalog: Catalog) -> list[SensorDefinition]:
     """The sensor, if any series starts later than the partitions; otherwise an empty list."""
-    early = early_partitions(groups, settings)
+    early = early_partitions(groups, catalog)
     if not early:
         return []
     mark = fingerprint(early)
@@ -82,16 +82,22 @@ def build_before_start_sensors(groups: Sequence[Group], settings: Settings) -> l
     return [partitions_before_start]
 
 
-def early_partitions(groups: Sequence[Group], settings: Settings) -> list[Early]:
+def early_partitions(groups: Sequence[Group], catalog: Catalog) -> list[Early]:
     """Partitions to report, by series; series without any are omitted."""
-    begin = settings.earliest_start
+    begin = catalog.earliest_start
     found = (
-        Early(one, start, keys_before_start(one.timeframe, begin, start))
+        Early(one, start, keys_before_start(Grain.of(one.timeframe), begin, start))
         for group in groups
         for one in group.series.values()
-        for start in (settings.start_of(one),)
+        for start in (catalog.start_of(one),)
     )
     return [one for one in found if one.keys]
+
+
+def keys_before_start(grain: Grain, begin: int, start: int) -> tuple[str, ...]:
+    """The keys of the partitions, from the one that contains `begin` on, that lie wholly before `start`."""
+    whole = TimeRange(begin, max(begin, grain.start(start)))
+    return tuple(grain.keys(whole)) if whole else ()
 
 
 def fingerprint(early: Sequence[Early]) -> str:
@@ -135,7 +141,7 @@ def _report(instance: DagsterInstance, key: AssetKey, one: Early, partitions: Se
     """
     latest = instance.get_latest_materialization_event(key)
     for partition in partitions:
-        window = window_of(one.series.timeframe, partition)
+        window = Grain.of(one.series.timeframe).window(partition)
         instance.report_dagster_event(
             DagsterEvent(
                 event_type_value=DagsterEventType.ASSET_MATERIALIZATION.value,

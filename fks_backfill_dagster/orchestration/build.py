@@ -17,6 +17,7 @@ from fks_backfill_dagster.orchestration.outage_sensor import build_outage_sensor
 from fks_backfill_dagster.orchestration.resources import default_resources, fixed
 from fks_backfill_dagster.orchestration.run_retention import build_housekeeping
 from fks_backfill_dagster.orchestration.schedules import build_schedules
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.settings.model import Settings
 
@@ -31,17 +32,18 @@ def build_defs(
     """
     settings = load_settings() if settings is None else settings
     resources = {**default_resources(settings), **(resource_overrides or {})}
-    groups = groups_of(settings)
+    catalog = Catalog(settings)
+    groups = groups_of(catalog)
     jobs = build_jobs(groups)
     return Definitions(
-        assets=[build_asset(group, settings) for group in groups],
+        assets=[build_asset(group, settings, catalog) for group in groups],
         asset_checks=[build_checks(group, settings) for group in groups],
-        jobs=[*jobs, *build_check_jobs(groups), build_housekeeping(settings), build_audit(settings)],
-        schedules=[*build_schedules(groups, settings), build_audit_schedule(settings)],
+        jobs=[*jobs, *build_check_jobs(groups), build_housekeeping(settings), build_audit(catalog)],
+        schedules=[*build_schedules(groups, settings, catalog), build_audit_schedule(settings, catalog)],
         sensors=[
-            *build_sensors(groups, jobs, settings),
-            *build_outage_sensors(groups, settings),
-            *build_before_start_sensors(groups, settings),
+            *build_sensors(groups, jobs, settings, catalog),
+            *build_outage_sensors(groups, settings, catalog),
+            *build_before_start_sensors(groups, catalog),
         ],
         resources={name: fixed(resource) for name, resource in resources.items()},
         # A run is one op with its own threads. With a process per step it takes 7 s to start, in this

@@ -27,7 +27,7 @@ from dagster import (
 )
 
 from fks_backfill_dagster import app
-from fks_backfill_dagster.domain.partitions import is_monthly
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso, to_datetime
 from fks_backfill_dagster.ledger.records import LedgerGap
@@ -43,10 +43,10 @@ from fks_backfill_dagster.orchestration.retrying import retried
 from fks_backfill_dagster.pipeline.calendars import CalendarChange, calendar_changes
 from fks_backfill_dagster.pipeline.freshness import recent_windows
 from fks_backfill_dagster.settings.model import Settings
-from fks_backfill_dagster.store.coverage import Completeness, completeness, missing_gaps, open_parts
+from fks_backfill_dagster.store.coverage import Completeness, completeness, missing_gaps, open_partitions
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.reaches import recent_missing
-from fks_backfill_dagster.store.sanity import Sanity, bad_parts, sanity
+from fks_backfill_dagster.store.sanity import Sanity, bad_partitions, sanity
 
 SANITY = "ohlc_sanity"
 COMPLETENESS = "completeness"
@@ -115,11 +115,10 @@ def evaluate(
     database: Database, group: Group, settings: Settings, wanted: Set[AssetCheckKey]
 ) -> list[AssetCheckResult]:
     """Evaluates checks of a group, with a few queries per kind of check for any number of series."""
-    part = "month" if is_monthly(group.timeframe) else "year"
-    now = app.now()
+    grain, now = Grain.of(group.timeframe), app.now()
     return [
-        *_sanity(database, _wanted(group, wanted, SANITY), part),
-        *_completeness(database, _wanted(group, wanted, COMPLETENESS), part, settings, now),
+        *_sanity(database, _wanted(group, wanted, SANITY), grain),
+        *_completeness(database, _wanted(group, wanted, COMPLETENESS), grain, settings, now),
         *_freshness(database, _wanted(group, wanted, FRESHNESS), settings, now),
     ]
 
@@ -168,9 +167,9 @@ def _wanted(group: Group, wanted: Set[AssetCheckKey], name: str) -> dict[AssetKe
     return {key: one for key, one in group.series.items() if AssetCheckKey(key, name) in wanted}
 
 
-def _sanity(database: Database, wanted: Mapping[AssetKey, Series], part: str) -> list[AssetCheckResult]:
+def _sanity(database: Database, wanted: Mapping[AssetKey, Series], grain: Grain) -> list[AssetCheckResult]:
     found = sanity(database, list(wanted.values()))
-    broken = bad_parts(database, [one for one in wanted.values() if found[one].bad], part)
+    broken = bad_partitions(database, [one for one in wanted.values() if found[one].bad], grain)
     return [_sanity_result(key, found[one], broken.get(one, {})) for key, one in wanted.items()]
 
 
@@ -195,13 +194,13 @@ def _sanity_result(key: AssetKey, found: Sanity, broken: Mapping[str, int]) -> A
 
 
 def _completeness(
-    database: Database, wanted: Mapping[AssetKey, Series], part: str, settings: Settings, now: int
+    database: Database, wanted: Mapping[AssetKey, Series], grain: Grain, settings: Settings, now: int
 ) -> list[AssetCheckResult]:
     app.settle_closures(settings, database, wanted.values())
     changes = calendar_changes(database, wanted.values())
     found = completeness(database, list(wanted.values()))
     incomplete = [one for one in wanted.values() if found[one].missing]
-    parts = open_parts(database, [one for one in incomplete if found[one].open_gaps], part)
+    parts = open_partitions(database, [one for one in incomplete if found[one].open_gaps], grain)
     rule = app.freshness_rule(settings)
     recent = recent_missing(database, recent_windows(database, incomplete, now, rule))
     gaps = missing_gaps(database, incomplete, MOST_GAPS)
@@ -233,7 +232,7 @@ def _completeness_result(
             "stored": found.stored,
             "missing": found.missing,
             "explained": found.missing - found.open_missing,
-            "quiet": found.quiet,
+            "no_trade": found.no_trade,
             "recent_missing": recent,
             "open_gaps": found.open_gaps,
             "coverage": MetadataValue.float(found.rounded_coverage),
@@ -248,7 +247,7 @@ def _completeness_text(found: Completeness, recent: int) -> str:
     if not found.expected:
         return "Nothing is synced yet: all history is pending."
     stored = f"{found.stored:,} of {found.expected:,} expected candles are stored"
-    quiet = f", nothing traded in {found.quiet:,}" if found.quiet else ""
+    quiet = f", nothing traded in {found.no_trade:,}" if found.no_trade else ""
     if found.open_gaps:
         gaps = "open gap" if found.open_gaps == 1 else "open gaps"
         return f"{found.open_gaps:,} {gaps} with {found.open_missing:,} candles; {stored}{quiet}."
@@ -279,7 +278,7 @@ def gap_table(gaps: Sequence[LedgerGap]) -> TableMetadataValue:
 
 
 def _evidence(gap: LedgerGap) -> str:
-    text = "; ".join(f"{one.provider}: {one.said}" for one in gap.evidence)
+    text = "; ".join(f"{one.provider}: {one.text}" for one in gap.evidence)
     return text if len(text) <= _MOST_EVIDENCE else f"{text[: _MOST_EVIDENCE - 3]}..."
 
 

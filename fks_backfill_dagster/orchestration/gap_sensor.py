@@ -30,16 +30,17 @@ from dagster._core.definitions.target import ExecutableDefinition
 from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
 from dagster._core.storage.tags import PARTITION_NAME_TAG, SENSOR_NAME_TAG
 
-from fks_backfill_dagster.domain.partitions import is_monthly
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.checks import COMPLETENESS
 from fks_backfill_dagster.orchestration.groups import Group, asset_key
 from fks_backfill_dagster.orchestration.jobs import job_name
 from fks_backfill_dagster.orchestration.resources import ALL, opened
-from fks_backfill_dagster.orchestration.run_config import FILL
+from fks_backfill_dagster.orchestration.run_config import FILL, SyncMode, run_config
 from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.pipeline.settings_changes import settle_closures
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.due_gaps import Place, Wanted, due_places
 from fks_backfill_dagster.store.ledger import reopen
@@ -52,7 +53,7 @@ Tick = RunRequest | SkipReason
 
 
 def build_sensors(
-    groups: Sequence[Group], jobs: Sequence[ExecutableDefinition], settings: Settings
+    groups: Sequence[Group], jobs: Sequence[ExecutableDefinition], settings: Settings, catalog: Catalog
 ) -> list[SensorDefinition]:
     """The sensor, if there is any series; `jobs` are the jobs that materialize them."""
     if not groups:
@@ -74,7 +75,7 @@ def build_sensors(
             yield SkipReason(f"{recent.unfinished} gap-filling runs are queued or running already")
             return
         with opened(context.resources, settings, context.log.info) as work:
-            found: list[Tick] = [*fill_requests(groups, settings, work, recent.partitions, places)]
+            found: list[Tick] = [*fill_requests(groups, catalog, work, recent.partitions, places)]
         yield from found or [SkipReason("no gap is due")]
 
     return [fill_gaps]
@@ -106,7 +107,7 @@ def recent_runs(instance: DagsterInstance) -> Recent:
 
 def fill_requests(
     groups: Sequence[Group],
-    settings: Settings,
+    catalog: Catalog,
     work: Context,
     excluded: Collection[AssetPartition],
     most_runs: int,
@@ -117,9 +118,9 @@ def fill_requests(
     Gaps in the partitions `excluded` are skipped. First, gaps that rely on one provider's response are reopened
     if another provider has become eligible, and gaps within configured closures are explained.
     """
-    wanted, now, most = _wanted(groups, settings, work), work.clock(), cadence.MOST_SERIES * most_runs
+    wanted, now, most = _wanted(groups, catalog, work), work.clock(), cadence.MOST_SERIES * most_runs
     with work.database.begin() as connection:
-        reopen(connection, {series: one.able for series, one in wanted.items()}, now)
+        reopen(connection, {series: one.eligible for series, one in wanted.items()}, now)
     settle_closures(work, wanted)
     due = due_places(work.database, wanted, now, most + len(excluded))
     open_places = [one for one in due if (asset_key(one.series), one.key) not in excluded]
@@ -131,17 +132,18 @@ def fill_requests(
             partition_key=key,
             asset_selection=keys,
             asset_check_keys=[AssetCheckKey(one, COMPLETENESS) for one in keys],
+            run_config=run_config(SyncMode.FILL_GAPS, series),
             tags={FILL: key, cadence.PRIORITY: cadence.LAST},
         )
 
 
-def _wanted(groups: Sequence[Group], settings: Settings, work: Context) -> dict[Series, Wanted]:
+def _wanted(groups: Sequence[Group], catalog: Catalog, work: Context) -> dict[Series, Wanted]:
     return {
         one: Wanted(
-            since=settings.start_of(one),
-            part="month" if is_monthly(one.timeframe) else "year",
-            able=work.eligible(one),
-            until=settings.end_of(one),
+            since=catalog.start_of(one),
+            grain=Grain.of(one.timeframe),
+            eligible=work.eligible(one),
+            until=catalog.end_of(one),
         )
         for group in groups
         for one in group.series.values()

@@ -14,7 +14,7 @@ from dagster import AssetKey
 from fks_backfill_dagster.domain.partitions import asset_path
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
-from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.settings.catalog import Catalog
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +30,24 @@ class Group:
         """Part of op names, so `[A-Za-z0-9_]` only."""
         return f"{self.asset_class}_{self.timeframe}"
 
+    @property
+    def op_name(self) -> str:
+        return op_name(self.asset_class, self.timeframe)
+
 
 def asset_key(series: Series) -> AssetKey:
     return AssetKey(asset_path(series))
 
 
-def groups_of(settings: Settings) -> tuple[Group, ...]:
+def op_name(asset_class: AssetClass, timeframe: Timeframe) -> str:
+    """The op that materializes the series of a group."""
+    return f"ohlcv_{asset_class}_{timeframe}"
+
+
+def groups_of(catalog: Catalog) -> tuple[Group, ...]:
     """All configured series by group, groups in the order of their first series in the settings."""
     found: dict[tuple[AssetClass, Timeframe], dict[AssetKey, Series]] = {}
-    for series in settings.series():
+    for series in catalog.series:
         found.setdefault((series.asset_class, series.timeframe), {})[asset_key(series)] = series
     return tuple(
         Group(asset_class, timeframe, members) for (asset_class, timeframe), members in found.items()

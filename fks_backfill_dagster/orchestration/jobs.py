@@ -12,16 +12,18 @@ from dagster import AssetSelection
 from dagster import define_asset_job as define
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
-from fks_backfill_dagster.domain.partitions import is_monthly
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.orchestration.groups import Group
 
-MONTHS, YEARS, CHECKS = "ohlcv_months", "ohlcv_years", "ohlcv_checks"
+CHECKS = "ohlcv_checks"
+
+_SERIES = {Grain.MONTH: "below 1h, by month", Grain.YEAR: "from 1h up, by year"}
 
 
 def job_name(timeframe: Timeframe) -> str:
     """The job that materializes series of this timeframe."""
-    return MONTHS if is_monthly(timeframe) else YEARS
+    return f"ohlcv_{Grain.of(timeframe)}s"
 
 
 def build_jobs(groups: Sequence[Group]) -> list[UnresolvedAssetJobDefinition]:
@@ -29,10 +31,11 @@ def build_jobs(groups: Sequence[Group]) -> list[UnresolvedAssetJobDefinition]:
     # The policies of asset classes differ on purpose (`assets`); without the filter each load would warn.
     warnings.filterwarnings("ignore", r"Asset job \w+ materializes assets with varying BackfillPolicies")
     jobs = []
-    for name, text in ((MONTHS, "below 1h, by month"), (YEARS, "from 1h up, by year")):
-        keys = [key for group in groups if job_name(group.timeframe) == name for key in group.series]
-        if keys:
-            selection = AssetSelection.assets(*keys)
+    for grain, text in _SERIES.items():
+        mine = [group for group in groups if Grain.of(group.timeframe) is grain]
+        if mine:
+            selection = AssetSelection.assets(*(key for group in mine for key in group.series))
+            name = job_name(mine[0].timeframe)
             jobs.append(define(name, selection, description=f"Materializes the series {text}."))
     return jobs
 

@@ -33,6 +33,7 @@ from fks_backfill_dagster.orchestration.freshness import events_to_log, freshnes
 from fks_backfill_dagster.orchestration.groups import Group, asset_key
 from fks_backfill_dagster.orchestration.resources import DATABASE
 from fks_backfill_dagster.pipeline.outages import Outage, find_outages
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 
 SENSOR = "venue_outages"
@@ -47,7 +48,9 @@ MOST_OBSERVATIONS = 500
 _FINAL_AFTER = MICROS_PER_DAY
 
 
-def build_outage_sensors(groups: Sequence[Group], settings: Settings) -> list[SensorDefinition]:
+def build_outage_sensors(
+    groups: Sequence[Group], settings: Settings, catalog: Catalog
+) -> list[SensorDefinition]:
     """The sensor, if there is any series."""
     if not groups:
         return []
@@ -63,7 +66,7 @@ def build_outage_sensors(groups: Sequence[Group], settings: Settings) -> list[Se
     )
     def venue_outages(context: SensorEvaluationContext) -> SensorResult:
         database, now = getattr(context.resources, DATABASE).database, app.now()
-        found = find_outages(database, series, TimeRange(0, now), settings.end_of)
+        found = find_outages(database, series, TimeRange(0, now), catalog.end_of)
         before = Reported.parse(context.cursor)
         reported, lines = new_outages(found, before.outages)
         observed, affected = observations(found, reported, before.observed, now)

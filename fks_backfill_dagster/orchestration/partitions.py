@@ -1,4 +1,4 @@
-"""Partitions: months for timeframes below 1h, years from 1h up, UTC.
+"""Dagster's definitions of partitions, one per grain.
 
 Each partition of a run costs two Dagster events of 15 to 30 ms in PostgreSQL, so a partition should hold thousands
 of candles.
@@ -12,17 +12,17 @@ from functools import cache
 
 from dagster import TimeWindowPartitionsDefinition
 
-from fks_backfill_dagster.domain.partitions import KEY_FORMAT, is_monthly
+from fks_backfill_dagster.domain.partitions import KEY_FORMAT, Grain
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime
+
+_CRON = {Grain.MONTH: "0 0 1 * *", Grain.YEAR: "0 0 1 1 *"}
 
 
 def partitions_for(timeframe: Timeframe, begin: int) -> TimeWindowPartitionsDefinition:
     """The partitions of a timeframe: from the one that contains `begin` to the current one."""
-    start = to_datetime(begin).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-    if is_monthly(timeframe):
-        return _partitions("0 0 1 * *", start)
-    return _partitions("0 0 1 1 *", start.replace(month=1))
+    grain = Grain.of(timeframe)
+    return _partitions(_CRON[grain], to_datetime(grain.start(begin)))
 
 
 @cache

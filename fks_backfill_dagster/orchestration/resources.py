@@ -25,16 +25,17 @@ from dagster import (
 from pydantic import PrivateAttr
 
 from fks_backfill_dagster import app
+from fks_backfill_dagster.known_providers import KNOWN
 from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.providers.base import Provider, ProviderOptions
 from fks_backfill_dagster.providers.http.limiter import Limiter
 from fks_backfill_dagster.providers.http.pool import RequestPool
-from fks_backfill_dagster.providers.registry import BUILT, build, resolve_options
-from fks_backfill_dagster.settings.model import Settings, custom_address
+from fks_backfill_dagster.providers.registry import build, resolve_options
+from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.database import Database
 
 DATABASE = "timescaledb"
-PROVIDERS = tuple(BUILT)
+PROVIDERS = tuple(KNOWN)
 ALL = frozenset({DATABASE, *PROVIDERS})
 
 
@@ -189,7 +190,7 @@ def opened(resources: Any, settings: Settings, on_wait: Callable[[str], None]) -
 def _log_addresses(settings: Settings, options: Mapping[str, ProviderOptions]) -> None:
     """Logs one line with all custom provider addresses, so that the run log shows the source of its candles."""
     custom = {
-        name: custom_address(name, each.base_url, each.archive_url)
+        name: KNOWN[name].custom_address(each.base_url, each.archive_url)
         for name, each in options.items()
         if settings.provider(name).enabled
     }

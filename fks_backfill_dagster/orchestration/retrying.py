@@ -2,7 +2,7 @@
 
 All work can be repeated at any time: committed candles are not requested again.
 
-Does not belong here: runs whose worker is gone (`host.launcher`), Dagster's own storage (`host.lasting`).
+Does not belong here: runs whose worker is gone (`host.launcher`), Dagster's own storage (`host.storage_retries`).
 """
 
 from __future__ import annotations

@@ -29,16 +29,18 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_START_TAG,
 )
 
-from fks_backfill_dagster.domain.partitions import key_at
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_micros
 from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.checks import CHECK_NAMES
 from fks_backfill_dagster.orchestration.groups import Group
 from fks_backfill_dagster.orchestration.jobs import CHECKS, job_name
+from fks_backfill_dagster.orchestration.refresh import is_wanted, requested_range
 from fks_backfill_dagster.orchestration.resources import DATABASE
-from fks_backfill_dagster.orchestration.run_config import REFRESH, is_wanted, requested_range
+from fks_backfill_dagster.orchestration.run_config import REFRESH, SyncMode, run_config
 from fks_backfill_dagster.orchestration.run_retention import HOUSEKEEPING
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.reaches import reaches, synced_ends
@@ -46,13 +48,16 @@ from fks_backfill_dagster.store.reaches import reaches, synced_ends
 Tick = RunRequest | SkipReason
 
 
-def build_schedules(groups: Sequence[Group], settings: Settings) -> list[ScheduleDefinition]:
+def build_schedules(
+    groups: Sequence[Group], settings: Settings, catalog: Catalog
+) -> list[ScheduleDefinition]:
     """A refresh per configured timeframe, the daily checks, the daily housekeeping."""
     if not groups:
         return []
     frames = sorted({group.timeframe for group in groups}, key=list(Timeframe).index)
     refreshes = [
-        _refresh(frame, [group for group in groups if group.timeframe is frame], settings) for frame in frames
+        _refresh(frame, [group for group in groups if group.timeframe is frame], settings, catalog)
+        for frame in frames
     ]
     return [*refreshes, _checks(groups, settings), _housekeeping(settings)]
 
@@ -65,7 +70,9 @@ def _status(on: bool) -> DefaultScheduleStatus:
 # Refresh ------------------------------------------------------------------------------------------------
 
 
-def _refresh(frame: Timeframe, groups: Sequence[Group], settings: Settings) -> ScheduleDefinition:
+def _refresh(
+    frame: Timeframe, groups: Sequence[Group], settings: Settings, catalog: Catalog
+) -> ScheduleDefinition:
     series = {key: one for group in groups for key, one in group.series.items()}
 
     @schedule(
@@ -82,7 +89,7 @@ def _refresh(frame: Timeframe, groups: Sequence[Group], settings: Settings) -> S
         database = getattr(context.resources, DATABASE).database
         waiting = unfinished(context.instance, {REFRESH: frame.value})
         idle = {key: one for key, one in series.items() if key not in waiting}
-        found: list[Tick] = list(refresh_requests(frame, idle, settings, database, moment))
+        found: list[Tick] = list(refresh_requests(frame, idle, catalog, database, moment))
         yield from found or [SkipReason(_why_nothing(frame, len(waiting)))]
 
     return refresh
@@ -101,7 +108,7 @@ def unfinished(instance: DagsterInstance, tags: Mapping[str, str]) -> set[AssetK
 
 
 def refresh_requests(
-    frame: Timeframe, series: Mapping[AssetKey, Series], settings: Settings, database: Database, at: datetime
+    frame: Timeframe, series: Mapping[AssetKey, Series], catalog: Catalog, database: Database, at: datetime
 ) -> Iterator[RunRequest]:
     """Runs for the series that are due at a tick, 50 per run, grouped by asset class and partitions. A class whose
     providers fail does not delay another one.
@@ -109,25 +116,27 @@ def refresh_requests(
     The first tick of a day refreshes all series that have not ended, so that one without new candles (an exchange
     holiday, a delisting) stays fresh in Dagster. That costs no request.
     """
-    now = to_micros(at)
+    now, grain = to_micros(at), Grain.of(frame)
     known = reaches(database, list(series.values()))
     daily = now % MICROS_PER_DAY < cadence.tick_interval(frame)
     alike: dict[tuple[str, AssetClass], list[AssetKey]] = {}
     for key, one in series.items():
-        if is_wanted(one, known.get(one), settings, now, daily=daily):
-            begin = requested_range(one, known.get(one), settings, now).start
-            alike.setdefault((key_at(frame, min(begin, now)), one.asset_class), []).append(key)
+        if is_wanted(one, known.get(one), catalog, now, daily=daily):
+            begin = requested_range(one, known.get(one), catalog, now).start
+            alike.setdefault((grain.key(min(begin, now)), one.asset_class), []).append(key)
     for (first, asset_class), keys in sorted(alike.items()):
         for number, start in enumerate(range(0, len(keys), cadence.MOST_SERIES)):
+            some = keys[start : start + cadence.MOST_SERIES]
             yield RunRequest(
                 run_key=f"refresh {frame} {asset_class} {first} {number}",
-                asset_selection=keys[start : start + cadence.MOST_SERIES],
+                asset_selection=some,
+                run_config=run_config(SyncMode.REFRESH, (series[key] for key in some)),
                 asset_check_keys=[],  # the default would be all checks of the assets, whatever the job selects
                 tags={
                     REFRESH: frame.value,
                     cadence.PRIORITY: cadence.FIRST,
                     ASSET_PARTITION_RANGE_START_TAG: first,
-                    ASSET_PARTITION_RANGE_END_TAG: key_at(frame, now),
+                    ASSET_PARTITION_RANGE_END_TAG: grain.key(now),
                 },
             )
 

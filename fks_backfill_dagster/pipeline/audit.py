@@ -104,5 +104,5 @@ def _usable_grid(series: Series, now: int) -> Grid:
 
 def auditable(database: Database, configured: Iterable[Series]) -> tuple[Series, ...]:
     """Every stored series, as configured if the settings contain it."""
-    known = {(one.symbol, one.timeframe): one for one in configured}
-    return tuple(known.get((one.symbol, one.timeframe), one) for one in stored_series(database))
+    known = {one.key: one for one in configured}
+    return tuple(known.get(one.key, one) for one in stored_series(database))

@@ -46,7 +46,4 @@ def coverage(database: Database, series: Sequence[Series], now: int, rule: Rule)
     counts = completeness(database, series)
     lags = freshness(database, series, now, rule)
     due = next_attempts(database, series)
-    return [
-        Coverage(one, states.get((one.symbol, one.timeframe.value)), counts[one], lags[one], due.get(one))
-        for one in series
-    ]
+    return [Coverage(one, states.get(one.key), counts[one], lags[one], due.get(one)) for one in series]

@@ -44,4 +44,4 @@ def eligible(providers: Mapping[str, Provider], series: Series, priority: Sequen
 
 def strict(providers: Mapping[str, Provider]) -> frozenset[str]:
     """The names of the providers that give every interval, with or without trades."""
-    return frozenset(name for name, one in providers.items() if not one.capabilities.omits_quiet)
+    return frozenset(name for name, one in providers.items() if not one.capabilities.omits_no_trade)

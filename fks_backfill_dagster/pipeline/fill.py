@@ -46,7 +46,7 @@ class FilledGap:
         if self.success:
             return None
         responses = latest(item for row in self.left for item in row.evidence)
-        text = "; ".join(f"{item.provider}: {item.said}" for item in responses)
+        text = "; ".join(f"{item.provider}: {item.text}" for item in responses)
         return text or "no provider could be requested"
 
     @property

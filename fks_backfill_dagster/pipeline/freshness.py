@@ -21,7 +21,6 @@ from fks_backfill_dagster.domain.freshness import (
     recent_start,
 )
 from fks_backfill_dagster.domain.grid import grid_of
-from fks_backfill_dagster.domain.outages import venue_of
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, to_datetime
@@ -208,8 +207,8 @@ def recent_windows(
 
 
 def _outages(database: Database, found: Mapping[Series, Freshness], now: int, rule: Rule) -> Sequence[Outage]:
-    venues = {venue_of(one) for one, state in found.items() if state.overdue and not state.ended}
-    members = [one for one in rule.venue_members if venue_of(one) in venues]
+    venues = {one.instrument.venue for one, state in found.items() if state.overdue and not state.ended}
+    members = [one for one in rule.venue_members if one.instrument.venue in venues]
     if not members:
         return ()
     return find_outages(database, members, TimeRange(max(0, now - _OUTAGE_HORIZON), now), rule.end_of)
@@ -220,7 +219,7 @@ def _assessment(series: Series, found: Freshness, outages: Sequence[Outage], now
         return Assessment(found)
     tail = TimeRange(min(now, 0 if found.newest is None else found.newest + 1), now)
     for outage in outages:
-        if outage.venue == venue_of(series) and series.symbol in outage.symbols:
+        if outage.venue == series.instrument.venue and series.symbol in outage.symbols:
             common = tail.intersect(outage.window)
             if grid_of(series).count(common):
                 late = replace(found, verdict=Verdict.LATE) if found.fresh else found

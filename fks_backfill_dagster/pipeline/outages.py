@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fks_backfill_dagster.domain.grid import grid_of
-from fks_backfill_dagster.domain.outages import VenueOutage, recognise, venue_of
+from fks_backfill_dagster.domain.outages import VenueOutage, recognise
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.outages import Absences, Told, absences, told
+from fks_backfill_dagster.store.outages import Absences, GapState, absences, gap_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def find_outages(
     known = _until_their_ends(absences(database, series, window), [end_of(one) for one in series])
     found = recognise(series, known.synced, known.missing)
     part_of = [_rows_within(one, series, known) for one in found]
-    attempts = told(
+    attempts = gap_states(
         database, np.unique(np.concatenate([known.gaps[:0], *(known.gaps[r] for r in part_of)])).tolist()
     )
     return tuple(
@@ -89,13 +89,17 @@ def _rows_within(outage: VenueOutage, series: Sequence[Series], known: Absences)
     """The gaps of an outage, as positions."""
     missing, window = known.missing, outage.window
     rows = np.flatnonzero((missing.starts < window.end) & (missing.ends > window.start))
-    mine = [venue_of(series[owner]) == outage.venue for owner in missing.owner[rows].tolist()]
+    mine = [series[owner].instrument.venue == outage.venue for owner in missing.owner[rows].tolist()]
     within: Instants = rows[np.array(mine, dtype=bool)]
     return within
 
 
 def _outage(
-    outage: VenueOutage, series: Sequence[Series], known: Absences, rows: Instants, attempts: Sequence[Told]
+    outage: VenueOutage,
+    series: Sequence[Series],
+    known: Absences,
+    rows: Instants,
+    attempts: Sequence[GapState],
 ) -> Outage:
     starts = np.maximum(known.missing.starts[rows], outage.window.start)
     ends = np.minimum(known.missing.ends[rows], outage.window.end)

@@ -16,9 +16,10 @@ from operator import itemgetter
 import numpy as np
 
 from fks_backfill_dagster.domain.grid import Grid
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
-from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_SECOND, to_datetime, to_micros
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_SECOND
 from fks_backfill_dagster.ledger.records import Known
 
 # The delay after its close from which a candle is requested: providers need a moment to settle it.
@@ -164,10 +165,7 @@ def _edges(hull: TimeRange, batch_size_days: int) -> list[int]:
         first = hull.start // MICROS_PER_DAY * MICROS_PER_DAY
         return [*range(first, hull.end, step), first + -(-(hull.end - first) // step) * step]
     months = max(1, batch_size_days // 30)
-    day = to_datetime(hull.start).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-    edges = [to_micros(day)]
+    edges = [Grain.MONTH.start(hull.start)]
     while edges[-1] < hull.end:
-        year, month = divmod(day.year * 12 + day.month - 1 + months, 12)
-        day = day.replace(year=year, month=month + 1)
-        edges.append(to_micros(day))
+        edges.append(Grain.MONTH.start(edges[-1], months))
     return edges

@@ -16,7 +16,7 @@ from fks_backfill_dagster.providers.base import Estimate
 class SyncReport:
     """The result of one sync.
 
-    `missing` counts the candles that are still missing, explained or not; `quiet` the no-trade intervals.
+    `missing` counts the candles that are still missing, explained or not; `no_trade` the no-trade intervals.
     `total_candles` were inserted or changed by this call. `outdated`: stored candles that differ in an older
     publication, unchanged. `withdrawn`: stored candles that their provider no longer returns, removed.
     `listing`: the listing that cuts off the beginning of the range.
@@ -30,7 +30,7 @@ class SyncReport:
     total_candles: int = 0
     expected: int = 0
     missing: int = 0
-    quiet: int = 0
+    no_trade: int = 0
     requests: int = 0
     seconds: float = 0.0
     errors: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ class SyncReport:
     @property
     def stored(self) -> int:
         """The number of candles that the range contains now."""
-        return self.expected - self.missing - self.quiet
+        return self.expected - self.missing - self.no_trade
 
     @property
     def complete(self) -> bool:

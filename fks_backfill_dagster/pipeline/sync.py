@@ -321,7 +321,7 @@ class _Work:
             known = ledger.known(connection, identity, window)
         missing, quiet = (
             sum(self.grid.count(part) for part in ranges)
-            for ranges in (known.lacking(window), known.quiet(window))
+            for ranges in (known.lacking(window), known.no_trade(window))
         )
         return missing, quiet
 
@@ -412,7 +412,7 @@ class _Work:
             total_candles=self.candles,
             expected=self.grid.count(window),
             missing=missing,
-            quiet=quiet,
+            no_trade=quiet,
             requests=self.requests,
             seconds=seconds,
             errors=errors if failed else tuple(e for e in errors if e not in self.errors),

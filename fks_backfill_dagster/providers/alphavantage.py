@@ -38,12 +38,13 @@ from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime, to_micros
+from fks_backfill_dagster.known_providers import ALPHAVANTAGE
 from fks_backfill_dagster.providers.base import (
-    Answer,
-    BadAnswer,
     Capabilities,
     Delivery,
     Estimate,
+    FetchResult,
+    InvalidResponse,
     NotEntitled,
     Origin,
     PermanentError,
@@ -63,12 +64,7 @@ from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.keys import redact, usable_key
 from fks_backfill_dagster.providers.pages import joined
 
-NAME = "alphavantage"
-DEFAULT_BASE_URL = "https://www.alphavantage.co"
-KEY_VARIABLE = "ALPHAVANTAGE_API_KEY"
-# Limits of a free key.
-REQUESTS_PER_MINUTE = 60
-REQUESTS_PER_DAY = 25
+NAME, KEY_VARIABLE = ALPHAVANTAGE.name, ALPHAVANTAGE.key_variable
 ATTEMPTS = 3
 
 PAGE_SIZE = 23 * 390  # minutes of a month with 23 sessions; more than the days of any history
@@ -114,7 +110,7 @@ class AlphaVantage:
         page_size=PAGE_SIZE,
         page_sizes=_MONTHS,
         needs_key=KEY_VARIABLE,
-        omits_quiet=True,
+        omits_no_trade=True,
         derived={AssetClass.STOCKS: {at: fine for at, fine in _FINE.items() if at is not fine}},
     )
 
@@ -141,20 +137,20 @@ class AlphaVantage:
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
         requests = len(self._queries(series, window))
-        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        a_minute = self._options.requests_per_minute or ALPHAVANTAGE.requests_per_minute
         return Estimate(requests, requests * 60 / a_minute)
 
-    def fetch(self, series: Series, window: TimeRange) -> Answer:
+    def fetch(self, series: Series, window: TimeRange) -> FetchResult:
         check_served(self, series)
         queries = self._queries(series, window)
         if not queries:
-            return Answer(())
+            return FetchResult(())
         with counted() as tally:
             return self._fetch(series, window, queries, tally)
 
     def _fetch(
         self, series: Series, window: TimeRange, queries: list[dict[str, str]], tally: Tally
-    ) -> Answer:
+    ) -> FetchResult:
         now = self._clock()
         read = self._bars if series.timeframe.is_intraday else self._days
         pages = [page.sorted().within(window) for page in read(series, queries, tally)]
@@ -163,7 +159,7 @@ class AlphaVantage:
         closed, seams = joined([page.take(page.ts < end) for page in pages])
         origin = Origin(NAME, Transport.REST, _source(queries), host_of(self._url), symbol_of(series), now)
         deliveries = (Delivery(closed, origin, seams),) if len(closed) else ()
-        return Answer(deliveries, tally.count, clocks=tally.clocks)
+        return FetchResult(deliveries, tally.count, clocks=tally.clocks)
 
     def instrument(self, series: Series) -> str:
         return symbol_of(series)
@@ -252,17 +248,17 @@ class AlphaVantage:
             raise self._client.failure(reply)
         document = self._client.json(reply)
         if not isinstance(document, dict):
-            raise BadAnswer(NAME, f"{reply.place} returned no object")
+            raise InvalidResponse(NAME, f"{reply.place} returned no object")
         about = document.get("Meta Data")
         if not isinstance(about, dict):
             raise self._refusal(document, reply, query)
         if str(about.get("2. Symbol", "")).upper() != query["symbol"].upper():
-            raise BadAnswer(NAME, f"{reply.place} returned another symbol than {query['symbol']}")
+            raise InvalidResponse(NAME, f"{reply.place} returned another symbol than {query['symbol']}")
         if "interval" in query and about.get("4. Interval") != query["interval"]:
-            raise BadAnswer(NAME, f"{reply.place} returned another interval than {query['interval']}")
+            raise InvalidResponse(NAME, f"{reply.place} returned another interval than {query['interval']}")
         zone = next((value for name, value in about.items() if name.endswith("Time Zone")), None)
         if "interval" in query and zone not in _ZONES:
-            raise BadAnswer(NAME, f"{reply.place} returned stamps in another zone than New York")
+            raise InvalidResponse(NAME, f"{reply.place} returned stamps in another zone than New York")
         table = next((value for name, value in document.items() if name.startswith("Time Series")), None)
         return read_table(table, reply.place, intraday="interval" in query)
 
@@ -287,7 +283,7 @@ class AlphaVantage:
             return RateLimited(NAME, text, retry_after=60.0)
         if re.search(r"(calls|requests) per day", message):
             return RateLimited(NAME, text, retry_after=seconds_to_tomorrow(self._clock()))
-        return BadAnswer(NAME, text if message else f"{reply.place} returned neither data nor a reason")
+        return InvalidResponse(NAME, text if message else f"{reply.place} returned neither data nor a reason")
 
 
 def symbol_of(series: Series) -> str:
@@ -320,17 +316,17 @@ def _source(queries: list[dict[str, str]]) -> str:
 def read_table(table: object, place: str, *, intraday: bool) -> Candles:
     """`{"2024-01-31 15:55:00": {"1. open": "...", ...}}` to columns.
 
-    Stamps of bars become UTC instants, those of days 00:00 UTC of the date. Raises BadAnswer.
+    Stamps of bars become UTC instants, those of days 00:00 UTC of the date. Raises InvalidResponse.
     """
     if not isinstance(table, dict):
-        raise BadAnswer(NAME, f"{place} returned no time series")
+        raise InvalidResponse(NAME, f"{place} returned no time series")
     try:
         cells = pa.array(list(table.values()), type=_ROW).flatten()
         columns = [cell.cast(pa.float64()).to_numpy(zero_copy_only=False) for cell in cells]
         wall = pa.array(list(table), type=pa.string()).cast(pa.timestamp("us")).to_numpy()
         ts = _utc(wall) if intraday else wall.astype("datetime64[us]").view(np.int64)
     except (pa.ArrowException, TypeError, ValueError):
-        raise BadAnswer(NAME, f"{place} returned rows of another shape") from None
+        raise InvalidResponse(NAME, f"{place} returned rows of another shape") from None
     # Every candle has a volume: a missing one must not be read as "no volume at this source".
     columns[4] = np.where(np.isnan(columns[4]), np.inf, columns[4])
     return Candles(ts, *columns)

@@ -9,7 +9,7 @@ ProviderError                  a request to a provider failed
       TooOld                   the key covers newer data only, or only that is certain: request again from `since` on
   TransientError               a retry may help: wait for `retry_after` or back off, within a budget
     RateLimited                too many requests
-    BadAnswer                  invalid response: HTML, truncated JSON, another shape
+    InvalidResponse                  invalid response: HTML, truncated JSON, another shape
       Contradiction            responses contradict one another
   Cancelled                    the run is being interrupted
 """
@@ -22,7 +22,7 @@ from typing import Protocol
 
 from fks_backfill_dagster.domain.delivery import Delivery, Origin, Transport
 from fks_backfill_dagster.domain.ranges import TimeRange
-from fks_backfill_dagster.domain.rate_limits import Rest, bounded_wait
+from fks_backfill_dagster.domain.rate_limits import CoolDown, bounded_wait
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_DAY,
@@ -89,11 +89,11 @@ class RateLimited(TransientError):
     """Too many requests, or a ban."""
 
 
-class BadAnswer(TransientError):
+class InvalidResponse(TransientError):
     """An invalid response: HTML with status 200, truncated JSON, a wrong shape or checksum."""
 
 
-class Contradiction(BadAnswer):
+class Contradiction(InvalidResponse):
     """Responses have different values for one candle: some of them belong to another instrument."""
 
 
@@ -111,7 +111,7 @@ class Capabilities:
     page_size: maximum candles per request; `page_sizes`: exceptions per timeframe.
     needs_key: the environment variable of the key, None for a keyless provider.
     has_volume: whether the volume is in base units; otherwise it is stored as NULL.
-    omits_quiet: intervals without a trade are omitted, so a candle missing between two rows of a complete response
+    omits_no_trade: intervals without a trade are omitted, so a candle missing between two rows of a complete response
         may be a no-trade interval. A provider that returns every interval and misses one had an outage.
     confirms_absence: `fetch` itself repeats the request for candles missing from a response.
     adjusted: prices are adjusted at the source; the provider undoes known splits or declines.
@@ -124,7 +124,7 @@ class Capabilities:
     page_size: int
     needs_key: str | None = None
     has_volume: bool = True
-    omits_quiet: bool = False
+    omits_no_trade: bool = False
     confirms_absence: bool = False
     adjusted: bool = False
     depth: Mapping[Timeframe, int] = field(default_factory=dict)
@@ -188,7 +188,7 @@ def _length(micros: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class FetchResult:
     """The result of a fetch: everything a provider returned for one range.
 
     deliveries: do not overlap each other; their `ts` need not ascend.
@@ -218,7 +218,7 @@ class Provider(Protocol):
     name: str
     capabilities: Capabilities
 
-    def fetch(self, series: Series, window: TimeRange) -> Answer:
+    def fetch(self, series: Series, window: TimeRange) -> FetchResult:
         """Fetches the candles of a native series that open in `window`, in as many requests as needed.
 
         Returns the available candles, possibly none; rows outside the window are ignored by the caller. Raises
@@ -261,11 +261,11 @@ def check_served(provider: Provider, series: Series) -> None:
 class Circuit(Protocol):
     """Circuit breaker: the cool-downs of providers that fail repeatedly; shared by all processes."""
 
-    def closed_for(self, provider: str) -> Rest | None:
+    def closed_for(self, provider: str) -> CoolDown | None:
         """The remaining cool-down of the provider; None: it may be requested."""
         ...
 
-    def failed(self, provider: str, reason: str) -> Rest | None:
+    def failed(self, provider: str, reason: str) -> CoolDown | None:
         """Records a failed fetch, after its retries. `reason` contains no key.
 
         Returns the cool-down that begins with this failure, if any.
@@ -295,8 +295,6 @@ class ProviderOptions:
 
 
 __all__ = [
-    "Answer",
-    "BadAnswer",
     "Cancelled",
     "Capabilities",
     "Circuit",
@@ -305,6 +303,8 @@ __all__ = [
     "Contradiction",
     "Delivery",
     "Estimate",
+    "FetchResult",
+    "InvalidResponse",
     "NotEntitled",
     "Origin",
     "PermanentError",

@@ -25,12 +25,13 @@ from fks_backfill_dagster.domain.quality import verify
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange, among
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, Timeframe
+from fks_backfill_dagster.known_providers import BINANCE
 from fks_backfill_dagster.providers.base import (
-    Answer,
     Capabilities,
     Contradiction,
     Delivery,
     Estimate,
+    FetchResult,
     Origin,
     ProviderOptions,
     Transport,
@@ -39,7 +40,6 @@ from fks_backfill_dagster.providers.binance_archive import ArchiveFile, Archives
 from fks_backfill_dagster.providers.binance_klines import (
     KLINES_PATH,
     NAME,
-    REQUESTS_PER_MINUTE,
     Klines,
     Page,
 )
@@ -47,9 +47,6 @@ from fks_backfill_dagster.providers.http.errors import host_of
 from fks_backfill_dagster.providers.http.limiter import Limiter, system_micros
 from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.pages import contradicting, differing, joined
-
-DEFAULT_BASE_URL = "https://api.binance.com"
-DEFAULT_ARCHIVE_URL = "https://data.binance.vision"
 
 PAGE_SIZE = 1000
 # Rounds of repeated requests for pages that contradict their neighbours.
@@ -97,11 +94,11 @@ class Binance:
     def instrument(self, series: Series) -> str:
         return symbol_of(series)
 
-    def fetch(self, series: Series, window: TimeRange) -> Answer:
+    def fetch(self, series: Series, window: TimeRange) -> FetchResult:
         with counted() as tally:
             return self._fetch(series, window, tally)
 
-    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> Answer:
+    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> FetchResult:
         plan = _Plan(symbol_of(series), series, self._opens(series, window))
         fetched = self._from_archives(plan, tally)
         deliveries = [one.delivery for one in fetched if one.delivery and len(one.delivery.candles)]
@@ -110,7 +107,7 @@ class Binance:
             covered = RangeSet(one.file.period for one in fetched if one.delivery)
             deliveries += self._from_rest(plan, archived, covered, tally)
         warnings = tuple(one.warning for one in fetched if one.warning)
-        return Answer(tuple(deliveries), tally.count, warnings, tally.clocks)
+        return FetchResult(tuple(deliveries), tally.count, warnings, tally.clocks)
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
         """Assumes that every archive file that can be published exists and is complete."""
@@ -120,7 +117,7 @@ class Binance:
             files = choose_files(plan.symbol, series.timeframe, plan.wanted, (), self._clock())
         remaining = plan.wanted - RangeSet(file.period for file in files)
         pages = sum(len(page_ranges(part, plan.step)) for part in remaining)
-        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        a_minute = self._options.requests_per_minute or BINANCE.requests_per_minute
         return Estimate(2 * len(files) + pages, len(files) * _SECONDS_PER_FILE + pages * 60 / a_minute)
 
     def listed_at(self, series: Series) -> int | None:

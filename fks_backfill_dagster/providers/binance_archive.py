@@ -39,9 +39,9 @@ from fks_backfill_dagster.domain.timeframe import (
     to_datetime,
 )
 from fks_backfill_dagster.providers.base import (
-    BadAnswer,
     Cancelled,
     Delivery,
+    InvalidResponse,
     Origin,
     PermanentError,
     ProviderError,
@@ -293,7 +293,7 @@ class Archives:
             candles, sha256 = read_archive(
                 file, zipped.body, checksum.body if checksum else None, self._base_url
             )
-        except BadAnswer as error:
+        except InvalidResponse as error:
             warning = f"{error}: skipped, its candles are fetched from other files or REST"
             return Fetched(file, Outcome.FAILED, warning=warning)
         now = self._clock()
@@ -336,20 +336,20 @@ def published_at(file: ArchiveFile, headers: Mapping[str, str]) -> int:
 def read_archive(
     file: ArchiveFile, zipped: bytes, checksum: bytes | None, base_url: str
 ) -> tuple[Candles, str]:
-    """The unmodified candles of a verified file, ascending, and its SHA-256. Raises BadAnswer."""
+    """The unmodified candles of a verified file, ascending, and its SHA-256. Raises InvalidResponse."""
     place = place_of(base_url + file.path)
     actual = hashlib.sha256(zipped).hexdigest()
     named = re.match(rb"\s*([0-9a-fA-F]{64})\s+\*?(\S+)", checksum or b"")
     if named is None or named[2].decode("utf-8", "replace") != f"{file.stem}.zip":
-        raise BadAnswer(LANE, f"{place} has no matching checksum file")
+        raise InvalidResponse(LANE, f"{place} has no matching checksum file")
     if named[1].decode().lower() != actual:
-        raise BadAnswer(LANE, f"{place} does not have the SHA-256 of its checksum file")
+        raise InvalidResponse(LANE, f"{place} does not have the SHA-256 of its checksum file")
     try:
         text = _unzip(zipped, f"{file.stem}.csv")
         candles = _parse(text)
     except (zipfile.BadZipFile, zlib.error, struct.error, pa.ArrowInvalid, ValueError) as error:
         why = str(error).splitlines()[0][:200]
-        raise BadAnswer(LANE, f"{place} is not an archive of {file.stem} ({why})") from None
+        raise InvalidResponse(LANE, f"{place} is not an archive of {file.stem} ({why})") from None
     # A row of another period would be stored twice, or under the wrong file's checksum.
     return candles.sorted().within(file.period), actual
 

@@ -4,7 +4,7 @@ Belongs here: the bytes of a page and its checks, Binance's errors, its used wei
 are requested and whether neighbours agree (`binance.py`).
 
 A row outside the requested times or out of order invalidates its page. An invalid page is requested again within the
-retry budget; then BadAnswer is raised.
+retry budget; then InvalidResponse is raised.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from fks_backfill_dagster.domain.candles import Candles, Floats
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND
+from fks_backfill_dagster.known_providers import BINANCE
 from fks_backfill_dagster.providers.base import (
-    BadAnswer,
+    InvalidResponse,
     PermanentError,
     ProviderError,
     ProviderOptions,
@@ -46,11 +47,9 @@ from fks_backfill_dagster.providers.http.errors import (
 from fks_backfill_dagster.providers.http.limiter import Limiter, system_micros
 from fks_backfill_dagster.providers.http.pool import RequestPool, Tally
 
-NAME = "binance"
+NAME = BINANCE.name
 
 KLINES_PATH = "/api/v3/klines"
-KLINES_WEIGHT = 2
-REQUESTS_PER_MINUTE = 3000  # 6000 weight a minute per address
 # From this share of the weight on, requests wait for the next minute; others may be in flight.
 _PAUSE_AT = 0.95
 _COLUMNS = 12
@@ -78,7 +77,8 @@ class Klines:
         self._client = HttpClient(NAME, options, pool, limiter)
         self._limiter = limiter
         self._clock = clock
-        self._pause_at = _PAUSE_AT * KLINES_WEIGHT * (options.requests_per_minute or REQUESTS_PER_MINUTE)
+        a_minute = options.requests_per_minute or BINANCE.requests_per_minute
+        self._pause_at = _PAUSE_AT * BINANCE.request_weight * a_minute
         self._local = threading.local()
 
     def fetch(
@@ -88,7 +88,9 @@ class Klines:
 
         def page(item: tuple[Mapping[str, str | int], TimeRange]) -> Page:
             query, window = item
-            return self._client.run(lambda: self._once(query, window, tally), tally, weight=KLINES_WEIGHT)
+            return self._client.run(
+                lambda: self._once(query, window, tally), tally, weight=BINANCE.request_weight
+            )
 
         return self._client.pool.map(NAME, page, list(zip(queries, windows, strict=True)))
 
@@ -106,7 +108,7 @@ class Klines:
         if (
             re.fullmatch("[0-9]+", used) and float(used) >= self._pause_at
         ):  # int() refuses thousands of digits
-            self._limiter.penalise(NAME, seconds_to_next_minute(now))
+            self._limiter.cool_down(NAME, seconds_to_next_minute(now))
 
     def _market(self) -> _Market:
         made: _Market | None = getattr(self._local, "market", None)
@@ -156,7 +158,7 @@ class _Market:
         except self._errors as error:
             raise self._error_of(error, symbol) from None
         except UnicodeDecodeError:  # ccxt decodes the body before it can be checked
-            raise BadAnswer(NAME, f"{place_of(self._url)} returned no text: {_NOT_BINANCE}") from None
+            raise InvalidResponse(NAME, f"{place_of(self._url)} returned no text: {_NOT_BINANCE}") from None
         if self._response is not None and self._response.status_code != 200:
             raise self._response_error(self._response, symbol)  # ccxt accepts a redirect without a target
         return answer
@@ -199,7 +201,7 @@ def binance_error(
     if status == 403:
         return PermanentError(NAME, f"{place} returned 403: its firewall blocks the address of this machine")
     if status == 200:
-        return BadAnswer(NAME, f"{place} returned no klines but {excerpt(body)}")
+        return InvalidResponse(NAME, f"{place} returned no klines but {excerpt(body)}")
     return status_error(NAME, status, headers, body, place)
 
 
@@ -230,10 +232,12 @@ def read_page(answer: object, window: TimeRange, now: int, place: str) -> Page:
     """Klines to columns, without candles that are not closed at the server's `now`.
 
     A cell that is not a number becomes NaN (a volume: infinite), which the quality rules reject with their reason.
-    Raises BadAnswer unless it is a list of klines inside `window`.
+    Raises InvalidResponse unless it is a list of klines inside `window`.
     """
     if not isinstance(answer, list):
-        raise BadAnswer(NAME, f"{place} returned no list of klines but {_glimpse(answer)}: {_NOT_BINANCE}")
+        raise InvalidResponse(
+            NAME, f"{place} returned no list of klines but {_glimpse(answer)}: {_NOT_BINANCE}"
+        )
     if not answer:
         return Page(window, Candles.empty(), now)
     table = _table(answer, place)
@@ -242,12 +246,12 @@ def read_page(answer: object, window: TimeRange, now: int, place: str) -> Page:
         if any(isinstance(at, float) and at % 1 for at in table[:, 0]):
             raise ValueError("part of a millisecond")
     except (TypeError, ValueError, OverflowError):
-        raise BadAnswer(NAME, f"{place} returned klines without valid times") from None
+        raise InvalidResponse(NAME, f"{place} returned klines without valid times") from None
     inside = (opens >= window.start // _MILLIS) & (opens < -(-window.end // _MILLIS))
     if (opens[0] < window.start // _MILLIS) or not inside.any():
-        raise BadAnswer(NAME, f"{place} returned klines outside of the requested range {window}")
+        raise InvalidResponse(NAME, f"{place} returned klines outside of the requested range {window}")
     if (opens[1:] < opens[:-1]).any():
-        raise BadAnswer(NAME, f"{place} returned klines that do not ascend")
+        raise InvalidResponse(NAME, f"{place} returned klines that do not ascend")
     if not inside.all():  # some mirrors continue after endTime; the requested part is complete
         table, opens, closes = table[inside], opens[inside], closes[inside]
     columns = _floats(table[:, 1:6])
@@ -263,7 +267,7 @@ def _table(answer: list[Any], place: str) -> NDArray[np.object_]:
     except ValueError:
         table = np.empty(0, dtype=object)
     if table.ndim != 2 or table.shape[1] != _COLUMNS:
-        raise BadAnswer(
+        raise InvalidResponse(
             NAME, f"{place} returned rows that are not klines of {_COLUMNS} columns: {_NOT_BINANCE}"
         )
     return table

@@ -35,13 +35,14 @@ from fks_backfill_dagster.domain.timeframe import (
     MICROS_PER_SECOND,
     Timeframe,
 )
+from fks_backfill_dagster.known_providers import COINGECKO
 from fks_backfill_dagster.providers.base import (
-    Answer,
-    BadAnswer,
     Capabilities,
     Contradiction,
     Delivery,
     Estimate,
+    FetchResult,
+    InvalidResponse,
     NotEntitled,
     Origin,
     ProviderError,
@@ -59,10 +60,7 @@ from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.keys import usable_key
 from fks_backfill_dagster.providers.pages import agreeing, joined
 
-NAME = "coingecko"
-DEFAULT_BASE_URL = "https://api.coingecko.com"
-KEY_VARIABLE = "COINGECKO_API_KEY"
-REQUESTS_PER_MINUTE = 100  # of a demo key
+NAME, KEY_VARIABLE = COINGECKO.name, COINGECKO.key_variable
 
 _PRO_HOST = "pro-api"
 _RANGE_START = 1_518_134_400 * MICROS_PER_SECOND  # 2018-02-09
@@ -218,20 +216,20 @@ class CoinGecko:
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
         requests = len(self._endpoints[series.timeframe].pages(window, self._clock()))
-        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        a_minute = self._options.requests_per_minute or COINGECKO.requests_per_minute
         return Estimate(requests, requests * 60 / a_minute)
 
-    def fetch(self, series: Series, window: TimeRange) -> Answer:
+    def fetch(self, series: Series, window: TimeRange) -> FetchResult:
         check_served(self, series)
         query = _Query(coin_of(series), currency_of(series), self._endpoints[series.timeframe])
         with counted() as tally:
             return self._fetch(query, window, tally)
 
-    def _fetch(self, query: _Query, window: TimeRange, tally: Tally) -> Answer:
+    def _fetch(self, query: _Query, window: TimeRange, tally: Tally) -> FetchResult:
         now = self._clock()
         pages = query.endpoint.pages(window, now)
         if not window or not pages:
-            return Answer(())
+            return FetchResult(())
 
         def request(some: Sequence[TimeRange]) -> list[Candles]:
             return self._client.pool.map(NAME, lambda page: self._request(query, page, now, tally), some)
@@ -247,7 +245,7 @@ class CoinGecko:
         source = f"{path}?{urlencode(parameters)}"
         origin = Origin(NAME, Transport.REST, source, host_of(self._base_url), query.coin, now)
         deliveries = (Delivery(rows, origin, seams),) if len(rows) else ()
-        return Answer(deliveries, tally.count, clocks=tally.clocks)
+        return FetchResult(deliveries, tally.count, clocks=tally.clocks)
 
     def instrument(self, series: Series) -> str:
         return coin_of(series)
@@ -264,7 +262,7 @@ class CoinGecko:
             # A forming row may be stamped with the current time.
             rows = rows.take(rows.ts + step <= closed_by // step * step)
             if not is_spaced(rows.ts, step):
-                raise BadAnswer(
+                raise InvalidResponse(
                     NAME,
                     f"{reply.place} returned rows that are not {step // MICROS_PER_MINUTE} minutes apart",
                 )
@@ -300,7 +298,7 @@ class CoinGecko:
             kind = WrongKey if code in _KEY_CODES else NotEntitled
             return kind(NAME, f"{text} (a paid key needs a base_url on the host {_PRO_HOST}...)")
         if reply.status == 200:
-            return BadAnswer(
+            return InvalidResponse(
                 NAME, f"{reply.place} returned no rows but {excerpt(reply.body, self._options.key)}"
             )
         return self._client.failure(reply)
@@ -348,10 +346,10 @@ def currency_of(series: Series) -> str:
 def read_rows(answer: object, step: int, place: str) -> Candles:
     """Rows `[closeMs, o, h, l, c]` to columns, stamped at the open, ascending; `step` in microseconds.
 
-    A missing price becomes NaN. Raises BadAnswer for another shape.
+    A missing price becomes NaN. Raises InvalidResponse for another shape.
     """
     if not isinstance(answer, list):
-        raise BadAnswer(NAME, f"{place} returned no list of rows")
+        raise InvalidResponse(NAME, f"{place} returned no list of rows")
     if not answer:
         return Candles.empty()
     try:
@@ -360,7 +358,7 @@ def read_rows(answer: object, step: int, place: str) -> Candles:
         table = np.empty(0)
     times = table[:, 0] if table.ndim == 2 and table.shape[1] == 5 else np.array([np.nan])
     if not ((np.abs(times) < _LATEST_MS) & (times % 1 == 0)).all():
-        raise BadAnswer(NAME, f"{place} returned rows that are not [time, open, high, low, close]")
+        raise InvalidResponse(NAME, f"{place} returned rows that are not [time, open, high, low, close]")
     ts = table[:, 0].astype(np.int64) * 1000 - step
     prices = np.ascontiguousarray(table[:, 1:].T)
     prices[np.abs(prices) >= _EXACT] = np.inf

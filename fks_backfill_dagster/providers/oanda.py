@@ -34,14 +34,15 @@ from fks_backfill_dagster.domain.quality import verify
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, Timeframe
+from fks_backfill_dagster.known_providers import OANDA
 from fks_backfill_dagster.providers.base import (
-    Answer,
-    BadAnswer,
     Capabilities,
     Clocks,
     Contradiction,
     Delivery,
     Estimate,
+    FetchResult,
+    InvalidResponse,
     Origin,
     PermanentError,
     ProviderError,
@@ -57,11 +58,7 @@ from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.keys import usable_key
 from fks_backfill_dagster.providers.pages import agreeing, differing, joined
 
-NAME = "oanda"
-DEFAULT_BASE_URL = "https://api-fxpractice.oanda.com"
-KEY_VARIABLE = "OANDA_API_TOKEN"
-REQUESTS_PER_SECOND = 100
-REQUESTS_PER_MINUTE = 60 * REQUESTS_PER_SECOND
+NAME, KEY_VARIABLE = OANDA.name, OANDA.key_variable
 # Two new connections a second are accepted; the third one gets status 429.
 SECONDS_PER_CONNECTION = 0.5
 # The limit is 5000, weekends included; whether both ends of a window count is not documented.
@@ -100,7 +97,7 @@ class Oanda:
         page_size=PAGE_SIZE,
         needs_key=KEY_VARIABLE,
         has_volume=False,
-        omits_quiet=True,
+        omits_no_trade=True,
         confirms_absence=True,
     )
 
@@ -133,20 +130,20 @@ class Oanda:
         """Assumes that no page has missing candles."""
         opens = self._opens(series, window)
         requests = len(_pages(_ranges(opens, grid_of(series)), series.timeframe.micros))
-        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        a_minute = self._options.requests_per_minute or OANDA.requests_per_minute
         return Estimate(requests, requests * 60 / a_minute)
 
-    def fetch(self, series: Series, window: TimeRange) -> Answer:
+    def fetch(self, series: Series, window: TimeRange) -> FetchResult:
         check_served(self, series)
         with counted() as tally:
             return self._fetch(series, window, tally)
 
-    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> Answer:
+    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> FetchResult:
         instrument, grid = instrument_of(series), grid_of(series)
         requested_at = self._clock()
         opens = self._opens(series, window)
         if len(opens) == 0:
-            return Answer(())
+            return FetchResult(())
         wanted = _ranges(opens, grid)
         pages = self._fetch_pages(instrument, series.timeframe, wanted, tally)
         candles = Candles.concat(pages)
@@ -161,7 +158,7 @@ class Oanda:
         source = f"{_path(instrument)}?{urlencode(self._query(series.timeframe, wanted.hull))}"
         origin = Origin(NAME, Transport.REST, source, host_of(self._base_url), instrument, requested_at)
         deliveries = (Delivery(candles, origin, seams),) if len(candles) else ()
-        return Answer(deliveries, tally.count, clocks=tally.clocks)
+        return FetchResult(deliveries, tally.count, clocks=tally.clocks)
 
     def instrument(self, series: Series) -> str:
         return instrument_of(series)
@@ -233,17 +230,19 @@ class Oanda:
         document = self._client.json(reply)
         rows = document.get("candles") if isinstance(document, dict) else None
         if not isinstance(document, dict) or not isinstance(rows, list):
-            raise BadAnswer(NAME, f"{reply.place} returned no list of candles")
+            raise InvalidResponse(NAME, f"{reply.place} returned no list of candles")
         if (document.get("instrument"), document.get("granularity")) != (instrument, granularity):
-            raise BadAnswer(NAME, f"{reply.place} returned another instrument or granularity than requested")
+            raise InvalidResponse(
+                NAME, f"{reply.place} returned another instrument or granularity than requested"
+            )
         try:
             complete, opened, mid = pa.array(rows, type=_CANDLE).flatten()
             ts = opened.cast(pa.timestamp("ns", "UTC")).cast(pa.timestamp("us", "UTC")).cast(pa.int64())
             prices = [price.cast(pa.float64()).to_numpy(zero_copy_only=False) for price in mid.flatten()]
         except (pa.ArrowException, TypeError, OverflowError):
-            raise BadAnswer(NAME, f"{reply.place} returned candles of another shape") from None
+            raise InvalidResponse(NAME, f"{reply.place} returned candles of another shape") from None
         if ts.null_count or complete.null_count:
-            raise BadAnswer(NAME, f"{reply.place} returned candles without a time or a complete flag")
+            raise InvalidResponse(NAME, f"{reply.place} returned candles without a time or a complete flag")
         candles = Candles(ts.to_numpy(), *[*prices, np.full(len(rows), np.nan)])
         mask: NDArray[np.bool_] = complete.to_numpy(zero_copy_only=False).astype(bool)
         return candles.take(mask)

@@ -17,7 +17,7 @@ import numpy as np
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange, among
-from fks_backfill_dagster.providers.base import BadAnswer
+from fks_backfill_dagster.providers.base import InvalidResponse
 
 Page = TypeVar("Page")
 
@@ -50,7 +50,7 @@ class Chain:
         """Counts the rows of the next page, closed or not. Returns whether they reach the end of the range, so that
         no further page is needed.
 
-        Raises BadAnswer if the pages make no progress, or exceed what the range can need.
+        Raises InvalidResponse if the pages make no progress, or exceed what the range can need.
         """
         self.pages, self.rows = self.pages + 1, self.rows + len(stamps)
         newest = int(stamps.max()) if len(stamps) else None
@@ -59,7 +59,7 @@ class Chain:
         else:
             self.idle += 1
         if self.idle > _IDLE_PAGES:
-            raise BadAnswer(
+            raise InvalidResponse(
                 self.provider,
                 f"{self.place} links page after page, and the last {self.idle} of {self.pages:,} pages had no"
                 " newer bar",
@@ -69,7 +69,7 @@ class Chain:
             2 * (self.candles + self.page_size),
         )
         if self.pages > most_pages or self.rows > most_rows:
-            raise BadAnswer(
+            raise InvalidResponse(
                 self.provider,
                 f"{self.place} links page after page: {self.pages:,} pages had {self.rows:,} bars, for a range"
                 f" of at most {self.candles:,}",

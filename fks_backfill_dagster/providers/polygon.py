@@ -51,12 +51,13 @@ from fks_backfill_dagster.domain.timeframe import (
     to_datetime,
     to_micros,
 )
+from fks_backfill_dagster.known_providers import POLYGON
 from fks_backfill_dagster.providers.base import (
-    Answer,
-    BadAnswer,
     Capabilities,
     Delivery,
     Estimate,
+    FetchResult,
+    InvalidResponse,
     NotEntitled,
     Origin,
     PermanentError,
@@ -79,10 +80,7 @@ from fks_backfill_dagster.providers.numbers import bounded, to_double, to_instan
 from fks_backfill_dagster.providers.pages import Chain, joined
 from fks_backfill_dagster.providers.sessions import midnight_dates
 
-NAME = "polygon"
-DEFAULT_BASE_URL = "https://api.massive.com"
-KEY_VARIABLE = "POLYGON_API_KEY"
-REQUESTS_PER_MINUTE = 5  # limit of the free plan
+NAME, KEY_VARIABLE = POLYGON.name, POLYGON.key_variable
 
 # The maximum `limit` of a request. It counts base bars: minutes (also for hours) or days.
 LIMIT = 50_000
@@ -146,7 +144,7 @@ class Polygon:
             if timeframe.is_intraday
         },
         needs_key=KEY_VARIABLE,
-        omits_quiet=True,
+        omits_no_trade=True,
         derived=_PARTS,
     )
 
@@ -158,7 +156,10 @@ class Polygon:
         clock: Callable[[], int] = system_micros,
     ) -> None:
         self._options = options
-        if options.requests_per_minute in (None, REQUESTS_PER_MINUTE):  # the free plan is an end-of-day plan
+        if options.requests_per_minute in (
+            None,
+            POLYGON.requests_per_minute,
+        ):  # the free plan is an end-of-day plan
             self.capabilities = replace(self.capabilities, publication_delay=_END_OF_DAY_DELAY)
         self._clock = clock
         self._base_url = options.base_url.rstrip("/")
@@ -179,20 +180,20 @@ class Polygon:
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
         base = series.timeframe.micros if series.timeframe is Timeframe.D1 else MICROS_PER_MINUTE
         requests = math.ceil(window.duration / base * _TRADED[series.asset_class] / LIMIT)
-        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        a_minute = self._options.requests_per_minute or POLYGON.requests_per_minute
         return Estimate(requests, requests * 60 / a_minute)
 
-    def fetch(self, series: Series, window: TimeRange) -> Answer:
+    def fetch(self, series: Series, window: TimeRange) -> FetchResult:
         check_served(self, series)
         if not window or not _request_range(series, window):
-            return Answer(())
+            return FetchResult(())
         edge = self._edges.get(series.asset_class, window.start)
         if window.start < edge:
             raise _beyond(edge)
         with counted() as tally:
             return self._fetch(series, window, tally)
 
-    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> Answer:
+    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> FetchResult:
         covered, requested_at = window, self._clock()
         warnings: tuple[str, ...] = ()
         try:
@@ -214,7 +215,7 @@ class Polygon:
         source = self._url(series, covered).removeprefix(self._base_url)
         origin = Origin(NAME, Transport.REST, source, self._host, self.instrument(series), requested_at)
         deliveries = (Delivery(candles, origin, seams),) if len(candles) else ()
-        return Answer(deliveries, tally.count, warnings, tally.clocks)
+        return FetchResult(deliveries, tally.count, warnings, tally.clocks)
 
     def instrument(self, series: Series) -> str:
         return ticker_of(series)
@@ -294,11 +295,11 @@ class Polygon:
             raise _refusal_of_plan(str(failure)) if is_plan else failure
         document = self._client.json(reply)
         if not isinstance(document, dict):
-            raise BadAnswer(NAME, f"{reply.place} returned no object")
+            raise InvalidResponse(NAME, f"{reply.place} returned no object")
         if document.get("status") not in ("OK", "DELAYED"):
             raise self._refusal(document, reply)
         if document.get("ticker") != ticker:
-            raise BadAnswer(NAME, f"{reply.place} returned another ticker than {ticker}")
+            raise InvalidResponse(NAME, f"{reply.place} returned another ticker than {ticker}")
         return document
 
     def _refusal(self, document: dict[str, object], reply: Reply) -> ProviderError:
@@ -323,7 +324,9 @@ class Polygon:
             theirs, ours = urlsplit(urljoin(url, str(following))), urlsplit(url)
             is_ours = _origin_of(theirs) == _origin_of(ours)
         except ValueError:
-            raise BadAnswer(NAME, f"{place_of(url)} returned a next page that is not an address") from None
+            raise InvalidResponse(
+                NAME, f"{place_of(url)} returned a next page that is not an address"
+            ) from None
         if not is_ours:
             host = theirs.netloc.rpartition("@")[2]
             raise PermanentError(
@@ -363,12 +366,12 @@ def _bars_of(document: dict[str, object], place: str) -> Candles:
     """The bars of a response, by stamp. A missing price becomes NaN."""
     results = document.get("results") or []
     if not isinstance(results, list) or document.get("resultsCount", len(results)) != len(results):
-        raise BadAnswer(NAME, f"{place} returned another number of bars than its resultsCount")
+        raise InvalidResponse(NAME, f"{place} returned another number of bars than its resultsCount")
     try:
         t, *columns = _columns(results)
         ts = to_instants(t, 1000)
     except (pa.ArrowException, ValueError, TypeError, OverflowError):
-        raise BadAnswer(NAME, f"{place} returned bars of another shape") from None
+        raise InvalidResponse(NAME, f"{place} returned bars of another shape") from None
     return Candles(ts, *(bounded(column) for column in columns))
 
 

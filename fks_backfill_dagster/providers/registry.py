@@ -1,25 +1,18 @@
-"""The registry of providers, and their construction from the settings.
+"""The construction of the known providers, and their rate limits.
 
-Belongs here: names, default addresses, one registration per provider.
-Does not belong here: anything specific to one provider, or the order of the providers.
+Does not belong here: anything specific to one provider (`known_providers`, `providers/<name>.py`), or the order of the
+providers.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from importlib import import_module
+from typing import cast
 
-from fks_backfill_dagster.domain.rate_limits import Pace, Window
-from fks_backfill_dagster.providers import (
-    alphavantage,
-    binance,
-    binance_klines,
-    coingecko,
-    oanda,
-    polygon,
-    yfinance,
-)
+from fks_backfill_dagster.domain.rate_limits import RateLimits, RateWindow
+from fks_backfill_dagster.known_providers import KNOWN, KnownProvider
 from fks_backfill_dagster.providers.base import Provider, ProviderError, ProviderOptions
 from fks_backfill_dagster.providers.http.client import CONNECT_SECONDS, RESPONSE_TIMEOUTS
 from fks_backfill_dagster.providers.http.limiter import Limiter, ProcessLimiter, system_micros
@@ -28,53 +21,13 @@ from fks_backfill_dagster.providers.http.pool import RequestPool
 Factory = Callable[[ProviderOptions, RequestPool, Limiter, Callable[[], int]], Provider]
 
 
-@dataclass(frozen=True, slots=True)
-class Registration:
-    """The registration of a provider.
-
-    windows: the default rate windows, used unless a rate limit is configured.
-    requests_per_minute: the default rate for estimates, and the rate limit if there are no `windows`.
-    request_weight: the weight of one request in the rate limit.
-    """
-
-    factory: Factory
-    base_url: str
-    archive_url: str | None = None
-    requests_per_minute: int | None = None
-    request_weight: int = 1
-    windows: tuple[Window, ...] = ()
+def _implementation(known: KnownProvider) -> Factory:
+    module, _, name = known.implementation.partition(":")
+    return cast(Factory, getattr(import_module(f"fks_backfill_dagster.providers.{module}"), name))
 
 
-BUILT: Mapping[str, Registration] = {
-    binance_klines.NAME: Registration(
-        binance.Binance,
-        binance.DEFAULT_BASE_URL,
-        archive_url=binance.DEFAULT_ARCHIVE_URL,
-        request_weight=binance_klines.KLINES_WEIGHT,
-        windows=(Window(binance_klines.REQUESTS_PER_MINUTE * binance_klines.KLINES_WEIGHT),),
-    ),
-    polygon.NAME: Registration(
-        polygon.Polygon, polygon.DEFAULT_BASE_URL, requests_per_minute=polygon.REQUESTS_PER_MINUTE
-    ),
-    yfinance.NAME: Registration(
-        yfinance.YFinance, yfinance.DEFAULT_BASE_URL, requests_per_minute=yfinance.REQUESTS_PER_MINUTE
-    ),
-    coingecko.NAME: Registration(
-        coingecko.CoinGecko, coingecko.DEFAULT_BASE_URL, requests_per_minute=coingecko.REQUESTS_PER_MINUTE
-    ),
-    alphavantage.NAME: Registration(
-        alphavantage.AlphaVantage,
-        alphavantage.DEFAULT_BASE_URL,
-        requests_per_minute=alphavantage.REQUESTS_PER_MINUTE,
-        windows=(Window(1, 1.0), Window(alphavantage.REQUESTS_PER_DAY, 86_400.0)),
-    ),
-    oanda.NAME: Registration(
-        oanda.Oanda,
-        oanda.DEFAULT_BASE_URL,
-        requests_per_minute=oanda.REQUESTS_PER_MINUTE,
-        windows=(Window(oanda.REQUESTS_PER_SECOND, 1.0),),
-    ),
-}
+# Imported with this module: a run worker is a fork of a process that has imported them.
+_FACTORIES: Mapping[str, Factory] = {name: _implementation(known) for name, known in KNOWN.items()}
 
 
 class UnknownProvider(ProviderError):
@@ -97,39 +50,39 @@ def resolve_options(
     A configured base_url without an archive_url disables the archives: a local market must never be mixed with the
     real archives. Raises UnknownProvider.
     """
-    registered = _registration(name)
+    known = _known(name)
     given = {
         "timeout_seconds": timeout_seconds,
         "retry_budget_seconds": retry_budget_seconds,
         "longest_wait_seconds": longest_wait_seconds,
     }
     return ProviderOptions(
-        base_url=(base_url or registered.base_url).rstrip("/"),
-        archive_url=archive_url or (None if base_url else registered.archive_url),
-        requests_per_minute=requests_per_minute or registered.requests_per_minute,
+        base_url=(base_url or known.base_url).rstrip("/"),
+        archive_url=archive_url or (None if base_url else known.archive_url),
+        requests_per_minute=requests_per_minute or known.requests_per_minute,
         key=(key or "").strip() or None,
         **{option: value for option, value in given.items() if value is not None},
     )
 
 
-def paces(options: Mapping[str, ProviderOptions]) -> dict[str, Pace]:
+def paces(options: Mapping[str, ProviderOptions]) -> dict[str, RateLimits]:
     """The rate limits of these providers, each for the account identified by its key and address.
 
     Archives have an account of their own, without a limit: only the waits that they demand apply.
     """
     found = {name: _pace(name, one) for name, one in options.items()}
     archives = {name: one.archive_url for name, one in options.items() if one.archive_url}
-    return found | {f"{name}-archive": Pace((), _account(url)) for name, url in archives.items()}
+    return found | {f"{name}-archive": RateLimits((), _account(url)) for name, url in archives.items()}
 
 
-def _pace(name: str, options: ProviderOptions) -> Pace:
-    registered, a_minute = _registration(name), options.requests_per_minute
+def _pace(name: str, options: ProviderOptions) -> RateLimits:
+    known, a_minute = _known(name), options.requests_per_minute
     # A configured limit describes another plan, so the daily budget of the default plan does not apply either.
-    if registered.windows and a_minute in (None, registered.requests_per_minute):
-        windows = registered.windows
+    if known.windows and a_minute in (None, known.requests_per_minute):
+        windows = known.windows
     else:
-        windows = (Window(a_minute * registered.request_weight),) if a_minute else ()
-    return Pace(
+        windows = (RateWindow(a_minute * known.request_weight),) if a_minute else ()
+    return RateLimits(
         windows,
         _account(options.base_url, options.key),
         CONNECT_SECONDS + RESPONSE_TIMEOUTS * options.timeout_seconds,
@@ -154,10 +107,11 @@ def build(
     clock: Callable[[], int] = system_micros,
 ) -> Provider:
     """The provider of this name. Raises UnknownProvider."""
-    return _registration(name).factory(options, pool, limiter, clock)
+    _known(name)
+    return _FACTORIES[name](options, pool, limiter, clock)
 
 
-def _registration(name: str) -> Registration:
-    if name in BUILT:
-        return BUILT[name]
-    raise UnknownProvider(name, f"there is no such provider; there are {', '.join(sorted(BUILT))}")
+def _known(name: str) -> KnownProvider:
+    if name in KNOWN:
+        return KNOWN[name]
+    raise UnknownProvider(name, f"there is no such provider; there are {', '.join(sorted(KNOWN))}")

@@ -9,7 +9,6 @@ is quarantined, and the session's candle is visibly missing.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -43,7 +42,7 @@ def session_dates(
     3. Any other stamp belongs to the session of its local date, up to two hours after the close. A stamp equal to
        `last_trade`, the time of the last trade, belongs to it at any time.
     """
-    days, minutes = grid_of(series), grid_of(replace(series, timeframe=Timeframe.M1))
+    days, minutes = grid_of(series), grid_of(series.at(Timeframe.M1))
     local = wall_clock(stamps, zone)
     own = local - local % MICROS_PER_DAY
     following = own + MICROS_PER_DAY

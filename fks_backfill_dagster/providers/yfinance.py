@@ -41,12 +41,13 @@ from fks_backfill_dagster.domain.timeframe import (
     Timeframe,
     iso,
 )
+from fks_backfill_dagster.known_providers import YFINANCE
 from fks_backfill_dagster.providers.base import (
-    Answer,
-    BadAnswer,
     Capabilities,
     Delivery,
     Estimate,
+    FetchResult,
+    InvalidResponse,
     Origin,
     ProviderError,
     ProviderOptions,
@@ -65,9 +66,7 @@ from fks_backfill_dagster.providers.pages import joined
 from fks_backfill_dagster.providers.sessions import session_dates, wall_clock
 from fks_backfill_dagster.providers.splits import as_traded
 
-NAME = "yfinance"
-DEFAULT_BASE_URL = "https://query2.finance.yahoo.com"
-REQUESTS_PER_MINUTE = 60  # our choice: Yahoo publishes no limit
+NAME = YFINANCE.name
 
 _BROWSER = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/131.0 Safari/537.36"
 _PARTS: Mapping[Timeframe, Timeframe] = {
@@ -108,7 +107,7 @@ class YFinance:
         {AssetClass.STOCKS: frozenset(Timeframe)},
         page_size=7 * 390,  # minutes of a week's sessions: the smallest page
         adjusted=True,
-        omits_quiet=True,
+        omits_no_trade=True,
         derived={AssetClass.STOCKS: _PARTS},
         depth={
             timeframe: _MINUTES_DEPTH if timeframe is Timeframe.M1 else _INTRADAY_DEPTH
@@ -147,20 +146,20 @@ class YFinance:
 
     def estimate(self, series: Series, window: TimeRange) -> Estimate:
         requests = len(_pages(self._request_range(series, window, self._clock()), series.timeframe))
-        a_minute = self._options.requests_per_minute or REQUESTS_PER_MINUTE
+        a_minute = self._options.requests_per_minute or YFINANCE.requests_per_minute
         return Estimate(requests, requests * 60 / a_minute)
 
-    def fetch(self, series: Series, window: TimeRange) -> Answer:
+    def fetch(self, series: Series, window: TimeRange) -> FetchResult:
         check_served(self, series)
         with counted() as tally:
             return self._fetch(series, window, tally)
 
-    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> Answer:
+    def _fetch(self, series: Series, window: TimeRange, tally: Tally) -> FetchResult:
         symbol, now = symbol_of(series), self._clock()
         requested, native = self._request_range(series, window, now), series.timeframe
         pages = _pages(requested, native)
         if not pages:
-            return Answer(())
+            return FetchResult(())
         paths = [_range_path(symbol, native, page) for page in pages]
         charts = self._charts(symbol, native, paths, tally)
         candles, seams, doubt = _candles(charts, pages, series)
@@ -172,7 +171,7 @@ class YFinance:
         )
         seams = seams[(seams > window.start) & (seams < window.end)]
         deliveries = (Delivery(candles, origin, seams),) if len(candles) else ()
-        return Answer(deliveries, tally.count, clocks=tally.clocks)
+        return FetchResult(deliveries, tally.count, clocks=tally.clocks)
 
     def instrument(self, series: Series) -> str:
         return symbol_of(series)
@@ -202,14 +201,14 @@ class YFinance:
             return _read(result, symbol, interval, now)
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             problem = error if isinstance(error, _Invalid) else "a chart of another shape"
-            raise BadAnswer(NAME, f"{reply.place} returned {problem}") from None
+            raise InvalidResponse(NAME, f"{reply.place} returned {problem}") from None
 
     def _result(self, reply: Reply, symbol: str) -> object:
         """The chart's result; None if the range is empty. Raises the error in the response."""
         try:
             document = self._client.json(reply)
             chart = document.get("chart") if isinstance(document, dict) else None
-        except BadAnswer:
+        except InvalidResponse:
             if reply.status == 200:
                 raise
             chart = None  # a page of the edge servers
@@ -223,7 +222,7 @@ class YFinance:
             raise self._client.failure(reply)
         results = chart.get("result") if isinstance(chart, dict) else None
         if not isinstance(results, list) or len(results) != 1:
-            raise BadAnswer(NAME, f"{reply.place} returned no chart")
+            raise InvalidResponse(NAME, f"{reply.place} returned no chart")
         return results[0]
 
     def _refusal(self, reply: Reply, symbol: str, error: dict[str, object]) -> ProviderError | None:
@@ -283,7 +282,7 @@ def _candles(
     now, last_trade = min(chart.now for chart in charts), charts[-1].last_trade
     ratios = {at: ratio for chart in charts for at, ratio in chart.splits.items() if at <= now}
     at = np.array(sorted(ratios), dtype=np.int64)
-    split_dates = session_dates(at, replace(series, timeframe=Timeframe.D1), zone)
+    split_dates = session_dates(at, series.at(Timeframe.D1), zone)
     local = wall_clock(bars.ts, zone) // MICROS_PER_DAY * MICROS_PER_DAY
     daily = series.timeframe is Timeframe.D1
     dates = session_dates(bars.ts, series, zone, last_trade) if daily else local

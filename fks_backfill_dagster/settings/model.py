@@ -1,15 +1,12 @@
-"""All settings as one checked model, with lookups by series and provider."""
+"""All settings as one checked model. Questions about series: `catalog`."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from datetime import UTC, date, datetime, timedelta
-from fnmatch import fnmatchcase
-from functools import cached_property
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final
 
 from pydantic import (
     AfterValidator,
@@ -24,9 +21,9 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from fks_backfill_dagster.domain.ranges import TimeRange
-from fks_backfill_dagster.domain.series import AssetClass, Series, identifier
+from fks_backfill_dagster.domain.series import AssetClass, identifier
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_micros
+from fks_backfill_dagster.known_providers import KNOWN
 from fks_backfill_dagster.settings.sections import (
     PROVIDER_NAMES,
     Alerts,
@@ -43,11 +40,6 @@ from fks_backfill_dagster.settings.sections import (
     Webserver,
     provider_name,
 )
-from fks_backfill_dagster.settings.sources import (
-    CLASS_CALENDARS,
-    nearest,
-)
-from fks_backfill_dagster.settings.symbols import check_symbol, infer_asset_class
 from fks_backfill_dagster.settings.types import (
     CalendarName,
     Form,
@@ -58,8 +50,6 @@ from fks_backfill_dagster.settings.types import (
     leaves_unencrypted,
     login_token,
     no_section,
-    parse_timeframe,
-    resolved_calendar,
 )
 
 CONFIG: Final = Path("config", "backfill.yaml")
@@ -67,12 +57,7 @@ CHECKOUT: Final = Path(__file__).resolve().parents[2]
 SHIPPED: Final = Path(__file__).resolve().parents[1] / "project"
 """The project files that the program ships: links in a checkout, copies in a wheel."""
 
-KEY_VARIABLES: Final = {
-    "coingecko": "COINGECKO_API_KEY",
-    "polygon": "POLYGON_API_KEY",
-    "alphavantage": "ALPHAVANTAGE_API_KEY",
-    "oanda": "OANDA_API_TOKEN",
-}
+KEY_VARIABLES: Final = {name: known.key_variable for name, known in KNOWN.items() if known.key_variable}
 """The environment variable with the key of each provider; the others need none."""
 
 
@@ -219,153 +204,22 @@ class Settings(BaseSettings):
             raise ValidationError.from_exception_data("symbols", problems)
         return symbols
 
-    # --- series ---
-
-    def series(self) -> tuple[Series, ...]:
-        """Every configured symbol at each of its timeframes, in the order of the file."""
-        return tuple(entry.series(timeframe) for entry in self.symbols for timeframe in entry.timeframes)
-
-    def find_series(self, symbol: str, timeframe: str | Timeframe, stored: Iterable[Series] = ()) -> Series:
-        """The series of a symbol in any notation (`BTC/USDT`, `BTC_USDT`, `btc/usdt`).
-
-        A symbol that is not configured is looked up in `stored`, else inferred: `X_Y` is `X/Y`, the asset
-        class follows from the form. Raises ValueError, with the nearest configured symbol, for an invalid
-        one.
-        """
-        frame = parse_timeframe(timeframe)
-        entry = self._configured(symbol)
-        if entry is not None:
-            return entry.series(frame)
-        wanted = identifier(symbol.strip()).upper()
-        known = [s for s in stored if s.timeframe is frame and identifier(s.symbol).upper() == wanted]
-        if len(known) == 1:
-            return known[0]
-        return self._inferred(symbol, frame)
-
-    def match_symbols(self, pattern: str | None = None) -> tuple[str, ...]:
-        """The configured symbols that match a glob, as symbol or as asset key; None matches all."""
-        return tuple(
-            entry.symbol
-            for entry in self.symbols
-            if pattern is None
-            or fnmatchcase(entry.symbol, pattern)
-            or fnmatchcase(identifier(entry.symbol), pattern)
-        )
-
-    def nearest_symbol(self, symbol: str) -> str | None:
-        """The configured symbol closest to one that is not configured; None if none is close.
-
-        Base and quote are compared separately: DOGE/USDT is not a mistyped ETH/USDT, despite the common part.
-        """
-        names = self.match_symbols()
-        if symbol in names:
-            return None
-        base, slash, quote = symbol.partition("/")
-        if not slash:
-            return nearest(symbol, names)
-        pairs = [name.partition("/") for name in names if "/" in name]
-        bases = [one for one, _, _ in pairs if nearest(base, [one])]
-        close = [f"{one}/{other}" for one, _, other in pairs if one in bases and nearest(quote, [other])]
-        return nearest(symbol, close)
-
-    def _configured(self, symbol: str) -> SymbolSettings | None:
-        wanted = identifier(symbol.strip())
-        exact = self.by_asset_key.get(wanted)
-        if exact is not None:
-            return exact
-        loose = [key for key in self.by_asset_key if key.upper() == wanted.upper()]
-        return self.by_asset_key[loose[0]] if len(loose) == 1 else None
-
-    @cached_property
-    def by_asset_key(self) -> dict[str, SymbolSettings]:
-        """The configured symbols by `identifier(symbol)`; cached, as thousands of series are looked up."""
-        return {identifier(entry.symbol): entry for entry in self.symbols}
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy with other symbols has its own `by_asset_key`: pydantic copies the cached one, too."""
-        copied = super().model_copy(update=update, deep=deep)
-        copied.__dict__.pop("by_asset_key", None)
-        return copied
-
-    def _inferred(self, written: str, timeframe: Timeframe) -> Series:
-        symbol = written.strip().upper()
-        if "/" not in symbol and symbol.count("_") == 1:
-            symbol = symbol.replace("_", "/")
-        asset_class = infer_asset_class(symbol)
-        names = [entry.symbol for entry in self.symbols]
-        joined = {re.sub(r"\W|_", "", name): name for name in names}
-        if asset_class is AssetClass.STOCKS and symbol in joined:
-            raise ValueError(f"{written!r} is not configured; did you mean {joined[symbol]}?")
-        try:
-            check_symbol(symbol, asset_class)
-        except ValueError as error:
-            match = nearest(symbol, names)
-            raise ValueError(f"{error}" + (f"; did you mean {match}?" if match else "")) from None
-        return Series(symbol=symbol, timeframe=timeframe, asset_class=asset_class)
-
-    # --- lookups by series or provider ---
-
-    def priority(self, series: Series) -> tuple[str, ...]:
-        """The enabled providers of the series, in order of priority."""
-        entry = self._entry(series)
-        names = None if entry is None else entry.provider_priority
-        if isinstance(names, dict):
-            names = names.get(series.timeframe)
-        if names is None:
-            names = getattr(self.provider_priority, series.asset_class.value)
-        return tuple(name for name in names if self.provider(name).enabled)
-
-    def closed(self, series: Series) -> tuple[tuple[date, date], ...]:
-        """The dates on which the market of the series was closed: first and last (inclusive) of each
-        interval, ascending, disjoint. Those of its symbol and those of its calendar."""
-        entry = self._entry(series)
-        found = [] if entry is None else list(entry.closed)
-        for name, calendar in self.calendars.items():
-            if calendar.closed and _is_calendar_of(name, series):
-                found += calendar.closed
-        merged: list[tuple[date, date]] = []
-        for one in sorted(found, key=lambda dates: dates.start):
-            if merged and one.start <= merged[-1][1] + timedelta(days=1):
-                merged[-1] = (merged[-1][0], max(merged[-1][1], one.end))
-            else:
-                merged.append((one.start, one.end))
-        return tuple(merged)
-
-    @property
-    def earliest_start(self) -> int:
-        """The earliest start of any series, in microseconds: partitions of every grain begin there, rounded down.
-
-        All series of a grain share one partitions definition, as one run cannot mix two.
-        """
-        starts = (entry.start for entry in self.symbols if entry.start is not None)
-        return min((self.history_start, *starts))
-
-    def start_of(self, series: Series) -> int:
-        """The start of the series, in microseconds."""
-        entry = self._entry(series)
-        return self.history_start if entry is None or entry.start is None else entry.start
-
-    def end_of(self, series: Series) -> int | None:
-        """The end of the series (exclusive), in microseconds; None: no end."""
-        entry = self._entry(series)
-        return None if entry is None else entry.end
-
-    def kept(self, series: Series, window: TimeRange) -> TimeRange:
-        """The part of `window` from the series' start to its end; empty where there is none."""
-        start, end = self.start_of(series), self.end_of(series)
-        last = window.end if end is None else end
-        return window.intersect(TimeRange(start, max(start, last)))
-
     def provider(self, name: str) -> ProviderSettings:
         """The settings of a provider. Raises ValueError for an unknown one."""
         found: ProviderSettings = getattr(self.providers, provider_name(name))
         return found
 
+    def check_enabled(self, providers: Iterable[str]) -> None:
+        """Raises ValueError for a provider that is unknown or disabled."""
+        for name in providers:
+            if not self.provider(name).enabled:
+                raise ValueError(f"{name} is disabled: set providers.{name}.enabled to true in the settings")
+
     def custom_addresses(self) -> dict[str, str]:
         """The enabled providers whose address is not their default one, with that address."""
         given = {name: self.provider(name) for name in PROVIDER_NAMES}
         found = {
-            name: custom_address(name, own.base_url, getattr(own, "archive_url", None))
+            name: KNOWN[name].custom_address(own.base_url, getattr(own, "archive_url", None))
             for name, own in given.items()
             if own.enabled
         }
@@ -379,27 +233,6 @@ class Settings(BaseSettings):
     def redacted_dump(self) -> dict[str, Any]:
         """All settings as JSON values; every secret is asterisks."""
         return self.model_dump(mode="json")
-
-    def _entry(self, series: Series) -> SymbolSettings | None:
-        entry = self.by_asset_key.get(identifier(series.symbol))
-        return entry if entry is not None and entry.symbol == series.symbol else None
-
-
-def custom_address(provider: str, base_url: str, archive_url: str | None = None) -> str | None:
-    """The address of `provider` if it is not the default one, else None."""
-    usual = Providers.model_fields[provider].default
-    archives = archive_url is not None and archive_url != getattr(usual, "archive_url", None)
-    if base_url == usual.base_url and not archives:
-        return None
-    return f"{base_url} (archives: {archive_url})" if archives else base_url
-
-
-def _is_calendar_of(name: str, series: Series) -> bool:
-    if series.asset_class is not AssetClass.STOCKS:
-        return name == series.asset_class.value
-    return name == series.calendar or (
-        name not in CLASS_CALENDARS and resolved_calendar(name) == resolved_calendar(series.calendar)
-    )
 
 
 def _collisions(raw: object) -> Iterator[InitErrorDetails]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import date
-from typing import Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -17,19 +17,20 @@ from pydantic import (
     SecretStr,
     Tag,
     ValidationInfo,
+    create_model,
     field_validator,
     model_validator,
 )
 
-from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.series import DEFAULT_CALENDAR, AssetClass, Instrument
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso
+from fks_backfill_dagster.known_providers import KNOWN, KnownProvider
 from fks_backfill_dagster.settings.sources import (
     CLASS_CALENDARS,
     hint,
 )
 from fks_backfill_dagster.settings.symbols import check_symbol
 from fks_backfill_dagster.settings.types import (
-    DEFAULT_CALENDAR,
     OTHERS,
     AnyInstant,
     Date,
@@ -49,6 +50,8 @@ from fks_backfill_dagster.settings.types import (
     nothing_is_empty,
     webhook_address,
 )
+
+PROVIDER_NAMES: Final = tuple(KNOWN)
 
 
 def provider_name(name: str) -> str:
@@ -87,44 +90,24 @@ class ProviderSettings(Section):
     enabled: bool = Field(default=True, description="Whether the provider may be requested at all.")
 
 
-class Binance(ProviderSettings):
-    base_url: Url = "https://api.binance.com"
-    archive_url: Url | None = Field(
-        default="https://data.binance.vision",
-        description="The address of the daily and monthly archives; null: REST only.",
+def _section_of(known: KnownProvider) -> tuple[type[ProviderSettings], ProviderSettings]:
+    """The section of a provider, and its defaults."""
+    addresses: dict[str, Any] = {"base_url": (Url, known.base_url)}
+    if known.archive_url is not None:
+        text = "The address of the daily and monthly archives; null: REST only."
+        addresses["archive_url"] = (Url | None, Field(default=known.archive_url, description=text))
+    section = create_model(known.name, __base__=ProviderSettings, **addresses)
+    return section, section.model_validate({})
+
+
+if TYPE_CHECKING:
+
+    class Providers(Section):
+        def __getattr__(self, name: str) -> ProviderSettings: ...
+else:
+    Providers = create_model(
+        "Providers", __base__=Section, **{name: _section_of(known) for name, known in KNOWN.items()}
     )
-
-
-class CoinGecko(ProviderSettings):
-    base_url: Url = "https://api.coingecko.com"
-
-
-class Polygon(ProviderSettings):
-    base_url: Url = "https://api.massive.com"
-
-
-class YFinance(ProviderSettings):
-    base_url: Url = "https://query2.finance.yahoo.com"
-
-
-class AlphaVantage(ProviderSettings):
-    base_url: Url = "https://www.alphavantage.co"
-
-
-class Oanda(ProviderSettings):
-    base_url: Url = "https://api-fxpractice.oanda.com"
-
-
-class Providers(Section):
-    binance: Binance = Binance()
-    coingecko: CoinGecko = CoinGecko()
-    polygon: Polygon = Polygon()
-    yfinance: YFinance = YFinance()
-    alphavantage: AlphaVantage = AlphaVantage()
-    oanda: Oanda = Oanda()
-
-
-PROVIDER_NAMES: Final = tuple(Providers.model_fields)
 
 Priority = Annotated[Many[ProviderName], AfterValidator(not_empty)]
 
@@ -353,10 +336,10 @@ class SymbolSettings(Section):
             raise ValueError(f"{name!r} is the calendar of an asset class; stocks have an exchange's")
         return None if name is None else calendar_name(name)
 
-    def series(self, timeframe: Timeframe) -> Series:
-        return Series(
+    @property
+    def instrument(self) -> Instrument:
+        return Instrument(
             symbol=self.symbol,
-            timeframe=timeframe,
             asset_class=self.asset_class,
             calendar=self.calendar or DEFAULT_CALENDAR,
             provider_symbols=tuple(self.provider_symbols.items()),

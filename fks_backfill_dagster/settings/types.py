@@ -20,7 +20,7 @@ from pydantic import (
     SecretStr,
 )
 
-from fks_backfill_dagster.domain.series import AssetClass
+from fks_backfill_dagster.domain.series import DEFAULT_CALENDAR, AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso, to_micros
 from fks_backfill_dagster.loopback import is_loopback
 from fks_backfill_dagster.settings.sources import (
@@ -65,8 +65,6 @@ def host_name(value: str) -> str:
         )
     return value.lower()
 
-
-DEFAULT_CALENDAR: Final = "XNYS"
 
 OTHERS: Final = "others"
 
@@ -194,11 +192,24 @@ def _any_instant(raw: object) -> int:
 
 
 def parse_timeframe(raw: object) -> Timeframe:
-    """Parses a timeframe. Raises ValueError that names all eight."""
+    """Parses a timeframe. Raises ValueError that names all eight, and the one of this length in another notation."""
     try:
         return Timeframe(str(raw))
     except ValueError:
-        raise ValueError(f"{str(raw)!r} is not a timeframe ({' '.join(Timeframe)})") from None
+        meant = _timeframe_of_length(str(raw))
+        question = f"; did you mean {meant}?" if meant else ""
+        raise ValueError(f"{str(raw)!r} is not a timeframe ({' '.join(Timeframe)}){question}") from None
+
+
+def _timeframe_of_length(text: str) -> Timeframe | None:
+    """The timeframe that `1H`, `60m`, `1 hour` or `1day` means; None if there is none of this length."""
+    found = re.fullmatch(
+        r"(\d{1,5})\s*(m|h|d|w)(in|ins|inute|inutes|our|ours|r|ay|ays|eek|eeks)?", text.lower()
+    )
+    if found is None:
+        return None
+    minutes = int(found[1]) * {"m": 1, "h": 60, "d": 1_440, "w": 10_080}[found[2]]
+    return next((one for one in Timeframe if one.minutes == minutes), None)
 
 
 def asset_class_of(raw: object) -> AssetClass:

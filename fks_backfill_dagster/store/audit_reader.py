@@ -21,7 +21,7 @@ from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
-from fks_backfill_dagster.ledger.reconcile import Flaw, Kind, Recorded, Seen, SeriesAudit, judge
+from fks_backfill_dagster.ledger.reconcile import Flaw, Kind, Recorded, Seen, SeriesAudit, reconcile
 from fks_backfill_dagster.store.copy_format import decode_array
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.driver import cursor_of
@@ -58,7 +58,9 @@ def examine_within(connection: sa.Connection, series: Series, grid: Grid, clock:
         return None
     recorded = _recorded(connection, identity)
     closed_end = grid.closed_end(clock())
-    return judge(series, grid, recorded, _seen(connection, series, identity, grid, closed_end), closed_end)
+    return reconcile(
+        series, grid, recorded, _seen(connection, series, identity, grid, closed_end), closed_end
+    )
 
 
 def _plan_for_scans(connection: sa.Connection) -> None:

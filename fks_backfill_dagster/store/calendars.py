@@ -15,9 +15,10 @@ import sqlalchemy as sa
 from fks_backfill_dagster.domain.calendars import PastSessions
 from fks_backfill_dagster.domain.ranges import RangeSet
 from fks_backfill_dagster.domain.series import AssetClass, Series
-from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime, to_micros
+from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.store import schema
 from fks_backfill_dagster.store.ledger import to_multirange
+from fks_backfill_dagster.store.sql import as_series
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,4 @@ def concerned(connection: sa.Connection, name: str, spans: RangeSet) -> tuple[Se
         sa.text(_CONCERNED),
         {"stocks": AssetClass.STOCKS.value, "calendar": name, "spans": to_multirange(spans)},
     )
-    return tuple(
-        Series(row.symbol, Timeframe(row.timeframe), AssetClass(row.asset_class), row.calendar)
-        for row in rows
-    )
+    return tuple(as_series(row) for row in rows)

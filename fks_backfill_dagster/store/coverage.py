@@ -13,6 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime, to_micros
@@ -25,18 +26,18 @@ from fks_backfill_dagster.store.sql import micros, series_of, table_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Candles: expected = stored + missing + quiet.
+    """Candles: expected = stored + missing + no_trade.
 
-    `missing`: not stored and not known to be without trades, explained or not. `quiet`: no-trade intervals.
+    `missing`: not stored and not known to be without trades, explained or not. `no_trade`: no-trade intervals.
     """
 
     expected: int = 0
     missing: int = 0
-    quiet: int = 0
+    no_trade: int = 0
 
     @property
     def stored(self) -> int:
-        return self.expected - self.missing - self.quiet
+        return self.expected - self.missing - self.no_trade
 
     @property
     def coverage(self) -> float:
@@ -101,7 +102,7 @@ def part_states(database: Database, series: Series, windows: Mapping[str, TimeRa
                 expected=grid.count(window),
                 missing=sum(grid.count(part) for part in known.lacking(window)),
                 unexplained=sum(grid.count(part) for part in known.missing(window)),
-                quiet=sum(grid.count(part) for part in known.quiet(window)),
+                no_trade=sum(grid.count(part) for part in known.no_trade(window)),
                 next_attempt=_next_attempt(known.gaps, window),
             )
             for key, window in windows.items()
@@ -241,7 +242,7 @@ def completeness(database: Database, series: Sequence[Series]) -> dict[Series, C
             sa.text(
                 "SELECT s.series_id, s.synced,"
                 "   coalesce(sum(g.missing_candles) FILTER (WHERE g.status <> :quiet), 0)::bigint AS missing,"
-                "   coalesce(sum(g.missing_candles) FILTER (WHERE g.status = :quiet), 0)::bigint AS quiet,"
+                "   coalesce(sum(g.missing_candles) FILTER (WHERE g.status = :quiet), 0)::bigint AS no_trade,"
                 "   count(g.id) FILTER (WHERE g.status = :open) AS open_gaps,"
                 "   coalesce(sum(g.missing_candles) FILTER (WHERE g.status = :open), 0)::bigint AS open_missing"
                 " FROM fks.sync_state s LEFT JOIN fks.gap g"
@@ -261,15 +262,15 @@ def completeness(database: Database, series: Sequence[Series]) -> dict[Series, C
         found[one] = Completeness(
             expected=expected,
             missing=row.missing,
-            quiet=row.quiet,
+            no_trade=row.no_trade,
             open_gaps=row.open_gaps,
             open_missing=row.open_missing,
         )
     return found
 
 
-def open_parts(database: Database, series: Sequence[Series], part: str) -> dict[Series, list[str]]:
-    """The parts ("month" or "year") that an open gap overlaps, by the day on which they begin."""
+def open_partitions(database: Database, series: Sequence[Series], grain: Grain) -> dict[Series, list[str]]:
+    """The keys of the partitions that an open gap overlaps."""
     found: dict[Series, list[str]] = {one: [] for one in series}
     with database.begin() as connection:
         owners = series_of(connection, series)
@@ -277,11 +278,11 @@ def open_parts(database: Database, series: Sequence[Series], part: str) -> dict[
             sa.text(
                 "SELECT DISTINCT g.series_id, to_char(p, 'YYYY-MM-DD') AS key FROM fks.gap g"
                 " CROSS JOIN LATERAL generate_series("
-                "   date_trunc(:part, g.gap_start AT TIME ZONE 'UTC'),"
-                "   (g.gap_end - interval '1 microsecond') AT TIME ZONE 'UTC', CAST('1 ' || :part AS interval)) p"
+                "   date_trunc(:grain, g.gap_start AT TIME ZONE 'UTC'),"
+                "   (g.gap_end - interval '1 microsecond') AT TIME ZONE 'UTC', CAST('1 ' || :grain AS interval)) p"
                 " WHERE g.series_id = ANY(:ids) AND g.status = :open ORDER BY 1, 2"
             ),
-            {"part": part, "ids": list(owners), "open": GapStatus.OPEN.value},
+            {"grain": grain.value, "ids": list(owners), "open": GapStatus.OPEN.value},
         )
         for row in rows:
             found[owners[row.series_id]].append(row.key)

@@ -11,35 +11,37 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.sql import listed
 
 # LedgerGap.is_due in SQL, for gaps that may still be filled. Tolerated gaps are skipped, and so are series with a
 # live lease: the running sync may fill them.
 _DUE = """
 WITH wanted AS (
-    SELECT s.id, s.symbol, w.part, w.since, coalesce(w.until, 'infinity') AS until,
+    SELECT s.id, s.symbol, w.grain, w.since, coalesce(w.until, 'infinity') AS until,
         string_to_array(w.able, ',') AS able
-    FROM unnest(CAST(:symbols AS text[]), CAST(:timeframes AS text[]), CAST(:parts AS text[]),
+    FROM unnest(CAST(:symbols AS text[]), CAST(:timeframes AS text[]), CAST(:grains AS text[]),
         CAST(:sinces AS timestamptz[]), CAST(:untils AS timestamptz[]), CAST(:ables AS text[]))
-        AS w(symbol, timeframe, part, since, until, able)
+        AS w(symbol, timeframe, grain, since, until, able)
     JOIN fks.series s ON s.symbol = w.symbol AND s.timeframe = w.timeframe
     WHERE NOT EXISTS (
         SELECT FROM fks.lease l WHERE l.series_id = s.id AND l.expires_at > clock_timestamp())
 ), place AS (
     SELECT w.id, w.symbol, to_char(p, 'YYYY-MM-DD') AS key,
         min(greatest(g.gap_start, w.since, p AT TIME ZONE 'UTC')) AS first,
-        max(least(g.gap_end, w.until, (p + CAST('1 ' || w.part AS interval)) AT TIME ZONE 'UTC')) AS past,
+        max(least(g.gap_end, w.until, (p + CAST('1 ' || w.grain AS interval)) AT TIME ZONE 'UTC')) AS past,
         min(g.found_at) AS found_at, sum(g.missing_candles)::bigint AS missing
     FROM wanted w
     JOIN fks.gap g ON g.series_id = w.id AND g.status IN ('open', 'unavailable')
         AND g.gap_end > w.since AND g.gap_start < w.until
     CROSS JOIN LATERAL generate_series(
-        date_trunc(w.part, greatest(g.gap_start, w.since) AT TIME ZONE 'UTC'),
+        date_trunc(w.grain, greatest(g.gap_start, w.since) AT TIME ZONE 'UTC'),
         (least(g.gap_end, w.until) - interval '1 microsecond') AT TIME ZONE 'UTC',
-        CAST('1 ' || w.part AS interval)) p
+        CAST('1 ' || w.grain AS interval)) p
     WHERE g.next_attempt_at <= :now
         OR (g.status = 'open' AND (g.next_attempt_at IS NULL
             OR NOT jsonb_path_query_array(g.evidence, '$[*].provider') ?& w.able))
@@ -61,21 +63,21 @@ LIMIT :most
 class Wanted:
     """The range of a series in which gaps count, its partition grain and its eligible providers.
 
-    `part`: "month" or "year". `able`: the eligible providers. `until`: None for no end.
+    `eligible`: the eligible providers. `until`: None for no end.
     """
 
     since: int
-    part: str
-    able: frozenset[str]
+    grain: Grain
+    eligible: frozenset[str]
     until: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The due gaps of one series in one month or year; `key` is the day on which it begins.
+    """The due gaps of one series in one partition; `key` is the day on which it begins.
 
     `window` spans them within it. `found_at`: when the oldest of them was found. `missing`: their missing
-    candles, including those outside the part where a gap extends beyond it.
+    candles, including those outside the partition where a gap extends beyond it.
     """
 
     series: Series
@@ -86,23 +88,22 @@ class Place:
 
 
 def due_places(database: Database, wanted: Mapping[Series, Wanted], now: int, most: int) -> list[Place]:
-    """The parts in which gaps are due at `now`: at most `most`.
+    """The partitions in which gaps are due at `now`: at most `most`.
 
     Fair between symbols: each has its first place before any has its second. Then the gap that was found first
     goes first, then the largest. A series without an eligible provider has none.
     """
-    eligible = {one: want for one, want in wanted.items() if want.able}
-    by_name = {(one.symbol, one.timeframe.value): one for one in eligible}
+    eligible = {one: want for one, want in wanted.items() if want.eligible}
+    by_name = {one.key: one for one in eligible}
     with database.begin() as connection:
         rows = connection.execute(
             sa.text(_DUE),
             {
-                "symbols": [one.symbol for one in eligible],
-                "timeframes": [one.timeframe.value for one in eligible],
-                "parts": [want.part for want in eligible.values()],
+                **listed(eligible),
+                "grains": [want.grain.value for want in eligible.values()],
                 "sinces": [to_datetime(want.since) for want in eligible.values()],
                 "untils": [None if w.until is None else to_datetime(w.until) for w in eligible.values()],
-                "ables": [",".join(sorted(want.able)) for want in eligible.values()],
+                "ables": [",".join(sorted(want.eligible)) for want in eligible.values()],
                 "now": to_datetime(now),
                 "most": most,
             },
@@ -117,5 +118,5 @@ def due_places(database: Database, wanted: Mapping[Series, Wanted], now: int, mo
         )
         for row in rows
     ]
-    # A gap ends at the close of its last candle, which may lie in the next part.
+    # A gap ends at the close of its last candle, which may lie in the next partition.
     return [place for place in places if grid_of(place.series).count(place.window)]

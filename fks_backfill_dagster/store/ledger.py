@@ -17,12 +17,13 @@ from psycopg.types.multirange import TimestamptzMultirange
 from psycopg.types.range import TimestamptzRange
 
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
-from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.series import AssetClass, Instrument, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime, to_micros
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.ledger.records import Evidence, Known, LedgerGap
 from fks_backfill_dagster.store import schema
 from fks_backfill_dagster.store.errors import SeriesChanged
+from fks_backfill_dagster.store.sql import as_series, listed, named
 
 
 def series_id(connection: sa.Connection, series: Series) -> int | None:
@@ -57,21 +58,21 @@ def registered(connection: sa.Connection, series: Series) -> Registered | None:
     ).one_or_none()
     if row is None:
         return None
-    stored = Series(series.symbol, series.timeframe, AssetClass(row.asset_class), row.calendar)
-    if _kind(stored) == _kind(series):
+    stored = as_series(row).instrument
+    if stored.venue == series.instrument.venue:
         return Registered(int(row.id), frozenset(row.eligible or ()), row.closed)
     is_stock = stored.asset_class is AssetClass.STOCKS
     raise SeriesChanged(
-        f"{series} is stored as {_kind(stored)}, and is now requested as {_kind(series)}: put asset_class:"
+        f"{series} is stored as {_kind(stored)}, and is now requested as {_kind(series.instrument)}: put asset_class:"
         f" {stored.asset_class}{f' and calendar: {stored.calendar}' if is_stock else ''} into its entry of the"
         f" settings, or delete the stored series with `fks-backfill series remove {series} --yes`."
     )
 
 
-def _kind(series: Series) -> str:
-    """What determines the grid of a series."""
-    is_stock = series.asset_class is AssetClass.STOCKS
-    return f"stocks with the calendar {series.calendar}" if is_stock else series.asset_class.value
+def _kind(instrument: Instrument) -> str:
+    """What determines the grid of its series, in words."""
+    is_stock = instrument.asset_class is AssetClass.STOCKS
+    return f"stocks with the calendar {instrument.calendar}" if is_stock else instrument.venue
 
 
 def register(connection: sa.Connection, series: Series, closed: str = "") -> int:
@@ -84,8 +85,7 @@ def register(connection: sa.Connection, series: Series, closed: str = "") -> int
     insert = (
         sa.dialects.postgresql.insert(table)
         .values(
-            symbol=series.symbol,
-            timeframe=series.timeframe.value,
+            **named(series),
             asset_class=series.asset_class.value,
             calendar=series.calendar,
             closed=closed,
@@ -306,16 +306,15 @@ def reopen(
     recorded set is the same, if it is not stored, or if a commit holds its lock (the next call finds it). Two
     statements, whatever the number of series. Returns the number of reopened gaps per series that has any.
     """
-    named: dict[str, Any] = {
-        "symbols": [one.symbol for one in eligible],
-        "timeframes": [one.timeframe.value for one in eligible],
+    parameters: dict[str, Any] = {
+        **listed(eligible),
         "eligible": [",".join(sorted(names)) for names in eligible.values()],
     }
-    ids = list(connection.scalars(sa.text(_CHANGED), named))
+    ids = list(connection.scalars(sa.text(_CHANGED), parameters))
     if not ids:
         return {}
-    by_name = {(one.symbol, one.timeframe.value): one for one in eligible}
-    rows = connection.execute(sa.text(_REOPEN), named | {"ids": ids, "now": to_datetime(now)})
+    by_name = {one.key: one for one in eligible}
+    rows = connection.execute(sa.text(_REOPEN), parameters | {"ids": ids, "now": to_datetime(now)})
     return {by_name[row.symbol, row.timeframe]: row.gaps for row in rows}
 
 
@@ -332,12 +331,11 @@ WHERE s.closed <> w.closed
 def closed_otherwise(connection: sa.Connection, closed: Mapping[Series, str]) -> dict[Series, Registered]:
     """The stored series whose ledger was settled by closed dates that differ from these (as `domain.closures` writes
     them), in one statement."""
-    by_name = {(one.symbol, one.timeframe.value): one for one in closed}
+    by_name = {one.key: one for one in closed}
     rows = connection.execute(
         sa.text(_OTHER_CLOSURES),
         {
-            "symbols": [one.symbol for one in closed],
-            "timeframes": [one.timeframe.value for one in closed],
+            **listed(closed),
             "closed": list(closed.values()),
         },
     )

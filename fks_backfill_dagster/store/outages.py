@@ -67,14 +67,14 @@ def _spans(rows: Sequence[Sequence[int]], owners: Mapping[int, int]) -> Spans:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class GapState:
     """The state of a gap, and the providers in its evidence."""
 
     status: GapStatus
     providers: tuple[str, ...]
 
 
-def told(database: Database, gaps: Sequence[int]) -> dict[int, Told]:
+def gap_states(database: Database, gaps: Sequence[int]) -> dict[int, GapState]:
     """The ledger's state of gaps, by id."""
     with database.begin() as connection:
         rows = connection.execute(
@@ -84,4 +84,4 @@ def told(database: Database, gaps: Sequence[int]) -> dict[int, Told]:
             ),
             {"ids": list(gaps)},
         )
-        return {row.id: Told(GapStatus(row.status), tuple(row.providers)) for row in rows}
+        return {row.id: GapState(GapStatus(row.status), tuple(row.providers)) for row in rows}

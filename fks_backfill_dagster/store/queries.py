@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
-from fks_backfill_dagster.domain.series import AssetClass, Series
+from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime, to_micros
 from fks_backfill_dagster.ledger.records import Known, LedgerGap
 from fks_backfill_dagster.store import copy_format, schema
@@ -21,7 +21,7 @@ from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.driver import cursor_of
 from fks_backfill_dagster.store.errors import repeated
 from fks_backfill_dagster.store.ledger import known, series_id
-from fks_backfill_dagster.store.sql import micros, table_of
+from fks_backfill_dagster.store.sql import as_series, micros, named, table_of
 
 _COLUMNS = "ts, open, high, low, close, coalesce(volume, 'NaN')"
 
@@ -145,8 +145,7 @@ def _blocks(
             for window in windows:
                 parameters = {
                     "id": identity,
-                    "symbol": series.symbol,
-                    "timeframe": series.timeframe.value,
+                    **named(series),
                     "start": to_datetime(window.start),
                     "end": to_datetime(window.end),
                     "as_of": moment,
@@ -161,9 +160,9 @@ def _blocks(
 def sync_status(database: Database, series: Series | None = None) -> list[SyncStatus]:
     """The status of one series, or of all: by symbol, then by timeframe, shortest first."""
     where = " WHERE symbol = :symbol AND timeframe = :timeframe" if series else ""
-    named = {"symbol": series.symbol, "timeframe": series.timeframe.value} if series else {}
+    parameters = named(series) if series else {}
     with database.begin() as connection:
-        rows = connection.execute(sa.text(f"SELECT * FROM fks.sync_status{where}"), named)
+        rows = connection.execute(sa.text(f"SELECT * FROM fks.sync_status{where}"), parameters)
         found = [SyncStatus(**row._mapping) for row in rows]
     order = [t.value for t in Timeframe]
     return sorted(found, key=lambda s: (s.symbol, order.index(s.timeframe)))
@@ -174,10 +173,7 @@ def stored_series(database: Database) -> list[Series]:
     """Every series that was ever synced."""
     with database.begin() as connection:
         rows = connection.execute(sa.select(schema.series).order_by("symbol", "id"))
-        return [
-            Series(row.symbol, Timeframe(row.timeframe), AssetClass(row.asset_class), row.calendar)
-            for row in rows
-        ]
+        return [as_series(row) for row in rows]
 
 
 def ledger_gaps(database: Database, series: Series, window: TimeRange) -> tuple[LedgerGap, ...]:
@@ -208,9 +204,7 @@ def series_of_batch(database: Database, batch_id: int) -> Series | None:
     query = sa.select(s).join(b, b.c.series_id == s.c.id).where(b.c.id == batch_id)
     with database.begin() as connection:
         row = connection.execute(query).one_or_none()
-    if row is None:
-        return None
-    return Series(row.symbol, Timeframe(row.timeframe), AssetClass(row.asset_class), row.calendar)
+    return None if row is None else as_series(row)
 
 
 def origins(database: Database, series: Series, window: TimeRange) -> list[Origin]:
@@ -241,8 +235,7 @@ def stored_origins(connection: sa.Connection, series: Series, window: TimeRange)
             "     AND c.ts >= %(start)s AND c.ts < %(end)s GROUP BY c.batch_id) o"
             " JOIN fks.batch b ON b.id = o.batch_id",
             {
-                "symbol": series.symbol,
-                "timeframe": series.timeframe.value,
+                **named(series),
                 "start": to_datetime(window.start),
                 "end": to_datetime(window.end),
             },

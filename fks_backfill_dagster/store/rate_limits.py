@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 
-from fks_backfill_dagster.domain.rate_limits import LONGEST_WAIT, Pace, Rest, Turn, bounded_wait
+from fks_backfill_dagster.domain.rate_limits import LONGEST_WAIT, CoolDown, Permit, RateLimits, bounded_wait
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import repeated
 
@@ -106,18 +106,18 @@ class SharedLimiter:
     it arrived counts as used until it expires.
     """
 
-    def __init__(self, database: Database, paces: Mapping[str, Pace]) -> None:
+    def __init__(self, database: Database, paces: Mapping[str, RateLimits]) -> None:
         self._database = database
         self._paces = dict(paces)
         self._owner = uuid.uuid4().hex
         self._lock = threading.Lock()
-        self._cached: dict[str, tuple[float, Turn]] = {}  # by provider: time of the response, response
+        self._cached: dict[str, tuple[float, Permit]] = {}  # by provider: time of the response, response
 
     @repeated
-    def admit(self, provider: str, weight: int) -> Turn:
+    def acquire(self, provider: str, weight: int) -> Permit:
         if turn := self._cached_wait(provider):
             return turn
-        pace = self._paces.get(provider, Pace())
+        pace = self._paces.get(provider, RateLimits())
         with self._database.autocommit() as connection:
             parameters = {
                 "provider": provider,
@@ -130,33 +130,33 @@ class SharedLimiter:
             }
             wait_ms, closed, bound_by, number = connection.execute(_ADMIT, parameters).one()
             if not wait_ms:
-                return Turn(number=number)
+                return Permit(number=number)
             wait = wait_ms / 1000
             if closed and wait > LONGEST_WAIT:
                 _shorten(connection, provider, pace.account)
                 wait = LONGEST_WAIT
-        turn = Turn(wait, "demanded by the provider: wait" if closed else pace.windows[bound_by - 1].reason)
+        turn = Permit(wait, "demanded by the provider: wait" if closed else pace.windows[bound_by - 1].reason)
         with self._lock:
             self._cached[provider] = (time.monotonic(), turn)
         return turn
 
     @repeated
-    def over(self, turn: Turn) -> None:
+    def release(self, turn: Permit) -> None:
         if turn.number:
             with self._database.autocommit() as connection:
                 connection.execute(_RELEASE, {"number": turn.number})
 
     @repeated
-    def penalise(self, provider: str, seconds: float) -> None:
-        account = self._paces.get(provider, Pace()).account
+    def cool_down(self, provider: str, seconds: float) -> None:
+        account = self._paces.get(provider, RateLimits()).account
         with self._database.autocommit() as connection:
             named = {"provider": provider, "account": account, "seconds": bounded_wait(seconds)}
             connection.execute(_PENALISE, named)
 
-    def _cached_wait(self, provider: str) -> Turn | None:
+    def _cached_wait(self, provider: str) -> Permit | None:
         """A wait that another thread was given a moment ago: one query serves all threads."""
         with self._lock:
-            received_at, turn = self._cached.get(provider, (0.0, Turn()))
+            received_at, turn = self._cached.get(provider, (0.0, Permit()))
         age = time.monotonic() - received_at
         return replace(turn, wait=turn.wait - age) if age < min(turn.wait, REMEMBERED_SECONDS) else None
 
@@ -164,12 +164,12 @@ class SharedLimiter:
 class SharedCircuit:
     """A Circuit (providers/base.py) that all processes on this database share."""
 
-    def __init__(self, database: Database, paces: Mapping[str, Pace]) -> None:
+    def __init__(self, database: Database, paces: Mapping[str, RateLimits]) -> None:
         self._database = database
         self._accounts = {name: pace.account for name, pace in paces.items()}
 
     @repeated
-    def closed_for(self, provider: str) -> Rest | None:
+    def closed_for(self, provider: str) -> CoolDown | None:
         with self._database.autocommit() as connection:
             row = connection.execute(_COOL_DOWN, self._account(provider)).one_or_none()
             if row is not None and row[0] > LONGEST_WAIT:
@@ -177,7 +177,7 @@ class SharedCircuit:
         return None if row is None else _rest(row[0], row[1], row[2])
 
     @repeated
-    def failed(self, provider: str, reason: str) -> Rest | None:
+    def failed(self, provider: str, reason: str) -> CoolDown | None:
         with self._database.autocommit() as connection:
             row = connection.execute(
                 _FAILED,
@@ -208,7 +208,7 @@ class ProviderState:
     failures: int
     reason: str | None
     told_to_wait: float | None
-    rest: Rest | None
+    rest: CoolDown | None
 
     @property
     def is_out(self) -> bool:
@@ -253,8 +253,8 @@ def _state(
     )
 
 
-def _rest(seconds: float, failures: int, reason: str | None) -> Rest:
-    return Rest(bounded_wait(seconds), f"failed {failures} times in a row, last error: {reason}")
+def _rest(seconds: float, failures: int, reason: str | None) -> CoolDown:
+    return CoolDown(bounded_wait(seconds), f"failed {failures} times in a row, last error: {reason}")
 
 
 def _shorten(connection: sa.Connection, provider: str, account: str) -> None:

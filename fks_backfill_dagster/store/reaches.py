@@ -17,7 +17,7 @@ from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.ledger.gaps import GIVEN_UP, MISSING
 from fks_backfill_dagster.store import ledger
 from fks_backfill_dagster.store.database import Database
-from fks_backfill_dagster.store.sql import micros, series_of
+from fks_backfill_dagster.store.sql import listed, micros, series_of
 
 
 def synced_ends(database: Database, series: Sequence[Series]) -> dict[Series, int]:
@@ -120,13 +120,12 @@ def tails(database: Database, before: Mapping[Series, int]) -> dict[Series, Tail
 
     `before`: how far before the newest candle the tail begins, in microseconds.
     """
-    wanted = {(one.symbol, one.timeframe.value): one for one in before}
+    wanted = {one.key: one for one in before}
     with database.begin() as connection:
         rows = connection.execute(
             sa.text(_TAILS),
             {
-                "symbols": [symbol for symbol, _ in wanted],
-                "timeframes": [timeframe for _, timeframe in wanted],
+                **listed(wanted.values()),
                 "befores": [timedelta(microseconds=before[one]) for one in wanted.values()],
             },
         ).all()

@@ -11,6 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_micros
 from fks_backfill_dagster.store.database import Database
@@ -71,19 +72,21 @@ def _broken(connection: sa.Connection, timeframe: Timeframe, ids: Sequence[int])
     ).all()
 
 
-def bad_parts(database: Database, series: Sequence[Series], part: str) -> dict[Series, dict[str, int]]:
-    """The number of candles that break a rule, by the day on which their `part` ("month" or "year") begins."""
+def bad_partitions(
+    database: Database, series: Sequence[Series], grain: Grain
+) -> dict[Series, dict[str, int]]:
+    """The number of candles that break a rule, by the key of their partition."""
     found: dict[Series, dict[str, int]] = {one: {} for one in series}
     with database.begin() as connection:
         owners = series_of(connection, series)
         for timeframe in dict.fromkeys(one.timeframe for one in series):
             rows = connection.execute(
                 sa.text(
-                    "SELECT series_id, to_char(date_trunc(:part, ts AT TIME ZONE 'UTC'), 'YYYY-MM-DD') AS key,"
+                    "SELECT series_id, to_char(date_trunc(:grain, ts AT TIME ZONE 'UTC'), 'YYYY-MM-DD') AS key,"
                     f" count(*) AS bad FROM {table_of(timeframe)}"
                     f" WHERE series_id = ANY(:ids) AND NOT ({GOOD}) GROUP BY 1, 2 ORDER BY 1, 2"
                 ),
-                {"part": part, "ids": [i for i, one in owners.items() if one.timeframe is timeframe]},
+                {"grain": grain.value, "ids": [i for i, one in owners.items() if one.timeframe is timeframe]},
             )
             for row in rows:
                 found[owners[row.series_id]][row.key] = row.bad

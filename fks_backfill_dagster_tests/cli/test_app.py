@@ -13,8 +13,9 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
-from fks_backfill_dagster.providers import registry
+from fks_backfill_dagster.known_providers import KNOWN
 from fks_backfill_dagster.providers.http.pool import RequestPool
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import MixedSources
@@ -116,7 +117,7 @@ def test_documented_hosts(provider: str, url: str, documented: bool) -> None:
 
 
 def test_the_default_of_every_provider_is_documented() -> None:
-    for name, registered in registry.BUILT.items():
+    for name, registered in KNOWN.items():
         assert app.is_documented_host(name, registered.base_url)
 
 
@@ -203,5 +204,5 @@ def test_the_publication_delay_of_a_series_by_the_settings(
         monkeypatch.setenv(name, value)
     loaded = load_settings()
     rule = app.freshness_rule(loaded)
-    assert rule.publication_delay(loaded.find_series("BTC/USDT", "1h")) == hours * 3_600_000_000
+    assert rule.publication_delay(Catalog(loaded).find_series("BTC/USDT", "1h")) == hours * 3_600_000_000
     assert (rule.thresholds.warn, rule.thresholds.error) == (7, 10)

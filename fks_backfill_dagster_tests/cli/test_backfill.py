@@ -81,35 +81,6 @@ def test_without_times_from_the_configured_start_to_now(fks: Command, world: Loc
     assert result.json["expected"] in (days, days + 1)  # midnight may pass meanwhile
 
 
-def test_many_series_give_a_list(fks: Command, world: LocalMarket) -> None:
-    every = fks("backfill", "--all", "1h", *JANUARY, "--json")
-    assert every.exit_code == 0
-    assert [(r["symbol"], r["total_candles"]) for r in every.json] == [
-        ("BTC/USDT", 744),
-        ("ETH/USDT", 744),
-        ("SOL/BTC", 744),
-    ]
-    assert [r["symbol"] for r in fks("backfill", "*/USDT", "1h", *JANUARY, "--json").json] == [
-        "BTC/USDT",
-        "ETH/USDT",
-    ]
-    one = fks("backfill", "SOL*", "1h", *JANUARY, "--json").json
-    assert isinstance(one, list)
-    timeframes = [r["timeframe"] for r in fks("backfill", "--all", *JANUARY, "--json").json]
-    assert timeframes == ["1h", "1d", "1h", "1h"]
-
-
-def test_a_series_that_fails_does_not_stop_the_others(fks: Command, world: LocalMarket) -> None:
-    world.plant_fault("polygon", "status", symbol="X:BTCUSD", count=None, status=403)
-    result = fks("backfill", "*/USDT", "1h", *JANUARY, "--provider", "polygon", "--json")
-    assert result.exit_code == 1
-    assert [(r["symbol"], r["total_candles"], r["missing"]) for r in result.json] == [
-        ("BTC/USDT", 0, 744),
-        ("ETH/USDT", 744, 0),
-    ]
-    assert [len(r["errors"]) for r in result.json] == [1, 0]
-
-
 def test_the_next_provider_fills_what_the_first_is_missing(fks: Command, world: LocalMarket) -> None:
     world.plant_outage("binance", span("2024-01-10T05:00", "2024-01-10T09:00"))
     result = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--json")
@@ -128,13 +99,17 @@ def test_missing_candles_exit_1_with_a_hint(fks: Command, world: LocalMarket) ->
     assert "4 candles still missing; see `fks-backfill gaps BTC/USDT 1h`" in result.stderr
 
 
-def test_progress_is_plain_lines_on_stderr(fks: Command, world: LocalMarket) -> None:
-    result = fks("backfill", "BTC/USDT", "1h", "--start", "2024-01-01", "--end", "2024-03-01")
-    assert result.stderr.splitlines() == [
+def test_progress_is_plain_lines_on_stderr_and_every_batch_with_v(fks: Command, world: LocalMarket) -> None:
+    line = ("backfill", "BTC/USDT", "1h", "--start", "2024-01", "--end", "2024-03")
+    plan = [
         "BTC/USDT 1h: warning: coingecko is skipped: COINGECKO_API_KEY is not set",
         "BTC/USDT 1h: 1,440 candles to fetch in 2 batches from binance, polygon",
-        "BTC/USDT 1h: 2024-01-01 .. 2024-02-01: 744 candles written from binance",
-        "BTC/USDT 1h: 2024-02-01 .. 2024-03-01: 696 candles written from binance",
+    ]
+    assert fks(*line).stderr.splitlines() == plan
+    assert fks(*line, "--refetch", "-v").stderr.splitlines() == [
+        *plan,
+        "BTC/USDT 1h: 2024-01-01 .. 2024-02-01: 0 candles written from binance",
+        "BTC/USDT 1h: 2024-02-01 .. 2024-03-01: 0 candles written from binance",
     ]
 
 
@@ -308,7 +283,7 @@ def test_an_interrupted_backfill_keeps_what_was_committed(
         "--provider",
         "binance",
     )
-    with start(*line, "--json") as running:
+    with start(*line, "--json", "-v") as running:
         assert running.stderr is not None
         for output in running.stderr:
             if "2024-03-01 .. 2024-04-01" in output:
@@ -328,17 +303,6 @@ def test_an_interrupted_backfill_keeps_what_was_committed(
     again = fks(*line, "--json")
     assert again.exit_code == 0
     assert again.json["total_candles"] == 5856 - status["total_candles"]
-
-
-def test_a_warning_about_all_series_is_logged_once(
-    fks: Command, world: LocalMarket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("POLYGON_API_KEY")
-    line = ("--all", "1h", "--start", "2024-01-01", "--end", "2024-01-02", "--json")
-    for options in (["--dry-run"], []):
-        result = fks("backfill", *line, *options)
-        assert len(result.json) == 3
-        assert result.stderr.count("POLYGON_API_KEY is not set") == 1
 
 
 def test_a_symbol_that_looks_mistyped_is_warned_of_before_it_is_created(
@@ -421,8 +385,10 @@ def test_a_range_without_a_response_exits_1_and_stays_open(fks: Command, world: 
     )
     assert result.json["errors"]
     assert all("418" in error or "wait" in error for error in result.json["errors"])
-    assert f"Error: BTC/USDT 1h: {result.json['errors'][0]}" in result.stderr
-    assert "744 candles still missing" in result.stderr
+    assert result.stderr.count("IP banned until") == 1
+    assert "Error: BTC/USDT 1h: 1 of 1 batch failed, 744 candles still missing" in result.stderr
+    again = fks("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance", "--json", "-v")
+    assert f"Error: BTC/USDT 1h: {again.json['errors'][0]}" in again.stderr
     assert statuses(fks) == {"open": 744}
     assert fks("status", "BTC/USDT", "1h", "--json").json["status"] == "error"
 

@@ -136,8 +136,14 @@ def test_a_failing_provider_is_reported(
     )
 
 
+def test_a_symbol_alone_has_all_of_its_timeframes(fks: Command, holed: LocalMarket) -> None:
+    done = fks("fill-gaps", "BTC/USDT", "--json")
+    assert (done.exit_code, [gap["candles_filled"] for gap in done.json]) == (0, [4, 2])
+    assert "BTC/USDT 1d: never synced" in done.stderr
+    assert "written from" not in done.stderr
+
+
 def test_wrong_arguments_are_usage_errors(fks: Command, holed: LocalMarket) -> None:
-    assert fks("fill-gaps", "BTC/USDT").exit_code == 2
     wrong = fks("fill-gaps", "BTC/USDT", "1h", "--start", "2024-02-01", "--end", "2024-01-01")
     assert wrong.exit_code == 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,8 @@ from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.host.graphql import Run
 from fks_backfill_dagster.host.launch import Launched, Order, Seen, _left, count, order
+from fks_backfill_dagster.settings.catalog import Catalog
+from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.settings.sections import SymbolSettings
 from fks_backfill_dagster.simulator.config import instant
@@ -28,7 +31,7 @@ MINUTES = Series("BTC/USDT", Timeframe.M1, AssetClass.CRYPTO)
         (("BTC/USDT", "--all"), "give one SYMBOL or more, such as BTC/USDT, or --all"),
         (
             ("DOGE/USDT",),
-            "'DOGE/USDT' is not configured, so it is no asset in Dagster; configured: BTC/USDT,",
+            "'DOGE/USDT' is not configured, so it is no asset in Dagster; the nearest: ETH/USDT, BTC/USDT, SOL/BTC;",
         ),
         (("BTC/USDT", "--timeframe", "2m"), "'2m' is not a timeframe"),
         (("ETH/USDT", "--timeframe", "1d"), "they have 1h"),
@@ -40,6 +43,28 @@ def test_invalid_arguments_are_usage_errors(fks: Command, arguments: tuple[str, 
     done = fks("launch", *arguments)
     assert done.exit_code == 2
     assert sentence in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "timeframes", "chosen"),
+    [
+        (("BTC/USDT",), (), ["BTC/USDT 1h", "BTC/USDT 1d"]),
+        (("BTC/USDT", "1h"), (), ["BTC/USDT 1h"]),
+        (("BTC/USDT",), ("1h",), ["BTC/USDT 1h"]),
+        (("btc_usdt", "SOL/*", "1d"), ("1h",), ["BTC/USDT 1h", "BTC/USDT 1d", "SOL/BTC 1h"]),
+    ],
+)
+def test_the_timeframe_is_an_argument_or_an_option(
+    settings: Path, names: tuple[str, ...], timeframes: tuple[str, ...], chosen: list[str]
+) -> None:
+    assert [str(one) for one in lines._chosen(Catalog(load_settings()), names, False, timeframes)] == chosen
+    if not names[1:]:
+        return
+    assert [str(one) for one in lines._chosen(Catalog(load_settings()), names[-1:], True, timeframes)] == (
+        ["BTC/USDT 1h", "BTC/USDT 1d", "ETH/USDT 1h", "SOL/BTC 1h"]
+        if timeframes
+        else ["BTC/USDT 1h", "ETH/USDT 1h", "SOL/BTC 1h"]
+    )
 
 
 def test_without_a_running_dagster_the_error_names_the_command_that_starts_it(fks: Command) -> None:
@@ -62,7 +87,7 @@ def test_a_range_covers_every_partition_that_it_overlaps(
     timeframe: Timeframe, start: str, end: str, keys: tuple[str, ...]
 ) -> None:
     series = Series("BTC/USDT", timeframe, AssetClass.CRYPTO)
-    assert order(Settings(), series, TimeRange(instant(start), instant(end))).keys == keys
+    assert order(Catalog(Settings()), series, TimeRange(instant(start), instant(end))).keys == keys
 
 
 def test_a_range_begins_with_the_start_of_the_series() -> None:
@@ -72,10 +97,10 @@ def test_a_range_begins_with_the_start_of_the_series() -> None:
         dated = entry.model_copy(update={"start": instant(start)})
         settings = Settings(symbols=(dated,))
         window = TimeRange(instant("2015-01-01"), instant("2023-04-01"))
-        found = order(settings, MINUTES, window)
+        found = order(Catalog(settings), MINUTES, window)
         assert (found.keys[0], found.keys[-1]) == (first, "2023-03-01")
         with pytest.raises(ValueError, match=r"starts at .*, and the range ends before"):
-            order(settings, MINUTES, TimeRange(instant("2015-01-01"), instant(start)))
+            order(Catalog(settings), MINUTES, TimeRange(instant("2015-01-01"), instant(start)))
 
 
 BTC, ETH = ("ohlcv", "BTC_USDT", "1m"), ("ohlcv", "ETH_USDT", "1m")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -185,12 +186,19 @@ def test_a_pasted_block_writes_nothing_into_the_real_database(
                 shell.setenv(name, value)
         assert process(*line).json["total_candles"] == 744
         try:
-            up = process("up", "--port", str(free_port()))
+            up = process("up", "--port", str(free_port()), "-v")
+            shell.delenv("POLYGON_API_KEY", raising=False)
+            document = process("up", "--json").json
             assert process("status", "BTC/USDT", "1h", "--json").json["total_candles"] == 744
         finally:
             process("down")
             EmbeddedPostgres(tmp_path / "home" / "sandbox").remove()
     assert up.stdout.count("is requested at http://127.0.0.1") == 6
+    assert "Skipped without a key: coingecko (COINGECKO_API_KEY). Set it, then" in up.stdout
+    assert "Automatic for 4 series: refresh of 1h 1d, gap filling, daily checks, audits" in up.stdout
+    assert re.search(r"webserver: process \d+, log /.*webserver\.log$", up.stderr, re.MULTILINE)
+    assert document["missing_keys"] == {"coingecko": "COINGECKO_API_KEY", "polygon": "POLYGON_API_KEY"}
+    assert document["automation"]["refresh"] == ["1m", "5m", "15m", "30m", "1h", "4h", "1d", "1w"]
     assert process("status", "BTC/USDT", "1h", "--json").json["status"] == "not_started"
 
 
@@ -287,6 +295,17 @@ def test_the_embedded_database_from_init_to_stop(process: Command, embedded: Emb
     assert not embedded.status().running
     # A report starts it temporarily.
     assert process("status", "BTC/USDT", "1h", "--json").exit_code == 0
+
+
+def test_down_says_that_other_commands_use_the_database(process: Command, embedded: EmbeddedPostgres) -> None:
+    embedded.start()
+    done = process("down")
+    assert done.stdout.splitlines() == [
+        "Other commands use the embedded database: they end with an error, and can be run again.",
+        "Stopped: database.",
+    ]
+    embedded.release()
+    assert process("down").stdout == "Nothing was running.\n"
 
 
 def test_an_external_database(fks: Command, empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

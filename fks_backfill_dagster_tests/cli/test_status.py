@@ -209,9 +209,9 @@ def test_status_of_all(fks: Command, synced: LocalMarket) -> None:
         "stored",
         "coverage",
         "open gaps",
-        "newest",
+        "newest (UTC)",
         "lag",
-        "next attempt",
+        "next attempt (UTC)",
         "status",
     ]
     assert [re.split(r"\s{2,}", line)[:5] for line in (lines[0], lines[-1])] == [
@@ -404,12 +404,12 @@ def test_providers_in_a_cool_down_or_a_requested_wait(
     options = app.enabled_options(settings)
     other = options | {"polygon": replace(options["polygon"], key="another")}
     with app.open_database(settings) as database:
-        app.limiter_for(other, database).penalise("polygon", 90)
+        app.limiter_for(other, database).cool_down("polygon", 90)
         for _ in range(5):
             app.circuit_for(options, database).failed("binance", "binance: answered 503")
         states = {row["provider"]: row["state"] for row in fks("series", "providers", "--json").json}
         assert states["polygon"] == "ready"
-        app.limiter_for(options, database).penalise("polygon", 90)
+        app.limiter_for(options, database).cool_down("polygon", 90)
         states = {row["provider"]: row["state"] for row in fks("series", "providers", "--json").json}
     assert re.fullmatch(r"requested a wait of another (8\d|90) s", states["polygon"])
     assert re.fullmatch(
@@ -446,7 +446,7 @@ def test_a_waiting_process_continues_after_a_reset(
     fks: Command, world: LocalMarket, database: Database
 ) -> None:
     options = app.enabled_options(load_settings())
-    app.limiter_for(options, database).penalise("binance", 250)
+    app.limiter_for(options, database).cool_down("binance", 250)
     with start("backfill", "BTC/USDT", "1h", *JANUARY, *ONLY) as running:
         assert running.stderr is not None
         assert any("demanded by the provider" in line for line in running.stderr)
@@ -464,7 +464,7 @@ def test_a_cool_down_is_ended_by_a_reset(fks: Command, world: LocalMarket, datab
     with app.open_database(settings) as database:
         for _ in range(5):
             app.circuit_for(options, database).failed("binance", "binance: answered 503")
-        app.limiter_for(options, database).penalise("binance-archive", 1e9)
+        app.limiter_for(options, database).cool_down("binance-archive", 1e9)
         document = fks(*reset, "--json").json
         for _ in range(2):
             app.circuit_for(options, database).failed("binance", "binance: answered 502")

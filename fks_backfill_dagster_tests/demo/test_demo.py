@@ -7,23 +7,10 @@ from pathlib import Path
 import pytest
 
 from fks_backfill_dagster.demo import demo
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.settings.model import CHECKOUT
-from fks_backfill_dagster.simulator.config import Outage, instant
-
-
-@pytest.mark.parametrize(
-    ("moment", "months", "expected"),
-    [
-        ("2024-11-22T12:00", 0, "2024-11-01"),
-        ("2024-11-22T12:00", 2, "2025-01-01"),
-        ("2024-12-01", 1, "2025-01-01"),
-        ("2024-01-31T23:59", -1, "2023-12-01"),
-        ("2024-01-31T23:59", -24, "2022-01-01"),
-    ],
-)
-def test_months_are_counted_over_the_year(moment: str, months: int, expected: str) -> None:
-    assert demo._months_later(instant(moment), months) == instant(expected)
+from fks_backfill_dagster.simulator.config import Outage
 
 
 def test_the_settings_of_the_first_run_are_kept(tmp_path: Path) -> None:
@@ -56,13 +43,31 @@ def test_its_environment_has_no_foreign_settings_and_keys(
     assert not {"FKS_DATABASE_URL", "DAGSTER_HOME", "POLYGON_API_KEY"} & environment.keys()
     settings = load_settings(environment, CHECKOUT)
     assert (settings.home, settings.database_url, settings.keys) == (tmp_path, None, {})
-    assert len(settings.series()) == 9
+    assert len(Catalog(settings).series) == 9
 
 
 def test_the_market_parses_the_outage_options(tmp_path: Path) -> None:
     made = demo.Demo(tmp_path, demo._write_settings(tmp_path), lambda text: None)
     for outage in made._outages():
         assert Outage.parse(outage.option).window == outage.window
+
+
+def test_the_last_lines_name_commands_that_work_and_no_address_of_a_stopped_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FKS_DATABASE_URL", raising=False)
+    config = tmp_path / "backfill.yaml"
+    command = f"FKS_HOME={tmp_path} FKS_CONFIG={config} fks-backfill"
+    stopped = demo._closing(tmp_path, config, None)
+    assert stopped[-1] == f"Its data: `{command} status`, in SQL `{command} db shell`."
+    assert "http" not in " ".join(stopped)
+    kept = demo._closing(tmp_path, config, "http://127.0.0.1:3000/?token=x")
+    assert kept[:2] == [
+        "The servers are still up: http://127.0.0.1:3000/?token=x",
+        f"Stop them with `{command} down`.",
+    ]
+    monkeypatch.setenv("FKS_DATABASE_URL", "postgresql://real")  # would take precedence over the home
+    assert "`env -u FKS_DATABASE_URL FKS_HOME=" in demo._closing(tmp_path, config, None)[-1]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def scene(empty_database_url: str, tmp_path: Path) -> Iterator[Scene]:
 
 def partitions(web: Webserver, asset: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """The metadata of the newest materialization of each partition."""
-    found = web.ask(
+    found = web.query(
         "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {"
         " assetMaterializations(limit: 200) { partition metadataEntries { label"
         " ... on IntMetadataEntry { intValue } ... on FloatMetadataEntry { floatValue } } } } } }",

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.outages import Spans, VenueOutage, recognise, venue_of
+from fks_backfill_dagster.domain.outages import Spans, VenueOutage, recognise
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import (
@@ -58,8 +58,8 @@ def affected(entries: Sequence[Entry], minute: int, timeframe: Timeframe) -> tup
 
 def slowly(entries: Sequence[Entry]) -> tuple[VenueOutage, ...]:
     outages = []
-    for venue in sorted({venue_of(e[0]) for e in entries}):
-        mine = [e for e in entries if venue_of(e[0]) == venue]
+    for venue in sorted({e[0].instrument.venue for e in entries}):
+        mine = [e for e in entries if e[0].instrument.venue == venue]
         level: dict[int, Timeframe] = {}
         for minute in range(MINUTES):
             for timeframe in FRAMES:
@@ -159,7 +159,7 @@ def test_series_that_are_too_coarse_for_an_outage_do_not_count() -> None:
 
 def test_venues_are_separate() -> None:
     stocks = [Series(n, Timeframe.H1, AssetClass.STOCKS, c) for n, c in (("A", "XNYS"), ("B", "XLON"))]
-    assert [venue_of(one) for one in (*stocks, crypto("BTC"))] == ["XNYS", "XLON", "crypto"]
+    assert [one.instrument.venue for one in (*stocks, crypto("BTC"))] == ["XNYS", "XLON", "crypto"]
     mixed = [*stocks, crypto("BTC")]
     assert found(*((one, DAY, HOLE) for one in mixed)) == ()
 

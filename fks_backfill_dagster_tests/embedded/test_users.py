@@ -19,7 +19,7 @@ from fks_backfill_dagster.embedded.cluster import make_cluster
 from fks_backfill_dagster.embedded.log import open_log
 from fks_backfill_dagster.embedded.watchdog import Home
 from fks_backfill_dagster.ownership import open_file
-from fks_backfill_dagster_tests.accounts import as_stranger
+from fks_backfill_dagster_tests.accounts import as_other
 from fks_backfill_dagster_tests.embedded.conftest import (
     CHECKOUT,
     START,
@@ -222,7 +222,7 @@ def test_other_accounts_cannot_reach_the_cluster_of_root(home: Path) -> None:
     assert (home / "logs").stat().st_mode & 0o777 == 0o700
     for path in (home, home / "pg.users", sockets, cluster, cluster / "fks.conf"):
         code = f"import os, sys; sys.exit(os.access({str(path)!r}, os.R_OK))"
-        assert subprocess.run([*as_stranger(), sys.executable, "-c", code], cwd="/").returncode == 0, path
+        assert subprocess.run([*as_other(), sys.executable, "-c", code], cwd="/").returncode == 0, path
     for path in home.glob("pg.*"):
         assert path.stat().st_mode & 0o777 == 0o600
 

@@ -72,7 +72,7 @@ class Site:
 
     def launch_job(self, name: str) -> str:
         """Launches a run of this job, as its page does. Returns the id."""
-        found = self.web.ask(
+        found = self.web.query(
             "mutation($params: ExecutionParams!) { launchRun(executionParams: $params) { __typename"
             " ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }",
             params={"selector": {**REPOSITORY, "pipelineName": name}, "mode": "default"},
@@ -82,7 +82,7 @@ class Site:
 
     def runs(self) -> list[dict[str, Any]]:
         """All runs, the newest first: id, jobName, status, tags as a mapping, parentRunId."""
-        found = self.web.ask(
+        found = self.web.query(
             "{ runsOrError { ... on Runs { results { id jobName status parentRunId tags { key value } } } } }"
         )["runsOrError"]["results"]
         return [{**run, "tags": {tag["key"]: tag["value"] for tag in run["tags"]}} for run in found]
@@ -92,7 +92,7 @@ class Site:
         return found
 
     def messages(self, run: str) -> Messages:
-        found = self.web.ask(
+        found = self.web.query(
             "query($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events {"
             " __typename ... on MessageEvent { message } } } } }",
             id=run,
@@ -101,7 +101,7 @@ class Site:
 
     def asset(self, path: Sequence[str], fields: str) -> dict[str, Any]:
         """These fields of one asset."""
-        found: dict[str, Any] = self.web.ask(
+        found: dict[str, Any] = self.web.query(
             f"query($key: AssetKeyInput!) {{ assetNodeOrError(assetKey: $key) {{ ... on AssetNode {{ {fields} }} }} }}",
             key={"path": list(path)},
         )["assetNodeOrError"]
@@ -132,13 +132,13 @@ class Site:
 
 def compute_log(web: Webserver, run: str) -> list[str]:
     """The lines of a run's first compute log, as shown on its page."""
-    found = web.ask(
+    found = web.query(
         "query($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events {"
         " ... on LogsCapturedEvent { logKey } } } } }",
         id=run,
     )["logsForRun"]["events"]
     key = next(event["logKey"] for event in found if event.get("logKey"))
-    logs = web.ask(
+    logs = web.query(
         "query($key: [String!]!) { capturedLogs(logKey: $key) { stdout stderr } }",
         key=[run, "compute_logs", key],
     )["capturedLogs"]

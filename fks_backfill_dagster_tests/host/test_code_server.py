@@ -89,7 +89,7 @@ def status_of(web: Webserver, run: str) -> str:
 
 def launch(web: Webserver, symbol: str = "BTC_USDT") -> str:
     """Launches a run of one partition of the symbol's 15m series."""
-    found = web.ask(
+    found = web.query(
         "mutation($p: ExecutionParams!) { launchRun(executionParams: $p) { __typename"
         " ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }",
         p={
@@ -121,7 +121,7 @@ def test_workers_are_forks_that_can_be_terminated(
     )  # it waits for a response: an interruption before its step may get lost
     (template,) = (one for one in template_processes(code) if one.children())
     (worker,) = template.children()
-    web.ask("mutation($id: String!) { terminateRun(runId: $id) { __typename } }", id=run)
+    web.query("mutation($id: String!) { terminateRun(runId: $id) { __typename } }", id=run)
     until(lambda: status_of(web, run) == "CANCELED")
     until(lambda: not lives(worker))
 
@@ -154,7 +154,7 @@ def test_workers_are_forks_that_can_be_terminated(
 
 
 def reload(web: Webserver) -> None:
-    web.ask(
+    web.query(
         "mutation($name: String!) { reloadRepositoryLocation(repositoryLocationName: $name) { __typename } }",
         name=code_server.LOCATION,
     )
@@ -162,5 +162,5 @@ def reload(web: Webserver) -> None:
 
 def keys(web: Webserver) -> list[list[str]]:
     return [
-        node["assetKey"]["path"] for node in web.ask("{ assetNodes { assetKey { path } } }")["assetNodes"]
+        node["assetKey"]["path"] for node in web.query("{ assetNodes { assetKey { path } } }")["assetNodes"]
     ]

@@ -19,12 +19,14 @@ from dagster import DagsterInstance
 from dagster._core.scheduler.instigation import ScheduleInstigatorData
 
 from fks_backfill_dagster.app import now
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, MICROS_PER_MINUTE, Timeframe, to_datetime
 from fks_backfill_dagster.host.graphql import REPOSITORY
 from fks_backfill_dagster.host.servers import WEBSERVER, dagster_folder
 from fks_backfill_dagster.orchestration.jobs import CHECKS
 from fks_backfill_dagster.orchestration.run_retention import HOUSEKEEPING
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import CHECKOUT
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.store.dagster_schema import DAGSTER_SCHEMA
@@ -90,7 +92,7 @@ def backfill(made: Site, symbol: str, start: str, end: str) -> None:
 
 def start_schedule(made: Site, name: str) -> None:
     """Starts it as the switch in the UI does."""
-    found = made.web.ask(
+    found = made.web.query(
         "mutation($selector: ScheduleSelector!) { startSchedule(scheduleSelector: $selector) {"
         " __typename ... on PythonError { message } } }",
         selector={**REPOSITORY, "scheduleName": name},
@@ -119,7 +121,7 @@ def pretend_started_before(made: Site, ago: timedelta) -> None:
 
 
 def test_a_tick_requests_the_runs(refreshed: Refreshed) -> None:
-    (tick,) = refreshed.site.web.ask(
+    (tick,) = refreshed.site.web.query(
         "query($selector: ScheduleSelector!) { scheduleOrError(scheduleSelector: $selector) { ... on Schedule {"
         " scheduleState { ticks { status runIds error { message } } } } } }",
         selector={**REPOSITORY, "scheduleName": "refresh_15m"},
@@ -139,7 +141,9 @@ def test_only_new_candles_are_requested_and_stored(refreshed: Refreshed) -> None
     assert all("/api/v3/klines" in target for target in requested)
     window = TimeRange(refreshed.cut, refreshed.cut + 12 * FRAME)
     with refreshed.site.database() as database:
-        stored = read_candles(database, refreshed.site.settings.find_series("BTC/USDT", "15m"), window)
+        stored = read_candles(
+            database, Catalog(refreshed.site.settings).find_series("BTC/USDT", "15m"), window
+        )
         new_batches = [one for one in batches(database) if one.symbol == "BTC/USDT" and one.run_id]
     truth = refreshed.site.market.truth("binance", "BTCUSDT", Timeframe.M15, window)
     assert len(stored) == 12
@@ -272,3 +276,45 @@ def test_the_logs_contain_no_warnings(refreshed: Refreshed, checked: str) -> Non
     lines = [line for text in logs.values() for line in text.splitlines()]
     bad = [line for line in lines if re.search("warn|deprecat|error|traceback", line, re.I)]
     assert [line for line in bad if not _USUAL.search(line)] == []
+
+
+# --- a backfill with configuration, as the dialog of an asset's page starts it ---
+
+
+def launch_configured(made: Refreshed, config: str) -> str:
+    """A backfill of BTC's month before `cut`, with this configuration of its op as YAML. Returns the id."""
+    month = Grain.MONTH.key(Grain.MONTH.start(made.cut, -1))
+    ranges = {"ranges": [{"start": month, "end": month}]}
+    found = made.site.web.query(
+        "mutation($params: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $params) {"
+        " __typename ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } } }",
+        params={
+            "partitionsByAssets": [{"assetKey": {"path": list(BTC)}, "partitions": ranges}],
+            "runConfigData": f"ops: {{ohlcv_crypto_15m: {{config: {config}}}}}",
+        },
+    )["launchPartitionBackfill"]
+    assert found["__typename"] == "LaunchBackfillSuccess", found
+    return str(found["backfillId"])
+
+
+@pytest.mark.slow
+def test_the_configuration_of_a_backfill_reaches_its_runs(refreshed: Refreshed) -> None:
+    """The month is stored already: only a refetch requests it."""
+    web, identity = refreshed.site.web, launch_configured(refreshed, "{mode: refetch}")
+    refreshed.site.until(lambda: any(run.finished for run in web.backfill_state(identity).runs), 120)
+    (run,) = web.backfill_state(identity).runs
+    assert run.status == "SUCCESS"
+    text = "\n".join(text for _, text in refreshed.site.messages(run.id))
+    assert re.search(
+        r"BTC/USDT 15m: 0 of 2,\d+ candles are missing in .*; requesting 1 batches from binance", text
+    )
+
+
+@pytest.mark.slow
+def test_a_backfill_with_an_unknown_mode_fails_without_a_run(refreshed: Refreshed) -> None:
+    web, identity = refreshed.site.web, launch_configured(refreshed, "{mode: refetc}")
+    refreshed.site.until(lambda: web.backfill_state(identity).error is not None, 120)
+    found = web.backfill_state(identity)
+    assert "root:ops:ohlcv_crypto_15m:config:mode" in str(found.error)
+    assert "'backfill', 'refresh', 'fill_gaps', 'refetch'" in str(found.error)
+    assert not found.runs

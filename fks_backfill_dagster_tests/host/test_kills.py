@@ -27,6 +27,7 @@ from fks_backfill_dagster.host import launch
 from fks_backfill_dagster.host.graphql import Run
 from fks_backfill_dagster.host.processes import KEEPER, Background, backgrounds
 from fks_backfill_dagster.host.servers import CODE, DAEMON, WEBSERVER, stop_part
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store.queries import batches, read_candles
@@ -199,7 +200,8 @@ def test_every_server_is_killed_during_a_backfill(tmp_path: Path) -> None:
         ThreadPoolExecutor(1) as thread,
     ):
         made.up(WEBSERVER)
-        orders = [launch.order(made.settings, series, LONG) for series in made.settings.series()]
+        catalog = Catalog(made.settings)
+        orders = [launch.order(catalog, series, LONG) for series in catalog.series]
         backfill = launch.start(made.web, orders)
         made.up()
         watched = thread.submit(launch.watch, made.web, backfill, orders, lambda seen: None)

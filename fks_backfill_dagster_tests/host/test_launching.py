@@ -56,7 +56,7 @@ class EditableSite:
 
     def runs_of(self, status: str) -> list[frozenset[str]]:
         """The symbols of each run with that status."""
-        found = self.made.web.ask(
+        found = self.made.web.query(
             "{ runsOrError { ... on Runs { results { status assetSelection { path } } } } }"
         )["runsOrError"]["results"]
         return [
@@ -141,7 +141,7 @@ def test_stocks_and_forex_do_not_wait_for_crypto(editable: EditableSite) -> None
         if f"{total - failed} of {total} partitions materialized" in line
     ]
     made.until(lambda: made.web.backfill_state(document["backfill"]).status.startswith("COMPLETED"))
-    counts = made.web.ask(
+    counts = made.web.query(
         "query($id: String!) { partitionBackfillOrError(backfillId: $id) { ... on PartitionBackfill {"
         " assetBackfillData { assetBackfillStatuses { ... on AssetPartitionsStatusCounts {"
         " numPartitionsTargeted numPartitionsMaterialized numPartitionsFailed } } } } } }",
@@ -185,7 +185,7 @@ def test_a_new_symbol_is_launched_and_its_early_partitions_are_reported(editable
     made.until(lambda: sorted(one["partition"] for one in early()) == keys, 150)
     assert {one["runId"] for one in early()} == {""}
     assert all("nothing expected" in one["description"] for one in early())
-    ticks = made.web.ask(
+    ticks = made.web.query(
         "query($s: SensorSelector!) { sensorOrError(sensorSelector: $s) { ... on Sensor { sensorState {"
         " ticks { status runIds } } } } }",
         s={**REPOSITORY, "sensorName": SENSOR},

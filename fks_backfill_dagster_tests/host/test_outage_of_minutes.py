@@ -32,6 +32,7 @@ from fks_backfill_dagster.host.processes import Background, stop
 from fks_backfill_dagster.host.servers import DAEMON, WEBSERVER, dagster_folder
 from fks_backfill_dagster.orchestration.groups import asset_key
 from fks_backfill_dagster.orchestration.jobs import CHECKS
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import CHECKOUT
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.store.queries import read_candles
@@ -56,7 +57,7 @@ class Watched:
 
     @property
     def series(self) -> list[Series]:
-        return self.site.settings.series()
+        return Catalog(self.site.settings).series
 
     def path(self, one: Series) -> tuple[str, ...]:
         return tuple(asset_key(one).path)

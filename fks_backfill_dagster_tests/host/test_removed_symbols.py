@@ -217,7 +217,9 @@ def test_definitions_that_fail_to_load_change_nothing(place: Place) -> None:
 
 
 def test_a_queued_run_is_requested_again_without_the_removed_asset(place: Place) -> None:
-    """A started run continues with its loaded definitions; a run without the asset does not change."""
+    """With its configuration. A started run continues with its loaded definitions; a run without the asset does not
+    change."""
+    refetch = {"ops": {"some": {"config": {"mode": "refetch"}}}}
     keys = {BACKFILL_ID_TAG: place.id, **SPAN}
     location = place.context.create_request_context().get_code_location("here")
     origin = location.get_repository("__repository__").get_full_job("__ASSET_JOB").get_remote_origin()
@@ -225,6 +227,7 @@ def test_a_queued_run_is_requested_again_without_the_removed_asset(place: Place)
         create_run_for_test(
             place.instance,
             tags=keys,
+            run_config=refetch,
             status=status,
             asset_selection=frozenset(selection),
             remote_job_origin=origin,
@@ -251,6 +254,6 @@ def test_a_queued_run_is_requested_again_without_the_removed_asset(place: Place)
     found = place.backfill()
     first, second = found.submitting_run_requests
     assert (first.asset_selection, first.asset_check_keys) == ([A], checks[:1])
-    assert (second.asset_selection, dict(second.tags)) == ([A], SPAN)
+    assert (second.asset_selection, dict(second.tags), second.run_config) == ([A], SPAN, refetch)
     assert found.reserved_run_ids[0] == "id-1"
     assert len(set(found.reserved_run_ids)) == 2

@@ -18,9 +18,10 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.embedded import EmbeddedPostgres
 from fks_backfill_dagster.host import servers
-from fks_backfill_dagster.host.graphql import DagsterRefused, Run, Webserver
+from fks_backfill_dagster.host.graphql import DagsterError, Run, Webserver
 from fks_backfill_dagster.host.processes import KEEPER, Background, backgrounds, stop_all
 from fks_backfill_dagster.host.servers import CODE, DAEMON, WEBSERVER, ServersError
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.settings.model import CHECKOUT, Settings
 from fks_backfill_dagster.simulator import LocalMarket
@@ -90,7 +91,7 @@ def until(true: Callable[[], bool], seconds: float = 180) -> None:
 
 def shown(web: Webserver, symbol: str) -> dict[str, str]:
     """The partition statuses of a 15m series on the asset page."""
-    found = web.ask(
+    found = web.query(
         "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {"
         " assetPartitionStatuses { ... on TimePartitionStatuses { ranges { status startKey endKey } } } } } }",
         key={"path": ["ohlcv", symbol, "15m"]},
@@ -108,6 +109,13 @@ def ended(web: Webserver, backfill: str, assets: int) -> list[Run]:
 
     until(over)
     return runs
+
+
+def test_down_says_what_happens_to_unfinished_runs() -> None:
+    assert servers.consequences([]) == []
+    going, queued = servers.consequences(["STARTED", "QUEUED", "CANCELING", "QUEUED"])
+    assert going.startswith("2 runs are in progress and will end as failed. Committed candles are kept")
+    assert queued == "2 runs are in the queue until the next `fks-backfill up`."
 
 
 def test_from_up_to_down(
@@ -159,7 +167,7 @@ def test_from_up_to_down(
     # The stored candles equal the market's, and the lineage names Dagster's runs.
     database = Database(empty_database_url)
     january = TimeRange(instant("2024-01-01"), instant("2024-02-01"))
-    stored = read_candles(database, settings.find_series("ETH/USDT", "15m"), january)
+    stored = read_candles(database, Catalog(settings).find_series("ETH/USDT", "15m"), january)
     truth = market.truth("binance", "ETHUSDT", Timeframe.M15, january)
     assert all((ours == theirs).all() for ours, theirs in zip(stored.columns(), truth.columns(), strict=True))
     assert {batch.run_id for batch in batches(database)} == {run.id for run in runs}
@@ -188,7 +196,13 @@ def test_from_up_to_down(
     assert Background(settings.home, WEBSERVER).pid == survivor
     groups = [Background(settings.home, name) for name in (KEEPER, CODE, DAEMON, WEBSERVER)]
     assert not any(ignored(group.pid) for group in groups)
-    assert servers.down(settings, say=output.append) == [CODE, DAEMON, WEBSERVER]
+    servers.stop_part(settings, DAEMON)  # which would start the queued run
+    web.launch_checks(checks)
+    assert servers.down(settings, say=output.append) == [CODE, WEBSERVER]
+    assert output[-2:] == [
+        "1 run is in the queue until the next `fks-backfill up`.",
+        f"Stopped: {CODE}, {WEBSERVER}.",
+    ]
     assert not any(group.members() for group in groups)
     assert not web.answers()
     assert servers.down(settings, say=output.append) == []
@@ -299,5 +313,5 @@ def test_a_server_that_ends_is_reported_with_the_end_of_its_log(
 @pytest.mark.server
 def test_an_unreachable_webserver_is_reported() -> None:
     url = f"http://{servers.HOST}:{free_port()}"
-    with pytest.raises(DagsterRefused, match=f"{url} is not reachable"):
-        Webserver(url).ask("{ version }")
+    with pytest.raises(DagsterError, match=f"{url} is not reachable"):
+        Webserver(url).query("{ version }")

@@ -14,7 +14,7 @@ from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, Timeframe
 from fks_backfill_dagster.ledger.gaps import GapStatus
-from fks_backfill_dagster.ledger.reconcile import Kind, Recorded, Seen, SeriesAudit, judge
+from fks_backfill_dagster.ledger.reconcile import Kind, Recorded, Seen, SeriesAudit, reconcile
 from fks_backfill_dagster.ledger.records import Evidence, LedgerGap, Outcome
 from fks_backfill_dagster_tests.domain.builders import at
 from fks_backfill_dagster_tests.examples import examples
@@ -103,9 +103,9 @@ def repaired(recorded: Recorded, found: SeriesAudit) -> Recorded:
 def test_a_repair_leaves_no_difference(situation: tuple[Series, Recorded, Seen, int]) -> None:
     series, recorded, seen, closed_end = situation
     grid = grid_of(series)
-    found = judge(series, grid, recorded, seen, closed_end)
+    found = reconcile(series, grid, recorded, seen, closed_end)
     after = repaired(recorded, found)
-    again = judge(series, grid, after, seen, closed_end)
+    again = reconcile(series, grid, after, seen, closed_end)
     assert (again.differences, again.removed, again.added) == ((), (), ())
     assert again.coverage == found.coverage
     wrong = bool(found.removed or found.added or not recorded.exists or found.coverage != recorded.synced)
@@ -117,7 +117,7 @@ def test_a_repair_leaves_no_difference(situation: tuple[Series, Recorded, Seen, 
 def test_the_ledger_matches_its_definition(situation: tuple[Series, Recorded, Seen, int]) -> None:
     series, recorded, seen, closed_end = situation
     grid = grid_of(series)
-    found = judge(series, grid, recorded, seen, closed_end)
+    found = reconcile(series, grid, recorded, seen, closed_end)
     gaps = repaired(recorded, found).gaps
     stored = [int(grid.at(np.array([r]))[0]) for run in seen.stored for r in range(run.start, run.end)]
     absent: list[int] = []
@@ -142,7 +142,7 @@ def test_open_gaps_stay_open_and_history_is_kept(
 ) -> None:
     series, recorded, seen, closed_end = situation
     grid = grid_of(series)
-    found = judge(series, grid, recorded, seen, closed_end)
+    found = reconcile(series, grid, recorded, seen, closed_end)
     for gap in repaired(recorded, found).gaps:
         assert gap.next_attempt_at in {None, *(g.next_attempt_at for g in recorded.gaps)}
         for ts in grid.opens(TimeRange(gap.start, gap.end)).tolist():
@@ -172,7 +172,7 @@ def test_history_that_was_never_requested_does_not_become_a_gap(
     """Except after the end of the coverage, up to a stored candle: the series is refreshed from that end."""
     series, recorded, seen, closed_end = situation
     grid = grid_of(series)
-    found = judge(series, grid, recorded, seen, closed_end)
+    found = reconcile(series, grid, recorded, seen, closed_end)
     kept = recorded.synced & RangeSet([TimeRange(0, closed_end)])
     for part in found.coverage - recorded.synced:
         if not kept or part.start < kept.hull.end:
@@ -182,9 +182,9 @@ def test_history_that_was_never_requested_does_not_become_a_gap(
 
 def test_an_empty_series_is_in_order() -> None:
     nothing = Recorded(True, RangeSet(), 0, None, None, ())
-    found = judge(SERIES[0], grid_of(SERIES[0]), nothing, Seen(0, None, None, RangeSet()), FRIDAY)
+    found = reconcile(SERIES[0], grid_of(SERIES[0]), nothing, Seen(0, None, None, RangeSet()), FRIDAY)
     assert found.differences == ()
-    lost = judge(
+    lost = reconcile(
         SERIES[0], grid_of(SERIES[0]), replace(nothing, exists=False), Seen(0, None, None, RangeSet()), 0
     )
     assert [d.kind for d in lost.differences] == [Kind.NO_STATUS]

@@ -24,7 +24,7 @@ from fks_backfill_dagster.domain.timeframe import (
 )
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.ledger.no_trade import Absent, no_trade
-from fks_backfill_dagster.ledger.reconcile import Recorded, Seen, judge
+from fks_backfill_dagster.ledger.reconcile import Recorded, Seen, reconcile
 from fks_backfill_dagster.ledger.records import Evidence, LedgerGap, Outcome
 from fks_backfill_dagster.ledger.settle import Response, Rules, Settlement, settle
 from fks_backfill_dagster_tests.domain.builders import at, grid, window
@@ -245,7 +245,7 @@ def audited(ledger: Sequence[LedgerGap], synced: RangeSet, stored: list[int], gr
     ranks = grid.rank(np.array(stored, dtype=np.int64))
     seen = Seen(len(stored), *ends, RangeSet.from_arrays(ranks, ranks + 1))
     recorded = Recorded(True, synced, len(stored), *ends, tuple(ledger))
-    found = judge(Series("ANY", Timeframe.H1, AssetClass.CRYPTO), grid, recorded, seen, synced.hull.end)
+    found = reconcile(Series("ANY", Timeframe.H1, AssetClass.CRYPTO), grid, recorded, seen, synced.hull.end)
     assert (found.differences, found.removed, found.added) == ((), (), ())
 
 

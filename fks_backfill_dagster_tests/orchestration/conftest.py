@@ -13,6 +13,7 @@ from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.groups import asset_key
 from fks_backfill_dagster.orchestration.resources import ProviderResource, TimescaleDB
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.settings.sections import ProviderPriority, SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
@@ -51,21 +52,29 @@ class Project:
     definitions: Definitions
     instance: DagsterInstance
 
+    @property
+    def catalog(self) -> Catalog:
+        return Catalog(self.settings)
+
     def series(self, symbol: str, timeframe: str) -> Series:
-        return self.settings.find_series(symbol, timeframe)
+        return self.catalog.find_series(symbol, timeframe)
 
     def key(self, symbol: str, timeframe: str) -> AssetKey:
         return asset_key(self.series(symbol, timeframe))
 
     def materialize(
-        self, timeframe: str, first: str, last: str | None = None, *symbols: str
+        self, timeframe: str, first: str, last: str | None = None, *symbols: str, **config: object
     ) -> ExecuteInProcessResult:
-        """A run over a range of partitions, as launched by the UI; all symbols unless some are named."""
-        names = symbols or self.settings.match_symbols()
+        """A run over a range of partitions, as launched by the UI; all symbols unless some are named.
+
+        `config`: that of the op, as entered in the launchpad; without any the run has no configuration.
+        """
+        names = symbols or self.catalog.match_symbols()
         return self.definitions.resolve_implicit_global_asset_job_def().execute_in_process(
             instance=self.instance,
             asset_selection=[self.key(name, timeframe) for name in names],
             raise_on_error=False,
+            run_config={"ops": {f"ohlcv_crypto_{timeframe}": {"config": config}}} if config else None,
             tags={
                 "dagster/asset_partition_range_start": first,
                 "dagster/asset_partition_range_end": last or first,

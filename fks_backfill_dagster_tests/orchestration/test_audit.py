@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.audit import audit_cron, audit_requests, is_audit_hour
 from fks_backfill_dagster.orchestration.build import build_defs
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.sections import GapDetection
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project, settings_of
@@ -137,7 +138,7 @@ def test_the_log_of_a_run_is_short(stored: Project, database: Database) -> None:
 def test_a_run_takes_fifty_series_at_most(database: Database) -> None:
     for number in range(51):
         pretend_synced(database, f"C{number}/USDT", "1h", "2024-01-01", "2024-01-02")
-    found = list(audit_requests(database, settings_of("C1/USDT")))
+    found = list(audit_requests(database, Catalog(settings_of("C1/USDT"))))
     names = [request.run_config["ops"]["audit_series"]["config"]["series"] for request in found]
     assert [len(some) for some in names] == [50, 1]
     assert len({name for some in names for name in some}) == 51

@@ -11,19 +11,13 @@ from dagster import AssetKey, SensorDefinition, build_sensor_context
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.partitions import (
-    key_at,
-    keys_before_start,
-    window_of,
-)
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.orchestration import before_start
-from fks_backfill_dagster.orchestration.before_start import SENSOR
-from fks_backfill_dagster.settings.model import Settings
+from fks_backfill_dagster.orchestration.before_start import SENSOR, keys_before_start
 from fks_backfill_dagster.settings.sections import SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster_tests.orchestration.conftest import MakeProject, Project
 from fks_backfill_dagster_tests.orchestration.test_assets import metadata_of, statuses
 
@@ -161,12 +155,6 @@ def test_without_a_later_start_there_is_no_sensor(project: MakeProject) -> None:
     assert SENSOR not in {one.name for one in project("BTC/USDT").definitions.sensors or ()}  # type: ignore[union-attr]
 
 
-def test_every_grain_begins_with_the_earliest_start() -> None:
-    settings = Settings(symbols=(entry("A/USDT", "2016-03-04"), entry("B/USDT", "2020-01-01")))
-    assert settings.earliest_start == instant("2016-03-04")
-    assert Settings(symbols=(entry("B/USDT", "2020-01-01"),)).earliest_start == instant("2017-08-17")
-
-
 moments = st.integers(631_152_000, 1_893_456_000).map(lambda seconds: seconds * 10**6)
 
 
@@ -174,12 +162,13 @@ moments = st.integers(631_152_000, 1_893_456_000).map(lambda seconds: seconds * 
 def test_keys_before_a_start_are_those_of_whole_partitions_before_it(
     frame: Timeframe, begin: int, start: int
 ) -> None:
-    keys = keys_before_start(frame, begin, start)
-    windows = [window_of(frame, key) for key in keys]
+    grain = Grain.of(frame)
+    keys = keys_before_start(grain, begin, start)
+    windows = [grain.window(key) for key in keys]
     assert all(window.end <= start for window in windows)
     assert all(one.end == other.start for one, other in pairwise(windows))
     if keys:
-        assert keys[0] == key_at(frame, begin)
-        assert key_at(frame, windows[-1].end) == key_at(frame, start)
+        assert keys[0] == grain.key(begin)
+        assert grain.key(windows[-1].end) == grain.key(start)
     elif start > begin:
-        assert key_at(frame, begin) == key_at(frame, start)
+        assert grain.key(begin) == grain.key(start)

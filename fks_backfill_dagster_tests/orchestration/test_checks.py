@@ -22,6 +22,7 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOU
 from fks_backfill_dagster.orchestration.checks import COMPLETENESS, MOST_GAPS, evaluate
 from fks_backfill_dagster.orchestration.groups import asset_key, groups_of
 from fks_backfill_dagster.pipeline.calendars import keep_calendar
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.settings.sections import SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
@@ -95,7 +96,7 @@ def test_whole_series_pass_and_nothing_is_fetched(stored: Project, market: Local
         "stored": 5760,
         "missing": 0,
         "explained": 0,
-        "quiet": 0,
+        "no_trade": 0,
         "recent_missing": 0,
         "open_gaps": 0,
         "coverage": 1.0,
@@ -294,7 +295,7 @@ def test_completeness_fails_while_a_calendar_has_changed(database: Database, upd
     settings = Settings(
         symbols=(SymbolSettings(asset_class=apple.asset_class, symbol="AAPL", timeframes=(apple.timeframe,)),)
     )
-    (group,) = groups_of(settings)
+    (group,) = groups_of(Catalog(settings))
     shelf = Shelf.of(database, apple)
     shelf.put(0, 60)
     keep_calendar(database, "XNYS", now())

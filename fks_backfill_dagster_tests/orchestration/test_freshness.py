@@ -60,7 +60,7 @@ def kept(project: MakeProject) -> Project:
 
 def refresh(project: Project, *symbols: str, frame: str = "15m") -> ExecuteInProcessResult:
     """The run that a tick requests: assets without their checks, over the newest two partitions."""
-    keys = frozenset(project.key(name, frame) for name in symbols or project.settings.match_symbols())
+    keys = frozenset(project.key(name, frame) for name in symbols or project.catalog.match_symbols())
     job = project.definitions.resolve_job_def("ohlcv_months").get_subset(
         asset_selection=keys, asset_check_selection=frozenset()
     )
@@ -249,7 +249,7 @@ def test_a_rarely_traded_symbol_is_fresh_without_a_new_candle(
     assert materialized(mine, again) == ({"THIN_USD"} if quiet else set())
     (status,) = queries.sync_status(database, series)
     assert status.status == "completed"
-    (group,) = groups_of(mine.settings)
+    (group,) = groups_of(mine.catalog)
     checks = evaluate(
         database, group, mine.settings, {AssetCheckKey(key, name) for name in ("completeness", FRESHNESS)}
     )

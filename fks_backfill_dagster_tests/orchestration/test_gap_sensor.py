@@ -73,6 +73,7 @@ def run(project: Project, request: RunRequest) -> bool:
         instance=project.instance,
         asset_selection=list(request.asset_selection or ()),
         partition_key=request.partition_key,
+        run_config=request.run_config,
         tags={**request.tags, "dagster/sensor_name": "fill_gaps"},
         raise_on_error=False,
     ).success
@@ -110,10 +111,15 @@ def test_a_due_gap_is_requested(
     assert skip_reason(with_gap, resources) == "no gap is due"
 
 
+@pytest.mark.parametrize("queued_by", ["this version", "an earlier version"])
 def test_a_run_requests_only_the_gaps(
-    project: MakeProject, resources: dict[str, Any], database: Database, market: LocalMarket
+    project: MakeProject,
+    resources: dict[str, Any],
+    database: Database,
+    market: LocalMarket,
+    queued_by: str,
 ) -> None:
-    """History that was never synced stays pending, even in the same partition."""
+    """History that was never synced stays pending, even in the same partition. Earlier versions set tags only."""
     market.plant_outage("binance", OUTAGE)
     mine = project("BTC/USDT")
     series = mine.series("BTC/USDT", "15m")
@@ -127,6 +133,9 @@ def test_a_run_requests_only_the_gaps(
     market.clear_outages()
     make_due(database)
     (request,) = requested_runs(mine, resources)
+    assert request.run_config == {"ops": {"ohlcv_crypto_15m": {"config": {"mode": "fill_gaps"}}}}
+    if queued_by == "an earlier version":
+        request = request._replace(run_config={})
     assert run(mine, request)
     assert len(read_candles(database, series, ALL_TIME)) == 15 * 96
     assert ledger_gaps(database, series, ALL_TIME) == ()

@@ -24,6 +24,7 @@ from fks_backfill_dagster.host.graphql import REPOSITORY, Webserver
 from fks_backfill_dagster.host.processes import Background, Guard
 from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.ledger.records import LedgerGap
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.settings.model import CHECKOUT, KEY_VARIABLES, Settings
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
@@ -53,18 +54,18 @@ class World:
 
     def gaps(self, symbol: str) -> tuple[LedgerGap, ...]:
         with app.open_database(self.settings) as database:
-            return ledger_gaps(database, self.settings.find_series(symbol, "15m"), MONTH)
+            return ledger_gaps(database, Catalog(self.settings).find_series(symbol, "15m"), MONTH)
 
     def sources(self, symbol: str) -> dict[str, int]:
         """The candles of the outage by provider."""
         with app.open_database(self.settings) as database:
-            found = origins(database, self.settings.find_series(symbol, "15m"), OUTAGE)
+            found = origins(database, Catalog(self.settings).find_series(symbol, "15m"), OUTAGE)
         return {origin.provider: origin.candles for origin in found}
 
     def check(self, symbol: str) -> tuple[bool, dict[str, Any]] | None:
         """The last outcome of the completeness check and its numbers; None before the first evaluation."""
-        asset = {"path": list(asset_path(self.settings.find_series(symbol, "15m")))}
-        found = self.web.ask(
+        asset = {"path": list(asset_path(Catalog(self.settings).find_series(symbol, "15m")))}
+        found = self.web.query(
             "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {"
             ' assetCheckOrError(checkName: "completeness") { ... on AssetCheck {'
             " executionForLatestMaterialization { evaluation { success metadataEntries { label"
@@ -83,8 +84,8 @@ class World:
 
     def coverage(self, symbol: str) -> float | None:
         """The coverage of January in its newest materialization."""
-        asset = {"path": list(asset_path(self.settings.find_series(symbol, "15m")))}
-        found = self.web.ask(
+        asset = {"path": list(asset_path(Catalog(self.settings).find_series(symbol, "15m")))}
+        found = self.web.query(
             "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {"
             " assetMaterializations(limit: 1) { metadataEntries { label ... on FloatMetadataEntry { floatValue }"
             " } } } } }",
@@ -98,7 +99,7 @@ class World:
     def ticks(self) -> list[dict[str, Any]]:
         """The ticks of the sensor, newest first."""
         selector = {**REPOSITORY, "sensorName": "fill_gaps"}
-        found = self.web.ask(
+        found = self.web.query(
             "query($selector: SensorSelector!) { sensorOrError(sensorSelector: $selector) { ... on Sensor {"
             " sensorState { ticks { status skipReason runIds error { message } } } } } }",
             selector=selector,
@@ -108,7 +109,7 @@ class World:
 
     def switch_on(self) -> None:
         selector = {**REPOSITORY, "sensorName": "fill_gaps"}
-        found = self.web.ask(
+        found = self.web.query(
             "mutation($selector: SensorSelector!) { startSensor(sensorSelector: $selector) { __typename } }",
             selector=selector,
         )
@@ -178,7 +179,8 @@ def wait_for(world: World, what: str, true: Callable[[], object], seconds: float
 def test_an_outage_is_found_filled_or_explained(world: World) -> None:
     # The UI shows it: the check of the series fails, with the number of missing candles.
     checks = [
-        (asset_path(world.settings.find_series(s, "15m")), "completeness") for s in ("BTC/USDT", "ETH/USDT")
+        (asset_path(Catalog(world.settings).find_series(s, "15m")), "completeness")
+        for s in ("BTC/USDT", "ETH/USDT")
     ]
     world.web.launch_checks(checks)
     wait_for(world, "the checks", lambda: world.check("BTC/USDT") and world.check("ETH/USDT"))

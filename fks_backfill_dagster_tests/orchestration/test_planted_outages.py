@@ -32,6 +32,7 @@ from fks_backfill_dagster.orchestration.groups import groups_of
 from fks_backfill_dagster.pipeline.coverage import coverage
 from fks_backfill_dagster.pipeline.plan import GRACE
 from fks_backfill_dagster.pipeline.refresh import SILENT_AFTER
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.settings.model import KEY_VARIABLES, Settings
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
@@ -134,14 +135,14 @@ class Indicators:
     def evaluate(self, now: int) -> None:
         self.monkeypatch.setattr(app, "now", lambda: now)
         self.seen.append(now)
-        for group in groups_of(self.settings):
+        for group in groups_of(Catalog(self.settings)):
             wanted = {AssetCheckKey(key, name) for key in group.series for name in CHECK_NAMES}
             for result in evaluate(self.database, group, self.settings, wanted):
                 assert result.asset_key is not None
                 if not result.passed:
                     self._note(group.series[result.asset_key], str(result.check_name), now)
         rule = app.freshness_rule(self.settings)
-        for one in coverage(self.database, self.settings.series(), now, rule):
+        for one in coverage(self.database, Catalog(self.settings).series, now, rule):
             if one.problem() is not None:
                 self._note(one.series, "status", now)
 
@@ -192,7 +193,7 @@ def test_every_indicator_shows_an_outage(
     }
     settings = load_settings(environment, tmp_path)
     names, window, step = PROVIDERS[scenario.symbol], scenario.window, scenario.step
-    series = dict.fromkeys(settings.series(), names)
+    series = dict.fromkeys(Catalog(settings).series, names)
     longest = max(one.timeframe.micros for one in series)
     begin = (window.start - 2 * MICROS_PER_HOUR) // MICROS_PER_HOUR * MICROS_PER_HOUR + OFFSET
     since = begin - begin % MICROS_PER_DAY - max(3 * MICROS_PER_DAY, 8 * longest)

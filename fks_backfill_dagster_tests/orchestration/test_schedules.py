@@ -23,6 +23,7 @@ from fks_backfill_dagster.orchestration import cadence
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.groups import groups_of
 from fks_backfill_dagster.orchestration.schedules import check_requests, refresh_requests, unfinished
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.settings.sections import Automation, SymbolSettings
 from fks_backfill_dagster.simulator import LocalMarket
@@ -34,9 +35,9 @@ from fks_backfill_dagster_tests.store.builders import execute
 
 
 def requests_at(settings: Settings, database: Database, frame: str, at: str) -> list[RunRequest]:
-    (group,) = [group for group in groups_of(settings) if group.timeframe.value == frame]
+    (group,) = [group for group in groups_of(Catalog(settings)) if group.timeframe.value == frame]
     moment = datetime.fromisoformat(at).replace(tzinfo=UTC)
-    return list(refresh_requests(Timeframe(frame), group.series, settings, database, moment))
+    return list(refresh_requests(Timeframe(frame), group.series, Catalog(settings), database, moment))
 
 
 def pretend_synced(database: Database, symbol: str, timeframe: str, start: str, end: str) -> None:
@@ -66,6 +67,8 @@ def test_a_run_takes_fifty_series_at_most(database: Database) -> None:
     assert [len(request.asset_selection or ()) for request in found] == [50, 50, 20]
     assert len({request.run_key for request in found}) == 3
     assert {request.tags[cadence.PRIORITY] for request in found} == {"10"}
+    (config,) = {str(request.run_config) for request in found}
+    assert config == "{'ops': {'ohlcv_crypto_1h': {'config': {'mode': 'refresh'}}}}"
 
 
 def test_asset_classes_are_refreshed_by_separate_runs(database: Database) -> None:
@@ -77,9 +80,9 @@ def test_asset_classes_are_refreshed_by_separate_runs(database: Database) -> Non
         for symbol, one in classes.items()
     ]
     settings = Settings(symbols=tuple(entries))
-    series = {key: one for group in groups_of(settings) for key, one in group.series.items()}
+    series = {key: one for group in groups_of(Catalog(settings)) for key, one in group.series.items()}
     moment = datetime(2024, 3, 12, 0, 6, tzinfo=UTC)
-    found = list(refresh_requests(Timeframe.H1, series, settings, database, moment))
+    found = list(refresh_requests(Timeframe.H1, series, Catalog(settings), database, moment))
     assert sorted(sorted(key.path[1] for key in request.asset_selection or ()) for request in found) == [
         ["AAPL"],
         ["BTC_USDT", "ETH_USDT"],
@@ -155,6 +158,7 @@ def refresh(project: Project, database: Database, timeframe: str, at: int) -> bo
         done = project.definitions.resolve_implicit_global_asset_job_def().execute_in_process(
             instance=project.instance,
             asset_selection=list(request.asset_selection or ()),
+            run_config=request.run_config,
             tags=dict(request.tags),
             raise_on_error=False,
         )
@@ -197,7 +201,7 @@ def test_a_refresh_fetches_only_new_candles(
 def test_the_daily_checks_cover_synced_series(database: Database) -> None:
     settings = settings_of("BTC/USDT", "ETH/USDT")
     pretend_synced(database, "ETH/USDT", "1h", "2024-01-01", "2024-03-10T12:00")
-    (request,) = check_requests(groups_of(settings), database)
+    (request,) = check_requests(groups_of(Catalog(settings)), database)
     assert request.asset_selection == []
     assert [(key.asset_key.path[1], key.name) for key in request.asset_check_keys or ()] == [
         ("ETH_USDT", "ohlc_sanity"),

@@ -46,6 +46,9 @@ def lines(definitions: Definitions) -> Iterator[str]:
         assert isinstance(node.partitions_def, TimeWindowPartitionsDefinition)
         yield f"asset {'/'.join(node.key.path)}: {spec.description}"
         yield f"  group {spec.group_name}, owners {list(spec.owners)}, op {op.name}, pool {op.pool}"
+        fields = op.config_schema.config_type.fields  # type: ignore[union-attr]
+        for name, field in fields.items():
+            yield f"  config {name} = {field.default_value!r}: {field.description}"
         yield f"  partitions {node.partitions_def.cron_schedule} from {node.partitions_def.get_first_partition_key()}"
         yield f"  backfill {node.backfill_policy}"
         yield f"  freshness {spec.freshness_policy}"

@@ -139,7 +139,7 @@ def test_holidays_of_forex_are_no_trade_and_an_outage_is_not(database: Database,
     write_csv(tmp_path / "forex" / "EURUSD-1h.csv", invented(opens[~holidays & ~outage]))
     with replay(database, tmp_path) as context:
         report = sync(context, EURO, window, ["oanda"])
-    assert (report.quiet, report.missing) == (50, 17)
+    assert (report.no_trade, report.missing) == (50, 17)
     assert np.array_equal(opens_in(database, EURO, window, GapStatus.NO_TRADE), opens[holidays])
     assert np.array_equal(opens_in(database, EURO, window, GapStatus.UNAVAILABLE), opens[outage])
 
@@ -167,7 +167,7 @@ def test_a_range_that_begins_or_ends_in_a_holiday(
     requested = grid_of(EURO).opens(window)
     closed = int(forex_holidays(around).contains(requested).sum())
     assert closed or not len(requested)
-    assert (report.quiet, report.missing) == (closed, 0)
+    assert (report.no_trade, report.missing) == (closed, 0)
 
 
 def test_a_holiday_of_forex_that_traded_is_stored(database: Database, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_holiday_of_forex_that_traded_is_stored(database: Database, tmp_path: 
     write_csv(tmp_path / "forex" / "EURUSD-1h.csv", invented(opens))
     with replay(database, tmp_path) as context:
         report = sync(context, EURO, window, ["oanda"])
-    assert (report.stored, report.quiet, report.missing) == (len(opens), 0, 0)
+    assert (report.stored, report.no_trade, report.missing) == (len(opens), 0, 0)
 
 
 @pytest.mark.parametrize("is_closed", [True, False])
@@ -240,7 +240,7 @@ def test_a_new_provider_reopens_gaps_explained_by_one_response(
     assert sync(alone, MINUTES, MARCH, ["polygon"]).complete
     assert market.requests() == 0, "nothing is requested from the same providers again"
     report = sync(both, MINUTES, MARCH, ["polygon", "binance"])
-    assert (report.complete, report.quiet) == (True, 0)
+    assert (report.complete, report.no_trade) == (True, 0)
     assert report.providers["binance"].delivered == len(QUIET)
 
 
@@ -302,7 +302,7 @@ def test_a_month_of_thin_minutes(
     report = sync(context, SPY, window, [provider])
     truth = market.truth(name, "SPY", Timeframe.M1, window)
     assert queries.read_candles(database, SPY, window).ts.tolist() == truth.ts.tolist()
-    assert report.quiet > 0.015 * report.expected
+    assert report.no_trade > 0.015 * report.expected
     gaps = queries.ledger_gaps(database, SPY, window)
     lengths = [gap.missing for gap in gaps if gap.status is not GapStatus.NO_TRADE]
     # The local market has occasional pauses of a quarter of an hour, which no density explains.

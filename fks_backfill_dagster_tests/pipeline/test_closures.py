@@ -87,9 +87,9 @@ def test_a_date_that_is_closed_later_and_withdrawn(
     settle_closures(closing(context, DAY), [series])
     assert np.isin(lost, opens_in(database, series, window, GapStatus.NO_TRADE)).all()
     explained = completeness(database, [series])[series]
-    assert (explained.missing, explained.quiet) == (
+    assert (explained.missing, explained.no_trade) == (
         counts.missing - len(lost),
-        counts.quiet + len(lost),
+        counts.no_trade + len(lost),
     )
     settled = rows(database, series, window)
     settle_closures(closing(context, DAY), [series])

@@ -211,7 +211,7 @@ def test_parts_of_a_strict_provider_are_never_no_trade(database: Database, marke
     truth = market.truth("coingecko", "BTC/USDT", Timeframe.H1, case.window)
     report = sync(context_of(database, market, case), case.series, case.window, ["coingecko"])
     assert accounted_for(database, case, truth, report).equals(truth)
-    assert (report.missing, report.quiet) == (len(halves), 0)
+    assert (report.missing, report.no_trade) == (len(halves), 0)
 
 
 @pytest.mark.parametrize("kind", ["off_grid", "negative", "high_below_low"])
@@ -305,4 +305,4 @@ def test_a_closed_date_in_a_week(
     (week,) = touched(one, RangeSet([one.covering(parts)])).tolist()
     stored = queries.read_candles(database, case.series, case.window)
     assert (week in stored.ts.tolist()) == is_closed
-    assert (report.missing, report.quiet) == (0 if is_closed else 1, 0)
+    assert (report.missing, report.no_trade) == (0 if is_closed else 1, 0)

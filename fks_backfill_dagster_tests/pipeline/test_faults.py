@@ -174,12 +174,12 @@ def accounted_for(database: Database, case: Case, truth: Candles, report: SyncRe
     gaps = queries.ledger_gaps(database, case.series, case.window)
     quiet = sum(gap.missing for gap in gaps if gap.status is GapStatus.NO_TRADE)
     absent = sum(gap.missing for gap in gaps if gap.status is not GapStatus.NO_TRADE)
-    assert (report.stored, report.quiet, report.missing) == (len(stored), quiet, absent)
+    assert (report.stored, report.no_trade, report.missing) == (len(stored), quiet, absent)
     assert report.expected == len(stored) + quiet + absent, "candles that are not stored are in the ledger"
     assert all(gap.evidence for gap in gaps), "every gap has evidence"
     assert report.complete == (absent == 0 and not report.errors)
     part = part_states(database, case.series, {"": case.window})[""]
-    assert (part.stored, part.quiet, part.missing) == (len(stored), quiet, absent)
+    assert (part.stored, part.no_trade, part.missing) == (len(stored), quiet, absent)
     return stored
 
 

@@ -25,8 +25,8 @@ from fks_backfill_dagster_tests.pipeline.conftest import NOW, make_context
 from fks_backfill_dagster_tests.pipeline.test_sync import days
 from fks_backfill_dagster_tests.providers.markets import new_york_midnight
 from fks_backfill_dagster_tests.providers.scripted import (
-    Asked,
-    Said,
+    Received,
+    Scripted,
     Server,
     SmallBinance,
     json_said,
@@ -51,7 +51,7 @@ class Days:
     polygon: str = "2021-01-04"
     polygon_fails: int = 0
 
-    def __call__(self, asked: Asked) -> Said:
+    def __call__(self, asked: Received) -> Scripted:
         if asked.path.startswith("/polygon"):
             if self.polygon_fails:
                 self.polygon_fails -= 1
@@ -66,7 +66,7 @@ class Days:
         )
         return json_said(made)
 
-    def _polygon(self, asked: Asked) -> Said:
+    def _polygon(self, asked: Received) -> Scripted:
         *_, ticker, _, _, _, first, last = asked.path.split("/")
         stamps = np.array([new_york_midnight(ts) for ts in TRUTH.ts.tolist()])
         requested = (
@@ -337,7 +337,7 @@ def test_an_archive_from_before_the_listing_is_kept(database: Database, with_lis
     quarters = Series("BTC/USDT", Timeframe.M15, AssetClass.CRYPTO)
     market, early = SmallBinance(listed=us("2024-01-10T00:00")), us(with_listing)
 
-    def from_listing(asked: Asked, honest: Said) -> Said:
+    def from_listing(asked: Received, honest: Scripted) -> Scripted:
         later = {**asked.query, "startTime": max(int(asked.query.get("startTime", 0)), early // 1000)}
         return market._klines(replace(asked, query={name: str(value) for name, value in later.items()}))
 

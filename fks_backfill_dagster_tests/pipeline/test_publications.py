@@ -23,8 +23,8 @@ from fks_backfill_dagster_tests.examples import thinned
 from fks_backfill_dagster_tests.pipeline.conftest import NOW, make_context
 from fks_backfill_dagster_tests.pipeline.test_sync import days
 from fks_backfill_dagster_tests.providers.scripted import (
-    Asked,
-    Said,
+    Received,
+    Scripted,
     Server,
     SmallBinance,
     candles_at,
@@ -48,10 +48,10 @@ class Publications:
     modified: dict[str, int] = field(default_factory=dict)
     wrong: dict[str, float] = field(default_factory=lambda: {"monthly": 0.05, "daily": 0.03})
 
-    def __call__(self, asked: Asked) -> Said:
+    def __call__(self, asked: Received) -> Scripted:
         return SmallBinance(archive=self.archive)(asked)
 
-    def archive(self, asked: Asked, honest: Said) -> Said:
+    def archive(self, asked: Received, honest: Scripted) -> Scripted:
         kind = "monthly" if "/monthly/" in asked.path else "daily"
         stem = asked.path.rpartition("/")[2].removesuffix(".CHECKSUM").removesuffix(".zip")
         if kind not in self.wrong or honest.status != 200:
@@ -68,7 +68,7 @@ class Publications:
             return checksum_of(zipped, f"{stem}.zip")
         made = self.modified.get(kind)
         headers = {} if made is None else {"Last-Modified": format_datetime(to_datetime(made), usegmt=True)}
-        return Said(zipped, headers=headers)
+        return Scripted(zipped, headers=headers)
 
 
 @pytest.fixture

@@ -191,7 +191,7 @@ def test_hours_of_an_invented_stock_miss_the_candles_missing_in_its_file(
     assert [(gap.start, gap.missing) for gap in gaps] == [(lacking[0], 1), (lacking[1], 2)]
     # Polygon omits half hours without trades, but a stock that trades in all the others has none.
     assert {gap.status for gap in gaps} == {GapStatus.UNAVAILABLE}
-    assert (report.expected, report.stored, report.quiet, report.missing) == (32, 29, 0, 3)
+    assert (report.expected, report.stored, report.no_trade, report.missing) == (32, 29, 0, 3)
 
 
 @pytest.mark.parametrize("provider", ["yfinance", "alphavantage"])
@@ -234,6 +234,6 @@ def test_euro_hours_are_the_files_rows_and_its_holes_are_explained(
     hole = days("2016-12-12", "2016-12-12").start  # the provider had nothing for a week
     assert any(gap.start <= hole < gap.end and gap.missing > 24 for gap in gaps)
     # Its holidays are no-trade by one provider alone; the absent week and night are missing.
-    assert (report.quiet, report.missing) == (100, 140)
+    assert (report.no_trade, report.missing) == (100, 140)
     counted = {state: sum(gap.missing for gap in gaps if gap.status is state) for state in GapStatus}
     assert (counted[GapStatus.NO_TRADE], counted[GapStatus.UNAVAILABLE]) == (100, 140)

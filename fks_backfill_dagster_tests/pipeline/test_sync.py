@@ -292,7 +292,7 @@ def test_no_trade_intervals_are_explained(context: Context, database: Database, 
     gaps = queries.ledger_gaps(database, MINUTES, window)
     assert [(gap.start, gap.missing) for gap in gaps] == [(start, 1) for start in quiet]
     assert {gap.status for gap in gaps} == {GapStatus.NO_TRADE}
-    assert (report.missing, report.quiet, report.complete) == (0, len(quiet), True)
+    assert (report.missing, report.no_trade, report.complete) == (0, len(quiet), True)
 
 
 def test_absences_stay_open_while_a_strict_provider_does_not_respond(

@@ -12,7 +12,7 @@ import numpy as np
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.ranges import Instants
 from fks_backfill_dagster.domain.timeframe import Timeframe
-from fks_backfill_dagster_tests.providers.scripted import Asked, Said, json_said, klines
+from fks_backfill_dagster_tests.providers.scripted import Received, Scripted, json_said, klines
 
 
 @dataclass
@@ -33,7 +33,7 @@ class TwoMarkets:
     binance: Quotes = field(default_factory=Quotes)
     polygon: Quotes = field(default_factory=Quotes)
 
-    def __call__(self, asked: Asked) -> Said:
+    def __call__(self, asked: Received) -> Scripted:
         quotes = self.polygon if asked.path.startswith("/polygon") else self.binance
         if quotes.broken:
             return json_said({"error": "down"}, 500)
@@ -49,7 +49,7 @@ class TwoMarkets:
             return json_said({"ticker": ticker, "status": "OK", "resultsCount": len(rows), "results": rows})
         query = asked.query
         if not asked.path.endswith("/klines"):
-            return Said(b"", 404)
+            return Scripted(b"", 404)
         timeframe = Timeframe(query["interval"])
         start = max(int(query.get("startTime", 0)) * 1000, self.listed)
         end = int(query.get("endTime", self.now // 1000)) * 1000 + 1

@@ -21,6 +21,7 @@ import numpy as np
 from fks_backfill_dagster.domain.candles import PRICES, Candles
 from fks_backfill_dagster.domain.freshness import polling_interval
 from fks_backfill_dagster.domain.grid import grid_of
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe, iso, to_micros
@@ -141,7 +142,9 @@ class World:
 
     def due(self) -> list[Place]:
         wanted = {
-            one: Wanted(self.since, "year" if _is_yearly(one) else "month", self.context.eligible(one))
+            one: Wanted(
+                self.since, Grain.YEAR if _is_yearly(one) else Grain.MONTH, self.context.eligible(one)
+            )
             for one in self.series
         }
         return due_places(self.database, wanted, self.now, PLACES_A_STEP)

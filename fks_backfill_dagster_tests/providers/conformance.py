@@ -37,8 +37,8 @@ from fks_backfill_dagster.domain.rate_limits import LONGEST_WAIT
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe
 from fks_backfill_dagster.providers.base import (
-    Answer,
-    BadAnswer,
+    FetchResult,
+    InvalidResponse,
     PermanentError,
     Provider,
     ProviderError,
@@ -51,7 +51,7 @@ from fks_backfill_dagster.providers.base import (
 from fks_backfill_dagster.providers.http.body import MAX_JSON_BYTES
 from fks_backfill_dagster.settings.model import KEY_VARIABLES
 from fks_backfill_dagster_tests.providers.conftest import Make
-from fks_backfill_dagster_tests.providers.scripted import Asked, Said, Server, json_said, serve, us
+from fks_backfill_dagster_tests.providers.scripted import Received, Scripted, Server, json_said, serve, us
 
 KEY = "sEcReT+key/with=odd&signs"
 
@@ -93,11 +93,11 @@ class ProviderConformance:
     quick: ClassVar[Mapping[str, object]] = {}
     reports_unknown: ClassVar[bool] = True
 
-    def market(self, asked: Asked) -> Said:
+    def market(self, asked: Received) -> Scripted:
         """The honest response, with every candle of every window of `window`."""
         raise NotImplementedError
 
-    def unknown(self, asked: Asked) -> Said:
+    def unknown(self, asked: Received) -> Scripted:
         """The response for an unknown symbol."""
         raise NotImplementedError
 
@@ -127,7 +127,7 @@ class ProviderConformance:
         """
         raise NotImplementedError
 
-    def disguised(self, asked: Asked) -> Said:
+    def disguised(self, asked: Received) -> Scripted:
         """The response of `market` for another symbol, modified to look like the one for this symbol."""
         raise NotImplementedError
 
@@ -146,7 +146,7 @@ class ProviderConformance:
 
     @contextmanager
     def connected(
-        self, provider: Callable[..., Provider], answer: Callable[[Asked], Said], **given: object
+        self, provider: Callable[..., Provider], answer: Callable[[Received], Scripted], **given: object
     ) -> Iterator[tuple[Provider, Series, Server]]:
         """A provider connected to a server with these responses, and a series to request."""
         with serve(answer) as server:
@@ -190,6 +190,15 @@ class ProviderConformance:
                 assert estimate.requests > 0, series
                 assert estimate.seconds > 0, series
             assert server.requests == []
+
+    def test_the_listing_time(self, provider: Callable[..., Provider]) -> None:
+        """An instant, None, or an error of the provider: `market` may not have the response."""
+        with self.connected(provider, self.market) as (made, series, _):
+            try:
+                found = made.listed_at(series)
+            except ProviderError:
+                return
+            assert found is None or 0 <= found <= self.now
 
     # --- honest responses ---
 
@@ -266,14 +275,14 @@ class ProviderConformance:
         detected = 0
         for target in requested:
 
-            def one_disguised(asked: Asked, target: object = target) -> Said:
+            def one_disguised(asked: Received, target: object = target) -> Scripted:
                 matches = (asked.path, asked.query) == target
                 return self.disguised(asked) if matches else self.market(asked)
 
             with self.connected(provider, one_disguised) as (made, _, _):
                 try:
                     (result,) = made.fetch(*paged).deliveries
-                except BadAnswer:
+                except InvalidResponse:
                     detected += 1
                     continue
             assert np.array_equal(result.candles.ts, honest.candles.ts)
@@ -288,7 +297,7 @@ class ProviderConformance:
         with self.connected(provider, self.market) as (made, _, server):
             for series in self.series(made):
                 start = self.window(series).start
-                assert made.fetch(series, TimeRange(start, start)) == Answer(()), series
+                assert made.fetch(series, TimeRange(start, start)) == FetchResult(()), series
             assert server.requests == []
 
     def test_concurrent_fetches_agree(self, provider: Callable[..., Provider]) -> None:
@@ -330,34 +339,34 @@ class ProviderConformance:
     @pytest.mark.parametrize(
         "garbage",
         [
-            Said(b"<!DOCTYPE html><html>Scheduled maintenance</html>"),
-            Said(b""),
+            Scripted(b"<!DOCTYPE html><html>Scheduled maintenance</html>"),
+            Scripted(b""),
             json_said(42),
             json_said("Throttled"),
             json_said(None),
         ],
         ids=["html", "nothing", "number", "text", "null"],
     )
-    def test_garbage_with_status_200(self, provider: Callable[..., Provider], garbage: Said) -> None:
-        self.fails(provider, lambda _: garbage, BadAnswer)
+    def test_garbage_with_status_200(self, provider: Callable[..., Provider], garbage: Scripted) -> None:
+        self.fails(provider, lambda _: garbage, InvalidResponse)
 
     def test_undecodable_bytes(self, provider: Callable[..., Provider]) -> None:
-        self.fails(provider, lambda _: Said(b"\x00\xff\xfe"), BadAnswer)
+        self.fails(provider, lambda _: Scripted(b"\x00\xff\xfe"), InvalidResponse)
 
     def test_truncated_json(self, provider: Callable[..., Provider]) -> None:
-        def half(asked: Asked) -> Said:
+        def half(asked: Received) -> Scripted:
             body = self.market(asked).body
-            return Said(body[: len(body) // 2])
+            return Scripted(body[: len(body) // 2])
 
-        self.fails(provider, half, BadAnswer)
+        self.fails(provider, half, InvalidResponse)
 
     @pytest.mark.parametrize("status", [500, 502, 503, 504])
     def test_server_errors_are_transient(self, provider: Callable[..., Provider], status: int) -> None:
-        error = self.fails(provider, lambda _: Said(b"<html>Bad gateway</html>", status), TransientError)
-        assert not isinstance(error, RateLimited | BadAnswer)
+        error = self.fails(provider, lambda _: Scripted(b"<html>Bad gateway</html>", status), TransientError)
+        assert not isinstance(error, RateLimited | InvalidResponse)
 
-    @pytest.mark.parametrize("failure", [Said(b"", 502), Said(b"<html>")], ids=["502", "html"])
-    def test_transient_errors_are_retried(self, provider: Callable[..., Provider], failure: Said) -> None:
+    @pytest.mark.parametrize("failure", [Scripted(b"", 502), Scripted(b"<html>")], ids=["502", "html"])
+    def test_transient_errors_are_retried(self, provider: Callable[..., Provider], failure: Scripted) -> None:
         with self.connected(provider, lambda _: failure, retry_budget_seconds=0.8) as (made, series, server):
             with pytest.raises(TransientError):
                 made.fetch(series, self.window(series))
@@ -385,7 +394,7 @@ class ProviderConformance:
 
     @pytest.mark.parametrize("named", ABSURD.values(), ids=ABSURD.keys())
     def test_an_odd_clock_of_the_server(self, provider: Callable[..., Provider], named: str) -> None:
-        def dated(asked: Asked) -> Said:
+        def dated(asked: Received) -> Scripted:
             honest = self.market(asked)
             return replace(honest, headers={**honest.headers, "Date": _on_the_wire(named)})
 
@@ -401,8 +410,8 @@ class ProviderConformance:
         """63 MB of empty lists take 2 GB when parsed."""
         body = b"[" + b"[]," * (MAX_JSON_BYTES // 3) + b"[]]"
         headers = {"Content-Type": "application/json"} | ({"Content-Encoding": "gzip"} if packed else {})
-        response = Said(gzip.compress(body, 1) if packed else body, headers=headers)
-        error = self.fails(provider, lambda _: response, BadAnswer)
+        response = Scripted(gzip.compress(body, 1) if packed else body, headers=headers)
+        error = self.fails(provider, lambda _: response, InvalidResponse)
         assert str(error).endswith(
             "returned more than 16,777,216 bytes, which is too large for a valid response"
         )
@@ -416,13 +425,13 @@ class ProviderConformance:
                 assert len(set(requested)) == len(requested) > 0
 
     def test_a_response_timeout(self, provider: Callable[..., Provider]) -> None:
-        slow = Said(b"[]", delay=0.6)
+        slow = Scripted(b"[]", delay=0.6)
         self.fails(provider, lambda _: slow, TransientError, timeout_seconds=0.2)
 
     def test_a_cut_connection(self, provider: Callable[..., Provider]) -> None:
-        def cut(asked: Asked) -> Said:
+        def cut(asked: Received) -> Scripted:
             honest = self.market(asked)
-            return Said(honest.body, honest.status, honest.headers, cut=len(honest.body) // 2)
+            return Scripted(honest.body, honest.status, honest.headers, cut=len(honest.body) // 2)
 
         self.fails(provider, cut, TransientError)
 
@@ -433,7 +442,7 @@ class ProviderConformance:
             made.fetch(series, self.window(series))
 
     def test_an_error_carries_its_request_count(self, provider: Callable[..., Provider]) -> None:
-        with self.connected(provider, lambda _: Said(b"", 502), retry_budget_seconds=0.4) as (
+        with self.connected(provider, lambda _: Scripted(b"", 502), retry_budget_seconds=0.4) as (
             made,
             series,
             server,
@@ -445,9 +454,9 @@ class ProviderConformance:
 
     def test_repeated_responses_end(self, provider: Callable[..., Provider]) -> None:
         """The same response to every request: paging without progress."""
-        first: list[Said] = []
+        first: list[Scripted] = []
 
-        def stuck(asked: Asked) -> Said:
+        def stuck(asked: Received) -> Scripted:
             if not first:
                 first.append(self.market(asked))
             return first[0]
@@ -461,7 +470,7 @@ class ProviderConformance:
     def test_numbers_of_any_size(self, provider: Callable[..., Provider]) -> None:
         """Replaces some numbers of an honest response by ones that fit neither a double nor 64 bits."""
 
-        def changed(asked: Asked, written: bytes, place: int) -> Said:
+        def changed(asked: Received, written: bytes, place: int) -> Scripted:
             honest = self.market(asked)
             numbers = list(re.finditer(rb"(?<=[:,\[])-?[0-9]+(\.[0-9]+)?(?=[,\]}])", honest.body))
             if not numbers:
@@ -480,9 +489,9 @@ class ProviderConformance:
                 assert not any((np.abs(column) == 2.0**53).any() for column in good.columns()[1:])
 
     def test_one_failure_is_repaired(self, provider: Callable[..., Provider]) -> None:
-        failures = [Said(b"<html>", 502)]
+        failures = [Scripted(b"<html>", 502)]
 
-        def once(asked: Asked) -> Said:
+        def once(asked: Received) -> Scripted:
             return failures.pop() if failures else self.market(asked)
 
         with self.connected(provider, once, retry_budget_seconds=5.0) as (made, series, _):
@@ -506,7 +515,7 @@ class ProviderConformance:
         if not self.needs_key:
             pytest.skip("a keyless provider has nothing to redact")
         with (
-            self.connected(provider, lambda _: Said(echo, status)) as (made, series, _),
+            self.connected(provider, lambda _: Scripted(echo, status)) as (made, series, _),
             pytest.raises(ProviderError) as caught,
         ):
             made.fetch(series, self.window(series))
@@ -532,7 +541,7 @@ class ProviderConformance:
         if not self.needs_key:
             pytest.skip("a keyless provider has nothing to hide")
 
-        def echoing(asked: Asked) -> Said:
+        def echoing(asked: Received) -> Scripted:
             value = f"1\r\nno header: {asked.query} {asked.headers}" if malformed else "1"
             honest = self.market(asked)
             return replace(honest, headers={**honest.headers, "X": value})
@@ -579,7 +588,7 @@ class ProviderConformance:
     def fails(
         self,
         provider: Callable[..., Provider],
-        answer: Callable[[Asked], Said],
+        answer: Callable[[Received], Scripted],
         kind: type[TransientError],
         **given: object,
     ) -> ProviderError:

@@ -20,7 +20,7 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe, to_datetime, to_micros
-from fks_backfill_dagster_tests.providers.scripted import Asked, Said, candles_at, json_said
+from fks_backfill_dagster_tests.providers.scripted import Received, Scripted, candles_at, json_said
 
 NEW_YORK = ZoneInfo("America/New_York")
 Bar = tuple[float, float, float, float, float]
@@ -73,12 +73,12 @@ class SmallOanda:
     now: int
     token: str
     missing: frozenset[int] = frozenset()
-    change: Callable[[Asked, Said], Said] = lambda _, honest: honest
+    change: Callable[[Received, Scripted], Scripted] = lambda _, honest: honest
 
-    def __call__(self, asked: Asked) -> Said:
+    def __call__(self, asked: Received) -> Scripted:
         return self.change(asked, self._answer(asked))
 
-    def _answer(self, asked: Asked) -> Said:
+    def _answer(self, asked: Received) -> Scripted:
         query = asked.query
         if asked.headers.get("Authorization") != f"Bearer {self.token}":
             return json_said({"errorMessage": "Insufficient authorization to perform request."}, 401)
@@ -112,7 +112,7 @@ class SmallOanda:
         return json_said({"instrument": instrument, "granularity": query["granularity"], "candles": rows})
 
     def bars(
-        self, instrument: str, window: TimeRange, query: Asked | dict[str, str]
+        self, instrument: str, window: TimeRange, query: Received | dict[str, str]
     ) -> list[tuple[int, Bar]]:
         """From the bar that covers the start to the one that covers the end."""
         granularity = query["granularity"]
@@ -133,7 +133,7 @@ def micros_of(text: str) -> int:
     return to_micros(datetime.fromisoformat(text.replace("Z", "+00:00")))
 
 
-def aligned(at: int, query: Asked | dict[str, str]) -> int:
+def aligned(at: int, query: Received | dict[str, str]) -> int:
     """The start of the H4, D or W bar that an instant belongs to; defaults as documented."""
     zone = ZoneInfo(query.get("alignmentTimezone", "America/New_York"))
     moment = to_datetime(at).astimezone(zone)
@@ -159,12 +159,12 @@ class SmallAlphaVantage:
     now: int
     stamps: str = "open"
     free: bool = False
-    change: Callable[[Asked, Said], Said] = lambda _, honest: honest
+    change: Callable[[Received, Scripted], Scripted] = lambda _, honest: honest
 
-    def __call__(self, asked: Asked) -> Said:
+    def __call__(self, asked: Received) -> Scripted:
         return self.change(asked, self._answer(asked))
 
-    def _answer(self, asked: Asked) -> Said:
+    def _answer(self, asked: Received) -> Scripted:
         query = asked.query
         assert asked.path == "/query"
         if query["symbol"] not in ("AAPL", "BRK.B"):
@@ -181,7 +181,7 @@ class SmallAlphaVantage:
             )
         return self._intraday(query)
 
-    def _daily(self, query: dict[str, str]) -> Said:
+    def _daily(self, query: dict[str, str]) -> Scripted:
         full = query["outputsize"] == "full"
         if full and self.free:
             text = (
@@ -197,7 +197,7 @@ class SmallAlphaVantage:
             about, "Time Series (Daily)", [(f"{to_datetime(at):%Y-%m-%d}", bar) for at, bar in days]
         )
 
-    def _intraday(self, query: dict[str, str]) -> Said:
+    def _intraday(self, query: dict[str, str]) -> Scripted:
         timeframe = Timeframe(query["interval"].removesuffix("in"))
         year, month = map(int, query["month"].split("-"))
         begin = datetime(year, month, 1, tzinfo=NEW_YORK)
@@ -211,7 +211,7 @@ class SmallAlphaVantage:
         about = {"2. Symbol": query["symbol"], "4. Interval": query["interval"], "6. Time Zone": "US/Eastern"}
         return self._table(about, f"Time Series ({query['interval']})", stamped)
 
-    def _table(self, about: dict[str, str], name: str, stamped: list[tuple[str, Bar]]) -> Said:
+    def _table(self, about: dict[str, str], name: str, stamped: list[tuple[str, Bar]]) -> Scripted:
         names = ("1. open", "2. high", "3. low", "4. close", "5. volume")
         rows = {stamp: dict(zip(names, map(str, bar), strict=True)) for stamp, bar in reversed(stamped)}
         return json_said({"Meta Data": about, name: rows})
@@ -229,12 +229,12 @@ class SmallCoinGecko:
     """Automatic granularity as documented; the last row is the forming candle, stamped now."""
 
     now: int
-    change: Callable[[Asked, Said], Said] = lambda _, honest: honest
+    change: Callable[[Received, Scripted], Scripted] = lambda _, honest: honest
 
-    def __call__(self, asked: Asked) -> Said:
+    def __call__(self, asked: Received) -> Scripted:
         return self.change(asked, self._answer(asked))
 
-    def _answer(self, asked: Asked) -> Said:
+    def _answer(self, asked: Received) -> Scripted:
         coin, query = asked.path.split("/")[4], asked.query
         if coin not in ("bitcoin", "ethereum"):
             return json_said({"error": "coin not found"}, 404)
@@ -267,7 +267,7 @@ class SmallCoinGecko:
 POLYGON_PAGE = 1000  # bars; more than that continue at next_url
 
 
-def small_polygon(asked: Asked) -> Said:
+def small_polygon(asked: Received) -> Scripted:
     """Aggregates of regular sessions only, any ticker; days of stocks are stamped 00:00 New York."""
     *_, ticker, _, multiplier, unit, first, last = asked.path.split("/")
     timeframe = Timeframe(f"{multiplier}{unit[0]}")

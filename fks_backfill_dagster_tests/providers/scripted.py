@@ -29,7 +29,7 @@ from fks_backfill_dagster.domain.timeframe import Timeframe
 
 
 @dataclass(frozen=True)
-class Asked:
+class Received:
     """A received request."""
 
     path: str
@@ -39,7 +39,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Said:
+class Scripted:
     """A response. cut: closes the connection after that many bytes. delay: seconds before the response."""
 
     body: bytes = b""
@@ -54,14 +54,14 @@ class Server:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.requests: list[Asked] = []
+        self.requests: list[Received] = []
         self.in_flight = 0
         self.most_in_flight = 0
         self.lock = threading.Lock()
 
 
 @contextmanager
-def serve(answer: Callable[[Asked], Said], tls: ssl.SSLContext | None = None) -> Iterator[Server]:
+def serve(answer: Callable[[Received], Scripted], tls: ssl.SSLContext | None = None) -> Iterator[Server]:
     """A running server. tls: serves HTTPS."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -69,7 +69,7 @@ def serve(answer: Callable[[Asked], Said], tls: ssl.SSLContext | None = None) ->
 
         def do_GET(self) -> None:
             parts = urlsplit(self.path)
-            asked = Asked(
+            asked = Received(
                 unquote(parts.path), dict(parse_qsl(parts.query)), dict(self.headers), time.monotonic()
             )
             with server.lock:
@@ -82,7 +82,7 @@ def serve(answer: Callable[[Asked], Said], tls: ssl.SSLContext | None = None) ->
                 with server.lock:
                     server.in_flight -= 1
 
-        def _send(self, response: Said) -> None:
+        def _send(self, response: Scripted) -> None:
             time.sleep(response.delay)
             self.send_response_only(response.status)
             if "Date" not in response.headers:
@@ -121,8 +121,8 @@ def serve(answer: Callable[[Asked], Said], tls: ssl.SSLContext | None = None) ->
         httpd.server_close()
 
 
-def json_said(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Said:
-    return Said(orjson.dumps(document), status, {"Content-Type": "application/json", **(headers or {})})
+def json_said(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Scripted:
+    return Scripted(orjson.dumps(document), status, {"Content-Type": "application/json", **(headers or {})})
 
 
 def crypto(timeframe: Timeframe = Timeframe.M1, symbol: str = "BTC/USDT") -> Series:
@@ -145,22 +145,22 @@ class SmallBinance:
     header: bool = False
     unpublished: tuple[str, ...] = ()
     archive_missing: RangeSet = NO_OUTAGE
-    rest: Callable[[Asked, Said], Said] = lambda _, honest: honest
-    archive: Callable[[Asked, Said], Said] = lambda _, honest: honest
+    rest: Callable[[Received, Scripted], Scripted] = lambda _, honest: honest
+    archive: Callable[[Received, Scripted], Scripted] = lambda _, honest: honest
 
-    def __call__(self, asked: Asked) -> Said:
+    def __call__(self, asked: Received) -> Scripted:
         if asked.path == "/api/v3/klines":
             return self.rest(asked, self._klines(asked))
         if asked.path.startswith("/data/spot/"):
             return self.archive(asked, self._archived(asked.path))
-        return Said(b"<html>404</html>", 404)
+        return Scripted(b"<html>404</html>", 404)
 
     def truth(self, series: Series, window: TimeRange) -> Candles:
         opens = grid_of(series).opens(window)
         opens = opens[(opens >= self.listed) & ~self.outage.contains(opens)]
         return candles_at(opens, series.symbol.replace("/", ""))
 
-    def _klines(self, asked: Asked) -> Said:
+    def _klines(self, asked: Received) -> Scripted:
         q = asked.query
         series = crypto(Timeframe(q["interval"]))
         start = max(int(q.get("startTime", 0)) * 1000, self.listed)
@@ -169,15 +169,15 @@ class SmallBinance:
         candles = self.truth(Series(q["symbol"], series.timeframe, AssetClass.CRYPTO), window)
         return json_said(klines(candles.take(slice(0, int(q["limit"]))), series.timeframe))
 
-    def _archived(self, path: str) -> Said:
+    def _archived(self, path: str) -> Scripted:
         if any(part in path for part in self.unpublished):
-            return Said(b"<Error><Code>NoSuchKey</Code></Error>", 404)
+            return Scripted(b"<Error><Code>NoSuchKey</Code></Error>", 404)
         *_, symbol, interval, name = path.removesuffix(".CHECKSUM").split("/")
         stem = name.removesuffix(".zip")
         period = _period(stem.removeprefix(f"{symbol}-{interval}-"))
         missing = self.outage | self.archive_missing | RangeSet([TimeRange(0, self.listed)])
         zipped = _archive_of(symbol, Timeframe(interval), period, missing, self.header, stem)
-        return checksum_of(zipped, f"{stem}.zip") if path.endswith(".CHECKSUM") else Said(zipped)
+        return checksum_of(zipped, f"{stem}.zip") if path.endswith(".CHECKSUM") else Scripted(zipped)
 
 
 _building = threading.Lock()
@@ -236,8 +236,8 @@ def zipped_csv(text: bytes, stem: str) -> bytes:
     return buffer.getvalue()
 
 
-def checksum_of(zipped: bytes, name: str) -> Said:
-    return Said(f"{hashlib.sha256(zipped).hexdigest()}  {name}\n".encode())
+def checksum_of(zipped: bytes, name: str) -> Scripted:
+    return Scripted(f"{hashlib.sha256(zipped).hexdigest()}  {name}\n".encode())
 
 
 def _period(text: str) -> TimeRange:

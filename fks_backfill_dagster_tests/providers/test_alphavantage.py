@@ -23,8 +23,8 @@ from fks_backfill_dagster.providers.alphavantage import (
     to_opens,
 )
 from fks_backfill_dagster.providers.base import (
-    Answer,
-    BadAnswer,
+    FetchResult,
+    InvalidResponse,
     NotEntitled,
     PermanentError,
     ProviderError,
@@ -40,8 +40,8 @@ from fks_backfill_dagster_tests.providers.markets import (
     SmallAlphaVantage,
 )
 from fks_backfill_dagster_tests.providers.scripted import (
-    Asked,
-    Said,
+    Received,
+    Scripted,
     Server,
     candles_at,
     json_said,
@@ -63,17 +63,17 @@ def stock(timeframe: Timeframe = Timeframe.M30, symbol: str = "AAPL") -> Series:
     return Series(symbol, timeframe, AssetClass.STOCKS)
 
 
-def of(answer: Answer) -> Candles:
+def of(answer: FetchResult) -> Candles:
     return Candles.concat([delivery.candles for delivery in answer.deliveries])
 
 
 def fetch(
     make: Make,
-    answer: Callable[[Asked], Said],
+    answer: Callable[[Received], Scripted],
     window: TimeRange,
     timeframe: Timeframe = Timeframe.M30,
     **given: object,
-) -> tuple[Answer, Server]:
+) -> tuple[FetchResult, Server]:
     given = {"key": KEY, "clock": lambda: NOW, "requests_per_minute": 10**6, **given}
     with serve(answer) as server:
         return make("alphavantage", server.url, **given).fetch(stock(timeframe), window), server
@@ -129,7 +129,7 @@ class TestHonest:
 
     def test_before_2000_there_are_no_bars(self, make: Make) -> None:
         answer, server = fetch(make, SmallAlphaVantage(NOW), span("1999-11-01", "2000-01-01"))
-        assert (answer, server.requests) == (Answer(()), [])
+        assert (answer, server.requests) == (FetchResult(()), [])
 
     def test_forming_candles_are_left_out(self, make: Make) -> None:
         window = span("2024-06-03", "2024-06-10")
@@ -184,7 +184,7 @@ class TestStamps:
         assert len(to_opens(opens[:0], grid, step)) == 0
 
     def test_ambiguous_stamps_are_rejected_with_the_reason(self, make: Make) -> None:
-        def with_pre_market(_: Asked, honest: Said) -> Said:
+        def with_pre_market(_: Received, honest: Scripted) -> Scripted:
             """Extended hours despite the request: both 16:00 and 09:30 are stamped."""
             document = orjson.loads(honest.body)
             table = document["Time Series (30min)"]
@@ -200,7 +200,7 @@ class TestStamps:
         assert "2024-03" in str(caught.value)
 
     def test_a_stray_bar_after_a_half_day_is_not_ambiguous(self, make: Make) -> None:
-        def stray(_: Asked, honest: Said) -> Said:
+        def stray(_: Received, honest: Scripted) -> Scripted:
             document = orjson.loads(honest.body)
             table = document["Time Series (30min)"]
             table["2023-11-24 13:00:00"] = next(iter(table.values()))
@@ -213,7 +213,7 @@ class TestStamps:
 
 class TestBeforeListing:
     def test_a_refused_month_is_empty_if_another_one_has_bars(self, make: Make) -> None:
-        def listed_in_december(asked: Asked, honest: Said) -> Said:
+        def listed_in_december(asked: Received, honest: Scripted) -> Scripted:
             refused = asked.query.get("month") == "2023-11"
             return json_said({"Error Message": "Invalid API call. Please retry"}) if refused else honest
 
@@ -252,18 +252,18 @@ class TestInvalidResponses:
         ],
     )
     def test_garbage(self, make: Make, answer: dict[str, Any]) -> None:
-        with pytest.raises(BadAnswer):
+        with pytest.raises(InvalidResponse):
             fetch(make, lambda _: json_said(answer), MARCH, retry_budget_seconds=0.0)
 
     def test_attempts_are_limited(self, make: Make) -> None:
-        with serve(lambda _: Said(b"<html>")) as server:
+        with serve(lambda _: Scripted(b"<html>")) as server:
             provider = make("alphavantage", server.url, key=KEY, retry_budget_seconds=60.0)
-            with pytest.raises(BadAnswer):
+            with pytest.raises(InvalidResponse):
                 provider.fetch(stock(), MARCH)
             assert len(server.requests) == ATTEMPTS
 
     def test_a_missing_price_or_volume_is_visible(self, make: Make) -> None:
-        def spoil(_: Asked, honest: Said) -> Said:
+        def spoil(_: Received, honest: Scripted) -> Scripted:
             document = orjson.loads(honest.body)
             document["Time Series (30min)"]["2024-03-06 09:30:00"] |= {"2. high": None, "5. volume": None}
             return json_said(document)

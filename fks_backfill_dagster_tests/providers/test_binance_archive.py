@@ -15,7 +15,7 @@ from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe
 from fks_backfill_dagster.providers import binance_archive
-from fks_backfill_dagster.providers.base import Answer, BadAnswer, Transport
+from fks_backfill_dagster.providers.base import FetchResult, InvalidResponse, Transport
 from fks_backfill_dagster.providers.binance_archive import (
     ArchiveFile,
     Fetched,
@@ -27,8 +27,8 @@ from fks_backfill_dagster.providers.binance_archive import (
 )
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.scripted import (
-    Asked,
-    Said,
+    Received,
+    Scripted,
     Server,
     SmallBinance,
     candles_at,
@@ -46,13 +46,13 @@ pytestmark = pytest.mark.server
 JANUARY = span("2024-01-01", "2024-02-01")
 
 
-def of(answer: Answer) -> Candles:
+def of(answer: FetchResult) -> Candles:
     return Candles.concat([delivery.candles for delivery in answer.deliveries]).sorted()
 
 
 def fetch(
     make: Make, market: SmallBinance, window: TimeRange, timeframe: Timeframe = Timeframe.M1, **given: object
-) -> tuple[Answer, Server]:
+) -> tuple[FetchResult, Server]:
     with serve(market) as server:
         provider = make("binance", server.url, archive_url=server.url, **given)
         answer = provider.fetch(crypto(timeframe), window)
@@ -191,7 +191,7 @@ class TestHonest:
     def test_a_missing_day_is_fetched_from_its_daily_file(self, make: Make) -> None:
         day = span("2024-01-05", "2024-01-06")
 
-        def archive(asked: Asked, honest: Said) -> Said:
+        def archive(asked: Received, honest: Scripted) -> Scripted:
             return SmallBinance(archive_missing=RangeSet([day]))(asked) if "monthly" in asked.path else honest
 
         answer, server = fetch(make, SmallBinance(archive=archive), JANUARY)
@@ -245,12 +245,16 @@ class TestHonest:
         market = SmallBinance()
         truth = market.truth(crypto(), day)
 
-        def archive(asked: Asked, _: Said) -> Said:
+        def archive(asked: Received, _: Scripted) -> Scripted:
             lines = csv_of(truth, Timeframe.M1).decode().splitlines()
             lines[7] = lines[7].replace("," + lines[7].split(",")[4], ",NaN", 1)
             lines[9] = lines[9].replace("000,", "500,", 1)
             zipped = zipped_csv("\n".join(lines).encode(), "BTCUSDT-1m-2024-01-05")
-            return checksum_of(zipped, "BTCUSDT-1m-2024-01-05.zip") if "CHECK" in asked.path else Said(zipped)
+            return (
+                checksum_of(zipped, "BTCUSDT-1m-2024-01-05.zip")
+                if "CHECK" in asked.path
+                else Scripted(zipped)
+            )
 
         market.archive = archive
         with serve(market) as server:
@@ -347,13 +351,13 @@ def other_member(zipped: bytes) -> bytes:
         return zipped_csv(archive.read(archive.namelist()[0]), "ETHUSDT-1m-2024-01-05")
 
 
-def with_own_checksum(change: Callable[[bytes], bytes]) -> Callable[[Asked, Said], Said]:
+def with_own_checksum(change: Callable[[bytes], bytes]) -> Callable[[Received, Scripted], Scripted]:
     """A changed file with a valid checksum, so that the zip itself must be checked."""
 
-    def archive(asked: Asked, honest: Said) -> Said:
+    def archive(asked: Received, honest: Scripted) -> Scripted:
         name = asked.path.rsplit("/", 1)[1].removesuffix(".CHECKSUM")
-        zipped = change(SmallBinance()(Asked(asked.path.removesuffix(".CHECKSUM"), {}, {}, 0)).body)
-        return checksum_of(zipped, name) if asked.path.endswith(".CHECKSUM") else Said(zipped)
+        zipped = change(SmallBinance()(Received(asked.path.removesuffix(".CHECKSUM"), {}, {}, 0)).body)
+        return checksum_of(zipped, name) if asked.path.endswith(".CHECKSUM") else Scripted(zipped)
 
     return archive
 
@@ -362,12 +366,12 @@ def csv_only(text: bytes) -> Callable[[bytes], bytes]:
     return lambda _: zipped_csv(text, "BTCUSDT-1m-2024-01-05")
 
 
-def no_checksum(asked: Asked, honest: Said) -> Said:
-    return Said(b"", 404) if asked.path.endswith(".CHECKSUM") else honest
+def no_checksum(asked: Received, honest: Scripted) -> Scripted:
+    return Scripted(b"", 404) if asked.path.endswith(".CHECKSUM") else honest
 
 
-def bad_checksum(asked: Asked, honest: Said) -> Said:
-    return Said(b"0" * 64 + honest.body[64:]) if asked.path.endswith(".CHECKSUM") else honest
+def bad_checksum(asked: Received, honest: Scripted) -> Scripted:
+    return Scripted(b"0" * 64 + honest.body[64:]) if asked.path.endswith(".CHECKSUM") else honest
 
 
 class TestFailing:
@@ -389,7 +393,7 @@ class TestFailing:
         ],
     )
     def test_is_tried_twice_then_skipped(
-        self, make: Make, archive: Callable[[Asked, Said], Said], text: str
+        self, make: Make, archive: Callable[[Received, Scripted], Scripted], text: str
     ) -> None:
         answer, server = fetch(make, SmallBinance(archive=archive), self.DAY)
         assert kinds(server) == ["daily", "daily", "rest", "rest"]
@@ -400,7 +404,7 @@ class TestFailing:
     def test_a_transient_failure_is_retried(self, make: Make) -> None:
         failures = [bad_checksum]
 
-        def archive(asked: Asked, honest: Said) -> Said:
+        def archive(asked: Received, honest: Scripted) -> Scripted:
             if asked.path.endswith(".CHECKSUM") and failures:
                 return failures.pop()(asked, honest)
             return honest
@@ -413,13 +417,13 @@ class TestFailing:
         monkeypatch.setattr(binance_archive, "MAX_UNZIPPED", 10_000)
         file = ArchiveFile("BTCUSDT", Timeframe.M1, self.DAY, monthly=False)
         zipped = zipped_csv(b"0" * 20_000, file.stem)
-        with pytest.raises(BadAnswer, match="would unzip to 20000 bytes"):
+        with pytest.raises(InvalidResponse, match="would unzip to 20000 bytes"):
             read_archive(file, zipped, checksum_of(zipped, f"{file.stem}.zip").body, "http://h")
 
     def test_another_files_checksum(self) -> None:
         file = ArchiveFile("BTCUSDT", Timeframe.M1, self.DAY, monthly=False)
         zipped = zipped_csv(b"1,2\n", file.stem)
-        with pytest.raises(BadAnswer, match="no matching checksum file"):
+        with pytest.raises(InvalidResponse, match="no matching checksum file"):
             read_archive(file, zipped, checksum_of(zipped, "ETHUSDT-1m-2024-01-05.zip").body, "http://h")
 
     def test_rows_of_another_period_are_left_out(self) -> None:
@@ -431,7 +435,7 @@ class TestFailing:
 
     @pytest.mark.parametrize("status", [500, 403, 429])
     def test_a_failing_host_has_a_cool_down(self, make: Make, status: int) -> None:
-        market = SmallBinance(archive=lambda *_: Said(b"no", status))
+        market = SmallBinance(archive=lambda *_: Scripted(b"no", status))
         with serve(market) as server:
             provider = make("binance", server.url, archive_url=server.url)
             first, second = provider.fetch(crypto(), self.DAY), provider.fetch(crypto(), self.DAY)
@@ -443,7 +447,7 @@ class TestFailing:
             assert of(answer).equals(market.truth(crypto(), self.DAY))
 
     def test_an_unreachable_host(self, make: Make) -> None:
-        with serve(lambda _: Said()) as gone:
+        with serve(lambda _: Scripted()) as gone:
             unreachable = gone.url
         with serve(SmallBinance()) as server:
             provider = make("binance", server.url, archive_url=unreachable, retry_budget_seconds=60.0)
@@ -454,7 +458,7 @@ class TestFailing:
         assert len(answer.warnings) == 1
 
     def test_an_unresponsive_host_costs_its_timeout_once(self, make: Make) -> None:
-        with serve(SmallBinance(archive=lambda _, honest: Said(honest.body, delay=1.0))) as server:
+        with serve(SmallBinance(archive=lambda _, honest: Scripted(honest.body, delay=1.0))) as server:
             provider = make(
                 "binance", server.url, archive_url=server.url, timeout_seconds=0.5, retry_budget_seconds=60.0
             )

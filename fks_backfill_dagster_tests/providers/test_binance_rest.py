@@ -19,8 +19,8 @@ from fks_backfill_dagster.domain.rate_limits import LONGEST_WAIT
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_MINUTE, Timeframe
 from fks_backfill_dagster.providers.base import (
-    Answer,
-    BadAnswer,
+    FetchResult,
+    InvalidResponse,
     PermanentError,
     ProviderError,
     RateLimited,
@@ -32,8 +32,8 @@ from fks_backfill_dagster.providers.binance import page_ranges
 from fks_backfill_dagster.providers.binance_klines import binance_error, read_page
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.scripted import (
-    Asked,
-    Said,
+    Received,
+    Scripted,
     SmallBinance,
     candles_at,
     crypto,
@@ -51,11 +51,11 @@ WIRE = Path(__file__).resolve().parents[1] / "data/wire/errors.jsonl"
 SHARED_WIRE = Path(__file__).resolve().parents[2] / "../shared/wire/errors.jsonl"
 
 
-def of(answer: Answer) -> Candles:
+def of(answer: FetchResult) -> Candles:
     return Candles.concat([delivery.candles for delivery in answer.deliveries])
 
 
-def spoil(response: Said, change: Any) -> Said:
+def spoil(response: Scripted, change: Any) -> Scripted:
     """The honest response with its rows changed by `change(rows) -> rows`."""
     return json_said(change(orjson.loads(response.body)))
 
@@ -129,8 +129,8 @@ class TestHonest:
     def test_empty_and_future_windows_send_no_request(self, make: Make) -> None:
         with serve(SmallBinance()) as server:
             provider = make("binance", server.url)
-            assert provider.fetch(crypto(), TimeRange(WINDOW.start, WINDOW.start)) == Answer(())
-            assert provider.fetch(crypto(), span("2190-01-01", "2190-02-01")) == Answer(())
+            assert provider.fetch(crypto(), TimeRange(WINDOW.start, WINDOW.start)) == FetchResult(())
+            assert provider.fetch(crypto(), span("2190-01-01", "2190-02-01")) == FetchResult(())
             assert server.requests == []
 
     def test_the_forming_candle_is_left_out_by_the_servers_clock(self) -> None:
@@ -185,24 +185,26 @@ class Once:
     def __init__(self, change: Any, times: int = 1, start: str = "2024-03-01T16:39") -> None:
         self.change, self.times, self.start = change, times, us(start) // 1000
 
-    def __call__(self, asked: Asked, honest: Said) -> Said:
+    def __call__(self, asked: Received, honest: Scripted) -> Scripted:
         if self.times and int(asked.query["startTime"]) == self.start:
             self.times -= 1
             changed = self.change(honest)
-            return changed if isinstance(changed, Said) else json_said(changed)
+            return changed if isinstance(changed, Scripted) else json_said(changed)
         return honest
 
 
-def rows_of(response: Said) -> list[list[Any]]:
+def rows_of(response: Scripted) -> list[list[Any]]:
     rows: list[list[Any]] = orjson.loads(response.body)
     return rows
 
 
 REPAIRED = {
-    "html": lambda response: Said(b"<html>maintenance</html>", 200, {"Content-Type": "text/html"}),
-    "truncated json": lambda response: Said(response.body[:-300], 200, {"Content-Type": "application/json"}),
-    "cut connection": lambda response: Said(response.body, cut=2000),
-    "nothing at all": lambda response: Said(b"", cut=0),
+    "html": lambda response: Scripted(b"<html>maintenance</html>", 200, {"Content-Type": "text/html"}),
+    "truncated json": lambda response: Scripted(
+        response.body[:-300], 200, {"Content-Type": "application/json"}
+    ),
+    "cut connection": lambda response: Scripted(response.body, cut=2000),
+    "nothing at all": lambda response: Scripted(b"", cut=0),
     "empty page": lambda response: [],
     "short page": lambda response: rows_of(response)[:500],
     "inner rows missing": lambda response: rows_of(response)[:300] + rows_of(response)[310:],
@@ -215,9 +217,9 @@ REPAIRED = {
     "other times": lambda response: [[r[0] + 86_400_000 * 9, *r[1:]] for r in rows_of(response)],
     "no times": lambda response: [[None, *r[1:]] for r in rows_of(response)],
     "an object": lambda response: {"rows": []},
-    "server error": lambda response: Said(b"oops", 502),
+    "server error": lambda response: Scripted(b"oops", 502),
     "overload": lambda response: json_said({"code": -1008, "msg": "overloaded"}, 503),
-    "bad gzip": lambda response: Said(b"not gzip", 200, {"Content-Encoding": "gzip"}),
+    "bad gzip": lambda response: Scripted(b"not gzip", 200, {"Content-Encoding": "gzip"}),
     "another symbol": lambda response: [[r[0], *["7.0"] * 5, *r[6:]] for r in rows_of(response)],
 }
 
@@ -237,14 +239,14 @@ class TestInvalidResponses:
     def test_persistent_garbage_is_a_bad_answer(self, make: Make, name: str) -> None:
         with serve(SmallBinance(rest=Once(REPAIRED[name], times=-1))) as server:
             provider = make("binance", server.url, retry_budget_seconds=0.6)
-            with pytest.raises(BadAnswer, match="/api/v3/klines returned"):
+            with pytest.raises(InvalidResponse, match="/api/v3/klines returned"):
                 provider.fetch(crypto(), WINDOW)
 
     def test_another_market_in_the_second_request(self, make: Make) -> None:
         """A second request for missing candles includes known candles, which then differ."""
-        seen: list[Asked] = []
+        seen: list[Received] = []
 
-        def rest(asked: Asked, honest: Said) -> Said:
+        def rest(asked: Received, honest: Scripted) -> Scripted:
             seen.append(asked)
             rows = rows_of(honest)
             if len(seen) == 1:
@@ -252,17 +254,17 @@ class TestInvalidResponses:
             return json_said([[row[0], *["7.0"] * 5, *row[6:]] for row in rows])
 
         window = span("2024-03-01", "2024-03-01T10:00")
-        with serve(SmallBinance(rest=rest)) as server, pytest.raises(BadAnswer, match="another market"):
+        with serve(SmallBinance(rest=rest)) as server, pytest.raises(InvalidResponse, match="another market"):
             make("binance", server.url).fetch(crypto(), window)
         assert len(seen) == 2
 
     def test_persistent_pages_of_another_market_are_rejected(self, make: Make) -> None:
         market = SmallBinance(rest=Once(REPAIRED["another symbol"], times=-1))
-        with serve(market) as server, pytest.raises(BadAnswer, match="another market"):
+        with serve(market) as server, pytest.raises(InvalidResponse, match="another market"):
             make("binance", server.url).fetch(crypto(), WINDOW)
 
     def test_off_grid_rows_are_delivered_with_the_true_ones(self, make: Make) -> None:
-        def shift(response: Said) -> Any:
+        def shift(response: Scripted) -> Any:
             return [[r[0] + (7000 if 10 <= i < 20 else 0), *r[1:]] for i, r in enumerate(rows_of(response))]
 
         market = SmallBinance(rest=Once(shift))
@@ -273,7 +275,7 @@ class TestInvalidResponses:
         assert (~on_grid).sum() == 10
 
     def test_a_bad_row_in_both_responses_is_delivered_once(self, make: Make) -> None:
-        def spoiled(response: Said) -> Any:
+        def spoiled(response: Scripted) -> Any:
             return [[r[0], "NaN" if r[0] % 3_600_000 == 0 else r[1], *r[2:]] for r in rows_of(response)]
 
         market = SmallBinance(rest=lambda _, honest: json_said(spoiled(honest)))
@@ -286,7 +288,7 @@ class TestInvalidResponses:
         assert len(got) == 600
 
     def test_a_mirror_that_continues_after_the_end(self, make: Make) -> None:
-        def endless(asked: Asked, honest: Said) -> Said:
+        def endless(asked: Received, honest: Scripted) -> Scripted:
             opens = np.arange(int(asked.query["startTime"]), us("2024-04-01") // 1000, 60_000)[:1000] * 1000
             return json_said(klines(candles_at(opens, asked.query["symbol"]), Timeframe.M1))
 
@@ -297,8 +299,11 @@ class TestInvalidResponses:
 
     @pytest.mark.parametrize("body", [b'"\\ud800"', b"[" * 100_000, b"\x00\xff" * 500, b"NaN", b"[[NaN]]"])
     def test_odd_garbage_is_a_bad_answer(self, make: Make, body: bytes) -> None:
-        response = Said(body, 200, {"Content-Type": "application/json"})
-        with serve(lambda _: response) as server, pytest.raises(BadAnswer, match="/api/v3/klines") as caught:
+        response = Scripted(body, 200, {"Content-Type": "application/json"})
+        with (
+            serve(lambda _: response) as server,
+            pytest.raises(InvalidResponse, match="/api/v3/klines") as caught,
+        ):
             make("binance", server.url, retry_budget_seconds=0.2).fetch(crypto(), WINDOW)
         assert str(caught.value).isprintable()
 
@@ -344,8 +349,8 @@ class TestLimits:
             assert time.monotonic() - began < 60
 
     def test_nearly_used_up_weight_pauses_until_the_next_minute(self, make: Make) -> None:
-        def answer(_: Asked, honest: Said) -> Said:
-            return Said(honest.body, 200, {"X-MBX-USED-WEIGHT-1M": "5800"})
+        def answer(_: Received, honest: Scripted) -> Scripted:
+            return Scripted(honest.body, 200, {"X-MBX-USED-WEIGHT-1M": "5800"})
 
         with serve(SmallBinance(rest=answer)) as server:
             provider = make("binance", server.url, retry_budget_seconds=0.0, longest_wait_seconds=0.0)
@@ -370,17 +375,17 @@ class TestLimits:
 
     @pytest.mark.parametrize("used", ["9" * 400, "9" * 20_000, "\u0669" * 5, "-1", "1e300", "nan"])
     def test_an_invalid_weight(self, make: Make, used: str) -> None:
-        def answer(_: Asked, honest: Said) -> Said:
+        def answer(_: Received, honest: Scripted) -> Scripted:
             headers = {"X-MBX-USED-WEIGHT-1M": used.encode().decode("latin-1")}
-            return Said(honest.body, 200, headers)
+            return Scripted(honest.body, 200, headers)
 
         with serve(SmallBinance(rest=answer)) as server:
             provider = make("binance", server.url, retry_budget_seconds=0.0, longest_wait_seconds=0.0)
             assert len(of(provider.fetch(crypto(Timeframe.D1), WINDOW))) == 2
 
     def test_a_configured_limit_replaces_the_default(self, make: Make) -> None:
-        def answer(_: Asked, honest: Said) -> Said:
-            return Said(honest.body, 200, {"X-MBX-USED-WEIGHT-1M": "90000"})
+        def answer(_: Received, honest: Scripted) -> Scripted:
+            return Scripted(honest.body, 200, {"X-MBX-USED-WEIGHT-1M": "90000"})
 
         with serve(SmallBinance(rest=answer)) as server:
             provider = make("binance", server.url, requests_per_minute=1_000_000)
@@ -401,25 +406,25 @@ class TestErrors:
         ("status", "text"), [(403, "firewall"), (451, "country"), (404, "returned 404"), (301, "base_url")]
     )
     def test_permanent_for_this_run(self, make: Make, status: int, text: str) -> None:
-        with serve(lambda _: Said(b"<html>no</html>", status)) as server:
+        with serve(lambda _: Scripted(b"<html>no</html>", status)) as server:
             with pytest.raises(PermanentError, match=text):
                 make("binance", server.url).fetch(crypto(Timeframe.D1), WINDOW)
             assert len(server.requests) == 1
 
     def test_redirections_are_not_followed(self, make: Make) -> None:
-        with serve(lambda _: Said(b"", 302, {"Location": "/elsewhere"})) as server:
+        with serve(lambda _: Scripted(b"", 302, {"Location": "/elsewhere"})) as server:
             with pytest.raises(PermanentError, match=r"moved: correct providers\.binance\.base_url"):
                 make("binance", server.url).fetch(crypto(Timeframe.D1), WINDOW)
             assert len(server.requests) == 1
 
     def test_connection_refused(self, make: Make) -> None:
-        with serve(lambda _: Said()) as server:
+        with serve(lambda _: Scripted()) as server:
             url = server.url
         with pytest.raises(TransientError, match=r"no connection .*refused"):
             make("binance", url, retry_budget_seconds=0.3).fetch(crypto(Timeframe.D1), WINDOW)
 
     def test_a_response_timeout(self, make: Make) -> None:
-        with serve(lambda _: Said(b"[]", delay=0.6)) as server:
+        with serve(lambda _: Scripted(b"[]", delay=0.6)) as server:
             provider = make("binance", server.url, timeout_seconds=0.2, retry_budget_seconds=0.3)
             with pytest.raises(TransientError, match="in time"):
                 provider.fetch(crypto(Timeframe.D1), WINDOW)

@@ -18,8 +18,8 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_MINUTE, Timeframe
 from fks_backfill_dagster.providers.base import (
-    Answer,
-    BadAnswer,
+    FetchResult,
+    InvalidResponse,
     NotEntitled,
     PermanentError,
     ProviderError,
@@ -32,8 +32,8 @@ from fks_backfill_dagster_tests.providers.conformance import KEY
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.markets import SmallCoinGecko, bars_of, candles_of
 from fks_backfill_dagster_tests.providers.scripted import (
-    Asked,
-    Said,
+    Received,
+    Scripted,
     Server,
     candles_at,
     crypto,
@@ -51,18 +51,18 @@ NOW = us("2024-06-05T12:07")
 LATELY = TimeRange(NOW - 40 * MICROS_PER_DAY, NOW + MICROS_PER_DAY)
 
 
-def of(answer: Answer) -> Candles:
+def of(answer: FetchResult) -> Candles:
     return Candles.concat([delivery.candles for delivery in answer.deliveries])
 
 
 def fetch(
     make: Make,
-    answer: Callable[[Asked], Said],
+    answer: Callable[[Received], Scripted],
     window: TimeRange,
     timeframe: Timeframe = Timeframe.H4,
     host: str = "",
     **given: object,
-) -> tuple[Answer, Server]:
+) -> tuple[FetchResult, Server]:
     given = {"key": KEY, "clock": lambda: NOW, "requests_per_minute": 10**6, **given}
     with serve(answer) as server:
         url = server.url.replace("127.0.0.1", host) if host else server.url
@@ -110,7 +110,7 @@ class TestDemo:
 
     def test_no_request_beyond_the_depth(self, make: Make) -> None:
         answer, server = fetch(make, SmallCoinGecko(NOW), span("2024-01-01", "2024-02-01"))
-        assert (answer, server.requests) == (Answer(()), [])
+        assert (answer, server.requests) == (FetchResult(()), [])
 
     def test_a_first_row_that_is_incomplete_after_a_wait(self, make: Make) -> None:
         """At the time of the request the row was whole; the response is a minute later."""
@@ -170,7 +170,7 @@ class TestPaid:
         window, remaining = span("2024-01-01", "2024-04-15"), [times]
         start = str((window.start + which * 742 * Timeframe.H1.micros) // 10**6)
 
-        def answer(asked: Asked) -> Said:
+        def answer(asked: Received) -> Scripted:
             if asked.query["from"] == start and remaining[0]:
                 remaining[0] -= 1
                 asked = replace(asked, path=asked.path.replace("bitcoin", "ethereum"))
@@ -180,7 +180,7 @@ class TestPaid:
             got = of(fetch(make, answer, window, Timeframe.H1, pro_host)[0])
             assert got.equals(truth(Timeframe.H1, window))
         else:
-            with pytest.raises(BadAnswer, match="different values for the same candle of bitcoin"):
+            with pytest.raises(InvalidResponse, match="different values for the same candle of bitcoin"):
                 fetch(make, answer, window, Timeframe.H1, pro_host)
 
     def test_the_newest_and_the_oldest(self, make: Make, pro_host: str) -> None:
@@ -204,7 +204,7 @@ class TestInvalidResponses:
         day = us("2024-05-10") // 1000
         coarse = [[day + i * 4 * 86_400_000, 1.0, 2.0, 0.5, 1.0] for i in range(5)]
         for rows in (coarse, [[day + i * 1_800_000, 1.0, 2.0, 0.5, 1.0] for i in range(9)]):
-            with pytest.raises(BadAnswer, match="240 minutes apart"):
+            with pytest.raises(InvalidResponse, match="240 minutes apart"):
                 fetch(make, lambda _, r=rows: json_said(r), LATELY, retry_budget_seconds=0.0)
         alone, _ = fetch(make, lambda _: json_said(coarse[:1]), LATELY)
         assert alone.deliveries == (), "the granularity of a single row is unknown"
@@ -224,7 +224,7 @@ class TestInvalidResponses:
         ],
     )
     def test_garbage(self, make: Make, rows: object) -> None:
-        with pytest.raises(BadAnswer):
+        with pytest.raises(InvalidResponse):
             fetch(make, lambda _: json_said(rows), LATELY, retry_budget_seconds=0.0)
 
     def test_a_missing_price_becomes_nan(self) -> None:

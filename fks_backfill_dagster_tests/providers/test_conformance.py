@@ -18,12 +18,19 @@ from fks_backfill_dagster_tests.providers.markets import (
     SmallOanda,
     small_polygon,
 )
-from fks_backfill_dagster_tests.providers.scripted import Asked, Said, SmallBinance, crypto, json_said, span
+from fks_backfill_dagster_tests.providers.scripted import (
+    Received,
+    Scripted,
+    SmallBinance,
+    crypto,
+    json_said,
+    span,
+)
 
 pytestmark = pytest.mark.server
 
 
-def relabelled(response: Said, theirs: str, ours: str) -> Said:
+def relabelled(response: Scripted, theirs: str, ours: str) -> Scripted:
     """A response with another symbol name."""
     return replace(response, body=response.body.replace(theirs.encode(), ours.encode()))
 
@@ -36,16 +43,16 @@ class TestBinance(ProviderConformance):
     name = "binance"
     symbols: ClassVar = {AssetClass.CRYPTO: "BTC/USDT"}
 
-    def market(self, asked: Asked) -> Said:
+    def market(self, asked: Received) -> Scripted:
         return BINANCE(asked)
 
     def paged(self) -> tuple[Series, TimeRange]:
         return crypto(), span("2024-05-06", "2024-05-09")
 
-    def disguised(self, asked: Asked) -> Said:
+    def disguised(self, asked: Received) -> Scripted:
         return BINANCE(replace(asked, query={**asked.query, "symbol": "ETHUSDT"}))
 
-    def unknown(self, asked: Asked) -> Said:
+    def unknown(self, asked: Received) -> Scripted:
         return json_said({"code": -1121, "msg": "Invalid symbol."}, 400)
 
     def window(self, series: Series) -> TimeRange:
@@ -65,17 +72,17 @@ class TestPolygon(ProviderConformance):
     }
     reports_unknown = False
 
-    def market(self, asked: Asked) -> Said:
+    def market(self, asked: Received) -> Scripted:
         return small_polygon(asked)
 
     def paged(self) -> tuple[Series, TimeRange]:
         return crypto(), span("2024-05-06", "2024-05-09")
 
-    def disguised(self, asked: Asked) -> Said:
+    def disguised(self, asked: Received) -> Scripted:
         other = small_polygon(replace(asked, path=asked.path.replace("BTC", "ETH")))
         return relabelled(other, "ETH", "BTC")
 
-    def unknown(self, asked: Asked) -> Said:
+    def unknown(self, asked: Received) -> Scripted:
         ticker = asked.path.split("/")[4]
         return json_said({"ticker": ticker, "queryCount": 0, "resultsCount": 0, "status": "OK"})
 
@@ -88,17 +95,17 @@ class TestOanda(ProviderConformance):
     name = "oanda"
     symbols: ClassVar = {AssetClass.FOREX: "EUR/USD"}
 
-    def market(self, asked: Asked) -> Said:
+    def market(self, asked: Received) -> Scripted:
         return OANDA(asked)
 
     def paged(self) -> tuple[Series, TimeRange]:
         return Series("EUR/USD", Timeframe.M1, AssetClass.FOREX), span("2024-05-06", "2024-05-18")
 
-    def disguised(self, asked: Asked) -> Said:
+    def disguised(self, asked: Received) -> Scripted:
         other = OANDA(replace(asked, path=asked.path.replace("EUR_USD", "USD_JPY")))
         return relabelled(other, "USD_JPY", "EUR_USD")
 
-    def unknown(self, asked: Asked) -> Said:
+    def unknown(self, asked: Received) -> Scripted:
         return json_said({"errorMessage": "Invalid value specified for 'instrument'"}, 400)
 
     def window(self, series: Series) -> TimeRange:
@@ -113,17 +120,17 @@ class TestAlphaVantage(ProviderConformance):
     name = "alphavantage"
     symbols: ClassVar = {AssetClass.STOCKS: "AAPL"}
 
-    def market(self, asked: Asked) -> Said:
+    def market(self, asked: Received) -> Scripted:
         return ALPHA_VANTAGE(asked)
 
     def paged(self) -> tuple[Series, TimeRange]:
         return Series("AAPL", Timeframe.M30, AssetClass.STOCKS), span("2024-02-12", "2024-05-20")
 
-    def disguised(self, asked: Asked) -> Said:
+    def disguised(self, asked: Received) -> Scripted:
         other = ALPHA_VANTAGE(replace(asked, query={**asked.query, "symbol": "BRK.B"}))
         return relabelled(other, "BRK.B", "AAPL")
 
-    def unknown(self, asked: Asked) -> Said:
+    def unknown(self, asked: Received) -> Scripted:
         return json_said({"Error Message": "Invalid API call. Please retry or visit the documentation"})
 
     def window(self, series: Series) -> TimeRange:
@@ -134,13 +141,13 @@ class TestCoinGecko(ProviderConformance):
     name = "coingecko"
     symbols: ClassVar = {AssetClass.CRYPTO: "BTC/USDT"}
 
-    def market(self, asked: Asked) -> Said:
+    def market(self, asked: Received) -> Scripted:
         return COINGECKO(asked)
 
     def paged(self) -> None:
         """None for a demo key; test_coingecko.py tests the ranges of a paid key."""
 
-    def unknown(self, asked: Asked) -> Said:
+    def unknown(self, asked: Received) -> Scripted:
         return json_said({"error": "coin not found"}, 404)
 
     def window(self, series: Series) -> TimeRange:

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.rate_limits import LONGEST_WAIT, Pace, Window
+from fks_backfill_dagster.domain.rate_limits import LONGEST_WAIT, RateLimits, RateWindow
 from fks_backfill_dagster.providers.base import (
-    BadAnswer,
     Cancelled,
+    InvalidResponse,
     NotEntitled,
     PermanentError,
     ProviderError,
@@ -37,7 +37,7 @@ from fks_backfill_dagster.providers.http.errors import (
 from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
 from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.keys import keep_out_of_logs, redact, usable_key
-from fks_backfill_dagster_tests.providers.scripted import Asked, Said, serve
+from fks_backfill_dagster_tests.providers.scripted import Received, Scripted, serve
 
 pytestmark = pytest.mark.server
 
@@ -57,7 +57,7 @@ def client_of(pool: RequestPool, url: str, **options: object) -> HttpClient:
 
 def unused_address() -> str:
     """The address of a stopped server."""
-    with serve(lambda _: Said()) as server:
+    with serve(lambda _: Scripted()) as server:
         return server.url
 
 
@@ -73,7 +73,7 @@ def request_to(client: HttpClient, url: str) -> Callable[[], bytes]:
 
 class TestRetries:
     def test_waits_as_long_as_demanded(self, pool: RequestPool) -> None:
-        answers = [Said(b"slow down", 429, {"Retry-After": "0.4"}), Said(b"good")]
+        answers = [Scripted(b"slow down", 429, {"Retry-After": "0.4"}), Scripted(b"good")]
         with serve(lambda _: answers.pop(0)) as server:
             tally = Tally()
             client = client_of(pool, server.url)
@@ -83,7 +83,7 @@ class TestRetries:
         assert tally.count == 2
 
     def test_a_demanded_wait_beyond_the_budget_raises_immediately(self, pool: RequestPool) -> None:
-        with serve(lambda _: Said(b"banned", 418, {"Retry-After": "3600"})) as server:
+        with serve(lambda _: Scripted(b"banned", 418, {"Retry-After": "3600"})) as server:
             client = client_of(pool, server.url)
             began = time.monotonic()
             with pytest.raises(RateLimited) as caught:
@@ -95,8 +95,8 @@ class TestRetries:
             assert len(server.requests) == 1, "no requests during a ban"
 
     def test_a_penalty_holds_for_every_thread(self, pool: RequestPool) -> None:
-        answers = [Said(status=429, headers={"Retry-After": "0.5"})]
-        with serve(lambda _: answers.pop() if answers else Said(b"good")) as server:
+        answers = [Scripted(status=429, headers={"Retry-After": "0.5"})]
+        with serve(lambda _: answers.pop() if answers else Scripted(b"good")) as server:
             client = client_of(pool, server.url)
             attempt = request_to(client, server.url)
             thread = threading.Thread(target=client.run, args=(attempt, Tally()))
@@ -115,12 +115,12 @@ class TestRetries:
         """As edge servers send it. Clients of one limiter correspond to processes of the shared one."""
         until = int(time.time()) + 2
         named = format_datetime(datetime.fromtimestamp(until, UTC), usegmt=True)
-        answers = [Said(b"slow down", status, {"Retry-After": named})]
+        answers = [Scripted(b"slow down", status, {"Retry-After": named})]
         arrived: list[float] = []
 
-        def answer(_: Asked) -> Said:
+        def answer(_: Received) -> Scripted:
             arrived.append(time.time())
-            return answers.pop() if answers else Said(b"good")
+            return answers.pop() if answers else Scripted(b"good")
 
         with serve(answer) as server:
             limiter = ProcessLimiter({})
@@ -134,7 +134,7 @@ class TestRetries:
             threads[0].start()
             while answers:
                 time.sleep(0.005)
-            while not limiter.admit("p", 1).wait:
+            while not limiter.acquire("p", 1).wait:
                 time.sleep(0.005)
             for thread in threads[1:]:
                 thread.start()
@@ -144,7 +144,7 @@ class TestRetries:
         assert min(arrived[1:]) >= until
 
     def test_a_past_retry_after_date_is_no_wait(self, pool: RequestPool) -> None:
-        answers = [Said(b"", 429, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), Said(b"good")]
+        answers = [Scripted(b"", 429, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), Scripted(b"good")]
         with serve(lambda _: answers.pop(0)) as server:
             client = client_of(pool, server.url)
             began = time.monotonic()
@@ -152,7 +152,7 @@ class TestRetries:
             assert time.monotonic() - began < 1.5
 
     def test_gives_up_within_the_budget(self, pool: RequestPool) -> None:
-        with serve(lambda _: Said(b"<html>down", 503)) as server:
+        with serve(lambda _: Scripted(b"<html>down", 503)) as server:
             client = client_of(pool, server.url)
             began = time.monotonic()
             with pytest.raises(TransientError, match="returned 503: an HTML page"):
@@ -161,7 +161,7 @@ class TestRetries:
             assert len(server.requests) >= 2
 
     def test_permanent_errors_are_not_retried(self, pool: RequestPool) -> None:
-        with serve(lambda _: Said(b"no", 451)) as server:
+        with serve(lambda _: Scripted(b"no", 451)) as server:
             client = client_of(pool, server.url)
             with pytest.raises(PermanentError, match="country"):
                 client.run(request_to(client, server.url), Tally())
@@ -169,7 +169,7 @@ class TestRetries:
 
     def test_interruption_ends_a_wait(self) -> None:
         pool = RequestPool(1)
-        with serve(lambda _: Said(status=429, headers={"Retry-After": "30"})) as server:
+        with serve(lambda _: Scripted(status=429, headers={"Retry-After": "30"})) as server:
             client = client_of(pool, server.url, longest_wait_seconds=60.0)
             threading.Timer(0.2, pool.close).start()
             began = time.monotonic()
@@ -184,7 +184,7 @@ class TestWaits:
     def test_a_long_wait_is_reported_once(self) -> None:
         reported: list[str] = []
         pool = RequestPool(1, on_wait=reported.append)
-        with serve(lambda _: Said(b"<html>down", 503)) as server:
+        with serve(lambda _: Scripted(b"<html>down", 503)) as server:
             client = client_of(pool, server.url, retry_budget_seconds=5.0)
             with pytest.raises(TransientError):
                 client.run(request_to(client, server.url), Tally())
@@ -195,7 +195,7 @@ class TestWaits:
     def test_short_waits_are_not_reported(self) -> None:
         reported: list[str] = []
         pool = RequestPool(1, on_wait=reported.append)
-        answers = [Said(b"down", 503), Said(b"down", 503), Said(b"good")]
+        answers = [Scripted(b"down", 503), Scripted(b"down", 503), Scripted(b"good")]
         with serve(lambda _: answers.pop(0)) as server:
             client = client_of(pool, server.url)
             assert client.run(request_to(client, server.url), Tally()) == b"good"
@@ -205,7 +205,7 @@ class TestWaits:
     def test_a_demanded_wait_is_reported(self) -> None:
         reported: list[str] = []
         pool = RequestPool(1, on_wait=reported.append)
-        answers = [Said(b"slow down", 429, {"Retry-After": "2.2"}), Said(b"good")]
+        answers = [Scripted(b"slow down", 429, {"Retry-After": "2.2"}), Scripted(b"good")]
         with serve(lambda _: answers.pop(0)) as server:
             client = client_of(pool, server.url, longest_wait_seconds=9.0)
             client.run(request_to(client, server.url), Tally())
@@ -224,7 +224,7 @@ class TestWaits:
             with pytest.raises(Unreachable):
                 client.run(request_to(client, url), tally)
         assert tally.count == before + 3
-        answers = [Said(b"here again"), Said(b"oops", 502), Said(b"good")]
+        answers = [Scripted(b"here again"), Scripted(b"oops", 502), Scripted(b"good")]
         with serve(lambda _: answers.pop(0)) as server:
             for expected in (b"here again", b"good"):
                 assert client.run(request_to(client, server.url), Tally()) == expected
@@ -269,25 +269,25 @@ def test_errors_are_printable() -> None:
 
 class TestExchange:
     def test_a_truncated_body_is_retried(self, pool: RequestPool) -> None:
-        answers = [Said(b"x" * 1000, cut=500), Said(b"whole")]
+        answers = [Scripted(b"x" * 1000, cut=500), Scripted(b"whole")]
         with serve(lambda _: answers.pop(0)) as server:
             client = client_of(pool, server.url)
             assert client.run(request_to(client, server.url), Tally()) == b"whole"
 
     def test_too_large(self, pool: RequestPool) -> None:
-        with serve(lambda _: Said(b"x" * 5000)) as server:
+        with serve(lambda _: Scripted(b"x" * 5000)) as server:
             client = client_of(pool, server.url)
-            with pytest.raises(BadAnswer, match="returned more than 1,000 bytes, which is too large"):
+            with pytest.raises(InvalidResponse, match="returned more than 1,000 bytes, which is too large"):
                 client.exchange(server.url, max_bytes=1000)
 
     def test_response_timeout(self, pool: RequestPool) -> None:
-        with serve(lambda _: Said(b"late", delay=0.8)) as server:
+        with serve(lambda _: Scripted(b"late", delay=0.8)) as server:
             client = client_of(pool, server.url, timeout_seconds=0.2)
             with pytest.raises(Unreachable, match="did not respond in time"):
                 client.exchange(server.url)
 
     def test_connection_refused_and_no_key_in_the_text(self, pool: RequestPool) -> None:
-        with serve(lambda _: Said()) as server:
+        with serve(lambda _: Scripted()) as server:
             url = server.url
         client = client_of(pool, url)
         with pytest.raises(Unreachable, match="refused") as caught:
@@ -296,7 +296,7 @@ class TestExchange:
         assert caught.value.__cause__ is None
 
     def test_an_echoed_key_is_redacted(self, pool: RequestPool) -> None:
-        with serve(lambda _: Said(f"your key {KEY} is wrong".encode(), 401)) as server:
+        with serve(lambda _: Scripted(f"your key {KEY} is wrong".encode(), 401)) as server:
             client = client_of(pool, server.url)
             error = client.failure(client.exchange(server.url))
             assert isinstance(error, WrongKey)
@@ -305,7 +305,7 @@ class TestExchange:
 
     def test_connections_are_reused(self, pool: RequestPool) -> None:
         ports: set[str] = set()
-        with serve(lambda asked: Said(b"ok")) as server:
+        with serve(lambda asked: Scripted(b"ok")) as server:
             client = client_of(pool, server.url)
             session = client.session()
             for _ in range(3):
@@ -384,8 +384,8 @@ def test_no_header_is_an_error(text: str) -> None:
 def test_a_wait_is_a_day_at_most(named: float, bounded: float) -> None:
     assert TransientError("p", "slow down", named).retry_after == bounded
     limiter = ProcessLimiter({})
-    limiter.penalise("p", named)
-    assert limiter.admit("p", 1).wait == pytest.approx(bounded, abs=1)
+    limiter.cool_down("p", named)
+    assert limiter.acquire("p", 1).wait == pytest.approx(bounded, abs=1)
 
 
 @given(st.text(min_size=4), st.text(), st.text())
@@ -401,62 +401,62 @@ def test_keys_that_cannot_be_sent_are_refused_without_being_quoted(key: str) -> 
     assert not key.strip() or key not in str(caught.value)
 
 
-def limiter_of(*windows: Window, provider: str = "p") -> ProcessLimiter:
-    return ProcessLimiter({provider: Pace(windows)})
+def limiter_of(*windows: RateWindow, provider: str = "p") -> ProcessLimiter:
+    return ProcessLimiter({provider: RateLimits(windows)})
 
 
 class TestLimiter:
     def test_a_window_slides(self) -> None:
-        limiter = limiter_of(Window(4, 0.4))
+        limiter = limiter_of(RateWindow(4, 0.4))
         for _ in range(4):
-            limiter.over(limiter.admit("p", 1))
-        wait = limiter.admit("p", 1).wait
+            limiter.release(limiter.acquire("p", 1))
+        wait = limiter.acquire("p", 1).wait
         assert 0.3 < wait <= 0.4
         time.sleep(wait)
-        assert limiter.admit("p", 1).wait == 0
+        assert limiter.acquire("p", 1).wait == 0
 
     def test_weights(self) -> None:
-        limiter = limiter_of(Window(4, 60))
-        assert [limiter.admit("p", 2).wait > 0 for _ in range(3)] == [False, False, True]
-        assert limiter_of(Window(4, 60)).admit("p", 9).wait == 0, "heavier than the limit: sent alone"
+        limiter = limiter_of(RateWindow(4, 60))
+        assert [limiter.acquire("p", 2).wait > 0 for _ in range(3)] == [False, False, True]
+        assert limiter_of(RateWindow(4, 60)).acquire("p", 9).wait == 0, "heavier than the limit: sent alone"
 
     def test_a_request_in_flight_counts_as_the_newest(self) -> None:
         """It may reach the provider only at its end."""
-        limiter = limiter_of(Window(1, 0.2))
-        turn = limiter.admit("p", 1)
+        limiter = limiter_of(RateWindow(1, 0.2))
+        turn = limiter.acquire("p", 1)
         time.sleep(0.25)
-        assert limiter.admit("p", 1).wait == 0.2
-        limiter.over(turn)
-        assert 0.15 < limiter.admit("p", 1).wait <= 0.2
+        assert limiter.acquire("p", 1).wait == 0.2
+        limiter.release(turn)
+        assert 0.15 < limiter.acquire("p", 1).wait <= 0.2
 
     def test_several_windows_hold_at_once(self) -> None:
-        limiter = limiter_of(Window(1, 0.05), Window(2, 86400))
+        limiter = limiter_of(RateWindow(1, 0.05), RateWindow(2, 86400))
         for _ in range(2):
-            limiter.over(limiter.admit("p", 1))
-            wait = limiter.admit("p", 1)
+            limiter.release(limiter.acquire("p", 1))
+            wait = limiter.acquire("p", 1)
             time.sleep(0.06)
         assert wait.reason == "its 2 requests in 24 hours are used up: wait"
-        assert 86000 < limiter.admit("p", 1).wait < 86400
+        assert 86000 < limiter.acquire("p", 1).wait < 86400
 
     def test_providers_do_not_wait_for_each_other(self) -> None:
-        limiter = limiter_of(Window(1))
-        limiter.penalise("slow", 60)
-        assert limiter.admit("slow", 1).reason == "demanded by the provider: wait"
-        assert limiter.admit("p", 1).wait == 0
+        limiter = limiter_of(RateWindow(1))
+        limiter.cool_down("slow", 60)
+        assert limiter.acquire("slow", 1).reason == "demanded by the provider: wait"
+        assert limiter.acquire("p", 1).wait == 0
 
     def test_the_rate_limit_holds_on_the_wire_and_uses_no_retry_budget(self, pool: RequestPool) -> None:
-        with serve(lambda _: Said(b"ok")) as server:
+        with serve(lambda _: Scripted(b"ok")) as server:
             client = client_of(pool, server.url, longest_wait_seconds=0.0)
-            client.limiter = limiter_of(Window(5, 0.3))
+            client.limiter = limiter_of(RateWindow(5, 0.3))
             pool.map("lane", lambda _: client.run(request_to(client, server.url), Tally()), range(20))
             times = sorted(asked.at for asked in server.requests)
         assert len(times) == 20
         assert all(later - early > 0.3 for early, later in zip(times, times[5:], strict=False))
 
     def test_a_used_up_budget_is_not_waited_for(self, pool: RequestPool) -> None:
-        with serve(lambda _: Said(b"ok")) as server:
+        with serve(lambda _: Scripted(b"ok")) as server:
             client = client_of(pool, server.url)
-            client.limiter = limiter_of(Window(1, 86400))
+            client.limiter = limiter_of(RateWindow(1, 86400))
             client.run(request_to(client, server.url), Tally())
             with pytest.raises(
                 RateLimited, match="1 requests in 24 hours are used up: wait another 86"
@@ -467,9 +467,9 @@ class TestLimiter:
 
     def test_a_waiting_request_holds_no_slot(self) -> None:
         pool = RequestPool(1)
-        with serve(lambda _: Said(b"ok")) as server:
+        with serve(lambda _: Scripted(b"ok")) as server:
             slow, quick = client_of(pool, server.url, longest_wait_seconds=9.0), client_of(pool, server.url)
-            slow.limiter.penalise("p", 1.5)
+            slow.limiter.cool_down("p", 1.5)
             thread = threading.Thread(target=slow.run, args=(request_to(slow, server.url), Tally()))
             thread.start()
             quick.run(request_to(quick, server.url), Tally())
@@ -501,7 +501,7 @@ class TestPool:
 
     def test_closing_does_not_wait_for_an_unresponsive_server(self) -> None:
         pool = RequestPool(1)
-        with serve(lambda _: Said(b"late", delay=2.0)) as server:
+        with serve(lambda _: Scripted(b"late", delay=2.0)) as server:
             client = client_of(pool, server.url, timeout_seconds=10.0)
             thread = threading.Thread(
                 target=pool.map, args=("lane", lambda _: client.exchange(server.url), [0]), daemon=True
@@ -516,7 +516,7 @@ class TestPool:
 
     def test_bounds_requests_of_many_callers_in_flight(self) -> None:
         pool = RequestPool(3)
-        with serve(lambda _: Said(b"ok", delay=0.02)) as server:
+        with serve(lambda _: Scripted(b"ok", delay=0.02)) as server:
             clients = [client_of(pool, server.url) for _ in range(4)]
 
             def many(index: int) -> list[bytes]:
@@ -560,7 +560,7 @@ class TestPool:
 
 def test_a_failed_fetch_sends_nothing_more(pool: RequestPool) -> None:
     """Its other pages are being retried at that time."""
-    with serve(lambda asked: Said(b"no", 404 if asked.path == "/0" else 503)) as server:
+    with serve(lambda asked: Scripted(b"no", 404 if asked.path == "/0" else 503)) as server:
         client = client_of(pool, server.url, retry_budget_seconds=60.0)
 
         def request(page: int) -> bytes:
@@ -575,8 +575,8 @@ def test_a_failed_fetch_sends_nothing_more(pool: RequestPool) -> None:
 
 
 def test_requests_are_counted(pool: RequestPool) -> None:
-    def answer(asked: Asked) -> Said:
-        return Said(b"ok")
+    def answer(asked: Received) -> Scripted:
+        return Scripted(b"ok")
 
     with serve(answer) as server:
         client, tally = client_of(pool, server.url), Tally()

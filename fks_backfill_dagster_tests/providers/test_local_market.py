@@ -12,7 +12,7 @@ from fks_backfill_dagster.domain.quality import verify
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
-from fks_backfill_dagster.providers.base import Answer, UnknownSymbol
+from fks_backfill_dagster.providers.base import FetchResult, UnknownSymbol
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.scripted import crypto, span
@@ -47,7 +47,7 @@ def market(running: LocalMarket) -> Iterator[LocalMarket]:
     running.reset_requests()
 
 
-def good(answer: Answer, series: Series, window: TimeRange) -> Candles:
+def good(answer: FetchResult, series: Series, window: TimeRange) -> Candles:
     """The rows that the pipeline would store."""
     rows = Candles.concat([delivery.candles for delivery in answer.deliveries])
     return verify(rows, window, grid_of(series), window.end).good

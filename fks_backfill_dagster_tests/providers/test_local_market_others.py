@@ -15,7 +15,7 @@ from fks_backfill_dagster.domain.quality import verify
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe
-from fks_backfill_dagster.providers.base import Answer, NotEntitled, RateLimited, UnknownSymbol
+from fks_backfill_dagster.providers.base import FetchResult, NotEntitled, RateLimited, UnknownSymbol
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster_tests.domain.builders import read_csv
 from fks_backfill_dagster_tests.providers.conftest import Make
@@ -70,7 +70,7 @@ def window_of(name: str, timeframe: Timeframe) -> TimeRange:
     return TimeRange(int(grid.opens(TimeRange(start, NOW))[0]), grid.closed_end(NOW))
 
 
-def good(answer: Answer, series: Series, window: TimeRange) -> Candles:
+def good(answer: FetchResult, series: Series, window: TimeRange) -> Candles:
     """The rows that the pipeline would store."""
     rows = Candles.concat([delivery.candles for delivery in answer.deliveries])
     return verify(rows, window, grid_of(series), window.end).good

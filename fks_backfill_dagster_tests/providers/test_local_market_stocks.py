@@ -16,7 +16,7 @@ from fks_backfill_dagster.domain.quality import verify
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
-from fks_backfill_dagster.providers.base import Answer, UnknownSymbol
+from fks_backfill_dagster.providers.base import FetchResult, UnknownSymbol
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.splits import Split
 from fks_backfill_dagster_tests.domain.builders import read_csv
@@ -58,7 +58,7 @@ def stock(timeframe: Timeframe) -> Series:
     return Series("AAPL", timeframe, AssetClass.STOCKS)
 
 
-def good(answer: Answer, series: Series, window: TimeRange) -> Candles:
+def good(answer: FetchResult, series: Series, window: TimeRange) -> Candles:
     """The rows that the pipeline would store."""
     rows = Candles.concat([delivery.candles for delivery in answer.deliveries])
     return verify(rows, window, grid_of(series), window.end).good

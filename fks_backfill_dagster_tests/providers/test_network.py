@@ -25,7 +25,7 @@ from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
 from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.forwarding import forwarding
-from fks_backfill_dagster_tests.providers.scripted import Said, SmallBinance, crypto, serve, span
+from fks_backfill_dagster_tests.providers.scripted import Scripted, SmallBinance, crypto, serve, span
 
 pytestmark = pytest.mark.server
 
@@ -84,7 +84,7 @@ def stopped_proxy() -> str:
 def test_a_request_goes_through_the_proxy(
     client: HttpClient, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
-    with serve(lambda _: Said(b"good")) as server, forwarding(server.url) as proxy:
+    with serve(lambda _: Scripted(b"good")) as server, forwarding(server.url) as proxy:
         # An address without a scheme is HTTP, as for curl.
         monkeypatch.setenv(variable, f"127.0.0.1:{proxy.port}")
         assert client.exchange(f"http://{HOST}/x", {"a": "1"}).body == b"good"
@@ -100,7 +100,7 @@ def test_https_uses_a_tunnel_and_the_certificates_of_the_environment(
     certificate: Path,
     variable: str,
 ) -> None:
-    with serve(lambda _: Said(b"good"), tls) as server, forwarding(server.url) as proxy:
+    with serve(lambda _: Scripted(b"good"), tls) as server, forwarding(server.url) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         monkeypatch.setenv(variable, str(certificate))
         assert client.exchange(f"https://{HOST}/x").body == b"good"
@@ -110,7 +110,7 @@ def test_https_uses_a_tunnel_and_the_certificates_of_the_environment(
 def test_an_untrusted_certificate_is_rejected_with_the_remedy(
     client: HttpClient, tls: ssl.SSLContext
 ) -> None:
-    with serve(lambda _: Said(b"good"), tls) as server, pytest.raises(PermanentError) as caught:
+    with serve(lambda _: Scripted(b"good"), tls) as server, pytest.raises(PermanentError) as caught:
         client.exchange(f"{server.url}/x")
     assert "its certificate is not trusted (self-signed certificate" in str(caught.value)
     assert "REQUESTS_CA_BUNDLE or SSL_CERT_FILE" in str(caught.value)
@@ -133,7 +133,7 @@ def test_a_file_without_certificates_is_named(
 def test_hosts_in_no_proxy_are_requested_directly(
     client: HttpClient, monkeypatch: pytest.MonkeyPatch, named: str
 ) -> None:
-    with serve(lambda _: Said(b"good")) as server, forwarding(server.url) as proxy:
+    with serve(lambda _: Scripted(b"good")) as server, forwarding(server.url) as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         monkeypatch.setenv("NO_PROXY", named)
         with pytest.raises(Unreachable, match=f"the host {HOST} is unknown"):
@@ -145,7 +145,7 @@ def test_hosts_in_no_proxy_are_requested_directly(
 def test_loopback_is_never_requested_through_a_proxy(
     client: HttpClient, monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
-    with serve(lambda _: Said(b"good")) as server, forwarding(server.url) as proxy:
+    with serve(lambda _: Scripted(b"good")) as server, forwarding(server.url) as proxy:
         for variable in ("HTTP_PROXY", "ALL_PROXY"):
             monkeypatch.setenv(variable, proxy.url)
         with suppress(Unreachable):  # the server listens on 127.0.0.1 only
@@ -158,7 +158,7 @@ def test_netrc_does_not_replace_the_key(
 ) -> None:
     (tmp_path / "netrc").write_text(f"machine {HOST} login a password b\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    with serve(lambda _: Said(b"good")) as server, forwarding(server.url) as proxy:
+    with serve(lambda _: Scripted(b"good")) as server, forwarding(server.url) as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         client.exchange(f"http://{HOST}/x")
         assert server.requests[0].headers["Authorization"] == f"Bearer {KEY}"
@@ -231,7 +231,7 @@ def test_the_password_is_sent_to_the_proxy_and_in_no_text(
     """Also if the application makes http.client print all requests."""
     caplog.set_level(logging.DEBUG)
     monkeypatch.setattr(http.client.HTTPConnection, "debuglevel", 1)
-    with serve(lambda _: Said(b"good")) as server, forwarding(server.url, user="me:pa55/w0rd") as proxy:
+    with serve(lambda _: Scripted(b"good")) as server, forwarding(server.url, user="me:pa55/w0rd") as proxy:
         for password in ("pa55%2Fw0rd", "wr0ng%2F"):
             monkeypatch.setenv("HTTP_PROXY", f"http://me:{password}@127.0.0.1:{proxy.port}")
             reply = client.exchange(f"http://{HOST}/x")

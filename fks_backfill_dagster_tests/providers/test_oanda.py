@@ -18,8 +18,8 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_HOUR, Timeframe
 from fks_backfill_dagster.providers.base import (
-    Answer,
-    BadAnswer,
+    FetchResult,
+    InvalidResponse,
     PermanentError,
     ProviderError,
     UnknownSymbol,
@@ -30,8 +30,8 @@ from fks_backfill_dagster_tests.providers.conformance import KEY
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.markets import SmallOanda, bars_of, candles_of, micros_of
 from fks_backfill_dagster_tests.providers.scripted import (
-    Asked,
-    Said,
+    Received,
+    Scripted,
     Server,
     candles_at,
     json_said,
@@ -53,17 +53,17 @@ def forex(timeframe: Timeframe = Timeframe.H1, symbol: str = "EUR/USD") -> Serie
     return Series(symbol, timeframe, AssetClass.FOREX)
 
 
-def of(answer: Answer) -> Candles:
+def of(answer: FetchResult) -> Candles:
     return Candles.concat([delivery.candles for delivery in answer.deliveries])
 
 
 def fetch(
     make: Make,
-    answer: Callable[[Asked], Said],
+    answer: Callable[[Received], Scripted],
     window: TimeRange,
     timeframe: Timeframe = Timeframe.H1,
     **given: object,
-) -> tuple[Answer, Server]:
+) -> tuple[FetchResult, Server]:
     given = {"key": KEY, "clock": lambda: NOW, "requests_per_minute": 10**6, **given}
     with serve(answer) as server:
         return make("oanda", server.url, **given).fetch(forex(timeframe), window), server
@@ -148,7 +148,7 @@ class TestHonest:
 
     def test_a_weekend_sends_no_request(self, make: Make) -> None:
         answer, server = fetch(make, SmallOanda(NOW, KEY), span("2024-05-11", "2024-05-12"))
-        assert (answer, server.requests) == (Answer(()), [])
+        assert (answer, server.requests) == (FetchResult(()), [])
 
     def test_the_forming_candle_and_the_future(self, make: Make) -> None:
         window = TimeRange(NOW - 6 * MICROS_PER_HOUR, NOW + 48 * MICROS_PER_HOUR)
@@ -159,7 +159,7 @@ class TestHonest:
     def test_the_flag_decides(self, make: Make) -> None:
         late = us("2024-05-07T12:00")
 
-        def unfinished(_: Asked, honest: Said) -> Said:
+        def unfinished(_: Received, honest: Scripted) -> Scripted:
             document = orjson.loads(honest.body)
             for row in document["candles"]:
                 row["complete"] = micros_of(row["time"][:19] + "Z") != late
@@ -178,8 +178,8 @@ class TestHonest:
                 provider.listed_at(forex(symbol="EUR/XXX"))
 
     def test_new_connections_are_spaced(self, make: Make) -> None:
-        def slow(_: Asked, honest: Said) -> Said:
-            return Said(honest.body, honest.status, honest.headers, delay=0.3)
+        def slow(_: Received, honest: Scripted) -> Scripted:
+            return Scripted(honest.body, honest.status, honest.headers, delay=0.3)
 
         window = span("2024-05-06", "2024-05-18")  # four pages, four threads
         began = time.monotonic()
@@ -193,10 +193,10 @@ class TestAnotherInstrument:
 
     WINDOW = span("2024-05-06", "2024-05-18")  # four pages of minutes
 
-    def disguised(self, times: int) -> Callable[[Asked], Said]:
+    def disguised(self, times: int) -> Callable[[Received], Scripted]:
         remaining = [times]
 
-        def answer(asked: Asked) -> Said:
+        def answer(asked: Received) -> Scripted:
             if asked.query["from"] == "2024-05-06T00:00:00Z" and remaining[0]:
                 remaining[0] -= 1
                 other = SmallOanda(NOW, KEY)(replace(asked, path=asked.path.replace("EUR_USD", "USD_JPY")))
@@ -211,7 +211,7 @@ class TestAnotherInstrument:
         assert len(server.requests) == 4 + 2
 
     def test_always_is_rejected(self, make: Make) -> None:
-        with pytest.raises(BadAnswer, match="another instrument"):
+        with pytest.raises(InvalidResponse, match="another instrument"):
             fetch(make, self.disguised(99), self.WINDOW, Timeframe.M1)
 
     def test_in_the_second_request(self, make: Make) -> None:
@@ -219,13 +219,13 @@ class TestAnotherInstrument:
         disguise = iter([False, True])
         holes = frozenset({us("2024-05-07T03:00"), us("2024-05-08T03:00")})
 
-        def answer(asked: Asked) -> Said:
+        def answer(asked: Received) -> Scripted:
             if next(disguise):
                 other = SmallOanda(NOW, KEY)(replace(asked, path=asked.path.replace("EUR_USD", "USD_JPY")))
                 return replace(other, body=other.body.replace(b"USD_JPY", b"EUR_USD"))
             return SmallOanda(NOW, KEY, holes)(asked)
 
-        with pytest.raises(BadAnswer, match="another instrument"):
+        with pytest.raises(InvalidResponse, match="another instrument"):
             fetch(make, answer, WEEK)
 
     def test_seams_are_first_rows(self, make: Make) -> None:
@@ -252,7 +252,7 @@ class TestMissing:
     def test_a_short_page_is_repaired(self, make: Make, kept: int) -> None:
         answers = iter([kept, 10**6])
 
-        def short(_: Asked, honest: Said) -> Said:
+        def short(_: Received, honest: Scripted) -> Scripted:
             document = orjson.loads(honest.body)
             document["candles"] = document["candles"][: next(answers)]
             return json_said(document)
@@ -264,7 +264,7 @@ class TestMissing:
     def test_a_bad_row_is_repaired_and_delivered_too(self, make: Make) -> None:
         first = iter([True])
 
-        def spoil(_: Asked, honest: Said) -> Said:
+        def spoil(_: Received, honest: Scripted) -> Scripted:
             document = orjson.loads(honest.body)
             if next(first, False):
                 document["candles"][5]["mid"]["h"] = None
@@ -302,8 +302,8 @@ class TestInvalidResponses:
             json_said(document(row(mid={"o": "dear", "h": "1", "l": "1", "c": "1"}))),
         ],
     )
-    def test_garbage(self, make: Make, answer: Said) -> None:
-        with pytest.raises(BadAnswer):
+    def test_garbage(self, make: Make, answer: Scripted) -> None:
+        with pytest.raises(InvalidResponse):
             fetch(make, lambda _: answer, WEEK, retry_budget_seconds=0.0)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.ranges import TimeRange
-from fks_backfill_dagster.providers.base import BadAnswer
+from fks_backfill_dagster.providers.base import InvalidResponse
 from fks_backfill_dagster.providers.pages import Chain, agreeing, contradicting, joined
 from fks_backfill_dagster_tests.providers.scripted import candles_at
 
@@ -106,7 +106,7 @@ class TestChain:
         made.is_done(page(0, 1, 2).ts)
         for _ in range(3):
             made.is_done(again.ts)
-        with pytest.raises(BadAnswer, match="the last 4 of 5 pages had no newer bar"):
+        with pytest.raises(InvalidResponse, match="the last 4 of 5 pages had no newer bar"):
             made.is_done(again.ts)
 
     def test_a_newer_bar_ends_a_stretch_without_one(self) -> None:
@@ -121,7 +121,7 @@ class TestChain:
         made = chain(100)
         for minute in range(20):
             made.is_done(page(minute).ts)
-        with pytest.raises(BadAnswer, match="21 pages had 21 bars, for a range of at most 100"):
+        with pytest.raises(InvalidResponse, match="21 pages had 21 bars, for a range of at most 100"):
             made.is_done(page(20).ts)
 
     def test_the_number_of_rows_is_limited_by_the_range(self) -> None:
@@ -129,5 +129,5 @@ class TestChain:
         made = chain(100, 50)
         for minute in range(50, 55):
             made.is_done(page(*range(minute)).ts)
-        with pytest.raises(BadAnswer, match="6 pages had 315 bars, for a range of at most 100"):
+        with pytest.raises(InvalidResponse, match="6 pages had 315 bars, for a range of at most 100"):
             made.is_done(page(*range(55)).ts)

@@ -17,9 +17,10 @@ from fks_backfill_dagster.domain.quality import Reason, verify
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe
+from fks_backfill_dagster.known_providers import POLYGON
 from fks_backfill_dagster.providers.base import (
-    Answer,
-    BadAnswer,
+    FetchResult,
+    InvalidResponse,
     NotEntitled,
     PermanentError,
     ProviderError,
@@ -32,14 +33,14 @@ from fks_backfill_dagster.providers.base import (
 )
 from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
 from fks_backfill_dagster.providers.http.pool import RequestPool
-from fks_backfill_dagster.providers.polygon import DEFAULT_BASE_URL, Polygon, ticker_of
+from fks_backfill_dagster.providers.polygon import Polygon, ticker_of
 from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.markets import new_york_midnight
 from fks_backfill_dagster_tests.providers.scripted import (
     NO_OUTAGE,
-    Asked,
-    Said,
+    Received,
+    Scripted,
     candles_at,
     crypto,
     json_said,
@@ -56,7 +57,7 @@ WIRE = Path(__file__).resolve().parents[1] / "data/wire/errors.jsonl"
 SHARED_WIRE = Path(__file__).resolve().parents[2] / "../shared/wire/errors.jsonl"
 
 
-def of(answer: Answer) -> Candles:
+def of(answer: FetchResult) -> Candles:
     return Candles.concat([delivery.candles for delivery in answer.deliveries])
 
 
@@ -70,7 +71,7 @@ def document(results: list[Any], ticker: str = "X:BTCUSD", **more: Any) -> dict[
     return {"ticker": ticker, "status": "OK", "resultsCount": len(results), "results": results, **more}
 
 
-def always(answer: Said) -> Callable[[Asked], Said]:
+def always(answer: Scripted) -> Callable[[Received], Scripted]:
     return lambda _: answer
 
 
@@ -83,7 +84,7 @@ class SmallPolygon:
         self.change = change
         self.url = ""
 
-    def __call__(self, asked: Asked) -> Said:
+    def __call__(self, asked: Received) -> Scripted:
         *_, ticker, _, multiplier, span_name, first, last = asked.path.split("/")
         assert (multiplier, span_name) == ("1", "minute")
         minute = 60_000_000
@@ -146,7 +147,7 @@ class TestHonest:
     def test_capabilities(self, make: Make) -> None:
         capabilities = make("polygon", "http://127.0.0.1:1").capabilities
         assert capabilities.timeframes == dict.fromkeys(AssetClass, frozenset(Timeframe))
-        assert capabilities.omits_quiet
+        assert capabilities.omits_no_trade
         assert not capabilities.adjusted
 
     def test_the_free_plan_publishes_at_the_end_of_the_day(self, make: Make) -> None:
@@ -193,10 +194,10 @@ class WholeMarket:
 
     of: Series
     quiet: RangeSet = NO_OUTAGE
-    refuse: Callable[[TimeRange], Said | None] = lambda _: None
+    refuse: Callable[[TimeRange], Scripted | None] = lambda _: None
     stamp: Callable[[int], int] = new_york_midnight
 
-    def __call__(self, asked: Asked) -> Said:
+    def __call__(self, asked: Received) -> Scripted:
         *_, ticker, _, multiplier, span_name, first, last = asked.path.split("/")
         step = int(multiplier) * {"minute": 60, "hour": 3600, "day": 86400}[span_name] * 1_000_000
         window = TimeRange(int(first) * 1000, int(last) * 1000 + 1)
@@ -362,7 +363,7 @@ class TestDaysOfStocks:
 
     def test_a_window_without_a_date_sends_no_request(self, make: Make) -> None:
         provider = make("polygon", "http://127.0.0.1:1", key=KEY)
-        assert provider.fetch(self.days, span("2015-12-21T00:01", "2015-12-21T23:00")) == Answer(())
+        assert provider.fetch(self.days, span("2015-12-21T00:01", "2015-12-21T23:00")) == FetchResult(())
 
     @pytest.mark.parametrize(
         "window", [span("2015-12-21", "2015-12-21T00:01"), span("2015-12-20T12:00", "2015-12-22")]
@@ -376,7 +377,7 @@ class TestDaysOfStocks:
 class TestEndOfDayPlan:
     NOW = us("2015-12-23T19:00")
 
-    def fetch(self, make: Make, timeframe: str, window: TimeRange) -> tuple[Answer, list[Asked]]:
+    def fetch(self, make: Make, timeframe: str, window: TimeRange) -> tuple[FetchResult, list[Received]]:
         """From a plan that refuses every range that includes the 23rd in New York."""
         asked = series(STOCKS, Timeframe(timeframe))
         message = "Attempted to request today's data before end of day. Please upgrade your plan"
@@ -463,13 +464,13 @@ class TestKey:
     def test_other_ways_to_write_the_configured_host(self, written: str) -> None:
         provider = build("polygon", resolve_options("polygon", key=KEY), RequestPool(1), ProcessLimiter({}))
         assert isinstance(provider, Polygon)
-        url = f"{DEFAULT_BASE_URL}/v2/aggs/x?limit=9"
+        url = f"{POLYGON.base_url}/v2/aggs/x?limit=9"
         following = {
             "default port": "https://api.massive.com:443/v2/aggs/x?cursor=1",
             "relative": "?cursor=1",
             "capitals": "HTTPS://API.Massive.com/v2/aggs/x?cursor=1",
         }[written]
-        assert provider._next_url({"next_url": following}, url) == f"{DEFAULT_BASE_URL}/v2/aggs/x?cursor=1"
+        assert provider._next_url({"next_url": following}, url) == f"{POLYGON.base_url}/v2/aggs/x?cursor=1"
 
     @pytest.mark.parametrize(
         "elsewhere",
@@ -487,10 +488,10 @@ class TestKey:
         provider = build("polygon", resolve_options("polygon", key=KEY), RequestPool(1), ProcessLimiter({}))
         assert isinstance(provider, Polygon)
         try:
-            found = provider._next_url({"next_url": elsewhere}, f"{DEFAULT_BASE_URL}/v2/x")
+            found = provider._next_url({"next_url": elsewhere}, f"{POLYGON.base_url}/v2/x")
         except ProviderError:
             return
-        assert str(found).startswith(f"{DEFAULT_BASE_URL}/")
+        assert str(found).startswith(f"{POLYGON.base_url}/")
 
     def test_pages_at_a_relative_address(self, make: Make) -> None:
         market = SmallPolygon()
@@ -516,8 +517,8 @@ class TestInvalidResponses:
     @pytest.mark.parametrize(
         "answer",
         [
-            Said(b"<html>maintenance</html>"),
-            Said(b'{"ticker": "X:BTCUSD", "results": ['),
+            Scripted(b"<html>maintenance</html>"),
+            Scripted(b'{"ticker": "X:BTCUSD", "results": ['),
             json_said([]),
             json_said(document([], "X:ETHUSD")),
             json_said(document([], resultsCount=5)),
@@ -527,12 +528,12 @@ class TestInvalidResponses:
             json_said({"ticker": "X:BTCUSD", "status": "OK", "results": {"t": 1}}),
         ],
     )
-    def test_garbage(self, make: Make, answer: Said) -> None:
+    def test_garbage(self, make: Make, answer: Scripted) -> None:
         with serve(lambda _: answer) as server:
             provider = make(
                 "polygon", server.url, key=KEY, requests_per_minute=1000, retry_budget_seconds=0.3
             )
-            with pytest.raises(BadAnswer):
+            with pytest.raises(InvalidResponse):
                 provider.fetch(crypto(), WINDOW)
             assert len(server.requests) > 1, "invalid responses are retried"
 
@@ -541,13 +542,13 @@ class TestInvalidResponses:
         """Repeated bars (polygon-io issue 289)."""
         rows = bars(candles_at(np.arange(WINDOW.start, WINDOW.start + 600_000_000, 60_000_000), "X"))
 
-        def same(asked: Asked) -> Said:
+        def same(asked: Received) -> Scripted:
             following = cursor or f"c{len(server.requests)}"
             return json_said(document(rows, next_url=f"{server.url}{asked.path}?cursor={following}"))
 
         with serve(same) as server:
             provider = make("polygon", server.url, key=KEY, requests_per_minute=1000)
-            with pytest.raises(BadAnswer, match="the last 4 of 5 pages had no newer bar") as caught:
+            with pytest.raises(InvalidResponse, match="the last 4 of 5 pages had no newer bar") as caught:
                 provider.fetch(crypto(), WINDOW)
             assert caught.value.requests == len(server.requests) == 5
 
@@ -555,7 +556,7 @@ class TestInvalidResponses:
         """Empty pages are followed too."""
         rows = bars(candles_at(np.array([WINDOW.start, WINDOW.start + 60_000_000]), "X:BTCUSD"))
 
-        def gappy(asked: Asked) -> Said:
+        def gappy(asked: Received) -> Scripted:
             at = int(asked.query.get("cursor", 0))
             made = {0: rows[:1], 3: rows[1:]}.get(at, [])
             more = {"next_url": f"{server.url}{asked.path}?cursor={at + 1}"} if at < 3 else {}
@@ -572,7 +573,7 @@ class TestInvalidResponses:
             provider = make(
                 "polygon", server.url, key=KEY, requests_per_minute=1000, retry_budget_seconds=0.0
             )
-            with pytest.raises(BadAnswer, match=r"not an address|newer bar|returned"):
+            with pytest.raises(InvalidResponse, match=r"not an address|newer bar|returned"):
                 provider.fetch(crypto(), WINDOW)
             assert {asked.headers["Authorization"] for asked in server.requests} == {f"Bearer {KEY}"}
 
@@ -594,7 +595,7 @@ class TestNumbers:
         rows[3]["v"] = volume
         body = orjson.dumps(document([{**row, "v": 0} if row is rows[3] else row for row in rows]))
         body = body.replace(b'"v":0,', b'"v":%d,' % volume)
-        with serve(lambda _: Said(body)) as server:
+        with serve(lambda _: Scripted(body)) as server:
             got = of(make("polygon", server.url, key=KEY).fetch(crypto(), WINDOW))
         assert len(got) == 10
         verdict = verify(got, WINDOW, grid_of(crypto()), WINDOW.end)
@@ -609,9 +610,9 @@ class TestNumbers:
         """1000 x 2^61 is a multiple of 2^64: a wrapped product would be a valid time."""
         rows = bars(candles_at(np.array([WINDOW.start]), "X:BTCUSD"))
         body = orjson.dumps(document(rows)).replace(b'"t":%d' % rows[0]["t"], b'"t":%d' % stamp)
-        with serve(lambda _: Said(body)) as server:
+        with serve(lambda _: Scripted(body)) as server:
             provider = make("polygon", server.url, key=KEY, retry_budget_seconds=0.0)
-            with pytest.raises(BadAnswer, match="another shape"):
+            with pytest.raises(InvalidResponse, match="another shape"):
                 provider.fetch(crypto(), WINDOW)
 
 
@@ -648,7 +649,7 @@ class TestErrors:
         with serve(lambda _: json_said(nothing)) as server:
             assert make("polygon", server.url, key=KEY).fetch(crypto(), WINDOW).deliveries == ()
 
-    def _raises(self, make: Make, kind: type[ProviderError], answer: Said) -> None:
+    def _raises(self, make: Make, kind: type[ProviderError], answer: Scripted) -> None:
         with serve(lambda _: answer) as server:
             provider = make(
                 "polygon", server.url, key=KEY, requests_per_minute=1000, retry_budget_seconds=0.0
@@ -662,4 +663,4 @@ class TestErrors:
 
     def test_empty_windows_send_no_request(self, make: Make) -> None:
         provider = make("polygon", "http://127.0.0.1:1", key=KEY)
-        assert provider.fetch(crypto(), TimeRange(us("2024-01-01"), us("2024-01-01"))) == Answer(())
+        assert provider.fetch(crypto(), TimeRange(us("2024-01-01"), us("2024-01-01"))) == FetchResult(())

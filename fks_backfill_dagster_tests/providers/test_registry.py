@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from fks_backfill_dagster.domain.rate_limits import Window
+from fks_backfill_dagster.domain.rate_limits import RateWindow
+from fks_backfill_dagster.known_providers import KNOWN
 from fks_backfill_dagster.providers.base import ProviderOptions
 from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import (
-    BUILT,
     UnknownProvider,
     build,
     limiter_for,
@@ -24,7 +24,7 @@ from fks_backfill_dagster.providers.registry import (
 
 def test_defaults() -> None:
     assert resolve_options("binance") == ProviderOptions(
-        "https://api.binance.com", archive_url="https://data.binance.vision"
+        "https://api.binance.com", archive_url="https://data.binance.vision", requests_per_minute=3000
     )
     assert resolve_options("polygon") == ProviderOptions("https://api.massive.com", requests_per_minute=5)
 
@@ -38,7 +38,7 @@ def test_a_local_market_never_mixes_with_the_real_archives() -> None:
 
 
 def test_every_built_provider_can_be_made(pool: RequestPool) -> None:
-    for name in BUILT:
+    for name in KNOWN:
         options = resolve_options(name)
         provider = build(name, options, pool, limiter_for({name: options}))
         assert provider.name == name
@@ -62,28 +62,28 @@ def test_ccxt_is_imported_only_for_requests() -> None:
 
 
 class TestRateLimits:
-    def windows(self, name: str, **given: Any) -> tuple[Window, ...]:
+    def windows(self, name: str, **given: Any) -> tuple[RateWindow, ...]:
         return paces({name: resolve_options(name, **given)})[name].windows
 
     @pytest.mark.parametrize(
         ("name", "expected"),
         [
-            ("binance", (Window(6000, 60),)),
-            ("polygon", (Window(5, 60),)),
-            ("alphavantage", (Window(1, 1), Window(25, 86_400))),
-            ("coingecko", (Window(100, 60),)),
-            ("oanda", (Window(100, 1),)),
+            ("binance", (RateWindow(6000, 60),)),
+            ("polygon", (RateWindow(5, 60),)),
+            ("alphavantage", (RateWindow(1, 1), RateWindow(25, 86_400))),
+            ("coingecko", (RateWindow(100, 60),)),
+            ("oanda", (RateWindow(100, 1),)),
         ],
     )
-    def test_documented_limits(self, name: str, expected: tuple[Window, ...]) -> None:
+    def test_documented_limits(self, name: str, expected: tuple[RateWindow, ...]) -> None:
         assert self.windows(name) == expected
 
     def test_every_provider_has_a_limit(self) -> None:
-        assert all(self.windows(name) for name in BUILT)
+        assert all(self.windows(name) for name in KNOWN)
 
     def test_a_configured_limit_replaces_all_windows(self) -> None:
-        assert self.windows("alphavantage", requests_per_minute=75) == (Window(75, 60),)
-        assert self.windows("binance", requests_per_minute=100) == (Window(200, 60),)
+        assert self.windows("alphavantage", requests_per_minute=75) == (RateWindow(75, 60),)
+        assert self.windows("binance", requests_per_minute=100) == (RateWindow(200, 60),)
 
     def test_an_account_identifies_a_market_and_a_key_and_reveals_neither(self) -> None:
         def account(**given: Any) -> str:

@@ -18,8 +18,8 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe
 from fks_backfill_dagster.providers.base import (
-    Answer,
-    BadAnswer,
+    FetchResult,
+    InvalidResponse,
     PermanentError,
     ProviderError,
     RateLimited,
@@ -33,7 +33,15 @@ from fks_backfill_dagster.providers.yfinance import symbol_of
 from fks_backfill_dagster_tests.domain.builders import read_csv
 from fks_backfill_dagster_tests.providers.conformance import ProviderConformance
 from fks_backfill_dagster_tests.providers.conftest import Make
-from fks_backfill_dagster_tests.providers.scripted import Asked, Said, candles_at, json_said, serve, span, us
+from fks_backfill_dagster_tests.providers.scripted import (
+    Received,
+    Scripted,
+    candles_at,
+    json_said,
+    serve,
+    span,
+    us,
+)
 
 pytestmark = pytest.mark.server
 
@@ -64,11 +72,11 @@ def with_splits(candles: Candles, splits: Mapping[int, tuple[int, int]]) -> Cand
     return replace(candles, **prices, volume=np.rint(candles.volume / old))
 
 
-def of(answer: Answer) -> Candles:
+def of(answer: FetchResult) -> Candles:
     return Candles.concat([delivery.candles for delivery in answer.deliveries])
 
 
-def good(answer: Answer, series: Series, window: TimeRange) -> Candles:
+def good(answer: FetchResult, series: Series, window: TimeRange) -> Candles:
     """What the pipeline would store."""
     return verify(of(answer), window, grid_of(series), window.end).good
 
@@ -103,7 +111,7 @@ def chart(bars: Candles, interval: str, symbol: str = "AAPL", **meta: Any) -> di
     return {"chart": {"result": [result], "error": None}}
 
 
-def failed(code: str, description: str, status: int) -> Said:
+def failed(code: str, description: str, status: int) -> Scripted:
     error = {"code": code, "description": description}
     return json_said({"chart": {"result": None, "error": error}}, status)
 
@@ -119,7 +127,7 @@ class SmallYahoo:
     unapplied: frozenset[int] = frozenset()
     change: Callable[[dict[str, Any]], dict[str, Any]] = lambda honest: honest
 
-    def __call__(self, asked: Asked) -> Said:
+    def __call__(self, asked: Received) -> Scripted:
         q = asked.query
         assert asked.path == "/v8/finance/chart/AAPL"
         assert q["events"] == "div,splits"
@@ -169,27 +177,27 @@ class TestConformance(ProviderConformance):
         ProviderConformance.now,
     )
 
-    def market(self, asked: Asked) -> Said:
+    def market(self, asked: Received) -> Scripted:
         return self.honest(asked)
 
     def paged(self) -> tuple[Series, TimeRange]:
         return stock(Timeframe.M1), span("2024-05-13", "2024-06-05")
 
-    def disguised(self, asked: Asked) -> Said:
+    def disguised(self, asked: Received) -> Scripted:
         made = orjson.loads(self.honest(asked).body)
         quote = made["chart"]["result"][0]["indicators"]["quote"][0]
         for price in PRICES:
             quote[price] = [value * 3 for value in quote[price]]
         return json_said(made)
 
-    def unknown(self, asked: Asked) -> Said:
+    def unknown(self, asked: Received) -> Scripted:
         return failed("Not Found", "No data found, symbol may be delisted", 404)
 
     def window(self, series: Series) -> TimeRange:
         return span("2024-05-13", "2024-05-25" if series.timeframe.minutes >= 240 else "2024-05-15")
 
 
-def always(answer: Said) -> Callable[[Asked], Said]:
+def always(answer: Scripted) -> Callable[[Received], Scripted]:
     return lambda _: answer
 
 
@@ -479,10 +487,10 @@ class TestDepth:
     def test_no_request_beyond_the_depth(self, make: Make) -> None:
         provider = make("yfinance", "http://127.0.0.1:1", **clock_at(self.NOW))
         for timeframe in (Timeframe.M1, Timeframe.M15):
-            assert provider.fetch(stock(timeframe), span("2015-09-01", "2015-09-30")) == Answer(())
+            assert provider.fetch(stock(timeframe), span("2015-09-01", "2015-09-30")) == FetchResult(())
             assert provider.estimate(stock(timeframe), span("2015-09-01", "2015-09-30")).requests == 0
         for window in (span("2015-09-01", "2015-09-01"), span("2016-01-04", "2016-01-09")):
-            assert provider.fetch(stock(Timeframe.D1), window) == Answer(())
+            assert provider.fetch(stock(Timeframe.D1), window) == FetchResult(())
 
     def test_capabilities(self, make: Make) -> None:
         provider = make("yfinance", "http://127.0.0.1:1")
@@ -545,20 +553,20 @@ WINDOW = span("2015-12-14", "2015-12-16")
 DAYS = replace(traded(Timeframe.D1, WINDOW), ts=session_opens(traded(Timeframe.D1, WINDOW)))
 
 
-def broken(**changes: Any) -> Said:
+def broken(**changes: Any) -> Scripted:
     made = chart(DAYS, "1d")
     made["chart"]["result"][0].update(changes)
     return json_said(made)
 
 
-def split_of(**split: Any) -> Said:
+def split_of(**split: Any) -> Scripted:
     return broken(events={"splits": {"1": {"date": 1450103400, "numerator": 4, "denominator": 1, **split}}})
 
 
 class TestResponses:
     NOW = us("2015-12-31T12:00")
 
-    def fetch(self, make: Make, answer: Said) -> Candles:
+    def fetch(self, make: Make, answer: Scripted) -> Candles:
         with serve(lambda _: answer) as server:
             provider = make("yfinance", server.url, **clock_at(self.NOW), retry_budget_seconds=0.0)
             return of(provider.fetch(stock(Timeframe.D1), WINDOW))
@@ -566,8 +574,8 @@ class TestResponses:
     @pytest.mark.parametrize(
         "answer",
         [
-            Said(b"<html>will be right back</html>"),
-            Said(b'{"chart": {"result": [{"meta"'),
+            Scripted(b"<html>will be right back</html>"),
+            Scripted(b'{"chart": {"result": [{"meta"'),
             json_said([]),
             json_said({"chart": None}),
             json_said({"chart": {"result": None, "error": None}}),
@@ -586,8 +594,8 @@ class TestResponses:
             broken(events={"splits": [4]}),
         ],
     )
-    def test_garbage(self, make: Make, answer: Said) -> None:
-        with pytest.raises(BadAnswer, match="/v8/finance/chart/AAPL"):
+    def test_garbage(self, make: Make, answer: Scripted) -> None:
+        with pytest.raises(InvalidResponse, match="/v8/finance/chart/AAPL"):
             self.fetch(make, answer)
 
     @pytest.mark.parametrize(
@@ -597,7 +605,7 @@ class TestResponses:
             failed("Bad Request", "Data doesn't exist for startDate = 1, endDate = 2", 400),
         ],
     )
-    def test_no_bars(self, make: Make, answer: Said) -> None:
+    def test_no_bars(self, make: Make, answer: Scripted) -> None:
         assert len(self.fetch(make, answer)) == 0
 
     @pytest.mark.parametrize(
@@ -607,13 +615,13 @@ class TestResponses:
             (failed("Internal", "try later", 200), TransientError),
             (failed("Unauthorized", "Invalid Crumb", 401), WrongKey),
             (failed("Bad Request", "Invalid input - interval=7m is not supported", 400), PermanentError),
-            (Said(b"<html>Will be right back</html>", 404), PermanentError),
-            (Said(b"<html>Will be right back</html>", 502), TransientError),
-            (Said(b"Request denied", 999), TransientError),
-            (Said(b"Too Many Requests\r\n", 429), RateLimited),
+            (Scripted(b"<html>Will be right back</html>", 404), PermanentError),
+            (Scripted(b"<html>Will be right back</html>", 502), TransientError),
+            (Scripted(b"Request denied", 999), TransientError),
+            (Scripted(b"Too Many Requests\r\n", 429), RateLimited),
         ],
     )
-    def test_errors(self, make: Make, answer: Said, kind: type[ProviderError]) -> None:
+    def test_errors(self, make: Make, answer: Scripted, kind: type[ProviderError]) -> None:
         with pytest.raises(kind) as caught:
             self.fetch(make, answer)
         assert type(caught.value) is kind
@@ -635,5 +643,5 @@ class TestResponses:
             case = cases[name]
             body = orjson.dumps(case["body"]) if "body" in case else case["body_text"].encode()
             with pytest.raises(kind) as caught:
-                self.fetch(make, Said(body, case["status"]))
+                self.fetch(make, Scripted(body, case["status"]))
             assert type(caught.value) is kind

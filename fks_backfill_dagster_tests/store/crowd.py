@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 
-from fks_backfill_dagster.domain.rate_limits import Pace, Window
+from fks_backfill_dagster.domain.rate_limits import RateLimits, RateWindow
 from fks_backfill_dagster.providers.base import Cancelled, ProviderOptions, RateLimited
 from fks_backfill_dagster.providers.http.client import HttpClient
 from fks_backfill_dagster.providers.http.limiter import Limiter
@@ -146,12 +146,12 @@ async def _serve_requests(parent: Connection, delay: float) -> None:
 
 # Clients -------------------------------------------------------------------------------------------
 
-MakeLimiter = Callable[[str, tuple[Window, ...]], Limiter]
+MakeLimiter = Callable[[str, tuple[RateWindow, ...]], Limiter]
 
 
-def shared(database_url: str, windows: tuple[Window, ...]) -> Limiter:
+def shared(database_url: str, windows: tuple[RateWindow, ...]) -> Limiter:
     """Our limiter. Its database lives as long as the client process."""
-    return SharedLimiter(Database(database_url), {PROVIDER: Pace(windows, "account")})
+    return SharedLimiter(Database(database_url), {PROVIDER: RateLimits(windows, "account")})
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Crowd:
 
     database_url: str
     server: CountingServer
-    windows: tuple[Window, ...]
+    windows: tuple[RateWindow, ...]
     threads: Sequence[int]
     weight: int = 1
     late: float = 0.0

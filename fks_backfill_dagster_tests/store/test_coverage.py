@@ -148,7 +148,7 @@ def test_an_explained_gap_is_missing_but_not_unexplained(hours: Shelf) -> None:
 
 
 def test_no_trade_candles_are_neither_stored_nor_missing(hours: Shelf) -> None:
-    """One gap of each kind, and hours that were never synced: expected = stored + missing + quiet."""
+    """One gap of each kind, and hours that were never synced: expected = stored + missing + no_trade."""
     kinds = {4: "no_trade", 8: "unavailable", 12: "tolerated", 16: "open"}
     absent = {first + step for first in kinds for step in range(first // 4)}
     there = hours.opens(0, 24)[[hour for hour in range(24) if hour not in absent]]
@@ -161,11 +161,11 @@ def test_no_trade_candles_are_neither_stored_nor_missing(hours: Shelf) -> None:
         )
     state = counted(hours, {"": hours.span(0, 30)})[""]
     assert state == PartState(
-        expected=30, missing=2 + 3 + 4 + 6, unexplained=4 + 6, quiet=1, providers={"binance": 14}
+        expected=30, missing=2 + 3 + 4 + 6, unexplained=4 + 6, no_trade=1, providers={"binance": 14}
     )
     assert (state.stored, state.coverage) == (14, 15 / 30)
     whole = completeness(hours.database, [hours.series])[hours.series]
-    assert whole == Completeness(expected=24, missing=2 + 3 + 4, open_gaps=1, open_missing=4, quiet=1)
+    assert whole == Completeness(expected=24, missing=2 + 3 + 4, open_gaps=1, open_missing=4, no_trade=1)
     assert (whole.stored, whole.coverage) == (14, 15 / 24)
 
 

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fks_backfill_dagster.domain.partitions import Grain
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, to_datetime, to_micros
@@ -27,7 +28,7 @@ from fks_backfill_dagster_tests.store.conftest import fresh
 
 NOW = at("2024-06-15T12:00Z")
 BOTH = frozenset({"binance", "polygon"})
-MONTHS = Wanted(at("2023-01-01T00:00Z"), "month", BOTH)
+MONTHS = Wanted(at("2023-01-01T00:00Z"), Grain.MONTH, BOTH)
 
 
 def absent(*providers: str) -> tuple[Evidence, ...]:
@@ -90,16 +91,16 @@ def test_an_open_gap_is_due_at_its_next_attempt(hours: Shelf) -> None:
 def test_an_open_gap_is_due_for_a_provider_without_a_response(hours: Shelf) -> None:
     write(hours, gap(hours, 0, 3, next_attempt_at=NOW + MICROS_PER_DAY, evidence=absent("binance")))
     assert len(due(hours)) == 1
-    assert due(hours, Wanted(MONTHS.since, "month", frozenset({"binance"}))) == []
+    assert due(hours, Wanted(MONTHS.since, Grain.MONTH, frozenset({"binance"}))) == []
 
 
 def test_an_unavailable_gap_is_due_for_a_provider_without_a_response(hours: Shelf) -> None:
     later = {"next_attempt_at": NOW + MICROS_PER_DAY}
     write(hours, gap(hours, 0, 3, GapStatus.UNAVAILABLE, evidence=absent("binance", "polygon"), **later))
     assert due(hours) == []
-    (place,) = due(hours, Wanted(MONTHS.since, "month", BOTH | {"coingecko"}))
+    (place,) = due(hours, Wanted(MONTHS.since, Grain.MONTH, BOTH | {"coingecko"}))
     assert place.window == hours.span(0, 3)
-    assert due(hours, Wanted(MONTHS.since, "month", frozenset({"polygon"}))) == []
+    assert due(hours, Wanted(MONTHS.since, Grain.MONTH, frozenset({"polygon"}))) == []
 
 
 def test_an_error_is_not_a_final_response(hours: Shelf) -> None:
@@ -116,7 +117,7 @@ def test_gaps_of_other_states_are_never_due(hours: Shelf) -> None:
 
 def test_without_an_eligible_provider_nothing_is_due(hours: Shelf) -> None:
     write(hours, gap(hours, 0, 3))
-    assert due(hours, Wanted(MONTHS.since, "month", frozenset())) == []
+    assert due(hours, Wanted(MONTHS.since, Grain.MONTH, frozenset())) == []
 
 
 def test_a_series_that_is_being_synced_has_no_due_gaps(hours: Shelf) -> None:
@@ -139,8 +140,8 @@ def test_a_gap_across_an_edge_is_due_on_both_sides(hours: Shelf) -> None:
         ("2024-01-01", edge.start, at("2024-02-01T00:00Z")),
         ("2024-02-01", at("2024-02-01T00:00Z"), edge.end),
     ]
-    assert [place.key for place in due(hours, Wanted(MONTHS.since, "year", BOTH))] == ["2024-01-01"]
-    (later,) = due(hours, Wanted(at("2024-02-01T02:00Z"), "month", BOTH))
+    assert [place.key for place in due(hours, Wanted(MONTHS.since, Grain.YEAR, BOTH))] == ["2024-01-01"]
+    (later,) = due(hours, Wanted(at("2024-02-01T02:00Z"), Grain.MONTH, BOTH))
     assert (later.key, later.window.start) == ("2024-02-01", at("2024-02-01T02:00Z"))
 
 
@@ -162,7 +163,7 @@ def test_a_candle_that_closes_in_the_next_part_is_due_only_in_its_own(shared: Da
     close = int(shelf.grid.closes(opens[-1:])[0])
     assert close > at("2025-01-01T00:00Z")
     write(shelf, LedgerGap(int(opens[-1]), close, 1, GapStatus.OPEN))
-    assert [place.key for place in due(shelf, Wanted(MONTHS.since, "year", BOTH))] == ["2024-01-01"]
+    assert [place.key for place in due(shelf, Wanted(MONTHS.since, Grain.YEAR, BOTH))] == ["2024-01-01"]
 
 
 def test_the_time_zone_of_the_server_does_not_matter(hours: Shelf) -> None:
@@ -240,7 +241,7 @@ def test_any_ledger(
     shared: Database,
     rows: Sequence[tuple[int, int, GapStatus, int | None, object]],
     since: int,
-    able: frozenset[str],
+    eligible: frozenset[str],
 ) -> None:
     shelf = Shelf.of(shared, fresh("1h"))
     gaps: list[LedgerGap] = []
@@ -257,10 +258,10 @@ def test_any_ledger(
     begin = MIDNIGHT + since * MICROS_PER_HOUR
     expected: dict[str, int] = {}
     for one in gaps:
-        if one.status is not GapStatus.TOLERATED and one.is_due(able, NOW) and one.end > begin:
+        if one.status is not GapStatus.TOLERATED and one.is_due(eligible, NOW) and one.end > begin:
             for key in months_of(max(one.start, begin), one.end):
                 expected[key] = expected.get(key, 0) + one.missing
-    found = due(shelf, Wanted(begin, "month", able))
+    found = due(shelf, Wanted(begin, Grain.MONTH, eligible))
     assert {place.key: place.missing for place in found} == expected
     for place in found:
         inside = np.array([to_micros(datetime.fromisoformat(place.key).replace(tzinfo=UTC))])

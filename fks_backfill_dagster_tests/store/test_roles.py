@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from psycopg import sql
 
 from fks_backfill_dagster import read_candles
-from fks_backfill_dagster.domain.rate_limits import Pace, Window
+from fks_backfill_dagster.domain.rate_limits import RateLimits, RateWindow
 from fks_backfill_dagster.host.storage import DatabaseStorage, dagster_place
 from fks_backfill_dagster.settings.model import CHECKOUT
 from fks_backfill_dagster.store import roles
@@ -441,8 +441,8 @@ def test_the_program_works_with_the_rights_of_the_document(none_yet: Roles) -> N
     assert shelf.read().equals(candles_at(shelf.opens(0, 10), 2))
     assert len(shelf.read(shelf.now())) == 10
     assert shelf.audit().differences == ()
-    limiter = SharedLimiter(database, {"binance": Pace((Window(10),))})
-    assert limiter.admit("binance", 1).wait == 0
+    limiter = SharedLimiter(database, {"binance": RateLimits((RateWindow(10),))})
+    assert limiter.acquire("binance", 1).wait == 0
     with_dagster(url)
     database.dispose()
 

@@ -249,7 +249,7 @@ class ProviderTask:
         that the provider had no outage. For whole months of a first provider only stored neighbours (`beside`) are
         requested: archives and pages are cut to months.
         """
-        if self.first and not self.provider.capabilities.omits_quiet:
+        if self.first and not self.provider.capabilities.omits_no_trade:
             return beside if self.since is None else TimeRange(max(beside.start, self.since), beside.end)
         before, after = neighbours(hull, grid, self.since)
         end = int(grid.closes(after)[0]) if len(after) else hull.end

@@ -12,7 +12,7 @@ from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE
 from fks_backfill_dagster.pipeline.fetch.range_request import RangeRequest
 from fks_backfill_dagster.pipeline.plan import GRACE
-from fks_backfill_dagster.providers.base import Answer, Clocks, ClocksDiffer, Provider
+from fks_backfill_dagster.providers.base import Clocks, ClocksDiffer, FetchResult, Provider
 
 # The largest clock difference that is waited for.
 MOST_APART = 3 * MICROS_PER_MINUTE
@@ -24,7 +24,7 @@ def closed_by_both(request: RangeRequest, clocks: Clocks | None) -> int:
     return ours if clocks is None else min(ours, clocks.theirs)
 
 
-def check_clocks(provider: Provider, request: RangeRequest, answer: Answer, grid: Grid) -> None:
+def check_clocks(provider: Provider, request: RangeRequest, answer: FetchResult, grid: Grid) -> None:
     """Raises ClocksDiffer; see `request_range`.
 
     If the provider's clock is behind, it may not have candles that are closed by ours; if it is ahead, our clock may

@@ -44,7 +44,7 @@ def request_derived(provider: Provider, request: RangeRequest, parts: Series) ->
     lost = missing_of(wanted, candles.ts)
     sure = ~holding_rejected(lost, answer.rejected, fine)
     quiet = lost[sure & request.declared.contains(lost)]
-    if provider.capabilities.omits_quiet:
+    if provider.capabilities.omits_no_trade:
         quiet_end = max(span.start, fine.closed_end(closed_by_both(request, answer.clocks)))
         found = _quiet_parts(
             native, candles, request, fine, TimeRange(span.start, min(closed_end, quiet_end))

@@ -226,7 +226,7 @@ class _Span:
         self._respond_missing(task, answer)
         if self.refetch is not None and task.first:
             self.refetch.note_absent(answer)
-        if task.provider.capabilities.omits_quiet:
+        if task.provider.capabilities.omits_no_trade:
             self._absent |= answer.absent
 
     def _respond_missing(self, task: ProviderTask, answer: ProviderAnswer) -> None:
@@ -251,7 +251,7 @@ class _Span:
             mine = common(opens, lacking)
             self.found.respond(task.evidence(Outcome.ABSENT, detail), mine)
             lacking = missing_of(lacking, mine)
-        sure = common(answer.confirmed, lacking) if task.provider.capabilities.omits_quiet else _NONE
+        sure = common(answer.confirmed, lacking) if task.provider.capabilities.omits_no_trade else _NONE
         self.found.respond(task.evidence(Outcome.ABSENT, confirmed=True), sure)
         self.found.respond(task.evidence(Outcome.ABSENT), missing_of(lacking, sure))
 

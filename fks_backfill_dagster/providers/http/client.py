@@ -19,10 +19,10 @@ import orjson
 import requests
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, stop_any
 
-from fks_backfill_dagster.domain.rate_limits import Turn
+from fks_backfill_dagster.domain.rate_limits import Permit
 from fks_backfill_dagster.providers.base import (
-    BadAnswer,
     Cancelled,
+    InvalidResponse,
     ProviderError,
     ProviderOptions,
     TransientError,
@@ -162,7 +162,7 @@ class HttpClient:
         """Runs `attempt` as soon as the rate limit admits it; waits within the budget."""
         while True:
             with self.pool.slot():
-                turn = self.limiter.admit(self.provider, weight)
+                turn = self.limiter.acquire(self.provider, weight)
                 if not turn.wait:
                     return self._with_permit(turn, attempt, tally)
             pause = min(turn.wait, RECHECK_SECONDS)
@@ -172,16 +172,16 @@ class HttpClient:
                 self.pool.report_wait(self.provider, f"{self.provider}: waiting {turn.wait:.0f} s: {why}")
             self.pool.sleep(pause)
 
-    def _with_permit(self, turn: Turn, attempt: Callable[[], T], tally: Tally) -> T:
+    def _with_permit(self, turn: Permit, attempt: Callable[[], T], tally: Tally) -> T:
         try:
             tally.add()
             return attempt()
         except TransientError as error:
             if error.retry_after is not None:
-                self.limiter.penalise(self.provider, error.retry_after)
+                self.limiter.cool_down(self.provider, error.retry_after)
             raise
         finally:
-            self.limiter.over(turn)
+            self.limiter.release(turn)
 
     def exchange(
         self, url: str, params: Mapping[str, str] | None = None, *, max_bytes: int = MAX_JSON_BYTES
@@ -209,9 +209,11 @@ class HttpClient:
         )
 
     def json(self, reply: Reply) -> object:
-        """The decoded body. BadAnswer for HTML, truncated JSON and the like."""
+        """The decoded body. InvalidResponse for HTML, truncated JSON and the like."""
         try:
             return orjson.loads(reply.body)
         except orjson.JSONDecodeError:
             content = excerpt(reply.body, self.options.key)
-            raise BadAnswer(self.provider, f"{reply.place} returned no valid JSON but {content}") from None
+            raise InvalidResponse(
+                self.provider, f"{reply.place} returned no valid JSON but {content}"
+            ) from None

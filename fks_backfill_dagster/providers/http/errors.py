@@ -17,7 +17,7 @@ from urllib3.exceptions import (
 
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, to_micros
 from fks_backfill_dagster.providers.base import (
-    BadAnswer,
+    InvalidResponse,
     NotEntitled,
     PermanentError,
     ProviderError,
@@ -101,9 +101,9 @@ def network_error(
     if (why := _no_connection(error, place, setting, key)) is not None:
         return Unreachable(provider, why)
     if isinstance(error, TooLarge):
-        return BadAnswer(provider, f"{place} returned {error}, which is too large for a valid response")
+        return InvalidResponse(provider, f"{place} returned {error}, which is too large for a valid response")
     if isinstance(error, requests.exceptions.ContentDecodingError):
-        return BadAnswer(provider, f"{place} sent a body that cannot be read: {error}")
+        return InvalidResponse(provider, f"{place} sent a body that cannot be read: {error}")
     return TransientError(provider, f"{place}: the connection broke before the response was complete")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from fks_backfill_dagster.domain.rate_limits import Pace, Turn, Window, bounded_wait
+from fks_backfill_dagster.domain.rate_limits import Permit, RateLimits, RateWindow, bounded_wait
 
 
 def system_micros() -> int:
@@ -21,18 +21,18 @@ def system_micros() -> int:
 class Limiter(Protocol):
     """The rate limits of the providers, shared by all processes. Never blocks: the caller waits."""
 
-    def admit(self, provider: str, weight: int) -> Turn:
+    def acquire(self, provider: str, weight: int) -> Permit:
         """Acquires a permit: granted (`wait` 0, the request counts from now on), or the wait before the next try."""
         ...
 
-    def over(self, turn: Turn) -> None:
+    def release(self, turn: Permit) -> None:
         """Releases a permit after its request, whatever the outcome.
 
         Until then the request counts as the newest, because the time of its arrival at the provider is unknown.
         """
         ...
 
-    def penalise(self, provider: str, seconds: float) -> None:
+    def cool_down(self, provider: str, seconds: float) -> None:
         """Grants no permit for this provider during the next `seconds`, a day at most."""
         ...
 
@@ -49,7 +49,7 @@ class ProcessLimiter:
     A provider that is not in `paces` has no rate limit; only penalties apply to it.
     """
 
-    def __init__(self, paces: Mapping[str, Pace]) -> None:
+    def __init__(self, paces: Mapping[str, RateLimits]) -> None:
         self._paces = dict(paces)
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
@@ -57,14 +57,14 @@ class ProcessLimiter:
         self._in_flight: dict[int, _Spent] = {}
         self._penalised_until: dict[str, float] = {}
 
-    def admit(self, provider: str, weight: int) -> Turn:
+    def acquire(self, provider: str, weight: int) -> Permit:
         with self._lock:
             now = time.monotonic()
             if (penalty := self._penalised_until.get(provider, now) - now) > 0:
-                return Turn(penalty, "demanded by the provider: wait")
-            windows = self._paces.get(provider, Pace()).windows
+                return Permit(penalty, "demanded by the provider: wait")
+            windows = self._paces.get(provider, RateLimits()).windows
             if not windows:
-                return Turn()
+                return Permit()
             spent = self._spent.setdefault(provider, {})
             longest = max(window.seconds for window in windows)
             for number in [n for n, one in spent.items() if one.until <= now - longest]:
@@ -77,28 +77,28 @@ class ProcessLimiter:
                 return turn
             number = next(self._numbers)
             spent[number] = self._in_flight[number] = _Spent(weight)
-            return Turn(number=number)
+            return Permit(number=number)
 
-    def over(self, turn: Turn) -> None:
+    def release(self, turn: Permit) -> None:
         with self._lock:
             if spent := self._in_flight.pop(turn.number, None):
                 spent.until = time.monotonic()
 
-    def penalise(self, provider: str, seconds: float) -> None:
+    def cool_down(self, provider: str, seconds: float) -> None:
         with self._lock:
             until = time.monotonic() + bounded_wait(seconds)
             self._penalised_until[provider] = max(until, self._penalised_until.get(provider, until))
 
     @staticmethod
-    def _turn_in(window: Window, spent: Iterable[_Spent], weight: int, now: float) -> Turn:
+    def _turn_in(window: RateWindow, spent: Iterable[_Spent], weight: int, now: float) -> Permit:
         counted = sorted((one.until, one.weight) for one in spent if one.until > now - window.seconds)
         # A request heavier than the whole limit is still sent, alone.
         excess = min(sum(w for _, w in counted) + weight - window.limit, sum(w for _, w in counted))
         if excess <= 0:
-            return Turn()
+            return Permit()
         for until, one in counted:
             excess -= one
             if excess <= 0:
                 wait = window.seconds if until == math.inf else until + window.seconds - now
-                return Turn(wait, window.reason)
+                return Permit(wait, window.reason)
         raise AssertionError("the excess is at most what is counted")

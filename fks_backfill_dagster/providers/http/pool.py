@@ -130,7 +130,7 @@ class RequestPool:
 class Tally:
     """The request count and the clocks of one fetch, across all its threads.
 
-    count: requests, retries included. clocks: as in `Answer`.
+    count: requests, retries included. clocks: as in `FetchResult`.
     """
 
     count: int = 0

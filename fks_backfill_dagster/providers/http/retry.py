@@ -8,7 +8,7 @@ from tenacity import RetryCallState
 from tenacity.stop import stop_base
 from tenacity.wait import wait_exponential_jitter
 
-from fks_backfill_dagster.domain.rate_limits import Turn
+from fks_backfill_dagster.domain.rate_limits import Permit
 from fks_backfill_dagster.providers.base import (
     ProviderOptions,
     RateLimited,
@@ -28,7 +28,7 @@ class RetryBudget(stop_base):
         self.demanded_waits_left = options.longest_wait_seconds
         self._failed_at: float | None = None
 
-    def spend(self, provider: str, turn: Turn, pause: float) -> None:
+    def spend(self, provider: str, turn: Permit, pause: float) -> None:
         """Accounts for a `pause` of the wait returned by the limiter. Raises RateLimited if a demanded wait exceeds
         the remaining budget."""
         if turn.reason is not None:

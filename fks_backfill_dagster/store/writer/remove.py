@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
-from fks_backfill_dagster.store.sql import table_of
+from fks_backfill_dagster.store.sql import named, table_of
 from fks_backfill_dagster.store.writer.lineage import lock
 
 
@@ -16,10 +16,9 @@ def remove_series(database: Database, series: Series) -> int:
 
     `ohlcv_as_of` then returns nothing for it either. Raises StoreError while it is being synced.
     """
-    named = {"symbol": series.symbol, "timeframe": series.timeframe.value}
     with database.begin() as connection:
         query = "SELECT id FROM fks.series WHERE symbol = :symbol AND timeframe = :timeframe"
-        identity = connection.scalar(sa.text(query), named)
+        identity = connection.scalar(sa.text(query), named(series))
         if identity is None:
             return 0
         lock(connection, identity)

@@ -12,9 +12,10 @@ from fks_backfill_dagster.ledger.gaps import GapStatus
 from fks_backfill_dagster.orchestration.assets import Task, materialize_series
 from fks_backfill_dagster.orchestration.build import build_defs
 from fks_backfill_dagster.orchestration.groups import groups_of
-from fks_backfill_dagster.orchestration.run_config import RunKind
+from fks_backfill_dagster.orchestration.run_config import SyncMode, SyncOptions
 from fks_backfill_dagster.orchestration.run_log import Lines, SyncLogger
 from fks_backfill_dagster.orchestration.schedules import check_requests, refresh_requests
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
@@ -63,7 +64,7 @@ def test_a_tick_refreshes_added_series_and_skips_removed_ones(database: Database
 def test_the_checks_skip_removed_series(database: Database) -> None:
     for symbol in ("BTC/USDT", "ETH/USDT"):
         pretend_synced(database, symbol, "1h", "2024-01-01", "2024-03-10T11:00")
-    (request,) = check_requests(groups_of(settings_of("ETH/USDT")), database)
+    (request,) = check_requests(groups_of(Catalog(settings_of("ETH/USDT"))), database)
     assert {key.asset_key.path[1] for key in request.asset_check_keys or ()} == {"ETH_USDT"}
 
 
@@ -112,7 +113,7 @@ def test_a_partition_expects_nothing_after_the_end(
 # Delisting: a year of ticks with a simulated clock ---------------------------------------------------------
 
 DELISTED, BACK = instant("2023-01-11"), instant("2024-01-20T09:00")
-DELISTED_SETTINGS = settings_of("LUNA/USDT", start="2023-01-01", frames=[Timeframe.H1])
+LUNA = Catalog(settings_of("LUNA/USDT", start="2023-01-01", frames=[Timeframe.H1]))
 
 
 class Year:
@@ -123,16 +124,16 @@ class Year:
         self.context = replace(
             make_context(database, market.binance_url),
             clock=lambda: self.now,
-            priority=DELISTED_SETTINGS.priority,
+            priority=LUNA.priority,
         )
-        self.series = DELISTED_SETTINGS.find_series("LUNA/USDT", "1h")
+        self.series = LUNA.find_series("LUNA/USDT", "1h")
         self.states: dict[str, PartState] = {}
 
     def tick(self) -> int:
         """One tick and its runs. Returns the number of requests to the market."""
-        (group,) = groups_of(DELISTED_SETTINGS)
+        (group,) = groups_of(LUNA)
         at = to_datetime(self.now)
-        requests = list(refresh_requests(Timeframe.H1, group.series, DELISTED_SETTINGS, self.database, at))
+        requests = list(refresh_requests(Timeframe.H1, group.series, LUNA, self.database, at))
         if not requests:
             return 0
         before = self.market.requests()
@@ -143,7 +144,7 @@ class Year:
             self.market.set_clock(self.now)
             outcome = materialize_series(
                 self.context,
-                Task(self.series, windows, DELISTED_SETTINGS, "run", run_kind=RunKind.REFRESH, reach=known),
+                Task(self.series, windows, LUNA, "run", SyncOptions(SyncMode.REFRESH), known),
                 SyncLogger(Lines(), False),
             )
             assert not outcome.failed

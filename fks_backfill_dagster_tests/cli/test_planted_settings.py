@@ -15,7 +15,7 @@ import pytest
 from fks_backfill_dagster.embedded import EmbeddedPostgres
 from fks_backfill_dagster.host.servers import free_port
 from fks_backfill_dagster.simulator.local import LocalMarket
-from fks_backfill_dagster_tests.accounts import IS_ROOT, as_stranger, give_to_stranger, needs_root
+from fks_backfill_dagster_tests.accounts import IS_ROOT, as_other, give_to_other, needs_root
 from fks_backfill_dagster_tests.cli.conftest import Command, Outcome
 
 PROGRAM = Path(sys.executable).with_name("fks-backfill")
@@ -40,7 +40,7 @@ def theirs(settings: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (folder / f"{name}.py").write_text(f"{code}raise SystemExit('a planted module')\n")
     folder.chmod(0o777)
     if IS_ROOT:
-        give_to_stranger(folder, *folder.rglob("*"))
+        give_to_other(folder, *folder.rglob("*"))
     monkeypatch.chdir(folder)
     yield folder
     shutil.rmtree(folder)
@@ -134,7 +134,7 @@ def test_root_does_nothing_in_the_home_of_another_account(
     for name in links:
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).symlink_to(victim)
-    give_to_stranger(home, *home.rglob("*"))
+    give_to_other(home, *home.rglob("*"))
     monkeypatch.setenv("FKS_HOME", str(home))
     monkeypatch.delenv("FKS_DATABASE_URL")
     before = sorted(home.rglob("*"))
@@ -193,7 +193,7 @@ def test_another_account_cannot_read_a_home(process: Command, world: LocalMarket
         assert process("down").exit_code == 0
         for path in (yard / "home", yard / "home" / "run", yard / "home" / "run" / "up.lock"):
             code = f"import os, sys; sys.exit(os.access({str(path)!r}, os.R_OK))"
-            done = subprocess.run([*as_stranger(), sys.executable, "-c", code], cwd="/")
+            done = subprocess.run([*as_other(), sys.executable, "-c", code], cwd="/")
             assert done.returncode == 0, f"{path} can be read"
     finally:
         shutil.rmtree(yard)

@@ -20,12 +20,13 @@ from dagster._core.storage.tags import RETRY_ON_ASSET_OR_OP_FAILURE_TAG
 
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.timeframe import Timeframe
-from fks_backfill_dagster.host import lasting
+from fks_backfill_dagster.host import storage_retries
 from fks_backfill_dagster.host.storage import DatabaseStorage, dagster_place
 from fks_backfill_dagster.orchestration import assets
 from fks_backfill_dagster.orchestration.assets import Outcome, Task, materialize_with_retries
 from fks_backfill_dagster.orchestration.retrying import retried, wait_until_available
 from fks_backfill_dagster.orchestration.run_log import Lines
+from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.store import sessions
@@ -43,7 +44,7 @@ YEARS = TimeRange(instant("2022-01-01"), instant("2024-01-01"))
 
 
 def test_a_call_is_retried_until_the_database_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lasting, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(storage_retries, "_PAUSE_SECONDS", 0.0)
     results: list[Exception | int] = [DatabaseUnavailable("away"), DatabaseUnavailable("away"), 7]
 
     def call(number: int, *, more: int) -> int:
@@ -52,7 +53,7 @@ def test_a_call_is_retried_until_the_database_is_available(monkeypatch: pytest.M
             raise result
         return result + number + more
 
-    assert lasting.with_retries(call)(1, more=2) == 10
+    assert storage_retries.with_retries(call)(1, more=2) == 10
     assert results == []
 
 
@@ -75,18 +76,18 @@ def test_any_other_error_is_raised_immediately(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)):
-        lasting.with_retries(call)()
+        storage_retries.with_retries(call)()
     assert made == 1
 
 
 def test_retries_are_limited_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lasting, "AWAY_SECONDS", -1.0)
+    monkeypatch.setattr(storage_retries, "AWAY_SECONDS", -1.0)
 
     def call() -> None:
         raise DatabaseUnavailable("away")
 
     with pytest.raises(DatabaseUnavailable):
-        lasting.with_retries(call)()
+        storage_retries.with_retries(call)()
 
 
 # With a server that is stopped and started
@@ -211,9 +212,9 @@ class Written:
 
 
 def hours() -> Task:
-    settings = settings_of("BTC/USDT", start="2022-01-01", frames=[Timeframe.H1])
+    catalog = Catalog(settings_of("BTC/USDT", start="2022-01-01", frames=[Timeframe.H1]))
     windows = {f"{year}-01-01": year_of(year) for year in (2022, 2023)}
-    return Task(settings.find_series("BTC/USDT", "1h"), windows, settings, "run")
+    return Task(catalog.find_series("BTC/USDT", "1h"), windows, catalog, "run")
 
 
 def year_of(year: int) -> TimeRange:

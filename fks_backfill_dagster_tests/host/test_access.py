@@ -7,7 +7,7 @@ one of its pages or without an origin, as GET of a page or as POST of JSON to Gr
 from __future__ import annotations
 
 import http.client
-import importlib.util
+import importlib
 import itertools
 import json
 import os
@@ -40,14 +40,10 @@ from fks_backfill_dagster_tests.host.test_servers import until
 
 
 def _pictures() -> ModuleType:
-    """docs/pictures.py, which drives a browser."""
-    spec = importlib.util.spec_from_file_location("pictures", CHECKOUT / "docs" / "pictures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """docs/pictures.py, which drives a browser and is outside of packages."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(CHECKOUT / "docs"))
+        return importlib.import_module("pictures")
 
 
 pictures = _pictures()
@@ -116,7 +112,7 @@ class Access:
         return name
 
     def runs(self) -> int:
-        found = self.running.web.ask("{ runsOrError { ... on Runs { count } } }")
+        found = self.running.web.query("{ runsOrError { ... on Runs { count } } }")
         return int(found["runsOrError"]["count"])
 
 
@@ -175,7 +171,7 @@ def test_login_by_url_cookie_and_bearer_token(access: Access) -> None:
             assert without.status in (401, 403, 405), (method, path)
             assert token not in without.body
     with pytest.raises(WrongToken):
-        Webserver(access.running.url, "x" * 32).ask("{ version }")
+        Webserver(access.running.url, "x" * 32).query("{ version }")
 
 
 def is_accepted(
@@ -266,7 +262,7 @@ def test_a_run_with_another_resource_is_rejected(
 ) -> None:
     config = {"resources": {resource: {"config": {field: value}}}}
     web = access.running.web
-    found = web.ask(LAUNCH, p=launch(**config))["launchRun"]
+    found = web.query(LAUNCH, p=launch(**config))["launchRun"]
     assert found["__typename"] == "RunConfigValidationInvalid"
     assert f'"{field}" at path root:resources:{resource}' in found["errors"][0]["message"]
     assert KEY not in str(found)
@@ -397,7 +393,7 @@ def test_a_page_of_another_site_in_a_real_browser(access: Access) -> None:
     assert access.site.market.requests() == 0
     asset = "{ assetChecksOrError { ... on AssetChecks { checks { executionForLatestMaterialization { status } } } } }"
     key = {"path": ["ohlcv", "BTC_USDT", "15m"]}
-    shown = web.ask(
+    shown = web.query(
         f"query($key: AssetKeyInput!) {{ assetNodeOrError(assetKey: $key) {{ ... on AssetNode {asset} }} }}",
         key=key,
     )
@@ -414,13 +410,13 @@ def test_no_secret_is_found_anywhere(running: LocalMarket, tmp_path: Path) -> No
         made = changed(plain, **secrets, FKS_WEBSERVER__LOGIN="true", FKS_ALERTS__URLS=hook)
         made.up()
         web = made.web
-        run = str(web.ask(LAUNCH, p=launch())["launchRun"]["run"]["runId"])
+        run = str(web.query(LAUNCH, p=launch())["launchRun"]["run"]["runId"])
         until(lambda: web.run(run).finished)
         assert web.run(run).status == "SUCCESS"
 
         access = Access(Servers(web.url, made.settings.home / "logs", True, web.token), made)
         seen = [access.send("GET", path, Authorization=f"Bearer {web.token}").body for path in ROUTES]
-        answers = (web.ask(query, **({"run": run} if "$run" in query else {})) for query in EVERYTHING)
+        answers = (web.query(query, **({"run": run} if "$run" in query else {})) for query in EVERYTHING)
         seen += map(json.dumps, answers)
         seen += [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
         seen += [" ".join(filter(None, compute_log(web, run)))]
