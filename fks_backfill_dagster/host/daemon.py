@@ -1,4 +1,5 @@
-"""The daemon that `up` starts: Dagster's own, whose backfills survive a change of the settings.
+"""The daemon that `up` starts: Dagster's own, whose backfills survive a change of the settings, and which retries every
+failed run.
 
 Dagster fails a whole backfill, and cancels its runs, when one of its assets or partitions is no longer defined
 ("existed at storage-time, but no longer does"): a symbol or a timeframe was removed, or history starts later. This
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from threading import Event
 from typing import Any
@@ -32,6 +34,7 @@ from dagster import (
 from dagster._core.definitions.assets.graph.asset_graph_subset import AssetGraphSubset
 from dagster._core.execution.asset_backfill import AssetBackfillData
 from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus, PartitionBackfill
+from dagster._core.storage.dagster_run import FINISHED_STATUSES, RunRecord
 from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
@@ -39,8 +42,12 @@ from dagster._core.storage.tags import (
     PARTITION_NAME_TAG,
 )
 from dagster._core.utils import make_new_run_id
-from dagster._core.workspace.context import WorkspaceProcessContext
+from dagster._core.workspace.context import IWorkspaceProcessContext, WorkspaceProcessContext
 from dagster._core.workspace.load_target import WorkspaceFileTarget
+from dagster._daemon.auto_run_reexecution.auto_run_reexecution import (
+    consume_new_runs_for_automatic_reexecution,
+)
+from dagster._daemon.auto_run_reexecution.event_log_consumer import EventLogConsumerDaemon
 from dagster._daemon.controller import create_daemons_from_instance, daemon_controller_from_instance
 from dagster._daemon.daemon import BackfillDaemon, DagsterDaemon, SpanMarker
 from dagster._utils.caching_instance_queryer import CachingInstanceQueryer
@@ -59,6 +66,11 @@ _GONE = ("existed at storage-time, but no longer does", "have been removed since
 """Parts of their messages if assets or partitions were removed."""
 
 
+# A status follows its event by one statement; a database that is being restarted by some more.
+STATUS_SECONDS = 30.0
+_STATUS_PAUSE_SECONDS = 0.2
+
+
 class LastingBackfillDaemon(BackfillDaemon):
     """Dagster's backfill daemon; first removes undefined assets from backfills."""
 
@@ -70,6 +82,36 @@ class LastingBackfillDaemon(BackfillDaemon):
                 except Exception:  # Dagster's own iteration must follow in any case
                     self._logger.exception("Comparing the backfills with the definitions failed")
             yield each
+
+
+class EndedRunsDaemon(EventLogConsumerDaemon):
+    """Dagster's daemon that retries failed runs; first waits until the status of each is stored.
+
+    Dagster stores the event of a failure before the status of the run. Between the two the run cannot be retried ("not
+    failed or canceled"), and Dagster would mark it as one that never is.
+    """
+
+    @property
+    def handle_updated_runs_fns(self) -> Sequence[Any]:
+        return [_retry_ended_runs]
+
+
+def _retry_ended_runs(
+    context: IWorkspaceProcessContext[Any], records: Sequence[RunRecord], logger: logging.Logger
+) -> Iterator[None]:
+    yield from consume_new_runs_for_automatic_reexecution(context, ended(context.instance, records), logger)
+
+
+def ended(instance: DagsterInstance, records: Sequence[RunRecord]) -> Sequence[RunRecord]:
+    """The records of runs with an event of their end, as soon as their statuses say so; after STATUS_SECONDS as they
+    are."""
+    deadline = time.monotonic() + STATUS_SECONDS
+    while any(one.dagster_run.status not in FINISHED_STATUSES for one in records):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(_STATUS_PAUSE_SECONDS)
+        records = instance.get_run_records(RunsFilter(run_ids=[one.dagster_run.run_id for one in records]))
+    return records
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,13 +299,14 @@ def _ignore_removed() -> None:
 
 
 def daemons(instance: DagsterInstance) -> list[DagsterDaemon[Any]]:
-    """Dagster's daemons for this instance, with the backfill daemon replaced."""
-    return [
-        LastingBackfillDaemon(settings=instance.get_backfill_settings())
-        if isinstance(one, BackfillDaemon)
-        else one
-        for one in create_daemons_from_instance(instance)
-    ]
+    """Dagster's daemons for this instance, with those of backfills and of retries replaced."""
+
+    def ours(one: DagsterDaemon[Any]) -> DagsterDaemon[Any]:
+        if isinstance(one, BackfillDaemon):
+            return LastingBackfillDaemon(settings=instance.get_backfill_settings())
+        return EndedRunsDaemon() if isinstance(one, EventLogConsumerDaemon) else one
+
+    return [ours(one) for one in create_daemons_from_instance(instance)]
 
 
 def run(workspace: str) -> None:

@@ -150,7 +150,7 @@ TABLE = (
         "options, and a pooler that refuses them",
         query=(("options", "-c work_mem=8MB"),),
         before=old_pooler,
-        refusal="Take the parameter out of FKS_DATABASE_URL, or use the server's own port",
+        refusal="Remove the parameter from FKS_DATABASE_URL, or use the server's own port",
     ),
     Odd(
         "pgbouncer in transaction mode",
