@@ -30,7 +30,7 @@ from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.providers.base import Cancelled
 from fks_backfill_dagster.providers.http.limiter import system_micros
 from fks_backfill_dagster.providers.http.pool import RequestPool
-from fks_backfill_dagster.providers.registry import build, limiter_for, paces, resolve_options
+from fks_backfill_dagster.providers.registry import build, limiter_for, rate_limits, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.rate_limits import SharedLimiter
@@ -79,7 +79,7 @@ class World:
         """Fetches the range repeatedly through the shared limiter for `seconds`, without storing it."""
         pool, database = RequestPool(5), Database(self.database_url)
         options = resolve_options("binance", base_url=base_url)
-        limiter = SharedLimiter(database, paces({"binance": options}))
+        limiter = SharedLimiter(database, rate_limits({"binance": options}))
         provider = build("binance", options, pool, limiter)
         timer = threading.Timer(seconds, pool.stop.set)
         timer.start()

@@ -245,7 +245,7 @@ def limiter_for(options: Mapping[str, ProviderOptions], database: Database) -> L
     from fks_backfill_dagster.providers import registry
     from fks_backfill_dagster.store.rate_limits import SharedLimiter
 
-    return SharedLimiter(database, registry.paces(options))
+    return SharedLimiter(database, registry.rate_limits(options))
 
 
 def circuit_for(options: Mapping[str, ProviderOptions], database: Database) -> Circuit:
@@ -253,7 +253,7 @@ def circuit_for(options: Mapping[str, ProviderOptions], database: Database) -> C
     from fks_backfill_dagster.providers import registry
     from fks_backfill_dagster.store.rate_limits import SharedCircuit
 
-    return SharedCircuit(database, registry.paces(options))
+    return SharedCircuit(database, registry.rate_limits(options))
 
 
 def provider_states(settings: Settings, database: Database) -> dict[str, ProviderState]:
@@ -268,11 +268,11 @@ def provider_states(settings: Settings, database: Database) -> dict[str, Provide
         return {}
     from fks_backfill_dagster.providers import registry
 
-    paces = registry.paces(enabled_options(settings))
+    limits = registry.rate_limits(enabled_options(settings))
     return {
         state.provider: state
         for state in out
-        if state.provider in paces and paces[state.provider].account == state.account
+        if state.provider in limits and limits[state.provider].account == state.account
     }
 
 
@@ -282,8 +282,8 @@ def reset_provider(settings: Settings, database: Database, name: str) -> list[Pr
     from fks_backfill_dagster.providers import registry
     from fks_backfill_dagster.store import rate_limits
 
-    paces = registry.paces({name: provider_options(settings, name)})
-    found = (rate_limits.reset(database, lane, pace.account) for lane, pace in paces.items())
+    limits = registry.rate_limits({name: provider_options(settings, name)})
+    found = (rate_limits.reset(database, lane, pace.account) for lane, pace in limits.items())
     return [state for state in found if state is not None]
 
 

@@ -11,7 +11,8 @@ from typing import Any
 def interrupted_everywhere(call: Callable[[], object]) -> Iterator[int]:
     """Runs `call` again and again; run n is interrupted by KeyboardInterrupt at the nth line that it executes.
 
-    Yields n after each interrupted run; ends with the first run that is complete. Lines of the standard library
+    Yields n after each interrupted run; ends with the first run that is complete. Fails if no line was interrupted, or
+    if the call has caught an interruption. Lines of the standard library
     count too, those of installed packages do not: what they leave behind is theirs.
     """
     remaining = 0
@@ -38,6 +39,8 @@ def interrupted_everywhere(call: Callable[[], object]) -> Iterator[int]:
             sys.settrace(former)
             yield number
         else:
+            assert remaining > 0, f"the interruption of line {number} was caught"
+            assert number > 1, "no line was traced"
             return
         finally:
             sys.settrace(former)

@@ -57,7 +57,7 @@ def find_outages(
 ) -> tuple[Outage, ...]:
     """The outages of the venues of `series` within `window`, cut to it; ascending by venue and time.
 
-    From its `end_of` on no candle of a series is missing (`Settings.end_of`). Ranges that were not synced yet are
+    From its `end_of` on no candle of a series is missing (`Catalog.end_of`). Ranges that were not synced yet are
     no outage. Four queries, for any number of series.
     """
     series = list(dict.fromkeys(series))

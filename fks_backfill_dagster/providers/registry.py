@@ -65,17 +65,17 @@ def resolve_options(
     )
 
 
-def paces(options: Mapping[str, ProviderOptions]) -> dict[str, RateLimits]:
+def rate_limits(options: Mapping[str, ProviderOptions]) -> dict[str, RateLimits]:
     """The rate limits of these providers, each for the account identified by its key and address.
 
     Archives have an account of their own, without a limit: only the waits that they demand apply.
     """
-    found = {name: _pace(name, one) for name, one in options.items()}
+    found = {name: _rate_limits_of(name, one) for name, one in options.items()}
     archives = {name: one.archive_url for name, one in options.items() if one.archive_url}
     return found | {f"{name}-archive": RateLimits((), _account(url)) for name, url in archives.items()}
 
 
-def _pace(name: str, options: ProviderOptions) -> RateLimits:
+def _rate_limits_of(name: str, options: ProviderOptions) -> RateLimits:
     known, a_minute = _known(name), options.requests_per_minute
     # A configured limit describes another plan, so the daily budget of the default plan does not apply either.
     if known.windows and a_minute in (None, known.requests_per_minute):
@@ -96,7 +96,7 @@ def _account(url: str, key: str | None = None) -> str:
 
 def limiter_for(options: Mapping[str, ProviderOptions]) -> ProcessLimiter:
     """A limiter for this process only, with the limits of these providers."""
-    return ProcessLimiter(paces(options))
+    return ProcessLimiter(rate_limits(options))
 
 
 def build(

@@ -101,23 +101,23 @@ _STATES = sa.text(
 class SharedLimiter:
     """A Limiter (providers/http/limiter.py) that all processes on this database share.
 
-    Waiting processes get permits in turn, whatever the number of their threads. A provider that is not in `paces`
+    Waiting processes get permits in turn, whatever the number of their threads. A provider that is not in `rate_limits`
     has no rate limit, only cool-downs. Every method may raise StoreError. A permit whose connection was lost before
     it arrived counts as used until it expires.
     """
 
-    def __init__(self, database: Database, paces: Mapping[str, RateLimits]) -> None:
+    def __init__(self, database: Database, rate_limits: Mapping[str, RateLimits]) -> None:
         self._database = database
-        self._paces = dict(paces)
+        self._rate_limits = dict(rate_limits)
         self._owner = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._cached: dict[str, tuple[float, Permit]] = {}  # by provider: time of the response, response
 
     @repeated
     def acquire(self, provider: str, weight: int) -> Permit:
-        if turn := self._cached_wait(provider):
-            return turn
-        pace = self._paces.get(provider, RateLimits())
+        if permit := self._cached_wait(provider):
+            return permit
+        pace = self._rate_limits.get(provider, RateLimits())
         with self._database.autocommit() as connection:
             parameters = {
                 "provider": provider,
@@ -135,20 +135,22 @@ class SharedLimiter:
             if closed and wait > LONGEST_WAIT:
                 _shorten(connection, provider, pace.account)
                 wait = LONGEST_WAIT
-        turn = Permit(wait, "demanded by the provider: wait" if closed else pace.windows[bound_by - 1].reason)
+        permit = Permit(
+            wait, "demanded by the provider: wait" if closed else pace.windows[bound_by - 1].reason
+        )
         with self._lock:
-            self._cached[provider] = (time.monotonic(), turn)
-        return turn
+            self._cached[provider] = (time.monotonic(), permit)
+        return permit
 
     @repeated
-    def release(self, turn: Permit) -> None:
-        if turn.number:
+    def release(self, permit: Permit) -> None:
+        if permit.number:
             with self._database.autocommit() as connection:
-                connection.execute(_RELEASE, {"number": turn.number})
+                connection.execute(_RELEASE, {"number": permit.number})
 
     @repeated
     def cool_down(self, provider: str, seconds: float) -> None:
-        account = self._paces.get(provider, RateLimits()).account
+        account = self._rate_limits.get(provider, RateLimits()).account
         with self._database.autocommit() as connection:
             named = {"provider": provider, "account": account, "seconds": bounded_wait(seconds)}
             connection.execute(_PENALISE, named)
@@ -156,17 +158,17 @@ class SharedLimiter:
     def _cached_wait(self, provider: str) -> Permit | None:
         """A wait that another thread was given a moment ago: one query serves all threads."""
         with self._lock:
-            received_at, turn = self._cached.get(provider, (0.0, Permit()))
+            received_at, permit = self._cached.get(provider, (0.0, Permit()))
         age = time.monotonic() - received_at
-        return replace(turn, wait=turn.wait - age) if age < min(turn.wait, REMEMBERED_SECONDS) else None
+        return replace(permit, wait=permit.wait - age) if age < min(permit.wait, REMEMBERED_SECONDS) else None
 
 
 class SharedCircuit:
     """A Circuit (providers/base.py) that all processes on this database share."""
 
-    def __init__(self, database: Database, paces: Mapping[str, RateLimits]) -> None:
+    def __init__(self, database: Database, rate_limits: Mapping[str, RateLimits]) -> None:
         self._database = database
-        self._accounts = {name: pace.account for name, pace in paces.items()}
+        self._accounts = {name: pace.account for name, pace in rate_limits.items()}
 
     @repeated
     def closed_for(self, provider: str) -> CoolDown | None:

@@ -27,7 +27,7 @@ from fks_backfill_dagster.pipeline.events import BatchDone, Planned, SyncEvent, 
 from fks_backfill_dagster.pipeline.plan import Scope
 from fks_backfill_dagster.pipeline.report import SyncReport
 from fks_backfill_dagster.pipeline.sync import dry_run, sync
-from fks_backfill_dagster.providers.registry import paces, resolve_options
+from fks_backfill_dagster.providers.registry import rate_limits, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
@@ -907,7 +907,7 @@ def test_the_circuit_opens_for_all_processes_after_repeated_failures(
     database: Database, market: LocalMarket
 ) -> None:
     options = {"binance": resolve_options("binance", base_url="http://127.0.0.1:9/binance")}
-    circuit = SharedCircuit(database, paces(options))
+    circuit = SharedCircuit(database, rate_limits(options))
     broken = replace(make_context(database, "http://127.0.0.1:9/binance"), circuit=circuit)
     warnings: list[str] = []
 

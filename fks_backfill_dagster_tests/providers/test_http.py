@@ -423,10 +423,10 @@ class TestLimiter:
     def test_a_request_in_flight_counts_as_the_newest(self) -> None:
         """It may reach the provider only at its end."""
         limiter = limiter_of(RateWindow(1, 0.2))
-        turn = limiter.acquire("p", 1)
+        permit = limiter.acquire("p", 1)
         time.sleep(0.25)
         assert limiter.acquire("p", 1).wait == 0.2
-        limiter.release(turn)
+        limiter.release(permit)
         assert 0.15 < limiter.acquire("p", 1).wait <= 0.2
 
     def test_several_windows_hold_at_once(self) -> None:

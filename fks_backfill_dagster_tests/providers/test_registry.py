@@ -17,7 +17,7 @@ from fks_backfill_dagster.providers.registry import (
     UnknownProvider,
     build,
     limiter_for,
-    paces,
+    rate_limits,
     resolve_options,
 )
 
@@ -63,7 +63,7 @@ def test_ccxt_is_imported_only_for_requests() -> None:
 
 class TestRateLimits:
     def windows(self, name: str, **given: Any) -> tuple[RateWindow, ...]:
-        return paces({name: resolve_options(name, **given)})[name].windows
+        return rate_limits({name: resolve_options(name, **given)})[name].windows
 
     @pytest.mark.parametrize(
         ("name", "expected"),
@@ -87,7 +87,7 @@ class TestRateLimits:
 
     def test_an_account_identifies_a_market_and_a_key_and_reveals_neither(self) -> None:
         def account(**given: Any) -> str:
-            return paces({"polygon": resolve_options("polygon", **given)})["polygon"].account
+            return rate_limits({"polygon": resolve_options("polygon", **given)})["polygon"].account
 
         accounts = [account(), account(key="k"), account(key="j"), account(key="k", base_url="http://h")]
         assert len(set(accounts)) == 4
@@ -95,7 +95,9 @@ class TestRateLimits:
         assert all(re.fullmatch("[0-9a-f]{16}", one) for one in accounts)
 
     def test_archives_have_the_account_of_their_host(self) -> None:
-        one = paces({"binance": resolve_options("binance")})["binance-archive"]
-        other = paces({"binance": resolve_options("binance", archive_url="http://h")})["binance-archive"]
+        one = rate_limits({"binance": resolve_options("binance")})["binance-archive"]
+        other = rate_limits({"binance": resolve_options("binance", archive_url="http://h")})[
+            "binance-archive"
+        ]
         assert one.windows == other.windows == ()
         assert one.account != other.account

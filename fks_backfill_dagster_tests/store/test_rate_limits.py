@@ -46,9 +46,9 @@ def limiter_of(
 
 def go(limiter: SharedLimiter, weight: int = 1) -> Permit:
     """A permit; fails if the request has to wait."""
-    turn = limiter.acquire("p", weight)
-    assert turn.wait == 0
-    return turn
+    permit = limiter.acquire("p", weight)
+    assert permit.wait == 0
+    return permit
 
 
 class TestCrowd:
@@ -100,9 +100,9 @@ class TestLimit:
         limiter.release(go(limiter, 4))
         limiter.release(go(limiter, 2))
         began, waits = time.monotonic(), 0
-        while turn := limiter.acquire("p", 6).wait:
+        while permit := limiter.acquire("p", 6).wait:
             waits += 1
-            time.sleep(turn)
+            time.sleep(permit)
         assert time.monotonic() - began >= 0.39
         assert waits < 15
 
@@ -113,10 +113,10 @@ class TestLimit:
 
     def test_requests_in_flight_count_as_the_newest(self, shared: Database, account: str) -> None:
         one, other = (limiter_of(shared, account, RateWindow(1, 1.5)) for _ in range(2))
-        turn = go(one)
+        permit = go(one)
         time.sleep(1.55)
         assert other.acquire("p", 1).wait > 0
-        one.release(turn)
+        one.release(permit)
         time.sleep(0.3)
         assert 0 < other.acquire("p", 1).wait <= 1.25
 
@@ -145,9 +145,9 @@ class TestLimit:
                 limiter.release(Permit(number=number))
             database.dispose()
         time.sleep(0.12)
-        turn = limiter_of(shared, account, *windows).acquire("p", 1)
-        assert turn.reason == "its 3 requests in 24 hours are used up: wait"
-        assert DAY - 10 < turn.wait <= DAY * 65 / 64
+        permit = limiter_of(shared, account, *windows).acquire("p", 1)
+        assert permit.reason == "its 3 requests in 24 hours are used up: wait"
+        assert DAY - 10 < permit.wait <= DAY * 65 / 64
 
     def test_two_keys_have_two_budgets(self, shared: Database, account: str) -> None:
         for one in (account, account + "2"):
@@ -175,8 +175,8 @@ class TestLimit:
         first, second, late = (limiter_of(shared, account, window) for _ in range(3))
         turns = [go(late), go(late)]
         assert min(first.acquire("p", 1).wait, second.acquire("p", 1).wait) > 0
-        for turn in turns:
-            late.release(turn)
+        for permit in turns:
+            late.release(permit)
         time.sleep(1.05)
         assert late.acquire("p", 1).wait > 0, "two are before it"
         assert go(second)
@@ -212,10 +212,10 @@ class TestPenalty:
         go(other)
         one.cool_down("p", 0.3)
         one.cool_down("p", 0.1)
-        turn = other.acquire("p", 1)
-        assert turn.reason == "demanded by the provider: wait"
-        assert 0.2 < turn.wait <= 0.3
-        time.sleep(turn.wait)
+        permit = other.acquire("p", 1)
+        assert permit.reason == "demanded by the provider: wait"
+        assert 0.2 < permit.wait <= 0.3
+        time.sleep(permit.wait)
         go(other)
         go(one)
 
@@ -231,9 +231,9 @@ class TestADay:
     @pytest.mark.parametrize("named", [86_401.0, 3.2e9, 1e15, 1e300, math.inf])
     def test_a_penalty(self, shared: Database, account: str, named: float) -> None:
         limiter_of(shared, account).cool_down("p", named)
-        turn = limiter_of(shared, account).acquire("p", 1)
-        assert LONGEST_WAIT - 60 < turn.wait <= LONGEST_WAIT
-        assert turn.reason == "demanded by the provider: wait"
+        permit = limiter_of(shared, account).acquire("p", 1)
+        assert LONGEST_WAIT - 60 < permit.wait <= LONGEST_WAIT
+        assert permit.reason == "demanded by the provider: wait"
 
     @pytest.mark.parametrize("named", [math.nan, -1.0, -1e300, -math.inf, 0.0])
     def test_an_invalid_penalty(self, shared: Database, account: str, named: float) -> None:
@@ -245,11 +245,11 @@ class TestADay:
         limiter = limiter_of(shared, account)
         limiter.cool_down("p", 30)
         execute(shared, f"UPDATE fks.pacing SET closed_until = '2126-01-01' WHERE account = '{account}'")
-        turn = limiter.acquire("p", 1)
-        assert LONGEST_WAIT - 60 < turn.wait <= LONGEST_WAIT
+        permit = limiter.acquire("p", 1)
+        assert LONGEST_WAIT - 60 < permit.wait <= LONGEST_WAIT
         assert self.days_ahead(shared, account, "closed_until") <= 1
         time.sleep(0.02)
-        assert limiter_of(shared, account).acquire("p", 1).wait < turn.wait
+        assert limiter_of(shared, account).acquire("p", 1).wait < permit.wait
         limiter.cool_down("p", 30)
         assert self.days_ahead(shared, account, "closed_until") <= 1, "a new wait does not lengthen it"
 
@@ -391,8 +391,8 @@ class TestCircuit:
 
 def test_provider_states(database: Database) -> None:
     assert provider_states(database) == []
-    paces = {"a": RateLimits((), "1"), "b": RateLimits((), "2")}
-    circuit, limiter = SharedCircuit(database, paces), SharedLimiter(database, paces)
+    rate_limits = {"a": RateLimits((), "1"), "b": RateLimits((), "2")}
+    circuit, limiter = SharedCircuit(database, rate_limits), SharedLimiter(database, rate_limits)
     for _ in range(5):
         circuit.failed("b", "b: no answer")
     circuit.failed("a", "a: no answer")

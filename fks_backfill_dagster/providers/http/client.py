@@ -162,17 +162,17 @@ class HttpClient:
         """Runs `attempt` as soon as the rate limit admits it; waits within the budget."""
         while True:
             with self.pool.slot():
-                turn = self.limiter.acquire(self.provider, weight)
-                if not turn.wait:
-                    return self._with_permit(turn, attempt, tally)
-            pause = min(turn.wait, RECHECK_SECONDS)
-            budget.spend(self.provider, turn, pause)
-            if turn.wait > UNREPORTED_SECONDS:
-                why = (turn.reason or "rate limit").removesuffix(": wait")
-                self.pool.report_wait(self.provider, f"{self.provider}: waiting {turn.wait:.0f} s: {why}")
+                permit = self.limiter.acquire(self.provider, weight)
+                if not permit.wait:
+                    return self._with_permit(permit, attempt, tally)
+            pause = min(permit.wait, RECHECK_SECONDS)
+            budget.spend(self.provider, permit, pause)
+            if permit.wait > UNREPORTED_SECONDS:
+                why = (permit.reason or "rate limit").removesuffix(": wait")
+                self.pool.report_wait(self.provider, f"{self.provider}: waiting {permit.wait:.0f} s: {why}")
             self.pool.sleep(pause)
 
-    def _with_permit(self, turn: Permit, attempt: Callable[[], T], tally: Tally) -> T:
+    def _with_permit(self, permit: Permit, attempt: Callable[[], T], tally: Tally) -> T:
         try:
             tally.add()
             return attempt()
@@ -181,7 +181,7 @@ class HttpClient:
                 self.limiter.cool_down(self.provider, error.retry_after)
             raise
         finally:
-            self.limiter.release(turn)
+            self.limiter.release(permit)
 
     def exchange(
         self, url: str, params: Mapping[str, str] | None = None, *, max_bytes: int = MAX_JSON_BYTES

@@ -25,7 +25,7 @@ class Limiter(Protocol):
         """Acquires a permit: granted (`wait` 0, the request counts from now on), or the wait before the next try."""
         ...
 
-    def release(self, turn: Permit) -> None:
+    def release(self, permit: Permit) -> None:
         """Releases a permit after its request, whatever the outcome.
 
         Until then the request counts as the newest, because the time of its arrival at the provider is unknown.
@@ -46,11 +46,11 @@ class _Spent:
 class ProcessLimiter:
     """A Limiter in the memory of one process; see store/rate_limits.py for the shared one.
 
-    A provider that is not in `paces` has no rate limit; only penalties apply to it.
+    A provider that is not in `rate_limits` has no rate limit; only penalties apply to it.
     """
 
-    def __init__(self, paces: Mapping[str, RateLimits]) -> None:
-        self._paces = dict(paces)
+    def __init__(self, rate_limits: Mapping[str, RateLimits]) -> None:
+        self._rate_limits = dict(rate_limits)
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._spent: dict[str, dict[int, _Spent]] = {}
@@ -62,26 +62,26 @@ class ProcessLimiter:
             now = time.monotonic()
             if (penalty := self._penalised_until.get(provider, now) - now) > 0:
                 return Permit(penalty, "demanded by the provider: wait")
-            windows = self._paces.get(provider, RateLimits()).windows
+            windows = self._rate_limits.get(provider, RateLimits()).windows
             if not windows:
                 return Permit()
             spent = self._spent.setdefault(provider, {})
             longest = max(window.seconds for window in windows)
             for number in [n for n, one in spent.items() if one.until <= now - longest]:
                 del spent[number]
-            turn = max(
+            permit = max(
                 (self._turn_in(window, spent.values(), weight, now) for window in windows),
-                key=lambda turn: turn.wait,
+                key=lambda permit: permit.wait,
             )
-            if turn.wait:
-                return turn
+            if permit.wait:
+                return permit
             number = next(self._numbers)
             spent[number] = self._in_flight[number] = _Spent(weight)
             return Permit(number=number)
 
-    def release(self, turn: Permit) -> None:
+    def release(self, permit: Permit) -> None:
         with self._lock:
-            if spent := self._in_flight.pop(turn.number, None):
+            if spent := self._in_flight.pop(permit.number, None):
                 spent.until = time.monotonic()
 
     def cool_down(self, provider: str, seconds: float) -> None:

@@ -28,13 +28,13 @@ class RetryBudget(stop_base):
         self.demanded_waits_left = options.longest_wait_seconds
         self._failed_at: float | None = None
 
-    def spend(self, provider: str, turn: Permit, pause: float) -> None:
+    def spend(self, provider: str, permit: Permit, pause: float) -> None:
         """Accounts for a `pause` of the wait returned by the limiter. Raises RateLimited if a demanded wait exceeds
         the remaining budget."""
-        if turn.reason is not None:
-            if turn.wait > self.demanded_waits_left:
-                text = f"{turn.reason} another {turn.wait:.0f} s"
-                raise RateLimited(provider, text, retry_after=turn.wait)
+        if permit.reason is not None:
+            if permit.wait > self.demanded_waits_left:
+                text = f"{permit.reason} another {permit.wait:.0f} s"
+                raise RateLimited(provider, text, retry_after=permit.wait)
             self.demanded_waits_left -= pause
         if self._failed_at is not None:
             self._failed_at += pause
