@@ -18,6 +18,7 @@ class BackOff:
     longest: int
 
     def delay(self, known_for: int) -> int:
+        """The time until the next attempt for a gap that was found `known_for` ago."""
         return min(max(self.first, known_for), self.longest)
 
 

@@ -30,7 +30,7 @@ _LAST = to_micros(datetime(2050, 1, 1, tzinfo=UTC))
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Response:
-    """A provider's response about requested candles that it did not give."""
+    """A provider's response about requested candles that it did not return."""
 
     evidence: Evidence
     opens: Instants
@@ -75,7 +75,7 @@ class Rules:
 
     eligible: the providers that serve the series and have their key; once all of them have responded, a gap
         is explained. Empty: no gap is explained.
-    strict: the providers that give every interval: candles that one of them lacks are an outage, not no-trade.
+    strict: the providers that return every interval: candles that one of them lacks are an outage, not no-trade.
     tolerated: the largest number of missing candles of a gap that is tolerated once all have responded.
     closed: where the market was closed although candles are expected; declared: the part of it that the settings
         close. reopened: where the settings close it no longer: decisions based on it are made again.
@@ -93,12 +93,12 @@ class Rules:
         return bool(self.eligible) and self.eligible <= gap.declined()
 
     def tolerates(self, gap: LedgerGap) -> bool:
-        """Whether a gap is short enough, and no provider gave invalid rows for it, which may be corrected."""
+        """Whether a gap is short enough, and no provider returned invalid rows for it, which may be corrected."""
         return gap.missing <= self.tolerated and not gap.rejected()
 
     def confirmed_by(self, gap: LedgerGap) -> int:
         """How many providers that omit no-trade intervals confirm the absence; 0 if a strict provider lacks the
-        candles too (an outage) or has not responded (it may have them), or if a provider gave rows for them,
+        candles too (an outage) or has not responded (it may have them), or if a provider returned rows for them,
         even invalid ones (they did trade)."""
         if gap.rejected():
             return 0

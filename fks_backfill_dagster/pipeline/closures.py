@@ -1,7 +1,7 @@
 """Changed closed dates: settles the ledger by the closed dates of the settings, without a request.
 
-Each series records the dates by which its ledger was settled. So a closure that is declared after a fruitless
-request of its day explains the gap at once, and a withdrawn declaration reopens it.
+Each series records the dates by which its ledger was settled. So a date that is added after a request without a
+result explains the gap at once, and a date that is removed reopens it.
 
 Belongs here: the affected series, and the report. Does not belong here: which candles lie on a date
 (`domain.closures`), the write (`store.writer`).
@@ -99,7 +99,7 @@ def settle_series(
     max_gap_minutes: int,
 ) -> SettledClosures:
     """Settles one series whose closed dates have changed; `names`: its eligible providers, `strict`: those that
-    give every interval."""
+    return every interval."""
     change, grid = ClosureChange.of(series, closures.parse_dates(found.closed), dates), grid_of(series)
     declared = closures.closed_ranges(series, dates)
     rules = Rules(

@@ -41,7 +41,7 @@ class Context:
 
     @property
     def strict(self) -> frozenset[str]:
-        """The providers that give every interval, with or without trades."""
+        """The providers that return every interval, with or without trades."""
         return strict(self.providers)
 
     def declared(self, series: Series) -> RangeSet:

@@ -43,5 +43,5 @@ def eligible(providers: Mapping[str, Provider], series: Series, priority: Sequen
 
 
 def strict(providers: Mapping[str, Provider]) -> frozenset[str]:
-    """The names of the providers that give every interval, with or without trades."""
+    """The names of the providers that return every interval, with or without trades."""
     return frozenset(name for name, one in providers.items() if not one.capabilities.omits_no_trade)

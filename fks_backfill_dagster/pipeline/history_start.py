@@ -3,7 +3,7 @@
 A sync commits in ascending order, so that the first candle of any provider is known when its batch is committed. What
 it shows about the providers' claims of listing times is recorded at the end.
 
-Belongs here: what the candles of one sync say about the beginning. Does not belong here: claims, and what they mean
+Belongs here: what the candles of one sync show about the beginning. Does not belong here: claims, and what they mean
 for the requests (`listing`).
 """
 

@@ -39,7 +39,7 @@ class Listings:
 
     @property
     def first(self) -> str | None:
-        """The provider with the earliest claim; of several a claim rather than an observation."""
+        """The provider with the earliest claim; at the same time a claim comes before an observation."""
 
         def order(name: str) -> tuple[int, bool, str]:
             claim = self.claims[name]
@@ -125,7 +125,7 @@ def find_listings(
 
     `refresh`: known claims that cut off a part of a range from `start` on are requested again, since a claim can be
     corrected. A claim in the future is ignored. Errors become warnings; the provider then makes no claim. A provider
-    that does not know the symbol is dropped from the chain.
+    that does not offer the symbol is dropped from the chain.
     """
     with database.begin() as connection:
         known = ledger.listings(connection, series.symbol)

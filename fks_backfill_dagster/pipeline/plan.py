@@ -37,7 +37,7 @@ class Scope(Enum):
     GAPS = "gaps"
     """Gaps alone; ranges that were never synced stay pending."""
     EVERYTHING = "everything"
-    """The whole range again; stored candles that the source gives differently are corrected."""
+    """The whole range again; stored candles that the source returns differently are corrected."""
 
 
 @dataclass(frozen=True, slots=True)

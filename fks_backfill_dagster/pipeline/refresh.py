@@ -20,7 +20,7 @@ from fks_backfill_dagster.pipeline.plan import GRACE
 from fks_backfill_dagster.store.reaches import Reach
 
 CATCH_UP = 366 * MICROS_PER_DAY
-"""After a longer downtime a refresh begins at the configured start of its range; a backfill fetches the rest."""
+"""After a longer downtime a refresh begins at the `start` given to `refresh_range`; a backfill fetches the rest."""
 
 SILENT_AFTER = 7 * MICROS_PER_DAY
 LONGEST_WAIT = 30 * MICROS_PER_DAY

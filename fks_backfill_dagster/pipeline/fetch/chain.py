@@ -66,7 +66,7 @@ class ChainOptions:
 class ProviderChain:
     """The eligible providers of one sync in order of priority, and their state in this sync.
 
-    A provider that does not know the symbol is dropped, with the reason in `dropped`. One that failed MOST_FAILURES
+    A provider that does not offer the symbol is dropped, with the reason in `dropped`. One that failed MOST_FAILURES
     times in a row is not requested again in this sync; any other error may concern one range only (a plan without
     today's data). One whose key covers newer data only is not requested for older ones again. It is
     thread-safe.
@@ -103,7 +103,7 @@ class ProviderChain:
 
     @property
     def dropped(self) -> dict[str, str]:
-        """The providers that do not know the symbol, each with the reason; a copy, since any thread may drop one."""
+        """The providers that do not offer the symbol, each with the reason; a copy, since any thread may drop one."""
         return dict(self._dropped)
 
     @property

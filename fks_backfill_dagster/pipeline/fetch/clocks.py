@@ -14,7 +14,8 @@ from fks_backfill_dagster.pipeline.fetch.range_request import RangeRequest
 from fks_backfill_dagster.pipeline.plan import GRACE
 from fks_backfill_dagster.providers.base import Clocks, ClocksDiffer, FetchResult, Provider
 
-# The largest clock difference that is waited for.
+# Up to this difference, candles that only one clock has closed are requested again later; beyond it, a response that
+# depends on the difference is refused.
 MOST_APART = 3 * MICROS_PER_MINUTE
 
 

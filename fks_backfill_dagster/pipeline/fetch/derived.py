@@ -1,4 +1,4 @@
-"""One range from one provider in derived candles: its parts are requested, and candles made of them.
+"""One range from one provider in derived candles: requests the parts, then derives the candles.
 
 A missing part leaves its candle absent, unless it is a no-trade interval.
 """
@@ -91,10 +91,10 @@ def _quiet_parts(
 
 
 def _absent_elsewhere(request: RangeRequest, given: Candles) -> RangeSet:
-    """The absences at other providers, without the candles of which this provider has a part that they lack.
+    """The absences at other providers, except candles of which this provider has a part inside such an absence.
 
-    Such a part refutes them: a provider without the whole candle had an outage, and does not corroborate that parts
-    of it are no-trade.
+    That part was traded, so the other provider had an outage: it does not corroborate that other parts of the candle
+    are no-trade.
     """
     coarse = grid_of(request.series)
     opens = coarse.opens(request.window)
@@ -122,7 +122,7 @@ def _wholly_absent(made: Derived, lacking: Instants, confirmed: Instants, coarse
 
 
 def _partial(made: Derived, lacking: Instants) -> list[tuple[str, Instants]]:
-    """The candles with some parts present and others missing, grouped by their numbers."""
+    """The candles with some parts present and others missing, grouped by the numbers of both."""
     mask = made.partial & np.isin(made.opens, lacking)
     kinds = sorted(set(zip(made.present[mask].tolist(), made.expected[mask].tolist(), strict=True)))
     return [

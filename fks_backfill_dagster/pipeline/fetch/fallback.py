@@ -1,6 +1,6 @@
 """Fallback: one span of a sync, requested from the providers in order, each for the candles still missing.
 
-Belongs here: fallback per candle, and what each answer says about the missing ones. Does not belong here: the state
+Belongs here: fallback per candle, and what each answer means for the missing ones. Does not belong here: the state
 of the providers during a sync (`chain`), the request to one provider (`request`), the comparison with stored candles
 (`splice`, `refetch`), storing.
 """
@@ -230,7 +230,7 @@ class _Span:
             self._absent |= answer.absent
 
     def _respond_missing(self, task: ProviderTask, answer: ProviderAnswer) -> None:
-        """Records the provider's response about each candle that it did not give."""
+        """Records the provider's response about each candle that it did not return."""
         lacking = missing_of(answer.lacking, answer.pending)
         if len(answer.pending):
             count, why = len(answer.pending), f"{answer.clocks}: not closed there yet"

@@ -50,7 +50,7 @@ class Fetched:
     """The verified result of all providers for one span.
 
     failed: candles are missing about which no provider responded, or a refetch was refused. recordable: a
-    provider responded, or may respond later; False for a symbol that no provider knows. requested: the opens of the
+    provider responded, or may respond later; False for a symbol that no provider offers. requested: the opens of the
     span. seen: by provider, all its verified candles, neighbours of the span included. distrusted: providers whose
     candles contradict those of the span before.
     """

@@ -37,6 +37,12 @@ class NativeAnswer:
 
 
 def request_native(provider: Provider, request: RangeRequest, *, widen: bool) -> NativeAnswer:
+    """Requests the wanted candles, then once more those that the first response lacks, unless `fetch` does that itself.
+    `widen`: see `_windows_again`.
+
+    Raises ProviderError if the first request fails, and Contradiction if the second response has other values for a
+    candle. If the second request fails, the answer has its error, and confirms nothing.
+    """
     grid = grid_of(request.series)
     first = _fetch(provider, request, request.window, grid)
     closed_end = grid.closed_end(closed_by_both(request, first.clocks))

@@ -43,7 +43,7 @@ class ProviderAnswer:
     """The verified result of a request.
 
     kept: verified candles of the window, neighbours included; ascending. rejected: rows that broke a rule.
-    lacking: the wanted candles that the provider did not give; of these `confirmed` are absent in two complete
+    lacking: the wanted candles that the provider did not return; of these `confirmed` are absent in two complete
     responses with candles on both sides (or when the market was closed), `partial` are derived candles with
     missing parts, with a detail each, and `pending` are not closed yet by the provider's clock. absent: the confirmed
     absences as ranges of time, parts included.

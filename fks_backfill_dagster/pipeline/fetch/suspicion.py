@@ -28,7 +28,8 @@ SAMPLE = 20
 class StoredRows:
     """Stored candles of a window with their lineage, one element each, ascending.
 
-    instrument: the provider's symbol, "" if an older version did not record it. as_of: how new the value is.
+    instrument: the provider's symbol, "" if an older version did not record it. as_of: the instant of each
+    value, in microseconds; see `Origin.as_of`.
     """
 
     candles: Candles
