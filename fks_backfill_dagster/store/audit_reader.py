@@ -4,8 +4,8 @@ One pass over the candles, in blocks of bounded memory, reads their opens and wh
 breaks a rule or has no lineage; only then a second query finds which ones. The opens of a block are one array,
 the fastest form measured (docs/adr/0014-an-audit-of-its-own.md).
 
-Does not belong here: the comparison (`ledger.reconcile`), the repair (`writer.repair`), and nothing of what the
-writer computes with.
+Does not belong here: the comparison (`ledger.reconcile`), the repair (`writer.repair`). Nothing that the writer
+computes with is used here.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def examine(database: Database, series: Series, grid: Grid, clock: Clock) -> Ser
 
 
 def examine_within(connection: sa.Connection, series: Series, grid: Grid, clock: Clock) -> SeriesAudit | None:
-    """As `examine`, in the caller's transaction, during which the series must not change.
+    """Like `examine`, in the caller's transaction, during which the series must not change.
 
     `clock` is read after the transaction's snapshot is taken, so that every candle stored as closed is closed.
     """

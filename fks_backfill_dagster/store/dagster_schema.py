@@ -23,7 +23,7 @@ def make_dagster_schema(
     """Creates the schema. Returns the SQLAlchemy URL with which `driver` connects, and the database for messages.
 
     The engine still has to be attached (`sessions.attach`) with the schema as its search_path: Dagster's tables are
-    not schema-qualified. The URL contains the password in clear. `log`: as for Database. Raises StoreError.
+    not schema-qualified. The URL contains the password in clear. `log`: see `Database`. Raises StoreError.
     """
     database = Database(database_url, pool_size=1, log=log)
     try:

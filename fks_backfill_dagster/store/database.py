@@ -100,7 +100,7 @@ class Database:
         self._refuse_other_revision(self.revision())
 
     def ensure(self) -> None:
-        """Creates a missing schema; otherwise as `check`. Never upgrades: the error names the command."""
+        """Creates a missing schema; otherwise like `check`. Never upgrades: the error names the command."""
         if self.revision() is None:
             self.upgrade()
         self.check()

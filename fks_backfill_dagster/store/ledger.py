@@ -129,7 +129,7 @@ def known(connection: sa.Connection, identity: int | None, window: TimeRange) ->
 
 
 def known_around(connection: sa.Connection, identity: int | None, window: TimeRange) -> Known:
-    """As `known`, with the nearest unfilled gap on either side, which a new gap of the window may adjoin."""
+    """Like `known`, with the nearest unfilled gap on either side, which a new gap of the window may adjoin."""
     if identity is None:
         return Known(RangeSet(), ())
     rows = connection.execute(

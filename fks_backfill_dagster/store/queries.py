@@ -86,8 +86,8 @@ class Origin:
 class StoredOrigins:
     """The origin of each stored candle of a window: columns of one length, ascending by `ts`.
 
-    `provider`: str. `instrument`: str, or None where the lineage does not name it. `as_of`: the age of its values,
-    in microseconds: when its archive was published, else when it was requested.
+    `provider`: str. `instrument`: str, or None where the lineage does not name it. `as_of`: the instant of
+    its values, in microseconds: when its archive was published, else when it was requested.
     """
 
     ts: Instants
@@ -120,7 +120,7 @@ def read_opens(database: Database, series: Series, opens: Instants) -> Candles:
 def iterate_candles(
     database: Database, series: Series, window: TimeRange, as_of: datetime | None = None
 ) -> Iterator[Candles]:
-    """As `read_candles`, in ascending blocks of bounded size."""
+    """Like `read_candles`, in ascending blocks of bounded size."""
     step = max(_ROWS_AT_ONCE * series.timeframe.micros, MICROS_PER_DAY)
     starts = range(window.start, window.end, step)
     yield from _blocks(database, series, [TimeRange(s, min(s + step, window.end)) for s in starts], as_of)

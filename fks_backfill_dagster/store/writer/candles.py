@@ -35,7 +35,10 @@ NO_INSTANTS = np.empty(0, dtype=np.int64)
 def merge_deliveries(
     deliveries: Sequence[Delivery], batch_ids: Sequence[int]
 ) -> tuple[Candles, NDArray[np.int32]]:
-    """All candles of the batch in primary key order, each with its lineage."""
+    """The candles of all deliveries, ascending, and the batch id of each.
+
+    Raises ValueError if two deliveries contain the same candle.
+    """
     rows = Candles.concat([d.candles for d in deliveries])
     origins = np.repeat(np.array(batch_ids, dtype=np.int32), [len(d.candles) for d in deliveries])
     if len(deliveries) > 1:
@@ -47,6 +50,7 @@ def merge_deliveries(
 
 
 def refuse_misplaced(opens: Instants, window: TimeRange, grid: Grid) -> None:
+    """Raises ValueError unless the opens ascend, are unique, inside the window and on the grid."""
     if not len(opens):
         return
     if bool((opens[1:] <= opens[:-1]).any()):
@@ -83,7 +87,10 @@ def write_candles(
     origins: NDArray[np.int32],
     dated: Dated,
 ) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
-    """Returns the numbers of inserted, updated and outdated rows per batch id."""
+    """Writes ascending, unique rows; `origins` are their batch ids, one each.
+
+    Returns the numbers of inserted, updated and outdated rows per batch id.
+    """
     if not len(rows):
         return {}, {}, {}
     table = table_of(series.timeframe)

@@ -35,6 +35,7 @@ def still_missing(before: Known, window: TimeRange, stored: Instants, grid: Grid
 
 
 def write_gaps(connection: sa.Connection, identity: int, settlement: Settlement) -> None:
+    """Deletes and inserts the rows of the settlement. Filled rows are history and are never deleted."""
     if settlement.removed:
         connection.execute(
             sa.text(
@@ -135,6 +136,10 @@ def write_rejected(connection: sa.Connection, identity: int, rejected: Sequence[
 def cover(
     connection: sa.Connection, identity: int, window: TimeRange, inserted: dict[int, int], stored: Instants
 ) -> None:
+    """Extends coverage by the window, and the totals by its candles.
+
+    `inserted`: their number per batch id. `stored`: the opens of all delivered candles, ascending.
+    """
     first, last = (to_datetime(int(stored[0])), to_datetime(int(stored[-1]))) if len(stored) else (None, None)
     connection.execute(
         sa.text(

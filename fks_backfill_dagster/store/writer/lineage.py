@@ -21,6 +21,7 @@ _COMMIT_GATE = 4613732
 
 
 def lock(connection: sa.Connection, identity: int) -> None:
+    """Locks the series, and sets the planner for its statements, until the end of the transaction."""
     connection.execute(
         sa.text("SELECT pg_advisory_xact_lock(:class, :id)"), {"class": _SERIES_LOCK, "id": identity}
     )
@@ -40,6 +41,7 @@ def lock(connection: sa.Connection, identity: int) -> None:
 def open_batch(
     connection: sa.Connection, identity: int, delivery: Delivery, run_id: str | None, grid: Grid
 ) -> int:
+    """Like `open_lineage`, for the candles of a delivery."""
     ts = delivery.candles.ts
     return open_lineage(
         connection, identity, delivery.origin, delivery.origin.transport.value, ts, run_id, grid
