@@ -48,7 +48,7 @@ class Origin:
 
     @property
     def as_of(self) -> int:
-        """How new its values are: of two publications of one provider the newer one is correct."""
+        """The instant of its values: of two publications of one provider the newer one is correct."""
         return self.requested_at if self.published_at is None else self.published_at
 
 

@@ -33,7 +33,7 @@ candles have closed, so an hourly tick is cheap from 4h up and finds the close o
 
 
 def polling_interval(timeframe: Timeframe) -> int:
-    """Microseconds."""
+    """The time between two ticks of a timeframe's refresh, in microseconds."""
     return POLLING_MINUTES[timeframe] * MICROS_PER_MINUTE
 
 

@@ -43,7 +43,7 @@ _NEW_YORK = ZoneInfo("America/New_York")
 class Grid(Protocol):
     """The expected candles of one (asset class, calendar, timeframe).
 
-    Opens and closes ascend strictly and weakly, and a candle closes after it opens.
+    Opens ascend strictly, closes weakly, and a candle closes after it opens.
     """
 
     def opens(self, window: TimeRange) -> Instants:

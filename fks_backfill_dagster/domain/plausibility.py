@@ -1,6 +1,6 @@
 """Plausibility check: single candles that differ by a factor of 50 from those around them.
 
-Belongs here: which candles need a second opinion. Does not belong here: which provider gives it (`pipeline`).
+Belongs here: which candles need a second opinion. Does not belong here: the provider to request (`pipeline`).
 """
 
 from __future__ import annotations

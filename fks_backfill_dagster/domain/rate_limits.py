@@ -12,7 +12,7 @@ from dataclasses import dataclass
 BUDGET_SECONDS = 3600.0
 
 # A longer wait demanded by a provider (a header of a century, a ban until 2126) is cut to a day: if the provider
-# still limits requests then, it responds so again, at the cost of one request a day.
+# still limits requests then, its response demands the next wait, at the cost of one request a day.
 LONGEST_WAIT = 86_400.0
 
 
@@ -55,10 +55,10 @@ class RateLimits:
 
 @dataclass(frozen=True, slots=True)
 class Permit:
-    """The response to the acquisition of a permit: granted (`wait` 0), or try again after `wait` seconds.
+    """The result of acquiring a permit: granted (`wait` 0), or try again after `wait` seconds.
 
-    reason: set if the wait is long enough to be reported, and perhaps not to be waited for: the provider demanded
-        it (`Retry-After`), or a budget is used up.
+    reason: set if the provider demanded the wait (`Retry-After`), or if a budget is used up. Only such waits count
+        towards `longest_wait_seconds`.
     number: identifies the request in flight; 0 if it is not counted.
     """
 

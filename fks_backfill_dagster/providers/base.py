@@ -8,9 +8,10 @@ ProviderError                  a request to a provider failed
     NotEntitled                the key does not cover this data
       TooOld                   the key covers newer data only, or only that is certain: request again from `since` on
   TransientError               a retry may help: wait for `retry_after` or back off, within a budget
-    RateLimited                too many requests
-    InvalidResponse                  invalid response: HTML, truncated JSON, another shape
+    RateLimited                too many requests, or a ban
+    InvalidResponse            HTML, truncated JSON, another shape
       Contradiction            responses contradict one another
+    Unreachable                no connection, or no response in time (`http.errors`)
   Cancelled                    the run is being interrupted
 """
 

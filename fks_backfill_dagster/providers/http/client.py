@@ -1,8 +1,8 @@
 """One HTTP exchange of a provider, with its permits and its retries.
 
 A request needs a pool slot (limits the requests in flight of this process), then a permit of the limiter (rate limit
-and cool-down of the provider). With a permit it is sent immediately: a later request could fall into a penalty or into
-the next rate window. A request without a permit releases its slot while it waits, so that a slow provider cannot
+and cool-down of the provider). With a permit it is sent immediately: a later request could fall into a cool-down or
+into the next rate window. A request without a permit releases its slot while it waits, so that a slow provider cannot
 starve a fast one.
 
 Does not belong here: paths, parameters or responses of individual providers.

@@ -46,7 +46,7 @@ class _Spent:
 class ProcessLimiter:
     """A Limiter in the memory of one process; see store/rate_limits.py for the shared one.
 
-    A provider that is not in `rate_limits` has no rate limit; only penalties apply to it.
+    A provider that is not in `rate_limits` has no rate limit; only cool-downs apply to it.
     """
 
     def __init__(self, rate_limits: Mapping[str, RateLimits]) -> None:
