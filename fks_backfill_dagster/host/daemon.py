@@ -1,5 +1,5 @@
-"""The daemon that `up` starts: Dagster's own, whose backfills survive a change of the settings, and which retries every
-failed run.
+"""The daemon that `up` starts: Dagster's own, with backfills that survive a change of the settings, and retries that
+wait until the status of a failed run is stored.
 
 Dagster fails a whole backfill, and cancels its runs, when one of its assets or partitions is no longer defined
 ("existed at storage-time, but no longer does"): a symbol or a timeframe was removed, or history starts later. This
@@ -88,7 +88,7 @@ class EndedRunsDaemon(EventLogConsumerDaemon):
     """Dagster's daemon that retries failed runs; first waits until the status of each is stored.
 
     Dagster stores the event of a failure before the status of the run. Between the two the run cannot be retried ("not
-    failed or canceled"), and Dagster would mark it as one that never is.
+    failed or canceled"), and Dagster would mark it as never to be retried.
     """
 
     @property
@@ -103,8 +103,10 @@ def _retry_ended_runs(
 
 
 def ended(instance: DagsterInstance, records: Sequence[RunRecord]) -> Sequence[RunRecord]:
-    """The records of runs with an event of their end, as soon as their statuses say so; after STATUS_SECONDS as they
-    are."""
+    """Waits until the status of every run is final, at most STATUS_SECONDS; returns the current records.
+
+    `records`: of runs with an event of their end.
+    """
     deadline = time.monotonic() + STATUS_SECONDS
     while any(one.dagster_run.status not in FINISHED_STATUSES for one in records):
         if time.monotonic() > deadline:

@@ -228,7 +228,7 @@ class Keeper:
         background = Background(self._home, part.name)
 
         def begin() -> None:
-            stop([background], at_once=True)  # its run workers: the new server does not know them
+            stop([background], at_once=True)  # its run workers: the new server has no record of them
             part.start(self._home, self._plan.cwd, os.environ)
 
         return Kept(part.name, background.is_running, begin, _log)

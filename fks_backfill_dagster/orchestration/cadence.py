@@ -45,7 +45,7 @@ def cron(timeframe: Timeframe) -> str:
 
 
 def tick_interval(timeframe: Timeframe) -> int:
-    """Between two ticks of a refresh, in microseconds."""
+    """The time between two ticks of a refresh, in microseconds."""
     return polling_interval(timeframe)
 
 
@@ -55,7 +55,8 @@ def interval(timeframe: Timeframe) -> timedelta:
 
 
 def freshness(asset_class: AssetClass, timeframe: Timeframe) -> FreshnessPolicy:
-    """Stale after two intervals without a materialization; at least daily ones for markets that close."""
+    """Warns after one interval without a materialization and fails after two, each plus a quarter of it, at least an
+    hour. The interval is at least a day for markets that close."""
     expected = interval(timeframe)
     if asset_class is not AssetClass.CRYPTO:
         expected = max(expected, timedelta(days=1))

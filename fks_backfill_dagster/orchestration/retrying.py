@@ -1,4 +1,4 @@
-"""Loss of the database during a run: the run waits and continues, otherwise Dagster retries it once.
+"""Loss of the database during a run: the run waits and continues, or fails and is retried by Dagster.
 
 All work can be repeated at any time: committed candles are not requested again.
 
