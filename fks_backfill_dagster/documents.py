@@ -118,7 +118,7 @@ def gap(found: FoundGap) -> Document:
 
 
 def gap_of(series: Series, found: FoundGap) -> Document:
-    """As `gap`, for a list of several series."""
+    """Like `gap`, for a list of several series."""
     return _names(series) | gap(found)
 
 

@@ -38,7 +38,7 @@ def owner_of(settings: Settings) -> int | None:
 
 
 def make_token(settings: Settings) -> str | None:
-    """As `token_of`, generating a missing token. `up` calls it under its lock."""
+    """Like `token_of`, but generates a missing token. `up` calls it under its lock."""
     if settings.webserver.login and token_of(settings) is None:
         ownership.write_text(_file(settings.home), secrets.token_urlsafe(32))
     return token_of(settings)

@@ -155,7 +155,7 @@ def check_home(home: Path) -> None:
 
 
 def make_home(home: Path) -> None:
-    """Creates FKS_HOME, or closes an existing one to other accounts: mode 0700. Raises as `check_home`."""
+    """Creates FKS_HOME, or closes an existing one to other accounts: mode 0700. Raises like `check_home`."""
     check_home(home)
     make_folder(home)
 

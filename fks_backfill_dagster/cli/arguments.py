@@ -57,7 +57,7 @@ def series_arguments(command: F, *, metavar: str = "SYMBOL... [TIMEFRAME]") -> F
 
 
 def any_series(command: F) -> F:
-    """As `series_arguments`, for a command whose default is all series."""
+    """Like `series_arguments`, for a command whose default is all series."""
     return series_arguments(command, metavar="[SYMBOL... [TIMEFRAME]]")
 
 

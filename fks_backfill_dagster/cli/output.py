@@ -106,7 +106,7 @@ def log(text: str) -> None:
 
 
 def log_if_possible(text: str) -> None:
-    """As `log`, for a command that a signal ends: its terminal may be closed."""
+    """Like `log`, for a command that a signal ends: its terminal may be closed."""
     with suppress(OSError):
         log(text)
 

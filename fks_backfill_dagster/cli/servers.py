@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.settings.model import Settings
 
 DAGSTER_PORT = 3000
-"""As `servers.PORT`, which is not imported for `--help`."""
+"""The same as `servers.PORT`, which is not imported for `--help`."""
 
 
 @click.command(epilog=example("demo", "demo --keep"))

@@ -1,6 +1,6 @@
 """Markets that close: their interface for wire formats, and the synthetic stocks and currencies.
 
-A minute's candle is a pure function of (seed, symbol, time), as everywhere in the sandbox. Unlike
+A minute's candle is a pure function of (seed, symbol, time), as in `market`. Unlike
 crypto, there are no candles outside the trading hours and in minutes without trades: a few single
 minutes, some whole quarters of an hour, and most minutes before and after a stock's session.
 A stock's day is the official one of its exchange, with the auctions, which no minute contains (`official`).

@@ -1,4 +1,4 @@
-"""The settings of the sandbox, and the text forms of instants and outages."""
+"""The settings of the local market, and the text forms of instants and outages."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Outage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarketConfig:
-    """The settings of a sandbox at its start; what can change later has a route under /sim.
+    """The settings of a local market at its start; what can change later has a route under /sim.
 
     replay: directory of real candles to serve instead of the synthetic market.
     host, port: where to listen; port 0 takes a free one.

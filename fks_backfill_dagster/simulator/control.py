@@ -1,4 +1,4 @@
-"""The sandbox's own routes under /sim: truth, outages, faults, clock, limits, requests, prepare.
+"""The local market's own routes under /sim: truth, outages, faults, clock, limits, requests, prepare.
 
 They control the market for tests and users. Real providers do not have them, and the journal does not count
 them.
@@ -50,7 +50,7 @@ class BadRequest(ValueError):
 
 
 class Control:
-    """The handlers, over one sandbox and its wire formats."""
+    """The handlers, over one `Sandbox` and its wire formats."""
 
     def __init__(
         self,

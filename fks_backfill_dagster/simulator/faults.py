@@ -181,7 +181,7 @@ class Faults:
     def pick_file(
         self, provider: str, kinds: frozenset[Kind], symbol: str | None, path: str, extent: Extent
     ) -> Fault | None:
-        """As `pick`, but a file keeps its fault: an archive and its checksum are separate requests and
+        """Like `pick`, but a file keeps its fault: an archive and its checksum are separate requests and
         must refer to the same bytes. `count` counts files."""
         if path not in self._file_faults and (fault := self.pick(provider, kinds, symbol, path, extent)):
             self._file_faults[path] = fault

@@ -1,4 +1,4 @@
-"""Requests to the sandbox: counts, and the last requests, without keys."""
+"""Requests to the local market: counts, and the last requests, without keys."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _open = build_opener(ProxyHandler({})).open
 
 
 class LocalMarket:
-    """A running sandbox as a context manager.
+    """A running local market as a context manager.
 
     `process=True` runs it in another process, for measurements that must not share an interpreter.
     On entry raises PortInUse or ReplayError, or RuntimeError if the server does not start.
@@ -197,7 +197,7 @@ class LocalMarket:
         return document
 
     def post(self, path: str, /, **document: Any) -> Any:
-        """POSTs JSON to a control route. Raises ValueError with the sandbox's message on an error."""
+        """POSTs JSON to a control route. Raises ValueError with the market's message on an error."""
         return json.loads(self._request("POST", path, json.dumps(document).encode()))
 
     def _request(self, method: str, path: str, body: bytes | None = None) -> bytes:

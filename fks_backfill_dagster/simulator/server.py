@@ -247,7 +247,7 @@ def _reset(scope: Scope) -> None:
 
 
 def make_app(config: MarketConfig) -> Starlette:
-    """The sandbox as an ASGI application. Raises ReplayError on a bad replay directory."""
+    """The local market as an ASGI application. Raises ReplayError on a bad replay directory."""
     sandbox = Sandbox(config)
     binance, archives, polygon = Binance(sandbox), Archives(sandbox), Polygon(sandbox)
     others = (Yahoo(sandbox), AlphaVantage(sandbox), Oanda(sandbox), CoinGecko(sandbox))
@@ -363,6 +363,6 @@ def address(config: MarketConfig, sock: socket.socket) -> str:
 
 
 def url_of(host: str, port: int) -> str:
-    """The URL of a sandbox at `host` and `port`; a loopback URL if it listens on all addresses."""
+    """The URL of a local market at `host` and `port`; a loopback URL if it listens on all addresses."""
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -1,4 +1,4 @@
-"""The running sandbox: its markets, clock, outages, faults, limits, journal and prepared responses."""
+"""The state of a local market: its data, clock, outages, faults, limits, journal and prepared responses."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class Sandbox:
         return next((found for kind in kinds if (found := self.known(provider, kind, plain))), None)
 
     def known(self, provider: str, asset_class: AssetClass, plain: str) -> Instrument | None:
-        """As `find`, of one asset class."""
+        """Like `find`, of one asset class."""
         if asset_class is AssetClass.CRYPTO:
             name = self._coin(provider, plain) if provider in self.crypto else None
             return None if name is None else Instrument(asset_class, name)
@@ -222,7 +222,7 @@ class Sandbox:
         return self.framed_without_outages(provider, what, bars, frame)
 
     def framed_without_outages(self, provider: str, what: Instrument, bars: Bars, frame: Frame) -> Bars:
-        """As `without_outages`, for bars of `frame`."""
+        """Like `without_outages`, for bars of `frame`."""
         ends = frame.ends[np.searchsorted(frame.opens, bars.ts)]
         return self.without_outages(provider, what, bars, ends, extended=frame.extended)
 
