@@ -159,7 +159,7 @@ class HttpClient:
         return result
 
     def _once(self, attempt: Callable[[], T], tally: Tally, budget: RetryBudget, weight: int) -> T:
-        """Runs `attempt` as soon as the rate limit admits it; waits within the budget."""
+        """Runs `attempt` as soon as it gets a permit; waits within the budget."""
         while True:
             with self.pool.slot():
                 permit = self.limiter.acquire(self.provider, weight)
