@@ -46,7 +46,7 @@ class Counts:
 
     @property
     def rounded_coverage(self) -> float:
-        """To six digits, and below 1 where a candle is missing."""
+        """To six decimals, and below 1 if a candle is missing."""
         rounded = round(self.coverage, 6)
         return min(rounded, 0.999999) if self.missing else rounded
 

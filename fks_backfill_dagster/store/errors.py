@@ -155,6 +155,7 @@ def translate(error: Exception, place: Place, *, connecting: bool = False) -> St
 
 
 def shown_cause(error: Exception, place: Place) -> Exception | None:
+    """The error as the cause of its StoreError; None if its text contains a hidden value."""
     return None if any(secret in str(error) for secret in place.hidden) else error
 
 
@@ -246,6 +247,7 @@ def _unanswered(place: Place, described: str, *, is_lost: bool) -> StoreError:
 
 
 def pooled_by_transaction(place: Place, seen: str) -> UnsuitableServer:
+    """The error for a pooler in transaction mode; `seen`: by what it was detected."""
     return UnsuitableServer(
         f"{place} is behind a pooler in transaction mode ({seen}), in which session settings leak between"
         f" clients: {OWN_PORT} in FKS_DATABASE_URL."

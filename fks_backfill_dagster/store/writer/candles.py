@@ -226,7 +226,8 @@ def withdraw(
 ) -> tuple[Instants, dict[int, int]]:
     """Deletes withdrawn candles and keeps each as a revision without values after.
 
-    Returns the opens of the deleted candles, and their number per lineage row of a withdrawing response.
+    Returns the opens of the deleted candles, and their number per lineage row of a withdrawing response. Raises
+    ValueError for a candle outside of the batch, and for one that the batch also delivers.
     """
     deleted: list[Instants] = []
     counts: dict[int, int] = {}
