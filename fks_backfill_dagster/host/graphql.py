@@ -259,7 +259,7 @@ class Webserver:
         return {run["id"]: run["stats"].get("materializations", 0) for run in found}
 
     def failed_partitions(self, asset: tuple[str, ...], keys: Sequence[str]) -> list[str]:
-        """The partitions among `keys` that Dagster shows as failed."""
+        """The partitions among `keys` that Dagster shows as failed. Raises DagsterError for an undefined asset."""
         found = self.query(
             "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { __typename ... on AssetNode {"
             " assetPartitionStatuses { ... on TimePartitionStatuses { ranges { status startKey endKey } } } } } }",
@@ -271,6 +271,7 @@ class Webserver:
         return [key for key in keys if any(r["startKey"] <= key <= r["endKey"] for r in ranges)]
 
     def run(self, identity: str) -> Run:
+        """The run with its status only. Raises DagsterError if it does not exist."""
         found = self.query(
             "query($id: ID!) { runOrError(runId: $id) { __typename ... on Run { status } } }", id=identity
         )["runOrError"]

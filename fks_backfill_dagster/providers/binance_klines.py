@@ -150,7 +150,7 @@ class _Market:
         return self._response.headers if self._response is not None else {}
 
     def klines(self, query: Mapping[str, str | int]) -> object:
-        """The decoded response; the text itself if it is not JSON."""
+        """The decoded response; the text itself if it is not JSON. Raises ProviderError."""
         self._response = None
         symbol = str(query["symbol"])
         try:

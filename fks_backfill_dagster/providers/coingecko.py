@@ -323,7 +323,7 @@ class _Query:
 
 
 def coin_of(series: Series) -> str:
-    """`BTC/USDT` -> `bitcoin`, unless set in the settings."""
+    """`BTC/USDT` -> `bitcoin`, unless set in the settings. Raises UnknownSymbol."""
     base = series.symbol.partition("/")[0]
     coin = series.provider_symbol(NAME) or COINS.get(base)
     if coin is None:
@@ -336,7 +336,7 @@ def coin_of(series: Series) -> str:
 
 
 def currency_of(series: Series) -> str:
-    """`BTC/USDT` -> `usd`; dollar coins count as the dollar."""
+    """`BTC/USDT` -> `usd`; dollar coins count as the dollar. Raises UnknownSymbol."""
     quoted = series.symbol.partition("/")[2]
     if not quoted:
         raise UnknownSymbol(NAME, f"{series.symbol} is not a pair like BTC/USDT")

@@ -269,7 +269,7 @@ class _Connections:
 
 
 def instrument_of(series: Series) -> str:
-    """`EUR/USD` -> `EUR_USD`, unless set in the settings."""
+    """`EUR/USD` -> `EUR_USD`, unless set in the settings. Raises UnknownSymbol."""
     named = series.provider_symbol(NAME)
     if named:
         return named

@@ -404,7 +404,8 @@ def _beyond(edge: int) -> TooOld:
 
 
 def ticker_of(series: Series) -> str:
-    """`AAPL`, `C:EURUSD`, `X:BTCUSD` (dollar coins count as the dollar), unless set in the settings."""
+    """`AAPL`, `C:EURUSD`, `X:BTCUSD` (dollar coins count as the dollar), unless set in the settings.
+    Raises UnknownSymbol for a symbol that is not a pair."""
     named = series.provider_symbol(NAME)
     if named:
         return named

@@ -58,10 +58,12 @@ class RequestPool:
 
     @contextmanager
     def slot(self) -> Iterator[None]:
+        """Holds a slot for one exchange; waits until one is free."""
         with self._slots:
             yield
 
     def sleep(self, seconds: float) -> None:
+        """Waits. Raises Cancelled as soon as `stop` is set."""
         if self.stop.wait(seconds):
             raise Cancelled("requests", "interrupted while waiting for a retry")
 
@@ -77,7 +79,8 @@ class RequestPool:
     def map(self, lane: str, function: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
         """The results of `function` for every item, in order, computed by the threads of `lane`.
 
-        The first error is raised as soon as it occurs; items not started by then are not processed.
+        The first error is raised as soon as it occurs; items not started by then are not processed. Raises Cancelled
+        after `stop`.
         """
 
         def unless_stopped(item: Item) -> T:
