@@ -4,8 +4,8 @@ One pass over the candles, in blocks of bounded memory, reads their opens and wh
 breaks a rule or has no lineage; only then a second query finds which ones. The opens of a block are one array,
 the fastest form measured (docs/adr/0014-an-audit-of-its-own.md).
 
-Does not belong here: the comparison (`ledger.reconcile`), the repair (`writer.repair`). Nothing that the writer
-computes with is used here.
+Does not belong here: the comparison (`ledger.reconcile`), the repair (`writer.repair`). Apart from the grid,
+nothing that the writer computes with is used here.
 """
 
 from __future__ import annotations
