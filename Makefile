@@ -36,7 +36,7 @@ help:
 	@echo "make bench   measures performance against the references"
 	@echo "make docs    rewrites what documents quote: the references of commands and settings, the session of the tutorial"
 	@echo "make pictures creates docs/pictures from simulated backfills and the demo, with a headless Chromium"
-	@echo "make lint    runs ruff and mypy; make format formats the code"
+	@echo "make lint    runs ruff, and mypy over package, tests, bench and docs; make format formats the code"
 	@echo "make wheel   builds the wheel into dist/"
 	@echo "make env     creates the environment of tests and linters; make up and make demo create a smaller one"
 	@echo "make lock    resolves both lock files from pyproject.toml; ARGS=--upgrade selects newer versions"

@@ -153,7 +153,8 @@ else:
 def memory(place: World, runs: int) -> list[Result]:
     """(d) peak memory of ten years against one year, each in a separate process."""
     place.prepare("archive", TEN_YEARS)
-    one, ten = [], []
+    one: list[float] = []
+    ten: list[float] = []
     for _ in range(runs):
         for requested, peaks in ((YEAR, one), (TEN_YEARS, ten)):
             place.clear()

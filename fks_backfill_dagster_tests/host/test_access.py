@@ -33,7 +33,7 @@ from fks_backfill_dagster.host.processes import backgrounds
 from fks_backfill_dagster.host.servers import WEBSERVER, Servers, ServersError
 from fks_backfill_dagster.login import make_token, token_of
 from fks_backfill_dagster.settings.load import load_settings
-from fks_backfill_dagster.settings.model import CHECKOUT, KEY_VARIABLES, SettingsError
+from fks_backfill_dagster.settings.model import CHECKOUT, KEY_VARIABLES, Settings, SettingsError
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster_tests.host.site import Site, compute_log, site
 from fks_backfill_dagster_tests.host.test_servers import until
@@ -451,9 +451,20 @@ EVERYTHING = (
 
 
 def test_the_token_survives_a_restart_and_another_token_is_an_error(access: Access) -> None:
-    site, quiet = access.site, {"keep_database": False, "say": output.append, "parts": (WEBSERVER,)}
+    site = access.site
+
+    def up(settings: Settings) -> Servers:
+        return servers.up(
+            settings,
+            port=site.port,
+            environment=site.environment,
+            keep_database=False,
+            say=output.append,
+            parts=(WEBSERVER,),
+        )
+
     servers.stop_part(site.settings, WEBSERVER)
-    again = servers.up(site.settings, port=site.port, environment=site.environment, **quiet)
+    again = up(site.settings)
     assert again.token == access.running.token
     other = site.settings.model_copy(
         update={"api_token": load_settings({"FKS_API_TOKEN": "y" * 40}, CHECKOUT).api_token}
@@ -461,6 +472,6 @@ def test_the_token_survives_a_restart_and_another_token_is_an_error(access: Acce
     with pytest.raises(
         ServersError, match="was started with another token: stop it with `fks-backfill down`"
     ):
-        servers.up(other, port=site.port, environment=site.environment, **quiet)
+        up(other)
     with pytest.raises(SettingsError, match="FKS_API_TOKEN: must be 32 or more"):
         load_settings({"FKS_API_TOKEN": "y" * 31}, CHECKOUT)

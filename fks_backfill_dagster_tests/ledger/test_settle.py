@@ -241,10 +241,10 @@ def rows_of(ledger: Sequence[LedgerGap]) -> list[Row]:
 
 def audited(ledger: Sequence[LedgerGap], synced: RangeSet, stored: list[int], grid: Grid) -> None:
     """The audit, which is independent of settlement, finds no difference."""
-    ends = (stored[0], stored[-1]) if stored else (None, None)
+    oldest, newest = (stored[0], stored[-1]) if stored else (None, None)
     ranks = grid.rank(np.array(stored, dtype=np.int64))
-    seen = Seen(len(stored), *ends, RangeSet.from_arrays(ranks, ranks + 1))
-    recorded = Recorded(True, synced, len(stored), *ends, tuple(ledger))
+    seen = Seen(len(stored), oldest, newest, RangeSet.from_arrays(ranks, ranks + 1))
+    recorded = Recorded(True, synced, len(stored), oldest, newest, tuple(ledger))
     found = reconcile(Series("ANY", Timeframe.H1, AssetClass.CRYPTO), grid, recorded, seen, synced.hull.end)
     assert (found.differences, found.removed, found.added) == ((), (), ())
 

@@ -51,7 +51,15 @@ from fks_backfill_dagster.providers.base import (
 from fks_backfill_dagster.providers.http.body import MAX_JSON_BYTES
 from fks_backfill_dagster.settings.model import KEY_VARIABLES
 from fks_backfill_dagster_tests.providers.conftest import Make
-from fks_backfill_dagster_tests.providers.scripted import Received, Scripted, Server, json_said, serve, us
+from fks_backfill_dagster_tests.providers.scripted import (
+    Received,
+    Scripted,
+    Server,
+    always,
+    json_said,
+    serve,
+    us,
+)
 
 KEY = "sEcReT+key/with=odd&signs"
 
@@ -418,7 +426,7 @@ class ProviderConformance:
 
     def test_a_refusal_is_not_retried(self, provider: Callable[..., Provider]) -> None:
         for status in (401, 403):
-            with self.connected(provider, lambda _, s=status: json_said({}, s)) as (made, series, server):
+            with self.connected(provider, always(json_said({}, status))) as (made, series, server):
                 with pytest.raises(PermanentError):
                     made.fetch(series, self.window(series))
                 requested = [(asked.path, tuple(asked.query.items())) for asked in server.requests]
