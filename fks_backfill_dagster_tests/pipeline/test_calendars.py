@@ -30,11 +30,11 @@ from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
 from fks_backfill_dagster_tests.calendars import Update, update
+from fks_backfill_dagster_tests.pipeline.builders import days
 from fks_backfill_dagster_tests.pipeline.conftest import NOW
 from fks_backfill_dagster_tests.pipeline.test_absence import opens_in
 from fks_backfill_dagster_tests.pipeline.test_closures import rows, statements
 from fks_backfill_dagster_tests.pipeline.test_faults import Case, context_of
-from fks_backfill_dagster_tests.pipeline.test_sync import days
 
 __all__ = ["update"]
 
