@@ -34,11 +34,9 @@ from fks_backfill_dagster.providers.base import (
     UnknownSymbol,
     WrongKey,
 )
-from fks_backfill_dagster_tests.providers.conformance import KEY
+from fks_backfill_dagster_tests.providers.conformance_base import KEY
 from fks_backfill_dagster_tests.providers.conftest import Make
-from fks_backfill_dagster_tests.providers.markets import (
-    SmallAlphaVantage,
-)
+from fks_backfill_dagster_tests.providers.markets import SmallAlphaVantage
 from fks_backfill_dagster_tests.providers.scripted import (
     Received,
     Scripted,

@@ -28,7 +28,7 @@ from fks_backfill_dagster.providers.base import (
     UnknownSymbol,
 )
 from fks_backfill_dagster.providers.coingecko import coin_of, currency_of, is_spaced, read_rows
-from fks_backfill_dagster_tests.providers.conformance import KEY
+from fks_backfill_dagster_tests.providers.conformance_base import KEY
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.markets import SmallCoinGecko, bars_of, candles_of
 from fks_backfill_dagster_tests.providers.scripted import (

@@ -26,7 +26,7 @@ from fks_backfill_dagster.providers.base import (
     WrongKey,
 )
 from fks_backfill_dagster.providers.oanda import PAGE_SIZE, SECONDS_PER_CONNECTION, instrument_of
-from fks_backfill_dagster_tests.providers.conformance import KEY
+from fks_backfill_dagster_tests.providers.conformance_base import KEY
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.markets import SmallOanda, bars_of, candles_of, micros_of
 from fks_backfill_dagster_tests.providers.scripted import (
