@@ -5,8 +5,10 @@ The cases themselves end with SystemExit if the measured work differs from the e
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from math import isfinite
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +16,7 @@ from bench.__main__ import CASES
 from bench.result import Result
 from bench.size import TINY
 from bench.world import World, world
-from fks_backfill_dagster_tests.postgres import server_url
-
-__all__ = ["server_url"]
+from fks_backfill_dagster.embedded import EmbeddedPostgres
 
 # The letters of the figures in the order in which a case returns them.
 FIGURES = {
@@ -38,11 +38,14 @@ REJECTED = "(g) responses other than 200"
 
 
 @pytest.fixture(scope="module")
-def place(server_url: str) -> Iterator[World]:
+def place() -> Iterator[World]:
+    """The bench's world in the embedded server that all tests share."""
+    server = EmbeddedPostgres(Path(os.environ["FKS_TEST_HOME"]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FKS_DATABASE_URL", server_url)
+        patch.setenv("FKS_DATABASE_URL", server.start())
         with world() as made:
             yield made
+    server.release()
 
 
 def check(name: str, results: list[Result]) -> None:
@@ -55,6 +58,7 @@ def check(name: str, results: list[Result]) -> None:
             assert value > 0 or (result.name == REJECTED and value == 0), result.row()
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in CASES]
 )
