@@ -24,19 +24,20 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/nu
 	n=$$((n + 2)); [ $$n -gt 6 ] && n=6; echo $$n)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-slow up down bench docs pictures lint format lock wheel clean
+.PHONY: help env demo test test-fast test-slow coverage up down bench docs pictures lint format lock wheel clean
 
 help:
 	@echo "make demo    runs everything on a local market and reports; KEEP=1 leaves the servers up"
 	@echo "make test    runs the test suite; ARGS='...' are passed to pytest"
 	@echo "make test-fast runs the tests that need no server, in less than a minute"
 	@echo "make test-slow runs the long scenarios that make test skips, including an hour of real time"
+	@echo "make coverage runs make test and reports the lines that it does not run; also as pages in htmlcov"
 	@echo "make up      starts database, Dagster and daemon with real providers; PORT=3001 is the port of the UI"
 	@echo "make down    stops them"
 	@echo "make bench   measures performance against the references"
 	@echo "make docs    rewrites what documents quote: the references of commands and settings, the session of the tutorial"
 	@echo "make pictures creates docs/pictures from simulated backfills and the demo, with a headless Chromium"
-	@echo "make lint    runs ruff and mypy; make format formats the code"
+	@echo "make lint    runs ruff, and mypy over package, tests, bench and docs; make format formats the code"
 	@echo "make wheel   builds the wheel into dist/"
 	@echo "make env     creates the environment of tests and linters; make up and make demo create a smaller one"
 	@echo "make lock    resolves both lock files from pyproject.toml; ARGS=--upgrade selects newer versions"
@@ -61,6 +62,11 @@ test-fast: $(DEV_STAMP)
 test-slow: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(ARGS)
 	@FKS_TEST_THOROUGH=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'hypothesis and not server' $(ARGS)
+
+# Of the processes of the tests, not of those that they start: see docs/testing.md.
+coverage: $(DEV_STAMP)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m 'not slow' \
+		--cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
 
 up: $(STAMP)
 	@$(BIN)/fks-backfill up $(if $(PORT),--port $(PORT))
@@ -107,7 +113,7 @@ lock:
 	status=$$?; rm -rf $(VENV)-lock; exit $$status
 
 clean:
-	rm -rf $(VENV) $(VENV)-lock .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(VENV)-lock .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Sets $$python, or reports what is missing. A candidate runs, is new enough and can create environments: Debian moves

@@ -22,26 +22,28 @@ from bench.auditing import auditing
 from bench.gaps import sensor
 from bench.orchestral import overhead, refresh
 from bench.result import Result
-from bench.world import SERIES, World, limited_market, prepare, stopwatch, window, world
+from bench.size import FULL, Size
+from bench.world import SERIES, World, limited_market, prepare, stopwatch, world
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.rate_limits import RateWindow
 from fks_backfill_dagster.pipeline.sync import sync
+from fks_backfill_dagster.settings.model import CHECKOUT
 from fks_backfill_dagster.store import copy_format
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.queries import read_candles
 from fks_backfill_dagster_tests.store.crowd import Crowd, counting_server
 
-YEAR = window(2023, 1)
-TEN_YEARS = window(2015, 10)
+Case = Callable[[World, int, Size], list[Result]]
 
 
-def archives(place: World, runs: int) -> list[Result]:
+def archives(place: World, runs: int, size: Size) -> list[Result]:
     """(a) one year of 1m from archives, end to end, against the bare COPY of the same rows; (c) the same again."""
-    place.prepare("archive", YEAR)
+    place.prepare("archive", size.short)
     place.clear()
-    place.sync(YEAR, archives=True)
+    place.sync(size.short, archives=True)
+    place.require_transport("archive")
     database = Database(place.database_url)
-    candles = read_candles(database, SERIES, YEAR)
+    candles = read_candles(database, SERIES, size.short)
     database.dispose()
     blocks = list(copy_format.encode(1, candles, np.ones(len(candles), dtype=np.int32)))
     ratios, again, rates = [], [], []
@@ -50,11 +52,11 @@ def archives(place: World, runs: int) -> list[Result]:
         place.clear()
         context = place.context(archives=True)
         with stopwatch() as first:
-            report = sync(context, SERIES, YEAR, ["binance"])
+            report = sync(context, SERIES, size.short, ["binance"])
         with stopwatch() as second:
-            repeated = sync(context, SERIES, YEAR, ["binance"])
+            repeated = sync(context, SERIES, size.short, ["binance"])
         context.database.dispose()
-        if report.missing or repeated.requests or repeated.total_candles:
+        if report.total_candles != len(candles) or repeated.requests or repeated.total_candles:
             raise SystemExit(f"the measured work differs from the expected one: {report}, {repeated}")
         ratios.append(bare / first[0])
         again.append(second[0] / first[0])
@@ -83,19 +85,20 @@ def bare_copy(place: World, blocks: Sequence[bytes]) -> float:
         return seconds[0]
 
 
-def rest(place: World, runs: int) -> list[Result]:
+def rest(place: World, runs: int, size: Size) -> list[Result]:
     """(b) one year of 1m by REST, end to end, against a ccxt loop that only collects rows."""
-    place.prepare("binance", YEAR)  # ccxt's pages
-    place.prepare("binance", YEAR, stride=999)  # pages of this project overlap by one candle
+    place.prepare("binance", size.short)  # ccxt's pages
+    place.prepare("binance", size.short, stride=999)  # pages of this project overlap by one candle
     place.clear()
-    place.sync(YEAR, archives=False)
+    place.sync(size.short, archives=False)
+    place.require_transport("rest")
     ratios, rates = [], []
     for _ in range(runs):
         with stopwatch() as reference:
-            rows = ccxt_loop(place, YEAR)
+            rows = ccxt_loop(place, size.short)
         place.clear()
         with stopwatch() as ours:
-            report = place.sync(YEAR, archives=False)
+            report = place.sync(size.short, archives=False)
         if report.total_candles != rows:
             raise SystemExit(f"ccxt collected {rows} candles, the sync {report.total_candles}")
         ratios.append(reference[0] / ours[0])
@@ -150,12 +153,13 @@ else:
 """
 
 
-def memory(place: World, runs: int) -> list[Result]:
+def memory(place: World, runs: int, size: Size) -> list[Result]:
     """(d) peak memory of ten years against one year, each in a separate process."""
-    place.prepare("archive", TEN_YEARS)
-    one, ten = [], []
+    place.prepare("archive", size.long)
+    one: list[float] = []
+    ten: list[float] = []
     for _ in range(runs):
-        for requested, peaks in ((YEAR, one), (TEN_YEARS, ten)):
+        for requested, peaks in ((size.short, one), (size.long, ten)):
             place.clear()
             command = [sys.executable, "-c", _ONE_SYNC, place.database_url, place.market_url]
             done = subprocess.run(
@@ -163,8 +167,10 @@ def memory(place: World, runs: int) -> list[Result]:
                 check=True,
                 capture_output=True,
                 text=True,
+                cwd=CHECKOUT,
             )
             peaks.append(float(done.stdout))
+            place.require_transport("archive")
     ratios = [b / a for a, b in zip(one, ten, strict=True)]
     detail = f"{median(ten):,.0f} MB against {median(one):,.0f} MB"
     return [Result("(d) peak memory, ten years / one year", ratios, 1.3, False, detail)]
@@ -176,42 +182,58 @@ import dagster
 from fks_backfill_dagster.settings import load_settings
 from fks_backfill_dagster.orchestration.build import build_defs
 began = time.perf_counter()
-definitions = build_defs()
-definitions.get_repository_def()
-print(time.perf_counter() - began)
+repository = build_defs().get_repository_def()
+seconds = time.perf_counter() - began
+print(len(repository.asset_graph.get_all_asset_keys()), seconds)
 """
 
 
-def definitions(place: World, runs: int) -> list[Result]:
-    """(e) definitions of 2,000 series: seconds beyond `import dagster`."""
+def definitions(place: World, runs: int, size: Size) -> list[Result]:
+    """(e) definitions of thousands of series: seconds beyond `import dagster`."""
     symbols = [
         {"symbol": f"C{n:03d}/USDT", "asset_class": "crypto", "timeframes": ["1m", "5m", "1h", "1d"]}
-        for n in range(500)
+        for n in range(size.symbols)
     ]
     environment = os.environ | {"FKS_SYMBOLS": json.dumps(symbols), "FKS_DATABASE_URL": place.database_url}
     values = []
     for _ in range(runs):
         done = subprocess.run(
-            [sys.executable, "-c", _LOAD], check=True, capture_output=True, text=True, env=environment
+            [sys.executable, "-c", _LOAD],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=CHECKOUT,
         )
-        values.append(float(done.stdout.split()[-1]))
-    return [Result("(e) definitions of 2,000 series, seconds", values, 3.0, False, "beyond import dagster")]
+        defined, seconds = done.stdout.split()[-2:]
+        if int(defined) != 4 * size.symbols:
+            raise SystemExit(f"{defined} assets are defined, not {4 * size.symbols}")
+        values.append(float(seconds))
+    return [
+        Result(
+            f"(e) definitions of {4 * size.symbols:,} series, seconds",
+            values,
+            3.0,
+            False,
+            "beyond import dagster",
+        )
+    ]
 
 
 # The shared limit -------------------------------------------------------------------------------------
 
 
-def crowd(place: World, runs: int) -> list[Result]:
+def crowd(place: World, runs: int, size: Size) -> list[Result]:
     """(f) 8 processes, 5 threads each, at one limit for 60 s, measured at a counting server."""
     cases = (("100 in 1 s", RateWindow(100, 1.0), 1), ("6000 in 60 s, weight 2", RateWindow(6000, 60.0), 2))
     results = []
     for name, limit, weight in cases:
         place.reset_rate_limits()
         with counting_server(delay=0.01) as server:
-            clients = Crowd(place.database_url, server, (limit,), threads=[5] * 8, weight=weight)
-            seen = clients.ask_for(60.0)
+            clients = Crowd(place.database_url, server, (limit,), threads=[5] * size.crowd, weight=weight)
+            seen = clients.ask_for(size.crowd_seconds)
         most = weight * seen.most_within(limit.seconds) / limit.limit
-        used = weight * len(seen.at) / (limit.limit * 60.0 / limit.seconds)
+        used = weight * len(seen.at) / (limit.limit * size.crowd_seconds / limit.seconds)
         detail = f"{name}: {len(seen.at):,} requests"
         results += [
             Result("(f) most requests in a window / limit", [most], 1.0, False, detail),
@@ -221,13 +243,13 @@ def crowd(place: World, runs: int) -> list[Result]:
     return results
 
 
-def full_weight(place: World, runs: int) -> list[Result]:
+def full_weight(place: World, runs: int, size: Size) -> list[Result]:
     """(g) Binance's real limit, one process, 5 minutes of klines requests by the provider client."""
-    seconds = 300
+    seconds = size.weight_seconds
     place.reset_rate_limits()
     with limited_market() as market:
-        prepare(market.url, "binance", YEAR, stride=999)
-        place.request_binance(market.binance_url, YEAR, seconds)
+        prepare(market.url, "binance", size.short, stride=999)
+        place.request_binance(market.binance_url, size.short, seconds)
         counted = market.journal(last=0)["providers"]["binance"]
     rejected = sum(count for status, count in counted["statuses"].items() if status != "200")
     used = counted["weight"] / (6000 * seconds / 60)
@@ -238,7 +260,7 @@ def full_weight(place: World, runs: int) -> list[Result]:
     ]
 
 
-CASES: dict[str, Callable[[World, int], list[Result]]] = {
+CASES: dict[str, Case] = {
     "archives": archives,
     "rest": rest,
     "memory": memory,
@@ -260,7 +282,7 @@ def main() -> int:
     passed = True
     with world() as place:
         for name in options.cases or CASES:
-            for result in CASES[name](place, options.runs):
+            for result in CASES[name](place, options.runs, FULL):
                 print(result.row(), flush=True)
                 passed = passed and result.passed
     return 0 if passed else 1

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime, timedelta
 from statistics import median
 
@@ -13,6 +12,7 @@ import numpy as np
 import psycopg
 
 from bench.result import Result
+from bench.size import Size
 from bench.world import World, stopwatch
 from fks_backfill_dagster.app import now
 from fks_backfill_dagster.domain.series import AssetClass, Series
@@ -22,7 +22,6 @@ from fks_backfill_dagster.store import ledger
 from fks_backfill_dagster.store.copy_format import decode_array
 from fks_backfill_dagster.store.database import Database
 
-CANDLES = int(os.environ.get("BENCH_AUDIT_CANDLES", "5000000"))
 SERIES = 10
 
 _FIRST = datetime(2015, 1, 1, tzinfo=UTC)
@@ -49,12 +48,12 @@ UPDATE fks.sync_state SET synced = tstzmultirange(tstzrange(%(first)s, %(past)s)
 """
 
 
-def auditing(place: World, runs: int) -> list[Result]:
+def auditing(place: World, runs: int, size: Size) -> list[Result]:
     """(l) the audit of all series against the reference, one connection each, alternately."""
     database = Database(place.database_url)
     place.clear()
     series = [Series(f"C{n}/USDT", Timeframe.M1, AssetClass.CRYPTO) for n in range(SERIES)]
-    identities = [_fill(place, database, one, CANDLES // SERIES) for one in series]
+    identities = [_fill(place, database, one, size.audited // SERIES) for one in series]
     ratios, seconds = [], []
     with place.connect() as connection:
         connection.execute('VACUUM ANALYZE fks."candles_1m"')
@@ -63,7 +62,7 @@ def auditing(place: World, runs: int) -> list[Result]:
                 counted = sum(_reference(connection, identity) for identity in identities)
             with stopwatch() as ours:
                 report = audit(database, series, now)
-            if counted != report.candles or report.differences:
+            if not counted == report.candles == size.audited or report.differences:
                 raise SystemExit(f"the measured work differs from the expected one: {counted}, {report}")
             ratios.append(ours[0] / reference[0])
             seconds.append(ours[0])

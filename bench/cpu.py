@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +54,7 @@ class Meter:
                     self._seen[process] = (_part(process, background.name), _seconds(process))
 
     def _sums(self) -> dict[str, float]:
-        sums: Counter[str] = Counter()
+        sums: defaultdict[str, float] = defaultdict(float)
         for part, seconds in self._seen.values():
             sums[part] += seconds
         if self._postmaster is not None:

@@ -9,12 +9,13 @@ import psycopg
 
 from bench.dagster_world import RunningDagster, duration_of, environment_of, running_dagster
 from bench.result import Result
+from bench.size import Size
 from bench.world import World
 from fks_backfill_dagster.host.graphql import REPOSITORY
 from fks_backfill_dagster.store.database import Database
 
-SYMBOLS, FRAMES = 1000, ("1m", "5m", "15m", "30m")
-"""4,000 series with monthly partitions."""
+FRAMES = ("1m", "5m", "15m", "30m")
+"""Of each symbol: series with monthly partitions."""
 
 MONTHS = 96
 
@@ -56,29 +57,28 @@ _TICK = (
 )
 
 
-def sensor(place: World, runs: int) -> list[Result]:
+def sensor(place: World, runs: int, size: Size) -> list[Result]:
     """(m) a tick over 4,000 series of 96 months, a gap in each; (n) the same with five million candles."""
-    candles = 5_000_000
     place.clear()
     Database(place.database_url).ensure()
     symbols = [
         {"symbol": f"C{n:04d}/USDT", "asset_class": "crypto", "timeframes": list(FRAMES)}
-        for n in range(SYMBOLS)
+        for n in range(size.sensor_symbols)
     ]
     with tempfile.TemporaryDirectory(prefix="fks-bench-") as home:
         environment = environment_of(Path(home), place.database_url, place.market_url, symbols, "2016-01-01")
         with running_dagster(environment) as dagster:
             with psycopg.connect(place.database_url, autocommit=True) as connection:
-                connection.execute(_SERIES, {"symbols": SYMBOLS, "frames": list(FRAMES)})
+                connection.execute(_SERIES, {"symbols": size.sensor_symbols, "frames": list(FRAMES)})
                 connection.execute(_GAPS, {})
                 connection.execute("ANALYZE fks.gap, fks.series, fks.sync_state")
                 empty = [duration_of(lambda: _tick(dagster)) for _ in range(runs + 1)][1:]
-                connection.execute(_CANDLES, {"candles": candles})
+                connection.execute(_CANDLES, {"candles": size.sensor_candles})
                 connection.execute("ANALYZE fks.candles_1m")
                 full = [duration_of(lambda: _tick(dagster)) for _ in range(runs + 1)][1:]
             requested = _tick(dagster)
     ratios = [a / b for a, b in zip(full, empty, strict=True)]
-    detail = f"{SYMBOLS * len(FRAMES):,} series x {MONTHS} months; requests {requested} runs"
+    detail = f"{size.sensor_symbols * len(FRAMES):,} series x {MONTHS} months; requests {requested} runs"
     return [
         Result("(m) a tick of the gap sensor, seconds", empty, 2.0, False, detail),
         Result("(n) the same with 5 M candles / without", ratios, 1.3, False, f"{max(full):.2f} s at most"),

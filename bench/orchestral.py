@@ -22,11 +22,13 @@ from bench.dagster_world import (
     wait_for_runs,
 )
 from bench.result import Result
-from bench.world import World, window
+from bench.size import Size
+from bench.world import World
 from fks_backfill_dagster import app
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import iso
 from fks_backfill_dagster.host import launch
 from fks_backfill_dagster.host.graphql import Webserver
 from fks_backfill_dagster.pipeline.plan import GRACE
@@ -35,14 +37,14 @@ from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.settings.model import CHECKOUT
 
-MANY = 2000
-SIXTY_MONTHS = window(2019, 5)
+_SEEDED = 3
+"""Candles of each series before a refresh."""
 _MINUTES = [{"symbol": "BTC/USDT", "asset_class": "crypto", "timeframes": ["1m"]}]
 
 
-def overhead(place: World, runs: int) -> list[Result]:
+def overhead(place: World, runs: int, size: Size) -> list[Result]:
     """(h) a Dagster run of 60 months of 1m against the same sync by the command line; (i) an empty run."""
-    place.prepare("archive", SIXTY_MONTHS)
+    place.prepare("archive", size.run)
     ratios, empty, walls = [], [], []
     with tempfile.TemporaryDirectory(prefix="fks-bench-") as home:
         environment = environment_of(Path(home), place.database_url, place.market_url, _MINUTES, "2019-01-01")
@@ -50,11 +52,11 @@ def overhead(place: World, runs: int) -> list[Result]:
             for _ in range(runs):
                 place.clear()
                 began = time.perf_counter()
-                plain = _command_line(environment)
+                plain = _command_line(environment, size.run)
                 walls.append(time.perf_counter() - began)
                 place.clear()
-                ratios.append(_run_seconds(dagster) / plain)
-                empty.append(_run_seconds(dagster))
+                ratios.append(_run_seconds(dagster, size.run) / plain)
+                empty.append(_run_seconds(dagster, size.run))
     detail = f"the whole command takes {median(walls):.1f} s"
     return [
         Result("(h) run of 60 months of 1m / fks-backfill backfill", ratios, 1.3, False, detail),
@@ -62,9 +64,9 @@ def overhead(place: World, runs: int) -> list[Result]:
     ]
 
 
-def _command_line(environment: dict[str, str]) -> float:
+def _command_line(environment: dict[str, str], requested: TimeRange) -> float:
     """Seconds of the sync itself, without imports."""
-    arguments = ["BTC/USDT", "1m", "--start", "2019-01-01", "--end", "2024-01-01", "--json"]
+    arguments = ["BTC/USDT", "1m", "--start", iso(requested.start), "--end", iso(requested.end), "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "fks_backfill_dagster", "backfill", *arguments],
         env=environment,
@@ -76,11 +78,11 @@ def _command_line(environment: dict[str, str]) -> float:
     return float(json.loads(done.stdout)["seconds"])
 
 
-def _run_seconds(dagster: RunningDagster) -> float:
-    """From RUN_START to RUN_SUCCESS of one run over the 60 months."""
+def _run_seconds(dagster: RunningDagster, requested: TimeRange) -> float:
+    """From RUN_START to RUN_SUCCESS of one run over the months of `requested`."""
     catalog = Catalog(dagster.settings)
     series = catalog.series[0]
-    one = launch.order(catalog, series, SIXTY_MONTHS)
+    one = launch.order(catalog, series, requested)
     identity = launch.start(dagster.web, [one])
     done = launch.watch(dagster.web, identity, [one], lambda seen: None)
     (times,) = wait_for_runs(dagster.web, [run.id for run in done.runs])
@@ -89,10 +91,11 @@ def _run_seconds(dagster: RunningDagster) -> float:
     return times.ended - times.started
 
 
-def refresh(place: World, runs: int) -> list[Result]:
+def refresh(place: World, runs: int, size: Size) -> list[Result]:
     """(j) one refresh with a new candle of 2,000 series; (k) the UI's pages with them. Measured once: it is slow."""
     symbols = [
-        {"symbol": f"C{n:04d}/USDT", "asset_class": "crypto", "timeframes": ["1h"]} for n in range(MANY)
+        {"symbol": f"C{n:04d}/USDT", "asset_class": "crypto", "timeframes": ["1h"]}
+        for n in range(size.refreshed)
     ]
     place.clear()
     with tempfile.TemporaryDirectory(prefix="fks-bench-") as home:
@@ -110,6 +113,7 @@ def refresh(place: World, runs: int) -> list[Result]:
                 seconds = time.perf_counter() - began
             if {t.status for t in times} != {"SUCCESS"}:
                 raise SystemExit(f"runs of the refresh failed: {[t.status for t in times]}")
+            _require_new_candles(place, size.refreshed)
             detail = (
                 f"{len(ids)} runs: tick {ticked:.1f} s, launching {launched - ticked:.1f} s; of a run:"
                 f" worker {median(t.started - t.launched for t in times):.1f} s,"
@@ -117,8 +121,21 @@ def refresh(place: World, runs: int) -> list[Result]:
                 + ", ".join(f"{part} {used:.0f} s" for part, used in sorted(cpu.items(), key=lambda i: -i[1]))
             )
             events = _events(place, ids)
-            pages = [_page(web, name, *query) for name, query in _PAGES.items()]
-    return [Result(f"(j) refresh of {MANY:,} series, seconds", [seconds], 300, False, detail), events, *pages]
+            pages = [_page(web, size.refreshed, name, *query) for name, query in _PAGES.items()]
+    return [
+        Result(f"(j) refresh of {size.refreshed:,} series, seconds", [seconds], 300, False, detail),
+        events,
+        *pages,
+    ]
+
+
+def _require_new_candles(place: World, series: int) -> None:
+    with place.connect() as connection:
+        [found] = connection.execute(
+            "SELECT count(*) FROM fks.sync_state WHERE total_candles > %s", [_SEEDED]
+        )
+    if found != (series,):
+        raise SystemExit(f"{found[0]} of {series} series have a new candle")
 
 
 def _events(place: World, runs: list[str]) -> Result:
@@ -136,9 +153,9 @@ def _events(place: World, runs: list[str]) -> Result:
     return Result("(j) events of a run of 50 series", [count for (count,) in per_run], 250, False, detail)
 
 
-def _page(web: Webserver, name: str, query: str, variables: dict[str, object]) -> Result:
+def _page(web: Webserver, series: int, name: str, query: str, variables: dict[str, object]) -> Result:
     values = [duration_of(lambda: web.query(query, **variables)) for _ in range(3)]
-    return Result(f"(k) {name}, seconds", values, 3.0, False, f"{MANY:,} series")
+    return Result(f"(k) {name}, seconds", values, 3.0, False, f"{series:,} series")
 
 
 _KEY = {"path": ["ohlcv", "C0007_USDT", "1h"]}
@@ -174,7 +191,7 @@ def _seed(environment: dict[str, str]) -> None:
         def seed(series: Series) -> None:
             step = series.timeframe.micros
             end = grid_of(series).closed_end(now - GRACE) - step
-            report = sync(opened.context, series, TimeRange(end - 3 * step, end), ["binance"])
+            report = sync(opened.context, series, TimeRange(end - _SEEDED * step, end), ["binance"])
             if report.missing:
                 raise SystemExit(f"seeding failed: {report}")
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import psycopg
 import sqlalchemy as sa
 
@@ -43,6 +44,12 @@ def window(first_year: int, years: int) -> TimeRange:
     return TimeRange.of(
         datetime(first_year, 1, 1, tzinfo=UTC), datetime(first_year + years, 1, 1, tzinfo=UTC)
     )
+
+
+def months(first: str, count: int) -> TimeRange:
+    """`count` months from YYYY-MM on."""
+    start = np.datetime64(first, "M")
+    return TimeRange.of(*(datetime.fromisoformat(f"{edge}-01T00:00Z") for edge in (start, start + count)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,13 @@ class World:
             connection.execute("TRUNCATE fks.series CASCADE")
             connection.execute('TRUNCATE fks."candles_1m"')
             connection.execute("CHECKPOINT")
+
+    def require_transport(self, expected: str) -> None:
+        """Raises SystemExit unless every batch arrived that way: `archive` or `rest`."""
+        with self.connect() as connection:
+            found = connection.execute("SELECT DISTINCT transport FROM fks.batch").fetchall()
+        if found != [(expected,)]:
+            raise SystemExit(f"the candles came by {found}, not by {expected}")
 
     def prepare(self, provider: str, requested: TimeRange, stride: int = 1000) -> None:
         prepare(self.market_url, provider, requested, stride)

@@ -283,7 +283,7 @@ def reset_provider(settings: Settings, database: Database, name: str) -> list[Pr
     from fks_backfill_dagster.store import rate_limits
 
     limits = registry.rate_limits({name: provider_options(settings, name)})
-    found = (rate_limits.reset(database, lane, pace.account) for lane, pace in limits.items())
+    found = (rate_limits.reset(database, lane, limit.account) for lane, limit in limits.items())
     return [state for state in found if state is not None]
 
 

@@ -36,7 +36,7 @@ def update() -> Iterator[Update]:
             def special_closes_adhoc(self) -> list[tuple[time, pd.DatetimeIndex]]:
                 return [
                     *super().special_closes_adhoc,
-                    *([(time(12), pd.DatetimeIndex(early))] if early else []),
+                    *([(time(12), pd.DatetimeIndex(list(early)))] if early else []),
                 ]
 
         _install(name, Later)

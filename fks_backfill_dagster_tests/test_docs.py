@@ -163,7 +163,8 @@ def wrong_names(text: str, *, decision: bool = False) -> list[str]:
     for module, names in IMPORT.findall(text):
         wrong += [f"{module}.{name}" for name in names.split(", ") if not resolves(f"{module}.{name}")]
     for name, path in IN_FILE.findall(text):
-        found = files_called(*re.fullmatch(r"(.*/)?(.*)", path).groups(""))
+        folder, _, file_name = path.rpartition("/")
+        found = files_called(folder and f"{folder}/", file_name)
         if found and not any(name in defined_in(file) for file in found):
             wrong.append(f"{name} in {path}")
     for name, member in MEMBER.findall(text):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -215,11 +215,20 @@ def upwards_in_pipeline(root: Path) -> list[str]:
     ]
 
 
-RULES = [forbidden_imports, parts_without_layer, misplaced_libraries, impure, writing, upwards_in_pipeline]
+Rule = Callable[[Path], list[str]]
+
+RULES: list[Rule] = [
+    forbidden_imports,
+    parts_without_layer,
+    misplaced_libraries,
+    impure,
+    writing,
+    upwards_in_pipeline,
+]
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_package_follows_the_rule(rule) -> None:
+def test_the_package_follows_the_rule(rule: Rule) -> None:
     assert rule(ROOT) == []
 
 
@@ -302,7 +311,9 @@ def test_there_is_a_package_to_check() -> None:
         (writing, "pipeline/a.py", "x = 'INSERT INTO {table} VALUES (1)'", "pipeline changes candles"),
     ],
 )
-def test_a_violation_is_found_with_its_place(rule, path, line, expected, tmp_path: Path) -> None:
+def test_a_violation_is_found_with_its_place(
+    rule: Rule, path: str, line: str, expected: str, tmp_path: Path
+) -> None:
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / path).write_text(line, encoding="utf-8")
     last = line.count("\n") + 1

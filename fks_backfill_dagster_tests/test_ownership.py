@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -199,7 +199,7 @@ def test_a_home_that_others_can_write_is_refused(yard: Path) -> None:
 
 @needs_root
 @pytest.mark.parametrize("use", [check_home, make_home, make_folder])
-def test_a_home_of_another_account_is_refused(yard: Path, use) -> None:
+def test_a_home_of_another_account_is_refused(yard: Path, use: Callable[[Path], None]) -> None:
     home = yard / "home"
     home.mkdir()
     give_to_other(home)

@@ -117,26 +117,26 @@ class SharedLimiter:
     def acquire(self, provider: str, weight: int) -> Permit:
         if permit := self._cached_wait(provider):
             return permit
-        pace = self._rate_limits.get(provider, RateLimits())
+        limits = self._rate_limits.get(provider, RateLimits())
         with self._database.autocommit() as connection:
             parameters = {
                 "provider": provider,
-                "account": pace.account,
+                "account": limits.account,
                 "owner": self._owner,
                 "weight": weight,
-                "limits": [window.limit for window in pace.windows],
-                "windows": [round(window.seconds * 1000) for window in pace.windows],
-                "longest": pace.longest * 1000,
+                "limits": [window.limit for window in limits.windows],
+                "windows": [round(window.seconds * 1000) for window in limits.windows],
+                "longest": limits.longest * 1000,
             }
             wait_ms, closed, bound_by, number = connection.execute(_ADMIT, parameters).one()
             if not wait_ms:
                 return Permit(number=number)
             wait = wait_ms / 1000
             if closed and wait > LONGEST_WAIT:
-                _shorten(connection, provider, pace.account)
+                _shorten(connection, provider, limits.account)
                 wait = LONGEST_WAIT
         permit = Permit(
-            wait, "demanded by the provider: wait" if closed else pace.windows[bound_by - 1].reason
+            wait, "demanded by the provider: wait" if closed else limits.windows[bound_by - 1].reason
         )
         with self._lock:
             self._cached[provider] = (time.monotonic(), permit)
@@ -168,7 +168,7 @@ class SharedCircuit:
 
     def __init__(self, database: Database, rate_limits: Mapping[str, RateLimits]) -> None:
         self._database = database
-        self._accounts = {name: pace.account for name, pace in rate_limits.items()}
+        self._accounts = {name: limits.account for name, limits in rate_limits.items()}
 
     @repeated
     def closed_for(self, provider: str) -> CoolDown | None:

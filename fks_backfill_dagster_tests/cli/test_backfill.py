@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -270,7 +271,7 @@ def test_an_interrupted_backfill_keeps_what_was_committed(
     monkeypatch.setenv("FKS_PROVIDERS__BINANCE__ARCHIVE_URL", "null")
     monkeypatch.setenv("FKS_MAX_CONCURRENT_REQUESTS", "1")
     # The first months are fetched, a later page fails for longer than the test waits.
-    hang = {"start": "2024-06-01T00:00:00+00:00", "end": "2024-07-01T00:00:00+00:00"}
+    hang: dict[str, Any] = {"start": "2024-06-01T00:00:00+00:00", "end": "2024-07-01T00:00:00+00:00"}
     market.plant_fault("binance", "status", count=None, status=503, **hang)
     line = (
         "backfill",
@@ -333,7 +334,7 @@ def test_a_symbol_that_looks_mistyped_is_warned_of_before_it_is_created(
 # Exit codes ------------------------------------------------------------------------------------------------
 
 BOTH = ("--provider", "binance", "--provider", "polygon")
-DAY = {"start": "2024-01-10", "end": "2024-01-11"}
+DAY: dict[str, Any] = {"start": "2024-01-10", "end": "2024-01-11"}
 
 
 def statuses(fks: Command) -> dict[str, int]:

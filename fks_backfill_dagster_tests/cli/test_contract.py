@@ -75,7 +75,7 @@ def unchanged(rows: list[Row]) -> list[Row]:
 class Market(BaseHTTPRequestHandler):
     """Klines as Binance documents them; faults are set on the class."""
 
-    spoil: Spoil = staticmethod(unchanged)  # type: ignore[assignment]
+    spoil: Spoil = staticmethod(unchanged)
     dated = True
     hangs = False
     garbage: list[bytes] = []  # noqa: RUF012 - the responses before the first valid one
@@ -181,7 +181,8 @@ def test_a_month_from_first_to_last(
 
     with psycopg.connect(database_url) as connection:
         for view, columns in VIEWS.items():
-            shown = connection.execute(f"SELECT * FROM fks.{view} LIMIT 0").description  # type: ignore[call-overload]
+            shown = connection.execute(f"SELECT * FROM fks.{view} LIMIT 0").description
+            assert shown is not None
             assert " ".join(column.name for column in shown) == columns
 
 

@@ -114,7 +114,9 @@ def test_a_window_and_as_of(fks: Command, stored: Candles, database: Database, t
     with database.begin() as connection:
         before = connection.exec_driver_sql("SELECT clock_timestamp()").scalar_one()
     changed = stored.take(slice(3, 4))
-    store(database, Candles(*(c if i == 0 else c * 2 for i, c in enumerate(changed.columns()))))
+    ts, *values = changed.columns()
+    open_, high, low, close, volume = (column * 2 for column in values)
+    store(database, Candles(ts, open_, high, low, close, volume))
     window = ("--start", "2024-01-03", "--end", "2024-01-09")
     fks("export", "EUR/USD", "1d", *window, "-o", "then.parquet", "--as-of", before.isoformat())
     fks("export", "EUR/USD", "1d", *window, "-o", "now.parquet")
@@ -219,6 +221,7 @@ def test_read_candles_returns_a_frame(stored: Candles) -> None:
     frame = read_candles("EUR/USD", "1d")
     assert list(frame.columns) == COLUMNS
     assert set(frame.dtypes) == {np.dtype(np.float64)}
+    assert isinstance(frame.index, pd.DatetimeIndex)
     assert (frame.index.name, str(frame.index.tz)) == ("ts", "UTC")
     assert as_candles(frame.reset_index()).equals(stored)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -176,7 +177,7 @@ def test_the_log_has_a_line_every_half_minute_at_least_and_not_every_second(
 ) -> None:
     """Polls a second apart, some of which take a few seconds more; nothing changes for five minutes."""
     clock = [1000.0]
-    monkeypatch.setattr(lines.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     show = lines._Lines(clock[0])
     printed = [clock[0]]
     seen = Seen(5, [Run("a", "STARTED", (BTC,), (QUARTER[0], QUARTER[-1]))], materialized=1)

@@ -11,6 +11,7 @@ from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.settings.model import CHECKOUT
 from fks_backfill_dagster.simulator.config import Outage
+from fks_backfill_dagster.tables import percent
 
 
 def test_the_settings_of_the_first_run_are_kept(tmp_path: Path) -> None:
@@ -74,4 +75,4 @@ def test_the_last_lines_name_commands_that_work_and_no_address_of_a_stopped_serv
     ("share", "shown"), [(1.0, "100 %"), (0.999999, "99.99 %"), (0.5, "50.00 %"), (0.0, "0.00 %")]
 )
 def test_shares_are_not_rounded_up_to_100_percent(share: float, shown: str) -> None:
-    assert demo._percent(share) == shown
+    assert percent(share) == shown

@@ -88,11 +88,11 @@ def test_a_candle_is_closed_if_all_its_minutes_are_on_closed_dates(
         # A part belongs to the last candle that opens at or before it, but a stock's day is named by its date.
         owners = opens
         if market[0] is STOCKS and not timeframe.is_intraday:
-            first = np.searchsorted(parts, grid.closes(grid.at(grid.rank(opens) - 1)))
+            begins = np.searchsorted(parts, grid.closes(grid.at(grid.rank(opens) - 1)))
         else:
-            first = np.searchsorted(parts, opens)
-        last = np.searchsorted(parts, grid.closes(opens))
-        traded = np.array([not off[a:b].all() for a, b in zip(first, last, strict=True)], dtype=bool)
+            begins = np.searchsorted(parts, opens)
+        ends = np.searchsorted(parts, grid.closes(opens))
+        traded = np.array([not off[a:b].all() for a, b in zip(begins, ends, strict=True)], dtype=bool)
     assert ranges.contains(owners).tolist() == (~traded).tolist()
 
 

@@ -19,8 +19,8 @@ Row = tuple[float, float, float, float]
 
 
 def block(rows: list[Row]) -> Candles:
-    columns = np.array(rows, dtype=np.float64).reshape(-1, 4).T
-    return Candles(np.arange(len(rows), dtype=np.int64) * 60, *columns, np.ones(len(rows)))
+    open_, high, low, close = np.array(rows, dtype=np.float64).reshape(-1, 4).T
+    return Candles(np.arange(len(rows), dtype=np.int64) * 60, open_, high, low, close, np.ones(len(rows)))
 
 
 def slowly(rows: list[Row]) -> list[bool]:

@@ -6,7 +6,6 @@ one of its pages or without an origin, as GET of a page or as POST of JSON to Gr
 
 from __future__ import annotations
 
-import http.client
 import importlib
 import itertools
 import json
@@ -15,27 +14,35 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from types import ModuleType
-from urllib.parse import urlsplit
 
 import psutil
 import pytest
 import sqlalchemy as sa
 
 from fks_backfill_dagster.host import code_server, guarded_webserver, servers
-from fks_backfill_dagster.host.graphql import REPOSITORY, Webserver, WrongToken
+from fks_backfill_dagster.host.graphql import Webserver, WrongToken
 from fks_backfill_dagster.host.processes import backgrounds
 from fks_backfill_dagster.host.servers import WEBSERVER, Servers, ServersError
 from fks_backfill_dagster.login import make_token, token_of
 from fks_backfill_dagster.settings.load import load_settings
-from fks_backfill_dagster.settings.model import CHECKOUT, KEY_VARIABLES, SettingsError
+from fks_backfill_dagster.settings.model import CHECKOUT, KEY_VARIABLES, Settings, SettingsError
 from fks_backfill_dagster.simulator import LocalMarket
-from fks_backfill_dagster_tests.host.site import Site, compute_log, site
+from fks_backfill_dagster_tests.host.access import (
+    JSON,
+    LAUNCH,
+    QUERY,
+    ROUTES,
+    Access,
+    changed,
+    launch,
+    output,
+)
+from fks_backfill_dagster_tests.host.site import compute_log, site
 from fks_backfill_dagster_tests.host.test_servers import until
 
 
@@ -47,73 +54,6 @@ def _pictures() -> ModuleType:
 
 
 pictures = _pictures()
-
-JSON = "application/json"
-QUERY = json.dumps({"query": "{ version }"})
-LAUNCH = (
-    "mutation($p: ExecutionParams!) { launchRun(executionParams: $p) { __typename"
-    " ... on RunConfigValidationInvalid { errors { message } } ... on LaunchRunSuccess { run { runId } } } }"
-)
-
-# One path per route of the webserver (`build_routes`).
-ROUTES = (
-    "/server_info",
-    "/dagit_info",
-    "/graphql",
-    "/logs/a/b/c.out",
-    "/notebook?path=a.ipynb&repoLocName=fks_backfill",
-    "/dagit/notebook?path=a.ipynb&repoLocName=fks_backfill",
-    "/download_debug/0",
-    "/report_asset_materialization/ohlcv/BTC_USDT/15m",
-    "/report_asset_check/ohlcv/BTC_USDT/15m?check_name=completeness&passed=true",
-    "/report_asset_observation/ohlcv/BTC_USDT/15m",
-    "/assets/ohlcv/BTC_USDT/15m",
-    "/",
-)
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    headers: Mapping[str, str]
-    body: str
-
-
-@dataclass(frozen=True)
-class Access:
-    """A webserver of `up` and an independent client."""
-
-    running: Servers
-    site: Site
-
-    @property
-    def place(self) -> str:
-        return urlsplit(self.running.url).netloc
-
-    def send(self, method: str, path: str, body: str = "", **headers: str | None) -> Answer:
-        """Sends a request with these headers; Host defaults to the server's own."""
-        given = {name.replace("_", "-"): value for name, value in headers.items() if value is not None}
-        connection = http.client.HTTPConnection(self.place, timeout=60)
-        connection.request(method, path, body=body or None, headers={"Host": self.place} | given)
-        answer = connection.getresponse()
-        text = answer.read().decode(errors="replace")
-        connection.close()
-        return Answer(answer.status, dict(answer.getheaders()), text)
-
-    @property
-    def cookie(self) -> str:
-        """The cookie of a browser after the login."""
-        first = self.send(
-            "GET", urlsplit(self.running.web.visit).path + "?" + urlsplit(self.running.web.visit).query
-        )
-        assert (first.status, first.headers["location"]) == (303, "/")
-        name, _, rest = first.headers["set-cookie"].partition(";")
-        assert rest == " Path=/; HttpOnly; SameSite=Strict"
-        return name
-
-    def runs(self) -> int:
-        found = self.running.web.query("{ runsOrError { ... on Runs { count } } }")
-        return int(found["runsOrError"]["count"])
 
 
 KEY = "very-secret-key"
@@ -135,16 +75,6 @@ def access(running: LocalMarket, tmp_path_factory: pytest.TempPathFactory) -> It
         )
         running.reset_requests()
         yield Access(up, made)
-
-
-def changed(plain: Site, **variables: str) -> Site:
-    """The site with further variables of the environment."""
-    environment = {**plain.environment, **variables}
-    return replace(plain, settings=load_settings(environment, CHECKOUT), environment=environment)
-
-
-output: list[str] = []
-"""The output of `up`."""
 
 
 def test_login_by_url_cookie_and_bearer_token(access: Access) -> None:
@@ -228,23 +158,6 @@ def test_a_page_of_another_site_cannot_launch_a_run(
     )
     assert by_address.status in (403, 405)
     assert access.runs() == 0
-
-
-def launch(**config: object) -> dict[str, object]:
-    """The execution parameters of the launchpad for one partition, with a run configuration."""
-    selector = {
-        **REPOSITORY,
-        "pipelineName": "ohlcv_months",
-        "assetSelection": [{"path": ["ohlcv", "BTC_USDT", "15m"]}],
-        "assetCheckSelection": [],
-    }
-    tags = [{"key": "dagster/partition", "value": "2024-01-01"}]
-    return {
-        "selector": selector,
-        "mode": "default",
-        "runConfigData": config,
-        "executionMetadata": {"tags": tags},
-    }
 
 
 @pytest.mark.parametrize(
@@ -451,9 +364,20 @@ EVERYTHING = (
 
 
 def test_the_token_survives_a_restart_and_another_token_is_an_error(access: Access) -> None:
-    site, quiet = access.site, {"keep_database": False, "say": output.append, "parts": (WEBSERVER,)}
+    site = access.site
+
+    def up(settings: Settings) -> Servers:
+        return servers.up(
+            settings,
+            port=site.port,
+            environment=site.environment,
+            keep_database=False,
+            say=output.append,
+            parts=(WEBSERVER,),
+        )
+
     servers.stop_part(site.settings, WEBSERVER)
-    again = servers.up(site.settings, port=site.port, environment=site.environment, **quiet)
+    again = up(site.settings)
     assert again.token == access.running.token
     other = site.settings.model_copy(
         update={"api_token": load_settings({"FKS_API_TOKEN": "y" * 40}, CHECKOUT).api_token}
@@ -461,6 +385,6 @@ def test_the_token_survives_a_restart_and_another_token_is_an_error(access: Acce
     with pytest.raises(
         ServersError, match="was started with another token: stop it with `fks-backfill down`"
     ):
-        servers.up(other, port=site.port, environment=site.environment, **quiet)
+        up(other)
     with pytest.raises(SettingsError, match="FKS_API_TOKEN: must be 32 or more"):
         load_settings({"FKS_API_TOKEN": "y" * 31}, CHECKOUT)

@@ -140,12 +140,12 @@ def test_workers_are_forks_that_can_be_terminated(
 
     # "Reload definitions" in the UI reloads the settings and shows their errors.
     config = Path(environment["FKS_CONFIG"])
-    before = config.read_text()
-    config.write_text(before + "nonsense: 1\n")
+    text = config.read_text()
+    config.write_text(text + "nonsense: 1\n")
     reload(web)
     (error,) = web.load_errors()
     assert "DagsterUserCodeLoadError" in error
-    config.write_text(before + "  - {symbol: SOL/USDT, asset_class: crypto, timeframes: [15m]}\n")
+    config.write_text(text + "  - {symbol: SOL/USDT, asset_class: crypto, timeframes: [15m]}\n")
     reload(web)
     assert web.load_errors() == []
     assert ["ohlcv", "SOL_USDT", "15m"] in keys(web)

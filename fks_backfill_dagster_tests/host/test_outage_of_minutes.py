@@ -56,7 +56,7 @@ class Watched:
     site: Site
 
     @property
-    def series(self) -> list[Series]:
+    def series(self) -> tuple[Series, ...]:
         return Catalog(self.site.settings).series
 
     def path(self, one: Series) -> tuple[str, ...]:
@@ -203,7 +203,7 @@ def _move_back(instance: DagsterInstance, by: timedelta) -> None:
             continue
         for tick in instance.get_ticks(state.instigator_origin_id, state.selector_id):
             earlier = tick.tick_data.timestamp - by.total_seconds()
-            instance.update_tick(tick._replace(tick_data=tick.tick_data._replace(timestamp=earlier)))  # type: ignore[attr-defined]
+            instance.update_tick(tick._replace(tick_data=tick.tick_data._replace(timestamp=earlier)))
         began = (data.start_timestamp or 0) - by.total_seconds()
         instance.update_instigator_state(state.with_data(ScheduleInstigatorData(data.cron_schedule, began)))
     for run in instance.get_runs():

@@ -33,7 +33,7 @@ from dagster._core.test_utils import create_run_for_test
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from dagster._core.workspace.context import WorkspaceProcessContext
 from dagster._core.workspace.load_target import InProcessWorkspaceLoadTarget
-from dagster._utils.error import SerializableErrorInfo
+from dagster_shared.error import SerializableErrorInfo
 
 from fks_backfill_dagster.host.daemon import release_removed
 
@@ -130,7 +130,8 @@ def place(served: Place, request: pytest.FixtureRequest) -> Iterator[Place]:
     made.define("a", "b")
     made.backfill()
     yield made
-    made.instance.update_backfill(made.backfill().with_status(BulkActionStatus.CANCELED))
+    canceled = made.backfill().with_status(BulkActionStatus.CANCELED)  # type: ignore[no-untyped-call]  # Dagster's
+    made.instance.update_backfill(canceled)
 
 
 def test_a_removed_asset_leaves_the_backfill(place: Place) -> None:

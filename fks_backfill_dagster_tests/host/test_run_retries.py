@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRunStatus, EventLogEntry
@@ -30,7 +31,7 @@ def half_failed(instance: DagsterInstance) -> str:
     run = create_run_for_test(instance, status=DagsterRunStatus.STARTED, tags={WILL_RETRY_TAG: "true"})
     failure = DagsterEvent(DagsterEventType.RUN_FAILURE.value, run.job_name, message="its worker is gone")
     instance.event_log_storage.store_event(
-        EventLogEntry(
+        EventLogEntry(  # type: ignore[no-untyped-call]  # Dagster's constructor has no annotations
             error_info=None,
             level=40,
             user_message="",
@@ -53,7 +54,7 @@ def fail_while_waiting(instance: DagsterInstance, run_id: str, monkeypatch: pyte
             assert run is not None
             instance.report_run_failed(run)
 
-    monkeypatch.setattr(daemon.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
 
 
 @pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning")  # Dagster's
@@ -84,8 +85,8 @@ def test_the_retry_begins_with_the_status(
     assert retried == [(run_id, status)]
 
 
-def iterate(consumer: IntervalDaemon, context: object) -> None:
-    for _ in consumer.run_iteration(context):  # type: ignore[arg-type]
+def iterate(consumer: IntervalDaemon[Any], context: Any) -> None:
+    for _ in consumer.run_iteration(context):
         pass
 
 

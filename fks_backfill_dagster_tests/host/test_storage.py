@@ -109,7 +109,7 @@ def test_a_lost_connection_is_replaced(instance: DagsterInstance, empty_database
 def test_an_event_whose_connection_is_lost_is_stored(
     instance: DagsterInstance, empty_database_url: str
 ) -> None:
-    event = EventLogEntry(
+    event = EventLogEntry(  # type: ignore[no-untyped-call]  # Dagster's constructor has no annotations
         None, logging.INFO, "stored after a lost connection", "a-run", time.time(), step_key=None
     )
     with (

@@ -26,6 +26,7 @@ from fks_backfill_dagster.orchestration import assets
 from fks_backfill_dagster.orchestration.assets import Outcome, Task, materialize_with_retries
 from fks_backfill_dagster.orchestration.retrying import retried, wait_until_available
 from fks_backfill_dagster.orchestration.run_log import Lines
+from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.settings.catalog import Catalog
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig
 from fks_backfill_dagster.simulator.config import instant
@@ -193,8 +194,9 @@ def test_a_series_gives_up_when_the_database_is_lost_too_often(monkeypatch: pyte
 
     monkeypatch.setattr(assets, "materialize_series", fail)
     monkeypatch.setattr(assets, "wait_until_available", lambda database: True)
+    nowhere = Context(Database("postgresql://127.0.0.1:1/none"), {}, lambda: 0)
     with pytest.raises(DatabaseUnavailable):
-        materialize_with_retries(SimpleNamespace(database=None), hours(), Lines(), False)
+        materialize_with_retries(nowhere, hours(), Lines(), False)
     assert lost == assets.MOST_LOSSES + 1
 
 

@@ -152,7 +152,7 @@ def test_many_are_reported_over_several_ticks(mine: Project, monkeypatch: pytest
 
 
 def test_without_a_later_start_there_is_no_sensor(project: MakeProject) -> None:
-    assert SENSOR not in {one.name for one in project("BTC/USDT").definitions.sensors or ()}  # type: ignore[union-attr]
+    assert SENSOR not in {one.name for one in project("BTC/USDT").definitions.sensors or ()}
 
 
 moments = st.integers(631_152_000, 1_893_456_000).map(lambda seconds: seconds * 10**6)

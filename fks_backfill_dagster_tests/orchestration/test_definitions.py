@@ -53,7 +53,7 @@ def test_every_series_is_an_asset_in_the_group_of_its_class() -> None:
 
 def test_series_of_one_class_and_timeframe_share_an_op() -> None:
     graph = build_defs(settings=MIXED).resolve_asset_graph()
-    ops = {tuple(node.key.path[1:]): node.assets_def.op.name for node in graph.asset_nodes}  # type: ignore[union-attr]
+    ops = {tuple(node.key.path[1:]): node.assets_def.op.name for node in graph.asset_nodes}
     assert ops == {
         ("BTC_USDT", "1m"): "ohlcv_crypto_1m",
         ("ETH_USDT", "1m"): "ohlcv_crypto_1m",

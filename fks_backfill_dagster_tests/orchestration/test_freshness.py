@@ -220,7 +220,7 @@ def traded(database_url: str, tmp_path: Path) -> Iterator[Callable[[float, int],
                 history_start=f"{to_datetime(last - MICROS_PER_DAY):%Y-%m-01}",  # type: ignore[arg-type]
                 provider_priority=ProviderPriority(crypto=("polygon",)),
                 keys={"polygon": "any"},  # type: ignore[dict-item]
-                providers=Providers(polygon={"requests_per_minute": 6000}),  # type: ignore[arg-type]
+                providers=Providers.model_validate({"polygon": {"requests_per_minute": 6000}}),
             )
             overrides = {
                 "timescaledb": TimescaleDB(url=database_url),

@@ -213,9 +213,7 @@ def test_the_daily_checks_cover_synced_series(database: Database) -> None:
 def running_schedules(settings: Settings) -> set[str]:
     schedules = build_defs(settings=settings).schedules or []
     return {
-        schedule.name  # type: ignore[union-attr]
-        for schedule in schedules
-        if schedule.default_status is DefaultScheduleStatus.RUNNING  # type: ignore[union-attr]
+        schedule.name for schedule in schedules if schedule.default_status is DefaultScheduleStatus.RUNNING
     }
 
 

@@ -38,7 +38,7 @@ SETTINGS = Settings(
 
 def lines(definitions: Definitions) -> Iterator[str]:
     graph = definitions.resolve_asset_graph()
-    for node in sorted(graph.asset_nodes, key=lambda node: node.key.path):
+    for node in sorted(graph.asset_nodes, key=lambda node: tuple(node.key.path)):
         spec, op = (
             graph.assets_def_for_key(node.key).get_asset_spec(node.key),
             graph.assets_def_for_key(node.key).op,

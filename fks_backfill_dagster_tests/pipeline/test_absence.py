@@ -24,9 +24,9 @@ from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.examples import thinned
+from fks_backfill_dagster_tests.pipeline.builders import days
 from fks_backfill_dagster_tests.pipeline.test_faults import Case, context_of
 from fks_backfill_dagster_tests.pipeline.test_real_candles import invented, replay, write_csv
-from fks_backfill_dagster_tests.pipeline.test_sync import days
 
 BITCOIN = Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)
 MINUTES = replace(BITCOIN, timeframe=Timeframe.M1)

@@ -30,11 +30,11 @@ from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
 from fks_backfill_dagster_tests.calendars import Update, update
+from fks_backfill_dagster_tests.pipeline.builders import days
 from fks_backfill_dagster_tests.pipeline.conftest import NOW
 from fks_backfill_dagster_tests.pipeline.test_absence import opens_in
 from fks_backfill_dagster_tests.pipeline.test_closures import rows, statements
 from fks_backfill_dagster_tests.pipeline.test_faults import Case, context_of
-from fks_backfill_dagster_tests.pipeline.test_sync import days
 
 __all__ = ["update"]
 
@@ -94,8 +94,8 @@ def test_a_new_session(database: Database, market: LocalMarket, update: Update) 
         assert f": {MIDWEEK} is a new session; gaps and candles are unchanged" in warning
         assert fill_gaps(later(context), series, ["polygon"]).gaps == ()
     assert market.requests() == 0
-    report = audit(database, [HOURS, DAYS, WEEKS], lambda: NOW)
-    assert [one.kind for found in report.series for one in found.differences] == [Kind.CALENDAR_CHANGED] * 3
+    audited = audit(database, [HOURS, DAYS, WEEKS], lambda: NOW)
+    assert [one.kind for found in audited.series for one in found.differences] == [Kind.CALENDAR_CHANGED] * 3
     assert {series: rows(database, series, WINDOW) for series in before} == before
 
     change = calendar_change(database, "XNYS")

@@ -26,11 +26,11 @@ from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.coverage import completeness
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.pipeline.builders import days
 from fks_backfill_dagster_tests.pipeline.conftest import NOW
 from fks_backfill_dagster_tests.pipeline.test_absence import opens_in
 from fks_backfill_dagster_tests.pipeline.test_derived import MADE, Made
 from fks_backfill_dagster_tests.pipeline.test_faults import Case, context_of
-from fks_backfill_dagster_tests.pipeline.test_sync import days
 
 APPLE = Series("AAPL", Timeframe.H1, AssetClass.STOCKS)
 WINDOW = days("2024-02-01", "2024-04-01")

@@ -19,8 +19,8 @@ from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster_tests.pipeline.builders import days
 from fks_backfill_dagster_tests.pipeline.conftest import NOW
-from fks_backfill_dagster_tests.pipeline.test_sync import days
 
 
 @pytest.fixture

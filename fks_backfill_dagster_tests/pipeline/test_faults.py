@@ -1,6 +1,6 @@
 """Each fault of each provider: stored candles are correct, missing ones are accounted for.
 
-test_sync.py has more detailed cases of Binance, cli/test_backfill.py the exit codes.
+test_failures.py has more detailed cases of Binance, cli/test_backfill.py the exit codes.
 """
 
 from __future__ import annotations

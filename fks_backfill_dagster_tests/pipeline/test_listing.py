@@ -21,8 +21,8 @@ from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster.store import ledger, queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.ledger import ListingKind
+from fks_backfill_dagster_tests.pipeline.builders import days
 from fks_backfill_dagster_tests.pipeline.conftest import NOW, make_context
-from fks_backfill_dagster_tests.pipeline.test_sync import days
 from fks_backfill_dagster_tests.providers.markets import new_york_midnight
 from fks_backfill_dagster_tests.providers.scripted import (
     Received,

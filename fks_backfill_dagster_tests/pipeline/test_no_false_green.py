@@ -24,8 +24,8 @@ from fks_backfill_dagster.simulator import LocalMarket
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.examples import thinned
+from fks_backfill_dagster_tests.pipeline.builders import days
 from fks_backfill_dagster_tests.pipeline.test_faults import Case, accounted_for, context_of, hits, quarantined
-from fks_backfill_dagster_tests.pipeline.test_sync import days
 
 BITCOIN, ETHER = "BTC/USDT", "ETH/USDT"
 

@@ -20,8 +20,8 @@ from fks_backfill_dagster.pipeline.sync import sync
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.examples import thinned
+from fks_backfill_dagster_tests.pipeline.builders import days
 from fks_backfill_dagster_tests.pipeline.conftest import NOW, make_context
-from fks_backfill_dagster_tests.pipeline.test_sync import days
 from fks_backfill_dagster_tests.providers.scripted import (
     Received,
     Scripted,

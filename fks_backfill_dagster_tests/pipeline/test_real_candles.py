@@ -78,7 +78,8 @@ def rows_of(file: Path, window: TimeRange) -> Candles:
 def invented(opens: Instants) -> Candles:
     """Prices with two decimals that depend only on the open."""
     low = 100 + opens // Timeframe.H1.micros % 97 / 100
-    return Candles(opens, low + 1, low + 3.25, low, low + 2.5, 1000.0 + opens // Timeframe.H1.micros % 89)
+    volume = (1000 + opens // Timeframe.H1.micros % 89).astype(np.float64)
+    return Candles(opens, low + 1, low + 3.25, low, low + 2.5, volume)
 
 
 def write_csv(file: Path, candles: Candles) -> None:

@@ -32,8 +32,14 @@ NAMES = [f"{case.provider}-{case.series.timeframe}" for case in CASES]
 
 
 def planted(market: LocalMarket, case: Case, kind: str, window: TimeRange) -> None:
-    edges = {"rows_start": iso(window.start), "rows_end": iso(window.end)}
-    market.plant_fault(case.market, kind, count=None, rows=10_000, **edges)
+    market.plant_fault(
+        case.market,
+        kind,
+        count=None,
+        rows=10_000,
+        rows_start=iso(window.start),
+        rows_end=iso(window.end),
+    )
 
 
 def context_with(database: Database, market: LocalMarket, case: Case) -> Context:

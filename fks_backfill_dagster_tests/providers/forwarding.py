@@ -33,6 +33,7 @@ def forwarding(target: str, *, refuse: int | None = None, user: str | None = Non
     address = urlsplit(target)
     assert address.hostname is not None
     assert address.port is not None
+    place = (address.hostname, address.port)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -40,7 +41,7 @@ def forwarding(target: str, *, refuse: int | None = None, user: str | None = Non
         def do_CONNECT(self) -> None:
             if self._is_refused():
                 return
-            with socket.create_connection((address.hostname, address.port)) as there:  # type: ignore[arg-type]
+            with socket.create_connection(place) as there:
                 self.send_response_only(200)
                 self.end_headers()
                 back = threading.Thread(target=_pump, args=(there, self.connection), daemon=True)

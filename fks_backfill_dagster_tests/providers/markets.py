@@ -8,7 +8,7 @@ Belongs here: honest wire formats. Does not belong here: faults; each test plant
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
@@ -29,7 +29,7 @@ Bar = tuple[float, float, float, float, float]
 def bars_of(candles: Candles) -> list[tuple[int, Bar]]:
     """(open, (open, high, low, close, volume)) of each candle."""
     ts, *columns = (column.tolist() for column in candles.columns())
-    return [(at, tuple(values)) for at, *values in zip(ts, *columns, strict=True)]  # type: ignore[misc]
+    return list(zip(ts, zip(*columns, strict=True), strict=True))
 
 
 def aggregate(parts: list[tuple[int, Bar]], bucket: Callable[[int], int]) -> list[tuple[int, Bar]]:
@@ -111,9 +111,7 @@ class SmallOanda:
         ]
         return json_said({"instrument": instrument, "granularity": query["granularity"], "candles": rows})
 
-    def bars(
-        self, instrument: str, window: TimeRange, query: Received | dict[str, str]
-    ) -> list[tuple[int, Bar]]:
+    def bars(self, instrument: str, window: TimeRange, query: Mapping[str, str]) -> list[tuple[int, Bar]]:
         """From the bar that covers the start to the one that covers the end."""
         granularity = query["granularity"]
         series = Series("EUR/USD", Timeframe(_FINE.get(granularity, "1h")), AssetClass.FOREX)
@@ -133,7 +131,7 @@ def micros_of(text: str) -> int:
     return to_micros(datetime.fromisoformat(text.replace("Z", "+00:00")))
 
 
-def aligned(at: int, query: Received | dict[str, str]) -> int:
+def aligned(at: int, query: Mapping[str, str]) -> int:
     """The start of the H4, D or W bar that an instant belongs to; defaults as documented."""
     zone = ZoneInfo(query.get("alignmentTimezone", "America/New_York"))
     moment = to_datetime(at).astimezone(zone)
@@ -181,7 +179,7 @@ class SmallAlphaVantage:
             )
         return self._intraday(query)
 
-    def _daily(self, query: dict[str, str]) -> Scripted:
+    def _daily(self, query: Mapping[str, str]) -> Scripted:
         full = query["outputsize"] == "full"
         if full and self.free:
             text = (
@@ -197,11 +195,11 @@ class SmallAlphaVantage:
             about, "Time Series (Daily)", [(f"{to_datetime(at):%Y-%m-%d}", bar) for at, bar in days]
         )
 
-    def _intraday(self, query: dict[str, str]) -> Scripted:
+    def _intraday(self, query: Mapping[str, str]) -> Scripted:
         timeframe = Timeframe(query["interval"].removesuffix("in"))
-        year, month = map(int, query["month"].split("-"))
-        begin = datetime(year, month, 1, tzinfo=NEW_YORK)
-        end = datetime(year + month // 12, month % 12 + 1, 1, tzinfo=NEW_YORK)
+        year, number = map(int, query["month"].split("-"))
+        begin = datetime(year, number, 1, tzinfo=NEW_YORK)
+        end = datetime(year + number // 12, number % 12 + 1, 1, tzinfo=NEW_YORK)
         month = TimeRange(to_micros(begin), min(to_micros(end), self.now))
         bars = self.truth(timeframe, month, query["symbol"])
         shift = timedelta(minutes=timeframe.minutes if self.stamps == "close" else 0)

@@ -60,6 +60,11 @@ class Server:
         self.lock = threading.Lock()
 
 
+def always(response: Scripted) -> Callable[[Received], Scripted]:
+    """The same response to every request."""
+    return lambda _: response
+
+
 @contextmanager
 def serve(answer: Callable[[Received], Scripted], tls: ssl.SSLContext | None = None) -> Iterator[Server]:
     """A running server. tls: serves HTTPS."""

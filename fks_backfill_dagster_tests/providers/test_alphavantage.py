@@ -34,15 +34,14 @@ from fks_backfill_dagster.providers.base import (
     UnknownSymbol,
     WrongKey,
 )
-from fks_backfill_dagster_tests.providers.conformance import KEY
+from fks_backfill_dagster_tests.providers.conformance_base import KEY
 from fks_backfill_dagster_tests.providers.conftest import Make
-from fks_backfill_dagster_tests.providers.markets import (
-    SmallAlphaVantage,
-)
+from fks_backfill_dagster_tests.providers.markets import SmallAlphaVantage
 from fks_backfill_dagster_tests.providers.scripted import (
     Received,
     Scripted,
     Server,
+    always,
     candles_at,
     json_said,
     serve,
@@ -174,14 +173,18 @@ class TestStamps:
         grid = grid_of(stock(timeframe))
         opens = grid.opens(span("2023-11-24", "2023-11-25"))
         for stamps in (opens, opens + timeframe.micros):
-            assert np.array_equal(to_opens(stamps, grid, timeframe.micros), opens)
+            found = to_opens(stamps, grid, timeframe.micros)
+            assert found is not None
+            assert np.array_equal(found, opens)
 
     def test_ambiguous_stamps(self) -> None:
         grid, step = grid_of(stock()), Timeframe.M30.micros
         opens = grid.opens(span("2024-03-04", "2024-03-05"))
         assert to_opens(opens[1:], grid, step) is None  # neither 09:30 nor 16:00
         assert to_opens(np.append(opens, opens[-1] + step), grid, step) is None  # both
-        assert len(to_opens(opens[:0], grid, step)) == 0
+        nothing = to_opens(opens[:0], grid, step)
+        assert nothing is not None
+        assert len(nothing) == 0
 
     def test_ambiguous_stamps_are_rejected_with_the_reason(self, make: Make) -> None:
         def with_pre_market(_: Received, honest: Scripted) -> Scripted:
@@ -296,7 +299,7 @@ class TestErrors:
             with pytest.raises(kind) as caught:
                 fetch(
                     make,
-                    lambda _, a=answer: a,
+                    always(answer),
                     span("2024-05-01", "2024-05-30"),
                     Timeframe.D1,
                     longest_wait_seconds=0.0,

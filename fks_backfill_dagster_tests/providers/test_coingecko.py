@@ -28,13 +28,14 @@ from fks_backfill_dagster.providers.base import (
     UnknownSymbol,
 )
 from fks_backfill_dagster.providers.coingecko import coin_of, currency_of, is_spaced, read_rows
-from fks_backfill_dagster_tests.providers.conformance import KEY
+from fks_backfill_dagster_tests.providers.conformance_base import KEY
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.markets import SmallCoinGecko, bars_of, candles_of
 from fks_backfill_dagster_tests.providers.scripted import (
     Received,
     Scripted,
     Server,
+    always,
     candles_at,
     crypto,
     json_said,
@@ -117,8 +118,11 @@ class TestDemo:
         edge = us("2024-05-06T12:00")
         early = edge + 30 * MICROS_PER_DAY - 10_000_000
         clock = iter([early])
-        given = {"clock": lambda: next(clock, early + 60_000_000)}
-        got = of(fetch(make, SmallCoinGecko(early + 60_000_000), TimeRange(edge, early), **given)[0])
+        later = early + 60_000_000
+        result, _ = fetch(
+            make, SmallCoinGecko(later), TimeRange(edge, early), clock=lambda: next(clock, later)
+        )
+        got = of(result)
         assert got.ts.min() == edge + Timeframe.H4.micros
 
     def test_capabilities(self, make: Make) -> None:
@@ -205,7 +209,7 @@ class TestInvalidResponses:
         coarse = [[day + i * 4 * 86_400_000, 1.0, 2.0, 0.5, 1.0] for i in range(5)]
         for rows in (coarse, [[day + i * 1_800_000, 1.0, 2.0, 0.5, 1.0] for i in range(9)]):
             with pytest.raises(InvalidResponse, match="240 minutes apart"):
-                fetch(make, lambda _, r=rows: json_said(r), LATELY, retry_budget_seconds=0.0)
+                fetch(make, always(json_said(rows)), LATELY, retry_budget_seconds=0.0)
         alone, _ = fetch(make, lambda _: json_said(coarse[:1]), LATELY)
         assert alone.deliveries == (), "the granularity of a single row is unknown"
 
@@ -270,7 +274,7 @@ class TestErrors:
             for status in (cases[name]["status"], 200):
                 answer = json_said(cases[name]["body"], status, cases[name].get("headers"))
                 with pytest.raises(kind, match=text) as caught:
-                    fetch(make, lambda _, a=answer: a, LATELY, retry_budget_seconds=0.0)
+                    fetch(make, always(answer), LATELY, retry_budget_seconds=0.0)
                 assert type(caught.value) is kind
                 if kind is RateLimited:
                     assert caught.value.retry_after == 7.0  # type: ignore[attr-defined]

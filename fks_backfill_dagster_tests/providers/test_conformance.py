@@ -11,7 +11,8 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe
-from fks_backfill_dagster_tests.providers.conformance import KEY, ProviderConformance
+from fks_backfill_dagster_tests.providers.conformance import ProviderConformance
+from fks_backfill_dagster_tests.providers.conformance_base import KEY
 from fks_backfill_dagster_tests.providers.markets import (
     SmallAlphaVantage,
     SmallCoinGecko,

@@ -1,4 +1,4 @@
-"""Rate limits, retries and errors, over real sockets."""
+"""Retries, waits and errors, over real sockets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -14,19 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.rate_limits import LONGEST_WAIT, RateLimits, RateWindow
+from fks_backfill_dagster.domain.rate_limits import LONGEST_WAIT
 from fks_backfill_dagster.providers.base import (
     Cancelled,
     InvalidResponse,
     NotEntitled,
     PermanentError,
     ProviderError,
-    ProviderOptions,
     RateLimited,
     TransientError,
     WrongKey,
 )
-from fks_backfill_dagster.providers.http.client import HttpClient
 from fks_backfill_dagster.providers.http.errors import (
     Unreachable,
     excerpt,
@@ -35,40 +32,12 @@ from fks_backfill_dagster.providers.http.errors import (
     status_error,
 )
 from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
-from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
+from fks_backfill_dagster.providers.http.pool import RequestPool, Tally
 from fks_backfill_dagster.providers.keys import keep_out_of_logs, redact, usable_key
+from fks_backfill_dagster_tests.providers.clients import KEY, client_of, request_to, unused_address
 from fks_backfill_dagster_tests.providers.scripted import Received, Scripted, serve
 
 pytestmark = pytest.mark.server
-
-KEY = "s3cr3t/+key"
-
-
-def client_of(pool: RequestPool, url: str, **options: object) -> HttpClient:
-    given = {
-        "retry_budget_seconds": 2.0,
-        "longest_wait_seconds": 2.0,
-        "timeout_seconds": 1.0,
-        "key": KEY,
-        **options,
-    }
-    return HttpClient("p", ProviderOptions(url, **given), pool, ProcessLimiter({}))  # type: ignore[arg-type]
-
-
-def unused_address() -> str:
-    """The address of a stopped server."""
-    with serve(lambda _: Scripted()) as server:
-        return server.url
-
-
-def request_to(client: HttpClient, url: str) -> Callable[[], bytes]:
-    def attempt() -> bytes:
-        reply = client.exchange(url)
-        if reply.status != 200:
-            raise client.failure(reply)
-        return reply.body
-
-    return attempt
 
 
 class TestRetries:
@@ -399,189 +368,6 @@ def test_keys_that_cannot_be_sent_are_refused_without_being_quoted(key: str) -> 
     with pytest.raises(WrongKey, match="THE_KEY is not a valid key") as caught:
         usable_key("p", key, "THE_KEY")
     assert not key.strip() or key not in str(caught.value)
-
-
-def limiter_of(*windows: RateWindow, provider: str = "p") -> ProcessLimiter:
-    return ProcessLimiter({provider: RateLimits(windows)})
-
-
-class TestLimiter:
-    def test_a_window_slides(self) -> None:
-        limiter = limiter_of(RateWindow(4, 0.4))
-        for _ in range(4):
-            limiter.release(limiter.acquire("p", 1))
-        wait = limiter.acquire("p", 1).wait
-        assert 0.3 < wait <= 0.4
-        time.sleep(wait)
-        assert limiter.acquire("p", 1).wait == 0
-
-    def test_weights(self) -> None:
-        limiter = limiter_of(RateWindow(4, 60))
-        assert [limiter.acquire("p", 2).wait > 0 for _ in range(3)] == [False, False, True]
-        assert limiter_of(RateWindow(4, 60)).acquire("p", 9).wait == 0, "heavier than the limit: sent alone"
-
-    def test_a_request_in_flight_counts_as_the_newest(self) -> None:
-        """It may reach the provider only at its end."""
-        limiter = limiter_of(RateWindow(1, 0.2))
-        permit = limiter.acquire("p", 1)
-        time.sleep(0.25)
-        assert limiter.acquire("p", 1).wait == 0.2
-        limiter.release(permit)
-        assert 0.15 < limiter.acquire("p", 1).wait <= 0.2
-
-    def test_several_windows_hold_at_once(self) -> None:
-        limiter = limiter_of(RateWindow(1, 0.05), RateWindow(2, 86400))
-        for _ in range(2):
-            limiter.release(limiter.acquire("p", 1))
-            wait = limiter.acquire("p", 1)
-            time.sleep(0.06)
-        assert wait.reason == "its 2 requests in 24 hours are used up: wait"
-        assert 86000 < limiter.acquire("p", 1).wait < 86400
-
-    def test_providers_do_not_wait_for_each_other(self) -> None:
-        limiter = limiter_of(RateWindow(1))
-        limiter.cool_down("slow", 60)
-        assert limiter.acquire("slow", 1).reason == "demanded by the provider: wait"
-        assert limiter.acquire("p", 1).wait == 0
-
-    def test_the_rate_limit_holds_on_the_wire_and_uses_no_retry_budget(self, pool: RequestPool) -> None:
-        with serve(lambda _: Scripted(b"ok")) as server:
-            client = client_of(pool, server.url, longest_wait_seconds=0.0)
-            client.limiter = limiter_of(RateWindow(5, 0.3))
-            pool.map("lane", lambda _: client.run(request_to(client, server.url), Tally()), range(20))
-            times = sorted(asked.at for asked in server.requests)
-        assert len(times) == 20
-        assert all(later - early > 0.3 for early, later in zip(times, times[5:], strict=False))
-
-    def test_a_used_up_budget_is_not_waited_for(self, pool: RequestPool) -> None:
-        with serve(lambda _: Scripted(b"ok")) as server:
-            client = client_of(pool, server.url)
-            client.limiter = limiter_of(RateWindow(1, 86400))
-            client.run(request_to(client, server.url), Tally())
-            with pytest.raises(
-                RateLimited, match="1 requests in 24 hours are used up: wait another 86"
-            ) as caught:
-                client.run(request_to(client, server.url), Tally())
-            assert len(server.requests) == 1
-        assert caught.value.retry_after is not None
-
-    def test_a_waiting_request_holds_no_slot(self) -> None:
-        pool = RequestPool(1)
-        with serve(lambda _: Scripted(b"ok")) as server:
-            slow, quick = client_of(pool, server.url, longest_wait_seconds=9.0), client_of(pool, server.url)
-            slow.limiter.cool_down("p", 1.5)
-            thread = threading.Thread(target=slow.run, args=(request_to(slow, server.url), Tally()))
-            thread.start()
-            quick.run(request_to(quick, server.url), Tally())
-            assert thread.is_alive(), "still waiting"
-            thread.join()
-        pool.close()
-
-
-class TestPool:
-    def test_closing_ends_waits_for_queued_items(self) -> None:
-        """Ctrl-C during a download: queued items never start, and no caller waits for them."""
-        pool = RequestPool(1)
-        ended: list[BaseException] = []
-
-        def many() -> None:
-            try:
-                pool.map("lane", lambda _: pool.stop.wait(10), range(20))
-            except Cancelled as error:
-                ended.append(error)
-
-        threads = [threading.Thread(target=many, daemon=True) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        time.sleep(0.2)
-        pool.close()
-        for thread in threads:
-            thread.join(timeout=5)
-        assert len(ended) == 3
-
-    def test_closing_does_not_wait_for_an_unresponsive_server(self) -> None:
-        pool = RequestPool(1)
-        with serve(lambda _: Scripted(b"late", delay=2.0)) as server:
-            client = client_of(pool, server.url, timeout_seconds=10.0)
-            thread = threading.Thread(
-                target=pool.map, args=("lane", lambda _: client.exchange(server.url), [0]), daemon=True
-            )
-            thread.start()
-            time.sleep(0.2)
-            began = time.monotonic()
-            pool.stop.set()
-            pool.close()
-            assert time.monotonic() - began < 1
-            thread.join()
-
-    def test_bounds_requests_of_many_callers_in_flight(self) -> None:
-        pool = RequestPool(3)
-        with serve(lambda _: Scripted(b"ok", delay=0.02)) as server:
-            clients = [client_of(pool, server.url) for _ in range(4)]
-
-            def many(index: int) -> list[bytes]:
-                client = clients[index]
-                attempt = request_to(client, server.url)
-                return pool.map(f"lane{index}", lambda _: client.run(attempt, Tally()), range(10))
-
-            threads = [threading.Thread(target=many, args=(i % 4,)) for i in range(8)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(timeout=20)
-                assert not thread.is_alive()
-            assert len(server.requests) == 80
-            assert server.most_in_flight == 3
-        pool.close()
-
-    def test_keeps_order(self, pool: RequestPool) -> None:
-        def late_first(index: int) -> int:
-            time.sleep(0.02 if index == 0 else 0)
-            return index * index
-
-        assert pool.map("lane", late_first, range(20)) == [index * index for index in range(20)]
-
-    def test_the_first_error_cancels_queued_items(self, pool: RequestPool) -> None:
-        begun: list[int] = []
-
-        def fail(index: int) -> None:
-            begun.append(index)
-            time.sleep(0.01)
-            raise NotEntitled("p", "no")
-
-        with pytest.raises(NotEntitled):
-            pool.map("lane", fail, range(1000))
-        assert len(begun) < 100
-
-    def test_needs_a_slot(self) -> None:
-        with pytest.raises(ValueError, match="at least 1"):
-            RequestPool(0)
-
-
-def test_a_failed_fetch_sends_nothing_more(pool: RequestPool) -> None:
-    """Its other pages are being retried at that time."""
-    with serve(lambda asked: Scripted(b"no", 404 if asked.path == "/0" else 503)) as server:
-        client = client_of(pool, server.url, retry_budget_seconds=60.0)
-
-        def request(page: int) -> bytes:
-            while page == 0 and len(server.requests) < 6:
-                time.sleep(0.005)
-            return client.run(request_to(client, f"{server.url}/{page}"), tally)
-
-        with pytest.raises(PermanentError) as caught, counted() as tally:
-            pool.map("lane", request, range(4))
-        time.sleep(0.5)
-        assert caught.value.requests == tally.count == len(server.requests)
-
-
-def test_requests_are_counted(pool: RequestPool) -> None:
-    def answer(asked: Received) -> Scripted:
-        return Scripted(b"ok")
-
-    with serve(answer) as server:
-        client, tally = client_of(pool, server.url), Tally()
-        pool.map("lane", lambda _: client.run(request_to(client, server.url), tally), range(25))
-        assert tally.count == len(server.requests) == 25
 
 
 def test_overlapping_keys_are_redacted(caplog: pytest.LogCaptureFixture) -> None:

@@ -135,8 +135,8 @@ def test_listing_of_a_pair(make: Make, market: LocalMarket) -> None:
 
 @pytest.mark.server
 def test_a_free_key_of_alpha_vantage(make: Make) -> None:
-    limits = {"alphavantage_per_day": 25, "alphavantage_per_second": 1000}
-    with LocalMarket(MarketConfig(now=NOW, **limits)) as market:
+    config = MarketConfig(now=NOW, alphavantage_per_day=25, alphavantage_per_second=1000)
+    with LocalMarket(config) as market:
         free = provider(make, market, "alphavantage", key="free-key")
         days = series_of("alphavantage", Timeframe.D1)
         got = good(free.fetch(days, AUTUMN), days, AUTUMN)

@@ -26,13 +26,14 @@ from fks_backfill_dagster.providers.base import (
     WrongKey,
 )
 from fks_backfill_dagster.providers.oanda import PAGE_SIZE, SECONDS_PER_CONNECTION, instrument_of
-from fks_backfill_dagster_tests.providers.conformance import KEY
+from fks_backfill_dagster_tests.providers.conformance_base import KEY
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.markets import SmallOanda, bars_of, candles_of, micros_of
 from fks_backfill_dagster_tests.providers.scripted import (
     Received,
     Scripted,
     Server,
+    always,
     candles_at,
     json_said,
     serve,
@@ -325,7 +326,7 @@ class TestErrors:
         for name, (kind, text) in expected.items():
             answer = json_said(cases[name]["body"], cases[name]["status"])
             with pytest.raises(kind, match=text) as caught:
-                fetch(make, lambda _, a=answer: a, WEEK)
+                fetch(make, always(answer), WEEK)
             assert type(caught.value) is kind
 
 

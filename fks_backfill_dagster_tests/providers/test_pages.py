@@ -23,7 +23,7 @@ def page(*minutes: int, symbol: str = "X") -> Candles:
 
 
 def seams(*pages: Candles) -> list[int]:
-    return (joined(pages)[1] // MINUTE).tolist()
+    return list(joined(pages)[1] // MINUTE)
 
 
 class TestJoined:

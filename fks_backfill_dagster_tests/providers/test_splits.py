@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.candles import Candles, Floats
+from fks_backfill_dagster.domain.ranges import Instants
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY
 from fks_backfill_dagster.providers.splits import Traded, as_traded
 from fks_backfill_dagster_tests.domain.builders import read_csv
@@ -22,6 +23,12 @@ from fks_backfill_dagster_tests.providers.scripted import us
 START = us("2015-01-05")
 RATIOS = [2.0, 3.0, 4.0, 7.0, 10.0, 20.0, 1.5, 1.25, 1.1, 1.05, 1.046, 0.5, 0.1, 1 / 3, 1 / 20, 1 / 190]
 CLEAR = [2.0, 3.0, 4.0, 7.0, 10.0, 0.5, 0.1, 1 / 20, 1 / 190]
+
+
+def candles_of(days: Instants, prices: Floats, volume: Floats) -> Candles:
+    """`prices`: the rows are open, high, low and close."""
+    open_, high, low, close = prices
+    return Candles(days, open_, high, low, close, volume)
 
 
 @dataclass
@@ -55,7 +62,7 @@ class History:
             prices = np.where(prices < 1, np.round(prices, 4), np.round(prices, 2))  # Rule 612 of the SEC
         volume = np.rint(1e6 * (2 + np.cos(np.arange(n))) / old) + 1
         self.days = START + np.arange(n) * MICROS_PER_DAY
-        self.true = Candles(self.days, *prices, volume)
+        self.true = candles_of(self.days, prices, volume)
         self.split_dates = np.array(
             [self.days[0] + at * MICROS_PER_DAY for at, _, _ in self.splits], dtype=np.int64
         )
@@ -69,7 +76,7 @@ class History:
         given_prices = prices / applied
         if self.float32:
             given_prices = given_prices.astype(np.float32).astype(np.float64)
-        self.given = Candles(self.days, *given_prices, np.rint(volume * applied))
+        self.given = candles_of(self.days, given_prices, np.rint(volume * applied))
 
     def read(self) -> Traded:
         return as_traded(self.given, self.days, self.split_dates, self.ratios)
@@ -77,8 +84,8 @@ class History:
     def check(self, traded: Traded) -> None:
         """All certain prices are true; bars with a missing price are excluded (quarantined later)."""
         prices = np.stack(self.given.columns()[1:5])
-        whole = (np.isfinite(prices) & (prices > 0)).all(axis=0)
-        kept = np.flatnonzero(whole & (np.arange(len(whole)) >= traded.first))
+        whole = np.all(np.isfinite(prices) & (prices > 0), axis=0)
+        kept = np.flatnonzero(whole & (np.arange(prices.shape[1]) >= traded.first))
         for name in ("open", "high", "low", "close"):
             np.testing.assert_allclose(
                 getattr(traded.bars, name)[kept],
@@ -146,7 +153,7 @@ class TestAny:
 
 
 def quiet(n: int, seed: int = 7, scale: float = 0.012) -> list[float]:
-    return np.random.default_rng(seed).normal(0, scale, n).clip(-0.05, 0.05).tolist()
+    return list(np.random.default_rng(seed).normal(0, scale, n).clip(-0.05, 0.05))
 
 
 class TestKinds:
@@ -282,8 +289,9 @@ def test_apple_since_1998(applied: tuple[bool, ...]) -> None:
     dates = np.array([us(text) for text in ("2000-06-21", "2005-02-28", "2014-06-09", "2020-08-31")])
     ratios = np.array([2.0, 2.0, 7.0, 4.0])
     adjusted = np.array([np.prod(ratios[(dates > at) & applied]) for at in true.ts.tolist()])
-    prices = [(column / adjusted).astype(np.float32).astype(float) for column in true.columns()[1:5]]
-    traded = as_traded(Candles(true.ts, *prices, np.rint(true.volume * adjusted)), true.ts, dates, ratios)
+    prices = (np.stack(true.columns()[1:5]) / adjusted).astype(np.float32).astype(np.float64)
+    given = candles_of(true.ts, prices, np.rint(true.volume * adjusted))
+    traded = as_traded(given, true.ts, dates, ratios)
     assert (traded.first, traded.doubt) == (0, "")
     np.testing.assert_allclose(traded.bars.close, true.close, rtol=3e-7)
     np.testing.assert_allclose(traded.bars.volume, true.volume, atol=0.51)

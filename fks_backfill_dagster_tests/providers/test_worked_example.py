@@ -69,8 +69,8 @@ def example() -> Iterator[None]:
     module = ModuleType("fks_backfill_dagster.providers.example")
     exec(compile(MODULE, "example.py", "exec"), vars(module))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(known_providers.KNOWN, entry.name, entry)  # type: ignore[arg-type]
-        patch.setitem(registry._FACTORIES, entry.name, module.Example)  # type: ignore[arg-type]
+        patch.setitem(known_providers.KNOWN, entry.name, entry)
+        patch.setitem(registry._FACTORIES, entry.name, module.Example)
         patch.setitem(KEY_VARIABLES, entry.name, entry.key_variable)
         yield
     del vars(known_providers)["EXAMPLE"]

@@ -274,7 +274,7 @@ class TestSplits:
         columns = [np.array(column, dtype=np.float32).astype(np.float64) for column in (open_, close)]
         high, low = np.maximum(*columns), np.minimum(*columns)
         ts = np.array([us(f"2024-03-{day}T13:30") for day in days])
-        bars = Candles(ts, columns[0], high, low, columns[1], np.arange(8) + 1e6)
+        bars = Candles(ts, columns[0], high, low, columns[1], np.arange(8, dtype=np.float64) + 1e6)
         made = chart(bars, "1d")
         split = {"date": int(ts[4]) // SECOND, "numerator": 1.0, "denominator": 190.0}
         made["chart"]["result"][0]["events"] = {"splits": {"1711114200": split}}

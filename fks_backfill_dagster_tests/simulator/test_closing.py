@@ -90,9 +90,9 @@ def test_truth_is_aggregated_from_regular_minutes_only(symbol: str, timeframe: T
     if (
         market.asset_class is AssetClass.STOCKS and not timeframe.is_intraday
     ):  # auctions are not in the minutes
-        for (ts, _, high, low, _, volume), day in zip(expected, found, strict=True):
-            assert (ts, high, low) == (day[0], day[2], day[3])
-            assert volume < day[5] < 1.2 * volume
+        for (ts, _, high, low, _, volume), one in zip(expected, found, strict=True):
+            assert (ts, high, low) == (one[0], one[2], one[3])
+            assert volume < one[5] < 1.2 * volume
         return
     assert found == expected
 

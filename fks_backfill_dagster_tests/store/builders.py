@@ -46,7 +46,7 @@ def candles_at(opens: Instants | Sequence[int], version: int = 0) -> Candles:
 
 def origin_of(provider: str = "binance", source: str = "/api/v3/klines", **other: Any) -> Origin:
     """A response at MIDNIGHT by default."""
-    given = {
+    given: dict[str, Any] = {
         "provider": provider,
         "transport": Transport.REST,
         "source": source,
@@ -173,7 +173,7 @@ class Shelf:
 EVER = TimeRange(at("2023-01-01T00:00Z"), at("2026-01-01T00:00Z"))
 
 
-def fetch(database: Database, query: str, **named: object) -> list[tuple[object, ...]]:
+def fetch(database: Database, query: str, **named: object) -> list[tuple[Any, ...]]:
     with database.begin() as connection:
         wanted = {k: v for k, v in named.items() if f":{k}" in query}
         return [tuple(row) for row in connection.execute(sa.text(query), wanted)]

@@ -72,7 +72,7 @@ def test_a_claim_can_be_corrected(database: Database, change: int, kind: Listing
     second = listings(database, "BTC/USDT")["binance"]
     assert (second.listed_at, second.kind) == (MIDNIGHT + change, kind)
     ((now,),) = fetch(database, "SELECT clock_timestamp()")
-    assert first.found_at < second.found_at < to_micros(now)  # type: ignore[arg-type]
+    assert first.found_at < second.found_at < to_micros(now)
 
 
 def test_an_unknown_kind_is_refused(database: Database) -> None:

@@ -142,6 +142,6 @@ def test_the_newest_publication_of_each_candle_is_stored(
     assert stored.as_of.tolist() == [MIDNIGHT + published * DAY for published in expected.values()]
     read = shelf.read()
     for position, (n, published) in enumerate(expected.items()):
-        one = read.take(slice(position, position + 1))
-        assert one.equals(candles_at(shelf.opens(n, n + 1), 2 * published))
+        candle = read.take(slice(position, position + 1))
+        assert candle.equals(candles_at(shelf.opens(n, n + 1), 2 * published))
     assert shelf.audit().differences == ()

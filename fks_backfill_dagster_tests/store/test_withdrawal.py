@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -23,7 +25,7 @@ from fks_backfill_dagster_tests.store.builders import (
 from fks_backfill_dagster_tests.store.conftest import fresh
 
 
-def withdraw(shelf: Shelf, first: int, past: int, provider: str = "binance", **other: object) -> Committed:
+def withdraw(shelf: Shelf, first: int, past: int, provider: str = "binance", **other: Any) -> Committed:
     """A refetch of candles 0 to 20 without some of them."""
     absent = Evidence(provider, MIDNIGHT, Outcome.ABSENT)
     withdrawal = Withdrawal(origin_of(provider, **other), shelf.opens(first, past))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import date
-from pathlib import Path
-from textwrap import dedent
 
 import pytest
 from hypothesis import given
@@ -15,23 +13,20 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series, identifier
 from fks_backfill_dagster.domain.timeframe import Timeframe, iso
 from fks_backfill_dagster.settings.catalog import Catalog
-from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.settings.model import Settings
 from fks_backfill_dagster.settings.symbols import infer_asset_class
 from fks_backfill_dagster.simulator.config import instant
+from fks_backfill_dagster_tests.settings.conftest import Load
 
 MakeCatalog = Callable[..., Catalog]
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> MakeCatalog:
+def catalog(load: Load) -> MakeCatalog:
     """The catalog of a file's text and an environment."""
 
     def from_text(text: str = "", environ: Mapping[str, str] | None = None) -> Catalog:
-        file = tmp_path / "config" / "backfill.yaml"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(dedent(text), encoding="utf-8")
-        return Catalog(load_settings(environ or {}, tmp_path))
+        return Catalog(load(text, environ))
 
     return from_text
 
