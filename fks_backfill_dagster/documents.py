@@ -53,6 +53,7 @@ def sync_report(report: SyncReport) -> Document:
         "withdrawn": report.withdrawn,
         "listing": report.listing,
         "warnings": list(report.warnings),
+        "pinned": report.pinned,
     }
 
 
@@ -81,6 +82,7 @@ def broken_sync(
         "withdrawn": None,
         "listing": None,
         "warnings": [],
+        "pinned": None,
     }
 
 

@@ -117,6 +117,23 @@ def read_opens(database: Database, series: Series, opens: Instants) -> Candles:
     return Candles.concat(list(_blocks(database, series, windows, None))) if windows else Candles.empty()
 
 
+@repeated
+def pinned_opens(database: Database, series: Series, window: TimeRange) -> Instants:
+    """The opens of the pinned candles in `window`, ascending: those that a person corrected."""
+    query = (
+        f"SELECT {micros('p.ts')} FROM fks.pin p JOIN fks.series s ON s.id = p.series_id"
+        f" JOIN {table_of(series.timeframe)} c"
+        "   ON c.series_id = p.series_id AND c.ts = p.ts AND c.batch_id = p.batch_id"
+        " WHERE s.symbol = :symbol AND s.timeframe = :timeframe AND p.released_at IS NULL"
+        "   AND p.ts >= :start AND p.ts < :end ORDER BY 1"
+    )
+    named_window = {"start": to_datetime(window.start), "end": to_datetime(window.end)}
+    with database.begin() as connection:
+        return np.array(
+            connection.scalars(sa.text(query), named(series) | named_window).all(), dtype=np.int64
+        )
+
+
 def iterate_candles(
     database: Database, series: Series, window: TimeRange, as_of: datetime | None = None
 ) -> Iterator[Candles]:

@@ -133,8 +133,9 @@ def write_rejected(connection: sa.Connection, identity: int, rejected: Sequence[
 
 
 def cover(
-    connection: sa.Connection, identity: int, window: TimeRange, inserted: dict[int, int], stored: Instants
+    connection: sa.Connection, identity: int, ranges: RangeSet, inserted: int, stored: Instants
 ) -> None:
+    """Extends coverage and totals. `stored`: the opens of the commit, ascending; `inserted`: how many are new."""
     first, last = (to_datetime(int(stored[0])), to_datetime(int(stored[-1]))) if len(stored) else (None, None)
     connection.execute(
         sa.text(
@@ -146,8 +147,8 @@ def cover(
         ),
         {
             "id": identity,
-            "window": to_multirange(RangeSet([window])),
-            "inserted": sum(inserted.values()),
+            "window": to_multirange(ranges),
+            "inserted": inserted,
             "first": first,
             "last": last,
         },
