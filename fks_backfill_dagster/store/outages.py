@@ -79,7 +79,8 @@ def gap_states(database: Database, gaps: Sequence[int]) -> dict[int, GapState]:
     with database.begin() as connection:
         rows = connection.execute(
             sa.text(
-                "SELECT id, status, ARRAY(SELECT jsonb_array_elements(evidence)->>'provider') AS providers"
+                "SELECT id, status, ARRAY(SELECT jsonb_path_query(evidence,"
+                """ '$[*] ? (@."outcome" != "undone")."provider"') #>> '{}') AS providers"
                 " FROM fks.gap WHERE id = ANY(:ids)"
             ),
             {"ids": list(gaps)},

@@ -29,6 +29,9 @@ SCHEMA = "fks"
 
 # The transport of the lineage row of a response that no longer contains stored candles.
 WITHDRAWAL = "withdrawal"
+
+# The transport of an undo.
+UNDO = "undo"
 metadata = sa.MetaData(schema=SCHEMA)
 
 _now = sa.text("now()")

@@ -37,8 +37,7 @@ def rows_of(ts: Instants | Sequence[int], **fields: float | Sequence[float]) -> 
 
 
 def whole(candles: Candles) -> CorrectionRows:
-    ts, *columns = candles.columns()
-    return CorrectionRows.of(candles, frozenset(FIELDS), np.arange(2, len(ts) + 2, dtype=np.int64))
+    return CorrectionRows.of(candles, frozenset(FIELDS), np.arange(2, len(candles) + 2, dtype=np.int64))
 
 
 def apply(shelf: Shelf, rows: CorrectionRows, statement: Statement = STATEMENT, **options: bool) -> Corrected:
@@ -256,12 +255,14 @@ def test_an_undone_correction_creates_no_gap_in_pending_history(hours: Shelf) ->
 # Concurrency --------------------------------------------------------------------------------------------
 
 
-def test_two_corrections_of_one_candle_are_applied_one_after_the_other(hours: Shelf, shared: Database) -> None:
+def test_two_corrections_of_one_candle_are_applied_one_after_the_other(
+    hours: Shelf, shared: Database
+) -> None:
     """The second one waits for the lock, and is merged with what the first one has committed."""
     hours.put(0, 3)
     opens = hours.opens(1, 2)
     low = float(hours.read().low[1])
-    others = [Database(shared.url), Database(shared.url)]
+    others = [Database(shared.url.render_as_string(hide_password=False)) for _ in range(2)]
     done: list[Corrected] = []
 
     def run(database: Database, rows: CorrectionRows) -> None:
