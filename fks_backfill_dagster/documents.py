@@ -12,17 +12,21 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from fks_backfill_dagster.domain.corrections import FIELDS
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, iso, to_datetime
 
 if TYPE_CHECKING:
+    from fks_backfill_dagster.domain.corrections import CorrectionError
     from fks_backfill_dagster.ledger.reconcile import Difference, SeriesAudit
     from fks_backfill_dagster.pipeline.audit import AuditReport
     from fks_backfill_dagster.pipeline.coverage import Coverage
     from fks_backfill_dagster.pipeline.fill import FilledGap
     from fks_backfill_dagster.pipeline.gaps import FoundGap
     from fks_backfill_dagster.pipeline.report import DryRun, SyncReport
+    from fks_backfill_dagster.store.corrections import CorrectionInfo
     from fks_backfill_dagster.store.queries import BatchInfo, SyncStatus
+    from fks_backfill_dagster.store.writer.correction import Corrected
 
 Document = dict[str, object]
 
@@ -236,6 +240,55 @@ def batch(found: BatchInfo) -> Document:
         "host": found.host or None,
         "instrument": found.instrument,
         "published_at": moment(found.published_at),
+        "kind": found.kind,
+        "undone_by": found.undone_by,
+        "author": found.author,
+        "reason": found.reason,
+    }
+
+
+def corrected(series: Series, done: Corrected) -> Document:
+    """A correction that was applied, or would be: `batch` is null where nothing was written."""
+    changes = done.changes
+    return _names(series) | {
+        "inserted": changes.inserted,
+        "updated": changes.updated,
+        "unchanged": changes.unchanged,
+        "rejected": 0,
+        "batch": done.batch,
+        "problems": [],
+    }
+
+
+def refused_correction(series: Series, error: CorrectionError) -> Document:
+    """A correction with invalid rows, of which nothing was written. `problems`: the first of them."""
+    return _names(series) | {
+        "inserted": 0,
+        "updated": 0,
+        "unchanged": 0,
+        "rejected": error.total,
+        "batch": None,
+        "problems": [{"line": one.line, "reason": one.reason} for one in error.first],
+    }
+
+
+def correction(found: CorrectionInfo) -> Document:
+    def values(when: str) -> dict[str, float | None]:
+        return {name: getattr(found, f"{name}_{when}") for name in FIELDS}
+
+    return {
+        "symbol": found.symbol,
+        "timeframe": found.timeframe,
+        "ts": moment(found.ts),
+        "corrected_at": found.corrected_at.astimezone(UTC).isoformat(),
+        "before": values("before"),
+        "after": values("after"),
+        "source": found.source,
+        "reason": found.reason,
+        "batch": found.batch,
+        "author": found.author,
+        "origin": found.origin,
+        "pinned": found.pinned,
     }
 
 

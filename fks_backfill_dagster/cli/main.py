@@ -13,6 +13,8 @@ import click
 from fks_backfill_dagster.cli.audit import audit
 from fks_backfill_dagster.cli.backfill import backfill
 from fks_backfill_dagster.cli.batches import batches
+from fks_backfill_dagster.cli.correct import correct
+from fks_backfill_dagster.cli.corrections import corrections
 from fks_backfill_dagster.cli.db import db
 from fks_backfill_dagster.cli.export import export
 from fks_backfill_dagster.cli.fill_gaps import fill_gaps
@@ -140,6 +142,8 @@ for command in (
     audit,
     series,
     batches,
+    correct,
+    corrections,
     export,
     simulate,
     db,

@@ -81,7 +81,7 @@ def gap_states(database: Database, gaps: Sequence[int]) -> dict[int, GapState]:
         rows = connection.execute(
             sa.text(
                 "SELECT id, status, ARRAY(SELECT e->>'provider' FROM jsonb_array_elements(evidence) e"
-                "   WHERE e->>'outcome' <> :undone) AS providers FROM fks.gap WHERE id = ANY(:ids)"
+                "   WHERE e->>'outcome' IS DISTINCT FROM :undone) AS providers FROM fks.gap WHERE id = ANY(:ids)"
             ),
             {"ids": list(gaps), "undone": Outcome.UNDONE.value},
         )

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.delivery import Transport
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime, to_micros
@@ -71,6 +72,15 @@ class BatchInfo:
     host: str
     instrument: str | None
     published_at: datetime | None
+    author: str | None
+    reason: str | None
+    undone_by: int | None
+
+    @property
+    def kind(self) -> str:
+        """What the batch did: `delivery`, `correction`, `withdrawal` or `undo`."""
+        kinds = (Transport.CORRECTION.value, schema.WITHDRAWAL, schema.UNDO)
+        return self.transport if self.transport in kinds else "delivery"
 
 
 @dataclass(frozen=True, slots=True)
