@@ -95,6 +95,15 @@ def test_a_released_value_is_replaced_by_a_refetch(stored: Command, tmp_path: Pa
     assert closes() == before
 
 
+def test_many_pinned_candles_are_no_sign_of_another_symbol(stored: Command, tmp_path: Path) -> None:
+    """Half of the range differs by a fifth; the refetch needs neither --force nor a second provider."""
+    frame = read_candles("BTC/USDT", "1h", "2024-01-01", "2024-01-02")[["open", "high", "low", "close"]] * 1.2
+    frame.to_csv(tmp_path / "fix.csv")
+    assert stored("correct", "fix.csv", *SERIES, "--reason", "test", "--json").json["updated"] == 24
+    result = stored("backfill", *JANUARY, "--refetch", "--json")
+    assert (result.exit_code, result.json["errors"], result.json["pinned"]) == (0, [], 24)
+
+
 def test_a_dry_run_shows_before_and_after(stored: Command, tmp_path: Path) -> None:
     before = closes()
     file = write(tmp_path, "ts,volume", *(f"2024-01-0{1 + n // 24}T{n % 24:02}:00,7.5" for n in range(30)))
@@ -202,9 +211,7 @@ def test_an_unknown_series(world: LocalMarket, fks: Command, tmp_path: Path) -> 
     assert fks("series", "list", "BTX/USDT", "1h", "--json").json[0]["total_candles"] == 0
 
 
-def test_a_parquet_file_creates_a_configured_series(
-    world: LocalMarket, fks: Command, tmp_path: Path
-) -> None:
+def test_a_parquet_file_creates_a_configured_series(world: LocalMarket, fks: Command, tmp_path: Path) -> None:
     ts = pa.array([1_704_067_200_000_000, 1_704_070_800_000_000], pa.timestamp("us"))
     prices = {name: pa.array([2.0, 3.0]) for name in ("open", "high", "low", "close")}
     pq.write_table(pa.table({"ts": ts, **prices}), tmp_path / "fix.parquet")
