@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.pipeline.coverage import Coverage
     from fks_backfill_dagster.pipeline.fill import FilledGap
     from fks_backfill_dagster.pipeline.gaps import FoundGap
+    from fks_backfill_dagster.pipeline.quarantine import Released
     from fks_backfill_dagster.pipeline.report import DryRun, SyncReport
     from fks_backfill_dagster.store.corrections import CorrectionInfo
+    from fks_backfill_dagster.store.quarantine import Neighbour, QuarantinedRow
     from fks_backfill_dagster.store.queries import BatchInfo, SyncStatus
     from fks_backfill_dagster.store.writer.correction import Corrected
 
@@ -290,6 +292,48 @@ def correction(found: CorrectionInfo) -> Document:
         "origin": found.origin,
         "pinned": found.pinned,
     }
+
+
+def quarantined(found: QuarantinedRow) -> Document:
+    return (
+        {"id": found.id}
+        | _names(found.series)
+        | {
+            "ts": found.ts.astimezone(UTC).isoformat(),
+            **{name: getattr(found, name) for name in FIELDS},
+            "provider": found.provider,
+            "source": found.source,
+            "rule": found.reason,
+            "first_seen": moment(found.first_seen_at),
+            "last_seen": moment(found.last_seen_at),
+            "seen": found.seen,
+            "decision": found.decision,
+            "decided_at": moment(found.decided_at),
+            "decided_by": found.decided_by,
+            "reason": found.decision_reason,
+            "batch": found.batch,
+        }
+    )
+
+
+def released(found: Sequence[Released]) -> Document:
+    """Released rows, by series. `batch` is null where the same values were stored already."""
+    rows = [_names(one.series) | {"ids": list(one.ids), "batch": one.done.batch} for one in found]
+    return {"released": rows, "rejected": 0, "problems": []}
+
+
+def refused_release(error: CorrectionError) -> Document:
+    """A release with rows that break a rule of candles, of which nothing was written."""
+    problems = [{"id": one.line, "reason": one.reason} for one in error.first]
+    return {"released": [], "rejected": error.total, "problems": problems}
+
+
+def neighbours(found: Sequence[Neighbour]) -> list[Document]:
+    """Stored candles around a quarantined row."""
+    return [
+        {"ts": moment(one.ts), **{name: getattr(one, name) for name in FIELDS}, "provider": one.provider}
+        for one in found
+    ]
 
 
 def moment(when: datetime | None) -> str | None:

@@ -21,6 +21,7 @@ from fks_backfill_dagster.cli.fill_gaps import fill_gaps
 from fks_backfill_dagster.cli.gaps import gaps
 from fks_backfill_dagster.cli.launch import launch
 from fks_backfill_dagster.cli.output import log, log_if_possible
+from fks_backfill_dagster.cli.quarantine import quarantine
 from fks_backfill_dagster.cli.series import series
 from fks_backfill_dagster.cli.servers import demo, down, up
 from fks_backfill_dagster.cli.signals import SIGNALLED, Signals
@@ -144,6 +145,7 @@ for command in (
     batches,
     correct,
     corrections,
+    quarantine,
     export,
     simulate,
     db,
