@@ -140,7 +140,7 @@ def resolve(rows: CorrectionRows, stored: Candles, grid: Grid, closed_end: int) 
     """The changes that checked rows make to `stored`: the stored candles at their opens, ascending.
 
     Fields that the rows do not give keep their stored values; a new candle without a volume has none. Raises
-    CorrectionError if a row is invalid, by itself or together with the stored values.
+    CorrectionError if a row is invalid, alone or together with the stored values.
     """
     valid = np.flatnonzero(rows.valid)
     order = valid[np.argsort(rows.candles.ts[valid], kind="stable")]
