@@ -125,6 +125,7 @@ def check_rows(rows: CorrectionRows, grid: Grid, closed_end: int) -> CorrectionR
     `closed_end`: the open of the first candle that has not closed.
     """
     ts = rows.candles.ts
+    rows = rows.marked(ts < 0, "before 1970")
     expected = grid.contains(ts)
     rows = rows.marked(~expected & ~grid.on_clock(ts), "off the grid: no candle of this timeframe opens then")
     rows = rows.marked(~expected, "outside the calendar: the market is closed then")
@@ -137,7 +138,7 @@ def check_rows(rows: CorrectionRows, grid: Grid, closed_end: int) -> CorrectionR
 
 
 def resolve(rows: CorrectionRows, stored: Candles, grid: Grid, closed_end: int) -> Changes:
-    """The changes that checked rows make to `stored`: the stored candles at their opens, ascending.
+    """The changes that checked rows make to `stored`, ascending: at least the stored candles at their opens.
 
     Fields that the rows do not give keep their stored values; a new candle without a volume has none. Raises
     CorrectionError if a row is invalid, alone or together with the stored values.
@@ -145,6 +146,7 @@ def resolve(rows: CorrectionRows, stored: Candles, grid: Grid, closed_end: int) 
     valid = np.flatnonzero(rows.valid)
     order = valid[np.argsort(rows.candles.ts[valid], kind="stable")]
     given = rows.candles.take(order)
+    stored = stored.take(np.isin(stored.ts, given.ts, assume_unique=True))
     is_new = ~np.isin(given.ts, stored.ts, assume_unique=True)
     before = _with_absent(stored, given.ts, ~is_new)
     merged = Candles(

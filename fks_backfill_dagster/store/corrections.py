@@ -47,7 +47,7 @@ class CorrectionInfo:
     pinned: bool
 
 
-# `given`: the value of an inserted candle, which has no revision of its own.
+# The inner limit: a refetch may have replaced millions of values. `given`: the value of an inserted candle, which has no revision of its own.
 _CORRECTIONS = """
 SELECT s.symbol, s.timeframe, x.ts, b.committed_at AS corrected_at,
     r.open AS open_before, r.high AS high_before, r.low AS low_before, r.close AS close_before,
@@ -62,6 +62,8 @@ FROM (
     WHERE NOT :pinned AND series_id = ANY(:ids) AND {within}
     UNION
     SELECT series_id, ts, batch_id FROM fks.pin WHERE series_id = ANY(:ids) AND {within}
+    ORDER BY batch_id DESC, ts
+    LIMIT CASE WHEN :pinned THEN NULL ELSE CAST(:limit AS bigint) END
 ) x
 JOIN fks.series s ON s.id = x.series_id
 JOIN fks.batch b ON b.id = x.batch_id

@@ -122,6 +122,7 @@ def same(one: float, other: float) -> bool:
         ("2024-01-03T12:30Z", "crypto", "off the grid: no candle of this timeframe opens then"),
         ("2024-01-06T12:00Z", "stocks", "outside the calendar: the market is closed then"),
         ("2024-01-04T08:00Z", "crypto", "not closed yet"),
+        ("1969-12-31T00:00Z", "crypto", "before 1970"),
     ],
 )
 def test_a_candle_that_cannot_exist(ts: str, asset_class: str, reason: str) -> None:
