@@ -12,17 +12,23 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from fks_backfill_dagster.domain.corrections import FIELDS
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, iso, to_datetime
 
 if TYPE_CHECKING:
+    from fks_backfill_dagster.domain.corrections import CorrectionError
     from fks_backfill_dagster.ledger.reconcile import Difference, SeriesAudit
     from fks_backfill_dagster.pipeline.audit import AuditReport
     from fks_backfill_dagster.pipeline.coverage import Coverage
     from fks_backfill_dagster.pipeline.fill import FilledGap
     from fks_backfill_dagster.pipeline.gaps import FoundGap
+    from fks_backfill_dagster.pipeline.quarantine import Released
     from fks_backfill_dagster.pipeline.report import DryRun, SyncReport
+    from fks_backfill_dagster.store.corrections import CorrectionInfo
+    from fks_backfill_dagster.store.quarantine import Neighbour, QuarantinedRow
     from fks_backfill_dagster.store.queries import BatchInfo, SyncStatus
+    from fks_backfill_dagster.store.writer.correction import Corrected
 
 Document = dict[str, object]
 
@@ -53,6 +59,7 @@ def sync_report(report: SyncReport) -> Document:
         "withdrawn": report.withdrawn,
         "listing": report.listing,
         "warnings": list(report.warnings),
+        "pinned": report.pinned,
     }
 
 
@@ -81,6 +88,7 @@ def broken_sync(
         "withdrawn": None,
         "listing": None,
         "warnings": [],
+        "pinned": None,
     }
 
 
@@ -234,7 +242,98 @@ def batch(found: BatchInfo) -> Document:
         "host": found.host or None,
         "instrument": found.instrument,
         "published_at": moment(found.published_at),
+        "kind": found.kind,
+        "undone_by": found.undone_by,
+        "author": found.author,
+        "reason": found.reason,
     }
+
+
+def corrected(series: Series, done: Corrected) -> Document:
+    """A correction that was applied, or would be: `batch` is null where nothing was written."""
+    changes = done.changes
+    return _names(series) | {
+        "inserted": changes.inserted,
+        "updated": changes.updated,
+        "unchanged": changes.unchanged,
+        "rejected": 0,
+        "batch": done.batch,
+        "problems": [],
+    }
+
+
+def refused_correction(series: Series, error: CorrectionError) -> Document:
+    """A correction with invalid rows, of which nothing was written. `problems`: the first of them."""
+    return _names(series) | {
+        "inserted": 0,
+        "updated": 0,
+        "unchanged": 0,
+        "rejected": error.total,
+        "batch": None,
+        "problems": [{"line": one.line, "reason": one.reason} for one in error.first],
+    }
+
+
+def correction(found: CorrectionInfo) -> Document:
+    def values(when: str) -> dict[str, float | None]:
+        return {name: getattr(found, f"{name}_{when}") for name in FIELDS}
+
+    return {
+        "symbol": found.symbol,
+        "timeframe": found.timeframe,
+        "ts": moment(found.ts),
+        "corrected_at": found.corrected_at.astimezone(UTC).isoformat(),
+        "before": values("before"),
+        "after": values("after"),
+        "source": found.source,
+        "reason": found.reason,
+        "batch": found.batch,
+        "author": found.author,
+        "origin": found.origin,
+        "pinned": found.pinned,
+    }
+
+
+def quarantined(found: QuarantinedRow) -> Document:
+    return (
+        {"id": found.id}
+        | _names(found.series)
+        | {
+            "ts": found.ts.astimezone(UTC).isoformat(),
+            **{name: getattr(found, name) for name in FIELDS},
+            "provider": found.provider,
+            "source": found.source,
+            "rule": found.reason,
+            "first_seen": moment(found.first_seen_at),
+            "last_seen": moment(found.last_seen_at),
+            "seen": found.seen,
+            "decision": found.decision,
+            "decided_at": moment(found.decided_at),
+            "decided_by": found.decided_by,
+            "reason": found.decision_reason,
+            "batch": found.batch,
+        }
+    )
+
+
+def released(found: Sequence[Released]) -> Document:
+    """Released rows, by series. `batch` is null where the same values were stored already."""
+    rows = [_names(one.series) | {"ids": list(one.ids), "batch": one.done.batch} for one in found]
+    return {"released": rows, "rejected": 0, "problems": []}
+
+
+def refused_release(error: CorrectionError) -> Document:
+    """A release with rows that break a rule of candles, of which nothing was written."""
+    problems = [{"id": one.line, "reason": one.reason} for one in error.first]
+    return {"released": [], "rejected": error.total, "problems": problems}
+
+
+def neighbours(found: Sequence[Neighbour]) -> list[Document]:
+    """Stored candles around a quarantined row."""
+    return [
+        {"ts": moment(one.ts), **{name: getattr(one, name) for name in FIELDS}, "provider": one.provider}
+        for one in found
+    ]
 
 
 def moment(when: datetime | None) -> str | None:

@@ -23,6 +23,7 @@ FACE = BELOW | {
     "known_providers",
     "settings",
     "app",
+    "files",
     "reading",
     "documents",
     "tables",
@@ -50,6 +51,7 @@ MAY_IMPORT = {
     "providers": {"domain", "loopback", "known_providers"},
     "ledger": {"domain"},
     "store": {"domain", "ledger"},
+    "files": {"domain"},
     "pipeline": {"domain", "ledger", "providers", "store"},
     # The composition of settings, providers, store and pipeline; only interfaces use it.
     "app": BELOW | {"settings", "embedded", "known_providers"},

@@ -55,7 +55,8 @@ if TYPE_CHECKING:
 @click.option(
     "--force",
     is_flag=True,
-    help="With --refetch: write candles even if they differ as much as another symbol's would.",
+    help="With --refetch: write candles even if they differ as much as another symbol's would. Candles that a person"
+    " corrected stay, see `corrections release`.",
 )
 @click.option(
     "--dry-run",

@@ -24,6 +24,7 @@ from fks_backfill_dagster.cli.output import (
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.store.database import Database
+    from fks_backfill_dagster.store.queries import BatchInfo
 
 
 @click.group()
@@ -73,6 +74,7 @@ def list_batches(names: tuple[str, ...], everything: bool, limit: int, as_json: 
             one.inserted,
             one.updated,
             one.committed_at,
+            _note(one),
             one.source,
             one.host,
         )
@@ -86,12 +88,23 @@ def list_batches(names: tuple[str, ...], everything: bool, limit: int, as_json: 
         "inserted",
         "updated",
         "committed (UTC)",
+        "note",
         "source",
         "host",
     )
     print_table(columns, rows)
     if not found:
         log("No batches.")
+
+
+def _note(one: BatchInfo) -> str:
+    """What the other columns do not say: an undo, whether it was undone, who corrected and why."""
+    notes = [
+        "" if one.undoes is None else f"undo of {one.undoes}",
+        "" if one.author is None else f"{one.author}: {one.reason}",
+        "" if one.undone_by is None else f"undone by {one.undone_by}",
+    ]
+    return ", ".join(filter(None, notes)) or "-"
 
 
 @batches.command("undo", epilog=example("batches undo 42", "batches undo 42 --yes"))
@@ -101,7 +114,8 @@ def list_batches(names: tuple[str, ...], everything: bool, limit: int, as_json: 
 def undo(batch_id: int, yes: bool, as_json: bool) -> int:
     """Undo a batch: remove inserted candles, restore corrected values and withdrawn candles.
 
-    The undo is a batch of its own. Removed candles become an open gap, which the next backfill requests.
+    The undo is a batch of its own, and undoing it restores what it has removed. Removed candles become an open gap,
+    which names the undo, and which the next backfill requests.
     """
     from fks_backfill_dagster.app import open_database
     from fks_backfill_dagster.domain.grid import grid_of

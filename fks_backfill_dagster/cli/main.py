@@ -13,12 +13,15 @@ import click
 from fks_backfill_dagster.cli.audit import audit
 from fks_backfill_dagster.cli.backfill import backfill
 from fks_backfill_dagster.cli.batches import batches
+from fks_backfill_dagster.cli.correct import correct
+from fks_backfill_dagster.cli.corrections import corrections
 from fks_backfill_dagster.cli.db import db
 from fks_backfill_dagster.cli.export import export
 from fks_backfill_dagster.cli.fill_gaps import fill_gaps
 from fks_backfill_dagster.cli.gaps import gaps
 from fks_backfill_dagster.cli.launch import launch
 from fks_backfill_dagster.cli.output import log, log_if_possible
+from fks_backfill_dagster.cli.quarantine import quarantine
 from fks_backfill_dagster.cli.series import series
 from fks_backfill_dagster.cli.servers import demo, down, up
 from fks_backfill_dagster.cli.signals import SIGNALLED, Signals
@@ -140,6 +143,9 @@ for command in (
     audit,
     series,
     batches,
+    correct,
+    corrections,
+    quarantine,
     export,
     simulate,
     db,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,11 @@ class Transport(StrEnum):
     REST = "rest"
     ARCHIVE = "archive"
     DERIVED = "derived"  # aggregated by us from finer candles of the same provider
+    CORRECTION = "correction"  # given by a person
+
+
+MANUAL: Final = "manual"
+"""The provider of candles that a person gave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,7 @@ class Origin:
     requested_at: when it was requested. published_at: the publication time that an archive declares; None: it
         is as new as its request.
     sha256: the verified checksum of an archive; None for REST.
+    author, reason: who gave a correction, and why; None for what a provider gave.
     """
 
     provider: str
@@ -45,6 +52,8 @@ class Origin:
     requested_at: int
     published_at: int | None = None
     sha256: str | None = None
+    author: str | None = None
+    reason: str | None = None
 
     @property
     def as_of(self) -> int:

@@ -24,6 +24,7 @@ class Outcome(StrEnum):
     REJECTED = "rejected"  # some of its rows broke a rule and are in the quarantine
     REFUSED = "refused"  # it does not serve the candle: not entitled, unknown symbol, beyond its depth
     ERROR = "error"  # it did not respond
+    UNDONE = "undone"  # no response: the batch that had delivered the candle was undone
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from fks_backfill_dagster.domain.delivery import RejectedRows, holding_rejected
 from fks_backfill_dagster.domain.grid import Grid
-from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
+from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange, inside
 from fks_backfill_dagster.domain.timeframe import (
     to_micros,
 )
@@ -114,6 +114,17 @@ class Settlement:
 
     removed: tuple[int, ...]
     added: tuple[LedgerGap, ...]
+
+
+def with_evidence(settlement: Settlement, evidence: Evidence, opens: Instants) -> Settlement:
+    """The settlement with one more item of evidence in the unfilled rows that contain one of `opens` (ascending)."""
+    added = tuple(
+        replace(row, evidence=latest((*row.evidence, evidence)))
+        if row.status is not GapStatus.FILLED and len(inside(opens, TimeRange(row.start, row.end)))
+        else row
+        for row in settlement.added
+    )
+    return replace(settlement, added=added)
 
 
 def settle(

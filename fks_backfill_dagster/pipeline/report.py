@@ -19,7 +19,8 @@ class SyncReport:
     `missing` counts the candles that are still missing, explained or not; `no_trade` the no-trade intervals.
     `total_candles` were inserted or changed by this call. `outdated`: stored candles that differ in an older
     publication, unchanged. `withdrawn`: stored candles that their provider no longer returns, removed.
-    `listing`: the listing that cuts off the beginning of the range.
+    `listing`: the listing that cuts off the beginning of the range. `pinned`: candles that differ from what a person
+    corrected, not written.
     """
 
     series: Series
@@ -39,6 +40,7 @@ class SyncReport:
     outdated: int = 0
     withdrawn: int = 0
     listing: str | None = None
+    pinned: int = 0
 
     @property
     def stored(self) -> int:

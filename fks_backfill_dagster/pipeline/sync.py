@@ -24,21 +24,20 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_SECOND, iso
 from fks_backfill_dagster.ledger.records import Outcome
 from fks_backfill_dagster.ledger.settle import Rules, surroundings
 from fks_backfill_dagster.pipeline.context import Context
-from fks_backfill_dagster.pipeline.eligible import eligible
 from fks_backfill_dagster.pipeline.events import BatchDone, Listener, Planned, SyncEvent, Warned, silent
-from fks_backfill_dagster.pipeline.fetch.chain import ChainOptions, ProviderChain
+from fks_backfill_dagster.pipeline.fetch.chain import ProviderChain
 from fks_backfill_dagster.pipeline.fetch.fetched import Fetched
 from fks_backfill_dagster.pipeline.fetch.spans import fetch_spans
-from fks_backfill_dagster.pipeline.fetch.suspicion import StoredRows
 from fks_backfill_dagster.pipeline.freshness import is_quiet_end
 from fks_backfill_dagster.pipeline.history_start import HistoryStart
 from fks_backfill_dagster.pipeline.ingest import Ingest, ingest
 from fks_backfill_dagster.pipeline.lease import hold_lease, is_interruption
 from fks_backfill_dagster.pipeline.listing import Listings, find_listings
 from fks_backfill_dagster.pipeline.plan import Batch, Plan, Scope, closed_window, make_plan
+from fks_backfill_dagster.pipeline.provider_chain import make_chain
 from fks_backfill_dagster.pipeline.report import DryRun, SyncReport
 from fks_backfill_dagster.pipeline.settings_changes import current_identity
-from fks_backfill_dagster.store import ledger, queries
+from fks_backfill_dagster.store import ledger
 from fks_backfill_dagster.store.errors import repeated
 
 _NONE = np.empty(0, dtype=np.int64)
@@ -64,7 +63,7 @@ def sync(
     batches are kept. SeriesChanged is raised before the first request.
     """
     began = time.monotonic()
-    chain = _chain(context, series, priority, heed_circuit=not recheck, force=force)
+    chain = make_chain(context, series, priority, heed_circuit=not recheck, force=force)
     identity = current_identity(context, series, chain.warnings.append)
     change = context.calendars.change_for(context.database, series, context.clock)
     if change is not None:
@@ -96,7 +95,7 @@ def dry_run(
     recheck: bool = False,
 ) -> DryRun:
     """Plans without fetching candles. May request a listing time that is not known yet."""
-    chain = _chain(context, series, priority)
+    chain = make_chain(context, series, priority)
     warnings: dict[str, None] = dict.fromkeys(chain.warnings)
 
     def collect(event: SyncEvent) -> None:
@@ -109,37 +108,6 @@ def dry_run(
     plan, _ = _plan(context, series, identity, window, chain, scope, recheck, collect)
     estimates = tuple((name, chain.estimate(name, plan)) for name in chain.names)
     return DryRun(plan, estimates, tuple(dict.fromkeys((*warnings, *chain.dropped.values()))))
-
-
-def _chain(
-    context: Context,
-    series: Series,
-    priority: Sequence[str],
-    *,
-    heed_circuit: bool = True,
-    force: bool = False,
-) -> ProviderChain:
-    def stored_rows(window: TimeRange) -> StoredRows:
-        candles = queries.read_candles(context.database, series, window)
-        with context.database.begin() as connection:
-            found = queries.stored_origins(connection, series, window)
-        candles = candles.take(np.isin(candles.ts, found.ts))
-        kept = np.isin(found.ts, candles.ts)
-        return StoredRows(candles, found.provider[kept], found.instrument[kept], found.as_of[kept])
-
-    options = ChainOptions(
-        clock=context.clock,
-        stored=lambda opens: queries.read_opens(context.database, series, opens),
-        stored_within=lambda window: queries.read_candles(context.database, series, window),
-        stored_rows=stored_rows,
-        tolerance=context.tolerance,
-        closed=context.closed,
-        declared=context.declared,
-        force=force,
-        eligible=context.eligible(series),
-    )
-    chosen = eligible(context.providers, series, priority)
-    return ProviderChain(series, chosen, options, context.circuit, heed_circuit=heed_circuit)
 
 
 def _plan(
@@ -240,6 +208,7 @@ class _Work:
         self.history = HistoryStart(context.database, series, self._warn)
         self.declared = context.declared(series)
         self.succeeded = self.failed = self.candles = self.requests = self.outdated = self.withdrawn = 0
+        self.pinned = 0
         self.while_closed = 0
         # Ordered sets.
         self.errors: dict[str, None] = {}
@@ -360,6 +329,7 @@ class _Work:
         self.candles += changed
         self.outdated += done.outdated
         self.withdrawn += done.withdrawn
+        self.pinned += done.pinned
         mine = (d for d in given.deliveries if len(d.within(window).candles))
         self._count(
             batch, changed, done.missing, tuple(dict.fromkeys(d.origin.provider for d in mine)), fetched
@@ -421,6 +391,7 @@ class _Work:
             outdated=self.outdated,
             withdrawn=self.withdrawn,
             listing=listing,
+            pinned=self.pinned,
         )
 
     def _notes(self, window: TimeRange, listing: str | None) -> Iterator[str]:
@@ -431,6 +402,11 @@ class _Work:
             yield (
                 f"{self.outdated:,} stored candles differ from an older publication of the same provider, and are"
                 " kept"
+            )
+        if self.pinned:
+            yield (
+                f"{self.pinned:,} stored candles that a person corrected differ from those of the provider, and are"
+                f" kept: `fks-backfill corrections release {self.series}` releases them"
             )
         if self.while_closed:
             yield (

@@ -228,7 +228,7 @@ SELECT p.provider, s.timeframe, o.range_start AS oldest
 FROM pair p JOIN fks.series s ON s.id = p.id CROSS JOIN LATERAL (
     SELECT b.range_start FROM fks.batch b
     WHERE {_DELIVERED.format(series="p.id")} AND b.provider = p.provider
-      AND NOT EXISTS (SELECT FROM fks.batch u WHERE u.undoes = b.id)
+      AND b.undone_by IS NULL
     ORDER BY b.range_start LIMIT 1) o
 """
 

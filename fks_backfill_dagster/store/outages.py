@@ -14,6 +14,7 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.ledger.gaps import GapStatus
+from fks_backfill_dagster.ledger.records import Outcome
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.sql import micros, series_of
 
@@ -79,9 +80,9 @@ def gap_states(database: Database, gaps: Sequence[int]) -> dict[int, GapState]:
     with database.begin() as connection:
         rows = connection.execute(
             sa.text(
-                "SELECT id, status, ARRAY(SELECT jsonb_array_elements(evidence)->>'provider') AS providers"
-                " FROM fks.gap WHERE id = ANY(:ids)"
+                "SELECT id, status, ARRAY(SELECT e->>'provider' FROM jsonb_array_elements(evidence) e"
+                "   WHERE e->>'outcome' IS DISTINCT FROM :undone) AS providers FROM fks.gap WHERE id = ANY(:ids)"
             ),
-            {"ids": list(gaps)},
+            {"ids": list(gaps), "undone": Outcome.UNDONE.value},
         )
         return {row.id: GapState(GapStatus(row.status), tuple(row.providers)) for row in rows}

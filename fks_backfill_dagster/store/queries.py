@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.delivery import Transport
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe, to_datetime, to_micros
@@ -71,6 +72,15 @@ class BatchInfo:
     host: str
     instrument: str | None
     published_at: datetime | None
+    author: str | None
+    reason: str | None
+    undone_by: int | None
+
+    @property
+    def kind(self) -> str:
+        """What the batch did: `delivery`, `correction`, `withdrawal` or `undo`."""
+        kinds = (Transport.CORRECTION.value, schema.WITHDRAWAL, schema.UNDO)
+        return self.transport if self.transport in kinds else "delivery"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +125,23 @@ def read_opens(database: Database, series: Series, opens: Instants) -> Candles:
     """The stored candles at a few opens, ascending."""
     windows = [TimeRange(ts, ts + 1) for ts in opens.tolist()]
     return Candles.concat(list(_blocks(database, series, windows, None))) if windows else Candles.empty()
+
+
+@repeated
+def pinned_opens(database: Database, series: Series, window: TimeRange) -> Instants:
+    """The opens of the pinned candles in `window`, ascending: those that a person corrected."""
+    query = (
+        f"SELECT {micros('p.ts')} FROM fks.pin p JOIN fks.series s ON s.id = p.series_id"
+        f" JOIN {table_of(series.timeframe)} c"
+        "   ON c.series_id = p.series_id AND c.ts = p.ts AND c.batch_id = p.batch_id"
+        " WHERE s.symbol = :symbol AND s.timeframe = :timeframe AND p.released_at IS NULL"
+        "   AND p.ts >= :start AND p.ts < :end ORDER BY 1"
+    )
+    named_window = {"start": to_datetime(window.start), "end": to_datetime(window.end)}
+    with database.begin() as connection:
+        return np.array(
+            connection.scalars(sa.text(query), named(series) | named_window).all(), dtype=np.int64
+        )
 
 
 def iterate_candles(

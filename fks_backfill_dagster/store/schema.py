@@ -3,10 +3,11 @@
     series ─┬─ candles_<timeframe>   one table per timeframe: chunk sizes differ by timeframe
             ├─ batch                 lineage: what one source delivered in one commit
             ├─ revision              values of a candle before it was changed or withdrawn
+            ├─ pin                   candles that a person corrected
             ├─ gap                   the ledger: every missing candle inside the coverage
             ├─ sync_state            coverage and totals, updated in the writing transaction
             ├─ lease                 running syncs
-            └─ quarantine            rows that broke a rule, with the rule
+            └─ quarantine            rows that broke a rule, with the rule and what a person decided
     listing                          when a provider listed a symbol
     calendar                         past sessions of the exchange calendars that the database was filled with
     pacing                           accounts at providers: cool-downs, failures, open circuits
@@ -28,6 +29,9 @@ SCHEMA = "fks"
 
 # The transport of the lineage row of a response that no longer contains stored candles.
 WITHDRAWAL = "withdrawal"
+
+# The transport of an undo.
+UNDO = "undo"
 metadata = sa.MetaData(schema=SCHEMA)
 
 _now = sa.text("now()")
@@ -96,6 +100,11 @@ batch = sa.Table(
     sa.Column("published_at", _instant),
     # The volume of its inserted candles, in base units. NULL: unknown, or no candle has a volume.
     sa.Column("volume_sum", sa.Double),
+    # Of a correction: who gave it, and why.
+    sa.Column("author", sa.Text),
+    sa.Column("reason", sa.Text),
+    # The undo that is in effect. NULL: the batch is in effect.
+    sa.Column("undone_by", sa.Integer),
     sa.Index("batch_by_series", "series_id", "id"),
     sa.Index("batch_by_commit", "committed_at"),
     # Without it every deletion of a batch would scan all batches for its undo.
@@ -128,6 +137,17 @@ revision = sa.Table(
     sa.Column("volume_after", sa.Double),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Index("revision_by_batch", "replaced_by"),
+)
+
+# A row per candle of a correction, inserted ones included. A candle is pinned while it comes from the batch of such
+# a row and that row is not released: undoing the correction therefore ends the pin, and undoing the undo restores it.
+pin = sa.Table(
+    "pin",
+    metadata,
+    _series_id(primary_key=True),
+    sa.Column("ts", _instant, primary_key=True),
+    sa.Column("batch_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("released_at", _instant),
 )
 
 sync_state = sa.Table(
@@ -211,6 +231,13 @@ quarantine = sa.Table(
     sa.Column("first_seen_at", _instant, nullable=False, server_default=_now),
     sa.Column("last_seen_at", _instant, nullable=False, server_default=_now),
     sa.Column("seen", sa.Integer, nullable=False, server_default=sa.text("1")),
+    # NULL: not decided. `batch_id`: the correction that a release has written.
+    sa.Column("decision", sa.Text),
+    sa.Column("decided_at", _instant),
+    sa.Column("decided_by", sa.Text),
+    sa.Column("decision_reason", sa.Text),
+    sa.Column("batch_id", sa.Integer),
+    sa.CheckConstraint("decision IN ('released', 'dropped')", name="quarantine_decision"),
     sa.UniqueConstraint(
         "series_id",
         "ts",

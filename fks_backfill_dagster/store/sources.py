@@ -16,7 +16,7 @@ from fks_backfill_dagster.store.errors import MixedSources
 
 # From one pair to the next in the index `batch_by_host`: a few look-ups, however many batches there are. Undone
 # batches do not count.
-_STANDING = "b.undoes IS NULL AND NOT EXISTS (SELECT FROM fks.batch u WHERE u.undoes = b.id)"
+_STANDING = "b.undoes IS NULL AND b.undone_by IS NULL"
 _HOSTS = f"""
 WITH RECURSIVE pair AS (
     SELECT f.* FROM (

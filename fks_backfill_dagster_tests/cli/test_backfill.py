@@ -37,6 +37,7 @@ KEYS = {
     "withdrawn",
     "listing",
     "warnings",
+    "pinned",
 }
 BTC = Series("BTC/USDT", Timeframe.H1, AssetClass.CRYPTO)
 JANUARY = ("--start", "2024-01-01", "--end", "2024-02-01")

@@ -53,6 +53,7 @@ REPORT = {
     "withdrawn",
     "listing",
     "warnings",
+    "pinned",
 }
 VIEWS = {
     "ohlcv": "symbol timeframe ts open high low close volume provider",

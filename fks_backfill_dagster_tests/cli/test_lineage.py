@@ -27,7 +27,8 @@ def test_host_instrument_and_publication(shelf: Shelf, fks: Command) -> None:
         archive(candles_at(shelf.opens(5, 9)), MIDNIGHT + MICROS_PER_DAY, host="https://data.binance.vision"),
     )
     newest, oldest = fks("batches", "list", "--json").json
-    assert list(newest)[-4:] == ["undoes", "host", "instrument", "published_at"]
+    assert list(newest)[-8:-4] == ["undoes", "host", "instrument", "published_at"]
+    assert list(newest)[-4:] == ["kind", "undone_by", "author", "reason"]
     assert (newest["host"], newest["instrument"], newest["published_at"]) == (
         "https://data.binance.vision",
         "BTCUSDT",

@@ -1,4 +1,4 @@
-"""Any sequence of commits, withdrawals and undos, against a model that keeps every version of every candle.
+"""Any sequence of commits, withdrawals, undos, and undos of undos, against a model that keeps every version.
 
 After each step: candles, totals, ledger, corrections, the missing ranges of a plan, and an audit. At the end:
 `ohlcv_as_of` returns every former state, at every recorded moment.
@@ -32,31 +32,41 @@ State = dict[int, int]  # the version of each stored candle
 class Model:
     """Per candle its states, oldest first, as pairs (batch, version); the version of a withdrawal is None.
 
-    A candle is stored if its last state has a version. `provider`: of each batch.
+    A candle is stored if the last of its states whose batch is in effect has a version. `provider`: of each batch.
+    `undoes`: of each undo the batch that it undoes; `stored_as`: its id in the database.
     """
 
     versions: dict[int, list[tuple[int, int | None]]] = field(default_factory=dict)
     provider: dict[int, str] = field(default_factory=dict)
     synced: set[int] = field(default_factory=set)
     changes: int = 0
-    undone: set[int] = field(default_factory=set)
+    undoes: dict[int, int] = field(default_factory=dict)
+    stored_as: dict[int, int] = field(default_factory=dict)
     useful: set[int] = field(default_factory=set)
 
+    def is_in_effect(self, batch: int) -> bool:
+        return not any(self.is_in_effect(undo) for undo, of in self.undoes.items() if of == batch)
+
+    def top(self, n: int) -> tuple[int, int] | None:
+        """The stored state of a candle."""
+        kept = [one for one in self.versions.get(n, []) if self.is_in_effect(one[0])]
+        batch, version = kept[-1] if kept else (0, None)
+        return None if version is None else (batch, version)
+
     def state(self) -> State:
-        tops = {n: kept[-1][1] for n, kept in sorted(self.versions.items()) if kept}
-        return {n: version for n, version in tops.items() if version is not None}
+        tops = {n: self.top(n) for n in sorted(self.versions)}
+        return {n: top[1] for n, top in tops.items() if top is not None}
 
     def commit(self, first: int, past: int, given: dict[int, int], version: int) -> Committed:
         """`given`: the batch that delivers each candle."""
         self.synced |= set(range(first, past))
         inserted = updated = 0
         for n, batch in given.items():
-            kept = self.versions.setdefault(n, [])
-            if kept and kept[-1][1] == version:
+            top = self.top(n)
+            if top is not None and top[1] == version:
                 continue
-            was_stored = bool(kept) and kept[-1][1] is not None
-            inserted, updated = inserted + (not was_stored), updated + was_stored
-            kept.append((batch, version))
+            inserted, updated = inserted + (top is None), updated + (top is not None)
+            self.versions.setdefault(n, []).append((batch, version))
             self.useful.add(batch)
         self.changes += updated
         return Committed(inserted, updated, len(set(range(first, past)) - set(self.state())))
@@ -65,25 +75,20 @@ class Model:
         """Returns the number of withdrawn candles: those that the provider delivered."""
         gone = 0
         for n in opens & set(self.state()):
-            kept = self.versions[n]
-            if self.provider[kept[-1][0]] == provider:
-                kept.append((batch, None))
+            top = self.top(n)
+            if top is not None and self.provider[top[0]] == provider:
+                self.versions[n].append((batch, None))
                 self.useful.add(batch)
                 gone += 1
         self.changes += gone
         return gone
 
-    def undo(self, batch: int) -> int:
+    def undo(self, number: int, batch: int) -> int:
         """Returns the number of changed candles."""
-        before = self.versions
-        self.versions = {n: [v for v in kept if v[0] != batch] for n, kept in before.items()}
-        changed = sum(
-            1
-            for n, kept in before.items()
-            if kept and kept[-1][0] == batch and not (kept[-1][1] is None and n not in self.state())
-        )
+        before = {n: self.top(n) for n in self.versions}
+        self.undoes[number] = batch
+        changed = sum(top != self.top(n) for n, top in before.items())
         self.changes += changed
-        self.undone.add(batch)
         return changed
 
 
@@ -127,7 +132,7 @@ def test_any_history(shared: Database, steps: list[tuple[object, ...]]) -> None:
             case ("withdraw", set(opens), str(provider)):
                 withdraw(shelf, model, number, opens, provider)
             case ("undo", int(which)):
-                undo(shelf, model, which)
+                undo(shelf, model, number, which)
         check(shelf, model)
         remembered.append((shelf.now(), model.state()))
     for moment, state in remembered:
@@ -175,16 +180,18 @@ def withdraw(shelf: Shelf, model: Model, number: int, opens: set[int], provider:
     assert done == Committed(0, 0, missing, withdrawn=gone)
 
 
-def undo(shelf: Shelf, model: Model, which: int) -> None:
-    wanted = sorted(model.useful - model.undone)
+def undo(shelf: Shelf, model: Model, number: int, which: int) -> None:
+    """Undoes a batch in effect, which may be an undo: those have numbers from 1000 on."""
+    wanted = [one for one in sorted(model.useful | model.undoes.keys()) if model.is_in_effect(one)]
     if not wanted:
         return
     batch = wanted[which % len(wanted)]
-    (identity,) = [
+    identity = model.stored_as.get(batch) or next(
         b.id for b in queries.batches(shelf.database, shelf.series) if b.source == f"model {batch}"
-    ]
-    changed = model.undo(batch)
+    )
+    changed = model.undo(1000 + number, batch)
     done = shelf.undo(identity)
+    model.stored_as[1000 + number] = shelf.batches()[-1]
     assert (done.inserted, done.updated) == (0, changed)
 
 

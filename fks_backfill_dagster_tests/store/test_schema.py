@@ -128,7 +128,7 @@ CONTRACT = {
     " error_message open_gaps",
     "gaps": "symbol timeframe gap_start gap_end missing_candles status attempts next_attempt_at evidence",
     "corrections": "symbol timeframe ts corrected_at open_before high_before low_before close_before volume_before"
-    " open_after high_after low_after close_after volume_after source reason",
+    " open_after high_after low_after close_after volume_after source reason batch author origin",
 }
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fks_backfill_dagster.ledger.records import Evidence, Outcome
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
 from fks_backfill_dagster.store.writer.records import Committed
-from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at
+from fks_backfill_dagster_tests.store.builders import MIDNIGHT, Shelf, brought, candles_at
 from fks_backfill_dagster_tests.store.conftest import fresh
 
 
@@ -85,12 +86,56 @@ def test_a_batch_can_be_undone_once(hours: Shelf) -> None:
     assert len(hours.read()) == 10
 
 
-def test_an_undo_cannot_be_undone(hours: Shelf) -> None:
+def test_an_undo_can_be_undone(hours: Shelf) -> None:
+    """The batch is in effect again, and can be undone again; so can the undo of the undo."""
+    hours.put(0, 10)
+    (batch,) = hours.batches()
+    hours.undo(batch)
+    undo = hours.batches()[-1]
+    assert hours.undo(undo) == Committed(0, 10, 0)
+    again = hours.batches()[-1]
+    assert hours.read().equals(candles_at(hours.opens(0, 10)))
+    assert hours.gaps() == ()
+    with pytest.raises(
+        StoreError, match=f"was undone before, by batch {again}: .* batches undo {again}` rest"
+    ):
+        hours.undo(undo)
+    assert hours.undo(again) == Committed(0, 10, 10)
+    with pytest.raises(StoreError, match=f"by batch {undo}"):
+        hours.undo(batch)
+    hours.undo(undo)
+    assert hours.undo(batch) == Committed(0, 10, 10)
+    assert hours.audit().differences == ()
+
+
+def test_an_undone_undo_leaves_what_came_since(hours: Shelf) -> None:
     hours.put(0, 10)
     hours.undo(hours.batches()[0])
     undo = hours.batches()[-1]
-    with pytest.raises(StoreError, match="is itself an undo; sync the series"):
-        hours.undo(undo)
+    hours.put(2, 5, version=2)
+    assert hours.undo(undo) == Committed(0, 7, 0)
+    stored = hours.read()
+    assert stored.take(slice(2, 5)).equals(candles_at(hours.opens(2, 5), 2))
+    hours.undo(hours.batches()[-2])  # what came since
+    assert hours.read().equals(candles_at(hours.opens(0, 10)))
+
+
+def test_a_reopened_gap_names_the_undo(hours: Shelf) -> None:
+    """It is due at once, keeps that evidence beside later responses, and loses it with the gap."""
+    hours.put(0, 10)
+    hours.undo(hours.batches()[0])
+    undo = hours.batches()[-1]
+    (gap,) = hours.gaps()
+    assert [(e.provider, e.outcome, e.text) for e in gap.evidence] == [
+        ("undo", Outcome.UNDONE, f"taken back by batch {undo}")
+    ]
+    assert (gap.status, gap.next_attempt_at) == ("open", None)
+    assert not gap.declined()
+    hours.commit(hours.span(0, 10), evidence=(Evidence("binance", MIDNIGHT, Outcome.ABSENT),))
+    (gap,) = hours.gaps()
+    assert [e.provider for e in gap.evidence] == ["undo", "binance"]
+    hours.put(0, 10)
+    assert hours.gaps() == ()
 
 
 def test_a_batch_of_another_series(shared: Database, hours: Shelf) -> None:

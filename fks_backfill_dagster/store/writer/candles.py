@@ -8,7 +8,7 @@ ON CONFLICT (0.3, and it writes WAL for rows that it does not change).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -79,6 +79,20 @@ class Dated:
         return cls([f[0] for f in found], [f[1] for f in found], [f[2] for f in found])
 
 
+REFETCHED = "refetched: the source gives other values"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The numbers of rows per batch id: inserted, updated, and differing ones that were not written, because the
+    stored candle is from a newer publication (`outdated`) or pinned by a person (`pinned`)."""
+
+    inserted: dict[int, int] = field(default_factory=dict)
+    updated: dict[int, int] = field(default_factory=dict)
+    outdated: dict[int, int] = field(default_factory=dict)
+    pinned: dict[int, int] = field(default_factory=dict)
+
+
 def write_candles(
     connection: sa.Connection,
     series: Series,
@@ -86,13 +100,10 @@ def write_candles(
     rows: Candles,
     origins: NDArray[np.int32],
     dated: Dated,
-) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
-    """Writes ascending, unique rows; `origins` are their batch ids, one each.
-
-    Returns the numbers of inserted, updated and outdated rows per batch id.
-    """
+) -> Written:
+    """Inserts and updates ascending, unique rows; `origins` are their batch ids, one each. Pinned candles stay."""
     if not len(rows):
-        return {}, {}, {}
+        return Written()
     table = table_of(series.timeframe)
     reach = {"id": identity, "first": to_datetime(int(rows.ts[0])), "last": to_datetime(int(rows.ts[-1]))}
     occupied = connection.scalar(
@@ -101,12 +112,35 @@ def write_candles(
     )
     if not occupied:
         _copy(connection, table, identity, rows, origins)
-        return _tally(origins), {}, {}
+        return Written(_tally(origins))
+    stage(connection, table, identity, rows, origins)
+    return write_staged(connection, table, reach, dated)
+
+
+def stage(
+    connection: sa.Connection, table: str, identity: int, rows: Candles, origins: NDArray[np.int32]
+) -> None:
+    """Copies rows into the temporary table `staged_candles`, which the end of the transaction empties."""
     connection.execute(
         sa.text(f"CREATE TEMPORARY TABLE IF NOT EXISTS staged_candles (LIKE {table}) ON COMMIT DELETE ROWS")
     )
     _copy(connection, "staged_candles", identity, rows, origins)
-    return _insert_new(connection, table, reach), *_update_changed(connection, table, reach, dated)
+
+
+def write_staged(
+    connection: sa.Connection,
+    table: str,
+    reach: dict[str, object],
+    dated: Dated,
+    *,
+    reason: str = REFETCHED,
+    by_person: bool = False,
+) -> Written:
+    """Writes the staged rows within `reach` (`id`, `first`, `last`). `reason`: of the revisions. `by_person`: pinned
+    candles are replaced, too."""
+    inserted = _insert_new(connection, table, reach)
+    named = reach | {"reason": reason, "by_person": by_person}
+    return Written(inserted, *_update_changed(connection, table, named, dated))
 
 
 def _copy(
@@ -147,14 +181,20 @@ f.id IS NOT NULL AND coalesce((
     FROM fks.batch b WHERE b.id = c.batch_id), false)
 """
 
+# A look-up by the key of the pins, of which there are few.
+_IS_PINNED = """
+NOT :by_person AND EXISTS (
+    SELECT FROM fks.pin p WHERE p.series_id = :id AND p.ts = c.ts AND p.batch_id = c.batch_id
+        AND p.released_at IS NULL)
+"""
+
 
 def _update_changed(
     connection: sa.Connection, table: str, reach: dict[str, object], dated: Dated
-) -> tuple[dict[int, int], dict[int, int]]:
+) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
     """Records a candle's former values in the revision table, then changes it.
 
-    Returns per batch id the numbers of updated rows, and of rows left unchanged because they come from a newer
-    publication of the same provider.
+    Returns per batch id the numbers of updated, outdated and pinned rows; see `Written`.
     """
     counts = connection.execute(
         sa.text(
@@ -162,7 +202,7 @@ def _update_changed(
             f" SELECT c.series_id, c.ts, s.batch_id AS new, c.batch_id AS old,"
             f"   c.open, c.high, c.low, c.close, c.volume, s.open AS open_after, s.high AS high_after,"
             f"   s.low AS low_after, s.close AS close_after, s.volume AS volume_after,"
-            f"   {_IS_OUTDATED} AS outdated"
+            f"   {_IS_OUTDATED} AS outdated, {_IS_PINNED} AS pinned"
             f" FROM staged_candles s JOIN {table} c"
             f"   ON c.series_id = :id AND c.ts BETWEEN :first AND :last AND c.ts = s.ts"
             f" LEFT JOIN unnest(CAST(:dated AS int[]), CAST(:providers AS text[]),"
@@ -175,15 +215,16 @@ def _update_changed(
             f"   open, high, low, close, volume,"
             f"   open_after, high_after, low_after, close_after, volume_after, reason)"
             f" SELECT series_id, ts, new, old, open, high, low, close, volume,"
-            f"   open_after, high_after, low_after, close_after, volume_after,"
-            f"   'refetched: the source gives other values'"
-            f" FROM differing WHERE NOT outdated"
-            f") SELECT new, count(*) FILTER (WHERE NOT outdated), count(*) FILTER (WHERE outdated)"
+            f"   open_after, high_after, low_after, close_after, volume_after, CAST(:reason AS text)"
+            f" FROM differing WHERE NOT (outdated OR pinned)"
+            f") SELECT new, count(*) FILTER (WHERE NOT (outdated OR pinned)) AS updated,"
+            f"   count(*) FILTER (WHERE outdated AND NOT pinned) AS outdated,"
+            f"   count(*) FILTER (WHERE pinned) AS pinned"
             f" FROM differing GROUP BY new"
         ),
         reach | {"dated": dated.ids, "providers": dated.providers, "published": dated.published},
     ).all()
-    revised = _counts((batch, changed) for batch, changed, _ in counts if changed)
+    revised = _counts((row.new, row.updated) for row in counts if row.updated)
     if revised:
         connection.execute(
             sa.text(
@@ -195,7 +236,8 @@ def _update_changed(
             ),
             reach | {"batches": list(revised)},
         )
-    return revised, _counts((batch, outdated) for batch, _, outdated in counts if outdated)
+    outdated = _counts((row.new, row.outdated) for row in counts if row.outdated)
+    return revised, outdated, _counts((row.new, row.pinned) for row in counts if row.pinned)
 
 
 # The subquery is a look-up for each of a few candles; a join would read the lineage of all series.

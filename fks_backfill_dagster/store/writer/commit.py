@@ -12,6 +12,7 @@ import logging
 import numpy as np
 
 from fks_backfill_dagster.domain.grid import Grid
+from fks_backfill_dagster.domain.ranges import RangeSet
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.ledger.settle import (
     settle,
@@ -61,7 +62,8 @@ def commit_batch(
         rows, row_batches = merge_deliveries(deliveries, batch_ids)
         refuse_misplaced(rows.ts, write.window, grid)
         dated = Dated.of(deliveries, batch_ids)
-        inserted, updated, outdated = write_candles(connection, series, identity, rows, row_batches, dated)
+        written = write_candles(connection, series, identity, rows, row_batches, dated)
+        inserted = written.inserted
         gone, gone_by = withdraw(connection, series, identity, withdrawals, rows.ts, write, grid)
         missing = np.union1d(still_missing(before, write.window, rows.ts, grid), gone)
         responses = with_known_rejections(connection, identity, write, grid)
@@ -70,16 +72,21 @@ def commit_batch(
         )
         write_gaps(connection, identity, settlement)
         write_rejected(connection, identity, write.rejected)
-        cover(connection, identity, write.window, inserted, rows.ts)
+        cover(connection, identity, RangeSet([write.window]), sum(inserted.values()), rows.ts)
         if len(gone):
             recount(connection, identity, series, -len(gone))
-        changed = updated | gone_by
+        changed = written.updated | gone_by
         opened = [*batch_ids, *gone_by]
         useful = [batch for batch in opened if inserted.get(batch) or changed.get(batch)]
         drop_idle(connection, [batch for batch in opened if batch not in useful])
         stamp(connection, useful, inserted, changed, volumes(rows, row_batches, inserted))
     done = Committed(
-        sum(inserted.values()), sum(updated.values()), len(missing), sum(outdated.values()), len(gone)
+        sum(inserted.values()),
+        sum(written.updated.values()),
+        len(missing),
+        sum(written.outdated.values()),
+        len(gone),
+        sum(written.pinned.values()),
     )
     _log.debug(
         "%s %s: %d candles inserted, %d updated, %d missing",

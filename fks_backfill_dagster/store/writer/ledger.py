@@ -134,11 +134,11 @@ def write_rejected(connection: sa.Connection, identity: int, rejected: Sequence[
 
 
 def cover(
-    connection: sa.Connection, identity: int, window: TimeRange, inserted: dict[int, int], stored: Instants
+    connection: sa.Connection, identity: int, ranges: RangeSet, inserted: int, stored: Instants
 ) -> None:
-    """Extends coverage by the window, and the totals by its candles.
+    """Extends coverage by the ranges, and the totals by their candles.
 
-    `inserted`: their number per batch id. `stored`: the opens of all delivered candles, ascending.
+    `inserted`: how many are new. `stored`: the opens of all candles of the commit, ascending.
     """
     first, last = (to_datetime(int(stored[0])), to_datetime(int(stored[-1]))) if len(stored) else (None, None)
     connection.execute(
@@ -151,8 +151,8 @@ def cover(
         ),
         {
             "id": identity,
-            "window": to_multirange(RangeSet([window])),
-            "inserted": sum(inserted.values()),
+            "window": to_multirange(ranges),
+            "inserted": inserted,
             "first": first,
             "last": last,
         },

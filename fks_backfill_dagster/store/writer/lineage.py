@@ -74,6 +74,8 @@ def open_lineage(
         "committed_at": sa.text("'infinity'"),
         "inserted": 0,
         "updated": 0,
+        "author": origin.author,
+        "reason": origin.reason,
     }
     return int(
         connection.execute(sa.insert(schema.batch).values(row).returning(schema.batch.c.id)).scalar_one()

@@ -48,6 +48,7 @@ class Committed:
     outdated: delivered candles that differ from the stored ones and were not written, because the stored ones
         come from a newer publication of the same provider.
     withdrawn: stored candles that were deleted because their provider no longer returns them.
+    pinned: delivered candles that differ from the stored ones and were not written, because a person corrected those.
     """
 
     inserted: int
@@ -55,3 +56,4 @@ class Committed:
     missing: int
     outdated: int = 0
     withdrawn: int = 0
+    pinned: int = 0
