@@ -20,6 +20,8 @@ from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, Timeframe
 
+FEW = 2_000
+"""Up to this number all candles are compared unless a share is given: a few requests return them."""
 SPREAD = 12
 """Units spread over the range, unless a share is given."""
 MOST_EDGES = 8

@@ -29,7 +29,6 @@ from fks_backfill_dagster.pipeline.events import BatchDone, Listener, Planned, S
 from fks_backfill_dagster.pipeline.fetch.chain import ChainOptions, ProviderChain
 from fks_backfill_dagster.pipeline.fetch.fetched import Fetched
 from fks_backfill_dagster.pipeline.fetch.spans import fetch_spans
-from fks_backfill_dagster.pipeline.fetch.suspicion import StoredRows
 from fks_backfill_dagster.pipeline.freshness import is_quiet_end
 from fks_backfill_dagster.pipeline.history_start import HistoryStart
 from fks_backfill_dagster.pipeline.ingest import Ingest, ingest
@@ -38,6 +37,7 @@ from fks_backfill_dagster.pipeline.listing import Listings, find_listings
 from fks_backfill_dagster.pipeline.plan import Batch, Plan, Scope, closed_window, make_plan
 from fks_backfill_dagster.pipeline.report import DryRun, SyncReport
 from fks_backfill_dagster.pipeline.settings_changes import current_identity
+from fks_backfill_dagster.pipeline.stored_rows import stored_rows
 from fks_backfill_dagster.store import ledger, queries
 from fks_backfill_dagster.store.errors import repeated
 
@@ -119,19 +119,11 @@ def _chain(
     heed_circuit: bool = True,
     force: bool = False,
 ) -> ProviderChain:
-    def stored_rows(window: TimeRange) -> StoredRows:
-        candles = queries.read_candles(context.database, series, window)
-        with context.database.begin() as connection:
-            found = queries.stored_origins(connection, series, window)
-        candles = candles.take(np.isin(candles.ts, found.ts))
-        kept = np.isin(found.ts, candles.ts)
-        return StoredRows(candles, found.provider[kept], found.instrument[kept], found.as_of[kept])
-
     options = ChainOptions(
         clock=context.clock,
         stored=lambda opens: queries.read_opens(context.database, series, opens),
         stored_within=lambda window: queries.read_candles(context.database, series, window),
-        stored_rows=stored_rows,
+        stored_rows=lambda window: stored_rows(context.database, series, window),
         tolerance=context.tolerance,
         closed=context.closed,
         declared=context.declared,
