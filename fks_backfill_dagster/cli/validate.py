@@ -70,8 +70,8 @@ _SHOWN = 10
     "--sample",
     "share",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Share of the range to compare, such as 0.1. Default: all of up to 2,000 candles; of more, 12 days spread over the"
-    " range, those beside gaps and those with the largest moves.",
+    help="Share of the range to compare, such as 0.1. Default: all of up to 2,000 candles; of more, 12 days spread"
+    " over the range, those beside gaps and those with the largest moves.",
 )
 @click.option("--full", is_flag=True, help="Compare all candles of the range; the same as --sample 1.")
 @click.option(

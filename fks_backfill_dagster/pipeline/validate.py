@@ -135,25 +135,24 @@ class Validation:
         self, block: StoredBlock, tallies: Mapping[str, SourceTally], odd: Counter[str], advance: Advance
     ) -> dict[str, int]:
         """Compares a block with every provider; returns numbers of candles."""
-        seen, failed = _NONE, False
+        seen, failed = _NONE, _NONE
         sources = {STORED: block.candles}
         for name, tally in tallies.items():
             wanted = missing_of(block.candles.ts, block.own[name])
             tally.miss(NotComparable.OWN, len(block.candles) - len(wanted))
             if not len(wanted):
                 continue
-            before = tally.not_comparable[NotComparable.FAILED]
             provider = self.validators.chosen.providers[name]
-            other = request_candles(self.chain, name, provider, wanted, tally, advance)
-            failed |= tally.not_comparable[NotComparable.FAILED] > before
-            if len(other):
+            found = request_candles(self.chain, name, provider, wanted, tally, advance)
+            failed = np.union1d(failed, found.failed)
+            if len(other := found.candles):
                 tally.add(compare(block.candles, other, self.options.tolerance), other)
                 sources[name], seen = other, np.union1d(seen, other.ts)
         odd.update(odd_ones(sources, self.options.tolerance))
         return {
             "sampled": len(block.candles),
             "compared": len(seen),
-            "unverified": len(block.candles) - len(seen) if failed else 0,
+            "unverified": len(missing_of(failed, seen)),
             "incomplete": block.incomplete,
         }
 
@@ -212,7 +211,7 @@ def _chain(context: Context, validators: Validators, options: ValidationOptions)
         stored=lambda opens: queries.read_opens(database, series, opens),
         stored_within=lambda window: queries.read_candles(database, series, window),
         stored_rows=lambda window: stored_rows(database, series, window),
-        tolerance=options.tolerance,
+        tolerance=context.tolerance,
         closed=context.closed,
         declared=context.declared,
         eligible=validators.chosen.names,

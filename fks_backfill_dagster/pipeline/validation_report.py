@@ -33,8 +33,6 @@ class NotComparable(StrEnum):
     """Older than its depth, its key or its listing of the symbol."""
     ABSENT = "not_returned"
     FAILED = "request_failed"
-    INCOMPLETE = "parts_missing"
-    """Of an aggregated candle; for all providers."""
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ Belongs here: the requests of a block and what they cost. Does not belong here: 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.derive import parts_span
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange, before, inside
+from fks_backfill_dagster.ledger.gaps import missing_of
 from fks_backfill_dagster.ledger.settle import surroundings
 from fks_backfill_dagster.pipeline.fetch.chain import ProviderChain, ProviderTask
 from fks_backfill_dagster.pipeline.fetch.range_request import RangeRequest
@@ -29,6 +31,14 @@ def ignore(candles: int) -> None:
     """An `Advance` without effect."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Requested:
+    """The result for wanted candles: those that the provider has, ascending, and the opens whose request failed."""
+
+    candles: Candles
+    failed: Instants
+
+
 def request_candles(
     chain: ProviderChain,
     name: str,
@@ -36,30 +46,33 @@ def request_candles(
     wanted: Instants,
     tally: SourceTally,
     advance: Advance = ignore,
-) -> Candles:
-    """The wanted candles that the provider has, ascending; `tally` counts the others and the requests.
+) -> Requested:
+    """Requests the wanted candles from one provider; `tally` counts those that it does not have, and the requests.
 
     Its errors are counted and not raised, except Cancelled.
     """
     task = chain.task(name, provider, wanted, first=False)
     for opens, _ in task.excluded:
         tally.miss(NotComparable.BEYOND, len(opens))
-    found = []
+    found = [_NOTHING]
     for hull in task.hulls(chain.series):
         opens = inside(task.wanted, hull)
         if (message := _not_requested(chain, name)) is not None:
-            tally.fail(f"{name}: {message}", len(opens))
+            found.append(_unanswered(opens, f"{name}: {message}", tally))
             continue
         try:
-            candles = _request(chain, task, opens, tally)
+            found.append(_request(chain, task, opens, tally))
         except Cancelled:
             raise
         except ProviderError as error:
-            candles = _failed(chain, task, opens, error, tally)
-        found.append(candles)
+            found.append(_failed(chain, task, opens, error, tally))
         advance(len(opens))
-    got = Candles.concat(found).sorted()
-    return got.take(np.isin(got.ts, wanted))
+    candles = Candles.concat([one.candles for one in found]).sorted()
+    failed = np.concatenate([one.failed for one in found])
+    return Requested(candles.take(np.isin(candles.ts, wanted)), failed)
+
+
+_NOTHING = Requested(Candles.empty(), np.empty(0, dtype=np.int64))
 
 
 def estimate_candles(
@@ -80,7 +93,7 @@ def _not_requested(chain: ProviderChain, name: str) -> str | None:
     return chain.dropped.get(name) or chain.cool_down(name)
 
 
-def _request(chain: ProviderChain, task: ProviderTask, opens: Instants, tally: SourceTally) -> Candles:
+def _request(chain: ProviderChain, task: ProviderTask, opens: Instants, tally: SourceTally) -> Requested:
     options, series = chain.options, chain.series
     window = _window(opens, grid_of(series))
     parts = series.at(task.provider.capabilities.parts(series))
@@ -98,18 +111,18 @@ def _request(chain: ProviderChain, task: ProviderTask, opens: Instants, tally: S
     tally.requests += answer.requests
     tally.warnings |= dict.fromkeys(f"{task.name}: {message}" for message in answer.warnings)
     tally.warnings |= dict.fromkeys(chain.remember_success(task.name))
-    lacking = len(np.setdiff1d(opens, answer.candles.ts))
-    if answer.error is not None:
-        # Whether it lacks them is not known: the request that would have confirmed it failed.
-        tally.fail(answer.error, lacking)
-    else:
-        tally.miss(NotComparable.ABSENT, lacking)
-    return answer.candles
+    lacking = missing_of(opens, answer.candles.ts)
+    if answer.error is None:
+        tally.miss(NotComparable.ABSENT, len(lacking))
+        return Requested(answer.candles, _NOTHING.failed)
+    # Whether it lacks them is not known: the request that would have confirmed it failed.
+    tally.fail(answer.error, len(lacking))
+    return Requested(answer.candles, lacking)
 
 
 def _failed(
     chain: ProviderChain, task: ProviderTask, opens: Instants, error: ProviderError, tally: SourceTally
-) -> Candles:
+) -> Requested:
     """Counts a failed request; where only older candles are not available, the newer ones are requested."""
     tally.requests += error.requests
     if isinstance(error, TooOld) and len(older := before(opens, error.since)):
@@ -121,8 +134,12 @@ def _failed(
         chain.drop(task.name, error)
     else:
         tally.warnings |= dict.fromkeys(chain.remember_failure(task.name, error))
-    tally.fail(str(error), len(opens))
-    return Candles.empty()
+    return _unanswered(opens, str(error), tally)
+
+
+def _unanswered(opens: Instants, error: str, tally: SourceTally) -> Requested:
+    tally.fail(error, len(opens))
+    return Requested(Candles.empty(), opens)
 
 
 def _window(opens: Instants, grid: Grid) -> TimeRange:
