@@ -14,7 +14,9 @@ import numpy as np
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.derive import parts_span
 from fks_backfill_dagster.domain.grid import Grid, grid_of
-from fks_backfill_dagster.domain.ranges import Instants, TimeRange, before, inside
+from fks_backfill_dagster.domain.ranges import Instants, TimeRange, before
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY
 from fks_backfill_dagster.ledger.gaps import missing_of
 from fks_backfill_dagster.ledger.settle import surroundings
 from fks_backfill_dagster.pipeline.fetch.chain import ProviderChain, ProviderTask
@@ -22,6 +24,8 @@ from fks_backfill_dagster.pipeline.fetch.range_request import RangeRequest
 from fks_backfill_dagster.pipeline.fetch.request import request_range
 from fks_backfill_dagster.pipeline.validation_report import NotComparable, SourceTally, ValidationEstimate
 from fks_backfill_dagster.providers.base import Cancelled, Provider, ProviderError, TooOld, UnknownSymbol
+
+_MONTH = 28 * MICROS_PER_DAY
 
 Advance = Callable[[int], None]
 """Called after each request with the number of its candles."""
@@ -55,8 +59,7 @@ def request_candles(
     for opens, _ in task.excluded:
         tally.miss(NotComparable.BEYOND, len(opens))
     found = [_NOTHING]
-    for hull in task.hulls(chain.series):
-        opens = inside(task.wanted, hull)
+    for opens in _pieces(task, chain.series):
         if (message := _not_requested(chain, name)) is not None:
             found.append(_unanswered(opens, f"{name}: {message}", tally))
             continue
@@ -82,11 +85,28 @@ def estimate_candles(
     task, grid = chain.task(name, provider, wanted, first=False), grid_of(chain.series)
     native = chain.series.at(provider.capabilities.parts(chain.series))
     requests, seconds = 0, 0.0
-    for hull in task.hulls(chain.series):
-        window = _window(inside(task.wanted, hull), grid)
+    for opens in _pieces(task, chain.series):
+        window = _window(opens, grid)
         one = provider.estimate(native, window if native == chain.series else parts_span(grid, window))
         requests, seconds = requests + one.requests, seconds + one.seconds
     return ValidationEstimate(requests, len(task.wanted), seconds)
+
+
+def _pieces(task: ProviderTask, series: Series) -> list[Instants]:
+    """The wanted opens by request: neighbours that one page covers, or those of a month where a page covers less.
+
+    A month is what archives contain. A failed request costs its piece only.
+    """
+    opens = task.wanted
+    if not len(opens):
+        return []
+    length = task.provider.capabilities.candles_a_request(series) * series.timeframe.micros
+    if length < _MONTH:
+        pages = opens.astype("datetime64[us]").astype("datetime64[M]").astype(np.int64)
+    else:
+        pages = (opens - opens[0]) // length
+    edges = np.flatnonzero((np.diff(pages) != 0) | (np.diff(opens) > length)) + 1
+    return np.split(opens, edges)
 
 
 def _not_requested(chain: ProviderChain, name: str) -> str | None:

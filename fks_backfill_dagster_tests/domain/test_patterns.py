@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.patterns import (
@@ -39,7 +40,7 @@ def noisy(candles: Candles, seed: int, size: float = 0.0005) -> Candles:
     return Candles(candles.ts, opened, top, bottom, close, candles.volume)
 
 
-def times(candles: Candles, factor: float) -> Candles:
+def times(candles: Candles, factor: float | NDArray[np.float64]) -> Candles:
     ts, opened, high, low, close, volume = candles.columns()
     return Candles(ts, opened * factor, high * factor, low * factor, close * factor, volume)
 
@@ -134,8 +135,7 @@ def test_the_basis_of_two_quote_currencies(seed: int, volatility: float, level: 
     """A premium that changes slowly, and at times is within the tolerance."""
     mine = random_walk(seed, 500, volatility=volatility)
     premium = np.exp(level * (1 + 0.3 * np.sin(np.linspace(0, 9, 500))))
-    ts, *prices, volume = mine.columns()
-    stored = Candles(ts, *(column * premium for column in prices), volume)
+    stored = times(mine, premium)
     classified = found(stored, noisy(mine, seed))
     assert classified.pattern is Pattern.QUOTE_BASIS
     assert classified.factor == pytest.approx(np.exp(level), abs=0.01)
