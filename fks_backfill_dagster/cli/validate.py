@@ -36,6 +36,7 @@ from fks_backfill_dagster.cli.times import check_window, window_option
 if TYPE_CHECKING:
     from fks_backfill_dagster.app import App
     from fks_backfill_dagster.documents import Document
+    from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.pipeline.validate import Validation, ValidationOptions
     from fks_backfill_dagster.pipeline.validation_report import ValidationEstimate, ValidationReport
@@ -102,13 +103,15 @@ def validate(
     Exit code 0 if something was compared and all of it agrees; 1 if prices differ, if nothing could be compared,
     or if candles remain unverified because requests failed.
     """
-    from fks_backfill_dagster.app import open_app
+    from fks_backfill_dagster.app import now, open_app
     from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import stored_series
 
     if full and share is not None:
         raise click.UsageError("--full compares all candles: give it or --sample, not both.")
+    present = now()
+    check_window(0 if start is None else start, present if end is None else end, present)
     settings = load_settings()
     catalog, chosen_providers = Catalog(settings), check_providers(settings, providers)
     share, limit = (
@@ -160,16 +163,25 @@ class _Run:
     def validate(
         self, series: Series, start: int | None, end: int | None, options: ValidationOptions
     ) -> None:
-        from fks_backfill_dagster import documents
         from fks_backfill_dagster.app import now
-        from fks_backfill_dagster.pipeline.validate import Validation, record
+        from fks_backfill_dagster.domain.ranges import TimeRange
+        from fks_backfill_dagster.pipeline.validation_report import ValidationReport
 
         present = now()
-        window = check_window(
-            self.catalog.start_of(series) if start is None else start,
-            present if end is None else end,
-            present,
-        )
+        first = self.catalog.start_of(series) if start is None else start
+        window = TimeRange(first, max(first, present if end is None else end))
+        try:
+            self._validate(series, window, options)
+        except ValueError as error:  # from its calendar: other series may have another one
+            log(f"Error: {series}: {error}.")
+            self._report(
+                ValidationReport(series, window, series, options.tolerance, present, obstacle=str(error))
+            )
+
+    def _validate(self, series: Series, window: TimeRange, options: ValidationOptions) -> None:
+        from fks_backfill_dagster import documents
+        from fks_backfill_dagster.pipeline.validate import Validation, record
+
         validation = Validation(self.app.context, series, window, options)
         for message in validation.warnings:
             self._messages.warn(series, message)
@@ -186,11 +198,16 @@ class _Run:
         record(self.app.context, report)
         for message in report.warnings:
             self._messages.warn(series, message)
+        for message in report.errors:
+            log(f"Error: {series}: {shown(message)}")
+        self._report(report)
+
+    def _report(self, report: ValidationReport) -> None:
+        from fks_backfill_dagster import documents
+
         self.good &= report.valid is True
         self.documents.append(documents.validation(report))
         self._show(lambda: _print_report(report, self.several))
-        for message in report.errors:
-            log(f"Error: {series}: {shown(message)}")
 
     def _show(self, show: Callable[[], None]) -> None:
         if not self.as_json:
@@ -249,10 +266,12 @@ def _print_plan(validation: Validation, estimates: Mapping[str, ValidationEstima
 
 def _print_report(report: ValidationReport, brief: bool) -> None:
     verdict = {True: "valid", False: "INVALID", None: "no verdict"}[report.valid]
+    how = "" if report.complete or not report.compared else " by sample"
     reason = "" if report.reason is None else f": {shown(report.reason)}"
     print_line(
-        f"{report.series}: {verdict}{reason} ({report.compared:,} of {many(report.stored, 'stored candle')} compared"
-        f" at {report.compared_series.timeframe}, {report.discrepancies:,} prices differ)"
+        f"{report.series}: {verdict}{how}{reason} ({many(report.compared, 'candle')} of"
+        f" {report.compared_series.timeframe} compared, {report.stored:,} stored,"
+        f" {many(report.discrepancies, 'discrepancy')})"
     )
     if brief:
         return
@@ -280,11 +299,18 @@ def _print_worst(report: ValidationReport) -> None:
     from fks_backfill_dagster.domain.timeframe import to_datetime
 
     rows = [
-        (to_datetime(one.ts), one.field, one.stored, one.other, _percent(one.difference), name)
+        (
+            to_datetime(one.ts),
+            one.field,
+            f"{one.stored:.10g}",
+            f"{one.other:.10g}",
+            _percent(one.difference),
+            name,
+        )
         for name, one in report.worst[:_SHOWN]
     ]
     if rows:
-        print_table(("  open (UTC)", "field", "stored", "other", "difference", "provider"), rows)
+        print_table(("open (UTC)", "field", "stored", "other", "difference", "provider"), rows)
         if report.discrepancies > len(rows):
             log(f"{report.discrepancies - len(rows):,} more prices differ; --json lists the worst 100.")
 

@@ -219,7 +219,8 @@ class Validation(Section):
 
     enabled: bool = Field(default=True, description="Whether `validate` compares stored candles.")
     tolerance_pct: Annotated[float, between(0, 1, "")] = Field(
-        default=0.01, description="A **fraction** of the other provider's price: 0.01 is one per cent. Twice that for high and low."
+        default=0.01,
+        description="A **fraction** of the other provider's price: 0.01 is one per cent. Twice that for high and low.",
     )
     validation_providers: Many[ProviderName] = Field(
         default=("coingecko", "polygon"),

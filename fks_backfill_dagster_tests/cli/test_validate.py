@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from fks_backfill_dagster.domain.ranges import TimeRange
+from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.pipeline import validate
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster.store.database import Database
@@ -65,7 +68,7 @@ def test_a_missing_key_is_one_warning(fks: Command, stored: LocalMarket) -> None
     result = fks("validate", *BTC, *JANUARY)
     assert result.exit_code == 0
     assert result.stderr.count("coingecko is skipped: COINGECKO_API_KEY is not set") == 1
-    assert result.stdout.startswith("BTC/USDT 1h: valid")
+    assert result.stdout.startswith("BTC/USDT 1h: valid (744 candles of 1h compared, 744 stored, 0 discrepancies)")
 
 
 def test_a_tighter_tolerance(fks: Command, stored: LocalMarket) -> None:
@@ -93,6 +96,8 @@ def test_a_factor_of_100(fks: Command, stored: LocalMarket, database: Database) 
     assert verdicts(database) == [("BTC/USDT", "1h", 744, 1152, ["polygon"])]
     text = fks("validate", *BTC, *JANUARY, "--full")
     assert "INVALID: polygon: 288 of 744 candles differ" in text.stdout
+    row = r"2024-01-\d\d \d\d:00 +\w+ +3\d{6}[.\d]* +3\d{4}[.\d]* +98\d\d\.\d\d% +polygon"
+    assert len(re.findall(row, text.stdout)) == 10
 
 
 def test_another_symbol(fks: Command, stored: LocalMarket) -> None:
@@ -232,6 +237,16 @@ def test_disabled_by_the_settings(fks: Command, stored: LocalMarket, settings: P
     assert (result.exit_code, result.json["valid"]) == (1, None)
     assert "set validation.enabled to true" in result.json["reason"]
     assert stored.requests() == 0
+
+
+def test_a_calendar_that_ends(fks: Command, stored: LocalMarket, monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose_validators(context: object, series: Series, *_: object) -> None:
+        raise ValueError(f"the calendar of {series} ends before")
+
+    monkeypatch.setattr(validate, "choose_validators", choose_validators)
+    result = fks("validate", *BTC, *JANUARY, "--json")
+    assert (result.exit_code, result.json["valid"]) == (1, None)
+    assert result.json["reason"] == "the calendar of BTC/USDT 1h ends before"
 
 
 def test_several_series_give_a_list(fks: Command, stored: LocalMarket) -> None:

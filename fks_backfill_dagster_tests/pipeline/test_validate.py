@@ -147,6 +147,16 @@ def test_the_provider_that_delivered_is_not_requested(stored: Context, market: L
     assert market.requests("binance") == 0
 
 
+@pytest.mark.parametrize(("recorded", "compared"), [("'X:WRONGUSD'", CANDLES), ("NULL", 0), ("'BTCUSDT'", 0)])
+def test_a_provider_validates_what_it_delivered_for_another_instrument(
+    stored: Context, market: LocalMarket, database: Database, recorded: str, compared: int
+) -> None:
+    """After a wrong ticker was corrected in the settings; an unrecorded one counts as the same."""
+    execute(database, f"UPDATE fks.batch SET instrument = {recorded}")
+    report = validated(stored, ValidationOptions([["binance"]], tolerance=0.01, share=1.0))
+    assert (report.compared, report.valid) == (compared, True if compared else None)
+
+
 def test_missing_candles_of_the_other_are_counted(stored: Context, market: LocalMarket) -> None:
     market.plant_outage("polygon", window("2024-04-01T00:00Z", "2024-04-01T10:00Z"))
     report = validated(stored)
