@@ -174,7 +174,7 @@ def many(number: int, noun: str) -> str:
     plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
     if noun == "series":
         plural = noun
-    elif noun.endswith("y"):
+    elif noun.endswith("y") and noun[-2] not in "aeiou":
         plural = f"{noun[:-1]}ies"
     return f"{number:,} {noun if number == 1 else plural}"
 
