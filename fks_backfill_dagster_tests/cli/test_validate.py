@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from fks_backfill_dagster import app
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.pipeline import validate
+from fks_backfill_dagster.settings.load import load_settings
 from fks_backfill_dagster.simulator.config import instant
 from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster.store.database import Database
@@ -68,7 +70,9 @@ def test_a_missing_key_is_one_warning(fks: Command, stored: LocalMarket) -> None
     result = fks("validate", *BTC, *JANUARY)
     assert result.exit_code == 0
     assert result.stderr.count("coingecko is skipped: COINGECKO_API_KEY is not set") == 1
-    assert result.stdout.startswith("BTC/USDT 1h: valid (744 candles of 1h compared, 744 stored, 0 discrepancies)")
+    assert result.stdout.startswith(
+        "BTC/USDT 1h: valid (744 candles of 1h compared, 744 stored, 0 discrepancies)"
+    )
 
 
 def test_a_tighter_tolerance(fks: Command, stored: LocalMarket) -> None:
@@ -151,6 +155,21 @@ def test_the_second_provider_is_down(fks: Command, stored: LocalMarket, database
     assert "404" in found["reason"]
     assert found["sources"]["polygon"]["not_comparable"] == {"request_failed": 744}
     assert verdicts(database) == []  # zero discrepancies could be read as agreement
+
+
+def test_a_provider_in_a_cool_down(fks: Command, stored: LocalMarket) -> None:
+    """It is not requested, unless by name."""
+    settings = load_settings()
+    with app.open_database(settings) as opened:
+        circuit = app.circuit_for(app.enabled_options(settings), opened)
+        for _ in range(5):
+            circuit.failed("polygon", "polygon: answered 503")
+        result = fks("validate", *BTC, *JANUARY, "--json")
+        assert (result.exit_code, result.json["valid"]) == (1, None)
+        assert "polygon: not requested for another" in result.json["reason"]
+        assert stored.requests() == 0
+        assert fks("validate", *BTC, *JANUARY, "--provider", "polygon").exit_code == 0
+    assert stored.requests("polygon") == 1
 
 
 def test_no_provider_has_a_key(

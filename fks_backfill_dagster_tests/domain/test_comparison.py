@@ -59,6 +59,23 @@ def test_a_price_differs_beyond_its_tolerance_only(seed: int, field: str, share:
         assert one.difference == pytest.approx(share)
 
 
+@pytest.mark.parametrize(
+    ("field", "share", "differs"),
+    [
+        ("close", 0.009, 0),
+        ("close", 0.011, 1),
+        ("open", 0.011, 1),
+        ("high", 0.019, 0),
+        ("high", 0.021, 1),
+        ("low", 0.021, 1),
+    ],
+)
+def test_high_and_low_have_twice_the_tolerance(field: str, share: float, differs: int) -> None:
+    mine = random_walk(1, 1)
+    found = compare(changed(mine, **{field: getattr(mine, field) * (1 + share)}), mine, 0.01)
+    assert int(found.exceeded.sum()) == differs
+
+
 def test_candles_of_one_source_only_are_not_compared() -> None:
     mine = random_walk(1, 50)
     found = compare(mine.take(slice(0, 30)), mine.take(slice(20, 50)), TOLERANCE)
@@ -109,7 +126,10 @@ def test_two_sources_have_no_odd_one() -> None:
     two = {STORED: mine, "first": changed(mine, close=mine.close * 2)}
     assert odd_one_out(odd_ones(two, TOLERANCE)) is None
     three = {**two, "second": changed(mine, close=mine.close * 4)}  # all three contradict one another
-    assert odd_one_out(odd_ones(three, TOLERANCE)) is None
+    counts = odd_ones(three, TOLERANCE)
+    assert counts == {STORED: 0, "first": 0, "second": 0}
+    assert odd_one_out(counts) is None
+    assert odd_one_out({STORED: 3, "first": 3, "second": 1}) is None
 
 
 def test_coinbase_and_bitstamp(shared_data: Callable[[str], Path]) -> None:
