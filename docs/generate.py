@@ -56,7 +56,7 @@ file always gets full tables, plain lines and no colours.
 |---|---|
 | 0 | done |
 | 1 | something is incomplete or invalid; with `status --check`: stale, open or in error |
-| 2 | usage or settings; for `status` and `gaps`: the series is neither configured nor stored |
+| 2 | usage or settings; for `status`, `gaps` and `validate`: the series is neither configured nor stored |
 | 128 + n | ended by signal n (130 by Ctrl-C) |
 
 Commands, options, providers, and the symbols and timeframes of the settings complete with Tab after the line of your

@@ -8,7 +8,7 @@ Times are ISO 8601 with an explicit zone, UTC, as `2024-01-01T00:00:00+00:00`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, iso, to_dat
 
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.corrections import CorrectionError
+    from fks_backfill_dagster.domain.patterns import Classification
     from fks_backfill_dagster.ledger.reconcile import Difference, SeriesAudit
     from fks_backfill_dagster.pipeline.audit import AuditReport
     from fks_backfill_dagster.pipeline.coverage import Coverage
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.pipeline.report import DryRun, SyncReport
     from fks_backfill_dagster.store.corrections import CorrectionInfo
     from fks_backfill_dagster.store.quarantine import Neighbour, QuarantinedRow
+    from fks_backfill_dagster.pipeline.validate import Validation
+    from fks_backfill_dagster.pipeline.validation_report import (
+        SourceTally,
+        ValidationEstimate,
+        ValidationReport,
+    )
     from fks_backfill_dagster.store.queries import BatchInfo, SyncStatus
     from fks_backfill_dagster.store.writer.correction import Corrected
 
@@ -161,6 +168,92 @@ def _series_audit(found: SeriesAudit) -> Document:
         "missing": found.missing,
         "explained": found.explained,
         "differences": [difference(one) for one in found.differences],
+    }
+
+
+def validation(report: ValidationReport) -> Document:
+    """`difference_pct` is a fraction of the other price, as `validation.tolerance_pct` is; `compared` counts candles
+    at the timeframe `compared_at`."""
+    patterns = report.classified()
+    return {
+        "valid": report.valid,
+        "reason": report.reason,
+        "compared": report.compared,
+        "total_records": report.stored,
+        "discrepancy_count": report.discrepancies,
+        "discrepancies": [
+            {
+                "timestamp": iso(one.ts),
+                "field": one.field,
+                "stored": one.stored,
+                "validation": one.other,
+                "difference_pct": one.difference,
+                "provider": name,
+            }
+            for name, one in report.worst
+        ],
+        "compared_at": report.compared_series.timeframe.value,
+        "providers": list(report.providers),
+        **_names(report.series),
+        "start": iso(report.window.start),
+        "end": iso(report.window.end),
+        "tolerance": report.tolerance,
+        "classification": {name: _classification(one) for name, one in patterns.items()},
+        "odd_one_out": report.odd_one_out,
+        "sample": {
+            "complete": report.complete,
+            "ranges": report.ranges,
+            "candles": report.sampled,
+            "unverified": report.unverified,
+            "incomplete": report.incomplete,
+        },
+        "sources": {name: _validation_source(one) for name, one in report.sources.items()},
+        "errors": list(report.errors),
+        "warnings": list(report.warnings),
+    }
+
+
+def _classification(found: Classification) -> Document:
+    return {
+        "pattern": found.pattern.value,
+        "factor": found.factor,
+        "bars": found.bars,
+        "hours": found.hours,
+        "text": str(found),
+    }
+
+
+def _validation_source(found: SourceTally) -> Document:
+    from fks_backfill_dagster.domain.comparison import FIELDS  # imports numpy
+
+    return {
+        "compared": found.compared,
+        "differing": found.differing,
+        "discrepancies": found.discrepancies,
+        "not_comparable": {why.value: count for why, count in found.not_comparable.items()},
+        "requests": found.requests,
+        "fields": {
+            name: {"max": found.spread.largest_of(name), "p99": found.spread.quantile(name, 0.99)}
+            for name in FIELDS
+        },
+        "errors": list(found.errors),
+    }
+
+
+def validation_plan(found: Validation, estimates: Mapping[str, ValidationEstimate]) -> Document:
+    """The plan of a validation that is not carried out. `reason`: why nothing can be compared."""
+    return _names(found.series) | {
+        "start": iso(found.window.start),
+        "end": iso(found.window.end),
+        "total_records": found.stored,
+        "compared_at": found.validators.series.timeframe.value,
+        "sample": {"complete": found.complete, "ranges": len(found.sample)},
+        "providers": {
+            name: {"requests": one.requests, "candles": one.candles, "seconds": round(one.seconds, 3)}
+            for name, one in estimates.items()
+        },
+        "reason": found.obstacle,
+        "warnings": list(found.warnings),
     }
 
 

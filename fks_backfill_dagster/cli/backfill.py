@@ -18,6 +18,7 @@ from fks_backfill_dagster.cli.arguments import (
 )
 from fks_backfill_dagster.cli.messages import Messages, waiting_logger
 from fks_backfill_dagster.cli.output import (
+    duration,
     example,
     json_option,
     log,
@@ -202,7 +203,7 @@ def _print_estimates(found: Sequence[DryRun]) -> None:
             estimate.requests,
             sum(batch.candles for batch in one.plan.batches),
             len(one.plan.batches),
-            _duration(estimate.seconds),
+            duration(estimate.seconds),
         )
         for one in found
         if one.plan.batches
@@ -215,14 +216,3 @@ def _print_estimates(found: Sequence[DryRun]) -> None:
         print_line(f"{named(nothing)}: nothing to fetch")
     if unserved:
         print_line(f"{named(unserved)}: no eligible provider; see `fks-backfill series providers`")
-
-
-def _duration(seconds: float) -> str:
-    """An estimate from the rate limits, so two units are enough."""
-    if seconds < 1:
-        return "< 1 s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -27,6 +27,7 @@ from fks_backfill_dagster.cli.servers import demo, down, up
 from fks_backfill_dagster.cli.signals import SIGNALLED, Signals
 from fks_backfill_dagster.cli.simulate import simulate
 from fks_backfill_dagster.cli.status import status
+from fks_backfill_dagster.cli.validate import validate
 
 DONE, INCOMPLETE, USAGE = 0, 1, 2
 
@@ -141,6 +142,7 @@ for command in (
     fill_gaps,
     status,
     audit,
+    validate,
     series,
     batches,
     correct,

@@ -55,8 +55,9 @@ class Done:
 
 
 @contextmanager
-def interruptible(app: App) -> Iterator[None]:
-    """A signal ends all waiting for providers at once; a batch that is being committed is rolled back."""
+def interruptible(app: App, message: str = _INTERRUPTED) -> Iterator[None]:
+    """A signal ends all waiting for providers at once; a batch that is being committed is rolled back. Then `message`
+    is logged."""
     received_signals = signals()
     with received_signals.first(app.pool.stop.set):
         try:
@@ -65,7 +66,7 @@ def interruptible(app: App) -> Iterator[None]:
             if received_signals.received is None:
                 raise
             # Any exception: an interrupted statement can fail in several ways.
-            log_if_possible(_INTERRUPTED)
+            log_if_possible(message)
             raise click.exceptions.Exit(received_signals.exit_code) from None
 
 

@@ -79,6 +79,17 @@ def derive(
     return Derived(_merged(parts, present, opens).take(found.made), opens, expected, present, absent)
 
 
+def divides(fine: Grid, coarse: Grid, window: TimeRange) -> bool:
+    """Whether every part of the candles that open in `window` lies within one of them; False if there is no part."""
+    opens = coarse.opens(window)
+    parts = fine.opens(parts_span(coarse, window))
+    if len(parts) == 0:
+        return False
+    closes = coarse.closes(opens)
+    owner = np.searchsorted(closes, parts, side="right")
+    return bool((fine.closes(parts) <= closes[owner]).all())
+
+
 def owners(opens: Instants, coarse: Grid, parts: Instants) -> Instants:
     """The open of the candle that each part belongs to; `opens`: the candidates, ascending."""
     if len(opens) == 0:

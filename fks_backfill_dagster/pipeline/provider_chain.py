@@ -16,6 +16,7 @@ from fks_backfill_dagster.pipeline.context import Context
 from fks_backfill_dagster.pipeline.eligible import eligible
 from fks_backfill_dagster.pipeline.fetch.chain import ChainOptions, ProviderChain
 from fks_backfill_dagster.pipeline.fetch.suspicion import StoredRows
+from fks_backfill_dagster.pipeline.stored_rows import stored_rows
 from fks_backfill_dagster.store import queries
 
 
@@ -34,19 +35,15 @@ def make_chain(
         found = queries.read_opens(context.database, series, opens)
         return _without_pinned(context, series, found)
 
-    def stored_rows(window: TimeRange) -> StoredRows:
-        candles = _without_pinned(context, series, queries.read_candles(context.database, series, window))
-        with context.database.begin() as connection:
-            found = queries.stored_origins(connection, series, window)
-        candles = candles.take(np.isin(candles.ts, found.ts))
-        kept = np.isin(found.ts, candles.ts)
-        return StoredRows(candles, found.provider[kept], found.instrument[kept], found.as_of[kept])
+    def unpinned_rows(window: TimeRange) -> StoredRows:
+        found = stored_rows(context.database, series, window)
+        return found.take(np.isin(found.candles.ts, _without_pinned(context, series, found.candles).ts))
 
     options = ChainOptions(
         clock=context.clock,
         stored=stored,
         stored_within=lambda window: queries.read_candles(context.database, series, window),
-        stored_rows=stored_rows,
+        stored_rows=unpinned_rows,
         tolerance=context.tolerance,
         closed=context.closed,
         declared=context.declared,

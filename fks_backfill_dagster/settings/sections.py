@@ -217,13 +217,14 @@ class Freshness(Section):
 class Validation(Section):
     """The comparison of stored candles with those of other providers."""
 
-    enabled: bool = Field(default=True, description="Whether stored candles are compared.")
+    enabled: bool = Field(default=True, description="Whether `validate` compares stored candles.")
     tolerance_pct: Annotated[float, between(0, 1, "")] = Field(
-        default=0.01, description="A **fraction** of the other provider's price: 0.01 is one per cent."
+        default=0.01,
+        description="A **fraction** of the other provider's price: 0.01 is one per cent. Twice that for high and low.",
     )
     validation_providers: Many[ProviderName] = Field(
         default=("coingecko", "polygon"),
-        description="The providers whose candles are compared with the stored ones.",
+        description="The providers that `validate` prefers; if none can serve a series, the others of its priority do.",
     )
 
 

@@ -7,7 +7,8 @@
             ├─ gap                   the ledger: every missing candle inside the coverage
             ├─ sync_state            coverage and totals, updated in the writing transaction
             ├─ lease                 running syncs
-            └─ quarantine            rows that broke a rule, with the rule and what a person decided
+            ├─ quarantine            rows that broke a rule, with the rule and what a person decided
+            └─ validation            verdicts of comparisons with other providers
     listing                          when a provider listed a symbol
     calendar                         past sessions of the exchange calendars that the database was filled with
     pacing                           accounts at providers: cool-downs, failures, open circuits
@@ -251,6 +252,27 @@ quarantine = sa.Table(
         name="quarantine_once",
         postgresql_nulls_not_distinct=True,
     ),
+)
+
+validation = sa.Table(
+    "validation",
+    metadata,
+    sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
+    _series_id(),
+    sa.Column("start_ts", _instant, nullable=False),
+    sa.Column("end_ts", _instant, nullable=False),
+    # Candles: stored in the range, and of these compared, at the timeframe compared_at.
+    sa.Column("stored", sa.BigInteger, nullable=False),
+    sa.Column("compared", sa.BigInteger, nullable=False),
+    sa.Column("compared_at", sa.Text, nullable=False),
+    # Prices beyond their tolerance.
+    sa.Column("discrepancies", sa.BigInteger, nullable=False),
+    sa.Column("providers", ARRAY(sa.Text), nullable=False),
+    sa.Column("tolerance", sa.Double, nullable=False),
+    sa.Column("validated_at", _instant, nullable=False),
+    sa.CheckConstraint("compared > 0 AND cardinality(providers) > 0", name="validation_compared"),
+    # So that a repeated statement adds no second row; also the index for the rows of a series.
+    sa.UniqueConstraint("series_id", "validated_at", "start_ts", "end_ts", name="validation_once"),
 )
 
 listing = sa.Table(

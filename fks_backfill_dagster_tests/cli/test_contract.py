@@ -60,6 +60,8 @@ VIEWS = {
     "sync_status": "symbol timeframe status oldest_data_time newest_data_time total_candles last_sync_time"
     " error_message open_gaps",
     "gaps": "symbol timeframe gap_start gap_end missing_candles status attempts next_attempt_at evidence",
+    "validations": "symbol timeframe start_ts end_ts compared discrepancies providers validated_at stored compared_at"
+    " tolerance",
 }
 
 

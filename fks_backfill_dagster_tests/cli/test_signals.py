@@ -25,6 +25,7 @@ from fks_backfill_dagster.simulator.local import LocalMarket
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster_tests.cli.conftest import CHECKOUT, Command, start, until
 from fks_backfill_dagster_tests.cli.test_backfill import JANUARY
+from fks_backfill_dagster_tests.store.builders import fetch
 
 ENDING = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 BACKFILL = ("backfill", "BTC/USDT", "1h", *JANUARY, "--provider", "binance", "--json")
@@ -74,6 +75,24 @@ def test_the_filling_of_gaps(
     assert (running.returncode, stdout) == (128 + number, "")
     assert stderr.splitlines()[-1].startswith("Interrupted: committed batches stay")
     assert "Traceback" not in stderr
+
+
+@ENDING
+def test_a_validation(fks: Command, world: LocalMarket, database: Database, number: int) -> None:
+    """Nothing is recorded of what was compared so far."""
+    assert fks(*BACKFILL).exit_code == 0
+    world.plant_fault("polygon", "hang", count=None, seconds=60)
+    world.reset_requests()
+    with start("validate", "BTC/USDT", "1h", *JANUARY, "--json") as running:
+        until(lambda: world.requests("polygon") > 0)
+        began = time.monotonic()
+        running.send_signal(number)
+        stdout, stderr = running.communicate(timeout=30)
+    assert time.monotonic() - began < 20, "it does not wait for the response"
+    assert (running.returncode, stdout) == (128 + number, "")
+    assert stderr.splitlines()[-1].startswith("Interrupted: nothing was recorded")
+    assert "Traceback" not in stderr
+    assert fetch(database, "SELECT count(*) FROM fks.validation") == [(0,)]
 
 
 @ENDING

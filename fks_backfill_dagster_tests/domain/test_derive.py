@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.derive import derive, owners, parts_span
+from fks_backfill_dagster.domain.derive import derive, divides, owners, parts_span
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, MICROS_PER_WEEK
@@ -215,3 +215,21 @@ def test_real_apple_days_from_hours() -> None:
     # Without an explanation each absent hour costs its day.
     whole = derive(hours, fine, coarse, requested)
     assert 0 < len(made) - len(whole.candles) == int(whole.partial.sum()) <= len(lacking)
+
+
+@pytest.mark.parametrize(("kind", "fine", "coarse", "calendar"), PAIRS)
+def test_a_grid_that_divides_another(kind: str, fine: str, coarse: str, calendar: str) -> None:
+    spring = window("2024-02-20T00:00Z", "2024-04-20T00:00Z")
+    assert divides(grid(kind, fine, calendar or "XNYS"), grid(kind, coarse, calendar or "XNYS"), spring)
+    assert not divides(grid(kind, coarse, calendar or "XNYS"), grid(kind, fine, calendar or "XNYS"), spring)
+
+
+def test_a_grid_that_does_not_divide_another() -> None:
+    """A forex day ends at 17:00 New York, which is inside a candle of 4h."""
+    spring = window("2024-02-20T00:00Z", "2024-04-20T00:00Z")
+    assert not divides(grid("forex", "4h"), grid("forex", "1d"), spring)
+    with pytest.raises(ValueError, match="does not divide"):
+        derive(flat(grid("forex", "4h").opens(spring)), grid("forex", "4h"), grid("forex", "1d"), spring)
+    assert not divides(
+        grid("crypto", "1h"), grid("crypto", "4h"), window("2024-02-20T00:00Z", "2024-02-20T00:00Z")
+    )

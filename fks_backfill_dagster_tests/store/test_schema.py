@@ -129,6 +129,8 @@ CONTRACT = {
     "gaps": "symbol timeframe gap_start gap_end missing_candles status attempts next_attempt_at evidence",
     "corrections": "symbol timeframe ts corrected_at open_before high_before low_before close_before volume_before"
     " open_after high_after low_after close_after volume_after source reason batch author origin",
+    "validations": "symbol timeframe start_ts end_ts compared discrepancies providers validated_at stored compared_at"
+    " tolerance",
 }
 
 

@@ -37,6 +37,12 @@ class StoredRows:
     instrument: NDArray[np.object_]
     as_of: Instants
 
+    def take(self, rows: NDArray[np.bool_]) -> StoredRows:
+        """The rows of a mask."""
+        return StoredRows(
+            self.candles.take(rows), self.provider[rows], self.instrument[rows], self.as_of[rows]
+        )
+
     def delivered_by(self, provider: str, instrument: str) -> Instants:
         """The opens of the candles that a provider gave for an instrument."""
         mine = (self.provider == provider) & (self.instrument == instrument)
