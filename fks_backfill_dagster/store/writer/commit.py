@@ -27,6 +27,7 @@ from fks_backfill_dagster.store.writer.candles import (
     withdraw,
     write_candles,
 )
+from fks_backfill_dagster.store.writer.findings import mark_corrected
 from fks_backfill_dagster.store.writer.ledger import (
     cover,
     recount,
@@ -75,6 +76,7 @@ def commit_batch(
             recount(connection, identity, series, -len(gone))
         changed = updated | gone_by
         opened = [*batch_ids, *gone_by]
+        mark_corrected(connection, identity, list(changed))
         useful = [batch for batch in opened if inserted.get(batch) or changed.get(batch)]
         drop_idle(connection, [batch for batch in opened if batch not in useful])
         stamp(connection, useful, inserted, changed, volumes(rows, row_batches, inserted))

@@ -21,6 +21,7 @@ from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
 from fks_backfill_dagster.store.ledger import known_around
 from fks_backfill_dagster.store.sql import table_of
+from fks_backfill_dagster.store.writer.findings import mark_corrected
 from fks_backfill_dagster.store.writer.ledger import recount, still_missing, write_gaps
 from fks_backfill_dagster.store.writer.lineage import lock, stamp
 from fks_backfill_dagster.store.writer.records import Committed
@@ -64,6 +65,7 @@ def undo_batch(database: Database, series: Series, identity: int, batch_id: int,
         settlement = settle(before.gaps, window, missing, restored, (), grid, before.synced)
         write_gaps(connection, identity, settlement)
         recount(connection, identity, series, len(restored) - len(removed))
+        mark_corrected(connection, identity, [undo])
         # Recorded even if every candle was changed since: a later undo must not restore this batch.
         total = len(removed) + changed + len(restored)
         stamp(connection, [undo], {}, {undo: total}, {})
