@@ -16,6 +16,7 @@ from fks_backfill_dagster.cli.batches import batches
 from fks_backfill_dagster.cli.db import db
 from fks_backfill_dagster.cli.export import export
 from fks_backfill_dagster.cli.fill_gaps import fill_gaps
+from fks_backfill_dagster.cli.findings import findings
 from fks_backfill_dagster.cli.gaps import gaps
 from fks_backfill_dagster.cli.launch import launch
 from fks_backfill_dagster.cli.output import log, log_if_possible
@@ -138,6 +139,7 @@ for command in (
     fill_gaps,
     status,
     audit,
+    findings,
     series,
     batches,
     export,
