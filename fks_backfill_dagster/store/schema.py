@@ -167,6 +167,8 @@ gap = sa.Table(
         ),
         nullable=False,
     ),
+    # The missing candles of each UTC date from that of gap_start on (`ledger.days`); NULL for filled gaps.
+    sa.Column("by_day", ARRAY(sa.Integer)),
     sa.CheckConstraint(
         "status IN ('open', 'filled', 'no_trade', 'unavailable', 'tolerated')", name="gap_status"
     ),

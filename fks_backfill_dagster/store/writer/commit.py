@@ -69,7 +69,7 @@ def commit_batch(
         settlement = settle(
             before.gaps, write.window, missing, rows.ts, responses, grid, before.synced, write.rules
         )
-        write_gaps(connection, identity, settlement)
+        write_gaps(connection, identity, settlement, grid)
         write_rejected(connection, identity, write.rejected)
         cover(connection, identity, write.window, inserted, rows.ts)
         if len(gone):

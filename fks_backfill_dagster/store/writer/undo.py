@@ -63,7 +63,7 @@ def undo_batch(database: Database, series: Series, identity: int, batch_id: int,
         # A deleted candle off the grid leaves no gap.
         missing = np.union1d(still_missing(before, window, restored, grid), removed[grid.contains(removed)])
         settlement = settle(before.gaps, window, missing, restored, (), grid, before.synced)
-        write_gaps(connection, identity, settlement)
+        write_gaps(connection, identity, settlement, grid)
         recount(connection, identity, series, len(restored) - len(removed))
         mark_corrected(connection, identity, [undo])
         # Recorded even if every candle was changed since: a later undo must not restore this batch.

@@ -1,4 +1,4 @@
-"""The ledger of findings, and its view.
+"""The ledger of findings; missing candles of gaps by day; the views of findings and of day conditions.
 
 Revision ID: 0010
 """
@@ -58,12 +58,92 @@ FROM fks.finding f
 JOIN fks.series s ON s.id = f.series_id;
 """
 
+# The missing candles of each UTC date from that of gap_start on; NULL for filled gaps. SQL does not know the grid, so
+# the rows of an older version are completed after the migrations (store/gap_days.py).
+BY_DAY = "ALTER TABLE fks.gap ADD COLUMN by_day INTEGER[]"
+
+# A branch per table of candles, of which only that of the wanted timeframe is read. Everything about a day is a look-up
+# by the index of its table, so that a condition on `day` reads that day only. Unfilled gaps are disjoint: the last one
+# that starts before the day is the only one that can extend into it.
+CONDITION = """
+SELECT
+    s.symbol,
+    s.timeframe,
+    d.day,
+    CASE
+        WHEN a.missing > 0 AND c.stored = 0 THEN 'missing'
+        WHEN a.missing > 0 OR a.is_unknown OR EXISTS (
+            SELECT FROM fks.finding f
+            WHERE f.series_id = s.id AND f.status = 'open' AND f.start_ts < d.past AND f.end_ts > d.start
+        ) THEN 'degraded'
+        WHEN NOT d.is_synced THEN 'pending'
+        ELSE 'available'
+    END AS condition,
+    CASE WHEN d.is_begun AND NOT a.is_unknown THEN c.stored + a.absent END AS expected,
+    c.stored,
+    (
+        SELECT b.committed_at FROM fks.batch b
+        WHERE b.id = greatest(c.batch_id, (
+            SELECT max(r.replaced_by) FROM fks.revision r
+            WHERE r.series_id = s.id AND r.ts >= d.start AND r.ts < d.past))
+    ) AS last_modified
+FROM fks.series s
+JOIN fks.sync_state st ON st.series_id = s.id
+CROSS JOIN LATERAL (
+    SELECT
+        CAST(t.midnight AS date) AS day,
+        t.midnight AT TIME ZONE 'UTC' AS start,
+        (t.midnight + interval '1 day') AT TIME ZONE 'UTC' AS past,
+        st.synced && tstzrange(
+            t.midnight AT TIME ZONE 'UTC', (t.midnight + interval '1 day') AT TIME ZONE 'UTC') AS is_begun,
+        st.synced @> tstzrange(
+            t.midnight AT TIME ZONE 'UTC', (t.midnight + interval '1 day') AT TIME ZONE 'UTC') AS is_synced
+    FROM generate_series(
+        date_trunc('day', lower(st.synced) AT TIME ZONE 'UTC'),
+        greatest(upper(st.synced) - interval '1 microsecond', now()) AT TIME ZONE 'UTC',
+        interval '1 day'
+    ) t (midnight)
+) d
+CROSS JOIN LATERAL (
+    SELECT count(*) AS stored, max(k.batch_id) AS batch_id FROM fks."candles_{timeframe}" k
+    WHERE k.series_id = s.id AND k.ts >= d.start AND k.ts < d.past
+) c
+CROSS JOIN LATERAL (
+    SELECT
+        coalesce(sum(n.candles), 0) AS absent,
+        coalesce(sum(n.candles) FILTER (WHERE g.status <> 'no_trade'), 0) AS missing,
+        coalesce(bool_or(g.by_day IS NULL), false) AS is_unknown
+    FROM fks.gap g
+    CROSS JOIN LATERAL (
+        SELECT g.by_day[d.day - CAST(g.gap_start AT TIME ZONE 'UTC' AS date) + 1] AS candles
+    ) n
+    WHERE g.series_id = s.id AND g.status <> 'filled' AND g.gap_start < d.past AND g.gap_end > d.start
+      AND g.gap_start >= coalesce((
+        SELECT max(o.gap_start) FROM fks.gap o
+        WHERE o.series_id = s.id AND o.status <> 'filled' AND o.gap_start < d.start), d.start)
+) a
+WHERE s.timeframe = '{timeframe}' AND (c.stored + a.absent > 0 OR a.is_unknown OR NOT d.is_synced{opening})
+"""
+
+# No candle of 1w opens on another day of the week: such a day is not pending.
+OPENING = " AND extract(isodow FROM d.day) = CASE s.asset_class WHEN 'forex' THEN 7 ELSE 1 END"
+
+TIMEFRAMES = ("1m", "5m", "15m", "30m", "1h", "4h", "1d", "1w")
+
 
 def upgrade() -> None:
     op.execute(FINDING)
     op.execute(FINDINGS)
+    op.execute(BY_DAY)
+    branches = "UNION ALL".join(
+        CONDITION.format(timeframe=timeframe, opening=OPENING if timeframe == "1w" else "")
+        for timeframe in TIMEFRAMES
+    )
+    op.execute(f"CREATE VIEW fks.conditions AS {branches}")
 
 
 def downgrade() -> None:
+    op.execute("DROP VIEW fks.conditions")
+    op.execute("ALTER TABLE fks.gap DROP COLUMN by_day")
     op.execute("DROP VIEW fks.findings")
     op.execute("DROP TABLE fks.finding")
