@@ -129,6 +129,9 @@ CONTRACT = {
     "gaps": "symbol timeframe gap_start gap_end missing_candles status attempts next_attempt_at evidence",
     "corrections": "symbol timeframe ts corrected_at open_before high_before low_before close_before volume_before"
     " open_after high_after low_after close_after volume_after source reason",
+    "findings": "id symbol timeframe start_ts end_ts candles rule severity status first_seen_at last_seen_at evidence"
+    " verdict",
+    "conditions": "symbol timeframe day condition expected stored last_modified",
 }
 
 
