@@ -47,8 +47,8 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
 
     `expected`, `stored` and `coverage` refer to the synced range; `lag` counts the closed candles since the
     newest stored one. Exit code 2 for a series that is neither configured nor stored, else 0; with --check 1
-    if a series or a server of `up` needs attention. Errors, and providers in a cool-down, are reported on
-    stderr.
+    if a series or a server of `up` needs attention. Errors, open findings, and providers in a cool-down are
+    reported on stderr.
     """
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import now, open_database, provider_states

@@ -119,11 +119,13 @@ def _row(identity: int, finding: Finding) -> dict[str, Any]:
     }
 
 
+# A look-up for each active finding, of which there are few; as a join it could compare each with every revision.
 _CORRECTED = """
 UPDATE fks.finding f SET status = 'corrected', changed_at = now()
-WHERE f.series_id = :id AND f.status IN ('open', 'confirmed', 'accepted') AND EXISTS (
-    SELECT FROM fks.revision r
-    WHERE r.series_id = :id AND r.replaced_by = ANY(:batches) AND r.ts >= f.start_ts AND r.ts < f.end_ts)
+WHERE f.series_id = :id AND f.status IN ('open', 'confirmed', 'accepted') AND (
+    SELECT r.series_id FROM fks.revision r
+    WHERE r.series_id = :id AND r.ts >= f.start_ts AND r.ts < f.end_ts AND r.replaced_by = ANY(:batches)
+    LIMIT 1) IS NOT NULL
 """
 
 
