@@ -73,7 +73,7 @@ def check(names: tuple[str, ...], everything: bool, start: int | None, end: int 
     Without arguments every stored series; without --start from the oldest stored candle, without --end to the newest.
     The rule is `spike`: a price that goes out and comes back within one candle. A candle without a neighbour on either
     side (at the edge of a session, beside a gap, the newest one) is not evaluated. No candle is changed, no request is
-    sent. Exit code 1 if a finding of a series is open, or if no candle could be evaluated.
+    sent. Exit code 1 if a finding of a series is open, or if none of its candles could be evaluated.
     """
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import open_database
@@ -165,7 +165,10 @@ def _code_of_check(done: Sequence[Judged], *, failed: bool, still_open: dict[tup
     if not sum(one.evaluated for one in done):
         log("No candle could be evaluated: see `fks-backfill status` for what is stored.")
         return 1
-    return int(failed or any(still_open.get(one.series.key) for one in done))
+    unknown = [one.series for one in done if one.candles and not one.evaluated]
+    if unknown:
+        log(f"{named(unknown)}: no candle could be evaluated: too few are stored beside one another.")
+    return int(failed or bool(unknown) or any(still_open.get(one.series.key) for one in done))
 
 
 # list, show ---------------------------------------------------------------------------------------------

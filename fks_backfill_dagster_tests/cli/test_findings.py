@@ -204,6 +204,18 @@ def test_a_check_of_a_range_without_candles(fks: Command, synced: LocalMarket) -
     assert "No candle could be evaluated" in result.stderr
 
 
+def test_a_series_with_too_few_candles_is_not_green(
+    fks: Command, synced: LocalMarket, database: Database
+) -> None:
+    fks("backfill", "BTC/USDT", "1d", "--start", "2024-01-01", "--end", "2024-01-09", *ONLY)
+    result = fks("findings", "check")
+    assert result.exit_code == 1
+    assert "BTC/USDT 1d: 0 of 8 candles evaluated: no change; 0 open\n" in result.stdout
+    assert result.stderr == (
+        "BTC/USDT 1d: no candle could be evaluated: too few are stored beside one another.\n"
+    )
+
+
 def test_an_unknown_calendar_stops_no_other_series(
     fks: Command, synced: LocalMarket, database: Database
 ) -> None:
