@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -300,9 +301,9 @@ def show(number: int, around: int, as_json: bool) -> None:
         (
             "*" if window.contains(int(ts)) else "",
             _moment(int(ts)),
-            *(f"{value:.10g}" for value in prices),
+            *("-" if math.isnan(value) else f"{value:.10g}" for value in values),
         )
-        for ts, *prices in zip(*(column.tolist() for column in candles.columns()), strict=True)
+        for ts, *values in zip(*(column.tolist() for column in candles.columns()), strict=True)
     ]
     print_table(("", "open time (UTC)", "open", "high", "low", "close", "volume"), rows)
 

@@ -20,6 +20,7 @@ import numpy as np
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.evaluation import Block, Evaluation
 from fks_backfill_dagster.domain.grid import Grid, grid_of
+from fks_backfill_dagster.domain.quality import sane
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.spikes import CONTEXT, evaluate_spikes
@@ -124,8 +125,9 @@ class _Look:
         return changes
 
     def _block(self, candles: Candles) -> Block:
-        """Without candles off the grid, which have no neighbours: the audit reports them."""
-        fits = self._grid.contains(candles.ts)
+        """Without candles off the grid or against the rules of OHLC, which no rule can evaluate: the audit reports
+        them."""
+        fits = self._grid.contains(candles.ts) & sane(candles)
         return Block(candles if fits.all() else candles.take(fits), self._grid, self._series.timeframe)
 
     def _counted(

@@ -128,6 +128,14 @@ def test_a_finding_with_the_candles_around(fks: Command, spoiled: LocalMarket) -
     assert [line for line in lines if line.startswith("*")] == [lines[-6]]
 
 
+def test_a_missing_volume_is_shown_as_missing(fks: Command, spoiled: LocalMarket, database: Database) -> None:
+    execute(database, f"UPDATE fks.\"candles_1h\" SET volume = NULL WHERE ts = '{STRAYS[0]}'")
+    number = numbers(fks)[0]
+    (own,) = fks("findings", "show", number, "--around", "0", "--json").json["around"]
+    assert own["volume"] is None
+    assert fks("findings", "show", number, "--around", "0").stdout.splitlines()[-1].split()[-1] == "-"
+
+
 def test_an_acceptance(fks: Command, spoiled: LocalMarket) -> None:
     one, other = numbers(fks)
     result = fks("findings", "accept", one, "--reason", " a real crash ", "--json")

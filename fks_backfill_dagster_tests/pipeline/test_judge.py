@@ -104,6 +104,15 @@ def test_candles_off_the_grid_are_not_evaluated(shelf: Shelf) -> None:
     assert (found.candles, found.evaluated, found.new) == (301, 298, 1)
 
 
+@pytest.mark.parametrize("close", ["0", "'NaN'", "'Infinity'"])
+def test_candles_that_break_a_rule_are_not_evaluated(shelf: Shelf, close: str) -> None:
+    """Nor are their neighbours; the spike is found still."""
+    planted(shelf, STRAY)
+    execute(shelf.database, f"UPDATE {shelf.table} SET close = {close} WHERE ts = '2024-01-01T00:10Z'")
+    found = judge(shelf.database, shelf.series, shelf.span(0, 300), NOW)
+    assert (found.candles, found.evaluated, found.new) == (300, 295, 1)
+
+
 def test_a_commit_waits_for_a_look(shelf: Shelf) -> None:
     """So no candle changes between its evaluation and the record: the commit then corrects the finding."""
     planted(shelf, STRAY)
