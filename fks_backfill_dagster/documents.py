@@ -8,6 +8,7 @@ Times are ISO 8601 with an explicit zone, UTC, as `2024-01-01T00:00:00+00:00`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -19,13 +20,13 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, iso, to_dat
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.corrections import CorrectionError
     from fks_backfill_dagster.domain.patterns import Classification
+    from fks_backfill_dagster.domain.candles import Candles
     from fks_backfill_dagster.ledger.reconcile import Difference, SeriesAudit
     from fks_backfill_dagster.pipeline.audit import AuditReport
     from fks_backfill_dagster.pipeline.coverage import Coverage
     from fks_backfill_dagster.pipeline.fill import FilledGap
     from fks_backfill_dagster.pipeline.gaps import FoundGap
     from fks_backfill_dagster.pipeline.quarantine import Released
-    from fks_backfill_dagster.pipeline.report import DryRun, SyncReport
     from fks_backfill_dagster.store.corrections import CorrectionInfo
     from fks_backfill_dagster.store.quarantine import Neighbour, QuarantinedRow
     from fks_backfill_dagster.pipeline.validate import Validation
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
         ValidationEstimate,
         ValidationReport,
     )
+    from fks_backfill_dagster.pipeline.judge import Judged
+    from fks_backfill_dagster.pipeline.report import DryRun, SyncReport
+    from fks_backfill_dagster.store.findings import StoredFinding
     from fks_backfill_dagster.store.queries import BatchInfo, SyncStatus
     from fks_backfill_dagster.store.writer.correction import Corrected
 
@@ -135,6 +139,64 @@ def gap(found: FoundGap) -> Document:
 def gap_of(series: Series, found: FoundGap) -> Document:
     """Like `gap`, for a list of several series."""
     return _names(series) | gap(found)
+
+
+def finding(found: StoredFinding) -> Document:
+    one = found.finding
+    return {
+        "id": one.number,
+        **_names(found.series),
+        "start": iso(one.start),
+        "end": iso(one.end),
+        "candles": one.candles,
+        "rule": one.rule.value,
+        "severity": one.severity.value,
+        "status": one.status.value,
+        "first_seen_at": moment(to_datetime(one.first_seen_at)),
+        "last_seen_at": moment(to_datetime(one.last_seen_at)),
+        "evidence": dict(one.evidence),
+        "verdict": None
+        if one.verdict is None
+        else {
+            "by": one.verdict.by,
+            "at": moment(to_datetime(one.verdict.at)),
+            "reason": one.verdict.reason,
+        },
+    }
+
+
+def judged(found: Judged, still_open: int) -> Document:
+    """The result of a check. `start` and `end` are null if no candle is stored there; `open` counts those of the
+    whole series."""
+    is_empty = not found.window
+    return _names(found.series) | {
+        "start": None if is_empty else iso(found.window.start),
+        "end": None if is_empty else iso(found.window.end),
+        "candles": found.candles,
+        "evaluated": found.evaluated,
+        "new": found.new,
+        "reopened": found.reopened,
+        "corrected": found.corrected,
+        "resolved": found.resolved,
+        "open": still_open,
+    }
+
+
+def candles(found: Candles) -> list[Document]:
+    """One document per candle, for a few candles; a missing volume is null."""
+    return [
+        {
+            "ts": iso(ts),
+            "open": opened,
+            "high": high,
+            "low": low,
+            "close": close,
+            "volume": None if math.isnan(volume) else volume,
+        }
+        for ts, opened, high, low, close, volume in zip(
+            *(column.tolist() for column in found.columns()), strict=True
+        )
+    ]
 
 
 def filled_gap(series: Series, found: FilledGap) -> Document:
@@ -295,6 +357,7 @@ def status(found: Coverage) -> Document:
         "lag": found.assessment.freshness.lag,
         "next_attempt": None if found.next_attempt is None else moment(to_datetime(found.next_attempt)),
         "error": state.error_message,
+        "open_findings": found.open_findings,
     }
 
 

@@ -18,6 +18,7 @@ from fks_backfill_dagster.cli.corrections import corrections
 from fks_backfill_dagster.cli.db import db
 from fks_backfill_dagster.cli.export import export
 from fks_backfill_dagster.cli.fill_gaps import fill_gaps
+from fks_backfill_dagster.cli.findings import findings
 from fks_backfill_dagster.cli.gaps import gaps
 from fks_backfill_dagster.cli.launch import launch
 from fks_backfill_dagster.cli.output import log, log_if_possible
@@ -143,6 +144,7 @@ for command in (
     status,
     audit,
     validate,
+    findings,
     series,
     batches,
     correct,

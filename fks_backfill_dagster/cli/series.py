@@ -72,7 +72,7 @@ def list_series(names: tuple[str, ...], everything: bool, as_json: bool) -> None
 @click.option("--yes", is_flag=True, help="Confirm the deletion.")
 @json_option
 def remove_series(symbol: str, timeframe: str, yes: bool, as_json: bool) -> int:
-    """Delete a series from the database: candles, lineage, gaps, quarantine. The settings are not changed."""
+    """Delete a series from the database: candles, lineage, gaps, findings, quarantine. Settings are not changed."""
     from fks_backfill_dagster.app import open_database
     from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings

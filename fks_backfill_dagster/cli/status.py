@@ -12,6 +12,7 @@ from fks_backfill_dagster.cli.output import (
     example,
     json_option,
     log,
+    many,
     print_json,
     print_line,
     print_table,
@@ -46,8 +47,8 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
 
     `expected`, `stored` and `coverage` refer to the synced range; `lag` counts the closed candles since the
     newest stored one. Exit code 2 for a series that is neither configured nor stored, else 0; with --check 1
-    if a series or a server of `up` needs attention. Errors, and providers in a cool-down, are reported on
-    stderr.
+    if a series or a server of `up` needs attention. Errors, open findings, and providers in a cool-down are
+    reported on stderr.
     """
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import now, open_database, provider_states
@@ -87,7 +88,7 @@ def status(names: tuple[str, ...], everything: bool, check: bool, as_json: bool)
     if code != 2:
         _print_coverage(found, present, total=chosen.many)
         print_line(f"Settings: {settings.config_file or 'no file, the defaults'}")
-    for line in () if check else (*_last_errors(found), *silent_lines):
+    for line in () if check else (*_last_errors(found), *silent_lines, *_open_findings(found)):
         log(line)
     return code
 
@@ -116,6 +117,15 @@ def _last_errors(found: Sequence[Coverage]) -> list[str]:
         f"{one.series}: error: {shown(one.status.error_message)}"
         for one in found
         if one.status is not None and one.status.error_message
+    ]
+
+
+def _open_findings(found: Sequence[Coverage]) -> list[str]:
+    """A line for every series with open findings."""
+    return [
+        f"{one.series}: {many(one.open_findings, 'open finding')}; see `fks-backfill findings list {one.series}`"
+        for one in found
+        if one.open_findings
     ]
 
 

@@ -72,10 +72,10 @@ def verify(candles: Candles, window: TimeRange, grid: Grid, closed_end: int) -> 
         _reject(rejected, Reason.OFF_GRID, strays, ~grid.on_clock(strays.ts))
         rows = rows.take(expected)
 
-    sane = _sane(rows)
-    if not sane.all():
-        _reject_insane(rejected, rows.take(~sane))
-        rows = rows.take(sane)
+    good = sane(rows)
+    if not good.all():
+        _reject_insane(rejected, rows.take(~good))
+        rows = rows.take(good)
 
     rows = rows.sorted()
     if (rows.ts[1:] == rows.ts[:-1]).any():
@@ -102,8 +102,8 @@ def _reject(rejected: list[Rejected], reason: Reason, candles: Candles, mask: Ma
         rejected.append(Rejected(reason, candles.take(mask)))
 
 
-def _sane(c: Candles) -> Mask:
-    """All OHLC rules at once: NaN fails every comparison, and low and high bound each price."""
+def sane(c: Candles) -> Mask:
+    """For each row whether it follows every OHLC rule: NaN fails each comparison, and low and high bound each price."""
     prices = (c.low > 0) & (c.high < np.inf)
     for price in (c.open, c.close):
         prices &= (c.low <= price) & (price <= c.high)

@@ -35,6 +35,7 @@ class Kind(StrEnum):
     GAP_EDGES = "gap_edges"
     GAP_OVERLAP = "gap_overlap"
     GAP_OUTSIDE = "gap_outside_coverage"
+    GAP_DAYS = "gap_days"  # see reconcile_days
     CANDLES_OUTSIDE = "candles_outside_coverage"
     COVERAGE_AHEAD = "coverage_ahead"  # beyond the last closed candle
     NO_STATUS = "no_status"

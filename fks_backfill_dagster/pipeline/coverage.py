@@ -1,6 +1,6 @@
 """Coverage of series: expected, stored and missing candles, lag, and the next attempt for a gap.
 
-Read-only: five queries for any number of series, and four more if candles are overdue.
+Read-only: six queries for any number of series, and four more if candles are overdue.
 Does not belong here: presentation (`documents`, `tables`).
 """
 
@@ -13,6 +13,7 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.pipeline.freshness import Assessment, Rule, freshness
 from fks_backfill_dagster.store.coverage import Completeness, completeness, next_attempts
 from fks_backfill_dagster.store.database import Database
+from fks_backfill_dagster.store.findings import open_findings
 from fks_backfill_dagster.store.queries import SyncStatus, sync_status
 
 
@@ -25,6 +26,7 @@ class Coverage:
     counts: Completeness
     assessment: Assessment
     next_attempt: int | None
+    open_findings: int = 0
 
     def problem(self, *, kept_fresh: bool = True) -> str | None:
         """Why the series needs attention: a failed sync, open gaps, or a lag (never synced included) if it is to be
@@ -46,4 +48,8 @@ def coverage(database: Database, series: Sequence[Series], now: int, rule: Rule)
     counts = completeness(database, series)
     lags = freshness(database, series, now, rule)
     due = next_attempts(database, series)
-    return [Coverage(one, states.get(one.key), counts[one], lags[one], due.get(one)) for one in series]
+    suspicious = open_findings(database)
+    return [
+        Coverage(one, states.get(one.key), counts[one], lags[one], due.get(one), suspicious.get(one.key, 0))
+        for one in series
+    ]

@@ -22,6 +22,7 @@ from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime, to_micros
 from fks_backfill_dagster.ledger.reconcile import Flaw, Kind, Recorded, Seen, SeriesAudit, reconcile
+from fks_backfill_dagster.ledger.reconcile_days import ByDay, with_days
 from fks_backfill_dagster.store.copy_format import decode_array
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.driver import cursor_of
@@ -56,11 +57,10 @@ def examine_within(connection: sa.Connection, series: Series, grid: Grid, clock:
     identity = series_id(connection, series)
     if identity is None:
         return None
-    recorded = _recorded(connection, identity)
+    recorded, by_day = _recorded(connection, identity)
     closed_end = grid.closed_end(clock())
-    return reconcile(
-        series, grid, recorded, _seen(connection, series, identity, grid, closed_end), closed_end
-    )
+    seen = _seen(connection, series, identity, grid, closed_end)
+    return with_days(reconcile(series, grid, recorded, seen, closed_end), recorded.gaps, by_day, grid)
 
 
 def _plan_for_scans(connection: sa.Connection) -> None:
@@ -77,7 +77,8 @@ def _plan_for_scans(connection: sa.Connection) -> None:
 # Records ------------------------------------------------------------------------------------------------
 
 
-def _recorded(connection: sa.Connection, identity: int) -> Recorded:
+def _recorded(connection: sa.Connection, identity: int) -> tuple[Recorded, ByDay]:
+    """The records of a series, and the missing candles of its gaps by day."""
     named = {"id": identity}
     state = connection.execute(
         sa.text("SELECT * FROM fks.sync_state WHERE series_id = :id"), named
@@ -85,12 +86,12 @@ def _recorded(connection: sa.Connection, identity: int) -> Recorded:
     gaps = connection.execute(
         sa.text("SELECT * FROM fks.gap WHERE series_id = :id AND status <> 'filled' ORDER BY gap_start"),
         named,
-    )
+    ).all()
     # now() is the start of the transaction: a lease renewed while the candles are read counts as live.
     leases = connection.scalar(
         sa.text("SELECT count(*) FROM fks.lease WHERE series_id = :id AND expires_at < now()"), named
     )
-    return Recorded(
+    recorded = Recorded(
         exists=state is not None,
         synced=from_multirange(state.synced) if state else RangeSet(),
         total=state.total_candles if state else 0,
@@ -99,6 +100,7 @@ def _recorded(connection: sa.Connection, identity: int) -> Recorded:
         gaps=tuple(gap_of(row) for row in gaps),
         expired_leases=leases or 0,
     )
+    return recorded, {gap.start: row.by_day for gap, row in zip(recorded.gaps, gaps, strict=True)}
 
 
 def _micros(moment: Any) -> int | None:

@@ -16,7 +16,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from fks_backfill_dagster.store import roles, sessions, timescale
+from fks_backfill_dagster.store import gap_days, roles, sessions, timescale
 from fks_backfill_dagster.store.errors import (
     DatabaseUnavailable,
     Place,
@@ -125,6 +125,7 @@ class Database:
             config = _alembic_config()
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+            gap_days.complete(connection)
             roles.grant_views(connection, readers)
             if timescale.install(connection):
                 timescale.make_hypertables(connection)

@@ -148,9 +148,14 @@ def iterate_candles(
     database: Database, series: Series, window: TimeRange, as_of: datetime | None = None
 ) -> Iterator[Candles]:
     """Like `read_candles`, in ascending blocks of bounded size."""
+    yield from _blocks(database, series, parts_of(series, window), as_of)
+
+
+def parts_of(series: Series, window: TimeRange) -> list[TimeRange]:
+    """The window, cut into parts of a bounded number of candles."""
     step = max(_ROWS_AT_ONCE * series.timeframe.micros, MICROS_PER_DAY)
     starts = range(window.start, window.end, step)
-    yield from _blocks(database, series, [TimeRange(s, min(s + step, window.end)) for s in starts], as_of)
+    return [TimeRange(start, min(start + step, window.end)) for start in starts]
 
 
 def _blocks(
@@ -168,19 +173,32 @@ def _blocks(
                 f"SELECT {_COLUMNS} FROM fks.ohlcv_as_of"
                 "(%(symbol)s, %(timeframe)s, %(start)s, %(end)s, %(as_of)s) ORDER BY ts"
             )
-        with cursor_of(connection) as cursor:
-            for window in windows:
-                parameters = {
-                    "id": identity,
-                    **named(series),
-                    "start": to_datetime(window.start),
-                    "end": to_datetime(window.end),
-                    "as_of": moment,
-                }
-                with cursor.copy(f"COPY ({query}) TO STDOUT (FORMAT BINARY)", parameters) as copy:
-                    block = copy_format.decode(copy)
-                if len(block):
-                    yield block
+        for window in windows:
+            parameters = {
+                "id": identity,
+                **named(series),
+                "start": to_datetime(window.start),
+                "end": to_datetime(window.end),
+                "as_of": moment,
+            }
+            block = _copied(connection, query, parameters)
+            if len(block):
+                yield block
+
+
+def _copied(connection: sa.Connection, query: str, parameters: dict[str, Any]) -> Candles:
+    with (
+        cursor_of(connection) as cursor,
+        cursor.copy(f"COPY ({query}) TO STDOUT (FORMAT BINARY)", parameters) as copy,
+    ):
+        return copy_format.decode(copy)
+
+
+def candles_within(connection: sa.Connection, series: Series, identity: int, window: TimeRange) -> Candles:
+    """As `read_candles`, in the caller's transaction."""
+    query = _STORED.format(columns=_COLUMNS, table=table_of(series.timeframe))
+    start, end = to_datetime(window.start), to_datetime(window.end)
+    return _copied(connection, query, {"id": identity, "start": start, "end": end})
 
 
 @repeated

@@ -5,6 +5,7 @@
             ├─ revision              values of a candle before it was changed or withdrawn
             ├─ pin                   candles that a person corrected
             ├─ gap                   the ledger: every missing candle inside the coverage
+            ├─ finding               the ledger of suspicious stored candles
             ├─ sync_state            coverage and totals, updated in the writing transaction
             ├─ lease                 running syncs
             ├─ quarantine            rows that broke a rule, with the rule and what a person decided
@@ -187,6 +188,8 @@ gap = sa.Table(
         ),
         nullable=False,
     ),
+    # The missing candles of each UTC date from that of gap_start on (`ledger.days`); NULL for filled gaps.
+    sa.Column("by_day", ARRAY(sa.Integer)),
     sa.CheckConstraint(
         "status IN ('open', 'filled', 'no_trade', 'unavailable', 'tolerated')", name="gap_status"
     ),
@@ -203,6 +206,39 @@ gap = sa.Table(
         "series_id",
         "gap_start",
         postgresql_where=sa.text("status IN ('open', 'unavailable')"),
+    ),
+)
+
+finding = sa.Table(
+    "finding",
+    metadata,
+    sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
+    _series_id(),
+    sa.Column("rule", sa.Text, nullable=False),
+    sa.Column("severity", sa.Text, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("start_ts", _instant, nullable=False),
+    sa.Column("end_ts", _instant, nullable=False),
+    sa.Column("candles", sa.Integer, nullable=False),
+    # Identifies the values of the candles, as ledger.sightings computes it.
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("first_seen_at", _instant, nullable=False),
+    sa.Column("last_seen_at", _instant, nullable=False),
+    sa.Column("changed_at", _instant, nullable=False, server_default=_now),
+    sa.Column("evidence", JSONB, nullable=False),
+    sa.Column("verdict", JSONB),
+    sa.CheckConstraint(
+        "status IN ('open', 'confirmed', 'corrected', 'accepted', 'resolved')", name="finding_status"
+    ),
+    sa.CheckConstraint("start_ts < end_ts AND candles > 0", name="finding_not_empty"),
+    sa.Index("finding_by_series", "series_id", "start_ts"),
+    sa.Index(
+        "finding_active",
+        "series_id",
+        "rule",
+        "start_ts",
+        unique=True,
+        postgresql_where=sa.text("status IN ('open', 'confirmed', 'accepted')"),
     ),
 )
 

@@ -50,6 +50,7 @@ def test_status_of_one_series(fks: Command, synced: LocalMarket) -> None:
         "lag",
         "next_attempt",
         "error",
+        "open_findings",
     ]
     assert abs(time.time() - instant(status.pop("last_sync")) / 1e6) < 60
     assert status.pop("lag") in (hours - 1, hours, hours + 1)  # grace, and the hour may turn
@@ -66,6 +67,7 @@ def test_status_of_one_series(fks: Command, synced: LocalMarket) -> None:
         "coverage": 0.994624,
         "open_gaps": 1,
         "error": None,
+        "open_findings": 0,
     }
 
 

@@ -54,7 +54,7 @@ REFUSED = (
     psycopg.errors.ObjectNotInPrerequisiteState,
 )
 
-VIEWS = {"ohlcv", "sync_status", "gaps", "corrections", "validations"}
+VIEWS = {"ohlcv", "sync_status", "gaps", "corrections", "findings", "conditions", "validations"}
 TABLES_OF_CANDLES = {
     f"candles_{timeframe}" for timeframe in ("1m", "5m", "15m", "30m", "1h", "4h", "1d", "1w")
 }

@@ -131,6 +131,9 @@ CONTRACT = {
     " open_after high_after low_after close_after volume_after source reason batch author origin",
     "validations": "symbol timeframe start_ts end_ts compared discrepancies providers validated_at stored compared_at"
     " tolerance",
+    "findings": "id symbol timeframe start_ts end_ts candles rule severity status first_seen_at last_seen_at evidence"
+    " verdict",
+    "conditions": "symbol timeframe day condition expected stored last_modified",
 }
 
 

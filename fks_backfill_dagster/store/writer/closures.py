@@ -50,7 +50,7 @@ def settle_closures(
             for part in before.synced & RangeSet([window]):
                 missing = still_missing(before, part, NO_INSTANTS, grid)
                 settlement = settle(before.gaps, part, missing, NO_INSTANTS, (), grid, before.synced, rules)
-                write_gaps(connection, identity, settlement)
+                write_gaps(connection, identity, settlement, grid)
                 before = known_around(connection, identity, surroundings(window, grid))
         stored = 0
         for window in change.added:

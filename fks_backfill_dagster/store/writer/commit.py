@@ -28,6 +28,7 @@ from fks_backfill_dagster.store.writer.candles import (
     withdraw,
     write_candles,
 )
+from fks_backfill_dagster.store.writer.findings import mark_corrected
 from fks_backfill_dagster.store.writer.ledger import (
     cover,
     recount,
@@ -70,13 +71,14 @@ def commit_batch(
         settlement = settle(
             before.gaps, write.window, missing, rows.ts, responses, grid, before.synced, write.rules
         )
-        write_gaps(connection, identity, settlement)
+        write_gaps(connection, identity, settlement, grid)
         write_rejected(connection, identity, write.rejected)
         cover(connection, identity, RangeSet([write.window]), sum(inserted.values()), rows.ts)
         if len(gone):
             recount(connection, identity, series, -len(gone))
         changed = written.updated | gone_by
         opened = [*batch_ids, *gone_by]
+        mark_corrected(connection, identity, list(changed))
         useful = [batch for batch in opened if inserted.get(batch) or changed.get(batch)]
         drop_idle(connection, [batch for batch in opened if batch not in useful])
         stamp(connection, useful, inserted, changed, volumes(rows, row_batches, inserted))

@@ -30,6 +30,7 @@ from fks_backfill_dagster.store.driver import cursor_of
 from fks_backfill_dagster.store.ledger import from_multirange, known_around, register, series_id
 from fks_backfill_dagster.store.sql import table_of
 from fks_backfill_dagster.store.writer.candles import Dated, refuse_misplaced, stage, write_staged
+from fks_backfill_dagster.store.writer.findings import mark_corrected
 from fks_backfill_dagster.store.writer.ledger import cover, still_missing, write_gaps
 from fks_backfill_dagster.store.writer.lineage import lock, open_lineage, stamp, volumes
 from fks_backfill_dagster.store.writer.quarantine import decide_released
@@ -131,6 +132,7 @@ def _write(
     reason = given.origin.reason or ""
     written = write_staged(connection, table, reach, Dated([], [], []), reason=reason, by_person=True)
     _pin(connection)
+    mark_corrected(connection, identity, [batch])
     _settle(connection, identity, rows.ts[changes.is_new], grid)
     stamp(connection, [batch], written.inserted, written.updated, volumes(rows, origins, written.inserted))
     return batch
@@ -163,7 +165,7 @@ def _settle(connection: sa.Connection, identity: int, inserted: Instants, grid: 
             continue
         before = known_around(connection, identity, part)
         missing = still_missing(before, part, here, grid)
-        write_gaps(connection, identity, settle(before.gaps, part, missing, here, (), grid, before.synced))
+        write_gaps(connection, identity, settle(before.gaps, part, missing, here, (), grid, before.synced), grid)
     cover(connection, identity, runs | beyond, len(inserted), inserted)
 
 

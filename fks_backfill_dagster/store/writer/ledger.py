@@ -15,7 +15,8 @@ from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_datetime
-from fks_backfill_dagster.ledger.gaps import missing_of
+from fks_backfill_dagster.ledger.days import missing_by_day
+from fks_backfill_dagster.ledger.gaps import GapStatus, missing_of
 from fks_backfill_dagster.ledger.records import Known, Outcome
 from fks_backfill_dagster.ledger.settle import (
     Response,
@@ -34,7 +35,7 @@ def still_missing(before: Known, window: TimeRange, stored: Instants, grid: Grid
     return missing_of(np.concatenate(absent), stored) if absent else np.empty(0, dtype=np.int64)
 
 
-def write_gaps(connection: sa.Connection, identity: int, settlement: Settlement) -> None:
+def write_gaps(connection: sa.Connection, identity: int, settlement: Settlement, grid: Grid) -> None:
     """Deletes and inserts the rows of the settlement. Filled rows are history and are never deleted."""
     if settlement.removed:
         connection.execute(
@@ -49,9 +50,9 @@ def write_gaps(connection: sa.Connection, identity: int, settlement: Settlement)
     connection.execute(
         sa.text(
             "INSERT INTO fks.gap (series_id, gap_start, gap_end, missing_candles, status, attempts,"
-            "   next_attempt_at, evidence, found_at)"
+            "   next_attempt_at, evidence, found_at, by_day)"
             " VALUES (:id, :start, :end, :missing, :status, :attempts, :next, CAST(:evidence AS jsonb),"
-            "   coalesce(:found_at, now()))"
+            "   coalesce(:found_at, now()), CAST(:by_day AS int[]))"
         ),
         [
             {
@@ -64,6 +65,7 @@ def write_gaps(connection: sa.Connection, identity: int, settlement: Settlement)
                 "next": None if g.next_attempt_at is None else to_datetime(g.next_attempt_at),
                 "evidence": json.dumps([e.to_json() for e in g.evidence]),
                 "found_at": None if g.found_at is None else to_datetime(g.found_at),
+                "by_day": None if g.status is GapStatus.FILLED else list(missing_by_day(g, grid)),
             }
             for g in settlement.added
         ],

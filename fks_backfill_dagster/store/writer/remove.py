@@ -12,7 +12,7 @@ from fks_backfill_dagster.store.writer.lineage import lock
 
 
 def remove_series(database: Database, series: Series) -> int:
-    """Deletes a series with its candles, lineage, ledger and quarantine; returns the number of deleted candles.
+    """Deletes a series with its candles, lineage, gaps, findings and quarantine; returns the number of deleted candles.
 
     `ohlcv_as_of` then returns nothing for it either. Raises StoreError while it is being synced.
     """

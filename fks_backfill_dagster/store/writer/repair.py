@@ -33,7 +33,7 @@ def repair_series(database: Database, series: Series, grid: Grid, clock: Clock) 
         found = examine_within(connection, series, grid, clock)
         if found is None or not found.repairable:
             return found
-        write_gaps(connection, identity, Settlement(found.removed, found.added))
+        write_gaps(connection, identity, Settlement(found.removed, found.added), grid)
         _rewrite_state(connection, identity, found)
         connection.execute(
             sa.text("DELETE FROM fks.lease WHERE series_id = :id AND expires_at < now()"), {"id": identity}

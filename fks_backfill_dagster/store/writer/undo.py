@@ -28,6 +28,7 @@ from fks_backfill_dagster.store.errors import StoreError
 from fks_backfill_dagster.store.ledger import known_around
 from fks_backfill_dagster.store.schema import UNDO
 from fks_backfill_dagster.store.sql import table_of
+from fks_backfill_dagster.store.writer.findings import mark_corrected
 from fks_backfill_dagster.store.writer.ledger import recount, still_missing, write_gaps
 from fks_backfill_dagster.store.writer.lineage import lock, stamp
 from fks_backfill_dagster.store.writer.records import Committed
@@ -49,6 +50,7 @@ def undo_batch(database: Database, series: Series, identity: int, batch_id: int,
         changed = _restore_states(connection, series, identity, origin, undo, f"batch {batch_id} undone")
         missing = _settle(connection, identity, origin, changed, undo, grid)
         recount(connection, identity, series, len(changed.restored) - len(changed.removed))
+        mark_corrected(connection, identity, [undo])
         # Recorded even if every candle was changed since: a later undo must not restore this batch.
         stamp(connection, [undo], {}, {undo: changed.total}, {})
         return Committed(0, changed.total, missing)
@@ -239,7 +241,7 @@ def _settle(
         restored = inside(changed.restored, part)
         missing = np.union1d(still_missing(before, part, restored, grid), removed)
         settlement = settle(before.gaps, part, missing, restored, (), grid, before.synced)
-        write_gaps(connection, identity, with_evidence(settlement, evidence, removed))
+        write_gaps(connection, identity, with_evidence(settlement, evidence, removed), grid)
         count += len(missing)
     return count
 
