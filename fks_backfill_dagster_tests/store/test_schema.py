@@ -129,6 +129,7 @@ CONTRACT = {
     "gaps": "symbol timeframe gap_start gap_end missing_candles status attempts next_attempt_at evidence",
     "corrections": "symbol timeframe ts corrected_at open_before high_before low_before close_before volume_before"
     " open_after high_after low_after close_after volume_after source reason",
+    "actions": "symbol kind ex_date ratio amount currency provider fetched_at begins_at used",
 }
 
 
@@ -156,6 +157,12 @@ def test_arguments_that_others_rely_on(shared: Database) -> None:
             " low double precision, close double precision, volume double precision, provider text)",
         )
     ]
+    adjusted = fetch(
+        shared,
+        "SELECT pg_get_function_arguments(oid), pg_get_function_result(oid) FROM pg_proc"
+        " WHERE oid = 'fks.ohlcv_adjusted'::regproc",
+    )
+    assert adjusted == [(found[0][0].replace("as_of timestamp with time zone", "mode text"), found[0][1])]  # type: ignore[attr-defined]
 
 
 def test_the_view_of_candles(hours: Shelf) -> None:
