@@ -16,6 +16,7 @@ from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, iso, to_datetime
 
 if TYPE_CHECKING:
+    from fks_backfill_dagster.domain.actions import StoredAction
     from fks_backfill_dagster.ledger.reconcile import Difference, SeriesAudit
     from fks_backfill_dagster.pipeline.audit import AuditReport
     from fks_backfill_dagster.pipeline.coverage import Coverage
@@ -234,6 +235,23 @@ def batch(found: BatchInfo) -> Document:
         "host": found.host or None,
         "instrument": found.instrument,
         "published_at": moment(found.published_at),
+    }
+
+
+def action(found: StoredAction) -> Document:
+    """The columns of the view fks.actions."""
+    one = found.action
+    return {
+        "symbol": one.symbol,
+        "kind": one.kind.value,
+        "ex_date": one.ex_date.isoformat(),
+        "ratio": one.ratio,
+        "amount": one.amount,
+        "currency": one.currency,
+        "provider": found.provider,
+        "fetched_at": moment(found.fetched_at),
+        "begins_at": moment(found.begins_at),
+        "used": found.used,
     }
 
 

@@ -1,4 +1,4 @@
-"""Corporate actions: splits of stocks, as data of their own. Prices are stored as traded and adjusted when they are read.
+"""Corporate actions: splits of stocks, as data of their own. Prices are stored as traded, and adjusted when read.
 
 Belongs here: an action, the rules for a valid one, and the comparison of what several providers report.
 Does not belong here: which candles an action adjusts (the function `fks.ohlcv_adjusted`), where actions come from
@@ -88,9 +88,9 @@ def split_of(symbol: str, ex_date: str, ratio: float) -> Action:
 def date_of(text: str) -> date:
     """A date such as 2020-08-31. Raises ValueError."""
     try:
-        if len(text) != len("2020-08-31"):  # fromisoformat takes other forms too
-            raise ValueError
         found = date.fromisoformat(text)
+        if str(found) != text:  # it takes 2020-W36-1 and 20200831 too
+            raise ValueError
     except (ValueError, TypeError):
         raise ValueError(f"ex_date {text!r} is not a date such as 2020-08-31") from None
     if not _FIRST <= found < _PAST:

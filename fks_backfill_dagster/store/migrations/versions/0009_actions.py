@@ -24,8 +24,10 @@ CREATE TABLE fks.action (
     rank INTEGER NOT NULL,
     PRIMARY KEY (symbol, kind, ex_date, provider),
     CONSTRAINT action_values CHECK (
-        (kind = 'split' AND ratio IS NOT NULL AND ratio > 0 AND ratio < 'Infinity' AND amount IS NULL AND currency IS NULL)
-        OR (kind = 'dividend' AND ratio IS NULL AND amount IS NOT NULL AND amount > 0 AND amount < 'Infinity' AND currency IS NOT NULL)
+        (kind = 'split' AND ratio IS NOT NULL AND ratio > 0 AND ratio < 'Infinity'
+            AND amount IS NULL AND currency IS NULL)
+        OR (kind = 'dividend' AND ratio IS NULL AND amount IS NOT NULL AND amount > 0 AND amount < 'Infinity'
+            AND currency IS NOT NULL)
     )
 )
 """
@@ -129,7 +131,7 @@ BEGIN
         $query$
         WITH day AS (
             SELECT d.*, date_trunc('week', d.ts, 'UTC') AS week, $2[width_bucket(d.ts, $1) + 1] AS factor
-            FROM unnest($5) m(ts)
+            FROM (SELECT DISTINCT unnest($5) AS ts) m
             JOIN fks.ohlcv d ON d.ts >= m.ts AND d.ts < m.ts + interval '168 hours'
             WHERE d.symbol = %1$L AND d.timeframe = '1d' AND m.ts >= $3 AND m.ts < $4
         ), made AS (
