@@ -98,9 +98,14 @@ def date_of(text: str) -> date:
     return found
 
 
+def is_ratio(ratio: float) -> bool:
+    """Whether a split can have this ratio."""
+    return math.isfinite(ratio) and 1 / LARGEST_RATIO <= ratio <= LARGEST_RATIO
+
+
 def checked_ratio(ratio: float) -> float:
     """The ratio of a split. Raises ValueError."""
-    if not (math.isfinite(ratio) and 1 / LARGEST_RATIO <= ratio <= LARGEST_RATIO):
+    if not is_ratio(ratio):
         raise ValueError(
             f"ratio {ratio:g} is not the new shares per old share of a split: it is above 0, such as 4 for 4:1 and 0.1"
             " for 1:10"
