@@ -11,6 +11,7 @@ import numpy as np
 import orjson
 import pytest
 
+from fks_backfill_dagster.domain.actions import ReportedActions
 from fks_backfill_dagster.domain.candles import PRICES, Candles
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.quality import Reason, verify
@@ -18,9 +19,11 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe
 from fks_backfill_dagster.providers.base import (
+    ActionSource,
     FetchResult,
     InvalidResponse,
     PermanentError,
+    Provider,
     ProviderError,
     RateLimited,
     TooOld,
@@ -647,6 +650,11 @@ class TestResponses:
             assert type(caught.value) is kind
 
 
+def actions_of(provider: Provider, timeframe: Timeframe = Timeframe.D1) -> ReportedActions:
+    assert isinstance(provider, ActionSource)
+    return provider.fetch_actions(stock(timeframe))
+
+
 class TestActions:
     """The splits in the events of a chart, as actions."""
 
@@ -667,7 +675,7 @@ class TestActions:
         now = us("2020-12-01")
         truth = with_splits(traded(Timeframe.D1, span("2014-05-01", "2020-12-01")), APPLE_SPLITS)
         with serve(SmallYahoo({"1d": truth}, now, APPLE_SPLITS)) as server:
-            found = make("yfinance", server.url, clock=lambda: now).fetch_actions(stock(Timeframe.H1))
+            found = actions_of(make("yfinance", server.url, clock=lambda: now), Timeframe.H1)
             (request,) = server.requests
         assert (request.query["period1"], request.query["interval"]) == ("0", "1d")
         assert [(str(one.ex_date), one.ratio) for one in found.actions] == [
@@ -694,9 +702,7 @@ class TestActions:
         document = chart(traded(Timeframe.D1, span("2014-06-01", "2014-07-01")), "1d")
         document["chart"]["result"][0]["events"] = {"splits": {"1": bad, "2": good}}
         with serve(lambda _: json_said(document)) as server:
-            found = make("yfinance", server.url, clock=lambda: us("2021-01-01")).fetch_actions(
-                stock(Timeframe.D1)
-            )
+            found = actions_of(make("yfinance", server.url, clock=lambda: us("2021-01-01")))
         assert [(str(one.ex_date), one.ratio) for one in found.actions] == [("2014-06-09", 7)]
         (refused,) = found.refused
         assert refused.startswith("yfinance: AAPL: ")
@@ -708,10 +714,10 @@ class TestActions:
             serve(lambda _: json_said(other)) as server,
             pytest.raises(InvalidResponse, match="another symbol"),
         ):
-            make("yfinance", server.url, retry_budget_seconds=0).fetch_actions(stock(Timeframe.D1))
+            actions_of(make("yfinance", server.url, retry_budget_seconds=0))
         unknown = failed("Not Found", "No data found, symbol may be delisted", 404)
         with serve(lambda _: unknown) as server, pytest.raises(UnknownSymbol):
-            make("yfinance", server.url).fetch_actions(stock(Timeframe.D1))
+            actions_of(make("yfinance", server.url))
 
     def test_the_recorded_split_of_apple(self, make: Make) -> None:
         """4:1 on 2020-08-31, from a real response; the tests above have events of the same form."""
@@ -720,7 +726,5 @@ class TestActions:
             pytest.skip("real candles are not here")
         document = orjson.loads(file.read_bytes())["response"]["bodyJson"]
         with serve(lambda _: json_said(document)) as server:
-            found = make("yfinance", server.url, clock=lambda: us("2021-01-01")).fetch_actions(
-                stock(Timeframe.D1)
-            )
+            found = actions_of(make("yfinance", server.url, clock=lambda: us("2021-01-01")))
         assert [(str(one.ex_date), one.ratio) for one in found.actions] == [("2020-08-31", 4)]
