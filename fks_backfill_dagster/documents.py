@@ -18,6 +18,7 @@ from fks_backfill_dagster.domain.timeframe import MICROS_PER_MINUTE, iso, to_dat
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.actions import StoredAction
     from fks_backfill_dagster.ledger.reconcile import Difference, SeriesAudit
+    from fks_backfill_dagster.pipeline.actions import RefreshedActions
     from fks_backfill_dagster.pipeline.audit import AuditReport
     from fks_backfill_dagster.pipeline.coverage import Coverage
     from fks_backfill_dagster.pipeline.fill import FilledGap
@@ -252,6 +253,21 @@ def action(found: StoredAction) -> Document:
         "fetched_at": moment(found.fetched_at),
         "begins_at": moment(found.begins_at),
         "used": found.used,
+    }
+
+
+def refreshed_actions(found: RefreshedActions) -> Document:
+    """The response of one provider about one stock; numbers are null without one."""
+    failed = found.error is not None
+    return {
+        "symbol": found.instrument.symbol,
+        "provider": found.provider,
+        "listed": None if failed else found.listed,
+        "inserted": None if failed else found.written.inserted,
+        "updated": None if failed else found.written.updated,
+        "refused": list(found.refused),
+        "gone": list(found.gone),
+        "error": found.error,
     }
 
 
