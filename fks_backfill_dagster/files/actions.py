@@ -64,7 +64,8 @@ def read_actions(
                     f"line {first_lines[key]} has this date of {action.symbol} too: keep one of them"
                 )
         except ValueError as error:
-            problems.append(Problem(number, str(error)))
+            # A reason quotes the file, whose characters must not control a terminal.
+            problems.append(Problem(number, "".join(c if c.isprintable() else "?" for c in str(error))))
             continue
         found.setdefault(instrument, {})[action] = number
     if problems:

@@ -38,13 +38,14 @@ class Ingest:
 
     @classmethod
     def of(cls, fetched: Fetched, priority: Sequence[str]) -> Ingest:
-        """Everything that a span has fetched."""
+        """Everything that a span has fetched; of equal lists of actions the first one."""
+        actions = {(one.provider, one.actions): one for one in reversed(fetched.actions)}
         return cls(
             fetched.deliveries,
             fetched.rejected,
             fetched.responses,
             fetched.withdrawn,
-            fetched.actions,
+            tuple(actions.values())[::-1],
             priority,
         )
 

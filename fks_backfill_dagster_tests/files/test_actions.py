@@ -99,6 +99,12 @@ def test_a_bad_line_is_named(line: str, reason: str) -> None:
     assert reason.replace("[+]", "+") in found
 
 
+def test_a_reason_controls_no_terminal() -> None:
+    assert problems(HEADER + "A\x1b[2J,split,2020-08-31,4\n") == [
+        "line 2: symbol A?[2J is neither configured nor stored"
+    ]
+
+
 def test_every_bad_line_is_named() -> None:
     found = problems(HEADER + "AAPL,split,x,7\nAAPL,split,2014-06-09,7\nMSFT,split,2014-06-09,0\n")
     assert [line.partition(":")[0] for line in found] == ["line 2", "line 4"]

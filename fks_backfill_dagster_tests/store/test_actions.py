@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -30,10 +31,11 @@ from fks_backfill_dagster.store.actions import stored_actions
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import StoreError
 from fks_backfill_dagster.store.writer.actions import WrittenActions, write_actions
-from fks_backfill_dagster_tests.domain.builders import at, window
+from fks_backfill_dagster_tests.domain.builders import at, read_csv, window
 from fks_backfill_dagster_tests.examples import examples
 from fks_backfill_dagster_tests.store.builders import MIDNIGHT, Shelf, brought, execute, fetch
 
+SHARED = Path(__file__).resolve().parents[2] / "../shared"
 # Summer time begins in it, on 2024-03-10; 2024-01-15 and 2024-02-19 are Mondays without a session.
 QUARTER = window("2024-01-01T00:00Z", "2024-04-01T00:00Z")
 NEW_YORK = ZoneInfo("America/New_York")
@@ -317,6 +319,39 @@ def test_the_real_splits_of_apple(shared: Database) -> None:
     rows = adjusted(shared, series)
     assert [row[4] for row in rows] == [645.57 / 28, 93.70 / 4, 499.23 / 4, 129.04]
     assert [row[5] for row in rows] == [12_497_800 * 28, None, 46_907_479 * 4, 223_505_733]
+
+
+def test_all_splits_of_apple_against_recorded_factors(shared: Database) -> None:
+    """23 years of real days; the reference is the split factor that another data provider publishes for each date."""
+    factors = SHARED / "wire/recordings/corporate-actions/lean-factor_files-aapl.csv"
+    if not factors.exists():
+        pytest.skip("real candles are not here")
+    traded = read_csv(SHARED / "data/equity/AAPL-1d.csv.gz")
+    series = stock("1d")
+    sessions = grid_of(series).opens(window("1998-01-01T00:00Z", "2021-04-01T00:00Z"))
+    candles = traded.take(np.isin(traded.ts, sessions))
+    shelf = Shelf.of(shared, series)
+    shelf.commit(window("1998-01-01T00:00Z", "2021-04-01T00:00Z"), brought(candles))
+    rows = [line.split(",") for line in factors.read_text().splitlines()]
+    last_days = np.array([at(f"{row[0][:4]}-{row[0][4:6]}-{row[0][6:]}T00:00Z") for row in rows])
+    by_row = np.array([float(row[2]) for row in rows])
+    # A row holds up to its date: the split begins in the session after it.
+    changes = np.flatnonzero(by_row[1:] != by_row[:-1])
+    found = [
+        (
+            str(to_datetime(int(sessions[sessions > last_days[row]][0])).date()),
+            round(by_row[row + 1] / by_row[row]),
+        )
+        for row in changes
+    ]
+    assert found == [("2000-06-21", 2), ("2005-02-28", 2), ("2014-06-09", 7), ("2020-08-31", 4)]
+    report(shared, series, *found)
+    whole = queries.read_adjusted(shared, series, window("1998-01-01T00:00Z", "2021-04-01T00:00Z"))
+    reference_factors = by_row[np.searchsorted(last_days, candles.ts)]
+    assert len(whole) > 5_800
+    assert whole.close == pytest.approx(candles.close * reference_factors, rel=1e-5)
+    assert whole.volume == pytest.approx(candles.volume / reference_factors, rel=1e-5)
+    assert np.abs(np.diff(np.log(whole.close))).max() < 0.8 < np.abs(np.diff(np.log(candles.close))).max()
 
 
 def test_an_evening_in_utc_belongs_to_the_session(shared: Database) -> None:
