@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.domain.corrections import CorrectionError
     from fks_backfill_dagster.domain.patterns import Classification
     from fks_backfill_dagster.domain.candles import Candles
+    from fks_backfill_dagster.domain.actions import StoredAction
     from fks_backfill_dagster.ledger.reconcile import Difference, SeriesAudit
+    from fks_backfill_dagster.pipeline.actions import RefreshedActions
     from fks_backfill_dagster.pipeline.audit import AuditReport
     from fks_backfill_dagster.pipeline.coverage import Coverage
     from fks_backfill_dagster.pipeline.fill import FilledGap
@@ -490,6 +492,36 @@ def neighbours(found: Sequence[Neighbour]) -> list[Document]:
         {"ts": moment(one.ts), **{name: getattr(one, name) for name in FIELDS}, "provider": one.provider}
         for one in found
     ]
+def action(found: StoredAction) -> Document:
+    """The columns of the view fks.actions."""
+    one = found.action
+    return {
+        "symbol": one.symbol,
+        "kind": one.kind.value,
+        "ex_date": one.ex_date.isoformat(),
+        "ratio": one.ratio,
+        "amount": one.amount,
+        "currency": one.currency,
+        "provider": found.provider,
+        "fetched_at": moment(found.fetched_at),
+        "begins_at": moment(found.begins_at),
+        "used": found.used,
+    }
+
+
+def refreshed_actions(found: RefreshedActions) -> Document:
+    """The response of one provider about one stock; numbers are null without one."""
+    failed = found.error is not None
+    return {
+        "symbol": found.instrument.symbol,
+        "provider": found.provider,
+        "listed": None if failed else found.listed,
+        "inserted": None if failed else found.written.inserted,
+        "updated": None if failed else found.written.updated,
+        "refused": list(found.refused),
+        "gone": list(found.gone),
+        "error": found.error,
+    }
 
 
 def moment(when: datetime | None) -> str | None:

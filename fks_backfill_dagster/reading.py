@@ -41,6 +41,7 @@ def read_candles(
     end: Moment | None = None,
     as_of: Moment | None = None,
     *,
+    adjust: str | None = None,
     url: str | None = None,
 ) -> pd.DataFrame:
     """The stored candles of a series that open in `[start, end)`, ascending.
@@ -50,6 +51,10 @@ def read_candles(
     Moments are datetimes or ISO 8601 text, UTC where no zone is given. With `as_of`: the contents of this
     database at that moment; the same `as_of` always returns the same frame. A standby refuses `as_of`: it
     receives commits later than the primary server, so the frame could change.
+
+    Prices are as traded. With `adjust="splits"` they and the volumes are in today's shares, as from the function
+    `fks.ohlcv_adjusted`; it needs no `as_of`, because splits have no history here. The prices of a week that cannot be
+    adjusted are NaN.
 
     `url` is a PostgreSQL URL; without it the settings decide (FKS_DATABASE_URL, else the embedded
     database, which then runs as long as this process).
@@ -66,11 +71,15 @@ def read_candles(
         _EVER.start if start is None else _micros(start), _EVER.end if end is None else _micros(end)
     )
     moment = None if as_of is None else to_datetime(_micros(as_of))
+    _check_adjust(adjust, moment)
     database = Database(url, pool_size=1) if url else connect(settings, database_url(settings), pool_size=1)
     try:
         database.check()
         series = catalog.find_series(symbol, timeframe, _stored(database))
-        candles = store.read_candles(database, series, window, moment)
+        if adjust is None:
+            candles = store.read_candles(database, series, window, moment)
+        else:
+            candles = store.read_adjusted(database, series, window)
         if len(candles) == 0 and not store.sync_status(database, series):
             raise UnknownSeries(
                 f"Nothing is stored of {series} in {database.where}: run"
@@ -79,6 +88,16 @@ def read_candles(
     finally:
         database.dispose()
     return _frame(candles)
+
+
+def _check_adjust(adjust: str | None, as_of: datetime | None) -> None:
+    """Raises ValueError for an adjustment that does not exist."""
+    if adjust == "all":
+        raise ValueError("adjust='all' needs dividends, which are not stored yet: use adjust='splits'")
+    if adjust not in (None, "splits"):
+        raise ValueError(f"adjust={adjust!r} is unknown: use adjust='splits', or none for prices as traded")
+    if adjust is not None and as_of is not None:
+        raise ValueError("adjust and as_of exclude each other: the database keeps no history of splits")
 
 
 def _stored(database: Database) -> Iterator[Series]:

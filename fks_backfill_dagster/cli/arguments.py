@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from fks_backfill_dagster.cli.completion import complete_provider, complete_series
+from fks_backfill_dagster.cli.completion import complete_provider, complete_series, complete_symbol
 from fks_backfill_dagster.cli.output import log
 
 if TYPE_CHECKING:
-    from fks_backfill_dagster.domain.series import Series
+    from fks_backfill_dagster.domain.series import Instrument, Series
     from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.model import Settings
 
@@ -61,6 +61,11 @@ def any_series(command: F) -> F:
     return series_arguments(command, metavar="[SYMBOL... [TIMEFRAME]]")
 
 
+def symbol_arguments(command: F) -> F:
+    """`[SYMBOL]...` without a timeframe, given to the command as `names`; see `choose_instruments`."""
+    return click.argument("names", nargs=-1, metavar="[SYMBOL]...", shell_complete=complete_symbol)(command)
+
+
 def choose(catalog: Catalog, names: Sequence[str], everything: bool, stored: Iterable[Series] = ()) -> Chosen:
     """The series selected by the arguments of `series_arguments`.
 
@@ -80,6 +85,32 @@ def choose(catalog: Catalog, names: Sequence[str], everything: bool, stored: Ite
             return Chosen((catalog.find_series(symbols[0], timeframe, stored),), many=False)
         found = [_series_of(catalog, symbol, timeframe, stored) for symbol in symbols or ["*"]]
         return Chosen(_in_order(catalog, dict.fromkeys(one for each in found for one in each)), many=True)
+
+
+def choose_instruments(
+    catalog: Catalog, names: Sequence[str], stored: Iterable[Series] = ()
+) -> tuple[Instrument, ...]:
+    """The configured and stored instruments of these symbols or globs, or all of them if none is named."""
+    from fks_backfill_dagster.domain.series import identifier
+
+    known = catalog.known(stored).values()
+    found = list(known) if not names else []
+    with usage():
+        for name in names:
+            if is_timeframe(name):
+                raise ValueError(
+                    f"{name} is a timeframe, and actions belong to a symbol as a whole: leave it out"
+                )
+            if _is_glob(name):
+                found += _matching(catalog, name, None, known)
+                continue
+            wanted = identifier(name.strip()).upper()
+            mine = [one for one in known if identifier(one.symbol).upper() == wanted]
+            if not mine:
+                nearest = nearest_symbols(name, (one.symbol for one in known))
+                raise ValueError(f"{name} is neither configured nor stored; {nearest}")
+            found += mine
+    return tuple(dict.fromkeys(one.instrument for one in found))
 
 
 def split(names: Sequence[str]) -> tuple[Sequence[str], str | None]:

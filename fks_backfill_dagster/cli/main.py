@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from fks_backfill_dagster.cli.actions import actions
 from fks_backfill_dagster.cli.audit import audit
 from fks_backfill_dagster.cli.backfill import backfill
 from fks_backfill_dagster.cli.batches import batches
@@ -150,6 +151,7 @@ for command in (
     correct,
     corrections,
     quarantine,
+    actions,
     export,
     simulate,
     db,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from fks_backfill_dagster.domain.closures import Dates, closed_ranges, market_closures
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
-from fks_backfill_dagster.domain.series import Series
+from fks_backfill_dagster.domain.series import Instrument, Series
+from fks_backfill_dagster.domain.timeframe import Timeframe
 from fks_backfill_dagster.pipeline.calendars import CalendarWatch
 from fks_backfill_dagster.pipeline.eligible import eligible, strict
 from fks_backfill_dagster.providers.base import Circuit, Provider
@@ -38,6 +39,10 @@ class Context:
     def closed(self, series: Series, window: TimeRange) -> RangeSet:
         """Where the market of a series was closed within a window although candles are expected."""
         return market_closures(series, self.closed_dates(series), window)
+
+    def action_priority(self, instrument: Instrument) -> Sequence[str]:
+        """The order of the providers whose actions of an instrument are used: that of its days."""
+        return self.priority(instrument.at(Timeframe.D1))
 
     @property
     def strict(self) -> frozenset[str]:

@@ -302,20 +302,21 @@ class _Work:
                 self.listen(Warned(self.series, message))
         self.warnings.update(dict.fromkeys(fetched.warnings))
         self.errors.update(dict.fromkeys(fetched.errors))
-        given = Ingest(fetched.deliveries, fetched.rejected, fetched.responses, fetched.withdrawn)
+        given = Ingest.of(fetched, self.context.action_priority(self.series.instrument))
         for batch in batches:
             if not fetched.recordable and not self.is_kept:
                 self._count(batch, 0, batch.candles, (), fetched)
                 continue
-            self._commit_batch(identity, plan, batch, fetched, given)
+            if self._commit_batch(identity, plan, batch, fetched, given):
+                given = replace(given, actions=())  # written with the first batch
 
-    def _commit_batch(self, identity: int, plan: Plan, batch: Batch, fetched: Fetched, given: Ingest) -> None:
+    def _commit_batch(self, identity: int, plan: Plan, batch: Batch, fetched: Fetched, given: Ingest) -> bool:
         opens = np.concatenate([d.within(batch.window).candles.ts for d in given.deliveries] or [_NONE])
         window = self.history.cut(batch.window, int(opens.min()) if len(opens) else None)
         if not window:  # before the first candle of the symbol, unless a provider did not respond
             failed = any(response.evidence.outcome is Outcome.ERROR for response in fetched.responses)
             self._count(batch, 0, 0, (), replace(fetched, failed=failed))
-            return
+            return False
         rules = Rules(
             eligible=self.eligible,
             strict=self.context.strict,
@@ -334,6 +335,7 @@ class _Work:
         self._count(
             batch, changed, done.missing, tuple(dict.fromkeys(d.origin.provider for d in mine)), fetched
         )
+        return True
 
     def _count(
         self, batch: Batch, candles: int, missing: int, names: tuple[str, ...], fetched: Fetched

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from fks_backfill_dagster.domain.actions import ReportedActions
 from fks_backfill_dagster.domain.delivery import Delivery, Origin, Transport
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.rate_limits import CoolDown, bounded_wait
@@ -197,12 +198,14 @@ class FetchResult:
     warnings: sentences for the log (an archive that failed its checksum and was skipped).
     clocks: those of the response in which the provider's clock was furthest behind; None if no response has a time.
         Candles that closed after that time are left out.
+    actions: the corporate actions that the same responses list.
     """
 
     deliveries: tuple[Delivery, ...]
     requests: int = 0
     warnings: tuple[str, ...] = ()
     clocks: Clocks | None = None
+    actions: ReportedActions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +247,18 @@ class Provider(Protocol):
 
     def missing_key(self) -> str | None:
         """The environment variable of a key that is required but not set; otherwise None."""
+        ...
+
+
+@runtime_checkable
+class ActionSource(Protocol):
+    """A provider that lists corporate actions: implemented besides `Provider` by those that do."""
+
+    def fetch_actions(self, series: Series) -> ReportedActions:
+        """Every action of a stock that the provider lists, announced ones included; `series` at any timeframe.
+
+        Invalid rows are refused one by one. Raises PermanentError or TransientError, after the provider's own retries.
+        """
         ...
 
 
@@ -296,6 +311,7 @@ class ProviderOptions:
 
 
 __all__ = [
+    "ActionSource",
     "Cancelled",
     "Capabilities",
     "Circuit",

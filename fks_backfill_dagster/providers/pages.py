@@ -1,7 +1,7 @@
 """Paged responses: concatenated, compared where they overlap, and limited in number.
 
-Belongs here: seams (where the next response begins), the comparison of neighbouring pages, and the progress of a
-chain of pages.
+Belongs here: seams (where the next response begins), the comparison of neighbouring pages, the progress of a chain of
+pages, and where the next page may be.
 Does not belong here: the request and the parsing of a page (each provider), the meaning of a jump at a seam
 (`pipeline`).
 """
@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
+from urllib.parse import SplitResult, urljoin, urlsplit, urlunsplit
 
 import numpy as np
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange, among
-from fks_backfill_dagster.providers.base import InvalidResponse
+from fks_backfill_dagster.providers.base import InvalidResponse, PermanentError
+from fks_backfill_dagster.providers.http.errors import place_of
 
 Page = TypeVar("Page")
 
@@ -75,6 +77,38 @@ class Chain:
                 f" of at most {self.candles:,}",
             )
         return newest is not None and newest >= self.window.end
+
+
+def next_page(provider: str, following: object, url: str) -> str | None:
+    """The address of the page after the one at `url`, as its response names it; None without one. Only on the host of
+    `url`, because the request contains the key.
+
+    Raises InvalidResponse for no address, PermanentError for another host.
+    """
+    if not following:
+        return None
+    try:
+        theirs, ours = urlsplit(urljoin(url, str(following))), urlsplit(url)
+        is_ours = _origin_of(theirs) == _origin_of(ours)
+    except ValueError:
+        raise InvalidResponse(
+            provider, f"{place_of(url)} returned a next page that is not an address"
+        ) from None
+    if not is_ours:
+        host = theirs.netloc.rpartition("@")[2]
+        raise PermanentError(
+            provider,
+            f"the next page is at {theirs.scheme}://{host}, which is not the configured host: "
+            f"set providers.{provider}.base_url to that if you trust it",
+        )
+    return urlunsplit((ours.scheme, ours.netloc, theirs.path, theirs.query, ""))
+
+
+def _origin_of(url: SplitResult) -> tuple[str, str | None, int | None, bool]:
+    """Identifies a server: scheme, host, port, and whether the address contains a user, who would replace the key.
+    Raises ValueError for an invalid port."""
+    port = url.port or {"http": 80, "https": 443}.get(url.scheme)
+    return url.scheme, url.hostname, port, url.username is not None
 
 
 def joined(pages: Sequence[Candles]) -> tuple[Candles, Instants]:

@@ -1,7 +1,8 @@
 """Polygon (Massive) aggregates: stocks, currency pairs and crypto pairs.
 
 Belongs here: tickers, the paging of aggregates, and the meaning of Polygon's responses.
-Does not belong here: splices with candles of another market, rows outside the session (`quality`).
+Does not belong here: rows of splits (`polygon_splits`), splices with candles of another market, rows outside the
+session (`quality`).
 
 Bars are aligned to clock intervals, independently of the session. So not all of them are on our grid:
 
@@ -32,12 +33,13 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
-from urllib.parse import SplitResult, quote, urljoin, urlsplit, urlunsplit
+from urllib.parse import quote
 from zoneinfo import ZoneInfo
 
 import numpy as np
 import pyarrow as pa
 
+from fks_backfill_dagster.domain.actions import ReportedActions
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
@@ -60,7 +62,6 @@ from fks_backfill_dagster.providers.base import (
     InvalidResponse,
     NotEntitled,
     Origin,
-    PermanentError,
     ProviderError,
     ProviderOptions,
     RateLimited,
@@ -77,7 +78,8 @@ from fks_backfill_dagster.providers.http.limiter import Limiter, system_micros
 from fks_backfill_dagster.providers.http.pool import RequestPool, Tally, counted
 from fks_backfill_dagster.providers.keys import redact, usable_key
 from fks_backfill_dagster.providers.numbers import bounded, to_double, to_instants
-from fks_backfill_dagster.providers.pages import Chain, joined
+from fks_backfill_dagster.providers.pages import Chain, joined, next_page
+from fks_backfill_dagster.providers.polygon_splits import MOST_PAGES, read_splits, rows_of, splits_url
 from fks_backfill_dagster.providers.sessions import midnight_dates
 
 NAME, KEY_VARIABLE = POLYGON.name, POLYGON.key_variable
@@ -132,7 +134,7 @@ class _BeyondPlan(NotEntitled):
 
 
 class Polygon:
-    """Implements `Provider`; safe to call from several threads."""
+    """Implements `Provider` and `ActionSource`; safe to call from several threads."""
 
     name = NAME
     capabilities = Capabilities(
@@ -220,6 +222,35 @@ class Polygon:
     def instrument(self, series: Series) -> str:
         return ticker_of(series)
 
+    def fetch_actions(self, series: Series) -> ReportedActions:
+        """Every split of a stock, announced ones included."""
+        if self.missing_key() is not None:
+            raise WrongKey(NAME, f"it needs a key: set {KEY_VARIABLE}")
+        requested_at, ticker = self._clock(), self.instrument(series)
+        following: str | None = splits_url(self._base_url, ticker)
+        rows = list[object]()
+        with counted() as tally:
+            for _ in range(MOST_PAGES):
+                page, following = self._splits_page(following or "", tally)
+                rows += page
+                if following is None:
+                    return ReportedActions(
+                        NAME, requested_at, *read_splits(rows, NAME, series.symbol, ticker)
+                    )
+        raise InvalidResponse(
+            NAME, f"its splits of {ticker} link page after page: more than {MOST_PAGES} pages"
+        )
+
+    def _splits_page(self, url: str, tally: Tally) -> tuple[list[object], str | None]:
+        """The rows of one page of splits, and the URL of the next one."""
+
+        def attempt() -> tuple[list[object], str | None]:
+            reply = self._client.exchange(url)
+            document = self._document(reply)
+            return rows_of(document, NAME, reply.place), next_page(NAME, document.get("next_url"), url)
+
+        return self._client.pool.map(NAME, lambda one: self._client.run(one, tally), [attempt])[0]
+
     def _too_old(self, series: Series, refused: int, tally: Tally) -> TooOld | None:
         """The error with the plan's edge; None for a plan without any day of these bars.
 
@@ -283,12 +314,12 @@ class Polygon:
             reply = self._client.exchange(url)
             document = self._document(reply, self.instrument(series))
             now, bars = tally.closed_by(reply.headers, self._clock()), _bars_of(document, reply.place)
-            return _closed(bars, series, now), bars.ts, self._next_url(document, url)
+            return _closed(bars, series, now), bars.ts, next_page(NAME, document.get("next_url"), url)
 
         return self._client.pool.map(NAME, lambda one: self._client.run(one, tally), [attempt])[0]
 
-    def _document(self, reply: Reply, ticker: str) -> dict[str, object]:
-        """The decoded response. Raises the error it stands for."""
+    def _document(self, reply: Reply, ticker: str | None = None) -> dict[str, object]:
+        """The decoded response, of `ticker` if it names one. Raises the error it stands for."""
         if reply.status != 200:
             failure = self._client.failure(reply)
             is_plan = reply.status == 403 and b"NOT_AUTHORIZED" in reply.body
@@ -298,7 +329,7 @@ class Polygon:
             raise InvalidResponse(NAME, f"{reply.place} returned no object")
         if document.get("status") not in ("OK", "DELAYED"):
             raise self._refusal(document, reply)
-        if document.get("ticker") != ticker:
+        if ticker is not None and document.get("ticker") != ticker:
             raise InvalidResponse(NAME, f"{reply.place} returned another ticker than {ticker}")
         return document
 
@@ -313,35 +344,6 @@ class Polygon:
         if "maximum requests" in message:
             return RateLimited(NAME, text, retry_after=retry_after(reply.headers))
         return TransientError(NAME, text)
-
-    def _next_url(self, document: dict[str, object], url: str) -> str | None:
-        """The address of the page after the one at `url`. Only on the configured host, because the request contains
-        the key."""
-        following = document.get("next_url")
-        if not following:
-            return None
-        try:
-            theirs, ours = urlsplit(urljoin(url, str(following))), urlsplit(url)
-            is_ours = _origin_of(theirs) == _origin_of(ours)
-        except ValueError:
-            raise InvalidResponse(
-                NAME, f"{place_of(url)} returned a next page that is not an address"
-            ) from None
-        if not is_ours:
-            host = theirs.netloc.rpartition("@")[2]
-            raise PermanentError(
-                NAME,
-                f"the next page is at {theirs.scheme}://{host}, which is not the configured host: "
-                "set providers.polygon.base_url to that if you trust it",
-            )
-        return urlunsplit((ours.scheme, ours.netloc, theirs.path, theirs.query, ""))
-
-
-def _origin_of(url: SplitResult) -> tuple[str, str | None, int | None, bool]:
-    """Identifies a server: scheme, host, port, and whether the address contains a user, who would replace the key.
-    Raises ValueError for an invalid port."""
-    port = url.port or {"http": 80, "https": 443}.get(url.scheme)
-    return url.scheme, url.hostname, port, url.username is not None
 
 
 def _has_own_days(series: Series) -> bool:

@@ -9,7 +9,7 @@ native half hours are reported to contain whole ones), 1w from 1d. Four differen
 splits       prices and volumes are adjusted by every later split. Each response lists the splits of its own range, so
              the responses of a fetch together extend to now, and the adjustment is undone as far as the prices show it
              (`splits.py`): some listed splits have not been applied. Candles before a split that the prices do not
-             decide are declined, with TooOld.
+             decide are declined, with TooOld. The listed splits are part of the result, as actions.
 days         are stamped at the session's open, at midnight, or an hour before it: moved to the session's date
              (`sessions.py`).
 latest bar   is stamped with the last trade, and still forming: dropped by the clock.
@@ -22,13 +22,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 from zoneinfo import ZoneInfo
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fks_backfill_dagster.domain.actions import ReportedActions
 from fks_backfill_dagster.domain.candles import PRICES, Candles
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
@@ -65,8 +67,11 @@ from fks_backfill_dagster.providers.numbers import to_floats, to_instant, to_ins
 from fks_backfill_dagster.providers.pages import joined
 from fks_backfill_dagster.providers.sessions import session_dates, wall_clock
 from fks_backfill_dagster.providers.splits import as_traded
+from fks_backfill_dagster.providers.yahoo_events import NO_EVENTS, Events, dated, read_events
 
 NAME = YFINANCE.name
+
+T = TypeVar("T")
 
 _BROWSER = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/131.0 Safari/537.36"
 _PARTS: Mapping[Timeframe, Timeframe] = {
@@ -100,7 +105,7 @@ class _Chart:
 
 
 class YFinance:
-    """Implements `Provider`; safe to call from several threads."""
+    """Implements `Provider` and `ActionSource`; safe to call from several threads."""
 
     name = NAME
     capabilities = Capabilities(
@@ -171,7 +176,22 @@ class YFinance:
         )
         seams = seams[(seams > window.start) & (seams < window.end)]
         deliveries = (Delivery(candles, origin, seams),) if len(candles) else ()
-        return FetchResult(deliveries, tally.count, clocks=tally.clocks)
+        zone = next((chart.zone for chart in charts if chart.zone), None)
+        happened = _ratios(charts, min(chart.now for chart in charts))
+        actions = ReportedActions(NAME, now, dated(happened, series, zone))
+        return FetchResult(deliveries, tally.count, clocks=tally.clocks, actions=actions)
+
+    def fetch_actions(self, series: Series) -> ReportedActions:
+        """The splits of the whole history, from the events of one chart of days."""
+        symbol, now = symbol_of(series), self._clock()
+        path = _range_path(symbol, Timeframe.D1, TimeRange(0, now))
+        with counted() as tally:
+
+            def attempt() -> Events:
+                return self._answer(symbol, path, tally, partial(_events, symbol), lambda _: NO_EVENTS)
+
+            (events,) = self._client.pool.map(NAME, lambda one: self._client.run(one, tally), [attempt])
+        return ReportedActions(NAME, now, dated(events.splits, series, events.zone), events.refused)
 
     def instrument(self, series: Series) -> str:
         return symbol_of(series)
@@ -191,14 +211,30 @@ class YFinance:
         return self._client.pool.map(NAME, fetch, paths)
 
     def _chart(self, symbol: str, interval: Timeframe, path: str, tally: Tally) -> _Chart:
-        """One exchange and the parsing of its response."""
+        return self._answer(
+            symbol,
+            path,
+            tally,
+            lambda result, now: _read(result, symbol, interval, now),
+            lambda now: _Chart(Candles.empty(), {}, None, now),
+        )
+
+    def _answer(
+        self,
+        symbol: str,
+        path: str,
+        tally: Tally,
+        read: Callable[[Any, int], T],
+        empty: Callable[[int], T],
+    ) -> T:
+        """One exchange and the parsing of its response, by `read`; `empty` makes the result of an empty range."""
         reply = self._client.exchange(f"{self._base_url}{path}")
         result = self._result(reply, symbol)
         now = tally.closed_by(reply.headers, self._clock())
         if result is None:
-            return _Chart(Candles.empty(), {}, None, now)
+            return empty(now)
         try:
-            return _read(result, symbol, interval, now)
+            return read(result, now)
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             problem = error if isinstance(error, _Invalid) else "a chart of another shape"
             raise InvalidResponse(NAME, f"{reply.place} returned {problem}") from None
@@ -280,13 +316,13 @@ def _candles(
     if zone is None or not len(bars):
         return Candles.empty(), seams, None
     now, last_trade = min(chart.now for chart in charts), charts[-1].last_trade
-    ratios = {at: ratio for chart in charts for at, ratio in chart.splits.items() if at <= now}
-    at = np.array(sorted(ratios), dtype=np.int64)
+    ratios = _ratios(charts, now)
+    at = np.array(list(ratios), dtype=np.int64)
     split_dates = session_dates(at, series.at(Timeframe.D1), zone)
     local = wall_clock(bars.ts, zone) // MICROS_PER_DAY * MICROS_PER_DAY
     daily = series.timeframe is Timeframe.D1
     dates = session_dates(bars.ts, series, zone, last_trade) if daily else local
-    factors = np.array([ratios[n] for n in at.tolist()])
+    factors = np.array(list(ratios.values()))
     traded = as_traded(bars, np.maximum.accumulate(dates), split_dates, factors)
     moved = dates if daily else bars.ts
     doubt = None
@@ -296,6 +332,12 @@ def _candles(
     kept = _kept(bars.ts, dates, local, last_trade) if daily else _whole(bars.ts, last_trade, series)
     candles = replace(traded.bars, ts=moved).take(kept)
     return candles.take(candles.ts < grid_of(series).closed_end(now)), seams, doubt
+
+
+def _ratios(charts: Sequence[_Chart], now: int) -> dict[int, float]:
+    """The ratio of each split that has begun by its instant, ascending."""
+    found = {at: ratio for chart in charts for at, ratio in chart.splits.items() if at <= now}
+    return dict(sorted(found.items()))
 
 
 def _kept(stamps: Instants, dates: Instants, local: Instants, last_trade: int | None) -> NDArray[np.intp]:
@@ -320,8 +362,7 @@ class _Invalid(ValueError):
 def _read(result: Any, symbol: str, interval: Timeframe, now: int) -> _Chart:
     """Raises _Invalid, or for another shape the exceptions that `_chart` handles."""
     meta = result["meta"]
-    if str(meta["symbol"]).upper() != symbol.upper():
-        raise _Invalid(f"another symbol than {symbol}")
+    _check_symbol(meta, symbol)
     if meta.get("dataGranularity", interval) != interval:
         raise _Invalid(f"bars of {meta['dataGranularity']} for {interval}")
     zone = ZoneInfo(meta["exchangeTimezoneName"])
@@ -344,6 +385,17 @@ def _bars(stamps: Any, quote: Any) -> Candles:
         raise _Invalid("columns of different lengths")
     priced = ~np.isnan(np.stack(columns[:4])).all(axis=0)
     return Candles(ts, *columns).take(np.flatnonzero(priced))
+
+
+def _events(symbol: str, result: Any, _: int) -> Events:
+    """The splits of a chart, without its bars."""
+    _check_symbol(result["meta"], symbol)
+    return read_events(result, NAME, symbol)
+
+
+def _check_symbol(meta: Any, symbol: str) -> None:
+    if str(meta["symbol"]).upper() != symbol.upper():
+        raise _Invalid(f"another symbol than {symbol}")
 
 
 def _splits(result: Any) -> dict[int, float]:

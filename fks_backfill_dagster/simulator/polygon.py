@@ -35,6 +35,8 @@ from fks_backfill_dagster.simulator.config import instant, plain_symbol
 from fks_backfill_dagster.simulator.faults import Fields
 from fks_backfill_dagster.simulator.frames import EvenRuler, Ruler, WallRuler, WeekRuler, ceil, floor
 from fks_backfill_dagster.simulator.market import newest, oldest
+from fks_backfill_dagster.simulator.polygon_splits import PATH as SPLITS
+from fks_backfill_dagster.simulator.polygon_splits import splits_cursor, splits_reply
 from fks_backfill_dagster.simulator.sessions import NEW_YORK, utc
 from fks_backfill_dagster.simulator.splits import adjusted
 from fks_backfill_dagster.simulator.state import Instrument, Sandbox
@@ -132,6 +134,8 @@ class Polygon:
     def answer(self, call: Call) -> Answer:
         if (rejection := self._unauthorised(call)) is not None:
             return Answer(rejection, "aggs")
+        if call.path == SPLITS:
+            return self._splits(call)
         match = _PATH.fullmatch(call.path)
         if match is None:
             return Answer(_json({"status": "NOT_FOUND", "message": "404 page not found"}, 404), "unknown")
@@ -144,6 +148,12 @@ class Polygon:
         if body is None:
             body = self._page(request, call.base_url)[0]
         return Answer(Reply(body), "aggs", 1, request.ticker, request.window, ROWS)
+
+    def _splits(self, call: Call) -> Answer:
+        """The splits of a ticker; the local market needs one."""
+        ticker = call.query.get("ticker") or splits_cursor(call.query).get("ticker", "")
+        known = self._sandbox.splits_of(ticker)
+        return Answer(splits_reply(known, call.query, call.base_url), "splits", 1, ticker or None)
 
     def prepare(self, ticker: str, timeframe: Timeframe, window: TimeRange, base_url: str) -> tuple[int, int]:
         """Builds the pages of a client that requests all of `window` with the maximum limit.

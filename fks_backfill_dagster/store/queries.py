@@ -26,6 +26,13 @@ from fks_backfill_dagster.store.sql import as_series, micros, named, table_of
 
 _COLUMNS = "ts, open, high, low, close, coalesce(volume, 'NaN')"
 
+# Adjusted prices can be unknown too.
+_ADJUSTED = (
+    "SELECT ts, coalesce(open, 'NaN'), coalesce(high, 'NaN'), coalesce(low, 'NaN'), coalesce(close, 'NaN'),"
+    " coalesce(volume, 'NaN') FROM fks.ohlcv_adjusted(%(symbol)s, %(timeframe)s, %(start)s, %(end)s, 'splits')"
+    " ORDER BY ts"
+)
+
 # COPY of a hypertable returns no rows; COPY of a query does.
 _STORED = (
     "SELECT {columns} FROM {table} WHERE series_id = %(id)s AND ts >= %(start)s AND ts < %(end)s ORDER BY ts"
@@ -118,6 +125,18 @@ def read_candles(
     Raises StoreError for an `as_of` in the future and for any `as_of` on a standby, ValueError for one without a zone.
     """
     return Candles.concat(list(_blocks(database, series, [window], as_of)))
+
+
+@repeated
+def read_adjusted(database: Database, series: Series, window: TimeRange) -> Candles:
+    """As `read_candles`, adjusted by splits; prices that cannot be adjusted are NaN. See fks.ohlcv_adjusted."""
+    named_window = {"start": to_datetime(window.start), "end": to_datetime(window.end)}
+    with (
+        database.begin() as connection,
+        cursor_of(connection) as cursor,
+        cursor.copy(f"COPY ({_ADJUSTED}) TO STDOUT (FORMAT BINARY)", named(series) | named_window) as copy,
+    ):
+        return copy_format.decode(copy)
 
 
 @repeated

@@ -12,6 +12,7 @@
             └─ validation            verdicts of comparisons with other providers
     listing                          when a provider listed a symbol
     calendar                         past sessions of the exchange calendars that the database was filled with
+    action                           corporate actions by symbol and provider
     pacing                           accounts at providers: cool-downs, failures, open circuits
     ├─ pacing_request                requests in flight
     ├─ pacing_spent                  used permits, by rate window
@@ -333,6 +334,33 @@ calendar = sa.Table(
     # The version of exchange-calendars that they come from.
     sa.Column("library", sa.Text, nullable=False),
     sa.Column("recorded_at", _instant, nullable=False, server_default=_now),
+)
+
+action = sa.Table(
+    "action",
+    metadata,
+    sa.Column("symbol", sa.Text, primary_key=True),
+    sa.Column("kind", sa.Text, primary_key=True),
+    # A date of the exchange, and the moment at which it begins there.
+    sa.Column("ex_date", sa.Date, primary_key=True),
+    sa.Column("provider", sa.Text, primary_key=True),
+    # New shares per old share.
+    sa.Column("ratio", sa.Double),
+    # Of dividends, which are not stored yet.
+    sa.Column("amount", sa.Double),
+    sa.Column("currency", sa.Text),
+    # When these values were first received.
+    sa.Column("fetched_at", _instant, nullable=False),
+    sa.Column("begins_at", _instant, nullable=False),
+    # The provider's place in the priority of the symbol when it was last written; 0: a person's file.
+    sa.Column("rank", sa.Integer, nullable=False),
+    sa.CheckConstraint(
+        "(kind = 'split' AND ratio IS NOT NULL AND ratio > 0 AND ratio < 'Infinity' AND amount IS NULL"
+        " AND currency IS NULL)"
+        " OR (kind = 'dividend' AND ratio IS NULL AND amount IS NOT NULL AND amount > 0 AND amount < 'Infinity'"
+        " AND currency IS NOT NULL)",
+        name="action_values",
+    ),
 )
 
 

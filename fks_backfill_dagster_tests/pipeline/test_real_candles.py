@@ -27,6 +27,7 @@ from fks_backfill_dagster.providers.http.pool import RequestPool
 from fks_backfill_dagster.providers.registry import build, resolve_options
 from fks_backfill_dagster.simulator import LocalMarket, MarketConfig, Split
 from fks_backfill_dagster.store import queries
+from fks_backfill_dagster.store.actions import stored_actions
 from fks_backfill_dagster.store.database import Database
 
 SharedData = Callable[[str], Path]
@@ -171,6 +172,8 @@ def test_aapl_days_are_the_files_rows_inside_the_calendar(
     assert queries.read_candles(database, series, window).equals(inside)
     assert (report.complete, report.expected, report.stored) == (True, 5849, 5849)
     assert queries.ledger_gaps(database, series, window) == ()
+    listed = [(one.action.ex_date, one.action.ratio) for one in stored_actions(database)]
+    assert listed == [(one.day, one.new) for one in APPLES_SPLITS if provider == "yfinance"]
 
 
 def test_hours_of_an_invented_stock_miss_the_candles_missing_in_its_file(

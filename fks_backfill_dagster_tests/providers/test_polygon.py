@@ -31,10 +31,8 @@ from fks_backfill_dagster.providers.base import (
     UnknownSymbol,
     WrongKey,
 )
-from fks_backfill_dagster.providers.http.limiter import ProcessLimiter
-from fks_backfill_dagster.providers.http.pool import RequestPool
-from fks_backfill_dagster.providers.polygon import Polygon, ticker_of
-from fks_backfill_dagster.providers.registry import build, resolve_options
+from fks_backfill_dagster.providers.pages import next_page
+from fks_backfill_dagster.providers.polygon import ticker_of
 from fks_backfill_dagster_tests.providers.conftest import Make
 from fks_backfill_dagster_tests.providers.markets import new_york_midnight
 from fks_backfill_dagster_tests.providers.scripted import (
@@ -462,15 +460,13 @@ class TestKey:
 
     @pytest.mark.parametrize("written", ["default port", "relative", "capitals"])
     def test_other_ways_to_write_the_configured_host(self, written: str) -> None:
-        provider = build("polygon", resolve_options("polygon", key=KEY), RequestPool(1), ProcessLimiter({}))
-        assert isinstance(provider, Polygon)
         url = f"{POLYGON.base_url}/v2/aggs/x?limit=9"
         following = {
             "default port": "https://api.massive.com:443/v2/aggs/x?cursor=1",
             "relative": "?cursor=1",
             "capitals": "HTTPS://API.Massive.com/v2/aggs/x?cursor=1",
         }[written]
-        assert provider._next_url({"next_url": following}, url) == f"{POLYGON.base_url}/v2/aggs/x?cursor=1"
+        assert next_page("polygon", following, url) == f"{POLYGON.base_url}/v2/aggs/x?cursor=1"
 
     @pytest.mark.parametrize(
         "elsewhere",
@@ -485,10 +481,8 @@ class TestKey:
         ],
     )
     def test_is_not_sent_to_a_similar_host(self, elsewhere: str) -> None:
-        provider = build("polygon", resolve_options("polygon", key=KEY), RequestPool(1), ProcessLimiter({}))
-        assert isinstance(provider, Polygon)
         try:
-            found = provider._next_url({"next_url": elsewhere}, f"{POLYGON.base_url}/v2/x")
+            found = next_page("polygon", elsewhere, f"{POLYGON.base_url}/v2/x")
         except ProviderError:
             return
         assert str(found).startswith(f"{POLYGON.base_url}/")

@@ -11,6 +11,7 @@ import numpy as np
 import orjson
 import pytest
 
+from fks_backfill_dagster.domain.actions import ReportedActions
 from fks_backfill_dagster.domain.candles import PRICES, Candles
 from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.quality import Reason, verify
@@ -18,9 +19,11 @@ from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import MICROS_PER_DAY, MICROS_PER_HOUR, Timeframe
 from fks_backfill_dagster.providers.base import (
+    ActionSource,
     FetchResult,
     InvalidResponse,
     PermanentError,
+    Provider,
     ProviderError,
     RateLimited,
     TooOld,
@@ -645,3 +648,83 @@ class TestResponses:
             with pytest.raises(kind) as caught:
                 self.fetch(make, Scripted(body, case["status"]))
             assert type(caught.value) is kind
+
+
+def actions_of(provider: Provider, timeframe: Timeframe = Timeframe.D1) -> ReportedActions:
+    assert isinstance(provider, ActionSource)
+    return provider.fetch_actions(stock(timeframe))
+
+
+class TestActions:
+    """The splits in the events of a chart, as actions."""
+
+    def test_the_splits_of_a_fetch_are_part_of_its_result(self, make: Make) -> None:
+        """Those that Yahoo has not applied to its prices as well, and none of a later date than now."""
+        window, now = span("2014-05-01", "2014-07-01"), us("2020-12-01")
+        truth = with_splits(traded(Timeframe.D1, TimeRange(window.start, now)), APPLE_SPLITS)
+        with serve(SmallYahoo({"1d": truth}, now, APPLE_SPLITS)) as server:
+            answer = make("yfinance", server.url, clock=lambda: now).fetch(stock(Timeframe.D1), window)
+        assert answer.actions is not None
+        assert [(one.symbol, str(one.ex_date), one.ratio) for one in answer.actions.actions] == [
+            ("AAPL", "2014-06-09", 7),
+            ("AAPL", "2020-08-31", 4),
+        ]
+        assert (answer.actions.provider, answer.actions.fetched_at) == ("yfinance", now)
+
+    def test_the_whole_history_on_request(self, make: Make) -> None:
+        now = us("2020-12-01")
+        truth = with_splits(traded(Timeframe.D1, span("2014-05-01", "2020-12-01")), APPLE_SPLITS)
+        with serve(SmallYahoo({"1d": truth}, now, APPLE_SPLITS)) as server:
+            found = actions_of(make("yfinance", server.url, clock=lambda: now), Timeframe.H1)
+            (request,) = server.requests
+        assert (request.query["period1"], request.query["interval"]) == ("0", "1d")
+        assert [(str(one.ex_date), one.ratio) for one in found.actions] == [
+            ("2014-06-09", 7),
+            ("2020-08-31", 4),
+        ]
+        assert found.refused == ()
+
+    @pytest.mark.parametrize(
+        ("split", "reason"),
+        [
+            ({"numerator": 0}, "ratio 0 is not the new shares per old share"),
+            ({"numerator": -4}, "ratio -4 is not"),
+            ({"denominator": 0}, "a split of another shape"),
+            ({"numerator": "four"}, "could not convert string to float"),
+            ({"date": None}, "a split of another shape"),
+        ],
+    )
+    def test_a_bad_split_is_refused_and_the_good_one_kept(
+        self, make: Make, split: dict[str, Any], reason: str
+    ) -> None:
+        good = {"date": us("2014-06-09T13:30") // SECOND, "numerator": 7, "denominator": 1}
+        bad = {"date": us("2020-08-31T13:30") // SECOND, "numerator": 4, "denominator": 1, **split}
+        document = chart(traded(Timeframe.D1, span("2014-06-01", "2014-07-01")), "1d")
+        document["chart"]["result"][0]["events"] = {"splits": {"1": bad, "2": good}}
+        with serve(lambda _: json_said(document)) as server:
+            found = actions_of(make("yfinance", server.url, clock=lambda: us("2021-01-01")))
+        assert [(str(one.ex_date), one.ratio) for one in found.actions] == [("2014-06-09", 7)]
+        (refused,) = found.refused
+        assert refused.startswith("yfinance: AAPL: ")
+        assert reason in refused
+
+    def test_another_symbol_and_an_unknown_one(self, make: Make) -> None:
+        other = chart(traded(Timeframe.D1, span("2014-06-01", "2014-07-01")), "1d", symbol="MSFT")
+        with (
+            serve(lambda _: json_said(other)) as server,
+            pytest.raises(InvalidResponse, match="another symbol"),
+        ):
+            actions_of(make("yfinance", server.url, retry_budget_seconds=0))
+        unknown = failed("Not Found", "No data found, symbol may be delisted", 404)
+        with serve(lambda _: unknown) as server, pytest.raises(UnknownSymbol):
+            actions_of(make("yfinance", server.url))
+
+    def test_the_recorded_split_of_apple(self, make: Make) -> None:
+        """4:1 on 2020-08-31, from a real response; the tests above have events of the same form."""
+        file = SHARED / "wire/recordings/yahoo/chart-AAPL-2020-08-31-to-2020-11-07.json"
+        if not file.exists():
+            pytest.skip("real candles are not here")
+        document = orjson.loads(file.read_bytes())["response"]["bodyJson"]
+        with serve(lambda _: json_said(document)) as server:
+            found = actions_of(make("yfinance", server.url, clock=lambda: us("2021-01-01")))
+        assert [(str(one.ex_date), one.ratio) for one in found.actions] == [("2020-08-31", 4)]

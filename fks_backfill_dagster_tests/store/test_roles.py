@@ -54,7 +54,7 @@ REFUSED = (
     psycopg.errors.ObjectNotInPrerequisiteState,
 )
 
-VIEWS = {"ohlcv", "sync_status", "gaps", "corrections", "findings", "conditions", "validations"}
+VIEWS = {"ohlcv", "sync_status", "gaps", "corrections", "actions", "findings", "conditions", "validations"}
 TABLES_OF_CANDLES = {
     f"candles_{timeframe}" for timeframe in ("1m", "5m", "15m", "30m", "1h", "4h", "1d", "1w")
 }
@@ -240,7 +240,7 @@ def test_a_reader_changes_nothing(some: Roles, of_the_past: bool) -> None:
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 connection.execute(text.encode())
         for signature, name, _, _ in functions:
-            if name == "ohlcv_as_of":
+            if name in ("ohlcv_as_of", "ohlcv_adjusted"):
                 continue
             arguments = sql.SQL(", ").join([sql.NULL] * signature.count(",")) + sql.SQL(", NULL")
             with pytest.raises(psycopg.errors.InsufficientPrivilege, match=f"denied for function {name}"):
@@ -276,6 +276,19 @@ def test_a_reader_of_only_the_views_cannot_read_the_past(some: Roles) -> None:
         connection.execute(
             "SELECT * FROM fks.ohlcv_as_of('A', '1h', '2024-01-01', '2024-01-02', '2024-01-03')"
         )
+
+
+def test_a_reader_of_the_views_reads_adjusted_candles(some: Roles) -> None:
+    """The function runs with the rights of its caller, and reads only views."""
+    database = Database(some.url)
+    shelf = Shelf.of(database, fresh("1h"))
+    shelf.put(0, 5)
+    some.run(A_READER)
+    query = "SELECT close FROM fks.ohlcv_adjusted(%s, '1h', '2024-01-01Z', '2024-01-02Z', 'splits')"
+    with psycopg.connect(some.login(some.reader)) as connection:
+        rows = connection.execute(query.encode(), (shelf.series.symbol,)).fetchall()
+    assert [close for (close,) in rows] == shelf.read().close.tolist()
+    database.dispose()
 
 
 # db init --reader -----------------------------------------------------------------------------------------

@@ -134,6 +134,7 @@ CONTRACT = {
     "findings": "id symbol timeframe start_ts end_ts candles rule severity status first_seen_at last_seen_at evidence"
     " verdict",
     "conditions": "symbol timeframe day condition expected stored last_modified",
+    "actions": "symbol kind ex_date ratio amount currency provider fetched_at begins_at used",
 }
 
 
@@ -161,6 +162,12 @@ def test_arguments_that_others_rely_on(shared: Database) -> None:
             " low double precision, close double precision, volume double precision, provider text)",
         )
     ]
+    adjusted = fetch(
+        shared,
+        "SELECT pg_get_function_arguments(oid), pg_get_function_result(oid) FROM pg_proc"
+        " WHERE oid = 'fks.ohlcv_adjusted'::regproc",
+    )
+    assert adjusted == [(found[0][0].replace("as_of timestamp with time zone", "mode text"), found[0][1])]  # type: ignore[attr-defined]
 
 
 def test_the_view_of_candles(hours: Shelf) -> None:

@@ -210,6 +210,7 @@ class _Span:
                 found.reject(delivery, only(delivery.candles, self.wanted), Reason.SPLICE)
             self.found.respond(task.evidence(Outcome.ABSENT, "it quotes another market"), requested)
             return
+        found.actions += answer.actions
         for delivery in self.opinion.confirmed_by(theirs, self.wanted):
             found.deliveries.append(delivery)
             self.wanted = missing_of(self.wanted, delivery.candles.ts)

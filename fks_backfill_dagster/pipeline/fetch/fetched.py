@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fks_backfill_dagster.domain.actions import ReportedActions
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.delivery import Delivery, Origin, RejectedRows
 from fks_backfill_dagster.domain.quality import Reason
@@ -52,7 +53,7 @@ class Fetched:
     failed: candles are missing about which no provider responded, or a refetch was refused. recordable: a
     provider responded, or may respond later; False for a symbol that no provider offers. requested: the opens of the
     span. seen: by provider, all its verified candles, neighbours of the span included. distrusted: providers whose
-    candles contradict those of the span before.
+    candles contradict those of the span before. actions: the corporate actions in the responses.
     """
 
     deliveries: list[Delivery] = field(default_factory=list)
@@ -67,6 +68,7 @@ class Fetched:
     requested: Instants = field(default_factory=lambda: _NONE)
     seen: dict[str, Candles] = field(default_factory=dict)
     distrusted: set[str] = field(default_factory=set)
+    actions: list[ReportedActions] = field(default_factory=list)
 
     @property
     def delivered(self) -> Instants:

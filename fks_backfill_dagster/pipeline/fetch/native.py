@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fks_backfill_dagster.domain.actions import ReportedActions
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.continuity import contradict, doubtful, foreign
 from fks_backfill_dagster.domain.delivery import Delivery, RejectedRows, holding_rejected
@@ -85,6 +86,7 @@ class _Fetched:
     has_foreign: bool
     doubtful: Instants
     clocks: Clocks | None
+    actions: ReportedActions | None
 
 
 def _fetch(provider: Provider, request: RangeRequest, window: TimeRange, grid: Grid) -> _Fetched:
@@ -116,6 +118,7 @@ def _fetch(provider: Provider, request: RangeRequest, window: TimeRange, grid: G
         has_foreign,
         np.unique(np.concatenate(doubts)),
         answer.clocks,
+        answer.actions,
     )
 
 
@@ -188,6 +191,7 @@ def _merged(
         ),
         error=error,
         clocks=first.clocks,
+        actions=tuple(one.actions for one in (first, *again) if one.actions),
     )
     return NativeAnswer(answer, RangeSet([first.window, *(more.window for more in again)]))
 

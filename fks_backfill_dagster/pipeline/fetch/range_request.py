@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fks_backfill_dagster.domain.actions import ReportedActions
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.delivery import Delivery, RejectedRows
 from fks_backfill_dagster.domain.ranges import Instants, RangeSet, TimeRange
@@ -48,6 +49,7 @@ class ProviderAnswer:
     missing parts, with a detail each, and `pending` are not closed yet by the provider's clock. absent: the confirmed
     absences as ranges of time, parts included.
     error: why the second request failed, if it did: then nothing is confirmed.
+    actions: the corporate actions in the responses.
     """
 
     kept: tuple[Delivery, ...]
@@ -61,6 +63,7 @@ class ProviderAnswer:
     error: str | None = None
     pending: Instants = field(default_factory=lambda: _NONE)
     clocks: Clocks | None = None
+    actions: tuple[ReportedActions, ...] = ()
 
     @property
     def candles(self) -> Candles:

@@ -2,5 +2,5 @@
 
 commit     one batch              undo      the reversal of a batch
 closures   changed closed dates   repair    ledger, coverage and totals from the candles
-remove     a whole series
+actions    corporate actions      remove    a whole series
 """

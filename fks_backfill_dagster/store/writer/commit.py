@@ -1,8 +1,8 @@
 """One transaction per batch: candles and everything that must change together with them.
 
-Under the advisory lock of its series: candles, lineage, revisions, gap ledger, coverage, totals and quarantine. A
-killed process leaves the state of the last commit; two processes on one series wait for each other, and the second
-one finds nothing to change.
+Under the advisory lock of its series: candles, lineage, revisions, gap ledger, coverage, totals, quarantine and
+corporate actions. A killed process leaves the state of the last commit; two processes on one series wait for each
+other, and the second one finds nothing to change.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fks_backfill_dagster.ledger.settle import (
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.errors import repeated
 from fks_backfill_dagster.store.ledger import known_around
+from fks_backfill_dagster.store.writer.actions import write_actions
 from fks_backfill_dagster.store.writer.candles import (
     Dated,
     merge_deliveries,
@@ -74,6 +75,8 @@ def commit_batch(
         write_gaps(connection, identity, settlement, grid)
         write_rejected(connection, identity, write.rejected)
         cover(connection, identity, RangeSet([write.window]), sum(inserted.values()), rows.ts)
+        for reported in write.actions:
+            write_actions(connection, series.instrument, reported, write.priority)
         if len(gone):
             recount(connection, identity, series, -len(gone))
         changed = written.updated | gone_by

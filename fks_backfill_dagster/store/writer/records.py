@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fks_backfill_dagster.domain.actions import ReportedActions
 from fks_backfill_dagster.domain.delivery import Delivery, Origin, RejectedRows
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.ledger.settle import (
@@ -30,6 +31,7 @@ class BatchWrite:
 
     Each delivery is verified: ascending, unique, on the grid; it becomes one lineage row. A delivery of a
     dated publication (`origin.published_at`) does not replace candles that its provider published or returned later.
+    The actions are of the instrument as a whole; `priority` is the order of providers for them.
     """
 
     window: TimeRange
@@ -39,6 +41,8 @@ class BatchWrite:
     rules: Rules = Rules()  # noqa: RUF009 - frozen
     run_id: str | None = None
     withdrawn: tuple[Withdrawal, ...] = ()
+    actions: tuple[ReportedActions, ...] = ()
+    priority: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
