@@ -147,7 +147,12 @@ def test_an_upgrade_adds_no_readers_and_removes_none(old: Database, answers: Ans
         views = {"ohlcv", "sync_status", "gaps", "corrections"}
         assert views < {name for name, _, _ in found}
         # A reader of every view reads the new ones, too.
-        assert {name for name, reads, _ in found if reads} == views | {"actions", "findings", "conditions", "validations"}
+        assert {name for name, reads, _ in found if reads} == views | {
+            "actions",
+            "findings",
+            "conditions",
+            "validations",
+        }
         assert {public for _, _, public in found} == {False}
         admit = "has_function_privilege('public', 'fks.pace_admit'::regproc, 'EXECUTE')"
         assert fetch(old, f"SELECT {admit}") == [(False,)]

@@ -165,7 +165,9 @@ def _settle(connection: sa.Connection, identity: int, inserted: Instants, grid: 
             continue
         before = known_around(connection, identity, part)
         missing = still_missing(before, part, here, grid)
-        write_gaps(connection, identity, settle(before.gaps, part, missing, here, (), grid, before.synced), grid)
+        write_gaps(
+            connection, identity, settle(before.gaps, part, missing, here, (), grid, before.synced), grid
+        )
     cover(connection, identity, runs | beyond, len(inserted), inserted)
 
 
