@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 from pathlib import Path
 
 import pyarrow as pa
@@ -242,6 +243,7 @@ def test_rows_from_stdin(stored: Command) -> None:
     assert "0 inserted, 0 updated, 1 unchanged: the file holds the stored values" in again.stdout
     (batch, before) = stored("batches", "list", "--limit", "2", "--json").json
     assert (batch["source"], before["kind"]) == ("stdin", "delivery")
+    assert batch["author"] == getpass.getuser()
 
 
 def test_an_exported_file_changes_nothing(stored: Command, tmp_path: Path) -> None:
