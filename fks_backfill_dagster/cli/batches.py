@@ -65,21 +65,6 @@ def list_batches(names: tuple[str, ...], everything: bool, limit: int, as_json: 
     if as_json:
         print_json([documents.batch(one) for one in found])
         return
-    rows = [
-        (
-            one.id,
-            f"{one.symbol} {one.timeframe}",
-            f"{one.provider} {one.transport}",
-            f"{short(one.range_start)} .. {short(one.range_end)}",
-            one.inserted,
-            one.updated,
-            one.committed_at,
-            _note(one),
-            one.source,
-            one.host,
-        )
-        for one in found
-    ]
     columns = (
         "id",
         "series",
@@ -92,9 +77,24 @@ def list_batches(names: tuple[str, ...], everything: bool, limit: int, as_json: 
         "source",
         "host",
     )
-    print_table(columns, rows)
+    print_table(columns, [_row(one) for one in found])
     if not found:
         log("No batches.")
+
+
+def _row(one: BatchInfo) -> tuple[object, ...]:
+    return (
+        one.id,
+        f"{one.symbol} {one.timeframe}",
+        f"{one.provider} {one.transport}",
+        f"{short(one.range_start)} .. {short(one.range_end)}",
+        one.inserted,
+        one.updated,
+        one.committed_at,
+        _note(one),
+        one.source,
+        one.host,
+    )
 
 
 def _note(one: BatchInfo) -> str:

@@ -25,6 +25,8 @@ from fks_backfill_dagster.cli.output import (
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.corrections import CorrectionError, CorrectionRows
     from fks_backfill_dagster.domain.series import Series
+    from fks_backfill_dagster.pipeline.corrections import Statement
+    from fks_backfill_dagster.settings.model import Settings
     from fks_backfill_dagster.store.writer.correction import Corrected
 
 MOST_ROWS = 20
@@ -61,36 +63,44 @@ def correct(
     nothing (exit code 1). Corrected candles are pinned: no sync replaces them, not even --refetch --force, until
     `corrections release` does. `batches undo` takes a correction back.
     """
+    from fks_backfill_dagster.pipeline.corrections import Statement
+    from fks_backfill_dagster.settings.catalog import Catalog
+    from fks_backfill_dagster.settings.load import load_settings
+
+    settings = load_settings()
+    with usage():
+        Catalog(settings).find_series(symbol, timeframe)  # before the file is read, and a database is started
+        statement = Statement(named_author(author), given_reason(reason), _name(file))
+        rows = _rows(file)
+    return _apply(settings, symbol, timeframe, rows, statement, dry_run, as_json)
+
+
+def _apply(
+    settings: Settings,
+    symbol: str,
+    timeframe: str,
+    rows: CorrectionRows,
+    statement: Statement,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Returns the exit code."""
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import now, open_database
     from fks_backfill_dagster.domain.corrections import CorrectionError
-    from fks_backfill_dagster.pipeline.corrections import Statement
-    from fks_backfill_dagster.pipeline.corrections import correct as apply
+    from fks_backfill_dagster.pipeline.corrections import correct
     from fks_backfill_dagster.settings.catalog import Catalog
-    from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import stored_series
 
-    settings = load_settings()
     catalog = Catalog(settings)
-    with usage():
-        catalog.find_series(symbol, timeframe)
-        statement = Statement(named_author(author), given_reason(reason), _name(file))
-        rows = _rows(file)
     with open_database(settings) as database:
         stored = stored_series(database)
         series = catalog.find_series(symbol, timeframe, stored)
         if code := report_code(catalog, Chosen((series,), many=False), stored):
             return code
+        dates = catalog.closed(series)
         try:
-            done = apply(
-                database,
-                series,
-                rows,
-                statement,
-                now(),
-                closed_dates=catalog.closed(series),
-                dry_run=dry_run,
-            )
+            done = correct(database, series, rows, statement, now(), closed_dates=dates, dry_run=dry_run)
         except CorrectionError as error:
             if as_json:
                 print_json(documents.refused_correction(series, error))
@@ -116,7 +126,7 @@ def given_reason(reason: str) -> str:
         raise ValueError(
             "--reason is empty: it is kept with the former values, and says why they were replaced"
         )
-    return reason.strip()
+    return " ".join(reason.split())
 
 
 def log_problems(source: str, place: str, error: CorrectionError) -> None:

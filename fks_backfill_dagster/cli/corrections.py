@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import click
 
 from fks_backfill_dagster.cli.arguments import Chosen, any_series, choose, report_code, usage
@@ -17,6 +20,9 @@ from fks_backfill_dagster.cli.output import (
     wide_option,
 )
 from fks_backfill_dagster.cli.times import window_option
+
+if TYPE_CHECKING:
+    from fks_backfill_dagster.store.corrections import CorrectionInfo
 
 
 @click.group()
@@ -77,7 +83,12 @@ def list_corrections(
         found = read(database, chosen.series, start, end, pinned=pinned, limit=limit)
     if as_json:
         print_json([documents.correction(one) for one in found])
-        return 0
+    else:
+        _print(found)
+    return 0
+
+
+def _print(found: Sequence[CorrectionInfo]) -> None:
     rows = [
         (
             f"{one.symbol} {one.timeframe}",
@@ -96,7 +107,6 @@ def list_corrections(
     print_table(header, rows)
     if not found:
         log("No corrections.")
-    return 0
 
 
 def _changed(before: float | None, after: float | None) -> str:

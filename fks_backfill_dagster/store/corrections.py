@@ -47,7 +47,8 @@ class CorrectionInfo:
     pinned: bool
 
 
-# The inner limit: a refetch may have replaced millions of values. `given`: the value of an inserted candle, which has no revision of its own.
+# The inner limit: a refetch may have replaced millions of values. `given`: the value of an inserted candle, which has
+# no revision of its own.
 _CORRECTIONS = """
 SELECT s.symbol, s.timeframe, x.ts, b.committed_at AS corrected_at,
     r.open AS open_before, r.high AS high_before, r.low AS low_before, r.close AS close_before,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 from pathlib import Path
 
 import pyarrow as pa
@@ -242,6 +243,7 @@ def test_rows_from_stdin(stored: Command) -> None:
     assert "0 inserted, 0 updated, 1 unchanged: the file holds the stored values" in again.stdout
     (batch, before) = stored("batches", "list", "--limit", "2", "--json").json
     assert (batch["source"], before["kind"]) == ("stdin", "delivery")
+    assert batch["author"] == getpass.getuser()
 
 
 def test_an_exported_file_changes_nothing(stored: Command, tmp_path: Path) -> None:
@@ -261,3 +263,19 @@ def test_a_gap_beside_a_corrected_candle_is_filled(
     assert stored("correct", file, *SERIES, "--reason", "test").exit_code == 0
     more = stored("backfill", *SERIES, "--start", "2024-01-03", "--end", "2024-01-04", "--json")
     assert (more.exit_code, more.json["total_candles"], more.json["missing"]) == (0, 24, 0)
+
+
+def test_history_around_a_corrected_candle_is_fetched(
+    world: LocalMarket, fks: Command, tmp_path: Path
+) -> None:
+    """The candle was inserted before the first sync; the sync requests the others, and keeps it."""
+    file = write(tmp_path, "ts,open,high,low,close", "2024-01-01T05:00Z,2,3,1,2", "2024-01-02T05:00Z,2,3,1,2")
+    assert fks("correct", file, *SERIES, "--reason", "test").exit_code == 0
+    result = fks("backfill", *JANUARY, "--json")
+    assert (result.exit_code, result.json["total_candles"], result.json["missing"]) == (0, 46, 0)
+    assert [n for n, close in enumerate(closes()) if close == 2.0] == [5, 29]
+    (newest, *_) = fks("corrections", "list", "BTC/USDT", "--json").json
+    assert newest["before"] == dict.fromkeys(("open", "high", "low", "close", "volume"))
+    assert newest["after"] == {"open": 2.0, "high": 3.0, "low": 1.0, "close": 2.0, "volume": None}
+    assert newest["pinned"]
+    assert fks("audit").exit_code == 0

@@ -40,6 +40,30 @@ def test_host_instrument_and_publication(shelf: Shelf, fks: Command) -> None:
     assert [row.split()[-1] for row in rows] == ["https://data.binance.vision", "http://127.0.0.1:8765"]
 
 
+def test_an_undo_and_the_gap_that_it_reopens(shelf: Shelf, fks: Command) -> None:
+    """Both name it; undoing the undo restores the candles and closes the gap."""
+    shelf.put(0, 5)
+    (delivery,) = fks("batches", "list", "--json").json
+    assert fks("batches", "undo", str(delivery["id"]), "--json").json["candles_taken_back"] == 5
+    undo, undone = fks("batches", "list", "--json").json
+    assert (undo["kind"], undo["undoes"], undo["undone_by"]) == ("undo", delivery["id"], None)
+    assert (undone["kind"], undone["undone_by"]) == ("delivery", undo["id"])
+    notes = fks("batches", "list").stdout
+    assert f"undo of {delivery['id']}" in notes
+    assert f"undone by {undo['id']}" in notes
+    gap, *_ = fks("gaps", shelf.series.symbol, "1h", "--start", "2024-01-01", "--json").json
+    assert [(one["outcome"], one["detail"]) for one in gap["evidence"]] == [
+        ("undone", f"taken back by batch {undo['id']}")
+    ]
+    shown = fks("gaps", shelf.series.symbol, "1h", "--start", "2024-01-01").stdout
+    assert f"undo: taken back by batch {undo['id']}" in shown
+    again = fks("batches", "undo", str(delivery["id"]))
+    assert (again.exit_code, f"was undone before, by batch {undo['id']}" in again.stderr) == (1, True)
+    assert fks("batches", "undo", str(undo["id"])).exit_code == 0
+    assert len(shelf.read()) == 5
+    assert shelf.gaps() == ()
+
+
 def test_a_batch_from_before_hosts_were_recorded(shelf: Shelf, fks: Command) -> None:
     shelf.put(0, 5)
     execute(shelf.database, "UPDATE fks.batch SET host = DEFAULT, instrument = NULL")

@@ -143,9 +143,11 @@ def _restore_states(
     def run(statement: str) -> sa.CursorResult[Any]:
         return connection.execute(sa.text(statement.format(table=table)), named)
 
+    # The planner chooses between look-ups and a pass by the size of these tables.
     run(_TOUCHED_BY_PERSON if is_scattered else _TOUCHED)
     connection.execute(sa.text("ANALYZE touched"))
     run(_FIND_STATES)
+    connection.execute(sa.text("ANALYZE state"))
     run(_KEEP_FORMER)
     updated = run(_UPDATE).rowcount
     removed = _opens_of(run(_REMOVE).scalars())
@@ -178,14 +180,16 @@ CREATE TEMPORARY TABLE state ON COMMIT DROP AS
 SELECT DISTINCT ON (t.ts) t.ts, s.batch_id, s.open, s.high, s.low, s.close, s.volume
 FROM touched t LEFT JOIN (
     SELECT c.ts, c.batch_id, c.open, c.high, c.low, c.close, c.volume
-    FROM {table} c WHERE c.series_id = :id AND c.ts BETWEEN :first AND :last
+    FROM touched n JOIN {table} c ON c.series_id = :id AND c.ts BETWEEN :first AND :last AND c.ts = n.ts
     UNION ALL
     SELECT r.ts, r.batch_id, r.open, r.high, r.low, r.close, r.volume
-    FROM fks.revision r WHERE r.series_id = :id AND r.ts BETWEEN :first AND :last AND r.open IS NOT NULL
+    FROM touched n JOIN fks.revision r ON r.series_id = :id AND r.ts BETWEEN :first AND :last AND r.ts = n.ts
+    WHERE r.open IS NOT NULL
     UNION ALL
     SELECT r.ts, r.replaced_by, NULL, NULL, NULL, NULL, NULL
-    FROM fks.revision r JOIN fks.batch b ON b.id = r.replaced_by AND b.undoes IS NULL
-    WHERE r.series_id = :id AND r.ts BETWEEN :first AND :last AND r.close_after IS NULL
+    FROM touched n JOIN fks.revision r ON r.series_id = :id AND r.ts BETWEEN :first AND :last AND r.ts = n.ts
+    JOIN fks.batch b ON b.id = r.replaced_by AND b.undoes IS NULL
+    WHERE r.close_after IS NULL
 ) s ON s.ts = t.ts AND s.batch_id <> ALL(CAST(:undone AS int[]))
 ORDER BY t.ts, s.batch_id DESC
 """
