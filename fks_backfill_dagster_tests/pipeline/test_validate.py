@@ -109,12 +109,13 @@ def test_a_plan_that_covers_newer_candles_only(stored: Context, monkeypatch: pyt
         return fetched(self, series, span)
 
     monkeypatch.setattr(polygon, "fetch", fetch)
+    monkeypatch.setattr(validation_blocks, "BLOCK", 200)
     report = validated(stored)
     older = 45 * 24
     assert (report.valid, report.compared) == (True, CANDLES - older)
     assert report.sources["polygon"].not_comparable == {NotComparable.BEYOND: older}
     assert report.errors == ()
-    assert max(requested) >= edge > min(requested)
+    assert [start for start in requested if start < edge] == [SPRING.start]  # then it is known
 
 
 def test_a_provider_that_fails_repeatedly_is_not_requested_further(
@@ -155,6 +156,30 @@ def test_a_provider_validates_what_it_delivered_for_another_instrument(
     execute(database, f"UPDATE fks.batch SET instrument = {recorded}")
     report = validated(stored, ValidationOptions([["binance"]], tolerance=0.01, share=1.0))
     assert (report.compared, report.valid) == (compared, True if compared else None)
+
+
+def test_lineage_without_an_instrument_beside_lineage_with_another_one(
+    stored: Context, database: Database
+) -> None:
+    """March is of an older version that recorded none."""
+    execute(
+        database,
+        "UPDATE fks.batch SET instrument = CASE WHEN range_start < '2024-04-01Z' THEN NULL ELSE 'X:WRONGUSD' END",
+    )
+    report = validated(stored, ValidationOptions([["binance"]], tolerance=0.01, share=1.0))
+    march = 31 * 24
+    assert report.compared == CANDLES - march
+    assert report.sources["binance"].not_comparable == {NotComparable.OWN: march}
+
+
+def test_an_absence_that_could_not_be_confirmed_is_a_failure(stored: Context, market: LocalMarket) -> None:
+    """The first response lacks candles, and the second request fails."""
+    market.plant_outage("polygon", window("2024-03-10T00:00Z", "2024-03-10T10:00Z"))
+    market.plant_fault("polygon", "status", nth=2, count=1, status=404)
+    report = validated(stored)
+    assert (report.valid, report.unverified) == (None, 10)
+    assert report.sources["polygon"].not_comparable == {NotComparable.FAILED: 10}
+    assert "404" in str(report.reason)
 
 
 def test_missing_candles_of_the_other_are_counted(stored: Context, market: LocalMarket) -> None:
