@@ -92,7 +92,7 @@ def report(
         )
 
 
-def adjusted(database: Database, series: Series, start: str = "2000-01-01Z", mode: str = "splits") -> list:
+def adjusted(database: Database, series: Series, start: str = "2000-01-01Z", mode: str = "splits") -> list[Any]:
     return fetch(
         database,
         "SELECT * FROM fks.ohlcv_adjusted(:symbol, :timeframe, CAST(:first AS timestamptz), '2030-01-01Z', :mode)",
@@ -225,7 +225,7 @@ def reference_factor(day: date, splits: list[Reported]) -> float:
     return factor
 
 
-def reference(series: Series, candles: Candles, days: Candles, splits: list[Reported]) -> list[tuple]:
+def reference(series: Series, candles: Candles, days: Candles, splits: list[Reported]) -> list[tuple[Any, ...]]:
     """One candle after the other. Days make the weeks, so a week is always known."""
     daily = [
         (
@@ -452,7 +452,7 @@ def test_only_the_table_of_the_timeframe_is_read(shared: Database, quarter: Stor
 
 
 def test_the_python_api(
-    database: Database, database_url: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+    database: Database, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FKS_CONFIG", str(tmp_path / "backfill.yaml"))
     (tmp_path / "backfill.yaml").write_text("batch_size_days: 30\n")

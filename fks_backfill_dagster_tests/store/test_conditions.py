@@ -24,7 +24,7 @@ from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at
 from fks_backfill_dagster_tests.store.conftest import fresh
 from fks_backfill_dagster_tests.store.test_findings import COUNT, STRAY, accept, look, planted, stored
 
-Row = tuple[str, str, int | None, int]
+Row = tuple[str, int | None, int]
 
 
 def conditions(shelf: Shelf) -> dict[str, Row]:

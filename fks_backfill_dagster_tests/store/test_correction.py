@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.corrections import FIELDS, CorrectionError, CorrectionRows
@@ -40,8 +43,8 @@ def whole(candles: Candles) -> CorrectionRows:
     return CorrectionRows.of(candles, frozenset(FIELDS), np.arange(2, len(candles) + 2, dtype=np.int64))
 
 
-def apply(shelf: Shelf, rows: CorrectionRows, statement: Statement = STATEMENT, **options: bool) -> Corrected:
-    return correct(shelf.database, shelf.series, rows, statement, EVER.end, **options)
+def apply(shelf: Shelf, rows: CorrectionRows, statement: Statement = STATEMENT, *, dry_run: bool = False) -> Corrected:
+    return correct(shelf.database, shelf.series, rows, statement, EVER.end, dry_run=dry_run)
 
 
 def counts(done: Corrected) -> tuple[int, int, int]:
@@ -250,6 +253,43 @@ def test_an_undone_correction_creates_no_gap_in_pending_history(hours: Shelf) ->
     hours.undo(done.batch)
     assert [(g.start, g.missing) for g in hours.gaps()] == [(opens[2], 1)]
     assert hours.audit().differences == ()
+
+
+# Speed ---------------------------------------------------------------------------------------------------
+
+
+def test_the_number_of_statements_does_not_depend_on_that_of_candles(minutes: Shelf) -> None:
+    """Scattered updates and filled gaps, and their undo."""
+    opens = minutes.opens(0, 6000)
+    minutes.commit(minutes.span(0, 6000), brought(candles_at(np.delete(opens, np.s_[7::10]))))
+    few, many = opens[[3, 17, 44]], opens[1000::3]
+    used = []
+    for ts, version in ((few, 2), (many, 4)):
+        with statements(minutes.database) as noted:
+            done = apply(minutes, whole(candles_at(ts, version)))
+        assert done.batch is not None
+        assert done.changes.inserted > 0
+        with statements(minutes.database) as undone:
+            assert minutes.undo(done.batch).updated == len(ts)
+        used.append((len(noted), len(undone)))
+    assert used[0] == used[1]
+    assert max(used[0]) <= 30
+    assert minutes.audit().differences == ()
+
+
+@contextmanager
+def statements(database: Database) -> Iterator[list[str]]:
+    """The statements that SQLAlchemy sends in the block."""
+    sent: list[str] = []
+
+    def note(*arguments: Any) -> None:
+        sent.append(arguments[2])
+
+    sa.event.listen(database._engine, "before_cursor_execute", note)
+    try:
+        yield sent
+    finally:
+        sa.event.remove(database._engine, "before_cursor_execute", note)
 
 
 # Concurrency --------------------------------------------------------------------------------------------
