@@ -164,8 +164,8 @@ def test_neighbours_become_one_gap_by_the_next_commit(hours: Shelf) -> None:
     evidence = json.dumps([absent().to_json()])
     execute(
         hours.database,
-        f"INSERT INTO fks.gap (series_id, gap_start, gap_end, missing_candles, status, attempts, evidence)"
-        f" SELECT series_id, gap_end, gap_end + interval '1 hour', 1, 'no_trade', 1, '{evidence}'"
+        f"INSERT INTO fks.gap (series_id, gap_start, gap_end, missing_candles, status, attempts, evidence, by_day)"
+        f" SELECT series_id, gap_end, gap_end + interval '1 hour', 1, 'no_trade', 1, '{evidence}', '{{1}}'"
         f" FROM fks.gap WHERE series_id = {hours.identity} AND missing_candles = 3",
         f"DELETE FROM {hours.table} WHERE series_id = {hours.identity} AND ts = '2024-01-01T04:00Z'",
         f"UPDATE fks.sync_state SET total_candles = total_candles - 1 WHERE series_id = {hours.identity}",
