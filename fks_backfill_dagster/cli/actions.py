@@ -169,8 +169,8 @@ def refresh(names: tuple[str, ...], providers: tuple[str, ...], as_json: bool) -
     else:
         _print_refreshed(found)
     silent = {one for one, _ in wanted} - {one.instrument for one in found if one.error is None}
-    for one in sorted(silent, key=lambda one: one.symbol):
-        log(f"Error: no provider reported the splits of {one.symbol}.")
+    for symbol in sorted(one.symbol for one in silent):
+        log(f"Error: no provider reported the splits of {symbol}.")
     return 1 if silent or contradictions or any(one.refused or one.gone for one in found) else 0
 
 

@@ -75,7 +75,7 @@ class ActionSources:
 
 def action_sources(providers: Mapping[str, Provider], names: Iterable[str]) -> ActionSources:
     """Those of `names` that list actions and have their key."""
-    found, warnings = [], []
+    found, warnings = list[str](), list[str]()
     for name in dict.fromkeys(names):
         provider = providers.get(name)
         if not isinstance(provider, ActionSource):

@@ -26,7 +26,7 @@ _SORTS = ("execution_date.asc", "execution_date.desc")
 def splits_reply(splits: Sequence[Split], query: Mapping[str, str], base_url: str) -> Reply:
     """The page that a request asks for. `splits`: those of the requested ticker, which have happened."""
     try:
-        options = {**_cursor(query.get("cursor", "")), **query}
+        options = _cursor(query.get("cursor", "")) | dict(query)
         limit, first = _number(options, "limit", DEFAULT_LIMIT), _number(options, "after", 0)
         sort = options.get("sort", _SORTS[1])
         if not 0 < limit <= MAX_LIMIT or sort not in _SORTS:
@@ -43,7 +43,7 @@ def splits_reply(splits: Sequence[Split], query: Mapping[str, str], base_url: st
     }
     if first + limit < len(ordered):
         kept = {name: options[name] for name in ("ticker", "limit", "sort") if name in options}
-        text = urlencode({**kept, "after": first + limit})
+        text = urlencode(kept | {"after": str(first + limit)})
         cursor = base64.urlsafe_b64encode(text.encode()).decode()
         document["next_url"] = f"{base_url}{PATH}?cursor={cursor}"
     return Reply(orjson.dumps(document))
