@@ -176,7 +176,7 @@ def _print(series: Series, done: Corrected, dry_run: bool) -> None:
 
 
 def _print_changes(done: Corrected) -> None:
-    from fks_backfill_dagster.domain.corrections import FIELDS
+    from fks_backfill_dagster.domain.candles import FIELDS
     from fks_backfill_dagster.domain.timeframe import to_datetime
 
     before, after = (

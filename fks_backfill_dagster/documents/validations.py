@@ -71,7 +71,7 @@ def _classification(found: Classification) -> Document:
 
 
 def _validation_source(found: SourceTally) -> Document:
-    from fks_backfill_dagster.domain.comparison import FIELDS  # imports numpy
+    from fks_backfill_dagster.domain.candles import FIELDS  # imports numpy
 
     return {
         "compared": found.compared,

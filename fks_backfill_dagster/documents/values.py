@@ -8,7 +8,7 @@ from datetime import UTC
 from typing import TYPE_CHECKING
 
 from fks_backfill_dagster.documents.common import Document, moment, names
-from fks_backfill_dagster.domain.corrections import FIELDS
+from fks_backfill_dagster.domain.candles import FIELDS
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import iso, to_datetime
 

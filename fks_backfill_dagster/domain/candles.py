@@ -12,6 +12,7 @@ from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 
 Floats = NDArray[np.float64]
 PRICES = ("open", "high", "low", "close")
+FIELDS = (*PRICES, "volume")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

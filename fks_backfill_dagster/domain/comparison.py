@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fks_backfill_dagster.domain.candles import PRICES, Candles, Floats
+from fks_backfill_dagster.domain.candles import FIELDS, PRICES, Candles, Floats
 from fks_backfill_dagster.domain.continuity import difference
 from fks_backfill_dagster.domain.ranges import common
-
-FIELDS = (*PRICES, "volume")
 
 STORED = "stored"
 """The name of the stored candles among the sources."""

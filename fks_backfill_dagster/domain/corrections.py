@@ -15,13 +15,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fks_backfill_dagster.domain.candles import PRICES, Candles
+from fks_backfill_dagster.domain.candles import FIELDS, PRICES, Candles
 from fks_backfill_dagster.domain.grid import Grid
 from fks_backfill_dagster.domain.quality import Mask, Reason, verify
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
-
-FIELDS: Final = (*PRICES, "volume")
-"""The fields of a candle that a correction may give, in the order of `Candles`."""
 
 MOST_PROBLEMS: Final = 20
 """Invalid rows that an error names; the others are counted."""

@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from pyarrow import csv
 from pyarrow import parquet as pq
 
-from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.corrections import FIELDS, CorrectionRows
+from fks_backfill_dagster.domain.candles import FIELDS, Candles
+from fks_backfill_dagster.domain.corrections import CorrectionRows
 from fks_backfill_dagster.domain.quality import Mask
 from fks_backfill_dagster.domain.ranges import Instants
 

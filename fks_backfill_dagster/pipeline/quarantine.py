@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.corrections import FIELDS, CorrectionRows
+from fks_backfill_dagster.domain.candles import FIELDS, Candles
+from fks_backfill_dagster.domain.corrections import CorrectionRows
 from fks_backfill_dagster.domain.series import Series
 from fks_backfill_dagster.domain.timeframe import to_micros
 from fks_backfill_dagster.pipeline.corrections import Statement, correct

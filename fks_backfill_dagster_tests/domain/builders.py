@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gzip
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.candles import FIELDS, Candles
 from fks_backfill_dagster.domain.grid import Grid, grid_of
 from fks_backfill_dagster.domain.ranges import Instants, TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
@@ -66,4 +65,5 @@ def random_walk(
 
 def changed(candles: Candles, **columns: NDArray[np.float64]) -> Candles:
     """The candles with other values of some columns."""
-    return replace(candles, **columns)
+    values = {name: columns.get(name, getattr(candles, name)) for name in FIELDS}
+    return Candles(candles.ts, **values)

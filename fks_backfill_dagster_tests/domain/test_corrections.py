@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fks_backfill_dagster.domain.candles import PRICES, Candles
+from fks_backfill_dagster.domain.candles import FIELDS, PRICES, Candles
 from fks_backfill_dagster.domain.corrections import (
-    FIELDS,
     MOST_PROBLEMS,
     Changes,
     CorrectionError,
@@ -80,7 +80,7 @@ def test_any_rows(
 
 
 def reference(
-    rows: list[Row], kept: dict[int, Row], fields: frozenset[str]
+    rows: list[Row], kept: Mapping[int, Row], fields: frozenset[str]
 ) -> tuple[list[int], dict[int, Row], int]:
     """The numbers of invalid rows, the changed candles, and the number of unchanged ones."""
     possible = [n for n, (ts, *_) in enumerate(rows) if ts % MICROS_PER_HOUR == 0 and ts < CLOSED_END]
@@ -143,5 +143,5 @@ def test_a_hundred_thousand_rows_have_no_loop() -> None:
     ts = NOON - np.arange(100_000, dtype=np.int64) * MICROS_PER_HOUR
     one = np.full(len(ts), 2.0)
     rows = CorrectionRows.of(Candles(ts, one, one, one, one, one), ALL, np.arange(2, len(ts) + 2))
-    found = changes_of(rows, Candles(ts[::-2], *[one[::2]] * 4, one[::2] + 1).sorted())
+    found = changes_of(rows, Candles(ts[::-2], one[::2], one[::2], one[::2], one[::2], one[::2] + 1).sorted())
     assert (found.inserted, found.updated, found.unchanged) == (50_000, 50_000, 0)

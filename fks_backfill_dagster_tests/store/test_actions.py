@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -92,7 +93,9 @@ def report(
         )
 
 
-def adjusted(database: Database, series: Series, start: str = "2000-01-01Z", mode: str = "splits") -> list[Any]:
+def adjusted(
+    database: Database, series: Series, start: str = "2000-01-01Z", mode: str = "splits"
+) -> list[Any]:
     return fetch(
         database,
         "SELECT * FROM fks.ohlcv_adjusted(:symbol, :timeframe, CAST(:first AS timestamptz), '2030-01-01Z', :mode)",
@@ -225,7 +228,9 @@ def reference_factor(day: date, splits: list[Reported]) -> float:
     return factor
 
 
-def reference(series: Series, candles: Candles, days: Candles, splits: list[Reported]) -> list[tuple[Any, ...]]:
+def reference(
+    series: Series, candles: Candles, days: Candles, splits: list[Reported]
+) -> list[tuple[Any, ...]]:
     """One candle after the other. Days make the weeks, so a week is always known."""
     daily = [
         (

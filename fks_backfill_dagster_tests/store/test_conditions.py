@@ -193,7 +193,8 @@ def test_against_counts_made_from_the_grid(shared: Database, data: st.DataObject
         kept = opens[[n not in lacking for n in range(len(opens))]] if len(opens) else opens
         evidence = (Evidence("binance", began, Outcome.ABSENT),)
         shelf.commit(window_of(first, past), brought(candles_at(kept)), evidence=evidence)
-    if shelf.batches() and data.draw(st.booleans()):
+    is_undone = data.draw(st.booleans())
+    if shelf.batches() and is_undone:
         shelf.undo(shelf.batches()[0])
     assert shelf.audit().differences == ()
     found = conditions(shelf)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from fks_backfill_dagster.domain.candles import Candles
-from fks_backfill_dagster.domain.corrections import FIELDS, CorrectionError, CorrectionRows
+from fks_backfill_dagster.domain.candles import FIELDS, Candles
+from fks_backfill_dagster.domain.corrections import CorrectionError, CorrectionRows
 from fks_backfill_dagster.domain.ranges import Instants
 from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.pipeline.corrections import Statement, correct
@@ -43,7 +43,9 @@ def whole(candles: Candles) -> CorrectionRows:
     return CorrectionRows.of(candles, frozenset(FIELDS), np.arange(2, len(candles) + 2, dtype=np.int64))
 
 
-def apply(shelf: Shelf, rows: CorrectionRows, statement: Statement = STATEMENT, *, dry_run: bool = False) -> Corrected:
+def apply(
+    shelf: Shelf, rows: CorrectionRows, statement: Statement = STATEMENT, *, dry_run: bool = False
+) -> Corrected:
     return correct(shelf.database, shelf.series, rows, statement, EVER.end, dry_run=dry_run)
 
 

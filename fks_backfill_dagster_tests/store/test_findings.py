@@ -36,7 +36,7 @@ STRAY = 150
 def calm(shelf: Shelf, first: int = 0, past: int = COUNT) -> Candles:
     """Closes that move by 0.1 % back and forth, with narrow ranges."""
     opens = shelf.opens(first, past)
-    number = np.arange(first, past)
+    number = np.arange(first, past, dtype=np.float64)
     close = 100 * (1 + 0.001 * (number % 3))
     opened = 100 * (1 + 0.001 * ((number - 1) % 3))
     high, low = np.maximum(opened, close), np.minimum(opened, close)

@@ -167,7 +167,7 @@ def test_arguments_that_others_rely_on(shared: Database) -> None:
         "SELECT pg_get_function_arguments(oid), pg_get_function_result(oid) FROM pg_proc"
         " WHERE oid = 'fks.ohlcv_adjusted'::regproc",
     )
-    assert adjusted == [(found[0][0].replace("as_of timestamp with time zone", "mode text"), found[0][1])]  # type: ignore[attr-defined]
+    assert adjusted == [(found[0][0].replace("as_of timestamp with time zone", "mode text"), found[0][1])]
 
 
 def test_the_view_of_candles(hours: Shelf) -> None:
