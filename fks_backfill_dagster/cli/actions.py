@@ -138,7 +138,7 @@ def refresh(names: tuple[str, ...], providers: tuple[str, ...], as_json: bool) -
     """Request all splits of stocks from every provider that lists them; without arguments of all stocks.
 
     Polygon and Yahoo list them. A sync stores those that Yahoo lists beside its candles already. Exit code 1 if a stock
-    had no response, a row was refused, a stored split is no longer listed, or providers contradict each other.
+    had no response, a row was refused, a split in use is no longer listed, or providers contradict each other.
     """
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import open_app

@@ -52,8 +52,8 @@ _MOST_FAILURES = 2
 class RefreshedActions:
     """The response of one provider about one stock.
 
-    listed: its valid actions. refused: a sentence for each invalid row. gone: a sentence for each stored action that it
-    no longer lists. error: why there is no response; then nothing was changed.
+    listed: its valid actions. refused: a sentence for each invalid row. gone: a sentence for each action in use that it no
+    longer lists. error: why there is no response; then nothing was changed.
     """
 
     instrument: Instrument
@@ -132,7 +132,9 @@ def _stored(context: Context, instrument: Instrument, reported: ReportedActions)
         f"{reported.provider}: {instrument.symbol}: {described(one.action)} is stored, and no longer listed: it is"
         " kept; import it with the ratio 1 if it did not happen"
         for one in stored_actions(context.database, [instrument.symbol])
-        if one.provider == reported.provider and (one.action.kind, one.action.ex_date) not in listed
+        if one.provider == reported.provider
+        and one.used  # else it changes no price: another provider or a file has decided
+        and (one.action.kind, one.action.ex_date) not in listed
     ]
     return RefreshedActions(
         instrument, reported.provider, len(reported.actions), written, reported.refused, tuple(gone)

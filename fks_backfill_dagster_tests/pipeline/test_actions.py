@@ -152,6 +152,8 @@ def test_a_split_that_is_no_longer_listed_is_kept_and_reported(
         " ratio 1 if it did not happen",
     )
     assert ("polygon", "2005-02-28", 2, True) in listed(database)
+    import_actions(database, {APPLE: [split_of("AAPL", "2005-02-28", 1)]}, lambda _: (), NOW)
+    assert refreshed(context, "polygon")[0].gone == ()
 
 
 def test_a_provider_that_fails_twice_is_not_requested_again(
