@@ -52,8 +52,8 @@ _MOST_FAILURES = 2
 class RefreshedActions:
     """The response of one provider about one stock.
 
-    listed: its valid actions. refused: a sentence for each invalid row. gone: a sentence for each action in use that it no
-    longer lists. error: why there is no response; then nothing was changed.
+    listed: its valid actions. refused: a sentence for each invalid row. gone: a sentence for each action in use that it
+    no longer lists. error: why there is no response; then nothing was changed.
     """
 
     instrument: Instrument
