@@ -80,14 +80,19 @@ def read_candles(
             candles = store.read_candles(database, series, window, moment)
         else:
             candles = store.read_adjusted(database, series, window)
-        if len(candles) == 0 and not store.sync_status(database, series):
-            raise UnknownSeries(
-                f"Nothing is stored of {series} in {database.where}: run"
-                f" `fks-backfill backfill {series}`, or see `fks-backfill status` for the stored series."
-            )
+        _check_synced(database, series, candles)
     finally:
         database.dispose()
     return _frame(candles)
+
+
+def _check_synced(database: Database, series: Series, found: Candles) -> None:
+    """Raises UnknownSeries if nothing was found because the series was never synced."""
+    if len(found) == 0 and not store.sync_status(database, series):
+        raise UnknownSeries(
+            f"Nothing is stored of {series} in {database.where}: run"
+            f" `fks-backfill backfill {series}`, or see `fks-backfill status` for the stored series."
+        )
 
 
 def _check_adjust(adjust: str | None, as_of: datetime | None) -> None:

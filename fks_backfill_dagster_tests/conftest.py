@@ -74,12 +74,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _ignore_nothing() -> None:
-    """A shell without job control starts background jobs with SIGINT ignored. Every child process would inherit that,
-    and Dagster would then ignore SIGTERM as well."""
+    """A shell without job control starts background jobs with SIGINT ignored, nohup with SIGHUP. Every child process
+    would inherit that, and Dagster would then ignore SIGTERM as well."""
     if threading.current_thread() is threading.main_thread():
         for number, handler in (
             (signal.SIGINT, signal.default_int_handler),
             (signal.SIGTERM, signal.SIG_DFL),
+            (signal.SIGHUP, signal.SIG_DFL),
         ):
             if signal.getsignal(number) == signal.SIG_IGN:
                 signal.signal(number, handler)

@@ -302,7 +302,8 @@ class _Work:
                 self.listen(Warned(self.series, message))
         self.warnings.update(dict.fromkeys(fetched.warnings))
         self.errors.update(dict.fromkeys(fetched.errors))
-        given = Ingest.of(fetched, self.context.action_priority(self.series.instrument))
+        used = self.context.action_priority(self.series.instrument) if fetched.actions else ()
+        given = Ingest.of(fetched, used)
         for batch in batches:
             if not fetched.recordable and not self.is_kept:
                 self._count(batch, 0, batch.candles, (), fetched)

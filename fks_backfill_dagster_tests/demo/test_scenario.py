@@ -82,7 +82,7 @@ def test_a_failed_month(scene: Scene) -> None:
     (run,) = scene.first.runs
     lines = compute_log(scene.web, run.id)
     lines = lines[: next(n for n, line in enumerate(lines) if "STEP_FAILURE" in line) + 1]
-    assert 4 <= len(lines) <= 20
+    assert 4 <= len(lines) <= 40  # twenty where a batch takes no time, a line for every two seconds elsewhere
 
     # A second backfill of all partitions after the recovery fetches only this one.
     done, fetched = scene.ask_again()

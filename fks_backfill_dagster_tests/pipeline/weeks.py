@@ -195,11 +195,13 @@ class World:
         self.asked += [one for one in found if one is not None]
 
     def _context(self) -> Context:
+        by_instrument = {one.instrument: names for one, names in self.series.items()}
         return Context(
             self.database,
             {name: self._provider(name) for names in self.series.values() for name in names},
             lambda: self.now,
-            priority=lambda one: self.series[one],
+            # A sync of hours asks for the order of the days, too: their splits are used in it.
+            priority=lambda one: by_instrument[one.instrument],
         )
 
     def _provider(self, name: str) -> Provider:

@@ -27,7 +27,7 @@ from fks_backfill_dagster.store.driver import cursor_of
 from fks_backfill_dagster.store.schema import WITHDRAWAL
 from fks_backfill_dagster.store.sql import table_of
 from fks_backfill_dagster.store.writer.lineage import open_lineage
-from fks_backfill_dagster.store.writer.records import BatchWrite, Withdrawal
+from fks_backfill_dagster.store.writer.records import BatchWrite, Committed, Withdrawal
 
 NO_INSTANTS = np.empty(0, dtype=np.int64)
 
@@ -91,6 +91,17 @@ class Written:
     updated: dict[int, int] = field(default_factory=dict)
     outdated: dict[int, int] = field(default_factory=dict)
     pinned: dict[int, int] = field(default_factory=dict)
+
+    def committed(self, missing: int, *, withdrawn: int) -> Committed:
+        """The result of a commit that wrote these rows."""
+        return Committed(
+            inserted=sum(self.inserted.values()),
+            updated=sum(self.updated.values()),
+            missing=missing,
+            outdated=sum(self.outdated.values()),
+            withdrawn=withdrawn,
+            pinned=sum(self.pinned.values()),
+        )
 
 
 def write_candles(

@@ -85,14 +85,7 @@ def commit_batch(
         useful = [batch for batch in opened if inserted.get(batch) or changed.get(batch)]
         drop_idle(connection, [batch for batch in opened if batch not in useful])
         stamp(connection, useful, inserted, changed, volumes(rows, row_batches, inserted))
-    done = Committed(
-        sum(inserted.values()),
-        sum(written.updated.values()),
-        len(missing),
-        sum(written.outdated.values()),
-        len(gone),
-        sum(written.pinned.values()),
-    )
+    done = written.committed(len(missing), withdrawn=len(gone))
     _log.debug(
         "%s %s: %d candles inserted, %d updated, %d missing",
         *(series, write.window, done.inserted, done.updated, done.missing),
