@@ -170,7 +170,6 @@ def memory(place: World, runs: int, size: Size) -> list[Result]:
                 cwd=CHECKOUT,
             )
             peaks.append(float(done.stdout))
-            place.require_transport("archive")
     ratios = [b / a for a, b in zip(one, ten, strict=True)]
     detail = f"{median(ten):,.0f} MB against {median(one):,.0f} MB"
     return [Result("(d) peak memory, ten years / one year", ratios, 1.3, False, detail)]
