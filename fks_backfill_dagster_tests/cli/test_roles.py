@@ -33,8 +33,8 @@ def test_a_reader_is_created_once(fks: Command, role: str) -> None:
     assert "has the schema fks, revision" in first
     assert second == (
         f"The role {role} was created and is granted USAGE on schema fks, SELECT on fks.corrections,"
-        " SELECT on fks.gaps, SELECT on fks.ohlcv, SELECT on fks.sync_status. It cannot log in: grant it to a role"
-        " that can, or see docs/operations.md, Roles."
+        " SELECT on fks.gaps, SELECT on fks.ohlcv, SELECT on fks.sync_status,"
+        " SELECT on fks.validations. It cannot log in: grant it to a role that can, or see docs/operations.md, Roles."
     )
     again = fks("db", "init", "--reader", role)
     assert again.stdout.splitlines()[1].startswith(
