@@ -26,7 +26,7 @@ from fks_backfill_dagster.cli.times import window_option
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.ledger.findings import Finding
-    from fks_backfill_dagster.pipeline.judge import Judged
+    from fks_backfill_dagster.pipeline.evaluate import Evaluated
     from fks_backfill_dagster.store.database import Database
     from fks_backfill_dagster.store.findings import StoredFinding
 
@@ -95,11 +95,11 @@ def check(names: tuple[str, ...], everything: bool, start: int | None, end: int 
         if chosen is not None and (code := report_code(catalog, chosen, stored)):
             return code
         _log_never_synced(wanted, stored)
-        results = [_judged(database, one, start, end) for one in wanted if one.key in known]
+        results = [_evaluated(database, one, start, end) for one in wanted if one.key in known]
         still_open = open_findings(database)
     done = [one for one in results if one is not None]
     if as_json:
-        print_json([documents.judged(one, still_open.get(one.series.key, 0)) for one in done])
+        print_json([documents.evaluated(one, still_open.get(one.series.key, 0)) for one in done])
     else:
         for one in done:
             print_line(_text_of_check(one, still_open.get(one.series.key, 0)))
@@ -121,31 +121,31 @@ def _check_order(start: int | None, end: int | None) -> None:
         raise ValueError("--start and --end are the same: --end is exclusive, so the range is empty")
 
 
-def _judged(database: Database, series: Series, start: int | None, end: int | None) -> Judged | None:
+def _evaluated(database: Database, series: Series, start: int | None, end: int | None) -> Evaluated | None:
     """The result for one series; None, with a message, if its calendar is unknown."""
     from fks_backfill_dagster.app import now
     from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.domain.timeframe import to_micros
-    from fks_backfill_dagster.pipeline.judge import Judged, judge
+    from fks_backfill_dagster.pipeline.evaluate import Evaluated, evaluate_series
     from fks_backfill_dagster.store.queries import sync_status
 
     (state,) = sync_status(database, series)
     if state.oldest_data_time is None or state.newest_data_time is None:
-        return Judged(series, TimeRange(0, 0))
+        return Evaluated(series, TimeRange(0, 0))
     oldest, newest = to_micros(state.oldest_data_time), to_micros(state.newest_data_time)
     first = max(oldest, oldest if start is None else start)
     close = newest + series.timeframe.micros
     past = close if end is None else min(close, end)
     if first >= past:
-        return Judged(series, TimeRange(first, first))
+        return Evaluated(series, TimeRange(first, first))
     try:
-        return judge(database, series, TimeRange(first, past), now())
+        return evaluate_series(database, series, TimeRange(first, past), now())
     except ValueError as error:
         log(f"Error: {series}: {error}")
         return None
 
 
-def _text_of_check(found: Judged, still_open: int) -> str:
+def _text_of_check(found: Evaluated, still_open: int) -> str:
     changes = [
         many(number, "finding") + f" {what}"
         for number, what in (
@@ -162,7 +162,7 @@ def _text_of_check(found: Judged, still_open: int) -> str:
     )
 
 
-def _code_of_check(done: Sequence[Judged], *, failed: bool, still_open: dict[tuple[str, str], int]) -> int:
+def _code_of_check(done: Sequence[Evaluated], *, failed: bool, still_open: dict[tuple[str, str], int]) -> int:
     if not sum(one.evaluated for one in done):
         log("No candle could be evaluated: see `fks-backfill status` for what is stored.")
         return 1

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fks_backfill_dagster.domain.candles import Candles
     from fks_backfill_dagster.domain.corrections import CorrectionError
     from fks_backfill_dagster.pipeline.actions import RefreshedActions
-    from fks_backfill_dagster.pipeline.judge import Judged
+    from fks_backfill_dagster.pipeline.evaluate import Evaluated
     from fks_backfill_dagster.pipeline.quarantine import Released
     from fks_backfill_dagster.store.corrections import CorrectionInfo
     from fks_backfill_dagster.store.findings import StoredFinding
@@ -49,7 +49,7 @@ def finding(found: StoredFinding) -> Document:
     }
 
 
-def judged(found: Judged, still_open: int) -> Document:
+def evaluated(found: Evaluated, still_open: int) -> Document:
     """The result of a check. `start` and `end` are null if no candle is stored there; `open` counts those of the
     whole series."""
     is_empty = not found.window

@@ -11,5 +11,5 @@ evidence.
     reconcile  the recorded ledger against the ledger that follows from the candles (the audit)
     days       the missing candles of a gap by day; reconcile_days: the same for the audit
     findings   the records of findings, and how they change
-    sightings  flagged candles grouped into runs
+    detections  flagged candles grouped into runs
 """

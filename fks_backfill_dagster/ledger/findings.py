@@ -1,10 +1,10 @@
 """The findings ledger: what is suspicious about stored candles, since when, and who accepted it.
 
-A finding is a range of suspicious candles of one rule. A rule looks at a window and reports sightings; `reconcile`
+A finding is a range of suspicious candles of one rule. A rule evaluates a window and reports detections; `reconcile`
 compares them with the active findings, so that the same thing is recorded once and resolves without a person.
 
-Belongs here: the records, and how they change. Does not belong here: the rules (`domain`), which candles a sighting
-consists of (`sightings`), storage (`store.findings`).
+Belongs here: the records, and how they change. Does not belong here: the rules (`domain`), which candles a detection
+consists of (`detections`), storage (`store.findings`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Verdict:
 class Finding:
     """One row of the ledger: the candles that open in `[start, end)`, `end` being the close of the last one.
 
-    `digest` identifies the values of the candles (`sightings.digest`), so that a decision holds for the values that it
+    `digest` identifies the values of the candles (`detections.digest`), so that a decision holds for the values that it
     was made about. Instants in microseconds; `number` is None before it is stored.
     """
 
@@ -90,8 +90,8 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Sighting:
-    """A run of suspicious candles, as a look found it.
+class Detection:
+    """A run of suspicious candles, as a rule found it.
 
     seen: False if none of its candles could be evaluated this time. They are part of an active finding, which stays.
     """
@@ -107,8 +107,8 @@ class Sighting:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What was looked at: the candles that open in `window`, by `rules`, at an instant.
+class EvaluatedWindow:
+    """What was evaluated: the candles that open in `window`, by `rules`, at an instant.
 
     changed: the numbers of the active findings of the window whose candles have other values than those recorded.
     """
@@ -134,7 +134,7 @@ class FindingError(ValueError):
 def widened(window: TimeRange, active: Sequence[Finding]) -> TimeRange:
     """The window with every active finding that it cuts or touches, as a whole.
 
-    So a finding is looked at as a whole however a range is cut into windows, and pieces on either side of a cut
+    So a finding is evaluated as a whole however a range is cut into windows, and pieces on either side of a cut
     become one finding.
     """
     while True:
@@ -146,36 +146,38 @@ def widened(window: TimeRange, active: Sequence[Finding]) -> TimeRange:
         window = wider
 
 
-def reconcile(active: Sequence[Finding], sightings: Sequence[Sighting], look: Look) -> FindingChanges:
-    """How the ledger changes after a look.
+def reconcile(
+    active: Sequence[Finding], detections: Sequence[Detection], evaluated: EvaluatedWindow
+) -> FindingChanges:
+    """How the ledger changes after an evaluation.
 
     `active`: active findings of the series, at least those that overlap the window, which must be `widened` by them.
-    `sightings`: those of the window; of one rule they neither overlap nor touch.
+    `detections`: those of the window; of one rule they neither overlap nor touch.
 
-    A finding that overlaps a sighting of its rule continues with the range and the evidence of the sighting; its
+    A finding that overlaps a detection of its rule continues with the range and the evidence of the detection; its
     number and `first_seen_at` stay. Its state stays too if the candles have the values that it was recorded with,
-    otherwise it is open again. Of several that overlap one sighting the earliest continues. A finding of the window
-    without a sighting is corrected if its candles changed, otherwise resolved. Nothing else changes.
+    otherwise it is open again. Of several that overlap one detection the earliest continues. A finding of the window
+    without a detection is corrected if its candles changed, otherwise resolved. Nothing else changes.
 
-    Raises ValueError for a window or sightings of another form.
+    Raises ValueError for a window or detections of another form.
     """
-    _check(active, sightings, look)
+    _check(active, detections, evaluated)
     added: list[Finding] = []
     changed: list[Finding] = []
-    for rule in look.rules:
+    for rule in evaluated.rules:
         inside = sorted(
-            (f for f in active if f.rule is rule and _overlap(f, look.window)), key=lambda f: f.start
+            (f for f in active if f.rule is rule and _overlap(f, evaluated.window)), key=lambda f: f.start
         )
         left = dict(enumerate(inside))
-        for sighting in sorted((s for s in sightings if s.rule is rule), key=lambda s: s.start):
-            over = [place for place, finding in enumerate(inside) if _overlap(finding, sighting)]
+        for detection in sorted((s for s in detections if s.rule is rule), key=lambda s: s.start):
+            over = [place for place, finding in enumerate(inside) if _overlap(finding, detection)]
             free = next((place for place in over if place in left), None)
             if free is None:
-                known = min((inside[place].first_seen_at for place in over), default=look.at)
-                added.append(_new(sighting, known, look.at))
+                known = min((inside[place].first_seen_at for place in over), default=evaluated.at)
+                added.append(_new(detection, known, evaluated.at))
             else:
-                changed.append(_continued(left.pop(free), sighting, look.at))
-        changed += [_ended(finding, look) for finding in left.values()]
+                changed.append(_continued(left.pop(free), detection, evaluated.at))
+        changed += [_ended(finding, evaluated) for finding in left.values()]
     before = {finding.number: finding for finding in active}
     return FindingChanges(
         tuple(sorted(added, key=_order)),
@@ -183,25 +185,26 @@ def reconcile(active: Sequence[Finding], sightings: Sequence[Sighting], look: Lo
     )
 
 
-def _check(active: Sequence[Finding], sightings: Sequence[Sighting], look: Look) -> None:
-    ranges: list[Finding | Sighting] = [*active, *sightings]
+def _check(active: Sequence[Finding], detections: Sequence[Detection], evaluated: EvaluatedWindow) -> None:
+    ranges: list[Finding | Detection] = [*active, *detections]
     for one in ranges:
-        if _overlap(one, look.window) and not (look.window.start <= one.start and one.end <= look.window.end):
-            raise ValueError(f"the look {look.window} cuts {_text(one)}: widen it")
-    for sighting in sightings:
-        if not _overlap(sighting, look.window) or sighting.rule not in look.rules:
-            raise ValueError(f"{_text(sighting)} is not part of the look {look.window}")
-    ordered = sorted(sightings, key=lambda s: (s.rule, s.start))
+        is_inside = evaluated.window.start <= one.start and one.end <= evaluated.window.end
+        if _overlap(one, evaluated.window) and not is_inside:
+            raise ValueError(f"the evaluation of {evaluated.window} cuts {_text(one)}: widen it")
+    for detection in detections:
+        if not _overlap(detection, evaluated.window) or detection.rule not in evaluated.rules:
+            raise ValueError(f"{_text(detection)} is not part of the evaluation of {evaluated.window}")
+    ordered = sorted(detections, key=lambda s: (s.rule, s.start))
     for first, second in pairwise(ordered):
         if first.rule is second.rule and first.end >= second.start:
-            raise ValueError(f"{_text(first)} and {_text(second)} are one sighting")
+            raise ValueError(f"{_text(first)} and {_text(second)} are one detection")
 
 
-def _text(one: Finding | Sighting) -> str:
+def _text(one: Finding | Detection) -> str:
     return f"{one.rule} [{iso(one.start)}, {iso(one.end)})"
 
 
-def _overlap(one: Finding | Sighting, other: Finding | Sighting | TimeRange) -> bool:
+def _overlap(one: Finding | Detection, other: Finding | Detection | TimeRange) -> bool:
     return one.start < other.end and one.end > other.start
 
 
@@ -209,38 +212,38 @@ def _order(finding: Finding) -> tuple[int, str]:
     return finding.start, finding.rule
 
 
-def _new(sighting: Sighting, since: int, now: int) -> Finding:
+def _new(detection: Detection, since: int, now: int) -> Finding:
     return Finding(
-        rule=sighting.rule,
-        severity=sighting.severity,
-        start=sighting.start,
-        end=sighting.end,
-        candles=sighting.candles,
-        digest=sighting.digest,
+        rule=detection.rule,
+        severity=detection.severity,
+        start=detection.start,
+        end=detection.end,
+        candles=detection.candles,
+        digest=detection.digest,
         first_seen_at=since,
         last_seen_at=now,
-        evidence=sighting.evidence,
+        evidence=detection.evidence,
     )
 
 
-def _continued(finding: Finding, sighting: Sighting, now: int) -> Finding:
+def _continued(finding: Finding, detection: Detection, now: int) -> Finding:
     found = replace(
         finding,
-        severity=sighting.severity,
-        start=sighting.start,
-        end=sighting.end,
-        candles=sighting.candles,
-        digest=sighting.digest,
-        last_seen_at=max(now, finding.last_seen_at) if sighting.seen else finding.last_seen_at,
-        evidence=_evidence(finding, sighting) if sighting.seen else finding.evidence,
+        severity=detection.severity,
+        start=detection.start,
+        end=detection.end,
+        candles=detection.candles,
+        digest=detection.digest,
+        last_seen_at=max(now, finding.last_seen_at) if detection.seen else finding.last_seen_at,
+        evidence=_evidence(finding, detection) if detection.seen else finding.evidence,
     )
-    return found if sighting.digest == finding.digest else _opened(found)
+    return found if detection.digest == finding.digest else _opened(found)
 
 
-def _evidence(finding: Finding, sighting: Sighting) -> Evidence:
-    """The evidence of the sighting, and the former verdict if there is one."""
+def _evidence(finding: Finding, detection: Detection) -> Evidence:
+    """The evidence of the detection, and the former verdict if there is one."""
     kept = {_FORMER: finding.evidence[_FORMER]} if _FORMER in finding.evidence else {}
-    return {**sighting.evidence, **kept}
+    return {**detection.evidence, **kept}
 
 
 def _opened(finding: Finding) -> Finding:
@@ -252,8 +255,8 @@ def _opened(finding: Finding) -> Finding:
     return replace(finding, status=FindingStatus.OPEN, verdict=None, evidence=evidence)
 
 
-def _ended(finding: Finding, look: Look) -> Finding:
-    is_corrected = finding.number in look.changed
+def _ended(finding: Finding, evaluated: EvaluatedWindow) -> Finding:
+    is_corrected = finding.number in evaluated.changed
     return replace(finding, status=FindingStatus.CORRECTED if is_corrected else FindingStatus.RESOLVED)
 
 

@@ -221,7 +221,7 @@ finding = sa.Table(
     sa.Column("start_ts", _instant, nullable=False),
     sa.Column("end_ts", _instant, nullable=False),
     sa.Column("candles", sa.Integer, nullable=False),
-    # Identifies the values of the candles, as ledger.sightings computes it.
+    # Identifies the values of the candles, as ledger.detections computes it.
     sa.Column("digest", sa.Text, nullable=False),
     sa.Column("first_seen_at", _instant, nullable=False),
     sa.Column("last_seen_at", _instant, nullable=False),

@@ -1,4 +1,4 @@
-"""The ledger of findings as pure functions: any suspicious candles, looked at in any parts and any order."""
+"""The ledger of findings as pure functions: any suspicious candles, evaluated in any parts and any order."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fks_backfill_dagster.domain.grid import grid_of
 from fks_backfill_dagster.domain.ranges import TimeRange
 from fks_backfill_dagster.domain.series import AssetClass, Series
 from fks_backfill_dagster.domain.timeframe import Timeframe
+from fks_backfill_dagster.ledger.detections import changed, detections, digest
 from fks_backfill_dagster.ledger.findings import (
+    Detection,
+    EvaluatedWindow,
     Finding,
     FindingError,
     FindingStatus,
-    Look,
     Rule,
     Severity,
-    Sighting,
     Verdict,
     accepted,
     reconcile,
     reopened,
     widened,
 )
-from fks_backfill_dagster.ledger.sightings import changed, digest, sightings
 from fks_backfill_dagster_tests.domain.builders import at
 from fks_backfill_dagster_tests.examples import examples
 
@@ -63,7 +63,7 @@ def evaluation(flagged: frozenset[int], blind: frozenset[int] = frozenset()) -> 
 
 
 class Ledger:
-    """The stored findings, and looks at the candles as the pipeline makes them."""
+    """The stored findings, and evaluates the candles as the pipeline makes them."""
 
     def __init__(self, findings: Sequence[Finding] = ()) -> None:
         self._numbers = count(100)
@@ -73,7 +73,7 @@ class Ledger:
     def active(self) -> list[Finding]:
         return sorted((f for f in self.rows.values() if f.is_active), key=lambda f: (f.rule, f.start))
 
-    def look(
+    def evaluate(
         self,
         window: TimeRange,
         flagged: dict[Rule, frozenset[int]],
@@ -85,13 +85,15 @@ class Ledger:
         window = widened(window, self.active)
         inside = [f for f in self.active if f.start < window.end and f.end > window.start]
         seen = [
-            sighting
+            detection
             for rule, rows in flagged.items()
-            for sighting in sightings(
+            for detection in detections(
                 rule, Severity.WARNING, candles, evaluation(rows, blind), window, inside
             )
         ]
-        changes = reconcile(inside, seen, Look(window, frozenset(flagged), now, changed(candles, inside)))
+        changes = reconcile(
+            inside, seen, EvaluatedWindow(window, frozenset(flagged), now, changed(candles, inside))
+        )
         for finding in changes.changed:
             assert self.rows[finding.number] != finding
             self.rows[finding.number] = finding
@@ -175,7 +177,7 @@ def test_the_active_findings_are_the_runs_of_suspicious_candles(
     before: list[Finding], flagged: dict[Rule, frozenset[int]]
 ) -> None:
     ledger = Ledger(before)
-    ledger.look(span(0, CANDLES), flagged)
+    ledger.evaluate(span(0, CANDLES), flagged)
     for rule in RULES:
         assert ledger.ranges(rule) == runs(flagged[rule])
     # Nothing is lost: each former finding is a row still, and one that ended has its range.
@@ -191,9 +193,9 @@ def test_the_same_look_again_changes_nothing(
     before: list[Finding], flagged: dict[Rule, frozenset[int]]
 ) -> None:
     ledger = Ledger(before)
-    ledger.look(span(0, CANDLES), flagged)
+    ledger.evaluate(span(0, CANDLES), flagged)
     rows = dict(ledger.rows)
-    ledger.look(span(0, CANDLES), flagged)
+    ledger.evaluate(span(0, CANDLES), flagged)
     assert ledger.rows == rows
 
 
@@ -203,10 +205,10 @@ def test_the_result_does_not_depend_on_the_cut_of_the_range(
     before: list[Finding], flagged: dict[Rule, frozenset[int]], cuts: set[int], data: st.DataObject
 ) -> None:
     whole, parts = Ledger(before), Ledger(before)
-    whole.look(span(0, CANDLES), flagged)
+    whole.evaluate(span(0, CANDLES), flagged)
     edges = [0, *sorted(cuts), CANDLES]
     for first, past in data.draw(st.permutations(list(pairwise(edges)))):
-        parts.look(span(first, past), flagged)
+        parts.evaluate(span(first, past), flagged)
     assert {rule: parts.ranges(rule) for rule in RULES} == {rule: whole.ranges(rule) for rule in RULES}
     active = [{one for one in what_is_known(each) if one[3] in _ACTIVE} for each in (whole, parts)]
     assert _states(active[0]) == _states(active[1])
@@ -228,7 +230,7 @@ def test_outside_of_the_look_nothing_changes_and_no_two_overlap(
 ) -> None:
     ledger = Ledger(before)
     window = widened(span(first, min(first + length, CANDLES)), ledger.active)
-    ledger.look(window, flagged)
+    ledger.evaluate(window, flagged)
     for old in before:
         if old.end < window.start or old.start > window.end:
             assert ledger.rows[old.number] == old
@@ -240,13 +242,15 @@ def test_outside_of_the_look_nothing_changes_and_no_two_overlap(
 # Cases --------------------------------------------------------------------------------------------------
 
 
-def look(ledger: Ledger, *flagged: int, window: TimeRange | None = None, **other: object) -> list[Finding]:
-    ledger.look(window or span(0, CANDLES), {Rule.SPIKE: frozenset(flagged)}, **other)  # type: ignore[arg-type]
+def evaluate(
+    ledger: Ledger, *flagged: int, window: TimeRange | None = None, **other: object
+) -> list[Finding]:
+    ledger.evaluate(window or span(0, CANDLES), {Rule.SPIKE: frozenset(flagged)}, **other)  # type: ignore[arg-type]
     return list(ledger.rows.values())
 
 
 def test_seen_again_is_the_same_finding() -> None:
-    (row,) = look(Ledger([finding(3, 4)]), 3)
+    (row,) = evaluate(Ledger([finding(3, 4)]), 3)
     assert (row.number, row.status, row.first_seen_at, row.last_seen_at) == (
         1,
         FindingStatus.OPEN,
@@ -257,25 +261,25 @@ def test_seen_again_is_the_same_finding() -> None:
 
 @pytest.mark.parametrize("flagged", [(2, 3), (3, 4, 5), (2, 3, 4)])
 def test_its_range_grows_to_what_is_seen(flagged: tuple[int, ...]) -> None:
-    (row,) = look(Ledger([finding(3, 4)]), *flagged)
+    (row,) = evaluate(Ledger([finding(3, 4)]), *flagged)
     grown = span(flagged[0], flagged[-1] + 1)
     assert (row.number, row.start, row.end) == (1, grown.start, grown.end)
     assert row.candles == len(flagged)
 
 
 def test_it_shrinks_to_what_is_seen() -> None:
-    (row,) = look(Ledger([finding(3, 8)]), 5)
+    (row,) = evaluate(Ledger([finding(3, 8)]), 5)
     assert (row.number, row.start, row.end, row.candles) == (1, span(5, 6).start, span(5, 6).end, 1)
 
 
 def test_a_finding_that_falls_into_two_keeps_its_first_part() -> None:
-    one, other = look(Ledger([finding(3, 8)]), 3, 7)
+    one, other = evaluate(Ledger([finding(3, 8)]), 3, 7)
     assert (one.number, one.end) == (1, span(3, 4).end)
     assert (other.start, other.first_seen_at, other.last_seen_at) == (span(7, 8).start, NOW - 1000, NOW)
 
 
 def test_two_findings_that_become_one() -> None:
-    one, other = look(Ledger([finding(3, 4), finding(5, 6, number=2)]), 3, 4, 5)
+    one, other = evaluate(Ledger([finding(3, 4), finding(5, 6, number=2)]), 3, 4, 5)
     assert (one.status, one.end) == (FindingStatus.OPEN, span(5, 6).end)
     assert (other.number, other.status) == (2, FindingStatus.RESOLVED)
 
@@ -283,43 +287,43 @@ def test_two_findings_that_become_one() -> None:
 @pytest.mark.parametrize(("version", "status"), [(0, FindingStatus.RESOLVED), (1, FindingStatus.CORRECTED)])
 def test_no_longer_seen(version: int, status: FindingStatus) -> None:
     """Corrected if its candles have other values than those that it was recorded with."""
-    (row,) = look(Ledger([finding(3, 4, version=version)]))
+    (row,) = evaluate(Ledger([finding(3, 4, version=version)]))
     assert (row.status, row.last_seen_at) == (status, NOW - 500)
 
 
 def test_an_acceptance_holds_for_the_values_that_were_accepted() -> None:
     kept = finding(3, 4, status=FindingStatus.ACCEPTED, verdict=VERDICT)
-    (row,) = look(Ledger([kept]), 3)
+    (row,) = evaluate(Ledger([kept]), 3)
     assert (row.status, row.verdict) == (FindingStatus.ACCEPTED, VERDICT)
-    (row,) = look(Ledger([replace(kept, digest="0" * 32)]), 3)
+    (row,) = evaluate(Ledger([replace(kept, digest="0" * 32)]), 3)
     assert (row.status, row.verdict) == (FindingStatus.OPEN, None)
     former = row.evidence["former_verdict"]
     assert former == {"by": "ana", "at": "2024-05-31T23:59:59.999999+00:00", "reason": "an announcement"}
     # It stays in the evidence.
-    (row,) = look(Ledger([row]), 3, now=NOW + 5)
+    (row,) = evaluate(Ledger([row]), 3, now=NOW + 5)
     assert (row.evidence["former_verdict"], row.last_seen_at) == (former, NOW + 5)
 
 
 def test_a_confirmed_finding_stays_while_its_values_do() -> None:
     kept = finding(3, 4, status=FindingStatus.CONFIRMED)
-    assert look(Ledger([kept]), 3)[0].status is FindingStatus.CONFIRMED
-    assert look(Ledger([replace(kept, digest="0" * 32)]), 3)[0].status is FindingStatus.OPEN
+    assert evaluate(Ledger([kept]), 3)[0].status is FindingStatus.CONFIRMED
+    assert evaluate(Ledger([replace(kept, digest="0" * 32)]), 3)[0].status is FindingStatus.OPEN
 
 
 def test_what_could_not_be_evaluated_does_not_resolve() -> None:
-    (row,) = look(Ledger([finding(3, 5)]), blind=frozenset([3, 4]))
+    (row,) = evaluate(Ledger([finding(3, 5)]), blind=frozenset([3, 4]))
     assert row == finding(3, 5)
-    (row,) = look(Ledger([finding(3, 5)]), blind=frozenset([4]))
+    (row,) = evaluate(Ledger([finding(3, 5)]), blind=frozenset([4]))
     assert (row.status, row.start, row.last_seen_at) == (FindingStatus.OPEN, span(4, 5).start, NOW - 500)
 
 
 def test_rules_that_did_not_look_change_nothing() -> None:
     stuck = finding(3, 5, rule=Rule.STUCK)
-    assert look(Ledger([stuck])) == [stuck]
+    assert evaluate(Ledger([stuck])) == [stuck]
 
 
 def test_the_evidence_is_that_of_the_worst_candle() -> None:
-    (row,) = look(Ledger(), 3, 4, 5)
+    (row,) = evaluate(Ledger(), 3, 4, 5)
     assert row.evidence == {"worst": 5}
 
 
@@ -329,7 +333,7 @@ def test_candles_on_either_side_of_closed_hours_are_two_sightings() -> None:
     ones = np.ones(len(opens))
     candles = Block(Candles(opens, ones, ones, ones, ones, ones), grid_of(stocks), Timeframe.H1)
     every = np.ones(len(opens), dtype=bool)
-    found = sightings(
+    found = detections(
         Rule.STUCK,
         Severity.WARNING,
         candles,
@@ -359,7 +363,7 @@ def test_a_digest_identifies_values_and_times() -> None:
 
 def test_a_look_that_cuts_a_finding_is_refused() -> None:
     with pytest.raises(ValueError, match=r"cuts spike \[2024-01-01T03:00.*: widen it"):
-        reconcile([finding(3, 8)], [], Look(span(0, 5), frozenset(RULES), NOW))
+        reconcile([finding(3, 8)], [], EvaluatedWindow(span(0, 5), frozenset(RULES), NOW))
     assert widened(span(0, 5), [finding(3, 8), finding(8, 9, number=2)]) == span(0, 9)
     assert widened(span(0, 3), [finding(4, 8)]) == span(0, 3)
 
@@ -367,15 +371,17 @@ def test_a_look_that_cuts_a_finding_is_refused() -> None:
 @pytest.mark.parametrize(
     ("ranges", "message"),
     [
-        ([(3, 5), (5, 6)], "are one sighting"),
-        ([(3, 5), (4, 6)], "are one sighting"),
+        ([(3, 5), (5, 6)], "are one detection"),
+        ([(3, 5), (4, 6)], "are one detection"),
         ([(20, 21)], "is not part"),
     ],
 )
 def test_sightings_of_another_form_are_refused(ranges: list[tuple[int, int]], message: str) -> None:
-    seen = [Sighting(Rule.SPIKE, Severity.WARNING, span(*one).start, span(*one).end, 1, "") for one in ranges]
+    seen = [
+        Detection(Rule.SPIKE, Severity.WARNING, span(*one).start, span(*one).end, 1, "") for one in ranges
+    ]
     with pytest.raises(ValueError, match=message):
-        reconcile([], seen, Look(span(0, 12), frozenset(RULES), NOW))
+        reconcile([], seen, EvaluatedWindow(span(0, 12), frozenset(RULES), NOW))
 
 
 @pytest.mark.parametrize("status", [FindingStatus.CORRECTED, FindingStatus.RESOLVED])

@@ -22,7 +22,7 @@ from fks_backfill_dagster_tests.domain.builders import at, window
 from fks_backfill_dagster_tests.examples import examples
 from fks_backfill_dagster_tests.store.builders import Shelf, brought, candles_at, execute, origin_of
 from fks_backfill_dagster_tests.store.conftest import fresh
-from fks_backfill_dagster_tests.store.test_findings import COUNT, STRAY, accept, look, planted, stored
+from fks_backfill_dagster_tests.store.test_findings import COUNT, STRAY, accept, evaluate, planted, stored
 
 Row = tuple[str, int | None, int]
 
@@ -89,7 +89,7 @@ def test_what_is_not_synced_is_pending(hours: Shelf) -> None:
 
 def test_an_open_finding_degrades_its_day(hours: Shelf) -> None:
     planted(hours, STRAY)
-    look(hours)
+    evaluate(hours)
     day = to_datetime(hours.span(STRAY, STRAY).start).date().isoformat()
     degraded = [when for when, row in conditions(hours).items() if row[0] == "degraded"]
     assert degraded == [day]

@@ -1,4 +1,4 @@
-"""Findings in the database: looks, corrections by commits, decisions, the view."""
+"""Findings in the database: evaluations, corrections by commits, decisions, the view."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.ledger.findings import FindingStatus, Rule, Verdict, accepted, reopened
-from fks_backfill_dagster.pipeline.judge import Judged, judge
+from fks_backfill_dagster.pipeline.evaluate import Evaluated, evaluate_series
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.findings import (
     StoredFinding,
@@ -62,8 +62,8 @@ def planted(shelf: Shelf, *numbers: int) -> None:
     put(shelf, rows, 0, COUNT)
 
 
-def look(shelf: Shelf, now: int = NOW, first: int = 0, past: int = COUNT) -> Judged:
-    return judge(shelf.database, shelf.series, shelf.span(first, past), now)
+def evaluate(shelf: Shelf, now: int = NOW, first: int = 0, past: int = COUNT) -> Evaluated:
+    return evaluate_series(shelf.database, shelf.series, shelf.span(first, past), now)
 
 
 def stored(shelf: Shelf) -> list[StoredFinding]:
@@ -76,7 +76,7 @@ def statuses(shelf: Shelf) -> list[FindingStatus]:
 
 def test_a_spike_is_recorded_once(hours: Shelf) -> None:
     planted(hours, STRAY)
-    assert look(hours) == Judged(
+    assert evaluate(hours) == Evaluated(
         hours.series, hours.span(0, COUNT), candles=COUNT, evaluated=COUNT - 2, new=1
     )
     (one,) = stored(hours)
@@ -86,7 +86,7 @@ def test_a_spike_is_recorded_once(hours: Shelf) -> None:
     assert (found.rule, found.start, found.end, found.candles) == (Rule.SPIKE, place.start, place.end, 1)
     assert (found.status, found.first_seen_at, found.last_seen_at) == (FindingStatus.OPEN, NOW, NOW)
     assert found.evidence["price"] == "close"
-    again = look(hours, NOW + 7)
+    again = evaluate(hours, NOW + 7)
     assert (again.new, again.resolved, again.corrected) == (0, 0, 0)
     (one,) = stored(hours)
     assert one.finding == replace(found, last_seen_at=NOW + 7)
@@ -96,10 +96,10 @@ def test_parts_of_a_range_find_the_same(hours: Shelf) -> None:
     """Cut within a candle, beside the spike, and on it."""
     planted(hours, STRAY, STRAY + 60)
     for first, past in ((0, 80), (80, STRAY), (STRAY, STRAY + 1), (STRAY + 1, COUNT)):
-        look(hours, first=first, past=past)
+        evaluate(hours, first=first, past=past)
     half = hours.series.timeframe.micros // 2
     window = hours.span(STRAY + 10, STRAY + 60)
-    judge(
+    evaluate_series(
         hours.database, hours.series, replace(window, start=window.start - half, end=window.end + half), NOW
     )
     ranges = [(one.finding.start, one.finding.candles) for one in stored(hours)]
@@ -108,24 +108,24 @@ def test_parts_of_a_range_find_the_same(hours: Shelf) -> None:
 
 def test_a_commit_that_changes_the_candle_corrects_the_finding(hours: Shelf) -> None:
     planted(hours, STRAY, STRAY + 60)
-    look(hours)
+    evaluate(hours)
     put(hours, calm(hours, 100, 200), 100, 200)
     assert statuses(hours) == [FindingStatus.CORRECTED, FindingStatus.OPEN]
-    assert look(hours, NOW + 1).new == 0
+    assert evaluate(hours, NOW + 1).new == 0
     assert statuses(hours) == [FindingStatus.CORRECTED, FindingStatus.OPEN]
 
 
 def test_a_correction_that_is_suspicious_too_is_a_new_finding(hours: Shelf) -> None:
     planted(hours, STRAY)
-    look(hours)
+    evaluate(hours)
     put(hours, stray(hours, factor=1.4), STRAY, STRAY + 1)
-    assert look(hours, NOW + 1).new == 1
+    assert evaluate(hours, NOW + 1).new == 1
     assert statuses(hours) == [FindingStatus.CORRECTED, FindingStatus.OPEN]
 
 
 def test_a_commit_that_changes_nothing_corrects_nothing(hours: Shelf) -> None:
     planted(hours, STRAY)
-    look(hours)
+    evaluate(hours)
     put(hours, stray(hours), STRAY, STRAY + 1)
     put(hours, calm(hours, STRAY + 1, COUNT), STRAY + 1, COUNT)
     assert statuses(hours) == [FindingStatus.OPEN]
@@ -134,17 +134,17 @@ def test_a_commit_that_changes_nothing_corrects_nothing(hours: Shelf) -> None:
 def test_an_accepted_finding_of_a_changed_candle_is_corrected(hours: Shelf) -> None:
     """Only the volume changes: the acceptance was of other values."""
     planted(hours, STRAY)
-    look(hours)
+    evaluate(hours)
     (one,) = stored(hours)
     accept(hours, one)
     put(hours, replace(stray(hours), volume=np.array([7.0])), STRAY, STRAY + 1)
     assert statuses(hours) == [FindingStatus.CORRECTED]
-    assert look(hours).new == 1
+    assert evaluate(hours).new == 1
 
 
 def test_a_withdrawn_candle_corrects_its_finding(hours: Shelf) -> None:
     planted(hours, STRAY)
-    look(hours)
+    evaluate(hours)
     place = hours.span(STRAY, STRAY + 1)
     hours.commit(place, withdrawn=(Withdrawal(origin_of(), hours.opens(STRAY, STRAY + 1)),))
     assert statuses(hours) == [FindingStatus.CORRECTED]
@@ -152,11 +152,11 @@ def test_a_withdrawn_candle_corrects_its_finding(hours: Shelf) -> None:
 
 def test_an_undo_corrects_and_brings_back_what_was_suspicious(hours: Shelf) -> None:
     planted(hours, STRAY)
-    look(hours)
+    evaluate(hours)
     put(hours, calm(hours, STRAY, STRAY + 1), STRAY, STRAY + 1)
-    assert look(hours, NOW + 1).new == 0
+    assert evaluate(hours, NOW + 1).new == 0
     hours.undo(hours.batches()[-1])
-    assert look(hours, NOW + 2).new == 1
+    assert evaluate(hours, NOW + 2).new == 1
     hours.undo(hours.batches()[0])
     assert statuses(hours) == [FindingStatus.CORRECTED] * 2
 
@@ -172,20 +172,20 @@ def test_neighbours_that_arrive_later_resolve_it(hours: Shelf) -> None:
         },
     )
     put(hours, risen.take(slice(0, STRAY + 1)), 0, STRAY + 1)
-    assert (look(hours).new, look(hours).evaluated) == (0, STRAY - 1)
+    assert (evaluate(hours).new, evaluate(hours).evaluated) == (0, STRAY - 1)
     put(hours, risen.take(slice(STRAY + 1, COUNT)), STRAY + 1, COUNT)
-    assert (look(hours).new, look(hours).evaluated) == (0, COUNT - 2)
+    assert (evaluate(hours).new, evaluate(hours).evaluated) == (0, COUNT - 2)
 
 
 def test_a_finding_that_is_no_longer_seen_resolves(hours: Shelf) -> None:
     planted(hours, STRAY)
-    look(hours)
-    done = judge(hours.database, hours.series, hours.span(0, COUNT), NOW + 1, checks=())
-    assert (done.resolved, statuses(hours)) == (0, [FindingStatus.OPEN])  # no rule looked
+    evaluate(hours)
+    done = evaluate_series(hours.database, hours.series, hours.span(0, COUNT), NOW + 1, checks=())
+    assert (done.resolved, statuses(hours)) == (0, [FindingStatus.OPEN])  # no rule evaluated
     # The close after it follows: a level, not a spike. Its own values are the same.
     step = stray(hours, STRAY + 1)
     put(hours, step, STRAY + 1, STRAY + 2)
-    assert look(hours, NOW + 2).resolved == 1
+    assert evaluate(hours, NOW + 2).resolved == 1
     assert statuses(hours)[0] is FindingStatus.RESOLVED
 
 
@@ -197,13 +197,13 @@ def accept(shelf: Shelf, *found: StoredFinding, reason: str = "an announcement")
 
 def test_decisions(hours: Shelf) -> None:
     planted(hours, STRAY, STRAY + 60)
-    look(hours)
+    evaluate(hours)
     one, other = stored(hours)
     (done,) = accept(hours, one)
     assert done.finding.verdict == Verdict("ana", NOW, "an announcement")
     assert statuses(hours) == [FindingStatus.ACCEPTED, FindingStatus.OPEN]
     assert open_findings(hours.database)[hours.series.key] == 1
-    look(hours, NOW + 9)
+    evaluate(hours, NOW + 9)
     assert statuses(hours) == [FindingStatus.ACCEPTED, FindingStatus.OPEN]
     decide(hours.database, [done.finding.number or 0], reopened)
     assert statuses(hours) == [FindingStatus.OPEN, FindingStatus.OPEN]
@@ -222,15 +222,15 @@ def findings_by_number_of(shelf: Shelf, one: StoredFinding) -> StoredFinding:
 def test_a_removed_series_removes_its_findings(database: Database) -> None:
     shelf = Shelf.of(database, fresh("1h"))
     planted(shelf, STRAY)
-    look(shelf)
+    evaluate(shelf)
     assert remove_series(database, shelf.series) == COUNT
     assert fetch(database, "SELECT count(*) FROM fks.finding") == [(0,)]
-    assert look(shelf) == Judged(shelf.series, shelf.span(0, COUNT))
+    assert evaluate(shelf) == Evaluated(shelf.series, shelf.span(0, COUNT))
 
 
 def test_the_view(hours: Shelf) -> None:
     planted(hours, STRAY)
-    look(hours)
+    evaluate(hours)
     (one,) = stored(hours)
     accept(hours, one)
     found: list[Any] = hours.rows(
@@ -260,8 +260,8 @@ def test_the_view(hours: Shelf) -> None:
 def test_filters(hours: Shelf, minutes: Shelf) -> None:
     planted(hours, STRAY)
     planted(minutes, STRAY, STRAY + 60)
-    look(hours)
-    look(minutes)
+    evaluate(hours)
+    evaluate(minutes)
     accept(minutes, stored(minutes)[0])
     both = [hours.series, minutes.series]
 

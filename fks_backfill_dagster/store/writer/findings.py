@@ -1,7 +1,7 @@
-"""Changes of the ledger of findings: after a look, after a commit, by a person.
+"""Changes of the ledger of findings: after an evaluation, after a commit, by a person.
 
-A look reads candles and active findings and writes what follows from them under the lock of the series, so that no
-commit comes between. A commit marks the findings whose candles it changed, in its own transaction.
+An evaluation reads candles and active findings and writes what follows from them under the lock of the series, so that
+no commit comes between. A commit marks the findings whose candles it changed, in its own transaction.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from fks_backfill_dagster.store.writer.lineage import lock
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sight:
-    """What a look reads: the candles of `window` with their context on either side, and the active findings that
+class EvaluationInput:
+    """What an evaluation reads: the candles of `window` with their context on either side, and the active findings that
     overlap it, as they are stored."""
 
     window: TimeRange
@@ -41,12 +41,12 @@ class Sight:
     active: Sequence[Finding]
 
 
-def look(
+def evaluate_window(
     database: Database,
     series: Series,
     window: TimeRange,
     context: int,
-    evaluate: Callable[[Sight], FindingChanges],
+    evaluate: Callable[[EvaluationInput], FindingChanges],
 ) -> FindingChanges:
     """Reads a window, widened to whole findings, with `context` stored candles on either side, and stores what
     `evaluate` returns; empty for a series that is not stored.
@@ -61,7 +61,7 @@ def look(
         lock(connection, identity)
         wider, active = _widened(connection, identity, window)
         read = with_context(connection, series, identity, wider, context)
-        changes = evaluate(Sight(wider, candles_within(connection, series, identity, read), active))
+        changes = evaluate(EvaluationInput(wider, candles_within(connection, series, identity, read), active))
         _write(connection, identity, changes)
         return changes
 
@@ -130,7 +130,7 @@ WHERE f.series_id = :id AND f.status IN ('open', 'confirmed', 'accepted') AND (
 
 
 def mark_corrected(connection: sa.Connection, identity: int, batches: Sequence[int]) -> None:
-    """Ends the active findings of which these batches changed or deleted a candle; the next look records what is
+    """Ends the active findings of which these batches changed or deleted a candle; the next evaluation records what is
     suspicious about the new values."""
     if batches:
         connection.execute(sa.text(_CORRECTED), {"id": identity, "batches": list(batches)})

@@ -11,7 +11,7 @@ import pytest
 from fks_backfill_dagster.domain.evaluation import Block, Evaluation
 from fks_backfill_dagster.domain.spikes import CONTEXT
 from fks_backfill_dagster.ledger.findings import Finding, FindingStatus, Rule, Severity
-from fks_backfill_dagster.pipeline.judge import CHECKS, Check, Judged, judge
+from fks_backfill_dagster.pipeline.evaluate import CHECKS, Check, Evaluated, evaluate_series
 from fks_backfill_dagster.store import queries
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.findings import findings
@@ -43,13 +43,13 @@ def test_a_range_of_several_parts(shelf: Shelf, monkeypatch: pytest.MonkeyPatch)
         one = stray(shelf, number)
         candles.close[number], candles.high[number] = one.close[0], one.high[0]
     put(shelf, candles, 0, 5_000)
-    whole = judge(shelf.database, shelf.series, shelf.span(0, 5_000), NOW)
+    whole = evaluate_series(shelf.database, shelf.series, shelf.span(0, 5_000), NOW)
     expected = [replace(one, number=None) for one in active(shelf)]
     assert [one.start for one in expected] == [shelf.span(n, n + 1).start for n in strays]
     execute(shelf.database, "DELETE FROM fks.finding")
     monkeypatch.setattr(queries, "_ROWS_AT_ONCE", 1)
-    parts: list[Judged] = []
-    found = judge(shelf.database, shelf.series, shelf.span(0, 5_000), NOW, done=parts.append)
+    parts: list[Evaluated] = []
+    found = evaluate_series(shelf.database, shelf.series, shelf.span(0, 5_000), NOW, done=parts.append)
     assert found == whole
     assert [one.candles for one in parts] == [1_440, 2_880, 4_320, 5_000]
     assert [replace(one, number=None) for one in active(shelf)] == expected
@@ -63,7 +63,7 @@ def test_a_look_reads_no_more_than_its_part_and_context(shelf: Shelf) -> None:
         sizes.append(len(block.candles))
         return CHECKS[0].evaluate(block)
 
-    judge(shelf.database, shelf.series, shelf.span(500, 600), NOW, checks=[counting(evaluate)])
+    evaluate_series(shelf.database, shelf.series, shelf.span(500, 600), NOW, checks=[counting(evaluate)])
     assert sizes == [100 + 2 * CONTEXT]
 
 
@@ -83,12 +83,12 @@ def test_a_further_rule(shelf: Shelf) -> None:
     planted(shelf, STRAY)
     stays = calm(shelf, 50, 54)
     put(shelf, replace(stays, **dict.fromkeys(("open", "high", "low", "close"), np.full(4, 100.0))), 50, 54)
-    judge(shelf.database, shelf.series, shelf.span(0, 300), NOW, checks=(*CHECKS, stuck))
+    evaluate_series(shelf.database, shelf.series, shelf.span(0, 300), NOW, checks=(*CHECKS, stuck))
     found = [(one.rule, one.candles, one.severity, dict(one.evidence)) for one in active(shelf)]
     # The close after them is the same as well.
     assert (Rule.STUCK, 4, Severity.ERROR, {"identical": True}) in found
     assert Rule.SPIKE in {rule for rule, *_ in found}
-    judge(shelf.database, shelf.series, shelf.span(0, 300), NOW + 1)
+    evaluate_series(shelf.database, shelf.series, shelf.span(0, 300), NOW + 1)
     assert Rule.STUCK in {one.rule for one in active(shelf)}
 
 
@@ -100,7 +100,7 @@ def test_candles_off_the_grid_are_not_evaluated(shelf: Shelf) -> None:
         f"INSERT INTO {shelf.table} SELECT series_id, ts + interval '30 s', batch_id, open, high, low, close, volume"
         f" FROM {shelf.table} WHERE ts = '2024-01-01T00:10Z'",
     )
-    found = judge(shelf.database, shelf.series, shelf.span(0, 300), NOW)
+    found = evaluate_series(shelf.database, shelf.series, shelf.span(0, 300), NOW)
     assert (found.candles, found.evaluated, found.new) == (301, 298, 1)
 
 
@@ -109,7 +109,7 @@ def test_candles_that_break_a_rule_are_not_evaluated(shelf: Shelf, close: str) -
     """Nor are their neighbours; the spike is found still."""
     planted(shelf, STRAY)
     execute(shelf.database, f"UPDATE {shelf.table} SET close = {close} WHERE ts = '2024-01-01T00:10Z'")
-    found = judge(shelf.database, shelf.series, shelf.span(0, 300), NOW)
+    found = evaluate_series(shelf.database, shelf.series, shelf.span(0, 300), NOW)
     assert (found.candles, found.evaluated, found.new) == (300, 295, 1)
 
 
@@ -132,7 +132,7 @@ def test_a_commit_waits_for_a_look(shelf: Shelf) -> None:
             assert not finished.is_set()
         return CHECKS[0].evaluate(block)
 
-    judge(shelf.database, shelf.series, shelf.span(0, 300), NOW, checks=[counting(evaluate)])
+    evaluate_series(shelf.database, shelf.series, shelf.span(0, 300), NOW, checks=[counting(evaluate)])
     committing.join()
     (one,) = findings(shelf.database, [shelf.series])
     assert one.finding.status is FindingStatus.CORRECTED
@@ -151,15 +151,15 @@ def waiting(database: Database) -> bool:
 def test_a_series_that_is_not_stored(database: Database) -> None:
     series = fresh("1h")
     span = Shelf(database, series, 0).span(0, 10)
-    assert judge(database, series, span, NOW) == Judged(series, span)
+    assert evaluate_series(database, series, span, NOW) == Evaluated(series, span)
 
 
 def test_a_second_run_changes_nothing_but_the_time(shelf: Shelf) -> None:
     planted(shelf, STRAY)
-    judge(shelf.database, shelf.series, shelf.span(0, 300), NOW)
+    evaluate_series(shelf.database, shelf.series, shelf.span(0, 300), NOW)
     before = active(shelf)
-    judge(shelf.database, shelf.series, shelf.span(0, 300), NOW + 5)
+    evaluate_series(shelf.database, shelf.series, shelf.span(0, 300), NOW + 5)
     assert active(shelf) == [replace(one, last_seen_at=NOW + 5) for one in before]
     shelf.commit(shelf.span(300, 310), *[])
     put(shelf, candles_at(shelf.opens(300, 310)), 300, 310)
-    assert judge(shelf.database, shelf.series, shelf.span(0, 290), NOW + 6).new == 0
+    assert evaluate_series(shelf.database, shelf.series, shelf.span(0, 290), NOW + 6).new == 0

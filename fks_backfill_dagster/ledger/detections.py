@@ -1,7 +1,7 @@
-"""Sightings: the candles that a rule flagged, grouped into runs.
+"""Detections: the candles that a rule flagged, grouped into runs.
 
-Belongs here: the grouping, the digest of candles. Does not belong here: the rules (`domain`), what a sighting means for
-the ledger (`findings`).
+Belongs here: the grouping, the digest of candles. Does not belong here: the rules (`domain`), what a detection means
+for the ledger (`findings`).
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import numpy as np
 from fks_backfill_dagster.domain.candles import Candles
 from fks_backfill_dagster.domain.evaluation import Block, Evaluation
 from fks_backfill_dagster.domain.ranges import RangeSet, TimeRange
-from fks_backfill_dagster.ledger.findings import Finding, Rule, Severity, Sighting
+from fks_backfill_dagster.ledger.findings import Detection, Finding, Rule, Severity
 
 
-def sightings(
+def detections(
     rule: Rule,
     severity: Severity,
     block: Block,
     evaluation: Evaluation,
     window: TimeRange,
     active: Sequence[Finding] = (),
-) -> list[Sighting]:
+) -> list[Detection]:
     """The runs of flagged candles that open in `window`; of candles that touch in time, one run.
 
     A candle of an `active` finding that cannot be evaluated now (a neighbour was withdrawn) counts as suspicious
-    still: what was not looked at does not resolve. Evidence is that of the worst candle of a run.
+    still: what was not evaluated does not resolve. Evidence is that of the worst candle of a run.
     """
     candles = block.candles
     known = RangeSet([TimeRange(f.start, f.end) for f in active if f.rule is rule])
@@ -45,7 +45,7 @@ def sightings(
         worst = int(run[evaluation.strength[run].argmax()])
         seen = bool(evaluation.flagged[worst])
         found.append(
-            Sighting(
+            Detection(
                 rule=rule,
                 severity=severity,
                 start=int(candles.ts[run[0]]),
