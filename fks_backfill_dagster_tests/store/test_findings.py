@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fks_backfill_dagster.domain.candles import Candles
+from fks_backfill_dagster.domain.candles import FIELDS, Candles
+from fks_backfill_dagster.domain.corrections import CorrectionRows
 from fks_backfill_dagster.domain.timeframe import to_datetime
 from fks_backfill_dagster.ledger.findings import FindingStatus, Rule, Verdict, accepted, reopened
+from fks_backfill_dagster.pipeline.corrections import Statement, correct
 from fks_backfill_dagster.pipeline.evaluate import Evaluated, evaluate_series
 from fks_backfill_dagster.store.database import Database
 from fks_backfill_dagster.store.findings import (
@@ -113,6 +115,21 @@ def test_a_commit_that_changes_the_candle_corrects_the_finding(hours: Shelf) -> 
     assert statuses(hours) == [FindingStatus.CORRECTED, FindingStatus.OPEN]
     assert evaluate(hours, NOW + 1).new == 0
     assert statuses(hours) == [FindingStatus.CORRECTED, FindingStatus.OPEN]
+
+
+def test_a_correction_by_a_person_ends_the_finding_and_its_undo_brings_it_back(hours: Shelf) -> None:
+    """The undo restores the suspicious values: a new finding, because ended ones are history."""
+    planted(hours, STRAY, STRAY + 60)
+    evaluate(hours)
+    right = calm(hours, STRAY, STRAY + 1)
+    rows = CorrectionRows.of(right, frozenset(FIELDS), np.array([2], dtype=np.int64))
+    done = correct(hours.database, hours.series, rows, Statement("alice", "a bad print", "fix.csv"), EVER.end)
+    assert statuses(hours) == [FindingStatus.CORRECTED, FindingStatus.OPEN]
+    assert evaluate(hours, NOW + 1).new == 0
+    assert done.batch is not None
+    hours.undo(done.batch)
+    assert evaluate(hours, NOW + 2).new == 1
+    assert statuses(hours).count(FindingStatus.OPEN) == 2
 
 
 def test_a_correction_that_is_suspicious_too_is_a_new_finding(hours: Shelf) -> None:
