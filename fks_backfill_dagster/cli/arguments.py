@@ -87,6 +87,15 @@ def choose(catalog: Catalog, names: Sequence[str], everything: bool, stored: Ite
         return Chosen(_in_order(catalog, dict.fromkeys(one for each in found for one in each)), many=True)
 
 
+def choose_stored(
+    catalog: Catalog, names: Sequence[str], everything: bool, stored: Sequence[Series]
+) -> Chosen:
+    """Like `choose`, for a command that reads what is stored: without names every stored series."""
+    if names or everything:
+        return choose(catalog, names, everything, stored)
+    return Chosen(tuple(stored), many=True)
+
+
 def choose_instruments(
     catalog: Catalog, names: Sequence[str], stored: Iterable[Series] = ()
 ) -> tuple[Instrument, ...]:

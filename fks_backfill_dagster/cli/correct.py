@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +10,10 @@ import click
 
 from fks_backfill_dagster.cli.arguments import Chosen, report_code, usage
 from fks_backfill_dagster.cli.completion import complete_symbol, complete_timeframe
+from fks_backfill_dagster.cli.decisions import given_reason, log_problems, named_author
 from fks_backfill_dagster.cli.output import (
     example,
     json_option,
-    log,
-    many,
     print_json,
     print_line,
     print_table,
@@ -23,7 +21,7 @@ from fks_backfill_dagster.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from fks_backfill_dagster.domain.corrections import CorrectionError, CorrectionRows
+    from fks_backfill_dagster.domain.corrections import CorrectionRows
     from fks_backfill_dagster.domain.series import Series
     from fks_backfill_dagster.pipeline.corrections import Statement
     from fks_backfill_dagster.settings.model import Settings
@@ -111,31 +109,6 @@ def _apply(
     else:
         _print(series, done, dry_run)
     return 0
-
-
-def named_author(author: str | None) -> str:
-    """The author of a decision: the given name, else that of the account."""
-    name = getpass.getuser() if author is None else author.strip()
-    if not name:
-        raise ValueError("--author is empty: give a name, or leave it out for that of this account")
-    return name
-
-
-def given_reason(reason: str) -> str:
-    if not reason.strip():
-        raise ValueError(
-            "--reason is empty: it is kept with the former values, and says why they were replaced"
-        )
-    return " ".join(reason.split())
-
-
-def log_problems(source: str, place: str, error: CorrectionError) -> None:
-    """The invalid rows of a refused correction; `place`: what their numbers count."""
-    log(f"Error: {source}: {many(error.total, 'row')} invalid, so nothing was changed:")
-    for one in error.first:
-        log(f"  {place} {one.line:,}: {one.reason}")
-    if error.total > len(error.first):
-        log(f"  and {error.total - len(error.first):,} more")
 
 
 def _name(file: Path) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fks_backfill_dagster.cli.arguments import Chosen, any_series, choose, report_code, usage
+from fks_backfill_dagster.cli.arguments import Chosen, any_series, choose_stored, report_code, usage
 from fks_backfill_dagster.cli.completion import complete_symbol, complete_timeframe
 from fks_backfill_dagster.cli.output import (
     example,
@@ -73,11 +73,7 @@ def list_corrections(
             TimeRange(start, end)
     with open_database(settings) as database:
         stored = stored_series(database)
-        chosen = (
-            choose(catalog, names, everything, stored)
-            if names or everything
-            else Chosen(tuple(stored), many=True)
-        )
+        chosen = choose_stored(catalog, names, everything, stored)
         if code := report_code(catalog, chosen, stored):
             return code
         found = read(database, chosen.series, start, end, pinned=pinned, limit=limit)

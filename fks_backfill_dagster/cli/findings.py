@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fks_backfill_dagster.cli.arguments import any_series, choose, named, report_code, usage
+from fks_backfill_dagster.cli.arguments import any_series, choose, choose_stored, named, report_code, usage
+from fks_backfill_dagster.cli.decisions import named_author
 from fks_backfill_dagster.cli.output import (
-    Failed,
     example,
     json_option,
     log,
@@ -89,13 +89,12 @@ def check(names: tuple[str, ...], everything: bool, start: int | None, end: int 
     with open_database(settings) as database:
         stored = stored_series(database)
         catalog = Catalog(settings)
-        chosen = choose(catalog, names, everything, stored) if names or everything else None
-        wanted = stored if chosen is None else chosen.series
-        known = {one.key for one in stored}
-        if chosen is not None and (code := report_code(catalog, chosen, stored)):
+        chosen = choose_stored(catalog, names, everything, stored)
+        if code := report_code(catalog, chosen, stored):
             return code
-        _log_never_synced(wanted, stored)
-        results = [_evaluated(database, one, start, end) for one in wanted if one.key in known]
+        _log_never_synced(chosen.series, stored)
+        known = {one.key for one in stored}
+        results = [_evaluated(database, one, start, end) for one in chosen.series if one.key in known]
         still_open = open_findings(database)
     done = [one for one in results if one is not None]
     if as_json:
@@ -348,7 +347,9 @@ def accept(numbers: tuple[int, ...], reason: str, by: str | None, as_json: bool)
 
     if not reason.strip():
         raise click.UsageError("--reason is empty: state why the candles are right")
-    verdict = Verdict(_user(by), now(), reason.strip())
+    with usage():
+        who = named_author(by, option="--by", does="accepts")
+    verdict = Verdict(who, now(), reason.strip())
     _decide(numbers, lambda one: accepted(one, verdict), as_json)
 
 
@@ -386,14 +387,3 @@ def _decide(numbers: Sequence[int], change: Callable[[Finding], Finding], as_jso
 def _unknown(number: int) -> click.UsageError:
     context = click.get_current_context(silent=True)
     return click.UsageError(f"there is no finding {number}; see `fks-backfill findings list`", context)
-
-
-def _user(given: str | None) -> str:
-    if given is not None and given.strip():
-        return given.strip()
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # by Python version: an account without an entry in passwd
-        raise Failed("This account has no name: state who accepts with --by NAME.") from None

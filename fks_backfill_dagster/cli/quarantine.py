@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fks_backfill_dagster.cli.arguments import Chosen, any_series, choose, report_code, usage
-from fks_backfill_dagster.cli.correct import given_reason, log_problems, named_author
+from fks_backfill_dagster.cli.arguments import any_series, choose_stored, report_code, usage
+from fks_backfill_dagster.cli.decisions import given_reason, log_problems, named_author
 from fks_backfill_dagster.cli.output import (
     example,
     json_option,
@@ -65,9 +65,7 @@ def list_rows(
     catalog = Catalog(settings)
     with open_database(settings) as database:
         stored = stored_series(database)
-        chosen = Chosen(tuple(stored), many=True)
-        if names or everything:
-            chosen = choose(catalog, names, everything, stored)
+        chosen = choose_stored(catalog, names, everything, stored)
         if code := report_code(catalog, chosen, stored):
             return code
         found = quarantined(database, chosen.series, reason=reason, decided=decided, limit=limit)

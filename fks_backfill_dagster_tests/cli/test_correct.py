@@ -202,6 +202,21 @@ def test_a_reason_is_required(settings: Path, fks: Command, tmp_path: Path) -> N
     assert (result.exit_code, "--reason is empty" in result.stderr) == (2, True)
 
 
+def test_an_account_without_a_name(
+    settings: Path, fks: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container often runs under a user id that passwd does not list."""
+
+    def unknown() -> str:
+        raise KeyError("getpwuid(): uid not found: 4242")
+
+    monkeypatch.setattr(getpass, "getuser", unknown)
+    file = write(tmp_path, "ts,close", "2024-01-01,1")
+    result = fks("correct", file, *SERIES, "--reason", "test")
+    sentence = "Error: This account has no name: state who decides with --author NAME.\n"
+    assert (result.exit_code, result.stderr) == (1, sentence)
+
+
 def test_an_unknown_series(world: LocalMarket, fks: Command, tmp_path: Path) -> None:
     file = write(tmp_path, "ts,close", "2024-01-01,1")
     result = fks("correct", file, "BTX/USDT", "1h", "--reason", "test")
