@@ -19,7 +19,7 @@ from fks_backfill_dagster.cli.output import (
     print_table,
     wide_option,
 )
-from fks_backfill_dagster.cli.times import window_option
+from fks_backfill_dagster.cli.times import check_order, window_option
 
 if TYPE_CHECKING:
     from fks_backfill_dagster.store.corrections import CorrectionInfo
@@ -60,7 +60,6 @@ def list_corrections(
     """
     from fks_backfill_dagster import documents
     from fks_backfill_dagster.app import open_database
-    from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.corrections import corrections as read
@@ -68,9 +67,8 @@ def list_corrections(
 
     settings = load_settings()
     catalog = Catalog(settings)
-    if start is not None and end is not None:
-        with usage():
-            TimeRange(start, end)
+    with usage():
+        check_order(start, end)
     with open_database(settings) as database:
         stored = stored_series(database)
         chosen = choose_stored(catalog, names, everything, stored)
@@ -124,7 +122,6 @@ def release(symbol: str, timeframe: str, start: int | None, end: int | None, as_
     Their values stay until a sync that requests them (`backfill --refetch`) gets others.
     """
     from fks_backfill_dagster.app import open_database
-    from fks_backfill_dagster.domain.ranges import TimeRange
     from fks_backfill_dagster.settings.catalog import Catalog
     from fks_backfill_dagster.settings.load import load_settings
     from fks_backfill_dagster.store.queries import stored_series
@@ -134,8 +131,7 @@ def release(symbol: str, timeframe: str, start: int | None, end: int | None, as_
     catalog = Catalog(settings)
     with usage():
         catalog.find_series(symbol, timeframe)
-        if start is not None and end is not None:
-            TimeRange(start, end)
+        check_order(start, end)
     with open_database(settings) as database:
         stored = stored_series(database)
         series = catalog.find_series(symbol, timeframe, stored)

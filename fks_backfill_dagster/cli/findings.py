@@ -21,7 +21,7 @@ from fks_backfill_dagster.cli.output import (
     short,
     wide_option,
 )
-from fks_backfill_dagster.cli.times import window_option
+from fks_backfill_dagster.cli.times import check_order, window_option
 
 if TYPE_CHECKING:
     from fks_backfill_dagster.domain.series import Series
@@ -85,7 +85,7 @@ def check(names: tuple[str, ...], everything: bool, start: int | None, end: int 
 
     settings = load_settings()
     with usage():
-        _check_order(start, end)
+        check_order(start, end)
     with open_database(settings) as database:
         stored = stored_series(database)
         catalog = Catalog(settings)
@@ -111,13 +111,6 @@ def _log_never_synced(series: Sequence[Series], stored: Sequence[Series]) -> Non
         log(
             f"{named(never)}: never synced, so there is no candle to evaluate; run `fks-backfill backfill` first."
         )
-
-
-def _check_order(start: int | None, end: int | None) -> None:
-    from fks_backfill_dagster.domain.ranges import TimeRange
-
-    if start is not None and end is not None and not TimeRange(start, end):
-        raise ValueError("--start and --end are the same: --end is exclusive, so the range is empty")
 
 
 def _evaluated(database: Database, series: Series, start: int | None, end: int | None) -> Evaluated | None:

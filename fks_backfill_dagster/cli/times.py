@@ -79,6 +79,20 @@ def sooner(one: int | None, other: int | None) -> int | None:
     return min((moment for moment in (one, other) if moment is not None), default=None)
 
 
+def check_order(start: int | None, end: int | None) -> None:
+    """Raises ValueError for a range that ends where it starts, or before."""
+    from fks_backfill_dagster.domain.timeframe import iso
+
+    if start is None or end is None:
+        return
+    if start == end:
+        raise ValueError(
+            f"--start and --end are both {iso(start)}: --end is exclusive, so the range is empty"
+        )
+    if start > end:
+        raise ValueError(f"--start {iso(start)} lies after --end {iso(end)}: exchange them")
+
+
 def check_window(start: int, end: int, now: int) -> TimeRange:
     """`[start, end)`, not empty and not entirely in the future."""
     from fks_backfill_dagster.domain.ranges import TimeRange
@@ -87,10 +101,5 @@ def check_window(start: int, end: int, now: int) -> TimeRange:
     with usage():
         if start >= now:
             raise ValueError(f"--start {iso(start)} lies in the future: there are no candles yet")
-        if start == end:
-            raise ValueError(
-                f"--start and --end are both {iso(start)}: --end is exclusive, so the range is empty"
-            )
-        if start > end:
-            raise ValueError(f"--start {iso(start)} lies after --end {iso(end)}: exchange them")
+        check_order(start, end)
         return TimeRange(start, end)

@@ -1,6 +1,6 @@
 """The JSON documents of results, the same on the command line and over HTTP.
 
-Belongs here: keys and formats, one function per document. Dictionaries with public keys are built only here.
+Belongs here: keys and formats, one function per document. The acknowledgement of a command (a URL, a count) is its own.
 Does not belong here: computing the values.
 
 Times are ISO 8601 with an explicit zone, UTC, as `2024-01-01T00:00:00+00:00`.

@@ -1,6 +1,7 @@
 """Which providers validate a series, and at which timeframe.
 
-Belongs here: the choice by capabilities, keys, depth and lineage. Does not belong here: their requests (`validate`).
+Belongs here: the choice by capabilities, keys, depth and lineage. Does not belong here: their requests
+(`validation_requests`).
 """
 
 from __future__ import annotations
@@ -24,10 +25,8 @@ _DIVIDED = 60 * MICROS_PER_DAY
 
 @dataclass(frozen=True, slots=True)
 class Validators:
-    """The chosen providers, and the series at the compared timeframe. Without providers, `reason` says why.
-
-    warnings: one for each provider that is skipped because its key is missing.
-    """
+    """The chosen providers, with a warning for each that is skipped because its key is missing, and the series at the
+    compared timeframe. Without providers, `reason` says why."""
 
     series: Series
     chosen: Eligible
